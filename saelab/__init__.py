@@ -1,0 +1,37 @@
+"""saelab: train, explore and steer with sparse autoencoders.
+
+Names are loaded on first use, so that ``import saelab`` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from saelab._version import __version__
+
+# public name -> module that defines it
+_EXPORTS = {
+    "ActivationCache": "saelab.data.cache",
+    "SparseCode": "saelab.sparse",
+    "SAE": "saelab.sae",
+    "VARIANTS": "saelab.sae",
+    "build": "saelab.sae",
+    "TrainConfig": "saelab.train",
+    "TrainState": "saelab.train",
+    "train": "saelab.train",
+    "load_model": "saelab.lm",
+    "UserError": "saelab.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'saelab' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Where rows come from: text, activation caches, synthetic ground truth."""

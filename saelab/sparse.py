@@ -1,0 +1,98 @@
+"""``SparseCode``: the one currency between encoders, decoders, losses, metrics and statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """Which latents are active on each token, and how strongly.
+
+    Rows are ragged: token ``i`` owns entries ``row_ptr[i] : row_ptr[i + 1]``. Fixed-k variants are the special
+    case ``row_ptr = arange(n + 1) * k``. The sign of a value is meaningful, a stored zero means inactive, and
+    a latent appears at most once in a row.
+    """
+
+    values: Float[Tensor, " nnz"]
+    indices: Int[Tensor, " nnz"]
+    row_ptr: Int[Tensor, " rows"]  # [n + 1]
+    d_sae: int
+
+    @classmethod
+    def from_rows(cls, values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: int) -> SparseCode:
+        """Wrap a rectangular code; no copy."""
+        n, k = values.shape
+        row_ptr = torch.arange(n + 1, device=values.device) * k
+        return cls(values.reshape(-1), indices.reshape(-1), row_ptr, d_sae)
+
+    @classmethod
+    def from_dense(cls, acts: Float[Tensor, "n d_sae"]) -> SparseCode:
+        """Keep the non-zero entries of a dense code, in latent order."""
+        rows, indices = acts.nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=acts.shape[0])
+        return cls(acts[rows, indices], indices, _row_ptr(counts), acts.shape[1])
+
+    @property
+    def n(self) -> int:
+        """Tokens in the batch."""
+        return self.row_ptr.numel() - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def counts(self) -> Int[Tensor, " n"]:
+        """Stored entries per token, stored zeros included."""
+        return self.row_ptr.diff()
+
+    def rows(self) -> Int[Tensor, " nnz"]:
+        """The token each entry belongs to."""
+        return torch.repeat_interleave(self.counts(), output_size=self.values.numel())
+
+    def l0(self) -> Int[Tensor, " n"]:
+        """Active latents per token: entries with a non-zero value, either sign."""
+        active = torch.zeros(self.n, dtype=torch.int64, device=self.device)
+        return active.index_add_(0, self.rows(), (self.values != 0).long())
+
+    def firing_counts(self) -> Int[Tensor, " d_sae"]:
+        """On how many tokens of the batch each latent is active."""
+        return torch.bincount(self.indices[self.values != 0], minlength=self.d_sae)
+
+    def fired(self) -> Bool[Tensor, " d_sae"]:
+        """Which latents are active anywhere in the batch."""
+        return self.firing_counts() > 0
+
+    def dense(self) -> Float[Tensor, "n d_sae"]:
+        """The code as a matrix. For tests and small plots only: it has ``n * d_sae`` entries."""
+        out = self.values.new_zeros(self.n, self.d_sae)
+        return out.index_put((self.rows(), self.indices), self.values, accumulate=True)
+
+    def nonzero(self) -> SparseCode:
+        """The same code without stored zeros."""
+        keep = self.values != 0
+        counts = torch.bincount(self.rows()[keep], minlength=self.n)
+        return SparseCode(self.values[keep], self.indices[keep], _row_ptr(counts), self.d_sae)
+
+    def detach(self) -> SparseCode:
+        return replace(self, values=self.values.detach())
+
+    def to(self, device: torch.device | str) -> SparseCode:
+        return SparseCode(self.values.to(device), self.indices.to(device), self.row_ptr.to(device), self.d_sae)
+
+    def __getitem__(self, rows: slice) -> SparseCode:
+        """A contiguous run of tokens."""
+        start, stop, step = rows.indices(self.n)
+        if step != 1:
+            raise ValueError(f"a SparseCode is sliced in steps of 1, not {step}; index its dense() form instead")
+        ptr = self.row_ptr[start : max(start, stop) + 1]
+        entries = slice(int(ptr[0]), int(ptr[-1]))
+        return SparseCode(self.values[entries], self.indices[entries], ptr - ptr[0], self.d_sae)
+
+
+def _row_ptr(counts: Int[Tensor, " n"]) -> Int[Tensor, " rows"]:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
