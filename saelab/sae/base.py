@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, final
 
 import torch
@@ -63,9 +64,13 @@ class SAE(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "n d_in"], grads: Tensor | None = None) -> Float[Tensor, "n d_in"]:
         return self.decode(self.encode(x, grads))
 
-    def reconstruction_loss(self, x: Tensor, code: SparseCode, recon: Tensor) -> Tensor:
-        """Summed squared error over tokens and dimensions; nested dictionaries replace it."""
-        return (x - recon).square().sum()
+    def reconstruction_loss(self, x: Float[Tensor, "n d_in"], code: SparseCode) -> tuple[Tensor, Tensor]:
+        """The objective's first term, summed over tokens and dimensions, and the reconstruction without gradient.
+
+        It is the squared error; nested dictionaries replace it.
+        """
+        recon = self.decode(code)
+        return (x - recon).square().sum(), recon.detach()
 
     def extra_losses(self, x: Tensor, code: SparseCode) -> dict[str, Tensor]:
         """Terms of the variant's own objective (a sparsity penalty, say), each a mean per token, weighted.
@@ -73,6 +78,14 @@ class SAE(nn.Module, ABC):
         Like the reconstruction term they are divided by the data's mean squared deviation by the trainer.
         """
         return {}
+
+    @torch.no_grad()
+    def after_step(self, step: int, n_steps: int) -> None:
+        """Called by the trainer after each optimizer step: schedules and phases of the variant, if it has any."""
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Estimate what inference needs (thresholds) on held-out activations, once training has ended."""
 
     @torch.no_grad()
     def initialise(self, x: Float[Tensor, "n d_in"], b_dec: Float[Tensor, " d_in"]) -> None:

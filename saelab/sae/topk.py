@@ -17,6 +17,10 @@ class TopK(LinearSAE, variant="topk"):
     """``z = ReLU(TopK_k(W_enc^T (x - b_dec) + b_enc))``."""
 
     def __init__(self, d_in: int, d_sae: int, k: int = 32) -> None:
+        """
+        Args:
+            k: Latents per token.
+        """
         super().__init__(d_in, d_sae, k=check_k(k, d_sae))
         self.k = k
 

@@ -1,0 +1,109 @@
+"""The run folder: weights and configuration in SAELens' layout, the training state beside them.
+
+``sae_weights.safetensors`` + ``cfg.json`` hold the SAE in units of raw activations, readable by SAELens wherever the
+architecture exists there; what is ours alone stands under ``metadata``. ``train_state.safetensors`` +
+``train_state.json`` hold everything else the next step depends on. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saelab._version import __version__
+from saelab.errors import UserError
+from saelab.sae import SAE, build
+
+WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+SAELENS_VERSION = "6.54.12"  # the release whose format is written; SAELens parses by this number
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically: the old file or the new one, never half of either."""
+    _replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors atomically."""
+    # safetensors refuses the column-major layout of W_enc.
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _replace(path, lambda temporary: save_file(plain, temporary))
+
+
+def save_sae(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write weights and configuration. ``metadata`` is provenance: model, hook, cache, seed, command."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, sae.state_dict())
+    write_json(
+        folder / CONFIG,
+        {
+            "architecture": sae.variant,
+            "d_in": sae.d_in,
+            "d_sae": sae.d_sae,
+            "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {
+                **(metadata or {}),
+                "sae_lens_version": SAELENS_VERSION,
+                "saelab_version": __version__,
+                "saelab": {"variant": sae.variant, "config": sae.config},
+            },
+        },
+    )
+
+
+def load_config(folder: Path | str) -> dict[str, Any]:
+    """The parsed ``cfg.json`` of a run folder."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no {CONFIG}")
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or train again") from error
+
+
+def load_metadata(folder: Path | str) -> dict[str, Any]:
+    """The provenance of a run: the ``metadata`` block of its configuration."""
+    return load_config(folder).get("metadata", {})
+
+
+def load_sae(folder: Path | str, device: str | torch.device = "cpu") -> SAE:
+    """The SAE of a run folder, in eval mode, taking raw activations."""
+    ours = load_metadata(folder).get("saelab")
+    if ours is None:
+        raise UserError(f"{folder} was not written by saelab; load it with saelab.load")
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder} has no {WEIGHTS}; the run did not finish its first save")
+    sae = build(ours["variant"], **ours["config"])
+    try:
+        sae.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold the SAE that {CONFIG} describes ({error})") from error
+    return sae.to(device).eval()
+
+
+def _replace(path: Path, write: Any) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

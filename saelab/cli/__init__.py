@@ -1,0 +1,56 @@
+"""The ``saelab`` command: one file per subcommand, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from saelab._version import __version__
+from saelab.errors import UserError, near_matches
+
+# command -> what it does, in one line; the code of `name` is the module saelab.cli.name with a function `main(args)`.
+COMMANDS = {
+    "train": "train one SAE on an activation cache",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; leaves with 0, or 2 and one line when the user can mend something."""
+    args = list(sys.argv[1:] if args is None else args)
+    console = Console(stderr=True, highlight=False)
+    try:
+        _dispatch(args)
+    except UserError as error:
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)
+
+
+def _dispatch(args: list[str]) -> None:
+    if not args or args[0] in {"-h", "--help"}:
+        _overview()
+        return
+    if args[0] == "--version":
+        Console().print(__version__, highlight=False)
+        return
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}: {near_matches(name, COMMANDS)}")
+    importlib.import_module(f"saelab.cli.{name}").main(rest)
+
+
+def _overview() -> None:
+    console = Console(highlight=False)
+    console.print("usage: saelab COMMAND [options]\n\ncommands:")
+    for name, summary in COMMANDS.items():
+        console.print(f"  [bold]{name:<10}[/] {summary}")
+    console.print("\nsaelab COMMAND --help lists a command's options with units and defaults.")
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,54 @@
+"""What the commands share: parsing, output folders, progress bars, machine-readable output."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from saelab.errors import UserError
+
+T = TypeVar("T")
+# Progress and remarks go to stderr, results to stdout, so that --json can be piped.
+console = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+
+def parse(options: Callable[..., T] | type[T], command: str, args: Sequence[str], description: str = "") -> T:
+    """Parse ``args`` into ``options`` (a dataclass or a function); leaves with exit code 2 on a wrong argument."""
+    return tyro.cli(options, prog=f"saelab {command}", args=list(args), description=description or None)
+
+
+def prepare_output(folder: Path, overwrite: bool = False, resume: bool = False) -> None:
+    """Make sure an output folder may be written; an existing one needs ``--overwrite`` or ``--resume``."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        if not overwrite:
+            raise UserError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or name another")
+        shutil.rmtree(folder)
+
+
+def print_json(content: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def progress_bar(*extra: str) -> Progress:
+    """A progress bar on stderr; ``extra`` names task fields shown behind it."""
+    fields = [TextColumn("{task.fields[" + name + "]}") for name in extra]
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *fields,
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,40 @@
+"""Command-line options of a variant, read off its constructor, so that a new variant needs no CLI code."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Annotated, Any
+
+import tyro
+from docstring_parser import parse as parse_docstring
+
+from saelab.errors import UserError, near_matches
+from saelab.sae import VARIANTS
+
+
+def variant_in(args: Sequence[str], default: str = "topk") -> str:
+    """The variant named in an argument list, before the list is parsed (its options depend on it)."""
+    for arg, following in zip(args, [*args[1:], ""]):
+        name = following if arg == "--variant" else arg.removeprefix("--variant=") if "=" in arg else ""
+        if arg.startswith("--variant") and name:
+            if name not in VARIANTS:
+                raise UserError(f"unknown variant {name!r}: {near_matches(name, VARIANTS)}")
+            return name
+    return default
+
+
+def option_fields(variant: str) -> list[tuple[str, Any, Any]]:
+    """Dataclass fields for the constructor's keyword arguments, with the help of its docstring."""
+    constructor = VARIANTS[variant].__init__
+    hints = typing.get_type_hints(constructor)
+    helps = {p.arg_name: p.description for p in parse_docstring(inspect.getdoc(constructor) or "").params}
+    fields = []
+    for name, parameter in inspect.signature(constructor).parameters.items():
+        if name in {"self", "d_in", "d_sae"}:
+            continue
+        annotation = Annotated[hints[name], tyro.conf.arg(help=helps.get(name) or "")]
+        fields.append((name, annotation, field(default=parameter.default)))
+    return fields
