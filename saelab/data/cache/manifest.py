@@ -1,0 +1,143 @@
+"""The manifest of an activation cache: what the activations are, where they come from, and their statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from saelab.errors import UserError, near_matches
+
+FORMAT = "saelab.activations"
+VERSION = 1
+MANIFEST = "manifest.json"
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass
+class ShardInfo:
+    """One ``shard_*.safetensors``: its size on disk, and how many rows, tokens and contexts it holds."""
+
+    file: str
+    rows: int
+    tokens: int  # tokens of text behind the rows: skipped and filtered positions count here
+    contexts: int
+    sha256: str
+    bytes: int
+    document_offset: int = 0  # added to the document numbers in the file; non-zero after a merge
+
+
+@dataclass
+class Manifest:
+    """Everything a reader of the cache must know without opening a shard.
+
+    Norms are Euclidean norms of one row. Statistics are float64 sums over the rows of the training split, taken
+    from the values as stored. ``scale`` is ``2 ** round(-log2(rms_norm))``: a power of two, so that scaling the
+    activations by it and folding it back into weights are exact.
+    """
+
+    d_in: int
+    dtype: str = "float32"
+    context_length: int = 1  # tokens in a context; the last context of a shard may be shorter
+    model: str = ""
+    revision: str = ""
+    weights_fingerprint: str = ""
+    tokenizer: str = ""
+    tokenizer_hash: str = ""
+    text: str = ""
+    text_fingerprint: str = ""
+    hook_name: str = ""  # TransformerLens name, e.g. blocks.9.hook_resid_post
+    hf_module: str = ""  # the same point in the Hugging Face model, e.g. model.layers.9
+    bos: str = "none"  # "context", "document" or "none"
+    skip_first: int = 0  # positions at the start of each context that have no row
+    max_norm: float | None = None  # rows with a larger norm were dropped
+    dropped_rows: int = 0  # how many that were
+    grad_scale: float | None = None  # stored gradients = gradients x this power of two; None without gradients
+    held_out_fraction: float = 0.05  # of the contexts, from the end
+    held_out_from: int = 0  # first held-out row; filled in at the end, as all below
+    mean: list[float] = field(default_factory=list)
+    rms_norm: float = 0.0  # sqrt(mean ||x||^2)
+    mean_norm: float = 0.0  # mean ||x||
+    variance: float = 0.0  # mean ||x - mean||^2, summed over dimensions
+    scale: float = 1.0
+    n_documents: int = 0
+    complete: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)  # what else a resumed harvest must agree on
+    shards: list[ShardInfo] = field(default_factory=list)
+
+    @property
+    def n_rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of text behind the rows."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def n_contexts(self) -> int:
+        return sum(shard.contexts for shard in self.shards)
+
+    @property
+    def has_grads(self) -> bool:
+        return self.grad_scale is not None
+
+    def identity(self) -> dict[str, Any]:
+        """What two harvests must share for one to continue the other: everything but progress and results."""
+        data = asdict(self)
+        for name in ("shards", "mean", "complete", "dropped_rows", "n_documents", "grad_scale", *_RESULTS):
+            data.pop(name)
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}/{MANIFEST} is not valid JSON ({error}); harvest the cache again") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise UserError(f"{where}/{MANIFEST} is not the manifest of an activation cache")
+        if (version := data.pop("version", None)) != VERSION:
+            raise UserError(f"{where} has cache format {version}, this saelab reads {VERSION}; harvest it again")
+        known = {f.name for f in fields(cls)}
+        if missing := sorted({"d_in", "dtype", "shards"} - data.keys()):
+            raise UserError(f"{where}/{MANIFEST} lacks {', '.join(missing)}; harvest the cache again")
+        shards = [ShardInfo(**shard) for shard in data.pop("shards")]
+        return cls(**{k: v for k, v in data.items() if k in known}, shards=shards)
+
+    def fingerprint(self) -> str:
+        """Changes when any shard, or anything said about them, changes."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def set_statistics(self, rows: int, total: list[float], sum_sq: float, sum_norm: float) -> None:
+        """Fill in mean, norms, variance and scale from float64 sums over ``rows`` training rows."""
+        self.mean = [value / rows for value in total]
+        mean_sq = sum_sq / rows
+        self.rms_norm = math.sqrt(mean_sq)
+        self.mean_norm = sum_norm / rows
+        self.variance = max(mean_sq - math.fsum(m * m for m in self.mean), 0.0)
+        self.scale = power_of_two(1.0 / self.rms_norm) if self.rms_norm > 0 else 1.0
+
+
+_RESULTS = ("held_out_from", "rms_norm", "mean_norm", "variance", "scale")
+PROVENANCE = (
+    *("model", "revision", "weights_fingerprint", "tokenizer", "tokenizer_hash", "text", "text_fingerprint"),
+    *("hook_name", "hf_module", "bos", "skip_first", "max_norm", "settings"),
+)
+
+
+def check_provenance(names: dict[str, Any]) -> None:
+    """Refuse manifest fields that a caller may not set or that do not exist."""
+    for name in names:
+        if name not in PROVENANCE:
+            raise UserError(f"unknown manifest field {name!r}; {near_matches(name, PROVENANCE)}")
+
+
+def power_of_two(value: float) -> float:
+    """The power of two nearest to ``value > 0`` on a logarithmic scale."""
+    return 2.0 ** round(math.log2(value))

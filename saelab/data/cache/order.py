@@ -1,0 +1,122 @@
+"""The order in which rows are read: seeded, token-level, and possible for a cache far larger than memory.
+
+Rows are cut into blocks of contiguous rows. Each pass draws a random order of the blocks, loads as many of them as
+fit a window, and emits the rows of the window in random order. A pass is a function of (rows, seed, epoch, window),
+so any batch of it can be reached without reading the ones before.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+BLOCK = 256  # rows read from one place: long enough for a disk, short enough to mix
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Order:
+    """One pass over rows ``first .. first + n``; ``seed=None`` is corpus order."""
+
+    first: int
+    n: int
+    seed: int | None
+    epoch: int
+    window_blocks: int
+
+    def windows(self, start: int) -> Iterator[Window]:
+        """The windows of the pass from row number ``start`` of the pass on."""
+        n_blocks = -(-self.n // BLOCK)
+        blocks = np.arange(n_blocks)
+        if self.seed is not None:
+            blocks = np.random.default_rng([self.seed, self.epoch]).permutation(n_blocks)
+        done = 0
+        for number, begin in enumerate(range(0, n_blocks, self.window_blocks)):
+            chosen = np.sort(blocks[begin : begin + self.window_blocks])
+            length = len(chosen) * BLOCK
+            if chosen[-1] == n_blocks - 1:
+                length -= n_blocks * BLOCK - self.n
+            if done + length > start:
+                yield self._window(number, chosen, length, max(start - done, 0))
+            done += length
+
+    def _window(self, number: int, blocks: np.ndarray, length: int, skip: int) -> Window:
+        # Neighbouring blocks become one span, so that a window over everything is a single read.
+        cuts = np.flatnonzero(np.diff(blocks) != 1) + 1
+        spans = [
+            (self.first + int(run[0]) * BLOCK, self.first + min((int(run[-1]) + 1) * BLOCK, self.n))
+            for run in np.split(blocks, cuts)
+        ]
+        order = None
+        if self.seed is not None:
+            order = torch.from_numpy(np.random.default_rng([self.seed, self.epoch, number]).permutation(length))
+        return Window(spans, length, order, skip)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Row spans to load, in corpus order, and the order in which to emit their rows after the first ``skip``."""
+
+    spans: list[tuple[int, int]]
+    length: int
+    order: Int[Tensor, " length"] | None
+    skip: int
+
+    def picks(self, start: int, stop: int) -> Int[Tensor, " n"] | slice:
+        """Positions among the loaded rows of emitted rows ``start : stop``."""
+        return slice(start, stop) if self.order is None else self.order[start:stop]
+
+    def rows(self) -> Int[Tensor, " length"]:
+        """Global row numbers of the loaded rows."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.spans])
+
+
+def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """Run ``items`` in a thread, at most ``depth`` items ahead of the consumer; errors surface in the consumer."""
+    ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    room = threading.Semaphore(depth)
+    stopped = threading.Event()
+    end = object()
+
+    def work() -> None:
+        try:
+            while True:
+                room.acquire()
+                if stopped.is_set():
+                    return
+                item = next(items, end)
+                ready.put((item, None))
+                if item is end:
+                    return
+                del item
+        except BaseException as error:
+            ready.put((end, error))
+        finally:
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()
+
+    thread = threading.Thread(target=work, name="saelab-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            room.release()
+            yield item
+            del item
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()

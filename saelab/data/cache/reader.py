@@ -1,0 +1,215 @@
+"""``ActivationCache``: activations on disk, read in place, shuffled while reading."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.data.cache.manifest import MANIFEST, Manifest, check_provenance
+from saelab.data.cache.order import BLOCK, Order
+from saelab.data.cache.shards import Shards
+from saelab.data.cache.storage import Folder
+from saelab.data.cache.stream import Batch, make_batch, stream
+from saelab.data.cache.writer import CacheWriter
+from saelab.errors import UserError
+
+Split = Literal["train", "held_out", "all"]
+WINDOW_BYTES = 256 << 20
+
+
+class ActivationCache:
+    """A folder (local or an fsspec URL) of activation shards in corpus order with a manifest.
+
+    Opening reads the manifest and checks that every shard is there in full length; ``verify=True`` also checks
+    every byte against the checksums. ``window_bytes`` bounds the memory that shuffling may use (twice, while the
+    next window loads).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = False, window_bytes: int = WINDOW_BYTES) -> None:
+        self.folder = Folder(path)
+        self.path = self.folder.url
+        self.window_bytes = window_bytes
+        if self.folder.size(MANIFEST) is None:
+            raise UserError(f"{self.path} is not an activation cache (no {MANIFEST}); make one with `saelab harvest`")
+        self.manifest = Manifest.from_json(self.folder.read(MANIFEST).decode(), self.path)
+        if not self.manifest.complete:
+            raise UserError(f"{self.path} is unfinished; run the same `saelab harvest` with --resume")
+        for shard in self.manifest.shards:
+            size = self.folder.size(shard.file)
+            if size is None:
+                raise UserError(f"{self.path}/{shard.file} is missing; restore it or harvest the cache again")
+            if size != shard.bytes:
+                raise UserError(
+                    f"{self.path}/{shard.file} has {size} bytes, the manifest says {shard.bytes}; "
+                    "restore it or harvest the cache again"
+                )
+        self.shards = Shards(self.folder, self.manifest)
+        if verify:
+            self.verify()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], **options: Any) -> ActivationCache:
+        return cls(path, **options)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        path: str | os.PathLike[str],
+        acts: Float[Tensor, "*n d_in"],
+        tokens: Int[Tensor, "*n"] | None = None,
+        *,
+        grads: Float[Tensor, "*n d_in"] | None = None,
+        documents: Int[Tensor, "*n"] | None = None,
+        context_length: int | None = None,
+        dtype: str = "float32",
+        held_out: float = 0.05,
+        shard_rows: int = 1 << 16,
+        grad_scale: float = 1.0,
+        overwrite: bool = False,
+        **provenance: Any,
+    ) -> ActivationCache:
+        """Write activations that are already in memory.
+
+        ``acts`` is ``[n, d_in]``, or ``[n_contexts, context_length, d_in]`` with ``tokens`` and ``documents`` of the
+        same leading shape. Without ``context_length`` a two-dimensional ``acts`` has contexts of one token.
+        ``provenance`` are manifest fields such as ``model`` and ``hook_name``.
+        """
+        check_provenance(provenance)
+        context = context_length or (acts.shape[1] if acts.ndim == 3 else 1)
+        d_in = acts.shape[-1]
+        acts = acts.reshape(-1, d_in)
+        n = len(acts)
+        text = torch.zeros(n, dtype=torch.int64) if tokens is None else tokens.reshape(-1).cpu()
+        owner = torch.arange(n) // context if documents is None else documents.reshape(-1).cpu()
+        if not n == len(text) == len(owner):
+            raise UserError(f"{n} activations, {len(text)} tokens and {len(owner)} documents must be equally many")
+        if grads is not None:
+            provenance["grad_scale"] = grad_scale
+            grads = grads.reshape(-1, d_in) * grad_scale
+        manifest = Manifest(d_in=d_in, dtype=dtype, context_length=context, held_out_fraction=held_out, **provenance)
+        writer = CacheWriter(Folder(path), manifest, overwrite=overwrite)
+        step = max(shard_rows // context, 1) * context
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            slots = torch.arange(len(acts[part]))
+            writer.write_shard(acts[part], text[part], slots, owner[part], None if grads is None else grads[part])
+        writer.finish()
+        return cls(path)
+
+    @property
+    def n_rows(self) -> int:
+        return self.manifest.n_rows
+
+    @property
+    def d_in(self) -> int:
+        return self.manifest.d_in
+
+    @property
+    def hook_name(self) -> str:
+        return self.manifest.hook_name
+
+    @property
+    def has_grads(self) -> bool:
+        return self.manifest.has_grads
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any shard, or anything the manifest says, changes."""
+        return self.manifest.fingerprint()
+
+    def split_rows(self, split: Split) -> tuple[int, int]:
+        """First row of a split and the row after its last."""
+        boundary = self.manifest.held_out_from
+        spans = {"train": (0, boundary), "held_out": (boundary, self.n_rows), "all": (0, self.n_rows)}
+        if split not in spans:
+            raise UserError(f"unknown split {split!r}; choose train, held_out or all")
+        return spans[split]
+
+    def n_split(self, split: Split) -> int:
+        """Rows in a split."""
+        first, stop = self.split_rows(split)
+        return stop - first
+
+    def n_batches(self, batch_size: int, split: Split = "train", drop_last: bool = False) -> int:
+        """Batches in one pass over a split."""
+        rows = self.n_split(split)
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size} must be at least 1")
+        if batch_size > rows:
+            raise UserError(
+                f"batch size {batch_size} exceeds the {rows} rows of the {split} split of {self.path}; "
+                "lower the batch size or harvest more tokens"
+            )
+        return rows // batch_size if drop_last else -(-rows // batch_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        split: Split = "train",
+        seed: int | None = 0,
+        epoch: int = 0,
+        start: int = 0,
+        grads: bool = False,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
+        """One pass over a split, read ahead in a thread.
+
+        The order is a function of ``(seed, epoch)`` and does not depend on ``batch_size``; ``seed=None`` is corpus
+        order. ``start`` is the number of the first batch: a resumed pass continues exactly where it stopped. The
+        last batch may be short unless ``drop_last``. Raises UserError when the split is smaller than one batch, or
+        ``grads`` are asked of a cache without gradients.
+        """
+        count = self.n_batches(batch_size, split, drop_last)
+        self._need_grads(grads)
+        first, stop = self.split_rows(split)
+        row_bytes = self.d_in * getattr(torch, self.manifest.dtype).itemsize * (2 if grads else 1)
+        order = Order(first, stop - first, seed, epoch, max(self.window_bytes // (row_bytes * BLOCK), 1))
+        end = min(count * batch_size, stop - first)
+        return stream(self.shards, order, self._names(grads), batch_size, start * batch_size, end)
+
+    def _names(self, grads: bool) -> tuple[str, ...]:
+        return ("acts", "tokens", "grads") if grads else ("acts", "tokens")
+
+    def _need_grads(self, grads: bool) -> None:
+        if grads and not self.has_grads:
+            raise UserError(f"{self.path} holds no gradients; harvest it again with --gradients")
+
+    def read(self, rows: Int[Tensor, " n"] | Sequence[int], *, grads: bool = False) -> Batch:
+        """The given rows, in the given order; gradients too where asked for."""
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        self._need_grads(grads)
+        return make_batch(self.shards, [self.shards.gather(rows, self._names(grads)) | {"rows": rows}])
+
+    def tokens_window(self, row: int, before: int, after: int) -> tuple[Int[Tensor, " m"], int]:
+        """Token ids around a row, cut at the borders of its own context, and the row's offset in them."""
+        shard, slot = self.shards.slot(row)
+        text = self.shards.columns(shard)["text"]
+        context = slot - slot % self.manifest.context_length
+        start = max(context, slot - before)
+        stop = min(context + self.manifest.context_length, slot + after + 1, text.shape[0])
+        return text.slices([(start, stop)])[0].long(), slot - start
+
+    def document(self, row: int) -> int:
+        """Number of the document that a row's token belongs to."""
+        shard, slot = self.shards.slot(row)
+        number = self.shards.columns(shard)["documents"].slices([(slot, slot + 1)])[0]
+        return int(number) + self.manifest.shards[shard].document_offset
+
+    def contexts(self, split: Split = "train") -> Iterator[tuple[Int[Tensor, " m"], Int[Tensor, " m"]]]:
+        """For each context of a split: its token ids, and the cache row of each token (-1 where none is stored)."""
+        first, stop = self.split_rows(split)
+        yield from self.shards.contexts(first, stop)
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Check every byte of every shard against the manifest; UserError names the first shard that differs."""
+        for done, shard in enumerate(self.manifest.shards, 1):
+            if self.folder.sha256(shard.file) != shard.sha256:
+                raise UserError(f"{self.path}/{shard.file} is corrupted (checksum differs); harvest the cache again")
+            if progress is not None:
+                progress(done, len(self.manifest.shards))

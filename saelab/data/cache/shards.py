@@ -1,0 +1,94 @@
+"""Finding rows: which shard holds them, where in its text they stand."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saelab.data.cache.manifest import Manifest
+from saelab.data.cache.storage import Column, Folder
+from saelab.errors import UserError
+
+
+class Shards:
+    """The shards of a cache as one long table. Files are opened, memory-mapped, on first use."""
+
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.starts = [0]
+        for shard in manifest.shards:
+            self.starts.append(self.starts[-1] + shard.rows)
+        self.columns = functools.cache(self._open)
+
+    def _open(self, index: int) -> dict[str, Column]:
+        return self.folder.tensors(self.manifest.shards[index].file)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Shard number and row within the shard."""
+        if not 0 <= row < self.starts[-1]:
+            raise UserError(f"row {row} is outside the {self.starts[-1]} rows of {self.folder.url}")
+        index = bisect.bisect_right(self.starts, row) - 1
+        return index, row - self.starts[index]
+
+    def name(self, row: int) -> tuple[str, int]:
+        """Shard file and row within it, for messages."""
+        index, local = self.locate(row)
+        return self.manifest.shards[index].file, local
+
+    def slot(self, row: int) -> tuple[int, int]:
+        """Shard number and the position of the row's token in the shard's text."""
+        index, local = self.locate(row)
+        return index, int(self.columns(index)["slots"].slices([(local, local + 1)])[0])
+
+    def pieces(self, spans: Sequence[tuple[int, int]], names: Sequence[str]) -> dict[str, list[Tensor]]:
+        """Rows of each global span, for each named tensor; spans must ascend."""
+        by_shard: dict[int, list[tuple[int, int]]] = {}
+        for start, stop in spans:
+            index = self.locate(start)[0]
+            while start < stop:
+                base, upper = self.starts[index], min(stop, self.starts[index + 1])
+                if start < upper:
+                    by_shard.setdefault(index, []).append((start - base, upper - base))
+                start, index = max(start, upper), index + 1
+        return {
+            name: [part for index, local in by_shard.items() for part in self.columns(index)[name].slices(local)]
+            for name in names
+        }
+
+    def gather(self, rows: Int[Tensor, " n"], names: Sequence[str]) -> dict[str, Tensor]:
+        """The given rows of each named tensor, in the given order."""
+        ordered, position = rows.sort()
+        if len(rows):
+            self.locate(int(ordered[0])), self.locate(int(ordered[-1]))
+        bounds = torch.searchsorted(ordered, torch.tensor(self.starts)).tolist()
+        undo = torch.empty_like(position)
+        undo[position] = torch.arange(len(rows))
+        out = {}
+        for name in names:
+            parts = [
+                self.columns(i)[name].take(ordered[a:b] - self.starts[i])
+                for i, (a, b) in enumerate(itertools.pairwise(bounds))
+                if b > a
+            ]
+            out[name] = torch.cat(parts)[undo] if parts else self.columns(0)[name].slices([(0, 0)])[0]
+        return out
+
+    def contexts(self, first: int, stop: int) -> Iterator[tuple[Int[Tensor, " m"], Int[Tensor, " m"]]]:
+        """Token ids, and row of each token (-1 for none), of each context with a row in ``first .. stop``."""
+        length = self.manifest.context_length
+        for index, base in enumerate(self.starts[:-1]):
+            if base >= stop or self.starts[index + 1] <= first:
+                continue
+            columns = self.columns(index)
+            text, slots = columns["text"].all().long(), columns["slots"].all().long()
+            rows = torch.full_like(text, -1)
+            rows[slots] = torch.arange(base, base + len(slots))
+            for tokens, own in zip(text.split(length), rows.split(length)):
+                if first <= int(own.max()) < stop:
+                    yield tokens, own
