@@ -49,7 +49,7 @@ class Manifest:
     text: str = ""
     text_fingerprint: str = ""
     hook_name: str = ""  # TransformerLens name, e.g. blocks.9.hook_resid_post
-    hf_module: str = ""  # the same point in the Hugging Face model, e.g. model.layers.9
+    hf_hook_name: str = ""  # the same point in the Hugging Face model, e.g. model.layers.9
     bos: str = "none"  # "context", "document" or "none"
     skip_first: int = 0  # positions at the start of each context that have no row
     max_norm: float | None = None  # rows with a larger norm were dropped
@@ -127,7 +127,7 @@ class Manifest:
 _RESULTS = ("held_out_from", "rms_norm", "mean_norm", "variance", "scale")
 PROVENANCE = (
     *("model", "revision", "weights_fingerprint", "tokenizer", "tokenizer_hash", "text", "text_fingerprint"),
-    *("hook_name", "hf_module", "bos", "skip_first", "max_norm", "settings"),
+    *("hook_name", "hf_hook_name", "bos", "skip_first", "max_norm", "settings"),
 )
 
 

@@ -65,7 +65,8 @@ class Shards:
         """The given rows of each named tensor, in the given order."""
         ordered, position = rows.sort()
         if len(rows):
-            self.locate(int(ordered[0])), self.locate(int(ordered[-1]))
+            self.locate(int(ordered[0]))
+            self.locate(int(ordered[-1]))
         bounds = torch.searchsorted(ordered, torch.tensor(self.starts)).tolist()
         undo = torch.empty_like(position)
         undo[position] = torch.arange(len(rows))

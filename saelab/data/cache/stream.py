@@ -67,7 +67,7 @@ def make_batch(shards: Shards, parts: list[dict[str, Tensor]]) -> Batch:
     _check_finite(shards, acts, rows)
     grads = None
     if "grads" in held:
-        grads = held["grads"].float() / shards.manifest.grad_scale
+        grads = held["grads"].float() / (shards.manifest.grad_scale or 1.0)
     return Batch(acts, grads, held["tokens"].long(), rows)
 
 
