@@ -1,0 +1,54 @@
+"""Metrics with one unambiguous name each; every number carries its formula, its sample and its interval."""
+
+from __future__ import annotations
+
+from saelab.metrics.density import FiringCounts, ZipfFit, zipf_fit
+from saelab.metrics.dictionary import (
+    babel,
+    babel_co_selected,
+    coherence_histogram,
+    effective_rank,
+    match_directions,
+    max_cosines,
+    stability,
+)
+from saelab.metrics.intervals import Estimate, bootstrap, proportion, t_interval
+from saelab.metrics.reconstruction import FORMULAS, LEGACY, ReconstructionSums
+from saelab.metrics.recovery import (
+    Detection,
+    Matching,
+    absorption_cosine,
+    correlation_errors,
+    correlations,
+    detection,
+    match_dictionary,
+    mcc,
+)
+
+__all__ = [
+    "FORMULAS",
+    "LEGACY",
+    "Detection",
+    "Estimate",
+    "FiringCounts",
+    "Matching",
+    "ReconstructionSums",
+    "ZipfFit",
+    "absorption_cosine",
+    "babel",
+    "babel_co_selected",
+    "bootstrap",
+    "coherence_histogram",
+    "correlation_errors",
+    "correlations",
+    "detection",
+    "effective_rank",
+    "match_dictionary",
+    "match_directions",
+    "max_cosines",
+    "mcc",
+    "proportion",
+    "stability",
+    "t_interval",
+    "zipf_fit",
+]

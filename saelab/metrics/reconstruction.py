@@ -1,0 +1,141 @@
+"""How well the code reconstructs, and how sparse it is: streaming float64 sums over a whole evaluation set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.errors import UserError
+from saelab.metrics.intervals import Array, Estimate, cluster_weights, from_resamples
+from saelab.sparse import SparseCode
+
+# name -> formula; t runs over the n tokens of the set, e = x - recon, mu = mean of x over the set, d = d_in
+FORMULAS = {
+    "fvu": "sum_t |e_t|^2 / sum_t |x_t - mu|^2",
+    "explained_variance": "1 - fvu",
+    "mse": "mean_t |e_t|^2, summed over dimensions",
+    "nmse": "mean_t |e_t|^2 / |x_t|^2, not centred",
+    "cosine": "mean_t cos(x_t, recon_t); a zero reconstruction counts as 0",
+    "l2_ratio": "mean_t |recon_t| / |x_t|",
+    "relative_reconstruction_bias": "mean_t |recon_t|^2 / mean_t x_t.recon_t; below 1 is shrinkage",
+    "l0": "mean_t #{j: code_tj != 0}",
+    "l1": "mean_t sum_j |code_tj|",
+}
+# What other tools report under similar names, for comparison with their numbers only.
+LEGACY = {
+    "legacy_fraction_variance_explained": "1 - sum_d Var_t(e) / sum_d Var_t(x): the residual is centred, so a constant"
+    " error is free (dictionary_learning)",
+    "legacy_explained_variance_per_token": "mean_t 1 - |e_t|^2 / |x_t - mu|^2: a mean of ratios, unbounded below; mu is"
+    " the cache's mean (SAELens and SAEBench, explained_variance_legacy)",
+    "legacy_explained_variance_squared_moment": "1 - mean|e|^2 / (mean|x|^2 - (mean|x|^2 / d)^2): squares E[x^2] for"
+    " E[x], not invariant under scaling (SAELens 6.18, SAEBench 0.6.0)",
+    "legacy_r2_global": "1 - mean (x - recon)^2 / mean (x - m)^2 with m one scalar over all entries (Overcomplete)",
+}
+_COLUMNS = ("n", "sse", "xx", "rr", "xr", "yy", "l0", "l1", "n_ratio", "nmse", "cosine", "l2_ratio", "n_y", "y_ratio")
+
+
+class ReconstructionSums:
+    """Sums per cluster (context or document) from which every metric and its bootstrap follow.
+
+    Deviations are taken from ``centre`` (the cache's mean) before they are squared, so that a large common offset
+    costs no digits; the result does not depend on it, except where a formula says so.
+    """
+
+    def __init__(self, n_clusters: int, centre: Float[Tensor, " d_in"]) -> None:
+        self.centre = centre.double()
+        d_in = centre.numel()
+        self.columns = torch.zeros(n_clusters, len(_COLUMNS), dtype=torch.float64)
+        self.sum_y = torch.zeros(n_clusters, d_in, dtype=torch.float64)
+        self.sum_e = torch.zeros(n_clusters, d_in, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(
+        self,
+        x: Float[Tensor, "n d_in"],
+        recon: Float[Tensor, "n d_in"],
+        code: SparseCode,
+        clusters: Int[Tensor, " n"],
+    ) -> None:
+        """Add one batch; ``clusters`` names the cluster of each token."""
+        x, recon = x.double(), recon.double()
+        y, e = x - self.centre, x - recon
+        sse, xx, rr = e.square().sum(1), x.square().sum(1), recon.square().sum(1)
+        yy, xr = y.square().sum(1), (x * recon).sum(1)
+        l1 = torch.zeros(code.n, dtype=torch.float64).index_add_(0, code.rows(), code.values.abs().double())
+        ratio, y_ratio = (xx > 0).double(), (yy > 0).double()
+        safe_x, safe_y = xx.where(xx > 0, 1.0), yy.where(yy > 0, 1.0)
+        cosine = xr / (safe_x * rr.where(rr > 0, 1.0)).sqrt()
+        columns = [torch.ones_like(sse), sse, xx, rr, xr, yy, code.l0().double(), l1, ratio]
+        columns += [ratio * sse / safe_x, ratio * cosine, ratio * (rr / safe_x).sqrt(), y_ratio, y_ratio * sse / safe_y]
+        self.columns.index_add_(0, clusters, torch.stack(columns, dim=1))
+        self.sum_y.index_add_(0, clusters, y)
+        self.sum_e.index_add_(0, clusters, e)
+
+    @property
+    def n(self) -> int:
+        """Tokens seen."""
+        return int(self.columns[:, 0].sum())
+
+    def estimates(self, cluster: str = "context", legacy: bool = True, seed: int = 0) -> dict[str, Estimate]:
+        """Every metric of ``FORMULAS`` (and of ``LEGACY``), with intervals over clusters."""
+        filled = self.columns[:, 0] > 0
+        n_clusters = int(filled.sum())
+        if n_clusters == 0:
+            raise UserError("there are no tokens to evaluate; the split is empty: harvest more text")
+        weights = cluster_weights(n_clusters, seed=seed)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = _ratios(
+                dict(zip(_COLUMNS, (weights @ self.columns[filled].numpy()).T)),
+                weights @ self.sum_y[filled].numpy(),
+                weights @ self.sum_e[filled].numpy(),
+                self.centre.numpy(),
+            )
+        if not np.isfinite(values["fvu"][0]):
+            raise UserError("all evaluated activations are equal, so no share of variance exists; evaluate more tokens")
+        formulas = {**FORMULAS, **(LEGACY if legacy else {})}
+        return {
+            name: from_resamples(values[name], self.n, "token", formula, n_clusters, cluster)
+            for name, formula in formulas.items()
+            if np.isfinite(values[name][0])
+        }
+
+
+def _ratios(s: dict[str, Array], sum_y: Array, sum_e: Array, centre: Array) -> dict[str, Array]:
+    n, d = s["n"], centre.size
+    # The rounding of float64 leaves a tiny positive remainder for constant data: that is no variance.
+    variance = _above_rounding(s["yy"] - np.square(sum_y).sum(1) / n, s["yy"])
+    residual = s["sse"] - np.square(sum_e).sum(1) / n
+    sum_x = sum_y.sum(1) + n * centre.sum()
+    m2 = s["xx"] / n
+    fvu = s["sse"] / variance
+    return {
+        "fvu": fvu,
+        "explained_variance": 1 - fvu,
+        "mse": s["sse"] / n,
+        "nmse": s["nmse"] / s["n_ratio"],
+        "cosine": s["cosine"] / s["n_ratio"],
+        "l2_ratio": s["l2_ratio"] / s["n_ratio"],
+        "relative_reconstruction_bias": s["rr"] / s["xr"],
+        "l0": s["l0"] / n,
+        "l1": s["l1"] / n,
+        "legacy_fraction_variance_explained": 1 - residual / variance,
+        "legacy_explained_variance_per_token": 1 - s["y_ratio"] / s["n_y"],
+        "legacy_explained_variance_squared_moment": 1 - s["sse"] / n / (m2 - (m2 / d) ** 2),
+        "legacy_r2_global": 1 - s["sse"] / _above_rounding(s["xx"] - sum_x**2 / (n * d), s["xx"]),
+    }
+
+
+def _above_rounding(difference: Array, scale: Array) -> Array:
+    return np.where(difference > 1e-12 * scale, difference, np.nan)
+
+
+@torch.no_grad()
+def fvu_of(encode_decode: Callable[[Tensor], Tensor], x: Float[Tensor, "n d_in"]) -> float:
+    """FVU of a function on one tensor that fits in memory, float64 sums."""
+    recon = encode_decode(x).double()
+    x = x.double()
+    return float((x - recon).square().sum() / (x - x.mean(dim=0)).square().sum())
