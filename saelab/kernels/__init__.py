@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from saelab.kernels.dispatch import backend, describe, use_backend
 from saelab.kernels.ops import (
     SelectedPreActs,
     decode,
     pre_acts_at,
+    pursuit,
     select_batch,
+    select_gradient_topk,
     select_latent,
     select_threshold,
     select_topk,
+    sse,
 )
 
 __all__ = [
     "SelectedPreActs",
+    "backend",
     "decode",
+    "describe",
     "pre_acts_at",
+    "pursuit",
     "select_batch",
+    "select_gradient_topk",
     "select_latent",
     "select_threshold",
     "select_topk",
+    "sse",
+    "use_backend",
 ]

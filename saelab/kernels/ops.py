@@ -1,17 +1,25 @@
-"""The public ops: selection without gradient, then differentiable values and decoding."""
+"""The public ops: selection without gradient, then differentiable values, decoding and loss.
+
+Shapes: ``x [n, d_in]``, ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``;
+a bias may be None; all of one floating dtype on one device. Memory layout is free, but a column-major ``W_enc`` is
+the fast one, and its gradient has that layout. The order of entries within a row is not part of the contract.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from saelab.kernels import reference
+from saelab.kernels import checks, gradients
+from saelab.kernels.dispatch import implementation
+from saelab.kernels.gradients import detached
 
 
 class SelectedPreActs(NamedTuple):
-    """A ragged selection: ``values [nnz]``, ``indices [nnz]``, ``row_ptr [n + 1]``; no gradient attached."""
+    """A ragged selection: ``values [nnz]``, ``indices [nnz]``, ``row_ptr [n + 1]``."""
 
     values: Tensor
     indices: Tensor
@@ -22,10 +30,50 @@ class SelectedPreActs(NamedTuple):
 def select_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, signed: bool = False
 ) -> SelectedPreActs:
-    """Per token the ``k`` largest pre-activations (magnitudes when ``signed``, sign kept)."""
-    values, indices = reference.topk(reference.pre_acts(x, W_enc, b_enc, b_dec), k, signed)
-    row_ptr = torch.arange(x.shape[0] + 1, device=x.device) * k
-    return SelectedPreActs(values.reshape(-1), indices.reshape(-1), row_ptr)
+    """Per token the ``k`` largest pre-activations (magnitudes when ``signed``, sign kept).
+
+    Unsigned values are clipped at zero: a surplus winner is stored as 0. NaN ranks as ``-inf``; ties go to the
+    lowest latent.
+    """
+    checks.encoder(x, W_enc, b_enc, b_dec)
+    checks.budget(k, W_enc.shape[1], "k", "d_sae")
+    return SelectedPreActs(*implementation(x).topk(*_plain(x, W_enc, b_enc, b_dec), k, signed))
+
+
+@torch.no_grad()
+def select_gradient_topk(
+    x: Tensor,
+    grads: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    W_dec: Tensor,
+    k: int,
+    beta: float,
+    grad_norm: Literal["rms", "none"] = "rms",
+    signed: bool = False,
+) -> SelectedPreActs:
+    """Per token the ``k`` largest of ``relu(z) * (1 + beta * |grads @ W_dec^T| / norm)``; the value is ``z``.
+
+    ``norm`` is the root mean square of ``grads @ W_dec^T`` over batch and latents, or 1. ``beta=0`` is TopK,
+    ``beta=math.inf`` ranks by ``relu(z) * |grads @ W_dec^T|`` alone. With ``signed``, ``|z|`` replaces ``relu(z)``.
+    """
+    checks.encoder(x, W_enc, b_enc, b_dec)
+    checks.matrices(x, W_dec, W_dec.shape[-1], "W_dec")
+    checks.like(x, grads=grads)
+    checks.budget(k, W_enc.shape[1], "k", "d_sae")
+    if grads.shape != x.shape or W_dec.shape != W_enc.T.shape:
+        raise ValueError(
+            f"grads {list(grads.shape)} must match x {list(x.shape)} and W_dec {list(W_dec.shape)} the transpose of "
+            f"W_enc {list(W_enc.shape)}"
+        )
+    if not beta >= 0:
+        raise ValueError(f"beta={beta} must be 0 or more (math.inf ranks by the gradient term alone)")
+    if grad_norm not in ("rms", "none"):
+        raise ValueError(f"grad_norm={grad_norm!r} is neither 'rms' nor 'none'")
+    weights = _score_weights(grads, W_dec, beta, grad_norm)
+    plain = _plain(x, grads, W_enc, b_enc, b_dec, W_dec)
+    return SelectedPreActs(*implementation(x).gradient_topk(*plain, k, weights, signed))
 
 
 @torch.no_grad()
@@ -33,11 +81,9 @@ def select_batch(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budget: int, signed: bool = False
 ) -> SelectedPreActs:
     """The ``budget`` largest pre-activations of the whole batch; ties go to the lowest (token, latent)."""
-    acts = reference.pre_acts(x, W_enc, b_enc, b_dec)
-    _, flat = reference.topk(acts.reshape(1, -1), budget, signed)
-    mask = torch.zeros(acts.numel(), dtype=torch.bool, device=x.device)
-    mask[flat[0]] = True
-    return SelectedPreActs(*reference.ragged_from_mask(acts if signed else acts.relu(), mask.view_as(acts)))
+    checks.encoder(x, W_enc, b_enc, b_dec)
+    checks.budget(budget, x.shape[0] * W_enc.shape[1], "budget", "n * d_sae")
+    return SelectedPreActs(*implementation(x).batch(*_plain(x, W_enc, b_enc, b_dec), budget, signed))
 
 
 @torch.no_grad()
@@ -49,11 +95,19 @@ def select_latent(
     budgets: Tensor,
     signed: bool = False,
 ) -> SelectedPreActs:
-    """Per latent ``j`` its ``budgets[j]`` largest pre-activations over the batch (``budgets [d_sae]``, int64)."""
-    acts = reference.pre_acts(x, W_enc, b_enc, b_dec)
-    key = acts.abs() if signed else acts
-    rank = key.sort(dim=0, descending=True, stable=True).indices.argsort(dim=0)
-    return SelectedPreActs(*reference.ragged_from_mask(acts if signed else acts.relu(), rank < budgets))
+    """Per latent ``j`` its ``budgets[j]`` largest pre-activations over the batch (``budgets [d_sae]``, int64).
+
+    A budget above n takes all tokens; ties go to the lowest token.
+    """
+    checks.encoder(x, W_enc, b_enc, b_dec)
+    if budgets.dtype != torch.int64 or list(budgets.shape) != [W_enc.shape[1]] or budgets.device != x.device:
+        raise ValueError(
+            f"budgets must be int64 [{W_enc.shape[1]}] on {x.device}, got {budgets.dtype} {list(budgets.shape)}"
+        )
+    if budgets.numel() and int(budgets.min()) < 0:
+        raise ValueError(f"budgets has {int(budgets.min())}; a latent cannot take fewer than 0 tokens")
+    budgets = budgets.clamp_max(x.shape[0])
+    return SelectedPreActs(*implementation(x).latent(*_plain(x, W_enc, b_enc, b_dec), budgets, signed))
 
 
 @torch.no_grad()
@@ -66,54 +120,96 @@ def select_threshold(
     signed: bool = False,
 ) -> SelectedPreActs:
     """Pre-activations strictly above ``threshold`` (a number or ``[d_sae]``); magnitudes when ``signed``."""
-    acts = reference.pre_acts(x, W_enc, b_enc, b_dec)
-    key = acts.abs() if signed else acts
-    return SelectedPreActs(*reference.ragged_from_mask(acts, key > threshold))
-
-
-class _PreActsAt(torch.autograd.Function):
-    """Attach gradients to selected pre-activations: sparse on both sides."""
-
-    @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, values, indices, row_ptr):  # pyright: ignore
-        ctx.save_for_backward(x, W_enc, b_dec, values, indices, row_ptr)
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore
-        x, W_enc, b_dec, values, indices, row_ptr = ctx.saved_tensors
-        # A winner that was clipped to zero did not fire, so it passes no gradient.
-        grad = grad * (values != 0)
-        rows = reference.row_ids(row_ptr, values.numel())
-        d_sae = W_enc.shape[1]
-        d_b_enc = grad.new_zeros(d_sae).index_add_(0, indices, grad)
-        d_x = d_W = d_b_dec = None
-        if ctx.needs_input_grad[1]:
-            centred = x if b_dec is None else x - b_dec
-            d_W = x.new_zeros(d_sae, x.shape[1]).index_add_(0, indices, grad[:, None] * centred[rows]).T
-        if ctx.needs_input_grad[3]:
-            d_b_dec = -(W_enc @ d_b_enc)
-        if ctx.needs_input_grad[0]:
-            d_x = reference.decode(grad, indices, row_ptr, W_enc.T)
-        return d_x, d_W, d_b_enc if ctx.needs_input_grad[2] else None, d_b_dec, None, None, None
+    checks.encoder(x, W_enc, b_enc, b_dec)
+    if isinstance(threshold, Tensor) and threshold.numel() not in (1, W_enc.shape[1]):
+        raise ValueError(f"threshold has shape {list(threshold.shape)}, expected a number or [{W_enc.shape[1]}]")
+    cut = torch.as_tensor(threshold, dtype=x.dtype, device=x.device).detach().reshape(-1).expand(W_enc.shape[1])
+    return SelectedPreActs(*implementation(x).threshold(*_plain(x, W_enc, b_enc, b_dec), cut, signed))
 
 
 def pre_acts_at(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None,
-    b_dec: Tensor | None,
-    selected: SelectedPreActs,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, selected: SelectedPreActs
 ) -> Tensor:
     """The selected values, differentiable in ``x``, ``W_enc``, ``b_enc`` and ``b_dec``. Returns ``[nnz]``.
 
-    Nothing of size ``[n, d_sae]`` is built in the backward pass, and the gradient of ``b_dec`` through the
-    encoder is one matrix-vector product.
+    ``selected`` must come from a ``select_*`` op on the same arguments: its values are taken as they are. A value of
+    zero did not fire and passes no gradient.
     """
-    return _PreActsAt.apply(x, W_enc, b_enc, b_dec, *selected)  # pyright: ignore
+    checks.encoder(x, W_enc, b_enc, b_dec)
+    checks.code(*selected, W_enc.shape[1])
+    _check_rows(x, selected.row_ptr)
+    return gradients.PreActsAt.apply(x, W_enc, b_enc, b_dec, *_contiguous(selected))  # pyright: ignore
 
 
 def decode(values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """``dense(code) @ W_dec + b_dec``, differentiable in ``values``, ``W_dec`` and ``b_dec``. ``[n, d_in]``."""
-    recon = reference.decode(values, indices, row_ptr, W_dec)
-    return recon if b_dec is None else recon + b_dec
+    _check_decoder(values, indices, row_ptr, W_dec, b_dec)
+    return gradients.Decode.apply(*_contiguous((values, indices, row_ptr)), W_dec, b_dec)  # pyright: ignore
+
+
+def sse(
+    x: Tensor, values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, b_dec: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Per token ``sum((decode(code) - x)^2)``, and the reconstruction it belongs to, without gradient.
+
+    Returns ``([n], [n, d_in])``; differentiable in ``x``, ``values``, ``W_dec`` and ``b_dec``. This is the training
+    loss: residual and value gradients come out of the same visit to the decoder's rows as the reconstruction.
+    """
+    checks.matrices(x, W_dec, W_dec.shape[-1], "W_dec")
+    _check_decoder(values, indices, row_ptr, W_dec, b_dec)
+    _check_rows(x, row_ptr)
+    return gradients.SquaredError.apply(x, *_contiguous((values, indices, row_ptr)), W_dec, b_dec)  # pyright: ignore
+
+
+def pursuit(
+    x: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    n_steps: int,
+    residual_stop: float = 0.0,
+    stop_on_repeat: bool = False,
+) -> SelectedPreActs:
+    """Matching pursuit on a tied dictionary: ``n_steps`` times the atom with the largest product with the residual.
+
+    A token stops early once its residual's norm is at most ``residual_stop``, once no product is positive, or, with
+    ``stop_on_repeat``, after it has taken an atom again. An atom taken again has one entry, the sum. The values are
+    differentiable in ``x``, ``W_dec`` and ``b_dec`` through the whole chain of residuals (Costa et al., 2025).
+    """
+    checks.matrices(x, W_dec, W_dec.shape[-1], "W_dec", b_dec=(b_dec, W_dec.shape[-1]))
+    checks.budget(n_steps, 1 << 30, "n_steps", "2**30")
+    if not residual_stop >= 0:
+        raise ValueError(f"residual_stop={residual_stop} must be 0 or more")
+    return SelectedPreActs(*gradients.Pursuit.apply(x, W_dec, b_dec, n_steps, residual_stop, stop_on_repeat))  # pyright: ignore
+
+
+def _score_weights(grads: Tensor, W_dec: Tensor, beta: float, grad_norm: str) -> tuple[float, float]:
+    """The two weights of the score ``a * (w0 + w1 * |grads @ W_dec^T|)``."""
+    if math.isinf(beta):
+        return 0.0, 1.0
+    if grad_norm == "none" or beta == 0:
+        return 1.0, beta
+    # sum over (i, j) of (g_i . w_j)^2 = <G^T G, W^T W>: two small products instead of one of n * d_sae * d_in.
+    wide = torch.promote_types(grads.dtype, torch.float32)
+    small = (grads.T.to(wide) @ grads.to(wide)).double(), (W_dec.T.to(wide) @ W_dec.to(wide)).double()
+    mean_square = float((small[0] * small[1]).sum()) / max(grads.shape[0] * W_dec.shape[0], 1)
+    return 1.0, beta / math.sqrt(mean_square) if mean_square > 0 else 0.0
+
+
+def _check_decoder(values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> None:
+    checks.matrices(W_dec, W_dec, W_dec.shape[-1], "W_dec", b_dec=(b_dec, W_dec.shape[-1]))
+    checks.code(values, indices, row_ptr, W_dec.shape[0])
+    if values.device != W_dec.device:
+        raise ValueError(f"the code is on {values.device} but W_dec is on {W_dec.device}; move one of them")
+
+
+def _check_rows(x: Tensor, row_ptr: Tensor) -> None:
+    if row_ptr.numel() != x.shape[0] + 1:
+        raise ValueError(f"the code has {row_ptr.numel() - 1} rows but x has {x.shape[0]}")
+
+
+def _contiguous(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]
+
+
+def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
+    return detached(*tensors)

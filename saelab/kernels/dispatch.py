@@ -1,0 +1,114 @@
+"""Which implementation runs an op: the one place that knows.
+
+CUDA or ROCm tensors go to ``triton``, float32 tensors on the CPU to ``numba``, everything else to ``reference``. The
+environment variable ``SAELAB_KERNELS`` or :func:`use_backend` names one instead; a named backend that cannot take a
+tensor raises, it never hands over in silence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "numba", "triton")
+VARIABLE = "SAELAB_KERNELS"
+_named: ContextVar[str | None] = ContextVar("saelab_kernels", default=None)
+
+
+def backend(x: Tensor | None = None) -> str:
+    """The backend that an op on ``x`` runs on: ``reference``, ``numba`` or ``triton``.
+
+    Without ``x``: for float32 tensors on the device that training would use (CUDA where there is one).
+    """
+    device = x.device.type if x is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = x.dtype if x is not None else torch.float32
+    name = _named.get() or os.environ.get(VARIABLE) or None
+    if name is None:
+        wanted = {"cpu": "numba", "cuda": "triton"}.get(device)
+        return wanted if wanted and not obstacle(wanted, device, dtype) else "reference"
+    reason = obstacle(name, device, dtype)
+    if reason:
+        raise ValueError(f"kernel backend {name!r} was asked for but {reason}")
+    return name
+
+
+def obstacle(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
+    """Why backend ``name`` cannot take tensors of this device and dtype; None when it can."""
+    if name not in BACKENDS:
+        return f"there is none of that name; choose from {', '.join(BACKENDS)}"
+    if name == "reference":
+        return None
+    missing = _missing(name)
+    if missing:
+        return missing
+    if name == "numba":
+        if device != "cpu":
+            return f"it works on CPU tensors, not on {device}"
+        return None if dtype == torch.float32 else f"it computes in float32, not in {dtype}"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it works on CUDA or ROCm tensors (on CPU tensors only under TRITON_INTERPRET=1)"
+    return None if dtype in (torch.float32, torch.float16, torch.bfloat16) else f"it does not take {dtype}"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops of this context on the named backend."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown kernel backend {name!r}; choose from {', '.join(BACKENDS)}")
+    if _missing(name):
+        raise ValueError(f"kernel backend {name!r} was asked for but {_missing(name)}")
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def describe() -> str:
+    """One line on what runs the ops here, for logs: the backend, its version, and why it is not a faster one."""
+    name = backend()
+    if name == "numba":
+        return f"numba {_version('numba')} on {torch.get_num_threads()} CPU threads"
+    if name == "triton":
+        return f"triton {_version('triton')} on {_card()}"
+    if _named.get() or os.environ.get(VARIABLE):
+        return f"reference (plain PyTorch {torch.__version__}, as asked for)"
+    wanted = "triton" if torch.cuda.is_available() else "numba"
+    reason = obstacle(wanted, "cuda" if wanted == "triton" else "cpu")
+    return f"reference (plain PyTorch {torch.__version__}; {wanted} is not used: {reason})"
+
+
+def implementation(x: Tensor) -> ModuleType:
+    """The module whose functions run the ops on ``x``."""
+    name = backend(x)
+    return importlib.import_module(
+        {"reference": "saelab.kernels.reference"}.get(name, f"saelab.kernels.{name}_backend")
+    )
+
+
+@cache
+def _missing(name: str) -> str | None:
+    if name == "reference":
+        return None
+    if importlib.util.find_spec(name) is None or importlib.util.find_spec(f"saelab.kernels.{name}_backend") is None:
+        return f"{name} is not installed"
+    return None
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _card() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU (interpreted)"
