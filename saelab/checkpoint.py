@@ -52,7 +52,7 @@ def save_sae(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = 
             "d_sae": sae.d_sae,
             "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
             "device": "cpu",
-            "apply_b_dec_to_input": True,
+            "apply_b_dec_to_input": sae.config.get("apply_b_dec_to_input", True),
             "normalize_activations": "none",
             "reshape_activations": "none",
             "metadata": {

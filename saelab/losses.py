@@ -36,9 +36,10 @@ def auxk(
     W_enc = sae.W_enc.T[latents].T  # gathered by row of the transposed view: contiguous per latent
     b_enc = sae.b_enc[latents]
     k = min(k_aux, latents.numel())
-    selected = kernels.select_topk(x, W_enc.detach(), b_enc.detach(), sae.b_dec.detach(), k, sae.signed)
     # The bias of the decoder is no business of this loss: it gets no gradient from it.
-    values = kernels.pre_acts_at(x, W_enc, b_enc, sae.b_dec.detach(), selected)
+    b_in = None if sae.b_in is None else sae.b_in.detach()
+    selected = kernels.select_topk(x, W_enc.detach(), b_enc.detach(), b_in, k, sae.signed)
+    values = kernels.pre_acts_at(x, W_enc, b_enc, b_in, selected)
     recon = kernels.decode(values, selected.indices, selected.row_ptr, sae.W_dec[latents], None)
     loss = (recon - error).square().sum() / (error - error.mean(dim=0)).square().sum()
     return torch.nan_to_num(loss, nan=0.0, posinf=0.0)

@@ -89,20 +89,23 @@ class StepMetrics:
     dead: int
     lr: float
     grad_norm: float
-    terms: dict[str, float]
+    terms: dict[str, float]  # weighted loss terms besides the reconstruction
+    diagnostics: dict[str, float]  # the variant's own numbers, a threshold for instance
 
     def row(self) -> dict[str, Any]:
         """One flat record for ``metrics.jsonl``."""
         row = asdict(self)
-        return {**row, **row.pop("terms")}
+        terms, diagnostics = row.pop("terms"), row.pop("diagnostics")
+        return {**row, **terms, **diagnostics}
 
 
 def start(sae: SAE, cache: ActivationCache, config: TrainConfig, sample: int = 32_768) -> TrainState:
-    """Initialise ``sae`` (in place, in scaled units) from a sample of the cache and return the first state."""
+    """Initialise ``sae`` in place from a sample of the cache and return the first state."""
     scale = cache.manifest.scale
     batch_size = min(sample, cache.n_split("train"))
     first = next(cache.batches(batch_size, split="train", seed=config.seed)).acts.to(sae.device) * scale
     sae.initialise(first, losses.geometric_median(first))
+    sae.rescale_(1 / scale)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr or 0.0, eps=6.25e-10, fused=True)
     since = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
     return TrainState(optimizer, since, scale, cache.manifest.variance * scale**2)
@@ -118,10 +121,8 @@ def train(
     run to go on exactly where it stopped.
     """
     check(sae, cache, config := (config or TrainConfig()).resolved(sae, cache))
-    if state is None:
-        state = start(sae, cache, config)
-    else:
-        sae.rescale_(state.scale)
+    state = state or start(sae, cache, config)
+    sae.rescale_(state.scale)
     total = n_steps(cache, config)
     sae.train()
     try:
@@ -186,18 +187,20 @@ def _step(sae: SAE, batch: Batch, config: TrainConfig, state: TrainState, total:
     n = x.shape[0]
 
     code = sae.encode(x, grads)
-    squared_error, recon = sae.reconstruction_loss(x, code)
-    terms = {name: term / state.variance for name, term in sae.extra_losses(x, code).items()}
+    objective, recon = sae.reconstruction_loss(x, code)
+    error = x - recon
+    sae.observe(x, code, grads)
+    terms = {name: term / state.variance for name, term in sae.extra_losses(x, code, error).items()}
 
     # Firing statistics come before the auxiliary loss, which looks at what is dead now.
     state.tokens_since_fired += n
     state.tokens_since_fired[code.fired()] = 0
     dead = (state.tokens_since_fired > (config.dead_after or 0)).nonzero().flatten()
-    if config.aux_weight and dead.numel() and isinstance(sae, LinearSAE):
-        terms["auxk"] = config.aux_weight * losses.auxk(sae, x, x - recon, dead, config.k_aux or 1)
+    for name, (weight, latents) in sae.aux_latents(dead, config.aux_weight).items():
+        if weight and latents.numel() and isinstance(sae, LinearSAE):
+            terms[name] = weight * losses.auxk(sae, x, error, latents, config.k_aux or 1)
 
-    fvu = squared_error / (n * state.variance)
-    loss = fvu + sum(terms.values())
+    loss = objective / (n * state.variance) + sum(terms.values())
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
 
@@ -205,7 +208,7 @@ def _step(sae: SAE, batch: Batch, config: TrainConfig, state: TrainState, total:
     sae.project_decoder_grad()
     max_norm = config.grad_clip if config.grad_clip is not None else math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), max_norm)
-    lr = learning_rate(config, state.step, total)
+    lr = learning_rate(config, state.step, total) * sae.lr_scale(state.step, total)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
@@ -217,10 +220,11 @@ def _step(sae: SAE, batch: Batch, config: TrainConfig, state: TrainState, total:
         step=state.step,
         tokens=state.tokens_seen,
         loss=loss.item(),
-        fvu=fvu.item(),
+        fvu=(error.square().sum() / (n * state.variance)).item(),
         l0=code.l0().double().mean().item(),
         dead=dead.numel(),
         lr=lr,
         grad_norm=grad_norm.item(),
         terms={name: term.item() for name, term in terms.items()},
+        diagnostics=sae.diagnostics(),
     )

@@ -9,6 +9,7 @@ from dataclasses import field
 from typing import Annotated, Any
 
 import tyro
+from docstring_parser import DocstringStyle
 from docstring_parser import parse as parse_docstring
 
 from saelab.errors import UserError, near_matches
@@ -30,7 +31,9 @@ def option_fields(variant: str) -> list[tuple[str, Any, Any]]:
     """Dataclass fields for the constructor's keyword arguments, with the help of its docstring."""
     constructor = VARIANTS[variant].__init__
     hints = typing.get_type_hints(constructor)
-    helps = {p.arg_name: p.description for p in parse_docstring(inspect.getdoc(constructor) or "").params}
+    # The parser looks for sections below a first line, and getdoc() strips an empty one.
+    doc = parse_docstring("\n" + (inspect.getdoc(constructor) or ""), DocstringStyle.GOOGLE)
+    helps = {p.arg_name: p.description for p in doc.params}
     fields = []
     for name, parameter in inspect.signature(constructor).parameters.items():
         if name in {"self", "d_in", "d_sae"}:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab import kernels
@@ -26,8 +27,10 @@ class SAE(nn.Module, ABC):
     """
 
     variant: ClassVar[str]
+    saelens: str | None = None  # the SAELens architecture of its inference form, if there is one
+    signed: bool = False  # whether codes carry negative values; an option of many variants
     needs_grads: ClassVar[bool] = False  # must be trained on a cache that holds gradients of the LM loss
-    # Parameters and buffers measured in units of the activations: they scale when the data are rescaled.
+    # Parameters and buffers (dotted names) in units of the activations: they scale when the data are rescaled.
     scaled: ClassVar[tuple[str, ...]] = ("b_dec",)
 
     def __init_subclass__(cls, variant: str | None = None, **kwargs: Any) -> None:
@@ -44,11 +47,6 @@ class SAE(nn.Module, ABC):
         self.config: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, **config}
         self.W_dec = nn.Parameter(_unit_rows(torch.randn(d_sae, d_in)))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
-
-    @property
-    def signed(self) -> bool:
-        """Whether codes carry negative values."""
-        return bool(self.config.get("signed", False))
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "n d_in"], grads: Float[Tensor, "n d_in"] | None = None) -> SparseCode:
@@ -72,16 +70,39 @@ class SAE(nn.Module, ABC):
         recon = self.decode(code)
         return (x - recon).square().sum(), recon.detach()
 
-    def extra_losses(self, x: Tensor, code: SparseCode) -> dict[str, Tensor]:
+    def extra_losses(self, x: Tensor, code: SparseCode, error: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
         """Terms of the variant's own objective (a sparsity penalty, say), each a mean per token, weighted.
 
-        Like the reconstruction term they are divided by the data's mean squared deviation by the trainer.
+        ``error`` is ``x - recon`` without gradient. Like the reconstruction term they are divided by the data's mean
+        squared deviation by the trainer.
         """
         return {}
+
+    def aux_latents(self, dead: Int[Tensor, " m"], weight: float) -> dict[str, tuple[float, Tensor]]:
+        """Which latents should help to explain the residual (AuxK), by name of the term, with its weight.
+
+        ``dead`` are the latents that have not fired for long, ``weight`` is the trainer's for them. Empty for variants
+        without such a loss.
+        """
+        return {}
+
+    # The hooks below keep all they learn in buffers, so that a resumed run goes on exactly where it stopped.
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
+        """See a training batch and its code, once per step: running statistics of the variant, if it has any."""
 
     @torch.no_grad()
     def after_step(self, step: int, n_steps: int) -> None:
         """Called by the trainer after each optimizer step: schedules and phases of the variant, if it has any."""
+
+    def lr_scale(self, step: int, n_steps: int) -> float:
+        """What the trainer multiplies the learning rate of a step by, for variants that train in phases."""
+        return 1.0
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers of the variant that are worth a column in the training log."""
+        return {}
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
@@ -111,7 +132,7 @@ class SAE(nn.Module, ABC):
         Exact in floating point when ``factor`` is a power of two, which is the only kind the trainer uses.
         """
         for name in self.scaled:
-            getattr(self, name).mul_(factor)
+            attrgetter(name)(self).mul_(factor)
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +140,10 @@ class SAE(nn.Module, ABC):
 
 
 class LinearSAE(SAE):
-    """An SAE whose pre-activations are ``(x - b_dec) @ W_enc + b_enc`` and whose variant is a selection rule."""
+    """An SAE whose pre-activations are ``(x - b_dec) @ W_enc + b_enc`` and whose variant is a selection rule.
+
+    With ``apply_b_dec_to_input=False`` in the configuration they are ``x @ W_enc + b_enc``.
+    """
 
     scaled: ClassVar[tuple[str, ...]] = ("b_dec", "b_enc")
 
@@ -130,19 +154,44 @@ class LinearSAE(SAE):
         self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
 
+    @property
+    def b_in(self) -> Tensor | None:
+        """What is subtracted from the input: ``b_dec``, or nothing."""
+        return self.b_dec if self.config.get("apply_b_dec_to_input", True) else None
+
     @abstractmethod
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         """Which latents represent each token, with their pre-activations; called without gradients."""
+
+    def activate(self, pre_acts: Float[Tensor, " nnz"], indices: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+        """The code's values from the selected pre-activations; differentiable. The identity unless overridden."""
+        return pre_acts
 
     @final
     def encode(self, x: Float[Tensor, "n d_in"], grads: Float[Tensor, "n d_in"] | None = None) -> SparseCode:
         with torch.no_grad():
             selected = self.select(x, grads)
-        values = kernels.pre_acts_at(x, self.W_enc, self.b_enc, self.b_dec, selected)
+        pre_acts = kernels.pre_acts_at(x, self.W_enc, self.b_enc, self.b_in, selected)
+        values = self.activate(pre_acts, selected.indices)
         return SparseCode(values, selected.indices, selected.row_ptr, self.d_sae)
 
+    @torch.no_grad()
+    def select_above(self, x: Tensor, threshold: Tensor | float) -> SelectedPreActs:
+        """The pre-activations strictly above a threshold (a number or ``[d_sae]``); magnitudes when signed."""
+        if isinstance(threshold, Tensor):
+            threshold = threshold.to(x.dtype)
+        return kernels.select_threshold(x, self.W_enc, self.b_enc, self.b_in, threshold, self.signed)
 
-def check_k(k: int, d_sae: int) -> int:
+    def pre_acts(self, x: Float[Tensor, "n d_in"], latents: slice) -> Float[Tensor, "n m"]:
+        """Dense pre-activations of a run of latents: for statistics, never in the training step."""
+        centred = x if self.b_in is None else x - self.b_in
+        return torch.addmm(self.b_enc[latents], centred, self.W_enc[:, latents])
+
+    def aux_latents(self, dead: Int[Tensor, " m"], weight: float) -> dict[str, tuple[float, Tensor]]:
+        return {"auxk": (weight, dead)}
+
+
+def check_k(k: float, d_sae: int) -> float:
     """``k`` if a token can spend it on ``d_sae`` latents."""
     if not 1 <= k <= d_sae:
         raise UserError(f"k={k} is outside 1..d_sae={d_sae}; lower k or widen the SAE")

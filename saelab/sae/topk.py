@@ -16,6 +16,8 @@ from saelab.sae.base import LinearSAE, check_k
 class TopK(LinearSAE, variant="topk"):
     """``z = ReLU(TopK_k(W_enc^T (x - b_dec) + b_enc))``."""
 
+    saelens = "topk"
+
     def __init__(self, d_in: int, d_sae: int, k: int = 32) -> None:
         """
         Args:
@@ -25,4 +27,4 @@ class TopK(LinearSAE, variant="topk"):
         self.k = k
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
-        return kernels.select_topk(x, self.W_enc, self.b_enc, self.b_dec, self.k)
+        return kernels.select_topk(x, self.W_enc, self.b_enc, self.b_in, self.k)

@@ -1,0 +1,152 @@
+"""What replaces a batch's budget at inference: thresholds, so that a token's code never depends on its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saelab import kernels
+from saelab.kernels import SelectedPreActs
+from saelab.sae.base import LinearSAE, check_k
+from saelab.sparse import SparseCode
+
+SAMPLE_NUMBERS = 2**27  # held-out activations kept for a calibration: 512 MiB in float32
+CHUNK = 4096  # tokens whose pre-activations are looked at together
+
+
+class RunningMean(nn.Module):
+    """Exponential mean of a number or a vector, unbiased from the first update on; 0 before it.
+
+    Kept in float64 whatever the precision of the model around it: with a rate of 0.01, bfloat16 would round small
+    updates away.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self, *shape: int, rate: float = 0.01) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("total", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("weight", torch.zeros(shape, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, value: Tensor, rate: float | None = None, where: Tensor | None = None) -> None:
+        """Mix in ``value``, for the elements marked in ``where`` only."""
+        rate = self.rate if rate is None else rate
+        step = rate if where is None else rate * where.double()
+        self.total += step * (value.double() - self.total)
+        self.weight += step * (1 - self.weight)
+
+    @torch.no_grad()
+    def set_(self, value: Tensor) -> None:
+        """Replace the history by one value."""
+        self.total.copy_(value)
+        self.weight.fill_(1.0)
+
+    def mean(self) -> Tensor:
+        return torch.where(self.weight > 0, self.total / self.weight, 0.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMean:
+        # Follow the model to another device, but not to another precision.
+        device = fn(torch.empty(0, device=self.total.device)).device
+        self.total, self.weight = self.total.to(device), self.weight.to(device)
+        return self
+
+
+class BatchBudgetSAE(LinearSAE):
+    """Spends ``n * k`` latents freely over a batch in training; in eval mode one threshold decides.
+
+    The threshold follows the smallest magnitude kept in each training batch and is set, when training ends, to the
+    value at which the held-out tokens have ``k`` active latents on average. Signed SAEs compare magnitudes.
+    """
+
+    saelens = "jumprelu"
+    scaled = (*LinearSAE.scaled, "threshold.total")
+
+    def __init__(self, d_in: int, d_sae: int, k: float, signed: bool = False, **config: Any) -> None:
+        super().__init__(d_in, d_sae, k=check_k(k, d_sae), **config)
+        self.k, self.signed = k, signed
+        if signed:
+            self.saelens = None  # SAELens has no two-sided threshold
+        self.threshold = RunningMean()
+
+    def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
+        if self.training:
+            budget = int(self.k * x.shape[0])
+            return kernels.select_batch(x, self.W_enc, self.b_enc, self.b_in, budget, self.signed)
+        return self.select_above(x, self.threshold.mean())
+
+    def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
+        kept = code.values.detach().abs()
+        kept = kept[kept > 0]
+        if kept.numel():
+            self.threshold.update(kept.min())
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        x = calibration_sample(batches, self.d_in)
+        if x is not None:
+            self.threshold.set_(global_threshold(self, x, self.k))
+
+    def diagnostics(self) -> dict[str, float]:
+        return {"threshold": self.threshold.mean().item()}
+
+
+def calibration_sample(batches: Iterable[Tensor], d_in: int) -> Float[Tensor, "n d_in"] | None:
+    """The first activations of ``batches``, as many as fit ``SAMPLE_NUMBERS``; none if there are none."""
+    room, kept = SAMPLE_NUMBERS // d_in, []
+    for batch in batches:
+        kept.append(batch[:room])
+        room -= kept[-1].shape[0]
+        if not room:
+            break
+    return torch.cat(kept) if kept else None
+
+
+@torch.no_grad()
+def global_threshold(sae: LinearSAE, x: Float[Tensor, "n d_in"], k: float) -> Tensor:
+    """The threshold above which the tokens ``x`` have ``k`` pre-activations each on average (magnitudes if signed).
+
+    It is 0 when fewer than that are positive.
+    """
+    wanted, factor = int(k * x.shape[0]), 4
+    while True:
+        kept, floors = [], []
+        for chunk in x.split(CHUNK):
+            budget = min(int(factor * k * chunk.shape[0]), chunk.shape[0] * sae.d_sae)
+            values = kernels.select_batch(chunk, sae.W_enc, sae.b_enc, sae.b_in, budget, sae.signed).values.abs()
+            kept.append(values)
+            if budget < chunk.shape[0] * sae.d_sae:
+                floors.append(values.min())
+        values = torch.cat(kept)
+        largest = values.topk(min(wanted + 1, values.numel())).values
+        threshold = largest[-1] if largest.numel() > wanted else largest.new_zeros(())
+        # A chunk that keeps nothing below the threshold may have lost entries above it: look deeper.
+        if all(floor <= threshold for floor in floors):
+            return threshold
+        factor *= 2
+
+
+@torch.no_grad()
+def latent_thresholds(
+    sae: LinearSAE, x: Float[Tensor, "n d_in"], rates: Float[Tensor, " d_sae"]
+) -> Float[Tensor, " d_sae"]:
+    """Per latent the threshold above which it is active on a share ``rates`` of the tokens ``x``; never negative.
+
+    A latent whose rate is less than one token of the sample gets its largest value there.
+    """
+    n = x.shape[0]
+    wanted = (rates * n).round().long().clamp(0, n)
+    thresholds = []
+    width = max(1, SAMPLE_NUMBERS // n)
+    for start in range(0, sae.d_sae, width):
+        latents = slice(start, start + width)
+        acts = sae.pre_acts(x, latents)
+        acts = (acts.abs() if sae.signed else acts.relu()).sort(dim=0, descending=True).values
+        acts = torch.cat([acts, acts.new_zeros(1, acts.shape[1])])
+        thresholds.append(acts.gather(0, wanted[None, latents])[0])
+    return torch.cat(thresholds)
