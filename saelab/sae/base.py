@@ -67,8 +67,8 @@ class SAE(nn.Module, ABC):
 
         It is the squared error; nested dictionaries replace it.
         """
-        recon = self.decode(code)
-        return (x - recon).square().sum(), recon.detach()
+        per_token, recon = kernels.sse(x, code.values, code.indices, code.row_ptr, self.W_dec, self.b_dec)
+        return per_token.sum(), recon
 
     def extra_losses(self, x: Tensor, code: SparseCode, error: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
         """Terms of the variant's own objective (a sparsity penalty, say), each a mean per token, weighted.
@@ -191,7 +191,7 @@ class LinearSAE(SAE):
         return {"auxk": (weight, dead)}
 
 
-def check_k(k: float, d_sae: int) -> float:
+def check_k(k: int | float, d_sae: int) -> int | float:
     """``k`` if a token can spend it on ``d_sae`` latents."""
     if not 1 <= k <= d_sae:
         raise UserError(f"k={k} is outside 1..d_sae={d_sae}; lower k or widen the SAE")

@@ -11,7 +11,7 @@ from saelab.sae.threshold import BatchBudgetSAE
 class BatchTopK(BatchBudgetSAE, variant="batch_topk"):
     """``z = ReLU(u)`` where ``u`` is among the ``n * k`` largest of the batch; ``u > threshold`` at inference."""
 
-    def __init__(self, d_in: int, d_sae: int, k: float = 32, signed: bool = False) -> None:
+    def __init__(self, d_in: int, d_sae: int, k: int | float = 32, signed: bool = False) -> None:
         """
         Args:
             k: Latents per token, on average over the batch.

@@ -68,7 +68,7 @@ class BatchBudgetSAE(LinearSAE):
     saelens = "jumprelu"
     scaled = (*LinearSAE.scaled, "threshold.total")
 
-    def __init__(self, d_in: int, d_sae: int, k: float, signed: bool = False, **config: Any) -> None:
+    def __init__(self, d_in: int, d_sae: int, k: int | float, signed: bool = False, **config: Any) -> None:
         super().__init__(d_in, d_sae, k=check_k(k, d_sae), **config)
         self.k, self.signed = k, signed
         if signed:
@@ -108,7 +108,7 @@ def calibration_sample(batches: Iterable[Tensor], d_in: int) -> Float[Tensor, "n
 
 
 @torch.no_grad()
-def global_threshold(sae: LinearSAE, x: Float[Tensor, "n d_in"], k: float) -> Tensor:
+def global_threshold(sae: LinearSAE, x: Float[Tensor, "n d_in"], k: int | float) -> Tensor:
     """The threshold above which the tokens ``x`` have ``k`` pre-activations each on average (magnitudes if signed).
 
     It is 0 when fewer than that are positive.
