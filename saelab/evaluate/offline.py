@@ -1,0 +1,108 @@
+"""Metrics that need no language model: reconstruction, sparsity and firing on the rows of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saelab.data.cache import ActivationCache
+from saelab.data.cache.reader import Split
+from saelab.errors import UserError
+from saelab.metrics import FiringCounts, ReconstructionSums
+from saelab.sae import SAE
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+def context_of_rows(cache: ActivationCache, split: Split, max_rows: int | None = None) -> Tensor:
+    """For each row of a split, in corpus order, the number of its context counted from the split's start."""
+    counts, total = [], 0
+    for _, rows in cache.contexts(split):
+        counts.append(int((rows >= 0).sum()))
+        total += counts[-1]
+        if max_rows is not None and total >= max_rows:
+            break
+    return torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64))[:max_rows]
+
+
+def check_pair(sae: SAE, cache: ActivationCache, split: Split) -> None:
+    """Refuse an SAE and a cache that do not belong together, or a split without rows."""
+    if sae.d_in != cache.d_in:
+        raise UserError(f"the SAE reads width d_in={sae.d_in} but the cache holds width {cache.d_in}")
+    if cache.n_split(split) == 0:
+        raise UserError(f"the {split} split of {cache.path} is empty; harvest with a held-out share above 0")
+
+
+@torch.no_grad()
+def reconstruction(
+    sae: SAE,
+    cache: ActivationCache,
+    *,
+    split: Split = "held_out",
+    max_tokens: int | None = None,
+    batch_size: int = 4096,
+    grads: bool = False,
+    progress: Progress | None = None,
+) -> tuple[ReconstructionSums, FiringCounts]:
+    """Encode and decode the first ``max_tokens`` rows of a split in corpus order; the sums carry all metrics.
+
+    ``grads`` gives the SAE the cached gradients of the language model's loss, where it can use them: the selection
+    then sees the labels, so the result is an upper bound and no number to compare.
+    """
+    check_pair(sae, cache, split)
+    total = min(max_tokens or cache.n_split(split), cache.n_split(split))
+    clusters = context_of_rows(cache, split, total)
+    sums = ReconstructionSums(int(clusters[-1]) + 1, torch.tensor(cache.manifest.mean, dtype=torch.float64))
+    firing, done = FiringCounts(sae.d_sae), 0
+    batches = cache.batches(min(batch_size, total), split=split, seed=None, grads=grads)
+    try:
+        for batch in batches:
+            take = min(batch.acts.shape[0], total - done)
+            x = batch.acts[:take].to(sae.device)
+            code = sae.encode(x, None if batch.grads is None else batch.grads[:take].to(sae.device))
+            recon = sae.decode(code)
+            sums.update(x.cpu(), recon.cpu(), code.to("cpu"), clusters[done : done + take])
+            firing.update(code)
+            done += take
+            if progress is not None:
+                progress("reconstruction", done, total)
+            if done == total:
+                break
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+    return sums, firing
+
+
+@torch.no_grad()
+def count_firing(
+    sae: SAE,
+    cache: ActivationCache,
+    firing: FiringCounts,
+    n_tokens: int,
+    *,
+    batch_size: int = 4096,
+    progress: Progress | None = None,
+) -> None:
+    """Widen the window of ``firing`` by ``n_tokens`` training rows in random order.
+
+    Whether a latent is dead is a statement about many tokens, more than a held-out split has; no metric of
+    reconstruction is taken here.
+    """
+    n_tokens = min(n_tokens, cache.n_split("train"))
+    done = 0
+    if n_tokens <= 0:
+        return
+    batches = cache.batches(min(batch_size, n_tokens), split="train", seed=0)
+    for batch in batches:
+        take = min(batch.acts.shape[0], n_tokens - done)
+        firing.update(sae.encode(batch.acts[:take].to(sae.device)))
+        done += take
+        if progress is not None:
+            progress("firing", done, n_tokens)
+        if done == n_tokens:
+            break
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]

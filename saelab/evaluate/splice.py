@@ -1,0 +1,187 @@
+"""The language model with the SAE spliced in: cross-entropy and KL against the untouched model and two ablations.
+
+Activations at the hook are replaced by their reconstruction, by zero, or by the cache's mean, at every position that
+has a row in the cache; positions without a row (the first of each context, dropped outliers) stay untouched in all
+runs, because the SAE was never trained on them. Layers below the hook run once per context: at the hook the batch
+grows by one copy per variant, and only the layers above see them all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saelab.errors import UserError
+from saelab.metrics.intervals import Array, Estimate, cluster_weights, from_resamples
+
+FORMULAS = {
+    "ce_loss_without_sae": "mean next-token cross-entropy of the untouched model, nats, at replaced positions",
+    "ce_loss_with_sae": "the same with activations replaced by their reconstruction",
+    "ce_loss_with_zero_ablation": "the same with activations replaced by zero",
+    "ce_loss_with_mean_ablation": "the same with activations replaced by the mean over the cache's training rows",
+    "ce_loss_increase": "ce_loss_with_sae - ce_loss_without_sae",
+    "ce_loss_recovered_zero": "(ce_zero - ce_sae) / (ce_zero - ce_clean), zero ablation",
+    "ce_loss_recovered_mean": "(ce_mean - ce_sae) / (ce_mean - ce_clean), mean ablation",
+    "kl_div_with_sae": "mean KL(untouched || with SAE) of the next-token distribution, nats",
+    "kl_div_with_zero_ablation": "mean KL(untouched || zero ablation)",
+    "kl_div_with_mean_ablation": "mean KL(untouched || mean ablation)",
+    "kl_recovered_zero": "(kl_zero - kl_sae) / kl_zero",
+    "kl_recovered_mean": "(kl_mean - kl_sae) / kl_mean",
+}
+VARIANTS = ("clean", "sae", "zero", "mean")
+Replace = Callable[[Float[Tensor, "n d_in"], Int[Tensor, " n"]], Float[Tensor, "n d_in"]]
+
+
+@contextmanager
+def edited(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Pass the output of ``module`` (the hidden states, where it is a tuple) through ``edit`` while active."""
+
+    def hook(_module: nn.Module, _args: object, output: Tensor | tuple) -> Tensor | tuple:
+        if isinstance(output, tuple):
+            return (edit(output[0]), *output[1:])
+        return edit(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class LossSums:
+    """Per context: replaced positions, and the sums over them of cross-entropy and KL of each variant."""
+
+    n: list[int] = field(default_factory=list)
+    ce: list[list[float]] = field(default_factory=list)  # clean, sae, zero, mean
+    kl: list[list[float]] = field(default_factory=list)  # sae, zero, mean
+
+    def estimates(self, cluster: str = "context", seed: int = 0) -> dict[str, Estimate]:
+        """Every loss and share of ``FORMULAS`` with its interval over contexts."""
+        total = sum(self.n)
+        if total == 0:
+            raise UserError("no held-out position was replaced, so there is no loss to compare; harvest more text")
+        weights = cluster_weights(len(self.n), seed=seed)
+        n = weights @ np.array(self.n, dtype=np.float64)
+        ce, kl = weights @ np.array(self.ce) / n[:, None], weights @ np.array(self.kl) / n[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = _shares(ce, kl)
+        return {
+            name: from_resamples(values[name], total, "token", formula, len(self.n), cluster)
+            for name, formula in FORMULAS.items()
+            if np.isfinite(values[name][0])
+        }
+
+
+def _shares(ce: Array, kl: Array) -> dict[str, Array]:
+    clean, sae, zero, mean = ce.T
+    kl_sae, kl_zero, kl_mean = kl.T
+    return {
+        "ce_loss_without_sae": clean,
+        "ce_loss_with_sae": sae,
+        "ce_loss_with_zero_ablation": zero,
+        "ce_loss_with_mean_ablation": mean,
+        "ce_loss_increase": sae - clean,
+        "ce_loss_recovered_zero": _share(zero - sae, zero - clean),
+        "ce_loss_recovered_mean": _share(mean - sae, mean - clean),
+        "kl_div_with_sae": kl_sae,
+        "kl_div_with_zero_ablation": kl_zero,
+        "kl_div_with_mean_ablation": kl_mean,
+        "kl_recovered_zero": _share(kl_zero - kl_sae, kl_zero),
+        "kl_recovered_mean": _share(kl_mean - kl_sae, kl_mean),
+    }
+
+
+def _share(part: Array, whole: Array) -> Array:
+    # An ablation that costs nothing leaves nothing to recover: no number, rather than one with a flipped sign.
+    return np.where(whole > 0, part / whole, np.nan)
+
+
+class SplicedRun:
+    """Runs contexts through ``model`` with every variant at once and sums the losses.
+
+    ``model(input_ids=..., use_cache=False)`` returns an object with ``logits``. ``replace(x, rows)`` gives the
+    reconstruction of the activations ``x [n, d_in]`` whose cache rows are ``rows``. ``residual`` says that the hook
+    carries everything the layers above see: then an ablated context that equals the previous one bit for bit (all
+    positions but an identical first one are ablated) reuses its logits, which is exact and halves the work.
+    """
+
+    def __init__(
+        self, model: nn.Module, module: nn.Module, mean: Float[Tensor, " d_in"], replace: Replace, residual: bool
+    ) -> None:
+        self.model, self.module, self.mean, self.replace, self.residual = model, module, mean, replace, residual
+        self.sums = LossSums()
+        self.reused: dict[str, tuple[Tensor, Tensor]] = {}  # variant -> (hidden states, logits) of an earlier context
+        self.seconds_lm = 0.0  # in the model, SAE excluded
+        self.passes_reused = 0
+
+    @torch.no_grad()
+    def add(self, tokens: Int[Tensor, " t"], rows: Int[Tensor, " t"]) -> None:
+        """One context: its token ids, and the cache row of each (-1: left untouched)."""
+        logits = self._logits(tokens, rows)
+        # The last position predicts nothing that is known.
+        at = (rows[:-1] >= 0).nonzero().flatten()
+        if at.numel() == 0:
+            return
+        targets = tokens[1:][at]
+        clean = logits["clean"][at].float()
+        lse_clean = clean.logsumexp(dim=1)
+        p = (clean - lse_clean[:, None]).exp_()
+        ce, kl = [_cross_entropy(clean, lse_clean, targets)], []
+        for name in VARIANTS[1:]:
+            other = logits[name][at].float()
+            lse = other.logsumexp(dim=1)
+            ce.append(_cross_entropy(other, lse, targets))
+            # sum_v p_v (log p_v - log q_v); the difference first, so that equal logits give exactly zero
+            divergence = torch.linalg.vecdot(p, clean - other) - (lse_clean - lse)
+            kl.append(float(divergence.double().sum()))
+        self.sums.n.append(at.numel())
+        self.sums.ce.append(ce)
+        self.sums.kl.append(kl)
+
+    def _logits(self, tokens: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        hidden: dict[str, Tensor] = {}
+        seconds_edit = 0.0
+
+        def edit(acts: Tensor) -> Tensor:
+            nonlocal seconds_edit
+            started = time.perf_counter()
+            hidden.update(self._variants(acts[0], rows))
+            stacked = torch.stack(list(hidden.values()))
+            seconds_edit += time.perf_counter() - started
+            return stacked
+
+        started = time.perf_counter()
+        with edited(self.module, edit):
+            out = self.model(input_ids=tokens[None], use_cache=False).logits
+        self.seconds_lm += time.perf_counter() - started - seconds_edit
+        logits = dict(zip(hidden, out))
+        for name in ("zero", "mean"):
+            if name not in logits:
+                logits[name] = self.reused[name][1]
+                self.passes_reused += 1
+            elif self.residual:
+                self.reused[name] = (hidden[name], logits[name].clone())
+        return logits
+
+    def _variants(self, acts: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        stored = rows >= 0
+        recon = self.replace(acts[stored].float(), rows[stored]).to(acts.dtype)
+        made = {"clean": acts, "sae": acts.index_put((stored,), recon)}
+        for name, value in (("zero", torch.zeros_like(self.mean)), ("mean", self.mean)):
+            ablated = torch.where(stored[:, None], value.to(acts.dtype), acts)
+            before = self.reused.get(name)
+            if before is None or not torch.equal(before[0], ablated):
+                made[name] = ablated
+        return made
+
+
+def _cross_entropy(logits: Tensor, lse: Tensor, targets: Tensor) -> float:
+    return float((lse - logits.gather(1, targets[:, None])[:, 0]).double().sum())
