@@ -18,7 +18,7 @@ LAYERS = [
     {"sae"},
     {"losses", "metrics", "lm", "data"},
     {"train", "distributed", "checkpoint"},
-    {"reproduce", "interop", "features", "steer", "evaluate", "sweep"},
+    {"reproduce", "interop", "features", "steer", "evaluate", "sweep", "workspace"},
     {"viz", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

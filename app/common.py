@@ -1,0 +1,187 @@
+"""What the pages share: the workspace, cached loaders, the chosen run and latent, the lock on the model."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from saelab import viz
+from saelab.errors import UserError
+from saelab.workspace import Run, Workspace, read_metrics
+
+FOLDER, MODEL = "SAELAB_APP_FOLDER", "SAELAB_APP_MODEL"
+LINKED = ("run", "latent", "pole")
+
+
+@st.cache_resource(ttl=5, max_entries=4, show_spinner=False)
+def _scan(root: str) -> Workspace:
+    return Workspace.scan(root)
+
+
+def workspace() -> Workspace:
+    """The folder the app was started on, scanned anew every few seconds."""
+    return _scan(os.environ.get(FOLDER, "."))
+
+
+def colours() -> viz.Palette:
+    """The palette of the theme the reader sees."""
+    return viz.palette(st.context.theme.type == "dark")
+
+
+def html(fragment: str) -> None:
+    """Show HTML made by ``saelab.viz``, which escapes what comes from the corpus."""
+    st.html(fragment)
+
+
+def style() -> str:
+    return viz.style_sheet(colours())
+
+
+def chart(figure: Any, alt: str, key: str | None = None, **options: Any) -> Any:
+    """A figure with its description for screen readers."""
+    return st.plotly_chart(figure, theme=None, alt=alt, key=key, config={"displaylogo": False}, **options)
+
+
+def follow_link() -> None:
+    """Take run, latent and pole from the address, when it is not the one we wrote ourselves."""
+    params = st.query_params.to_dict()
+    if not params or params == st.session_state.get("address"):
+        return
+    if params.get("run") in workspace().runs:
+        st.session_state["run"] = params["run"]
+    for name in ("latent", "pole"):
+        if params.get(name, "").lstrip("-").isdigit():
+            st.session_state[name] = int(params[name])
+
+
+def show_link(**params: Any) -> None:
+    """Write the state into the address, so that it can be shared."""
+    address = {name: str(value) for name, value in params.items()}
+    st.session_state["address"] = address
+    if st.query_params.to_dict() != address:
+        st.query_params.from_dict(address)
+
+
+def sidebar() -> None:
+    """The choice of the run, shared by all pages."""
+    found = workspace()
+    names = [name for name, run in found.runs.items() if run.has_weights]
+    with st.sidebar:
+        if not names:
+            st.caption("No SAE below this folder yet.")
+            return
+        if st.session_state.get("run") not in names:
+            st.session_state["run"] = names[0]
+        st.selectbox("SAE", names, key="run", format_func=lambda name: viz.visible(describe(found.runs[name])))
+        show_link(run=st.session_state["run"])
+
+
+def describe(run: Run) -> str:
+    """``name · variant``, for menus."""
+    return f"{run.name} · {run.variant}" if run.name != "." else run.variant
+
+
+def run_page(page: Any) -> None:
+    """Run a page; a mistake the user can mend is shown as one line."""
+    try:
+        page.run()
+    except UserError as error:
+        st.error(viz.markdown(str(error)), icon=":material/error:")
+
+
+def need_run() -> Run:
+    """The chosen run; without one the page ends with what to do."""
+    found = workspace()
+    if "run" not in st.session_state or st.session_state["run"] not in found.runs:
+        st.info(
+            f"There is no SAE below `{found.root.name}` yet. "
+            f"Train one into it: `saelab train CACHE --out {found.root.name}/run`.",
+            icon=":material/info:",
+        )
+        st.stop()
+    return found.runs[st.session_state["run"]]
+
+
+@st.cache_resource(max_entries=6, show_spinner="Loading the SAE …")
+def _sae(path: str, stamp: tuple[float, ...], _run: Run) -> Any:
+    return _run.load()
+
+
+def sae(run: Run) -> Any:
+    """The run's SAE, shared by all sessions: never change it."""
+    return _sae(str(run.path), run.stamp, run)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _metrics(path: str, size: int) -> list[dict[str, Any]]:
+    return read_metrics(Path(path))
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    """The run's log, read again when it has grown."""
+    path = run.path / "metrics.jsonl"
+    return _metrics(str(path), path.stat().st_size)
+
+
+@st.cache_resource(max_entries=6, show_spinner="Opening the feature index …")
+def _index(path: str, stamp: tuple[float, ...]) -> Any:
+    from saelab.features import FeatureIndex
+
+    return FeatureIndex(Path(path))
+
+
+def need_index(run: Run) -> Any:
+    """The run's feature index; without one the page ends with the command that builds it."""
+    if not run.has_index:
+        st.info(
+            f"`{viz.visible(run.name).replace('`', '')}` has no finished feature index. "
+            "Build it: `saelab index RUN --cache CACHE`.",
+            icon=":material/info:",
+        )
+        st.stop()
+    return _index(str(run.path), run.stamp)
+
+
+@st.cache_resource(show_spinner=False)
+def model_lock() -> threading.RLock:
+    """Hooks are state on the model, and the model is shared: whoever computes with it holds this."""
+    return threading.RLock()
+
+
+@st.cache_resource(max_entries=1, show_spinner="Loading the language model …")
+def _model(name: str) -> Any:
+    from saelab.lm import load_model
+
+    return load_model(name)
+
+
+def model_name(run: Run) -> str | None:
+    """The model this session may load: the one given to ``saelab app``, else one the run names and we trust."""
+    given = os.environ.get(MODEL)
+    return (None if given == "none" else given) if given else workspace().model_of(run)
+
+
+def need_model(run: Run, purpose: str) -> Any:
+    """The run's language model; without one the page ends and says why and what to do."""
+    name = model_name(run)
+    if name is None:
+        wanted = run.metadata.get("model_name")
+        given = f" The SAE was trained on {viz.markdown(str(wanted))}." if wanted else ""
+        st.info(
+            f"{purpose} needs the language model, and none is loaded.{given} "
+            "Start the app with `saelab app DIR --model NAME`.",
+            icon=":material/info:",
+        )
+        st.stop()
+    with model_lock():
+        return _model(name)
+
+
+def open_latent(latent: int, pole: int = 1) -> None:
+    """Go to a latent's page."""
+    st.session_state["latent"], st.session_state["pole"] = int(latent), int(pole)
+    st.switch_page("views/latent.py")

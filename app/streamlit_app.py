@@ -1,0 +1,29 @@
+"""The router: page list, shared sidebar, links. Everything shown lives in views/, everything computed in saelab."""
+
+import common
+import streamlit as st
+
+st.set_page_config(page_title="saelab", page_icon=":material/hub:", layout="wide")
+
+pages = {
+    "Runs": [
+        st.Page("views/overview.py", title="Overview", icon=":material/dashboard:", default=True),
+        st.Page("views/training.py", title="Training", icon=":material/show_chart:"),
+        st.Page("views/compare.py", title="Compare", icon=":material/compare_arrows:"),
+    ],
+    "Latents": [
+        st.Page("views/features.py", title="Features", icon=":material/search:"),
+        st.Page("views/latent.py", title="Latent", icon=":material/adjust:"),
+        st.Page("views/health.py", title="Health", icon=":material/monitor_heart:"),
+    ],
+    "Model": [
+        st.Page("views/prompt.py", title="Prompt", icon=":material/notes:"),
+        st.Page("views/steering.py", title="Steering", icon=":material/tune:"),
+    ],
+}
+
+common.follow_link()
+page = st.navigation(pages)
+common.sidebar()
+common.html(common.style())
+common.run_page(page)

@@ -1,0 +1,85 @@
+"""All SAEs below the folder: their numbers, where each number comes from, and how they trade sparsity for fidelity."""
+
+import common
+import pandas as pd
+import streamlit as st
+
+from saelab import viz, workspace
+
+found = common.workspace()
+st.title("Overview", anchor=False)
+st.caption(f"{len(found.runs)} runs and {len(found.caches)} caches below `{viz.visible(found.root.name)}`")
+if not found.runs:
+    st.info(
+        "This folder holds no run yet. Two commands fill it:\n\n"
+        "    saelab harvest --model smollm2 --hook blocks.9.hook_resid_post --text wiki-sample --out DIR/cache\n"
+        "    saelab train DIR/cache --variant topk --k 32 --d-sae 4608 --out DIR/run",
+        icon=":material/info:",
+    )
+    st.stop()
+
+rows = pd.DataFrame([workspace.summary(run) for run in found.runs.values()])
+rows["run"] = rows["run"].map(viz.visible)
+config = {
+    "run": st.column_config.TextColumn("run", pinned=True),
+    "d_sae": st.column_config.NumberColumn("latents", format="localized"),
+    "l0": st.column_config.NumberColumn("L0", format="%.1f", help=workspace.FORMULAS["l0"]),
+    "fvu": st.column_config.NumberColumn("FVU", format="%.4f", help=workspace.FORMULAS["fvu"]),
+    "ce_recovered": st.column_config.NumberColumn(
+        "CE recovered", format="percent", help=workspace.FORMULAS["ce_recovered"]
+    ),
+    "dead": st.column_config.NumberColumn("dead", format="percent", help=workspace.FORMULAS["dead"]),
+    "measured": st.column_config.TextColumn("measured on", help="Held-out text, or the last training batch"),
+    "index": st.column_config.CheckboxColumn("index", help="Whether the feature index is complete"),
+}
+picked = st.dataframe(
+    rows,
+    hide_index=True,
+    column_config=config,
+    on_select="rerun",
+    selection_mode="single-row",
+    key="overview_table",
+    placeholder="–",
+    alt="The runs below the folder with their numbers",
+)
+chosen = list(found.runs.values())[picked.selection.rows[0] if picked.selection.rows else 0]
+
+left, right = st.columns([3, 2], gap="large")
+with left:
+    st.subheader("Sparsity against fidelity", anchor=False)
+    y = st.segmented_control(
+        "fidelity",
+        ["fvu", "ce_recovered"],
+        default="fvu",
+        required=True,
+        format_func=workspace.TITLES.get,
+        label_visibility="collapsed",
+        key="overview_fidelity",
+    )
+    points = workspace.pareto_points(found.runs.values(), y)
+    if points:
+        title = workspace.TITLES[y]
+        common.chart(
+            viz.pareto(points, common.colours(), y=title), alt=f"{title} against L0 for every run", key="pareto"
+        )
+    else:
+        st.caption("No run has this number yet; `saelab evaluate RUN --cache CACHE` measures it.")
+with right:
+    st.subheader("Where the numbers come from", anchor=False)
+    st.markdown(f"**{viz.markdown(common.describe(chosen))}**")
+    for name, number in workspace.numbers(chosen).items():
+        with st.container(horizontal=True, vertical_alignment="top"):
+            st.metric(workspace.TITLES[name], number.text(), help=viz.markdown(number.provenance()), width=120)
+            st.caption(viz.markdown(number.provenance()))
+    settings = {k: v for k, v in chosen.settings.items() if isinstance(v, str | int | float | bool)}
+    with st.expander("Settings"):
+        st.json({"settings": settings, "trained with": chosen.metadata.get("train") or {}})
+
+if chosen.has_index:
+    st.subheader("How often latents fire", anchor=False)
+    table = common.need_index(chosen).table()
+    common.chart(
+        viz.density_histogram({chosen.name: table["density"].to_numpy()}, common.colours()),
+        alt="Histogram of the latents' firing densities",
+        key="overview_density",
+    )

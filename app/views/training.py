@@ -1,0 +1,70 @@
+"""Curves of runs that are training or have finished; they redraw themselves while a log grows."""
+
+import common
+import streamlit as st
+
+from saelab import viz, workspace
+
+CURVES = {
+    "fvu": "FVU",
+    "loss": "loss",
+    "l0": "L0",
+    "dead": "dead latents",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+}
+
+found = common.workspace()
+st.title("Training", anchor=False)
+logged = {name: run for name, run in found.runs.items() if run.last_step}
+if not logged:
+    st.info("No run below this folder has a log (`metrics.jsonl`) yet.", icon=":material/info:")
+    st.stop()
+
+current = st.session_state.get("run")
+default = [current] if current in logged else list(logged)[:1]
+with st.container(horizontal=True, vertical_alignment="bottom"):
+    names = st.multiselect("runs", list(logged), default=default, key="training_runs", format_func=viz.visible)
+    axis = st.segmented_control("x axis", ["tokens", "step"], default="tokens", required=True, key="training_axis")
+    live = st.toggle(
+        "follow",
+        value=any(not run.has_weights for run in logged.values()),
+        key="training_live",
+        help="Read the logs again every two seconds",
+    )
+
+
+@st.fragment(run_every=2 if live else None)
+def curves() -> None:
+    """All curves of the chosen runs, read anew on every call."""
+    logs = {name: workspace.thin(common.metrics(logged[name])) for name in names}
+    extra = sorted({key for rows in logs.values() for key in rows[-1]} - set(CURVES) - {"step", "tokens"})
+    columns = st.columns(2, gap="large")
+    for i, key in enumerate([*CURVES, *extra]):
+        series = {
+            name: (
+                [row[axis] for row in rows if row.get(key) is not None],
+                [row[key] for row in rows if row.get(key) is not None],
+            )
+            for name, rows in logs.items()
+        }
+        title = CURVES.get(key, key)
+        log_y = key in {"fvu", "loss", "grad_norm"}
+        with columns[i % 2]:
+            figure = viz.lines(series, common.colours(), axis, title, log_y=log_y)
+            common.chart(figure, alt=f"{title} over {axis}", key=f"training_{key}")
+
+
+if names:
+    columns = st.columns(len(names[:4]))
+    for column, name in zip(columns, names):
+        last = logged[name].last_step
+        state = "finished" if logged[name].has_weights else "running"
+        column.metric(
+            viz.markdown(name),
+            f"FVU {last['fvu']:.4f}",
+            f"step {last['step']:,} · {state}",
+            delta_color="off",
+            delta_arrow="off",
+        )
+    curves()

@@ -1,0 +1,42 @@
+"""Figures and inert HTML from plain arrays: one look, light and dark, used by the app and the notebooks."""
+
+from saelab.viz.charts import (
+    activation_histogram,
+    density_histogram,
+    dose_response,
+    firing_rank,
+    heatmap,
+    lines,
+    logit_effects,
+    pareto,
+    scatter,
+    steps,
+)
+from saelab.viz.escape import markdown, plain, visible
+from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
+from saelab.viz.tokens import example_list, style_sheet, token_chips, token_strip
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Palette",
+    "activation_histogram",
+    "contrast",
+    "density_histogram",
+    "dose_response",
+    "example_list",
+    "firing_rank",
+    "heatmap",
+    "lines",
+    "logit_effects",
+    "markdown",
+    "palette",
+    "pareto",
+    "plain",
+    "scatter",
+    "steps",
+    "style_sheet",
+    "token_chips",
+    "token_strip",
+    "visible",
+]

@@ -1,0 +1,203 @@
+"""Plotly figures from plain arrays. Every function takes the palette last and returns a finished figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from saelab.viz.escape import plain
+from saelab.viz.theme import SYMBOLS, Palette
+
+DEAD_LOG_DENSITY = -10.0  # where a latent that never fired stands on a log10 density axis
+
+
+def base(colours: Palette, height: int = 300, x: str = "", y: str = "", **layout: object) -> go.Figure:
+    """An empty figure in the house style."""
+    axis = {"gridcolor": colours.grid, "zerolinecolor": colours.grid, "linecolor": colours.grid, "automargin": True}
+    fig = go.Figure()
+    fig.update_layout(
+        height=height,
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": colours.text, "size": 13},
+        colorway=list(colours.series),
+        xaxis={"title": {"text": x}, **axis},
+        yaxis={"title": {"text": y}, **axis},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": colours.text}},
+        hoverlabel={"bgcolor": colours.surface, "font": {"color": colours.text}, "align": "left"},
+        bargap=0.06,
+    )
+    return fig.update_layout(**layout)
+
+
+def pareto(
+    points: Mapping[str, Sequence[tuple[float, float, str]]], colours: Palette, x: str = "L0", y: str = "FVU"
+) -> go.Figure:
+    """Sparsity against fidelity, one series per variant: ``{variant: [(l0, value, hover lines), ...]}``.
+
+    The hover text is taken as HTML already (escape names with ``plain``). ``customdata`` holds (variant, position).
+    """
+    fig = base(colours, 360, x, y)
+    for i, (name, rows) in enumerate(points.items()):
+        rows = sorted(rows)
+        fig.add_scatter(
+            x=[r[0] for r in rows],
+            y=[r[1] for r in rows],
+            text=[r[2] for r in rows],
+            name=plain(name),
+            mode="lines+markers",
+            marker={"size": 11, "symbol": SYMBOLS[i % len(SYMBOLS)], "line": {"width": 1, "color": colours.background}},
+            line={"width": 1, "dash": "dot"},
+            hovertemplate="%{text}<extra></extra>",
+        )
+    return fig.update_xaxes(type="log" if points else "linear")
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    colours: Palette,
+    x: str = "",
+    y: str = "",
+    log_y: bool = False,
+    height: int = 240,
+) -> go.Figure:
+    """Curves ``{name: (x, y)}``; dashes tell them apart besides colour."""
+    fig = base(colours, height, x, y, hovermode="x unified", showlegend=len(series) > 1)
+    dashes = ("solid", "dash", "dot", "dashdot")
+    for i, (name, (xs, ys)) in enumerate(series.items()):
+        dash = dashes[i // len(colours.series) % 4] if len(series) > len(colours.series) else dashes[i % 4]
+        fig.add_scatter(x=list(xs), y=list(ys), name=plain(name), mode="lines", line={"width": 2, "dash": dash})
+    return fig.update_yaxes(type="log" if log_y else "linear")
+
+
+def density_histogram(
+    densities: Mapping[str, np.ndarray], colours: Palette, floor: float = DEAD_LOG_DENSITY, height: int = 280
+) -> go.Figure:
+    """Share of latents by log10 of their firing density; latents that never fired stand at ``floor``."""
+    fig = base(colours, height, "log₁₀ of the share of tokens a latent fires on", "share of latents", barmode="overlay")
+    edges = np.arange(floor - 0.25, 0.26, 0.25)
+    for name, density in densities.items():
+        density = np.asarray(density, dtype=float)
+        logs = np.where(density > 0, np.log10(np.maximum(density, 10.0**floor)), floor)
+        counts, _ = np.histogram(logs, edges)
+        fig.add_bar(
+            x=(edges[:-1] + edges[1:]) / 2,
+            y=counts / max(1, counts.sum()),
+            customdata=counts,
+            name=plain(name),
+            opacity=1.0 if len(densities) == 1 else 0.6,
+            hovertemplate="10^%{x:.2f}: %{customdata} latents (%{y:.2%})<extra>" + plain(name) + "</extra>",
+        )
+    fig.add_annotation(
+        x=floor, y=1, yref="paper", yanchor="top", text="dead", showarrow=False, font_color=colours.muted
+    )
+    return fig.update_yaxes(tickformat=".0%")
+
+
+def activation_histogram(
+    edges: Sequence[float], counts: Sequence[int], colours: Palette, quantiles: Mapping[str, float] | None = None
+) -> go.Figure:
+    """How strongly a latent fires when it fires; counts on a log axis, because the tail is what it means."""
+    edges = np.asarray(edges, dtype=float)
+    centres, widths = (edges[:-1] + edges[1:]) / 2, np.diff(edges)
+    tint = [colours.positive if c >= 0 else colours.negative for c in centres]
+    fig = base(colours, 220, "activation", "tokens", showlegend=False)
+    fig.add_bar(x=centres, y=list(counts), width=widths * 0.96, marker={"color": tint, "line": {"width": 0}})
+    for name, value in (quantiles or {}).items():
+        fig.add_vline(x=value, line={"color": colours.muted, "width": 1, "dash": "dot"})
+        fig.add_annotation(
+            x=value, y=1, yref="paper", text=name, showarrow=False, font={"size": 11, "color": colours.muted}
+        )
+    return fig.update_yaxes(type="log", dtick=1)
+
+
+def logit_effects(
+    promoted: Sequence[tuple[str, float]], suppressed: Sequence[tuple[str, float]], colours: Palette
+) -> go.Figure:
+    """Tokens a direction promotes and suppresses: bars to the right and to the left."""
+    rows = [*promoted, *reversed(suppressed)]
+    values = [v for _, v in rows]
+    fig = base(colours, 40 + 21 * max(1, len(rows)), "logit per unit of activation", showlegend=False)
+    fig.add_bar(
+        x=values,
+        y=list(range(len(rows))),
+        orientation="h",
+        marker={"color": [colours.positive if v >= 0 else colours.negative for v in values]},
+        hovertemplate="%{x:+.3f}<extra></extra>",
+    )
+    labels = [plain(token) or "∅" for token, _ in rows]
+    return fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=labels, autorange="reversed", showgrid=False)
+
+
+def firing_rank(
+    ranked: Mapping[str, np.ndarray], colours: Palette, fits: Mapping[str, tuple[float, float]] | None = None
+) -> go.Figure:
+    """Firing counts in descending order on two log axes, with the Zipf law ``count = a * rank^-s`` where fitted."""
+    fig = base(colours, 280, "rank", "tokens fired on")
+    for i, (name, counts) in enumerate(ranked.items()):
+        counts = np.sort(np.asarray(counts, dtype=float))[::-1]
+        counts = counts[counts > 0]
+        keep = np.unique(np.geomspace(1, max(1, len(counts)), 200).astype(int)) - 1 if len(counts) else []
+        rank = np.asarray(keep, dtype=float) + 1
+        colour = colours.series[i % len(colours.series)]
+        fig.add_scatter(x=rank, y=counts[keep], name=plain(name), mode="lines", line={"width": 2, "color": colour})
+        if fits and name in fits and len(rank):
+            scale, exponent = fits[name]
+            line = {"width": 1.5, "dash": "dash", "color": colour}
+            label = f"{plain(name)}: Zipf s = {exponent:.2f}"
+            fig.add_scatter(x=rank, y=scale * rank**-exponent, name=label, mode="lines", line=line)
+    fig.update_xaxes(type="log", dtick=1)
+    return fig.update_yaxes(type="log", dtick=1)
+
+
+def scatter(
+    x: Sequence[float],
+    y: Sequence[float],
+    labels: Sequence[str],
+    colours: Palette,
+    x_title: str = "",
+    y_title: str = "",
+) -> go.Figure:
+    """Labelled points; labels are corpus or user text and are escaped."""
+    fig = base(colours, 320, x_title, y_title, showlegend=False)
+    texts = [plain(label) for label in labels]
+    fig.add_scatter(x=list(x), y=list(y), mode="markers", text=texts, hovertemplate="%{text}<extra></extra>")
+    return fig
+
+
+def steps(values: Sequence[float], selected: int, colours: Palette, x: str = "", y: str = "") -> go.Figure:
+    """A curve over steps with one step marked: the matching-pursuit replay."""
+    fig = base(colours, 240, x, y, showlegend=False)
+    fig.add_scatter(x=list(range(len(values))), y=list(values), mode="lines+markers", line={"width": 2})
+    marker = {"size": 14, "color": colours.positive, "line": {"width": 2, "color": colours.text}}
+    fig.add_scatter(x=[selected], y=[values[selected]], mode="markers", marker=marker)
+    return fig
+
+
+def heatmap(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], colours: Palette) -> go.Figure:
+    """Signed values on the diverging scale, zero at the page's background."""
+    end = float(np.abs(values).max()) or 1.0 if np.size(values) else 1.0
+    scale = [[0.0, colours.negative], [0.5, colours.background], [1.0, colours.positive]]
+    fig = base(colours, 80 + 22 * len(rows))
+    fig.add_heatmap(z=values, zmin=-end, zmax=end, colorscale=scale, hovertemplate="%{z:+.3f}<extra></extra>")
+    fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=[plain(c) for c in columns], showgrid=False)
+    ticks = [plain(r) for r in rows]
+    return fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=ticks, autorange="reversed", showgrid=False)
+
+
+def dose_response(
+    strengths: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    colours: Palette,
+    y: str,
+    chosen: float | None = None,
+) -> go.Figure:
+    """What each direction does as its strength grows; the chosen strength is marked."""
+    fig = lines({name: (strengths, ys) for name, ys in curves.items()}, colours, "strength", y, height=260)
+    fig.update_traces(mode="lines+markers")
+    if chosen is not None:
+        fig.add_vline(x=chosen, line={"color": colours.muted, "dash": "dot"})
+    return fig

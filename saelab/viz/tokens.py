@@ -1,0 +1,80 @@
+"""Tokens with their activations as HTML in which nothing of the corpus is live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from saelab.viz.escape import plain
+from saelab.viz.theme import Palette
+
+
+def style_sheet(colours: Palette) -> str:
+    """The CSS that the fragments of this module expect, once a page."""
+    return f"""<style>
+.sl-strip {{ font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 0.85rem;
+  line-height: 1.75; white-space: pre-wrap; overflow-wrap: anywhere; color: {colours.text}; }}
+.sl-strip span {{ border-radius: 3px; padding: 1px 0; unicode-bidi: isolate; }}
+.sl-pos {{ border-bottom: 2px solid {colours.positive}; }}
+.sl-neg {{ border-bottom: 2px dotted {colours.negative}; }}
+.sl-focus {{ outline: 1.5px solid {colours.text}; outline-offset: 1px; font-weight: 600; }}
+.sl-example {{ display: flex; gap: 0.75rem; padding: 0.35rem 0; border-bottom: 1px solid {colours.grid}; }}
+.sl-example:last-child {{ border-bottom: none; }}
+.sl-value {{ flex: 0 0 4.2rem; text-align: right; font-variant-numeric: tabular-nums; color: {colours.muted};
+  font-size: 0.85rem; line-height: 1.75; }}
+.sl-chip {{ display: inline-block; font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 0.8rem;
+  white-space: pre; padding: 1px 6px; margin: 2px 4px 2px 0; border-radius: 4px; color: {colours.text};
+  border: 1px solid {colours.grid}; unicode-bidi: isolate; }}
+.sl-muted {{ color: {colours.muted}; font-size: 0.85rem; }}
+</style>"""
+
+
+def token_strip(
+    strings: Sequence[str],
+    values: Sequence[float],
+    colours: Palette,
+    scale: float | None = None,
+    focus: int | None = None,
+    unit: str = "activation",
+) -> str:
+    """One line of tokens, each tinted by its value.
+
+    Args:
+        strings: The tokens, as decoded text.
+        values: One value per token; zero is not tinted.
+        scale: The magnitude that gets the full tint; by default the largest in ``values``.
+        focus: Position of the token to outline.
+        unit: What a value is, for the tool tip.
+    """
+    scale = scale or max((abs(v) for v in values), default=0.0) or 1.0
+    spans = [_span(s, v / scale, v, i == focus, colours, unit) for i, (s, v) in enumerate(zip(strings, values))]
+    return f'<div class="sl-strip">{"".join(spans)}</div>'
+
+
+def example_list(examples: Iterable[Any], colours: Palette, scale: float | None = None) -> str:
+    """Examples (``strings``, ``activations``, ``focus``, ``value``) one below the other, value first."""
+    rows = []
+    for example in examples:
+        strip = token_strip(example.strings, example.activations, colours, scale, example.focus)
+        rows.append(f'<div class="sl-example"><div class="sl-value">{example.value:+.2f}</div>{strip}</div>')
+    return "".join(rows) or '<div class="sl-muted">No examples.</div>'
+
+
+def token_chips(strings: Sequence[str], values: Sequence[float], colours: Palette, unit: str = "logit") -> str:
+    """Tokens as chips, tinted by their share of the largest value."""
+    scale = max((abs(v) for v in values), default=0.0) or 1.0
+    chips = [
+        f'<span class="sl-chip" style="background:{colours.tint(v / scale)}" title="{unit} {v:+.3f}">'
+        f"{plain(s) or '&nbsp;'}</span>"
+        for s, v in zip(strings, values)
+    ]
+    return "<div>" + "".join(chips) + "</div>"
+
+
+def _span(token: str, strength: float, value: float, focus: bool, colours: Palette, unit: str) -> str:
+    # Sign is carried by the line below (solid or dotted) as well as by colour.
+    classes = [] if abs(strength) < 0.02 else ["sl-pos" if strength > 0 else "sl-neg"]
+    classes += ["sl-focus"] if focus else []
+    attributes = f' class="{" ".join(classes)}"' if classes else ""
+    attributes += f' style="background:{colours.tint(strength)}"' if strength else ""
+    return f'<span{attributes} title="{plain(token)} · {unit} {value:+.3f}">{plain(token)}</span>'

@@ -1,0 +1,18 @@
+"""A folder of runs and caches as the app and the notebooks see it."""
+
+from saelab.workspace.log import read_metrics, thin
+from saelab.workspace.numbers import FORMULAS, TITLES, Number, numbers, pareto_points, summary
+from saelab.workspace.runs import Run, Workspace
+
+__all__ = [
+    "FORMULAS",
+    "TITLES",
+    "Number",
+    "Run",
+    "Workspace",
+    "numbers",
+    "pareto_points",
+    "read_metrics",
+    "summary",
+    "thin",
+]

@@ -1,0 +1,112 @@
+"""The numbers of a run with their provenance: formula, tokens, seed, command. A number without one is not shown."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from saelab.errors import UserError
+from saelab.workspace.runs import Run
+
+FORMULAS = {
+    "l0": "mean number of latents with a non-zero value per token",
+    "fvu": "Σ‖x − x̂‖² / Σ‖x − μ‖²",
+    "ce_recovered": "(CE ablated − CE with the SAE) / (CE ablated − CE clean)",
+    "dead": "share of latents that never fired in the window",
+}
+TITLES = {"l0": "L0", "fvu": "FVU", "ce_recovered": "CE recovered", "dead": "dead"}
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number and what is needed to get it again."""
+
+    value: float
+    formula: str
+    tokens: int | None
+    seed: int | None
+    source: str
+    """Where it was measured: held-out evaluation, or the last training batch."""
+    command: str
+
+    def text(self) -> str:
+        """The value as it is written in the app."""
+        return f"{self.value:.4f}" if abs(self.value) < 10 else f"{self.value:,.1f}"
+
+    def provenance(self) -> str:
+        """One line: formula, tokens, seed, command."""
+        tokens = "unknown tokens" if self.tokens is None else f"{self.tokens:,} tokens"
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.formula} · {self.source}, {tokens}{seed} · {self.command}"
+
+
+def numbers(run: Run) -> dict[str, Number]:
+    """The run's L0, FVU, CE recovered and dead share: from ``evaluation.json`` where it exists, else from training."""
+    found = _training(run)
+    found.update(_evaluation(run))
+    return found
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """One row of the overview: plain values, ``None`` where a number was never measured."""
+    row: dict[str, Any] = {"run": run.name}
+    try:
+        found = numbers(run)
+    except UserError as error:
+        return {**row, "state": str(error)}
+    settings = run.settings
+    return {
+        **row,
+        "variant": run.variant,
+        "d_sae": run.d_sae,
+        "k": settings.get("k"),
+        **{name: found[name].value if name in found else None for name in TITLES},
+        "measured": "held-out" if run.evaluation else ("training" if found else None),
+        "step": run.last_step.get("step"),
+        "index": run.has_index,
+        "state": "ready" if run.has_weights else "training",
+    }
+
+
+def _training(run: Run) -> dict[str, Number]:
+    step = run.last_step
+    train = run.metadata.get("train") or {}
+    d_sae = run.d_sae
+    values = {"l0": step.get("l0"), "fvu": step.get("fvu")}
+    if d_sae and step.get("dead") is not None:
+        values["dead"] = step["dead"] / d_sae
+    window = train.get("dead_after")
+    formulas = {**FORMULAS, "dead": f"share of latents silent for {window:,} tokens" if window else FORMULAS["dead"]}
+    return {
+        name: Number(
+            value=value,
+            formula=formulas[name],
+            tokens=step.get("tokens") if name == "dead" else train.get("batch_size"),
+            seed=train.get("seed"),
+            source="last training batch" if name != "dead" else "whole training run so far",
+            command=run.metadata.get("command") or f"saelab train --variant {run.variant}",
+        )
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _evaluation(run: Run) -> dict[str, Number]:
+    return {}
+
+
+def pareto_points(runs: Iterable[Run], fidelity: str) -> dict[str, list[tuple[float, float, str]]]:
+    """What :func:`saelab.viz.pareto` draws: ``{variant: [(L0, fidelity, provenance as safe HTML)]}``."""
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for run in runs:
+        found = numbers(run)
+        if "l0" not in found or fidelity not in found:
+            continue
+        lines = [f"<b>{html.escape(run.name)}</b>"]
+        for name in ("l0", fidelity):
+            lines.append(f"{TITLES[name]} = {found[name].text()}")
+            lines += [html.escape(part) for part in found[name].provenance().split(" · ")]
+        points.setdefault(run.variant, []).append((found["l0"].value, found[fidelity].value, "<br>".join(lines)))
+    return points

@@ -1,0 +1,169 @@
+"""A folder of work: which runs, caches and recipes lie below it, and what each run's numbers say.
+
+Nothing outside the folder is opened: names are resolved first, links included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from saelab import checkpoint
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError, near_matches
+from saelab.sae import SAE
+from saelab.workspace.log import METRICS, read_metrics
+
+EVALUATION, INDEX = "evaluation.json", "features"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One SAE's folder. ``name`` is its path below the workspace, with ``/``."""
+
+    name: str
+    path: Path
+
+    @property
+    def stamp(self) -> tuple[float, ...]:
+        """Modification times of what a reader caches; changes when the run does."""
+        files = (checkpoint.CONFIG, checkpoint.WEIGHTS, METRICS, EVALUATION, f"{INDEX}/features.parquet")
+        return tuple(_mtime(self.path / name) for name in files)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``cfg.json``, or nothing while the first save is still to come."""
+        return _read_json(self.path / checkpoint.CONFIG)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        return self.config.get("metadata") or {}
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        """``evaluation.json``, or nothing before ``saelab evaluate``."""
+        return _read_json(self.path / EVALUATION)
+
+    @cached_property
+    def last_step(self) -> dict[str, Any]:
+        """The last complete line of ``metrics.jsonl``."""
+        rows = read_metrics(self.path / METRICS, tail=4096)
+        return rows[-1] if rows else {}
+
+    @property
+    def has_weights(self) -> bool:
+        return (self.path / checkpoint.WEIGHTS).is_file() and bool(self.config)
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the index is complete: its two tables exist."""
+        folder = self.path / INDEX
+        return all((folder / name).is_file() for name in ("features.parquet", "examples.parquet"))
+
+    @property
+    def variant(self) -> str:
+        return (self.metadata.get("saelab") or {}).get("variant") or self.config.get("architecture") or "unknown"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, as far as the configuration tells."""
+        return (self.metadata.get("saelab") or {}).get("config") or self.config
+
+    @property
+    def d_sae(self) -> int | None:
+        return self.config.get("d_sae")
+
+    def load(self) -> SAE:
+        """The SAE in eval mode, taking raw activations; folders of other tools go through ``saelab.load``."""
+        if self.metadata.get("saelab"):
+            return checkpoint.load_sae(self.path)
+        from saelab.interop import load
+
+        return load(self.path)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder given to ``saelab app`` and what is below it, at the time of the scan."""
+
+    root: Path
+    runs: dict[str, Run] = field(default_factory=dict)
+    caches: dict[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def scan(cls, root: Path | str) -> Workspace:
+        """Look for run folders (a ``cfg.json`` with weights, or a ``metrics.jsonl``) and caches, at any depth."""
+        root = Path(root).resolve()
+        if not root.is_dir():
+            raise UserError(f"{root} is no folder; name the folder that holds your runs")
+        runs, caches = {}, {}
+        for folder, files in _walk(root):
+            name = folder.relative_to(root).as_posix()
+            if (checkpoint.CONFIG in files and checkpoint.WEIGHTS in files) or METRICS in files:
+                runs[name] = Run(name, folder)
+            elif MANIFEST in files:
+                caches[name] = folder
+        return cls(root, dict(sorted(runs.items())), dict(sorted(caches.items())))
+
+    def run(self, name: str) -> Run:
+        """The run called ``name``."""
+        if name not in self.runs:
+            raise UserError(
+                f"no run {name!r} below {self.root}: {near_matches(name, self.runs) if self.runs else 'no runs'}"
+            )
+        return self.runs[name]
+
+    def inside(self, path: Path | str) -> Path:
+        """``path`` (relative to the folder, or absolute) resolved; refused when it leads out of the folder."""
+        resolved = (self.root / path).resolve()
+        if not resolved.is_relative_to(self.root):
+            raise UserError(f"{path} lies outside {self.root}; only files below it are opened")
+        return resolved
+
+    def cache_of(self, run: Run) -> ActivationCache | None:
+        """The cache a run was trained on, if it (or one with its fingerprint) lies below the folder."""
+        wanted = run.metadata.get("cache_fingerprint")
+        for folder in self.caches.values():
+            try:
+                cache = ActivationCache(folder)
+            except (UserError, OSError):
+                continue  # a cache still being written is no answer to this question
+            if wanted is not None and cache.fingerprint == wanted:
+                return cache
+        return None
+
+    def model_of(self, run: Run) -> str | None:
+        """The model a run's metadata may name without asking: the demo model, or a folder below the workspace."""
+        name = run.metadata.get("model_name")
+        if not name:
+            return None
+        if name == "smollm2":
+            return name
+        folder = (self.root / name).resolve()
+        return str(folder) if folder.is_relative_to(self.root) and (folder / "config.json").is_file() else None
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
+    for folder, folders, files in os.walk(root, followlinks=False):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != INDEX)
+        yield Path(folder), {name for name in files if not (Path(folder) / name).is_symlink()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); write the run again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _mtime(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
