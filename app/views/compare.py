@@ -1,3 +1,5 @@
+import common
 import streamlit as st
 
-st.title("compare")
+st.title("Compare", anchor=False)
+run = common.need_run()

@@ -1,3 +1,5 @@
+import common
 import streamlit as st
 
-st.title("features")
+st.title("Features", anchor=False)
+run = common.need_run()

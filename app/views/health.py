@@ -1,3 +1,5 @@
+import common
 import streamlit as st
 
-st.title("health")
+st.title("Health", anchor=False)
+run = common.need_run()

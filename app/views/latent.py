@@ -1,3 +1,5 @@
+import common
 import streamlit as st
 
-st.title("latent")
+st.title("Latent", anchor=False)
+run = common.need_run()

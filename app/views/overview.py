@@ -67,10 +67,8 @@ with left:
 with right:
     st.subheader("Where the numbers come from", anchor=False)
     st.markdown(f"**{viz.markdown(common.describe(chosen))}**")
-    for name, number in workspace.numbers(chosen).items():
-        with st.container(horizontal=True, vertical_alignment="top"):
-            st.metric(workspace.TITLES[name], number.text(), help=viz.markdown(number.provenance()), width=120)
-            st.caption(viz.markdown(number.provenance()))
+    facts = [(workspace.TITLES[name], n.text(), n.provenance()) for name, n in workspace.numbers(chosen).items()]
+    common.html(viz.fact_table(facts))
     settings = {k: v for k, v in chosen.settings.items() if isinstance(v, str | int | float | bool)}
     with st.expander("Settings"):
         st.json({"settings": settings, "trained with": chosen.metadata.get("train") or {}})

@@ -1,3 +1,5 @@
+import common
 import streamlit as st
 
-st.title("prompt")
+st.title("Prompt", anchor=False)
+run = common.need_run()

@@ -1,3 +1,5 @@
+import common
 import streamlit as st
 
-st.title("steering")
+st.title("Steering", anchor=False)
+run = common.need_run()

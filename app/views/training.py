@@ -38,16 +38,10 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
 def curves() -> None:
     """All curves of the chosen runs, read anew on every call."""
     logs = {name: workspace.thin(common.metrics(logged[name])) for name in names}
-    extra = sorted({key for rows in logs.values() for key in rows[-1]} - set(CURVES) - {"step", "tokens"})
+    found_in = set().union(*(workspace.measured(rows[-1]) for rows in logs.values()))
     columns = st.columns(2, gap="large")
-    for i, key in enumerate([*CURVES, *extra]):
-        series = {
-            name: (
-                [row[axis] for row in rows if row.get(key) is not None],
-                [row[key] for row in rows if row.get(key) is not None],
-            )
-            for name, rows in logs.items()
-        }
+    for i, key in enumerate([*CURVES, *sorted(found_in - {*CURVES, "step", "tokens"})]):
+        series = {name: workspace.series(rows, axis, key) for name, rows in logs.items()}
         title = CURVES.get(key, key)
         log_y = key in {"fvu", "loss", "grad_norm"}
         with columns[i % 2]:

@@ -14,7 +14,7 @@ from saelab.viz.charts import (
 )
 from saelab.viz.escape import markdown, plain, visible
 from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
-from saelab.viz.tokens import example_list, style_sheet, token_chips, token_strip
+from saelab.viz.tokens import example_list, fact_table, style_sheet, token_chips, token_strip
 
 __all__ = [
     "DARK",
@@ -25,6 +25,7 @@ __all__ = [
     "density_histogram",
     "dose_response",
     "example_list",
+    "fact_table",
     "firing_rank",
     "heatmap",
     "lines",

@@ -22,7 +22,7 @@ def base(colours: Palette, height: int = 300, x: str = "", y: str = "", **layout
         margin={"l": 8, "r": 8, "t": 8, "b": 8},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": colours.text, "size": 13},
+        font={"color": colours.text, "size": 12.5, "family": '"Source Sans", "Source Sans Pro", sans-serif'},
         colorway=list(colours.series),
         xaxis={"title": {"text": x}, **axis},
         yaxis={"title": {"text": y}, **axis},
@@ -53,7 +53,7 @@ def pareto(
             line={"width": 1, "dash": "dot"},
             hovertemplate="%{text}<extra></extra>",
         )
-    return fig.update_xaxes(type="log" if points else "linear")
+    return fig.update_xaxes(type="log" if points else "linear", dtick="D2")
 
 
 def lines(
@@ -78,7 +78,7 @@ def density_histogram(
 ) -> go.Figure:
     """Share of latents by log10 of their firing density; latents that never fired stand at ``floor``."""
     fig = base(colours, height, "log₁₀ of the share of tokens a latent fires on", "share of latents", barmode="overlay")
-    edges = np.arange(floor - 0.25, 0.26, 0.25)
+    edges = np.arange(floor - 0.125, 0.2, 0.25)
     for name, density in densities.items():
         density = np.asarray(density, dtype=float)
         logs = np.where(density > 0, np.log10(np.maximum(density, 10.0**floor)), floor)

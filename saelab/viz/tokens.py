@@ -12,6 +12,11 @@ from saelab.viz.theme import Palette
 def style_sheet(colours: Palette) -> str:
     """The CSS that the fragments of this module expect, once a page."""
     return f"""<style>
+[data-testid="stMainBlockContainer"] {{ padding-top: 2.5rem; padding-bottom: 3rem; max-width: 1600px; }}
+.sl-facts {{ width: 100%; border-collapse: collapse; font-size: 0.88rem; color: {colours.text}; }}
+.sl-facts td {{ padding: 0.4rem 0.6rem 0.4rem 0; border-bottom: 1px solid {colours.grid}; vertical-align: top; }}
+.sl-facts td:nth-child(2) {{ font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+.sl-facts td:nth-child(3) {{ color: {colours.muted}; }}
 .sl-strip {{ font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 0.85rem;
   line-height: 1.75; white-space: pre-wrap; overflow-wrap: anywhere; color: {colours.text}; }}
 .sl-strip span {{ border-radius: 3px; padding: 1px 0; unicode-bidi: isolate; }}
@@ -69,6 +74,12 @@ def token_chips(strings: Sequence[str], values: Sequence[float], colours: Palett
         for s, v in zip(strings, values)
     ]
     return "<div>" + "".join(chips) + "</div>"
+
+
+def fact_table(rows: Iterable[tuple[str, str, str]]) -> str:
+    """Name, value and remark in three columns; everything is escaped."""
+    cells = "".join(f"<tr><td>{plain(a)}</td><td>{plain(b)}</td><td>{plain(c)}</td></tr>" for a, b, c in rows)
+    return f'<table class="sl-facts">{cells}</table>'
 
 
 def _span(token: str, strength: float, value: float, focus: bool, colours: Palette, unit: str) -> str:

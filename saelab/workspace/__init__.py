@@ -1,6 +1,6 @@
 """A folder of runs and caches as the app and the notebooks see it."""
 
-from saelab.workspace.log import read_metrics, thin
+from saelab.workspace.log import measured, read_metrics, series, thin
 from saelab.workspace.numbers import FORMULAS, TITLES, Number, numbers, pareto_points, summary
 from saelab.workspace.runs import Run, Workspace
 
@@ -10,9 +10,11 @@ __all__ = [
     "Number",
     "Run",
     "Workspace",
+    "measured",
     "numbers",
     "pareto_points",
     "read_metrics",
+    "series",
     "summary",
     "thin",
 ]

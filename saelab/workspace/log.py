@@ -35,3 +35,14 @@ def thin(rows: list[dict[str, Any]], most: int = 1500) -> list[dict[str, Any]]:
     """At most ``most`` evenly spaced records, the last one always among them: what a curve can show."""
     stride = max(1, -(-len(rows) // most))
     return rows[::-1][::stride][::-1]
+
+
+def series(rows: list[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Two columns of a log, without the steps that lack ``y``."""
+    kept = [row for row in rows if row.get(y) is not None]
+    return [row[x] for row in kept], [row[y] for row in kept]
+
+
+def measured(row: dict[str, Any]) -> set[str]:
+    """The names in a record that hold a number."""
+    return {name for name, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)}

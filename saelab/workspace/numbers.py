@@ -16,6 +16,8 @@ FORMULAS = {
     "ce_recovered": "(CE ablated − CE with the SAE) / (CE ablated − CE clean)",
     "dead": "share of latents that never fired in the window",
 }
+# our name -> the metric's in evaluation.json
+EVALUATED = {"l0": "l0", "fvu": "fvu", "ce_recovered": "ce_loss_recovered_zero", "dead": "dead_fraction"}
 TITLES = {"l0": "L0", "fvu": "FVU", "ce_recovered": "CE recovered", "dead": "dead"}
 
 
@@ -30,6 +32,8 @@ class Number:
     source: str
     """Where it was measured: held-out evaluation, or the last training batch."""
     command: str
+    low: float | None = None
+    high: float | None = None
 
     def text(self) -> str:
         """The value as it is written in the app."""
@@ -37,9 +41,11 @@ class Number:
 
     def provenance(self) -> str:
         """One line: formula, tokens, seed, command."""
-        tokens = "unknown tokens" if self.tokens is None else f"{self.tokens:,} tokens"
-        seed = "" if self.seed is None else f", seed {self.seed}"
-        return f"{self.formula} · {self.source}, {tokens}{seed} · {self.command}"
+        sample = [self.source]
+        sample += [] if self.tokens is None else [f"{self.tokens:,} tokens"]
+        sample += [] if self.seed is None else [f"seed {self.seed}"]
+        interval = "" if self.low is None else f" · 95 % interval {self.low:.4g} to {self.high:.4g}"
+        return f"{self.formula} · {', '.join(sample)}{interval} · {self.command}"
 
 
 def numbers(run: Run) -> dict[str, Number]:
@@ -94,7 +100,23 @@ def _training(run: Run) -> dict[str, Number]:
 
 
 def _evaluation(run: Run) -> dict[str, Number]:
-    return {}
+    metrics, settings = run.evaluation.get("metrics") or {}, run.evaluation.get("settings") or {}
+    found = {}
+    for name, key in EVALUATED.items():
+        row = metrics.get(key)
+        if not row or row.get("value") is None:
+            continue
+        found[name] = Number(
+            value=row["value"],
+            formula=row.get("formula") or FORMULAS[name],
+            tokens=row.get("n") if row.get("unit") == "token" else None,
+            seed=settings.get("seed"),
+            source=f"{settings.get('split', 'held_out')} split".replace("_", "-"),
+            command=f"saelab evaluate {run.name} --cache CACHE",
+            low=row.get("low"),
+            high=row.get("high"),
+        )
+    return found
 
 
 def pareto_points(runs: Iterable[Run], fidelity: str) -> dict[str, list[tuple[float, float, str]]]:
