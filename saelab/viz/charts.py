@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,7 +14,7 @@ from saelab.viz.theme import SYMBOLS, Palette
 DEAD_LOG_DENSITY = -10.0  # where a latent that never fired stands on a log10 density axis
 
 
-def base(colours: Palette, height: int = 300, x: str = "", y: str = "", **layout: object) -> go.Figure:
+def base(colours: Palette, height: int = 300, x: str = "", y: str = "", **layout: Any) -> go.Figure:
     """An empty figure in the house style."""
     axis = {"gridcolor": colours.grid, "zerolinecolor": colours.grid, "linecolor": colours.grid, "automargin": True}
     fig = go.Figure()
@@ -101,8 +102,8 @@ def activation_histogram(
     edges: Sequence[float], counts: Sequence[int], colours: Palette, quantiles: Mapping[str, float] | None = None
 ) -> go.Figure:
     """How strongly a latent fires when it fires; counts on a log axis, because the tail is what it means."""
-    edges = np.asarray(edges, dtype=float)
-    centres, widths = (edges[:-1] + edges[1:]) / 2, np.diff(edges)
+    bounds = np.asarray(edges, dtype=float)
+    centres, widths = (bounds[:-1] + bounds[1:]) / 2, np.diff(bounds)
     tint = [colours.positive if c >= 0 else colours.negative for c in centres]
     fig = base(colours, 220, "activation", "tokens", showlegend=False)
     fig.add_bar(x=centres, y=list(counts), width=widths * 0.96, marker={"color": tint, "line": {"width": 0}})

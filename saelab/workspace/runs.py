@@ -80,12 +80,8 @@ class Run:
         return self.config.get("d_sae")
 
     def load(self) -> SAE:
-        """The SAE in eval mode, taking raw activations; folders of other tools go through ``saelab.load``."""
-        if self.metadata.get("saelab"):
-            return checkpoint.load_sae(self.path)
-        from saelab.interop import load
-
-        return load(self.path)
+        """The SAE in eval mode, taking raw activations."""
+        return checkpoint.load_sae(self.path)
 
 
 @dataclass(frozen=True)
