@@ -1,0 +1,196 @@
+"""Which tokens a forward pass carries: prompt or generated, and at what distance from the start of their text.
+
+A block sees only a chunk ``[batch, length]``: the whole text in a prefill or an uncached step, one token in a cached
+step, with padding on the left in a batch. Steering must mean the same in all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from saelab.errors import UserError
+from saelab.steer.sites import underlying
+
+# "all", "prompt", "generated", positions in the text, or a predicate that returns a mask [batch, length].
+Where = str | Sequence[int] | Callable[["TokenContext"], Tensor]
+_NAMED = ("all", "prompt", "generated")
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """The tokens of one forward pass."""
+
+    batch: int
+    past: int  # columns already in the cache
+    length: int
+    start: Int[Tensor, " batch"] | None  # column of each row's first real token; None where there is no padding
+    real: Bool[Tensor, "batch length"] | None  # False on padding; None where there is none in this pass
+    prompt_length: int  # columns of the prompt, padding included
+    tokens: Int[Tensor, "batch length"] | None
+    device: torch.device
+
+    @property
+    def slots(self) -> Int[Tensor, " length"]:
+        """The column of each token in the padded text."""
+        return torch.arange(self.past, self.past + self.length, device=self.device)
+
+    @property
+    def positions(self) -> Int[Tensor, "batch length"]:
+        """Distance of each token from its text's first token; negative on padding."""
+        if self.start is None:
+            return self.slots.expand(self.batch, -1)
+        return self.slots[None, :] - self.start[:, None]
+
+    @property
+    def generated(self) -> Bool[Tensor, "batch length"]:
+        """Which tokens the model wrote itself."""
+        return (self.slots >= self.prompt_length).expand(self.batch, -1)
+
+    def select(self, where: Where, skip_first: bool = False) -> Tensor | bool:
+        """A mask ``[batch, length]``, or True or False when it is the same everywhere. Padding is never selected."""
+        chosen = self._named(where) if isinstance(where, str) else self._mask(where)
+        if chosen is False:
+            return False
+        masks = [] if chosen is True else [chosen]
+        if self.real is not None:
+            masks.append(self.real)
+        if skip_first and (self.start is not None or self.past == 0):
+            masks.append(self.positions != 0)
+        if not masks:
+            return True
+        mask = masks[0]
+        for other in masks[1:]:
+            mask = mask & other
+        return mask
+
+    def _named(self, where: str) -> Tensor | bool:
+        if where == "all":
+            return True
+        # One phase only, as in every cached step.
+        if self.past >= self.prompt_length or self.past + self.length <= self.prompt_length:
+            return (self.past >= self.prompt_length) == (where == "generated")
+        return self.generated if where == "generated" else ~self.generated
+
+    def _mask(self, where: Sequence[int] | Callable[[TokenContext], Tensor]) -> Tensor:
+        if callable(where):
+            mask = where(self)
+            if mask.dtype != torch.bool or mask.shape != (self.batch, self.length):
+                raise UserError(
+                    f"the token predicate returned {mask.dtype} {tuple(mask.shape)}; it must return a bool mask "
+                    f"[{self.batch}, {self.length}]"
+                )
+            return mask
+        wanted = torch.tensor([p for p in where if p >= 0], device=self.device)
+        from_end = torch.tensor([self.prompt_length + p for p in where if p < 0], device=self.device)
+        return torch.isin(self.positions, wanted) | torch.isin(self.slots, from_end)[None, :]
+
+
+def check_where(where: Where) -> Where:
+    """``where`` if it names tokens that steering can find."""
+    if isinstance(where, str) and where not in _NAMED:
+        raise UserError(f"where={where!r} is not one of {', '.join(_NAMED)}, a list of positions or a predicate")
+    return where
+
+
+class Positions:
+    """Follows a model's forward passes; ``now`` describes the one under way."""
+
+    def __init__(self) -> None:
+        self._now: TokenContext | None = None
+        self._depth = 0  # of nested calls of generate()
+        self._prompt_length: int | None = None
+
+    @property
+    def now(self) -> TokenContext:
+        if self._now is None:
+            raise UserError("steering hooks ran outside the model's own forward; call the model, not its blocks")
+        return self._now
+
+    @contextmanager
+    def follow(self, model: nn.Module) -> Iterator[Positions]:
+        """Watch the forward passes and ``generate`` calls of ``model`` until the block ends."""
+        root = underlying(model)
+        names = list(inspect.signature(root.forward).parameters)
+
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._begin(dict(zip(names, args)) | kwargs)
+
+        handle = root.register_forward_pre_hook(before, with_kwargs=True)
+        holders = [holder for holder in {id(m): m for m in (model, root)}.values() if hasattr(holder, "generate")]
+        saved = [holder.__dict__.get("generate") for holder in holders]
+        try:
+            for holder in holders:
+                holder.__dict__["generate"] = self._wrap(holder.generate)
+            yield self
+        finally:
+            handle.remove()
+            for holder, previous in zip(holders, saved):
+                holder.__dict__.pop("generate")
+                if previous is not None:
+                    holder.__dict__["generate"] = previous
+
+    def _wrap(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        # Without a cache every step carries the whole text again: only the call itself knows where its prompt ended.
+        @wraps(generate)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if self._depth == 0:
+                self._prompt_length = _given_length(args, kwargs)
+            self._depth += 1
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        return wrapped
+
+    @contextmanager
+    def generating(self, prompt_length: int) -> Iterator[None]:
+        """Treat the forward passes inside as one generation from a prompt of so many columns."""
+        self._depth, self._prompt_length = self._depth + 1, prompt_length
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def _begin(self, given: dict[str, Any]) -> None:
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        carrier = ids if ids is not None else embeds
+        if carrier is None:
+            raise UserError("the model was called without input_ids or inputs_embeds; steering cannot place its tokens")
+        batch, length = carrier.shape[:2]
+        past = _past_length(given.get("past_key_values"))
+        fresh = past == 0 and self._depth == 0
+        if fresh or self._prompt_length is None:
+            self._prompt_length = past + length
+        start = real = None
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+            mask = mask.to(carrier.device)
+            start = mask.long().argmax(dim=1)
+            chunk = mask[:, past : past + length].bool()
+            real = None if bool(chunk.all()) else chunk
+        self._now = TokenContext(batch, past, length, start, real, self._prompt_length, ids, carrier.device)
+
+
+def _past_length(cache: Any) -> int:
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        raise UserError(
+            f"steering cannot tell how many tokens a {type(cache).__name__} holds; use a transformers Cache"
+        )
+    return int(cache.get_seq_length())
+
+
+def _given_length(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    candidates = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "input", "inputs_embeds"))]
+    return next((c.shape[1] for c in candidates if isinstance(c, Tensor) and c.ndim >= 2), None)

@@ -1,0 +1,97 @@
+"""What steering needs of a trained SAE: its weights, its hook point, and the sizes that strengths are multiples of."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.checkpoint import load_metadata, load_sae
+from saelab.errors import UserError
+from saelab.sae import SAE
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """An SAE and what is known of it. ``folder`` is None for an SAE that was never saved."""
+
+    sae: SAE
+    hook_name: str
+    model: str | None = None
+    folder: Path | None = None
+    rms_norm: float | None = None  # of the activations it was trained on
+    hf_hook_name: str | None = None
+
+    @classmethod
+    def open(cls, folder: Path | str, hook_name: str = "") -> Run:
+        """Load a run folder."""
+        folder = Path(folder)
+        sae, metadata = load_sae(folder), load_metadata(folder)
+        hook_name = hook_name or metadata.get("hook_name") or ""
+        if not hook_name:
+            raise UserError(f"{folder} does not record where in the model it belongs; give hook_name")
+        return cls(
+            sae, hook_name, metadata.get("model_name"), folder, metadata.get("rms_norm"), metadata.get("hf_hook_name")
+        )
+
+    @cached_property
+    def index(self) -> Any | None:
+        """The feature index of the run folder, or None where there is none."""
+        if self.folder is None or not (self.folder / "features" / "features.parquet").is_file():
+            return None
+        from saelab.features import FeatureIndex
+
+        return FeatureIndex(self.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the SAE's tensors."""
+        return tensors_hash(self.sae.state_dict())
+
+    def check_latent(self, latent: int) -> int:
+        """``latent`` if the dictionary has it."""
+        if not 0 <= latent < self.sae.d_sae:
+            raise UserError(f"latent {latent} does not exist: the SAE has latents 0 to {self.sae.d_sae - 1}")
+        return latent
+
+    def max_activation(self, latent: int, pole: int = 1) -> float | None:
+        """The largest magnitude the latent reached on this pole in the index; None without an index.
+
+        A pole on which the latent never fired has none either.
+        """
+        self.check_latent(latent)
+        if self.index is None:
+            return None
+        highest = abs(float(self.index.max_activation(latent, pole)))
+        return highest if highest > 0 else None
+
+    def provenance(self) -> dict[str, Any]:
+        """What a vector or a recipe records of the SAE it came from."""
+        return {"run": None if self.folder is None else str(self.folder), "sae_sha256": self.fingerprint}
+
+
+def as_run(run: Run | SAE | Path | str, hook_name: str = "") -> Run:
+    """A :class:`Run` from a run folder, an SAE with its hook name, or a run itself."""
+    if isinstance(run, Run):
+        return run
+    if isinstance(run, SAE):
+        if not hook_name:
+            raise UserError(
+                "an SAE that was not loaded from a run folder needs hook_name, e.g. blocks.9.hook_resid_post"
+            )
+        return Run(run.eval(), hook_name)
+    return Run.open(run, hook_name)
+
+
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

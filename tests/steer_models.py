@@ -1,0 +1,56 @@
+"""Small models for the steering tests: a Llama whose tokens vary, and a bridge on the same weights."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HOOK = "blocks.1.hook_resid_post"
+D_MODEL, VOCABULARY = 32, 97
+
+
+@cache
+def folder() -> str:
+    """A saved model of three layers with its tokenizer: words ``w0 .. w96``."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=D_MODEL,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # with the usual 0.02 every continuation is one token repeated
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "w0", "bos_token": "w1", "eos_token": "w2", "unk_token": "w3"}
+    path = tempfile.mkdtemp(prefix="saelab-tiny-llama-")
+    LlamaForCausalLM(config).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(path)
+    return path
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(folder())
+
+
+@cache
+def llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder()).eval()
+
+
+@cache
+def bridge() -> TransformerBridge:
+    return TransformerBridge.boot_transformers(folder(), device="cpu", dtype=torch.float32)
