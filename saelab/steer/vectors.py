@@ -52,7 +52,8 @@ class SteeringVector:
         norm = float(vector.norm())
         if norm == 0:
             raise UserError("a steering vector of zeros has no direction")
-        return cls(vector / norm, norm, hook_name, **({"origin": {"kind": "tensor"}} | known))
+        known.setdefault("origin", {"kind": "tensor"})
+        return cls(vector / norm, norm, hook_name, **known)
 
     @classmethod
     def from_latent(cls, run: Run | SAE | str, latent: int, pole: int = 1, hook_name: str = "") -> SteeringVector:
@@ -135,8 +136,8 @@ class SteeringVector:
             return number * unit_length
         if unit == "norm":
             raise UserError(
-                f"strength {strength!r} needs the norm of the activations, which this vector does not know; set it with "
-                "with_units(rms_norm=...) or give an absolute strength"
+                f"strength {strength!r} needs the norm of the activations, which this vector does not know; set it "
+                "with with_units(rms_norm=...) or give an absolute strength"
             )
         run = self.origin.get("run")
         remedy = (
