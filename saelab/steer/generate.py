@@ -133,13 +133,13 @@ def _steps(model: nn.Module, ids: Tensor, mask: Tensor, settings: Sampling, eos:
     device = next(root.parameters()).device
     ids, mask = ids.to(device), mask.to(device)
     generator = torch.Generator().manual_seed(settings.seed)
-    stop = settings.stop_at_eos and eos is not None
+    eos = eos if settings.stop_at_eos else None
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     cache, fresh = None, ids
     for _ in range(settings.max_new_tokens):
         logits, cache = forward(root, fresh, mask, cache, settings.use_cache, last_only=True)
         tokens = settings.draw(logits[:, -1], generator)
-        if stop:
+        if eos is not None:
             tokens = torch.where(done, torch.full_like(tokens, eos), tokens)
             done |= tokens == eos
         if bool(done.all()):

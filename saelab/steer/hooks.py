@@ -60,7 +60,7 @@ def _edits(interventions: Sequence[Intervention]) -> list[Edit]:
     group: list[LatentIntervention] = []
     for intervention in interventions:
         if isinstance(intervention, LatentIntervention):
-            if group and group[0].run.sae is not intervention.run.sae:
+            if group and group[0].sae is not intervention.sae:
                 edits.append(LatentEdits(group))
                 group = []
             group.append(intervention)
@@ -92,14 +92,8 @@ def _vector_edit(intervention: Add | ProjectOut) -> Edit:
 def _check_widths(model: nn.Module, interventions: Sequence[Intervention]) -> None:
     d_model = width(model)
     for intervention in interventions:
-        if isinstance(intervention, LatentIntervention):
-            d_in, what = intervention.run.sae.d_in, "the SAE"
-        elif isinstance(intervention, Add):
-            d_in, what = intervention.vector.d_in, "the vector"
-        elif isinstance(intervention, ProjectOut):
-            d_in, what = intervention.vectors[0].d_in, "the vector"
-        else:
-            continue
+        d_in = intervention.d_in
+        what = "the SAE" if isinstance(intervention, LatentIntervention) else "the vector"
         if d_model is not None and d_in != d_model:
             raise UserError(
                 f"{what} for {intervention.hook_name} has width {d_in}, the model's activations {d_model}: "

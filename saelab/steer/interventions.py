@@ -44,6 +44,11 @@ class Intervention:
         """Whether it changes nothing; then the model runs without a hook for it."""
         return False
 
+    @property
+    def d_in(self) -> int:
+        """Width of the activations it acts on."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class Add(Intervention):
@@ -66,6 +71,10 @@ class Add(Intervention):
     def idle(self) -> bool:
         return self.length == 0
 
+    @property
+    def d_in(self) -> int:
+        return self.vector.d_in
+
     def prepare(self, like: Tensor) -> Callable[[Tensor], Tensor]:
         """The edit of selected activations ``[..., d_in]``, for tensors like ``like``."""
         shift = (self.vector.direction * self.length).to(like)
@@ -81,18 +90,25 @@ class ProjectOut(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        vectors = (self.vectors,) if isinstance(self.vectors, SteeringVector) else tuple(self.vectors)
-        if not vectors or len({(v.hook_name, v.d_in) for v in vectors}) != 1:
+        if len({(v.hook_name, v.d_in) for v in self.directions}) != 1:
             raise UserError("ProjectOut takes one or more vectors of the same hook point and width")
-        object.__setattr__(self, "vectors", vectors)
-        object.__setattr__(self, "hook_name", self.hook_name or vectors[0].hook_name)
+        object.__setattr__(self, "hook_name", self.hook_name or self.directions[0].hook_name)
+
+    @property
+    def directions(self) -> tuple[SteeringVector, ...]:
+        """The vectors as a tuple, also when there is one."""
+        return (self.vectors,) if isinstance(self.vectors, SteeringVector) else tuple(self.vectors)
 
     @property
     def idle(self) -> bool:
         return self.strength == 0
 
+    @property
+    def d_in(self) -> int:
+        return self.directions[0].d_in
+
     def prepare(self, like: Tensor) -> Callable[[Tensor], Tensor]:
-        directions = torch.stack([vector.direction for vector in self.vectors]).double()
+        directions = torch.stack([vector.direction for vector in self.directions]).double()
         # Vectors that nearly repeat each other span one axis, not two.
         _, sizes, axes = torch.linalg.svd(directions, full_matrices=False)
         basis = axes[sizes > 1e-6 * sizes[0]].to(like)
@@ -106,7 +122,7 @@ class LatentIntervention(Intervention):
     ``pole`` limits it to activations of one sign (``1`` or ``-1``); 0 means both.
     """
 
-    run: Run | SAE | Path | str
+    run: Run | SAE | Path | str  # becomes a Run
     latent: int
     pole: int = field(default=0, kw_only=True)
     keep_error: bool = field(default=True, kw_only=True)
@@ -120,6 +136,19 @@ class LatentIntervention(Intervention):
         object.__setattr__(self, "hook_name", self.hook_name or run.hook_name)
         object.__setattr__(self, "pole", pole_sign(self.pole) if self.pole else 0)
         run.check_latent(self.latent)
+
+    @property
+    def source(self) -> Run:
+        """The SAE with what is known of it."""
+        return as_run(self.run, self.hook_name)
+
+    @property
+    def sae(self) -> SAE:
+        return self.source.sae
+
+    @property
+    def d_in(self) -> int:
+        return self.sae.d_in
 
     def edit(self, values: Tensor) -> Tensor:
         """The latent's new activations from its present ones ``[n]``, zeros where it does not fire."""
@@ -137,7 +166,7 @@ class LatentIntervention(Intervention):
             return number
         if unit != "max":
             raise UserError(f"an activation is a number or a multiple of max, not {strength!r}")
-        vector = SteeringVector.from_latent(self.run, self.latent, pole)
+        vector = SteeringVector.from_latent(self.source, self.latent, pole)
         return pole * vector.length(strength) / vector.norm
 
 

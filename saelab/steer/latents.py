@@ -23,7 +23,7 @@ class LatentEdits:
     def __init__(self, interventions: Sequence[LatentIntervention]) -> None:
         self.interventions = list(interventions)
         first = self.interventions[0]
-        self.sae: SAE = first.run.sae
+        self.sae: SAE = first.sae
         self.keep_error = first.keep_error
         self.latents = sorted({i.latent for i in self.interventions})
         self.column = {latent: column for column, latent in enumerate(self.latents)}
@@ -69,7 +69,7 @@ def check_conflicts(interventions: Sequence[LatentIntervention]) -> None:
     """Refuse two interventions that each decide the activation of one latent on the same tokens."""
     for i, first in enumerate(interventions):
         for second in interventions[:i]:
-            same = first.run.sae is second.run.sae and first.hook_name == second.hook_name
+            same = first.sae is second.sae and first.hook_name == second.hook_name
             if same and first.keep_error != second.keep_error:
                 raise UserError(f"interventions on one SAE at {first.hook_name} must agree on keep_error")
             if same and first.latent == second.latent and _overlap(first, second):

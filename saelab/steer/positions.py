@@ -129,7 +129,7 @@ class Positions:
         saved = [holder.__dict__.get("generate") for holder in holders]
         try:
             for holder in holders:
-                holder.__dict__["generate"] = self._wrap(holder.generate)
+                holder.__dict__["generate"] = self._wrap(getattr(holder, "generate"))  # noqa: B009 -- typed as a module
             yield self
         finally:
             handle.remove()
@@ -168,9 +168,9 @@ class Positions:
             raise UserError("the model was called without input_ids or inputs_embeds; steering cannot place its tokens")
         batch, length = carrier.shape[:2]
         past = _past_length(given.get("past_key_values"))
-        fresh = past == 0 and self._depth == 0
-        if fresh or self._prompt_length is None:
-            self._prompt_length = past + length
+        prompt_length = self._prompt_length
+        if prompt_length is None or (past == 0 and self._depth == 0):
+            self._prompt_length = prompt_length = past + length
         start = real = None
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
@@ -178,7 +178,7 @@ class Positions:
             start = mask.long().argmax(dim=1)
             chunk = mask[:, past : past + length].bool()
             real = None if bool(chunk.all()) else chunk
-        self._now = TokenContext(batch, past, length, start, real, self._prompt_length, ids, carrier.device)
+        self._now = TokenContext(batch, past, length, start, real, prompt_length, ids, carrier.device)
 
 
 def _past_length(cache: Any) -> int:

@@ -43,7 +43,7 @@ class Run:
         """The feature index of the run folder, or None where there is none."""
         if self.folder is None or not (self.folder / "features" / "features.parquet").is_file():
             return None
-        from saelab.features import FeatureIndex
+        from saelab.features import FeatureIndex  # pyright: ignore
 
         return FeatureIndex(self.folder)
 

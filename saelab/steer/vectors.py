@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +57,9 @@ class SteeringVector:
         return cls(vector / norm, norm, hook_name, **known)
 
     @classmethod
-    def from_latent(cls, run: Run | SAE | str, latent: int, pole: int = 1, hook_name: str = "") -> SteeringVector:
+    def from_latent(
+        cls, run: Run | SAE | Path | str, latent: int, pole: int = 1, hook_name: str = ""
+    ) -> SteeringVector:
         """The dictionary row of a latent, turned round for its negative pole (``pole=-1``).
 
         ``run`` is a run folder, an open :class:`~saelab.steer.run.Run`, or an SAE (then name the ``hook_name``).
@@ -76,7 +79,9 @@ class SteeringVector:
         )
 
     @classmethod
-    def from_latents(cls, run: Run | SAE | str, weights: Mapping[int, float], hook_name: str = "") -> SteeringVector:
+    def from_latents(
+        cls, run: Run | SAE | Path | str, weights: Mapping[int, float], hook_name: str = ""
+    ) -> SteeringVector:
         """A weighted sum of dictionary rows, ``{latent: weight}``; a negative weight takes the other pole."""
         from saelab.steer.run import as_run
 
