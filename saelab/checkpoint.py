@@ -1,14 +1,19 @@
 """The run folder: weights and configuration in SAELens' layout, the training state beside them.
 
 ``sae_weights.safetensors`` + ``cfg.json`` hold the SAE in units of raw activations, readable by SAELens wherever the
-architecture exists there; what is ours alone stands under ``metadata``. ``train_state.safetensors`` +
-``train_state.json`` hold everything else the next step depends on. Nothing is pickled.
+architecture exists there; what is ours alone stands under ``metadata``. Nothing is pickled.
+
+While a run is under way its folder has ``checkpoints/step_NNNNNNNN/``: the same two files, usable on their own, and
+``train_state.safetensors`` + ``train_state.json`` with everything else the next step depends on. Such a folder is
+written under a temporary name, synced and renamed, and only then is its predecessor removed: whenever the process is
+killed, the newest ``step_*`` is complete and its weights and state belong together.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +29,8 @@ from saelab.errors import UserError
 from saelab.sae import SAE, build
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+STATE, STATE_JSON = "train_state.safetensors", "train_state.json"
+CHECKPOINTS = "checkpoints"
 SAELENS_VERSION = "6.54.12"  # the release whose format is written; SAELens parses by this number
 
 
@@ -95,6 +102,64 @@ def load_sae(folder: Path | str, device: str | torch.device = "cpu") -> SAE:
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{path} does not hold the SAE that {CONFIG} describes ({error})") from error
     return sae.to(device).eval()
+
+
+def save_step(
+    folder: Path | str,
+    step: int,
+    sae: SAE,
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Make ``folder/checkpoints/step_NNNNNNNN`` from a folded SAE and its training state; replaces older ones."""
+    parent = Path(folder) / CHECKPOINTS
+    parent.mkdir(parents=True, exist_ok=True)
+    final = parent / f"step_{step:08d}"
+    if final.exists():
+        return
+    # What a kill left behind has no business here any more: only one process writes a run folder.
+    for leftover in parent.glob(".step_*"):
+        shutil.rmtree(leftover)
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{final.name}."))
+    save_sae(sae, temporary, metadata)
+    write_tensors(temporary / STATE, tensors)
+    write_json(temporary / STATE_JSON, dict(scalars))
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    temporary.chmod(0o755)
+    temporary.rename(final)
+    _sync(parent)
+    for older in parent.glob("step_*"):
+        if older != final:
+            shutil.rmtree(older)
+
+
+def latest_step(folder: Path | str) -> Path | None:
+    """The newest checkpoint of a run that is under way, or None."""
+    return max((Path(folder) / CHECKPOINTS).glob("step_*"), default=None)
+
+
+def load_step(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Weights, tensors of the training state, and its scalars, as :func:`save_step` got them."""
+    try:
+        return load_file(path / WEIGHTS), load_file(path / STATE), json.loads((path / STATE_JSON).read_text())
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and start the run again") from error
+
+
+def remove_steps(folder: Path | str) -> None:
+    """Remove the checkpoints of a run that has finished."""
+    shutil.rmtree(Path(folder) / CHECKPOINTS, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _replace(path: Path, write: Any) -> None:

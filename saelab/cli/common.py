@@ -21,9 +21,19 @@ console = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
 
-def parse(options: Callable[..., T] | type[T], command: str, args: Sequence[str], description: str = "") -> T:
-    """Parse ``args`` into ``options`` (a dataclass or a function); leaves with exit code 2 on a wrong argument."""
-    return tyro.cli(options, prog=f"saelab {command}", args=list(args), description=description or None)
+def parse(
+    options: Callable[..., T] | type[T],
+    command: str,
+    args: Sequence[str],
+    description: str = "",
+    default: T | None = None,
+) -> T:
+    """Parse ``args`` into ``options`` (a dataclass or a function); leaves with exit code 2 on a wrong argument.
+
+    ``default`` replaces the defaults of the fields; where it holds ``tyro.MISSING`` the argument is required.
+    """
+    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(options, prog=f"saelab {command}", args=list(args), description=description or None, **keywords)
 
 
 def prepare_output(folder: Path, overwrite: bool = False, resume: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import tyro
 
-from saelab import checkpoint
 from saelab.cli.common import console, out, parse, prepare_output, print_json, progress_bar
-from saelab.cli.variants import option_fields, variant_in
+from saelab.cli.signals import Stop, stop_on_signals
+from saelab.cli.variants import option_fields, value_of, variant_in
 from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
 from saelab.sae import SAE, VARIANTS, build
-from saelab.train import StepMetrics, TrainConfig, check, n_steps, train
+from saelab.train import StepMetrics, TrainConfig, check, finished, fit, n_steps, read_run
+from saelab.train.log import Log, TensorBoard, Wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,33 +34,62 @@ class Options:
     """Which SAE; the variant's own options are listed with it."""
     d_sae: int = 4608
     """Latents."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    resume: bool = False
+    """Go on with the run in the folder, if one was begun there, with its settings; the result is bit-identical to
+    that of an uninterrupted run."""
+    checkpoint_steps: int = 500
+    """Steps between checkpoints; SIGINT and SIGTERM save one and stop."""
     overwrite: bool = False
     """Replace an existing run folder."""
+    tensorboard: bool = False
+    """Also write TensorBoard files into the run folder."""
+    wandb: str | None = None
+    """Also log to this wandb project."""
     json: bool = False
     """Print the final metrics as JSON on stdout."""
 
 
 def main(args: Sequence[str]) -> None:
     """Parse, train with a progress bar, save the run folder."""
-    variant = variant_in(args)
+    folder = value_of(args, "--out")
+    saved = read_run(folder) if "--resume" in args and folder is not None else None
+    variant = variant_in(args, default=saved["variant"] if saved else "topk")
     # The training options come after ours in the list of fields, so they are the first base.
     cls = dataclasses.make_dataclass("TrainOptions", option_fields(variant), bases=(TrainConfig, Options), frozen=True)
-    options = parse(cls, "train", args, f"Train a {variant} SAE: {VARIANTS[variant].__doc__}")
+    default = None
+    if saved:
+        same_variant = saved["config"] if variant == saved["variant"] else {}
+        known = {key: value for key, value in same_variant.items() if key != "d_in"}
+        default = cls(cache=tyro.MISSING, out=tyro.MISSING, **{**known, **saved["train"], "variant": variant})
+    options = parse(cls, "train", args, f"Train a {variant} SAE: {VARIANTS[variant].__doc__}", default)
     run(options, {name: getattr(options, name) for name, *_ in option_fields(variant)})
 
 
-def run(options: Any, config: dict[str, Any]) -> StepMetrics:
+def run(options: Any, config: dict[str, Any]) -> StepMetrics | None:
     """Train as the options say; returns the last step's metrics."""
-    prepare_output(options.out, options.overwrite)
+    if options.resume and finished(options.out):
+        console.print(f"{options.out} is finished; nothing to resume")
+        return None
+    if options.checkpoint_steps < 1:
+        raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
     cache = ActivationCache(options.cache)
     torch.manual_seed(options.seed)
-    sae = build(options.variant, d_in=cache.d_in, d_sae=options.d_sae, **config)
+    sae = build(options.variant, d_in=cache.d_in, d_sae=options.d_sae, **config).to(pick_device(options.device))
     train_config = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
     train_config = train_config.resolved(sae, cache)
     check(sae, cache, train_config)
-    last = fit(sae, cache, train_config, options.out)
-    checkpoint.save_sae(sae, options.out, provenance(cache, train_config))
-    if options.json:
+    # Last, so that a mistake in the options never costs the old run.
+    prepare_output(options.out, options.overwrite, options.resume)
+    with stop_on_signals() as stop:
+        last = drive(sae, cache, train_config, options, stop)
+    if stop.signal is not None and not finished(options.out):
+        console.print(f"{stop.signal.name}: saved at step {last.step if last else 0}; go on with --resume")
+        sys.exit(stop.exit_code)
+    if last is None:
+        out.print(f"saved to {options.out}")
+    elif options.json:
         print_json(last.row())
     else:
         out.print(f"{options.variant}: FVU {last.fvu:.4f}, L0 {last.l0:.1f}, {last.dead} dead latents")
@@ -66,37 +97,52 @@ def run(options: Any, config: dict[str, Any]) -> StepMetrics:
     return last
 
 
-def fit(sae: SAE, cache: ActivationCache, config: TrainConfig, folder: Path) -> StepMetrics:
-    """Drive the training loop: a progress bar, and one line of ``metrics.jsonl`` per step."""
+def drive(sae: SAE, cache: ActivationCache, config: TrainConfig, options: Any, stop: Stop) -> StepMetrics | None:
+    """Run the training generator under a progress bar until it ends or a signal asks to stop."""
     total, last = n_steps(cache, config), None
     console.print(
         f"training {sae.variant}: d_in {sae.d_in}, d_sae {sae.d_sae}, {total} steps of {config.batch_size} tokens, "
         f"lr {config.lr:.2g}, dead after {config.dead_after} tokens"
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "metrics.jsonl").open("w") as log, progress_bar("state") as bar:
+    steps = fit(
+        sae,
+        cache,
+        config,
+        options.out,
+        resume=options.resume,
+        checkpoint_steps=options.checkpoint_steps,
+        logs=loggers(options, config),
+    )
+    with progress_bar("state") as bar:
         task = bar.add_task("train", total=total, state="")
-        started = time.perf_counter()
-        for last in train(sae, cache, config):
-            log.write(json.dumps(last.row()) + "\n")
-            speed = last.tokens / (time.perf_counter() - started)
+        started, first = time.perf_counter(), None
+        for last in steps:
+            first = first or last.tokens - config.batch_size
+            speed = (last.tokens - first) / (time.perf_counter() - started)
             text = f"FVU {last.fvu:.3f}  L0 {last.l0:.0f}  dead {last.dead}  {speed:,.0f} tokens/s"
             bar.update(task, completed=last.step, state=text)
-    assert last is not None  # check() refuses a run without a single step
+            if stop.signal is not None and last.step < total:
+                steps.close()
     return last
 
 
-def provenance(cache: ActivationCache, config: TrainConfig) -> dict[str, Any]:
-    """What a run folder remembers of its data and its settings."""
-    manifest = cache.manifest
-    return {
-        "model_name": manifest.model,
-        "hook_name": manifest.hook_name,
-        "hf_hook_name": manifest.hf_hook_name,
-        "context_size": manifest.context_length,
-        "prepend_bos": manifest.bos != "none",
-        "dataset_path": manifest.text,
-        "cache": str(cache.path),
-        "cache_fingerprint": cache.fingerprint,
-        "train": dataclasses.asdict(config),
-    }
+def loggers(options: Any, config: TrainConfig) -> list[Log]:
+    """The optional loggers that were asked for."""
+    logs: list[Log] = []
+    if options.tensorboard:
+        logs.append(TensorBoard(options.out))
+    if options.wandb is not None:
+        logs.append(Wandb(options.out, options.wandb, dataclasses.asdict(config)))
+    return logs
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a name stands for; ``auto`` is the first GPU, or the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use cpu") from error
+    return device

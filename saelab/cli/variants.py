@@ -16,15 +16,22 @@ from saelab.errors import UserError, near_matches
 from saelab.sae import VARIANTS
 
 
+def value_of(args: Sequence[str], option: str) -> str | None:
+    """The value given to ``option`` in an argument list that is not parsed yet."""
+    for arg, following in zip(args, [*args[1:], None]):
+        if arg == option:
+            return following
+        if arg.startswith(f"{option}="):
+            return arg.removeprefix(f"{option}=")
+    return None
+
+
 def variant_in(args: Sequence[str], default: str = "topk") -> str:
     """The variant named in an argument list, before the list is parsed (its options depend on it)."""
-    for arg, following in zip(args, [*args[1:], ""]):
-        name = following if arg == "--variant" else arg.removeprefix("--variant=") if "=" in arg else ""
-        if arg.startswith("--variant") and name:
-            if name not in VARIANTS:
-                raise UserError(f"unknown variant {name!r}: {near_matches(name, VARIANTS)}")
-            return name
-    return default
+    name = value_of(args, "--variant") or default
+    if name not in VARIANTS:
+        raise UserError(f"unknown variant {name!r}: {near_matches(name, VARIANTS)}")
+    return name
 
 
 def option_fields(variant: str) -> list[tuple[str, Any, Any]]:

@@ -37,7 +37,7 @@ def select_topk(
     """
     checks.encoder(x, W_enc, b_enc, b_dec)
     checks.budget(k, W_enc.shape[1], "k", "d_sae")
-    return SelectedPreActs(*implementation(x).topk(*_plain(x, W_enc, b_enc, b_dec), k, signed))
+    return SelectedPreActs(*implementation(x).topk(*_budgeted(x, W_enc, b_enc, b_dec), k, signed))
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def select_batch(
     """The ``budget`` largest pre-activations of the whole batch; ties go to the lowest (token, latent)."""
     checks.encoder(x, W_enc, b_enc, b_dec)
     checks.budget(budget, x.shape[0] * W_enc.shape[1], "budget", "n * d_sae")
-    return SelectedPreActs(*implementation(x).batch(*_plain(x, W_enc, b_enc, b_dec), budget, signed))
+    return SelectedPreActs(*implementation(x).batch(*_budgeted(x, W_enc, b_enc, b_dec), budget, signed))
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def select_latent(
     if budgets.numel() and int(budgets.min()) < 0:
         raise ValueError(f"budgets has {int(budgets.min())}; a latent cannot take fewer than 0 tokens")
     budgets = budgets.clamp_max(x.shape[0])
-    return SelectedPreActs(*implementation(x).latent(*_plain(x, W_enc, b_enc, b_dec), budgets, signed))
+    return SelectedPreActs(*implementation(x).latent(*_budgeted(x, W_enc, b_enc, b_dec), budgets, signed))
 
 
 @torch.no_grad()
@@ -136,6 +136,7 @@ def pre_acts_at(
     zero did not fire and passes no gradient.
     """
     checks.encoder(x, W_enc, b_enc, b_dec)
+    selected = selected._replace(values=selected.values.to(x.dtype))  # from a selection under autocast
     checks.code(*selected, W_enc.shape[1])
     _check_rows(x, selected.row_ptr)
     return gradients.PreActsAt.apply(x, W_enc, b_enc, b_dec, *_contiguous(selected))  # pyright: ignore
@@ -213,3 +214,16 @@ def _contiguous(tensors: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
     return detached(*tensors)
+
+
+def _budgeted(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None) -> list[Tensor | None]:
+    """The operands of a selection by budget, in autocast's precision inside ``torch.autocast``.
+
+    Centring happens before rounding: activations may lie far from the origin. Selection by threshold stays as it
+    is, because a rounded threshold no longer moves under small updates.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = (x if b_dec is None else x - b_dec).to(dtype)
+        W_enc, b_enc, b_dec = W_enc.to(dtype), None if b_enc is None else b_enc.to(dtype), None
+    return detached(x, W_enc, b_enc, b_dec)

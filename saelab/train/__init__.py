@@ -1,0 +1,23 @@
+"""Training: one flat loop as a generator, its configuration, its resumable state, and the run folder it fills."""
+
+from saelab.train.config import TrainConfig, check, n_steps
+from saelab.train.loop import Diverged, StepMetrics, batches, finish, start, step, train
+from saelab.train.run import finished, fit, read_run
+from saelab.train.state import TrainState
+
+__all__ = [
+    "Diverged",
+    "StepMetrics",
+    "TrainConfig",
+    "TrainState",
+    "batches",
+    "check",
+    "finish",
+    "finished",
+    "fit",
+    "n_steps",
+    "read_run",
+    "start",
+    "step",
+    "train",
+]

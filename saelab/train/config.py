@@ -1,0 +1,105 @@
+"""How to train: one flat dataclass, checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
+from saelab.sae import SAE
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Counts are in tokens unless the name says steps; shares are of the whole run's steps."""
+
+    epochs: int = 10
+    """Passes over the training split of the cache."""
+    batch_size: int = 2048
+    """Tokens per step."""
+    lr: float | None = None
+    """Adam's learning rate; by default 2e-4 / sqrt(d_sae / 2^14) (Gao et al., 2024, figure 3)."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises from zero."""
+    decay: Literal["none", "linear", "cosine"] = "linear"
+    """How the learning rate falls to zero at the end."""
+    decay_share: float = 0.2
+    """Share of the steps over which it falls."""
+    grad_clip: float | None = 1.0
+    """Largest norm of the whole gradient; none to leave it alone."""
+    aux_weight: float = 1 / 32
+    """Weight of the AuxK loss that revives dead latents; 0 turns it off."""
+    k_aux: int | None = None
+    """Dead latents per token in AuxK; by default the power of two nearest to d_in / 2."""
+    dead_after: int | None = None
+    """Tokens without firing after which a latent is dead; by default a tenth of the run, at most 10 million."""
+    k_start: int | None = None
+    """Latents per token at the first step, for variants with k; by default 4 k, at most d_sae."""
+    k_warmup: float = 0.0
+    """Share of the steps over which k falls from k-start to k; 0 trains with k throughout."""
+    beta_warmup: float = 0.0
+    """Share of the steps over which beta rises from zero, for variants with beta."""
+    ema: float | None = None
+    """Decay per step of an exponential moving average of the weights, which then is what is saved (0.999, say)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the matrix product that selects latents; bf16 is for GPUs (slow on a CPU) and for variants with a
+    budget. Weights, gradients, thresholds and statistics stay in fp32 or fp64 either way."""
+    seed: int = 0
+    """Seed of the initialisation and of everything random inside a step."""
+    data_seed: int = 0
+    """Seed of the data order; SAEs trained with the same one see the same batches."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "k_aux", "dead_after", "k_start"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        for name in ("lr", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name}={value} must be positive and finite")
+        for name in ("warmup", "decay_share", "k_warmup", "beta_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} is a share of the run, between 0 and 1")
+        if self.warmup + self.decay_share > 1:
+            raise UserError(f"warmup={self.warmup} and decay_share={self.decay_share} must add up to at most 1")
+        if not 0 <= self.aux_weight < math.inf:
+            raise UserError(f"aux_weight={self.aux_weight} must be 0 or positive")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema={self.ema} is a decay per step, strictly between 0 and 1 (0.999, say)")
+
+    def resolved(self, sae: SAE, cache: ActivationCache) -> TrainConfig:
+        """The same configuration with every default that depends on the data written out."""
+        total = self.epochs * cache.n_split("train")
+        values = asdict(self)
+        values["lr"] = self.lr or 2e-4 / math.sqrt(sae.d_sae / 2**14)
+        values["k_aux"] = self.k_aux or 2 ** round(math.log2(max(sae.d_in / 2, 1)))
+        values["dead_after"] = self.dead_after or max(1, min(10_000_000, total // 10))
+        if self.k_warmup and self.k_start is None and "k" in sae.config:
+            values["k_start"] = min(4 * sae.config["k"], sae.d_sae)
+        return TrainConfig(**values)
+
+
+def check(sae: SAE, cache: ActivationCache, config: TrainConfig) -> None:
+    """Refuse a run that cannot work, before anything is computed."""
+    if cache.d_in != sae.d_in:
+        raise UserError(f"the SAE reads width d_in={sae.d_in} but the cache holds width {cache.d_in}")
+    if sae.needs_grads and not cache.has_grads:
+        raise UserError(f"{sae.variant} needs gradients and the cache has none; harvest it with --gradients")
+    if config.batch_size > cache.n_split("train"):
+        raise UserError(
+            f"batch_size={config.batch_size} exceeds the {cache.n_split('train')} training rows of the cache; "
+            "lower it or harvest more tokens"
+        )
+    for name in ("k", "beta"):
+        if getattr(config, f"{name}_warmup") and name not in sae.config:
+            raise UserError(f"{name}_warmup is set but the variant {sae.variant} has no {name}; leave it at 0")
+    if config.k_start is not None and config.k_start > sae.d_sae:
+        raise UserError(f"k_start={config.k_start} exceeds d_sae={sae.d_sae}; lower it")
+
+
+def n_steps(cache: ActivationCache, config: TrainConfig) -> int:
+    """Steps of a whole run."""
+    return config.epochs * cache.n_batches(config.batch_size, split="train", drop_last=True)

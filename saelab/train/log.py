@@ -1,0 +1,85 @@
+"""Where metrics go: ``metrics.jsonl`` always, TensorBoard and wandb where asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from saelab.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+class Log(Protocol):
+    """Something that takes one record per step."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """``metrics.jsonl``: one JSON object per step, flushed line by line.
+
+    It holds nothing that depends on the clock, so that a resumed run writes the very bytes of an uninterrupted one.
+    Opened at a ``step``, it drops what an interrupted run had logged after that step, and a half-written last line.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        path = folder / METRICS
+        kept = 0
+        if step and path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                        break
+                    kept += len(line)
+        self.file = path.open("r+" if kept else "w", buffering=1)
+        self.file.truncate(kept)
+        self.file.seek(kept)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard under ``folder/tensorboard``; needs the extra ``saelab[tensorboard]``."""
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--tensorboard needs `pip install saelab[tensorboard]`") from error
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self.writer.add_scalar(f"train/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """A wandb run named after the folder; needs the extra ``saelab[wandb]``. A resumed run continues it."""
+
+    def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb needs `pip install saelab[wandb]`") from error
+        name = folder.resolve().name
+        self.run = wandb.init(
+            project=project, name=name, id=f"{project}-{name}", config=config, dir=str(folder), resume="allow"
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.run.log({f"train/{name}": value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        self.run.finish()

@@ -1,0 +1,114 @@
+"""``TrainState``: everything besides the weights that the next step depends on, and its form on disk.
+
+The data order and everything random inside a step are functions of the seeds and the step number, so neither a
+generator's state nor a cursor has to be kept: the step is the position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.errors import UserError
+from saelab.sae import SAE
+
+
+@dataclass
+class TrainState:
+    """Everything besides the weights that the next step depends on.
+
+    Between steps of a running generator the SAE is in units of the scaled data; :meth:`fold` and :meth:`unfold`
+    convert it to raw units and back without changing a bit.
+    """
+
+    optimizer: torch.optim.Optimizer
+    tokens_since_fired: Tensor  # [d_sae], int64
+    scale: float  # the data are multiplied by this power of two during training
+    variance: float  # mean ||x - mean||^2 of the scaled data: the normaliser of every loss term
+    step: int = 0
+    tokens_seen: int = 0
+    ema: dict[str, Tensor] = field(default_factory=dict)  # running sums of the weights, not yet bias-corrected
+    exact: dict[str, Tensor] = field(default_factory=dict)  # see fold()
+
+    def n_dead(self, dead_after: int) -> int:
+        """Latents that have not fired for more than ``dead_after`` tokens."""
+        return int((self.tokens_since_fired > dead_after).sum())
+
+    @torch.no_grad()
+    def fold(self, sae: SAE) -> None:
+        """Put ``sae`` into units of the raw data.
+
+        A power of two leaves every linear parameter's mantissa alone, but a variant may keep a logarithm, whose
+        shift rounds: tensors that the way back would not restore exactly are remembered in ``exact``. Only biases
+        and thresholds carry units, so only they are compared.
+        """
+        before = {name: value.clone() for name, value in _vectors(sae).items()}
+        sae.rescale_(1 / self.scale)
+        folded = {name: value.clone() for name, value in _vectors(sae).items()}
+        sae.rescale_(self.scale)
+        self.exact = {name: old for name, old in before.items() if not torch.equal(_vectors(sae)[name], old)}
+        for name, value in _vectors(sae).items():
+            value.copy_(folded[name])
+
+    @torch.no_grad()
+    def unfold(self, sae: SAE) -> None:
+        """The inverse of :meth:`fold`: put ``sae`` back into units of the scaled data, bit for bit."""
+        sae.rescale_(self.scale)
+        for name, value in self.exact.items():
+            _vectors(sae)[name].copy_(value)
+
+    def tensors(self, sae: SAE) -> dict[str, Tensor]:
+        """The state's tensors under flat names; the optimizer's moments under the parameter's name."""
+        tensors = {"tokens_since_fired": self.tokens_since_fired}
+        tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
+        tensors |= {f"exact.{name}": value for name, value in self.exact.items()}
+        for name, parameter in sae.named_parameters():
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+        return tensors
+
+    def scalars(self) -> dict[str, Any]:
+        """The rest of the state, as JSON."""
+        return {"step": self.step, "tokens_seen": self.tokens_seen, "scale": self.scale, "variance": self.variance}
+
+    @classmethod
+    def restore(cls, sae: SAE, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> TrainState:
+        """Rebuild what :meth:`tensors` and :meth:`scalars` described, on the device of ``sae``."""
+        if "tokens_since_fired" not in tensors or tensors["tokens_since_fired"].shape != (sae.d_sae,):
+            raise UserError("the training state does not belong to this SAE; resume from the folder that wrote both")
+        optimizer = make_optimizer(sae)
+        for name, parameter in sae.named_parameters():
+            moments = _named(f"optimizer.{name}.", tensors, torch.device("cpu"))
+            optimizer.state[parameter].update({key: _like(value, parameter) for key, value in moments.items()})
+        return cls(
+            optimizer,
+            tensors["tokens_since_fired"].to(sae.device),
+            **scalars,
+            ema=_named("ema.", tensors, sae.device),
+            exact=_named("exact.", tensors, sae.device),
+        )
+
+
+def make_optimizer(sae: SAE) -> torch.optim.Optimizer:
+    """Adam as in Gao et al. (2024); the schedule sets the learning rate before every step."""
+    return torch.optim.Adam(sae.parameters(), lr=0.0, eps=6.25e-10, fused=True)
+
+
+def _vectors(sae: SAE) -> dict[str, Tensor]:
+    return {name: value for name, value in sae.state_dict().items() if value.ndim < 2}
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    # The fused optimizer walks parameter and moments in memory order, so they must share strides; on disk they are
+    # row-major.
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter).copy_(value)
+
+
+def _named(prefix: str, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
