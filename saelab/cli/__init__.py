@@ -14,6 +14,7 @@ from saelab.errors import UserError, near_matches
 # command -> what it does, in one line; the code of `name` is the module saelab.cli.name with a function `main(args)`.
 COMMANDS = {
     "app": "browse latents, explain prompts and steer in the web app",
+    "info": "versions, devices and the kernel backend in use",
     "train": "train one SAE on an activation cache",
     "evaluate": "measure a run on held-out activations and in the language model",
 }
