@@ -21,7 +21,7 @@ from saelab.sparse import SparseCode
 from saelab.train import TrainConfig, n_steps, start, train
 
 D_IN, D_SAE, N = 8, 20, 24
-SMALL = {"k": 3, "n_steps": 3, "target_l0": 3.0}  # options that depend on the size of the toy
+SMALL = {"k": 3, "n_steps": 3, "target_l0": 3.0, "bandwidth": 0.5}  # options that depend on the size of the toy
 every_variant = pytest.mark.parametrize("name", sorted(VARIANTS))
 
 
@@ -31,7 +31,7 @@ def small(name: str, d_in: int = D_IN, d_sae: int = D_SAE, **config) -> SAE:
     sae = build(name, d_in, d_sae, **{key: SMALL[key] for key in SMALL if key in options} | config)
     with torch.no_grad():
         for parameter in sae.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
+            parameter.add_(0.1 * torch.rand(parameter.shape))
     return sae
 
 
@@ -136,6 +136,7 @@ def test_eval_code_does_not_depend_on_neighbours(name: str, tmp_path: Path) -> N
         pass
     assert not sae.training
     x, grads = data()
+    x *= 4
     others = torch.cat([x[:3], 5 * torch.randn(N - 3, D_IN)])
     alone, among, elsewhere = sae.encode(x[:3], grads[:3]), sae.encode(x, grads)[:3], sae.encode(others, grads)[:3]
     assert among.l0().sum() > 0

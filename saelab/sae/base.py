@@ -45,7 +45,7 @@ class SAE(nn.Module, ABC):
             raise UserError(f"d_in={d_in} and d_sae={d_sae} must both be at least 1")
         self.d_in, self.d_sae = d_in, d_sae
         self.config: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, **config}
-        self.W_dec = nn.Parameter(_unit_rows(torch.randn(d_sae, d_in)))
+        self.W_dec = nn.Parameter(unit_rows(torch.randn(d_sae, d_in)))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     @abstractmethod
@@ -88,13 +88,11 @@ class SAE(nn.Module, ABC):
 
     # The hooks below keep all they learn in buffers, so that a resumed run goes on exactly where it stopped.
 
-    @torch.no_grad()
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
-        """See a training batch and its code, once per step: running statistics of the variant, if it has any."""
+        """See a training batch and its code, once per step: running statistics of the variant. Without gradients."""
 
-    @torch.no_grad()
     def after_step(self, step: int, n_steps: int) -> None:
-        """Called by the trainer after each optimizer step: schedules and phases of the variant, if it has any."""
+        """Follow an optimizer step: schedules, phases and constraints of the variant. Without gradients."""
 
     def lr_scale(self, step: int, n_steps: int) -> float:
         """What the trainer multiplies the learning rate of a step by, for variants that train in phases."""
@@ -116,7 +114,7 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Give every dictionary row unit norm; called before each optimizer step."""
-        self.W_dec.copy_(_unit_rows(self.W_dec))
+        self.W_dec.copy_(unit_rows(self.W_dec))
 
     @torch.no_grad()
     def project_decoder_grad(self) -> None:
@@ -208,5 +206,6 @@ def build(variant: str, d_in: int, d_sae: int, **config: Any) -> SAE:
         raise UserError(f"variant {variant!r}: {error}") from error
 
 
-def _unit_rows(W: Tensor) -> Tensor:
+def unit_rows(W: Tensor) -> Tensor:
+    """``W`` with every row divided by its norm; a zero row stays zero."""
     return W / W.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)

@@ -127,7 +127,8 @@ def step(sae: SAE, batch: Batch, config: TrainConfig, state: TrainState, total: 
 
     state.step += 1
     state.tokens_seen += x.shape[0]
-    sae.after_step(state.step, total)
+    with torch.no_grad():
+        sae.after_step(state.step, total)
     main = {name: numbers.pop(name) for name in ("loss", "fvu", "l0", "grad_norm")}
     return StepMetrics(
         state.step, state.tokens_seen, **main, dead=dead, lr=lr, terms=numbers, diagnostics=sae.diagnostics()
@@ -142,7 +143,8 @@ def _forward(
     code = sae.encode(x, grads)
     objective, recon = sae.reconstruction_loss(x, code)
     error = x - recon
-    sae.observe(x, code, grads)
+    with torch.no_grad():
+        sae.observe(x, code, grads)
     terms = {name: term / state.variance for name, term in sae.extra_losses(x, code, error).items()}
 
     # Firing statistics come before the auxiliary loss, which looks at what is dead now.

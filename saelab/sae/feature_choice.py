@@ -1,0 +1,131 @@
+"""Feature Choice: each latent chooses its tokens (Ayonrinde, 2024, arXiv 2411.02124).
+
+Latent j keeps its ``m_j`` largest affinities in a batch, with ``m_j`` from a Zipf law and the sum of all ``m_j`` equal
+to ``n * k``; tokens get as many latents as choose them. The law is fitted to the densities of a Mutual Choice phase
+that comes first; a fresh, shorter learning-rate ramp starts the second phase. At inference every latent has a
+threshold, above which it is active as often as its budget says.
+
+Only the abstract and the reviews of the paper could be read: that densities follow a Zipf law which sets the budgets
+is known; the law's parameters, the split of the phases, the learning rates and the rule at inference are choices of
+ours, and no number of that paper is reproduced here. A latent may be made to choose tokens on which its affinity
+is zero or less: those count as inactive, and L0 stays below the budget (``realised_budget`` in the log).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saelab import kernels
+from saelab.errors import UserError
+from saelab.kernels import SelectedPreActs
+from saelab.sae import zipf
+from saelab.sae.mutual_choice import MutualChoice
+from saelab.sae.threshold import RunningMean, calibration_sample, latent_thresholds
+from saelab.sparse import SparseCode
+
+
+class FeatureChoice(MutualChoice, variant="feature_choice"):
+    """The ``m_j`` largest of each ``ReLU(u_j)`` over a batch; ``u_j > threshold_j`` at inference."""
+
+    scaled = (*MutualChoice.scaled, "latent_threshold.total")
+    rates: Tensor
+    switched: Tensor
+    realised: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int | float = 32,
+        budgets: Literal["zipf", "uniform"] = "zipf",
+        mutual_share: float = 0.5,
+        second_lr: float = 0.3,
+        second_warmup: float = 0.05,
+        signed: bool = False,
+        zipf_weight: float = 1 / 32,
+        under_used: float = 0.1,
+        density_window: int = 1_000_000,
+    ) -> None:
+        """
+        Args:
+            k: Latents per token, on average over the batch.
+            budgets: Tokens per latent from the fitted Zipf law, or the same for all (ablation).
+            mutual_share: Share of the steps in the Mutual Choice phase; 0 starts with equal budgets.
+            second_lr: Learning rate of the second phase, relative to that of the first.
+            second_warmup: Share of the steps over which the second phase's learning rate rises from 0.
+            signed: Keep the largest magnitudes with their sign.
+            zipf_weight: Weight of the aux_zipf loss; 0 turns it off.
+            under_used: A latent is under-used below this share of the density that the law gives its rank.
+            density_window: Tokens over which densities are averaged.
+        """
+        super().__init__(d_in, d_sae, k, signed, zipf_weight, under_used, density_window)
+        self.config.update(budgets=budgets, mutual_share=mutual_share, second_lr=second_lr, second_warmup=second_warmup)
+        if not (0 <= mutual_share <= 1 and 0 <= second_warmup <= 1):
+            raise UserError(f"mutual_share={mutual_share} and second_warmup={second_warmup} are shares from 0 to 1")
+        self.budgets, self.mutual_share = budgets, mutual_share
+        self.second_lr, self.second_warmup = second_lr, second_warmup
+        self.latent_threshold = RunningMean(d_sae)
+        self.register_buffer("rates", torch.zeros(d_sae, dtype=torch.float64))  # m_j / n
+        self.register_buffer("switched", torch.tensor(-1))  # step at which Feature Choice began; -1 before
+        self.register_buffer("realised", torch.zeros((), dtype=torch.float64))  # share of the budget spent, last batch
+        if mutual_share == 0:
+            self.choose(0)
+
+    @property
+    def choosing(self) -> bool:
+        """Whether the latents choose, that is, whether the second phase has begun."""
+        return self.switched.item() >= 0
+
+    @torch.no_grad()
+    def choose(self, step: int) -> None:
+        """Begin the second phase: fix every latent's budget by the densities of the first."""
+        self.fit_law()
+        uniform = self.budgets == "uniform"
+        self.rates.copy_(self.rates.new_full((self.d_sae,), self.k / self.d_sae) if uniform else self.law())
+        self.switched.fill_(step)
+
+    def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
+        if not self.choosing:
+            return super().select(x, grads)
+        if not self.training:
+            return self.select_above(x, self.latent_threshold.mean())
+        budgets = zipf.budgets(self.rates, x.shape[0], self.k, int(self.seen))
+        return kernels.select_latent(x, self.W_enc, self.b_enc, self.b_in, budgets, self.signed)
+
+    def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
+        super().observe(x, code, grads)
+        active = code.values != 0
+        self.realised.copy_(active.sum() / int(self.k * code.n))
+        if self.choosing:
+            least = code.values.new_full((self.d_sae,), torch.inf)
+            least.scatter_reduce_(0, code.indices[active], code.values.detach()[active].abs(), "amin")
+            fired = least.isfinite()
+            self.latent_threshold.update(least.where(fired, 0), where=fired)
+
+    def fit_law(self) -> None:
+        if not self.choosing:  # afterwards densities follow the law by force
+            super().fit_law()
+
+    def after_step(self, step: int, n_steps: int) -> None:
+        if not self.choosing and step >= self.mutual_share * n_steps:
+            self.choose(step)
+
+    def lr_scale(self, step: int, n_steps: int) -> float:
+        if not self.choosing or self.mutual_share == 0:
+            return 1.0
+        ramp = self.second_warmup * n_steps
+        return self.second_lr * min(1.0, (step - int(self.switched) + 1) / (ramp + 1))
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        if not self.choosing:
+            super().calibrate(batches)
+        elif (x := calibration_sample(batches, self.d_in)) is not None:
+            self.latent_threshold.set_(latent_thresholds(self, x, self.rates))
+
+    def diagnostics(self) -> dict[str, float]:
+        phase = {"phase": 1.0 + self.choosing, "realised_budget": self.realised.item()}
+        return {**super().diagnostics(), **phase}

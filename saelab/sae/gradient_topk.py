@@ -1,0 +1,91 @@
+"""g-SAE: the k latents with the largest first-order effect on the model's loss (Olmo et al., 2024, arXiv 2411.10397).
+
+Known from the paper: TopK, with ``beta * z * |W_dec g|`` added to the selection score, ``g`` the gradient of the
+language model's loss at the SAE's input. Could not be verified, and therefore options or choices of ours: the value of
+beta, any normalisation of the gradient (the size of ``g`` depends on how the loss is reduced), whether gradients
+are used at evaluation, and every training setting. A run of this file reproduces no number of that paper.
+
+A gradient knows the label: with gradients at evaluation the selection has seen the next token, so losses measured that
+way are an upper bound and not comparable with other SAEs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from saelab import kernels
+from saelab.errors import UserError
+from saelab.kernels import SelectedPreActs
+from saelab.sae.base import LinearSAE, check_k
+from saelab.sae.threshold import RunningMean
+from saelab.sparse import SparseCode
+
+
+class GradientTopK(LinearSAE, variant="gradient_topk"):
+    """Keeps ``z = ReLU(u)`` on the k largest of ``z * (1 + beta * |W_dec g|)``; decodes ``z``, not the score."""
+
+    saelens = "topk"
+    needs_grads = True
+    scaled = (*LinearSAE.scaled, "gain.total")
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int = 32,
+        beta: float = 1.0,
+        grad_norm: Literal["rms", "none"] = "rms",
+        grad_select: Literal["train_only", "train_and_eval", "eval_only"] = "train_only",
+        signed: bool = False,
+    ) -> None:
+        """
+        Args:
+            k: Latents per token.
+            beta: Weight of the gradient term in the score; 0 is TopK, inf ranks by the gradient term alone.
+            grad_norm: Divide |W_dec g| by its root mean square over batch and latents, so that beta has no unit.
+            grad_select: When gradients take part in the selection; otherwise it is plain TopK.
+            signed: Rank by |z| in place of ReLU(z) and keep the sign.
+        """
+        if not beta >= 0:
+            raise UserError(f"beta={beta} must be 0 or more")
+        config = {"beta": beta, "grad_norm": grad_norm, "grad_select": grad_select, "signed": signed}
+        super().__init__(d_in, d_sae, k=check_k(k, d_sae), **config)
+        self.k, self.beta, self.signed = k, beta, signed
+        self.grad_norm: Literal["rms", "none"] = grad_norm
+        self.grad_select = grad_select
+        if signed or grad_select != "train_only":
+            self.saelens = "abstopk" if grad_select == "train_only" else None
+        # What |W_dec g| is multiplied by in eval mode, in units of activations because g is in inverse ones.
+        self.gain = RunningMean()
+        if grad_norm == "none":
+            self.gain.set_(self.gain.total.new_ones(()))
+
+    def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
+        if self.grad_select == ("eval_only" if self.training else "train_only"):
+            return kernels.select_topk(x, self.W_enc, self.b_enc, self.b_in, self.k, self.signed)
+        if grads is None:
+            raise UserError(f"grad_select={self.grad_select} needs gradients here; pass grads or use train_only")
+        beta, grad_norm = self.beta, self.grad_norm
+        if not self.training or grad_norm == "none":
+            # In eval mode a mean over the batch would tie a token's code to its neighbours.
+            beta, grad_norm = self._fixed_beta(), "none"
+        return kernels.select_gradient_topk(
+            x, grads, self.W_enc, self.b_enc, self.b_in, self.W_dec, self.k, beta, grad_norm, self.signed
+        )
+
+    def _fixed_beta(self) -> float:
+        gain = self.gain.mean().item()
+        if gain == 0 and self.beta > 0:
+            raise UserError("the scale of the gradients is measured in training; train this SAE first")
+        return self.beta if math.isinf(self.beta) else self.beta * gain
+
+    def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
+        if grads is None or self.grad_norm == "none" or self.grad_select == "train_only":
+            return
+        # sum over tokens and latents of (g . d)^2 = <G^T G, W^T W>: no [n, d_sae] product.
+        total = ((grads.T @ grads).double() * (self.W_dec.T @ self.W_dec).double()).sum()
+        if total > 0:
+            self.gain.update((grads.shape[0] * self.d_sae / total).sqrt())

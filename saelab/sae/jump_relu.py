@@ -1,0 +1,118 @@
+"""JumpReLU: a learned threshold per latent and an L0 penalty (Rajamanoharan et al., 2024, arXiv 2407.14435).
+
+Threshold and penalty have no gradient; straight-through estimators with a rectangle kernel of width ``bandwidth``
+stand in for it. Only pre-activations above ``threshold - bandwidth / 2`` contribute to any gradient, so the code in
+training holds just those, the ones below the threshold as stored zeros. Bandwidth and initial threshold assume
+activations of unit mean square norm, which the trainer's scaling provides up to a factor of two.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from saelab.kernels import SelectedPreActs
+from saelab.sae.penalty import PenaltySAE
+from saelab.sparse import SparseCode
+
+
+class JumpReLU(PenaltySAE, variant="jump_relu"):
+    """``z = u * 1[u > threshold]``; minimises ``||x - recon||^2`` and a penalty on the number of active latents."""
+
+    saelens = "jumprelu"
+    scaled = (*PenaltySAE.scaled, "threshold", "bandwidth")
+    bandwidth: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        penalty: Literal["target", "l0"] = "target",
+        target_l0: int | float = 32,
+        penalty_weight: float = 1.0,
+        penalty_warmup: float = 0.1,
+        threshold: float = 0.001,
+        bandwidth: float = 0.001,
+        apply_b_dec_to_input: bool = False,
+    ) -> None:
+        """
+        Args:
+            penalty: weight * (L0 / target_l0 - 1)^2 with the batch's mean L0, or weight * L0 (the paper).
+            target_l0: Active latents per token that the target penalty aims at.
+            penalty_weight: Weight of the penalty, for activations of unit mean square norm.
+            penalty_warmup: Share of the steps over which the penalty rises from 0.
+            threshold: Initial threshold of every latent, for activations of unit mean square norm.
+            bandwidth: Width of the kernel in the straight-through estimators, in the same unit.
+            apply_b_dec_to_input: Subtract b_dec before encoding.
+        """
+        super().__init__(
+            d_in,
+            d_sae,
+            penalty_warmup,
+            penalty=penalty,
+            target_l0=target_l0,
+            penalty_weight=penalty_weight,
+            penalty_warmup=penalty_warmup,
+            threshold=threshold,
+            bandwidth=bandwidth,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+        )
+        self.penalty, self.target_l0, self.penalty_weight = penalty, target_l0, penalty_weight
+        self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold)))
+        self.register_buffer("bandwidth", torch.tensor(bandwidth, dtype=torch.float64))
+
+    def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
+        if self.training:
+            return self.select_above(x, self.threshold - self.bandwidth / 2)
+        return self.select_above(x, self.threshold)
+
+    def activate(self, pre_acts: Tensor, indices: Tensor) -> Tensor:
+        return _Jump.apply(pre_acts, self.threshold[indices], self.bandwidth)  # pyright: ignore
+
+    def extra_losses(self, x: Tensor, code: SparseCode, error: Tensor) -> dict[str, Tensor]:
+        l0 = _Step.apply(self.threshold[code.indices], code.values.detach(), self.bandwidth).sum() / code.n  # pyright: ignore
+        cost = l0 if self.penalty == "l0" else (l0 / self.target_l0 - 1).square()
+        return {"l0_penalty": self.penalty_weight * self.pressure() * cost}
+
+    @torch.no_grad()
+    def after_step(self, step: int, n_steps: int) -> None:
+        super().after_step(step, n_steps)
+        self.threshold.clamp_(min=0)  # below zero it would be a step down, not a jump up
+
+    def diagnostics(self) -> dict[str, float]:
+        return {**super().diagnostics(), "threshold": self.threshold.mean().item()}
+
+
+class _Jump(torch.autograd.Function):
+    """``u * 1[u > theta]``; ``d/du = 1[u > theta]``, ``d/dtheta = -theta / eps * 1[|u - theta| < eps / 2]``."""
+
+    @staticmethod
+    def forward(ctx, u, theta, eps):  # pyright: ignore
+        ctx.save_for_backward(u, theta, eps)
+        return torch.where(u > theta, u, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore
+        u, theta, eps = ctx.saved_tensors
+        near = (u - theta).abs() < eps / 2
+        return grad * (u > theta), -(theta / eps) * near * grad, None
+
+
+class _Step(torch.autograd.Function):
+    """``1[u > theta]``; ``d/dtheta = -1 / eps * 1[|u - theta| < eps / 2]``, nothing for ``u``.
+
+    Takes code values: a stored zero is a pre-activation in the lower half of the kernel.
+    """
+
+    @staticmethod
+    def forward(ctx, theta, values, eps):  # pyright: ignore
+        ctx.save_for_backward(theta, values, eps)
+        return (values != 0).to(theta.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore
+        theta, values, eps = ctx.saved_tensors
+        near = (values == 0) | (values - theta < eps / 2)
+        return -(near / eps) * grad, None, None

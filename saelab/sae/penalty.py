@@ -1,0 +1,59 @@
+"""What the baselines share that are made sparse by a penalty in the loss, not by a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saelab.errors import UserError
+from saelab.sae.base import LinearSAE
+from saelab.sparse import SparseCode
+
+
+class PenaltySAE(LinearSAE):
+    """An SAE whose objective has a sparsity term; its weight rises from 0 over the first ``warmup`` share of the run.
+
+    With a ``target_l0`` the weight is also multiplied by ``1 +- rate`` after each step, towards that number of active
+    latents. Such SAEs have no AuxK loss. Early in training half of the latents are active on every token.
+    """
+
+    ramp: Tensor
+    strength: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        warmup: float,
+        adapt_to: int | float | None = None,
+        rate: int | float = 0.0,
+        **config: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, **config)
+        if not 0 <= warmup <= 1:
+            raise UserError(f"penalty_warmup={warmup} is a share of the run; give a number from 0 to 1")
+        self.warmup, self.adapt_to, self.rate = warmup, adapt_to, rate
+        self.register_buffer("ramp", torch.tensor(0.0 if warmup else 1.0, dtype=torch.float64))
+        self.register_buffer("strength", torch.tensor(1.0, dtype=torch.float64))
+
+    def pressure(self) -> Tensor:
+        """What the configured weight of the penalty is multiplied by now."""
+        return self.ramp * self.strength
+
+    def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
+        if self.adapt_to is not None:
+            l0 = (code.values != 0).sum() / code.n
+            self.strength *= torch.where(l0 > self.adapt_to, 1 + self.rate, 1 / (1 + self.rate))
+
+    def after_step(self, step: int, n_steps: int) -> None:
+        if self.warmup:
+            self.ramp.fill_(min(1.0, step / (self.warmup * n_steps)))
+
+    def aux_latents(self, dead: Int[Tensor, " m"], weight: float) -> dict[str, tuple[float, Tensor]]:
+        return {}
+
+    def diagnostics(self) -> dict[str, float]:
+        return {"pressure": self.pressure().item()}

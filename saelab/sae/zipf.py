@@ -1,0 +1,86 @@
+"""The Zipf-Mandelbrot law of latent densities: fitting it, and spending a batch's budget according to it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TAIL = 0.2  # share of the live latents, the rarest, that the fit leaves out: densities fall below the law there
+OFFSETS = 256  # values of q that are tried
+GRID = 2**20
+POINTS = 4096  # ranks that are fitted at most, evenly spaced
+
+
+class Zipf(NamedTuple):
+    """``density(rank) ~ (rank + q) ** -s`` for rank = 1, 2, ...; ``r2`` is of the fit in log density."""
+
+    q: float
+    s: float
+    r2: float
+
+
+@torch.no_grad()
+def fit(density: Float[Tensor, " d_sae"]) -> Zipf:
+    """Least squares of log density on ``log(rank + q)``, for the q that fits best; ranks by falling density.
+
+    Latents that never fired and the rarest fifth of the others are left out. With fewer than three ranks left, or
+    where no falling law fits, the law is uniform (s = 0) and ``r2`` is 0.
+    """
+    live = density[density > 0].double().sort(descending=True).values
+    n = int(live.numel() * (1 - TAIL))
+    if n < 3:
+        return Zipf(0.0, 0.0, 0.0)
+    ranks = torch.linspace(1, n, min(n, POINTS), dtype=torch.float64, device=density.device).round().long()
+    y = live[ranks - 1].log()
+    q = torch.cat([y.new_zeros(1), torch.logspace(-2, 1, OFFSETS, dtype=torch.float64, device=y.device) * n / 10])
+    t = (ranks + q[:, None]).log()
+    t, y = t - t.mean(dim=1, keepdim=True), y - y.mean()
+    slope = (t @ y) / t.square().sum(dim=1)
+    spread = y.square().sum()
+    r2 = 1 - (y - slope[:, None] * t).square().sum(dim=1) / spread
+    best = int(r2.nan_to_num(-1.0).argmax())
+    if spread == 0 or slope[best] >= 0:
+        return Zipf(0.0, 0.0, 0.0)
+    return Zipf(q[best].item(), -slope[best].item(), r2[best].item())
+
+
+def rates(law: Zipf, d_sae: int, k: int | float) -> Float[Tensor, " d_sae"]:
+    """Densities by rank that follow ``law`` and add up to ``k``; none exceeds 1, the excess goes to the rest."""
+    weights = (torch.arange(1, d_sae + 1, dtype=torch.float64) + law.q) ** -law.s
+    out, full = torch.ones_like(weights), 0
+    while full < d_sae:
+        out[full:] = weights[full:] * ((k - full) / weights[full:].sum())
+        over = int((out[full:] > 1).sum())
+        if not over:
+            break
+        full += over
+        out[:full] = 1.0
+    return out
+
+
+def by_rank(density: Float[Tensor, " d_sae"], values: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+    """Give the r-th of ``values`` to the latent with the r-th largest density; ties go to the lowest latent."""
+    order = density.sort(descending=True, stable=True).indices
+    return torch.empty_like(values, device=density.device).scatter_(0, order, values.to(density.device))
+
+
+def budgets(rates: Float[Tensor, " d_sae"], n: int, k: int | float, turn: int) -> Int[Tensor, " d_sae"]:
+    """Tokens per latent in a batch of ``n``: ``rates * n`` rounded up or down, adding up to exactly ``int(k * n)``.
+
+    Latents whose share is not a whole number take turns: over successive ``turn`` the mean of a latent's budget is its
+    share. So latents with less than one token per batch are served, too.
+    """
+    order = rates.sort(descending=True, stable=True).indices
+    total = int(k * n)
+    upto = (rates[order].double() * n).cumsum(0)
+    # On a grid, so that rounding cannot push a whole number across an integer: the start lies between grid points.
+    upto = (upto * (total / upto[-1]) * GRID).round()
+    # One random number would do for all latents (systematic sampling); multiples of the golden ratio are more even.
+    start = math.floor(turn * 0.6180339887498949 % 1.0 * GRID) + 0.5
+    steps = ((upto + start) / GRID).floor().long()
+    counts = torch.cat([steps[:1], steps.diff()])
+    return torch.empty_like(counts).scatter_(0, order, counts)
