@@ -1,0 +1,113 @@
+"""What a paper claims, what was measured here, and the verdict: rows of a ledger with hardware, seeds and duration."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from saelab._version import __version__
+from saelab.checkpoint import write_json
+from saelab.metrics import t_interval
+
+Verdict = Literal["reproduced", "not reproduced", "not testable here"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim. ``measured`` holds the numbers the verdict rests on; ``reason`` says how it follows from them."""
+
+    paper: str
+    claim: str
+    setting: str
+    measured: dict[str, Any]
+    verdict: Verdict
+    reason: str
+    synthetic: bool = False  # on planted data, whose answer is known
+
+    def content(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Ledger:
+    """The rows of one run of ``saelab reproduce``."""
+
+    paper: str
+    quick: bool
+    seeds: list[int]
+    rows: list[Row] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+    seconds: float = 0.0
+
+    def content(self) -> dict[str, Any]:
+        return {
+            "saelab_version": __version__,
+            "paper": self.paper,
+            "command": f"saelab reproduce {self.paper}" + (" --quick" if self.quick else ""),
+            "quick": self.quick,
+            "seeds": self.seeds,
+            "hardware": hardware(),
+            "date": time.strftime("%Y-%m-%d", time.gmtime(self.started)),
+            "seconds": self.seconds,
+            "settings": self.settings,
+            "rows": [row.content() for row in self.rows],
+        }
+
+    def save(self, path: Path | str) -> None:
+        """Write the ledger as JSON, atomically."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.content())
+
+
+def hardware() -> dict[str, Any]:
+    """The processor and the libraries that the numbers come from."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean over seeds with Student's 95 % interval, and the values themselves."""
+    sample = np.asarray(values, dtype=np.float64)
+    low, high = t_interval(sample)
+    return {"mean": float(sample.mean()), "low": low, "high": high, "values": sample.tolist()}
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """The difference ``a - b`` seed by seed: both were trained on the same data in the same order."""
+    return summary([x - y for x, y in zip(a, b, strict=True)])
+
+
+def below(difference: dict[str, Any]) -> Verdict:
+    """``reproduced`` when the whole interval of a paired difference lies below zero."""
+    return "reproduced" if difference["high"] < 0 else "not reproduced"
+
+
+def above(difference: dict[str, Any]) -> Verdict:
+    """``reproduced`` when the whole interval of a paired difference lies above zero."""
+    return "reproduced" if difference["low"] > 0 else "not reproduced"
+
+
+def all_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """``reproduced`` when every part is."""
+    return "reproduced" if all(v == "reproduced" for v in verdicts) else "not reproduced"
