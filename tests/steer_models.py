@@ -16,7 +16,7 @@ D_MODEL, VOCABULARY = 32, 97
 
 @cache
 def folder() -> str:
-    """A saved model of three layers with its tokenizer: words ``w0 .. w96``."""
+    """A saved model of three layers with its tokenizer: words ``w4 .. w96``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -31,10 +31,10 @@ def folder() -> str:
         bos_token_id=1,
         eos_token_id=2,
     )
-    vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    vocabulary = {name: i for i, name in enumerate([*special.values(), *(f"w{i}" for i in range(4, VOCABULARY))])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "w0", "bos_token": "w1", "eos_token": "w2", "unk_token": "w3"}
     path = tempfile.mkdtemp(prefix="saelab-tiny-llama-")
     LlamaForCausalLM(config).save_pretrained(path)
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(path)

@@ -178,14 +178,21 @@ def tokenizer_of(model: nn.Module, tokenizer: Any = None) -> Any:
 
 
 def tokenize(tokenizer: Any, prompts: Prompts) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
-    """Token ids and attention mask, padded on the left. Special tokens are added as the tokenizer does by default."""
+    """Token ids and attention mask, padded on the left.
+
+    Each text begins with the tokenizer's BOS token, where it has one, as the contexts of an activation cache do by
+    default; a text that already begins with it (a chat template) gets no second one. To decide it yourself give token
+    ids to :func:`generate_tokens`.
+    """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    rows = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    bos = tokenizer.bos_token_id
+    rows = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
     if not rows or not all(rows):
         raise UserError("a prompt needs at least one token")
     # The value is never read, since the mask hides it; a tokenizer without a padding token need not be changed.
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     longest = max(map(len, rows))
-    ids = torch.tensor([[padding] * (longest - len(row)) + list(row) for row in rows])
+    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
