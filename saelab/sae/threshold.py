@@ -124,7 +124,8 @@ def global_threshold(sae: LinearSAE, x: Float[Tensor, "n d_in"], k: int | float)
                 floors.append(values.min())
         values = torch.cat(kept)
         largest = values.topk(min(wanted + 1, values.numel())).values
-        threshold = largest[-1] if largest.numel() > wanted else largest.new_zeros(())
+        # Halfway between two entries: another order of summation must not push one across.
+        threshold = largest[-2:].mean() if largest.numel() > wanted else largest.new_zeros(())
         # A chunk that keeps nothing below the threshold may have lost entries above it: look deeper.
         if all(floor <= threshold for floor in floors):
             return threshold
@@ -137,7 +138,7 @@ def latent_thresholds(
 ) -> Float[Tensor, " d_sae"]:
     """Per latent the threshold above which it is active on a share ``rates`` of the tokens ``x``; never negative.
 
-    A latent whose rate is less than one token of the sample gets its largest value there.
+    A latent whose rate is less than half a token of the sample gets a value just above its largest there.
     """
     n = x.shape[0]
     wanted = (rates * n).round().long().clamp(0, n)
@@ -147,6 +148,8 @@ def latent_thresholds(
         latents = slice(start, start + width)
         acts = sae.pre_acts(x, latents)
         acts = (acts.abs() if sae.signed else acts.relu()).sort(dim=0, descending=True).values
-        acts = torch.cat([acts, acts.new_zeros(1, acts.shape[1])])
-        thresholds.append(acts.gather(0, wanted[None, latents])[0])
+        bounds = torch.cat([acts[:1] * 1.001, acts, acts.new_zeros(1, acts.shape[1])])
+        least, next_ = bounds.gather(0, torch.stack([wanted[latents], wanted[latents] + 1]))
+        # Halfway between two entries, as above; where all that is positive is wanted, it is zero.
+        thresholds.append(torch.where(next_ > 0, (least + next_) / 2, 0.0))
     return torch.cat(thresholds)
