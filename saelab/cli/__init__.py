@@ -16,6 +16,7 @@ COMMANDS = {
     "app": "browse latents, explain prompts and steer in the web app",
     "info": "versions, devices and the kernel backend in use",
     "train": "train one SAE on an activation cache",
+    "sweep": "train a grid of SAEs from one reading of a cache",
     "evaluate": "measure a run on held-out activations and in the language model",
 }
 

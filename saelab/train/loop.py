@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -47,14 +47,19 @@ class StepMetrics:
 
 
 def train(
-    sae: SAE, cache: ActivationCache, config: TrainConfig | None = None, state: TrainState | None = None
+    sae: SAE,
+    cache: ActivationCache,
+    config: TrainConfig | None = None,
+    state: TrainState | None = None,
+    stream: Iterable[Batch] | None = None,
 ) -> Generator[StepMetrics]:
     """Train ``sae`` in place on the training split of ``cache``; yields after every step.
 
     While the generator runs, the parameters are in units of the scaled data (see ``TrainState.scale``); when it
     ends or is closed they are folded back, so that ``sae`` takes raw activations. Pass the ``state`` of an earlier
     run to go on exactly where it stopped: weights, metrics and data order are then bit-identical to those of a run
-    that was never interrupted, on the same machine with the same number of threads.
+    that was never interrupted, on the same machine with the same number of threads. ``stream`` hands in the batches
+    that the run would read (a sweep reads them once for all its SAEs).
     """
     check(sae, cache, config := (config or TrainConfig()).resolved(sae, cache))
     state = state or start(sae, cache, config)
@@ -62,7 +67,7 @@ def train(
     state.unfold(sae)
     sae.train()
     try:
-        for batch in batches(cache, config, state.step, sae.needs_grads):
+        for batch in stream or batches(cache, config, state.step, sae.needs_grads):
             yield step(sae, batch, config, state, total)
         finish(sae, cache, config, state)
     finally:
@@ -70,19 +75,34 @@ def train(
         state.fold(sae)
 
 
-def start(sae: SAE, cache: ActivationCache, config: TrainConfig, sample: int = 32_768) -> TrainState:
-    """Initialise ``sae`` in place from a sample of the cache and return the first state."""
+SAMPLE = 32_768  # activations that set data-dependent parameters (Gao et al., 2024)
+
+
+def start(sae: SAE, cache: ActivationCache, config: TrainConfig, centre: Tensor | None = None) -> TrainState:
+    """Initialise ``sae`` in place from a sample of the cache and return the first state.
+
+    ``centre`` is the sample's geometric median (see :func:`centre_of`), where the caller has it already.
+    """
     scale = cache.manifest.scale
-    batch_size = min(sample, cache.n_split("train"))
-    first = next(cache.batches(batch_size, split="train", seed=config.data_seed)).acts.to(sae.device) * scale
-    sae.initialise(first, losses.geometric_median(first))
+    x = _sample(cache, config).to(sae.device)
+    sae.initialise(x, losses.geometric_median(x) if centre is None else centre.to(sae.device))
     since = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
     state = TrainState(make_optimizer(sae), since, scale, cache.manifest.variance * scale**2)
     state.fold(sae)
     return state
 
 
-def batches(cache: ActivationCache, config: TrainConfig, step: int, grads: bool) -> Iterator[Batch]:
+def centre_of(cache: ActivationCache, config: TrainConfig, device: torch.device) -> Tensor:
+    """The geometric median of the sample that :func:`start` takes, in scaled units. ``[d_in]``"""
+    return losses.geometric_median(_sample(cache, config).to(device))
+
+
+def _sample(cache: ActivationCache, config: TrainConfig) -> Tensor:
+    size = min(SAMPLE, cache.n_split("train"))
+    return next(cache.batches(size, split="train", seed=config.data_seed)).acts * cache.manifest.scale
+
+
+def batches(cache: ActivationCache, config: TrainConfig, step: int, grads: bool) -> Generator[Batch]:
     """The batches of a run from a given step on."""
     per_epoch = cache.n_batches(config.batch_size, split="train", drop_last=True)
     first, start_at = divmod(step, per_epoch)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from saelab import checkpoint
-from saelab.data.cache import ActivationCache
+from saelab.data.cache import ActivationCache, Batch
 from saelab.errors import UserError
 from saelab.sae import SAE
 from saelab.train.config import TrainConfig, check, n_steps
@@ -31,6 +33,8 @@ def fit(
     checkpoint_steps: int = 500,
     logs: Sequence[Log] = (),
     metadata: Mapping[str, Any] | None = None,
+    stream: Iterable[Batch] | None = None,
+    centre: Tensor | None = None,
 ) -> Generator[StepMetrics]:
     """Train ``sae`` into a run folder; yields after every step, like :func:`saelab.train.train`.
 
@@ -40,7 +44,9 @@ def fit(
 
     Guarantee: kill the process at any moment and call again with ``resume=True`` (``sae`` built as before), and
     weights, ``metrics.jsonl`` and data order come out bit-identical to those of a run that was never interrupted,
-    on the same machine with the same number of threads. Raises UserError if the configuration or the cache changed.
+    on the same machine with the same number of threads. With ``stream`` the caller hands in the batches, starting
+    after the step of the last checkpoint, and vouches for the cache; ``centre`` is that of
+    :func:`saelab.train.start`. Raises UserError if the configuration or the cache changed.
     """
     folder = Path(folder)
     check(sae, cache, config := (config or TrainConfig()).resolved(sae, cache))
@@ -49,15 +55,17 @@ def fit(
     if finished(folder):
         raise UserError(f"{folder} holds a finished run; train into another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    state = _restore(sae, cache, about, folder) if resume else None
+    if resume and stream is None:
+        cache.verify()  # the fingerprint vouches for the manifest, this for the activations
+    state = _restore(sae, about, folder) if resume else None
     if not resume:
         checkpoint.remove_steps(folder)
     checkpoint.write_json(folder / RUN, about)
     total = n_steps(cache, config)
     with ExitStack() as stack:
         logs = [stack.enter_context(closing(JsonLines(folder, state.step if state else 0))), *logs]
-        state = state or start(sae, cache, config)
-        loop = stack.enter_context(closing(train(sae, cache, config, state)))
+        state = state or start(sae, cache, config, centre)
+        loop = stack.enter_context(closing(train(sae, cache, config, state, stream)))
         for metrics in loop:
             for log in logs:
                 log.write(metrics.row())
@@ -114,7 +122,7 @@ def save(folder: Path, sae: SAE, state: TrainState, metadata: Mapping[str, Any])
     state.unfold(sae)
 
 
-def _restore(sae: SAE, cache: ActivationCache, about: dict[str, Any], folder: Path) -> TrainState | None:
+def _restore(sae: SAE, about: dict[str, Any], folder: Path) -> TrainState | None:
     """Put the last checkpoint's weights into ``sae``; None if the run was killed before its first one."""
     before = read_run(folder)
     if before is None:
@@ -123,7 +131,6 @@ def _restore(sae: SAE, cache: ActivationCache, about: dict[str, Any], folder: Pa
     path = checkpoint.latest_step(folder)
     if path is None:
         return None
-    cache.verify()  # the fingerprint vouches for the manifest, this for the activations
     weights, tensors, scalars = checkpoint.load_step(path)
     sae.load_state_dict(weights)
     return TrainState.restore(sae, tensors, scalars)

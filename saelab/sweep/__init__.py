@@ -1,0 +1,17 @@
+"""Many SAEs from one reading of one cache: the grid, the run, and its table of results."""
+
+from saelab.sweep.grid import Entry, Grid, Halving, read_grid
+from saelab.sweep.results import load_results, measure, save_results
+from saelab.sweep.run import Member, run_sweep
+
+__all__ = [
+    "Entry",
+    "Grid",
+    "Halving",
+    "Member",
+    "load_results",
+    "measure",
+    "read_grid",
+    "run_sweep",
+    "save_results",
+]

@@ -1,0 +1,194 @@
+"""The grid of a sweep: a TOML file that is multiplied out and checked before anything trains.
+
+[train]                       # training options that all SAEs share; see `saelab train --help`
+epochs = 4
+batch_size = 2048
+
+[[grid]]                      # lists are multiplied out; as many blocks as needed
+variant = ["topk", "abs_topk"]
+d_sae = 4608
+k = [16, 32, 64]
+seed = [0, 1]
+
+[[grid]]
+variant = "batch_topk"
+d_sae = 4608
+k = 32
+lr = [2e-4, 4e-4]
+
+[halving]                     # optional: stop the worse part of comparable SAEs on the way
+at = [0.25, 0.5]              # shares of the steps
+keep = 0.5                    # share of a group that goes on
+within = ["k"]                # SAEs compete with those that agree in these keys
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError, near_matches
+from saelab.sae import SAE, build
+from saelab.train import TrainConfig, check
+
+# What all SAEs of a sweep share, because they see the same batches.
+SHARED = ("epochs", "batch_size", "data_seed")
+TRAIN = tuple(field.name for field in fields(TrainConfig))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One SAE of a sweep. ``name`` is its folder; ``keys`` are what the grid says about it."""
+
+    name: str
+    variant: str
+    d_sae: int
+    options: dict[str, Any]  # of the variant
+    train: TrainConfig
+    keys: dict[str, Any]
+
+    def build(self, d_in: int) -> SAE:
+        """The untrained SAE: the one that `saelab train` with the same options starts from."""
+        torch.manual_seed(self.train.seed)
+        return build(self.variant, d_in=d_in, d_sae=self.d_sae, **self.options)
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Successive halving: at each share of the steps in ``at``, the best ``keep`` of every group goes on.
+
+    SAEs are compared by the mean training FVU of the last steps, within groups that agree in the keys ``within``.
+    """
+
+    at: tuple[float, ...]
+    keep: float = 0.5
+    within: tuple[str, ...] = ("k",)
+
+    def __post_init__(self) -> None:
+        if not self.at or any(not 0 < share < 1 for share in self.at) or list(self.at) != sorted(set(self.at)):
+            raise UserError(f"halving: at={list(self.at)} must be increasing shares of the steps between 0 and 1")
+        if not 0 < self.keep < 1:
+            raise UserError(f"halving: keep={self.keep} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The SAEs of a sweep, in order, and whether the worse ones are stopped early."""
+
+    entries: tuple[Entry, ...]
+    halving: Halving | None = None
+
+    def content(self) -> dict[str, Any]:
+        """The grid as JSON, to recognise it again."""
+        return {
+            "entries": [asdict(entry) for entry in self.entries],
+            "halving": None if self.halving is None else asdict(self.halving),
+        }
+
+
+def read_grid(path: Path | str) -> Grid:
+    """Parse a grid file; UserError where it is not one."""
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the grid {path} ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    return make_grid(content)
+
+
+def make_grid(content: Mapping[str, Any]) -> Grid:
+    """A grid from the content of a grid file."""
+    for name in content:
+        if name not in {"train", "grid", "halving"}:
+            raise UserError(f"unknown table [{name}] in the grid: {near_matches(name, ('train', 'grid', 'halving'))}")
+    blocks = content.get("grid")
+    if not isinstance(blocks, list) or not blocks:
+        raise UserError("the grid has no [[grid]] block; add one with at least a variant and d_sae")
+    shared = content.get("train", {})
+    _known(shared, TRAIN, "[train]")
+    combinations = [keys for block in blocks for keys in _product(block)]
+    varying = [key for key in dict.fromkeys(itertools.chain(*combinations)) if _varies(key, combinations)]
+    entries = tuple(_entry(i, keys, shared, varying) for i, keys in enumerate(combinations, 1))
+    names = [entry.name for entry in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"the grid lists {name} {names.count(name)} times; remove the duplicate")
+    halving = content.get("halving")
+    if halving is None:
+        return Grid(entries)
+    _known(halving, [field.name for field in fields(Halving)], "[halving]")
+    if "at" not in halving:
+        raise UserError("[halving] needs at = [...], the shares of the steps at which to stop the worse SAEs")
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in halving.items()}
+    return Grid(entries, Halving(**values))
+
+
+def check_grid(grid: Grid, cache: ActivationCache) -> None:
+    """Refuse the first entry that cannot be trained on ``cache``, by name; nothing is allocated."""
+    for number, entry in enumerate(grid.entries, 1):
+        try:
+            with torch.device("meta"):
+                sae = build(entry.variant, d_in=cache.d_in, d_sae=entry.d_sae, **entry.options)
+            check(sae, cache, entry.train)
+        except UserError as error:
+            raise _blame(number, entry.keys, error) from error
+
+
+def _entry(number: int, keys: dict[str, Any], shared: Mapping[str, Any], varying: Sequence[str]) -> Entry:
+    for required in ("variant", "d_sae"):
+        if required not in keys:
+            raise _blame(number, keys, f"it has no {required}")
+    for name in SHARED:
+        if name in keys:
+            raise _blame(number, keys, f"{name} is shared by all SAEs of a sweep; put it under [train]")
+    own = {name: value for name, value in keys.items() if name in TRAIN}
+    options = {name: value for name, value in keys.items() if name not in {*TRAIN, "variant", "d_sae"}}
+    try:
+        train = TrainConfig(**{**shared, **own})
+    except (UserError, TypeError) as error:
+        raise _blame(number, keys, error) from error
+    named = [
+        key for key in ("variant", "k", "d_sae", "lr", "seed") if key in keys and (key in varying or key == "variant")
+    ]
+    named += [key for key in keys if key in varying and key not in named]
+    name = "_".join(_word(keys[key]) if key == "variant" else f"{key}-{_word(keys[key])}" for key in named)
+    return Entry(name, keys["variant"], keys["d_sae"], options, train, keys)
+
+
+def _blame(number: int, keys: Mapping[str, Any], error: object) -> UserError:
+    settings = ", ".join(f"{name}={value}" for name, value in keys.items())
+    return UserError(f"entry {number} of the grid ({settings}): {error}")
+
+
+def _product(block: Mapping[str, Any]) -> list[dict[str, Any]]:
+    lists = {name: value if isinstance(value, list) else [value] for name, value in block.items()}
+    for name, values in lists.items():
+        if not values:
+            raise UserError(f"{name} = [] in a [[grid]] block leaves nothing to train; give it a value")
+    return [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
+
+
+def _varies(key: str, combinations: Sequence[Mapping[str, Any]]) -> bool:
+    return any(keys.get(key) != combinations[0].get(key) for keys in combinations)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    return "".join(c if c.isalnum() or c in "._-+" else "-" for c in str(value))
+
+
+def _known(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for name in table:
+        if name not in known:
+            raise UserError(f"unknown key {name!r} in {where}: {near_matches(name, known)}")

@@ -1,0 +1,39 @@
+"""Successive halving: who is stopped at a rung."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saelab.sweep.grid import Halving
+from saelab.train.log import METRICS
+
+if TYPE_CHECKING:
+    from saelab.sweep.run import Member
+
+
+def losers(halving: Halving, members: Sequence[Member], rung: int, total: int) -> list[Member]:
+    """The members to stop: in each group the worst by smoothed FVU, so that a share ``keep`` (at least one) stays."""
+    groups: dict[tuple, list[Member]] = defaultdict(list)
+    for member in members:
+        groups[tuple(str(member.entry.keys.get(key)) for key in halving.within)].append(member)
+    lost = []
+    for group in groups.values():
+        ranked = sorted(group, key=lambda m: recent_fvu(m.folder, rung, total))
+        lost += ranked[max(1, math.ceil(halving.keep * len(group))) :]
+    return lost
+
+
+def recent_fvu(folder: Path, step: int, total: int) -> float:
+    """Mean training FVU over the last twentieth of the run up to ``step``, read from the run's own log."""
+    window = max(1, total // 20)
+    values = []
+    for line in (folder / METRICS).read_text().splitlines():
+        row = json.loads(line)
+        if step - window < row["step"] <= step:
+            values.append(row["fvu"])
+    return math.fsum(values) / len(values)

@@ -1,0 +1,101 @@
+"""The table of a sweep: one row per SAE, measured on held-out tokens, as ``sweep.parquet``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import nn
+
+from saelab import checkpoint
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
+from saelab.evaluate import EvaluateConfig, evaluate
+from saelab.sweep.run import Member
+
+RESULTS = "sweep.parquet"
+MEASURED = ("fvu", "l0", "dead_fraction", "ce_loss_recovered_zero")
+SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("variant", pa.string()),
+        ("k", pa.float64()),
+        ("d_sae", pa.int64()),
+        ("seed", pa.int64()),
+        ("lr", pa.float64()),
+        ("options", pa.string()),  # the variant's options, as JSON
+        ("status", pa.string()),  # finished, halted or diverged
+        ("message", pa.string()),
+        ("step", pa.int64()),
+        *((name, pa.float64()) for name in MEASURED),  # on held-out tokens; null where not measured
+        ("folder", pa.string()),  # relative to the table
+    ]
+)
+
+
+def measure(
+    members: Sequence[Member],
+    cache: ActivationCache,
+    model: nn.Module | None = None,
+    config: EvaluateConfig | None = None,
+    progress: Callable[[Member], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per SAE. Finished ones are evaluated on held-out tokens, which leaves their ``evaluation.json``."""
+    config = config or EvaluateConfig(lm_tokens=0)
+    rows = []
+    for member, sae in zip(members, _finished(members)):
+        values: dict[str, float | None] = dict.fromkeys(MEASURED)
+        if sae is not None:
+            evaluation = evaluate(sae, cache, model, config)
+            evaluation.save(member.folder)
+            values |= {name: evaluation.metrics[name].value for name in MEASURED if name in evaluation.metrics}
+        entry = member.entry
+        about = _lr(member) | {"seed": entry.train.seed, "options": json.dumps(entry.options)}
+        rows.append(
+            {
+                "name": entry.name,
+                "variant": entry.variant,
+                "k": entry.options.get("k"),
+                "d_sae": entry.d_sae,
+                **about,
+                "status": member.status,
+                "message": member.message,
+                "step": member.step,
+                **values,
+                "folder": member.folder.name,
+            }
+        )
+        if progress is not None:
+            progress(member)
+    return rows
+
+
+def save_results(rows: Sequence[dict[str, Any]], folder: Path | str) -> Path:
+    """Write ``sweep.parquet``."""
+    path = Path(folder) / RESULTS
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), temporary)
+    return temporary.rename(path)
+
+
+def load_results(folder: Path | str) -> list[dict[str, Any]]:
+    """The rows of a sweep's table."""
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise UserError(f"{folder} has no {RESULTS}; finish the sweep with `saelab sweep ... --resume`")
+    return pq.read_table(path).to_pylist()
+
+
+def _finished(members: Sequence[Member]) -> Iterator[Any]:
+    for member in members:
+        yield checkpoint.load_sae(member.folder) if member.status == "finished" else None
+
+
+def _lr(member: Member) -> dict[str, float | None]:
+    # The resolved rate, default rule included, stands in the run's own description.
+    run = json.loads((member.folder / "run.json").read_text())
+    return {"lr": run["train"]["lr"]}

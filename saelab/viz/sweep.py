@@ -1,0 +1,57 @@
+"""The report of a sweep: one self-contained HTML file, readable offline."""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from saelab.viz.charts import pareto
+from saelab.viz.escape import plain
+from saelab.viz.theme import LIGHT, Palette
+
+AXES = {
+    "fvu": "FVU on held-out tokens (lower is better)",
+    "dead_fraction": "dead latents, share of the dictionary",
+    "ce_loss_recovered_zero": "CE loss recovered (against zero ablation)",
+}
+COLUMNS = ("name", "status", "step", "l0", "fvu", "dead_fraction", "ce_loss_recovered_zero", "lr", "seed", "message")
+
+
+def pareto_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = LIGHT) -> go.Figure:
+    """L0 against one measured column of a sweep's table, one series per variant; rows without it are left out."""
+    points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    for row in rows:
+        if row["l0"] is not None and row[value] is not None:
+            text = f"{plain(row['name'])}<br>L0 {row['l0']:.1f}<br>{value} {row[value]:.4f}"
+            points[row["variant"]].append((row["l0"], row[value], text))
+    return pareto(points, colours, "L0 on held-out tokens", AXES[value])
+
+
+def report(rows: Sequence[Mapping[str, Any]], title: str = "sweep") -> str:
+    """The charts that have data, then the table, as one HTML page."""
+    shown = [value for value in AXES if any(row[value] is not None for row in rows)]
+    parts = []
+    for number, value in enumerate(shown):
+        figure = pareto_of(rows, value).to_html(full_html=False, include_plotlyjs=number == 0)
+        parts.append(f"<h2>{html.escape(AXES[value])}</h2>{figure}")
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
+    body = "".join(f"<tr>{''.join(_cell(row[column]) for column in COLUMNS)}</tr>" for row in rows)
+    style = (
+        "body{font-family:sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
+        "table{border-collapse:collapse;font-size:.9rem}td,th{padding:.25rem .6rem;text-align:left;"
+        "border-bottom:1px solid #ddd}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style></head><body><h1>{html.escape(title)}</h1>{''.join(parts)}"
+        f"<h2>All SAEs</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></body></html>\n"
+    )
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"<td>{html.escape(text)}</td>"
