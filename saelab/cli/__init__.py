@@ -17,6 +17,7 @@ COMMANDS = {
     "info": "versions, devices and the kernel backend in use",
     "train": "train one SAE on an activation cache",
     "sweep": "train a grid of SAEs from one reading of a cache",
+    "index": "describe every latent of a run over a corpus",
     "evaluate": "measure a run on held-out activations and in the language model",
 }
 

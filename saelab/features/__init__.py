@@ -1,1 +1,9 @@
-"""The feature index: what every latent does, from one streaming pass over a cache."""
+"""The feature index: every latent of an SAE described from one pass over a cache of activations."""
+
+from saelab.features.build import build_index
+from saelab.features.config import IndexConfig
+from saelab.features.directions import LogitLens
+from saelab.features.index import FeatureIndex
+from saelab.features.schema import Example
+
+__all__ = ["Example", "FeatureIndex", "IndexConfig", "LogitLens", "build_index"]

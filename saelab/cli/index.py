@@ -1,0 +1,124 @@
+"""``saelab index``: describe every latent of a run over an activation cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from saelab import checkpoint
+from saelab.cli.common import console, out, parse, print_json, progress_bar
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
+from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which run, and on what."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder; features/ is written into it."""
+    cache: Path
+    """Folder of the activation cache."""
+    model: str | None = None
+    """Language model of the logit lens; by default the one the cache was harvested from. "none" leaves it out."""
+    overwrite: bool = False
+    """Replace an existing index; the old one stays until the new one is complete."""
+    json: bool = False
+    """Print a summary as JSON on stdout."""
+
+
+# The index's options come after ours in the list of fields, so they are the first base.
+IndexOptions = dataclasses.make_dataclass("IndexOptions", [], bases=(IndexConfig, Options), frozen=True)
+
+
+def main(args: Sequence[str]) -> None:
+    """Build ``features/`` of a run folder."""
+    options = parse(IndexOptions, "index", args, "Describe every latent of a trained SAE over a corpus.")
+    config = IndexConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(IndexConfig)})
+    index = run(options.run, options.cache, options.model, config, options.overwrite)
+    if options.json:
+        print_json(summary(index))
+    else:
+        show(index)
+
+
+def run(
+    folder: Path, cache_folder: Path, model: str | None, config: IndexConfig, overwrite: bool = False
+) -> FeatureIndex:
+    """Load everything and build the index with a progress bar."""
+    sae, cache = checkpoint.load_sae(folder), ActivationCache(cache_folder)
+    check_provenance(checkpoint.load_metadata(folder), cache, folder)
+    lens = load_lens(model or cache.manifest.model, cache)
+    with progress_bar() as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        return build_index(sae, cache, folder, lens=lens, config=config, progress=progress, overwrite=overwrite)
+
+
+def load_lens(model: str, cache: ActivationCache) -> LogitLens | None:
+    """The unembedding of a model by name; None, with a remark, where there is none to ask."""
+    if model == "none":
+        return None
+    if not model:
+        console.print("the cache names no model: the logit lens is left out; give one with --model")
+        return None
+    weights = importlib.import_module("saelab.lm").unembedding(model)
+    if weights.weight.shape[0] != cache.d_in:
+        raise UserError(
+            f"{model} unembeds d_in={weights.weight.shape[0]}, {cache.path} holds d_in={cache.d_in}; "
+            "give its own model with --model, or --model none"
+        )
+    return LogitLens(weights.weight, weights.norm_weight, weights.centred)
+
+
+def check_provenance(metadata: dict[str, Any], cache: ActivationCache, folder: Path) -> None:
+    """Refuse a cache of another model or hook point than the run was trained on; another text is fine."""
+    for key, have in (("model_name", cache.manifest.model), ("hook_name", cache.hook_name)):
+        want = metadata.get(key)
+        if want and have and want != have:
+            raise UserError(f"{folder} was trained on {key}={want}, {cache.path} holds {have}; index its own kind")
+
+
+def summary(index: FeatureIndex) -> dict[str, Any]:
+    """What an index holds, in numbers."""
+    table = index.table()
+    count, density = table["count"].to_numpy(), table["density"].to_numpy()
+    fired = count.reshape(index.d_sae, -1).sum(1)
+    return {
+        "latents": index.d_sae,
+        "poles": list(index.poles),
+        "tokens": index.meta["tokens"],
+        "never_fired": int(np.count_nonzero(fired == 0)),
+        "denser_than_0.1": int(np.count_nonzero(density > 0.1)),
+        "labelled": int(np.count_nonzero(table["label"].to_numpy() != "")),
+        "logit_lens": index.meta["logit_lens"],
+        "seconds": index.meta["seconds"],
+        "encode_seconds": index.meta["encode_seconds"],
+        "tokens_per_second": index.meta["tokens_per_second"],
+    }
+
+
+def show(index: FeatureIndex) -> None:
+    """The same for people."""
+    found = summary(index)
+    out.print(
+        f"{found['latents']:,} latents over {found['tokens']:,} tokens in {found['seconds']:.1f} s "
+        f"({found['tokens_per_second']:,.0f} tokens/s)"
+    )
+    out.print(
+        f"{found['never_fired']:,} never fired, {found['denser_than_0.1']:,} fire on more than 10 % of tokens, "
+        f"{found['labelled']:,} labelled; logit lens: {'yes' if found['logit_lens'] else 'no'}"
+    )
+    out.print(f"saved to {index.folder}")

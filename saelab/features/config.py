@@ -1,0 +1,43 @@
+"""The settings of an index; the command line shows the same names and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """What goes into an index, and how much memory its making may take."""
+
+    top: int = 16
+    """Windows of the largest activations, one per context."""
+    band: int = 4
+    """Windows sampled from each quarter of the activations."""
+    random: int = 8
+    """Windows sampled from all activations."""
+    silent: int = 8
+    """Windows in which the latent does not fire: the negatives of detection scores."""
+    before: int = 24
+    """Tokens in a window before the focus token."""
+    after: int = 8
+    """Tokens in a window behind the focus token."""
+    bins: int = 40
+    """Bins of the magnitude histograms."""
+    tokens: int = 10
+    """Promoted and suppressed tokens."""
+    top_tokens: int = 8
+    """Most frequent tokens listed."""
+    neighbours: int = 10
+    """Decoder neighbours listed."""
+    batch_size: int = 4096
+    """Tokens encoded at once."""
+    max_tokens: int | None = None
+    """Index only the first rows of the cache."""
+    seed: int = 0
+    """Of the sampled examples."""
+    run_entries: int = 1 << 23
+    """Active latents x tokens held in memory before they are written to disk."""
+    chunk_entries: int = 1 << 21
+    """Firings worked on at once; a latent with more is worked on alone."""
+    chunk_latents: int = 512
+    """Latents worked on at once."""

@@ -1,0 +1,73 @@
+"""The text behind a cache's rows, laid out flat on disk so that windows can be cut for many rows at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saelab.data.cache import ActivationCache
+
+
+class Windows(NamedTuple):
+    """Token windows, one per line, cut at context borders: entries outside are marked by ``inside == False``."""
+
+    places: NDArray[np.int64]  # [n, width] position in the text
+    inside: NDArray[np.bool_]  # [n, width]
+
+
+class Corpus:
+    """Arrays over the text (every token, stored or not) and over the rows of a cache.
+
+    ``text``, ``documents``, ``positions`` (in the context) and ``row_at`` (-1 where no activation is stored) are
+    indexed by place; ``place_of`` and ``norms`` by row.
+    """
+
+    def __init__(self, cache: ActivationCache, folder: Path, n_rows: int) -> None:
+        folder.mkdir(parents=True)
+        self.n_rows = n_rows
+        context = max(cache.manifest.context_length, 1)
+        n_text = sum(shard.tokens for shard in cache.manifest.shards)
+
+        def array(name: str, n: int, dtype: type) -> NDArray:
+            return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(max(n, 1),))
+
+        self.text = array("text", n_text, np.int32)
+        self.documents = array("documents", n_text, np.int32)
+        self.positions = array("positions", n_text, np.int32)
+        self.row_at = array("row_at", n_text, np.int64)
+        self.place_of = array("place_of", n_rows, np.int64)
+        self.norms = array("norms", n_rows, np.float32)
+        self.row_at[:] = -1
+        base = row = 0
+        for index, shard in enumerate(cache.manifest.shards):
+            columns = cache.shards.columns(index)
+            text, slots = columns["text"].all().numpy(), columns["slots"].all().numpy()
+            here = slice(base, base + len(text))
+            self.text[here] = text
+            self.documents[here] = columns["documents"].all().numpy() + shard.document_offset
+            self.positions[here] = np.arange(len(text)) % context
+            slots = slots[: max(n_rows - row, 0)]
+            self.row_at[base + slots] = np.arange(row, row + len(slots))
+            self.place_of[row : row + len(slots)] = base + slots
+            base, row = base + len(text), row + shard.rows
+
+    def tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Token of each row."""
+        return self.text[self.place_of[rows]]
+
+    def contexts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A number for the context of each row: the place where it starts."""
+        places = self.place_of[rows]
+        return places - self.positions[places]
+
+    def windows(self, rows: NDArray[np.int64], before: int, after: int) -> Windows:
+        """The places from ``before`` tokens before each row's token to ``after`` behind it."""
+        centre = self.place_of[rows]
+        places = centre[:, None] + np.arange(-before, after + 1)
+        bounded = places.clip(0, len(self.text) - 1)
+        start = centre - self.positions[centre]
+        inside = (places == bounded) & (bounded - self.positions[bounded] == start[:, None])
+        return Windows(bounded, inside)

@@ -1,0 +1,113 @@
+"""Reading a feature index: one latent at a time without touching the rest, or all of them as a table."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saelab.errors import UserError
+from saelab.features.schema import EXAMPLES, FEATURES, FOLDER, META_KEY, VERSION, Example
+
+
+class FeatureIndex:
+    """The index of a run folder. Opening reads two footers; latents are read when asked for.
+
+    Raises UserError when there is no index, or one of another version.
+    """
+
+    def __init__(self, run_folder: Path | str) -> None:
+        self.run_folder = Path(run_folder)
+        self.folder = self.run_folder / FOLDER
+        for name in (FEATURES, EXAMPLES):
+            if not (self.folder / name).is_file():
+                raise UserError(
+                    f"{self.run_folder} has no feature index; make it with `saelab index {self.run_folder}`"
+                )
+        try:
+            self._features = pq.ParquetFile(self.folder / FEATURES, memory_map=True)
+            self._examples = pq.ParquetFile(self.folder / EXAMPLES, memory_map=True)
+        except pa.ArrowException as error:
+            raise UserError(f"{self.folder} is damaged ({error}); run `saelab index` with --overwrite") from error
+        meta = (self._features.metadata.metadata or {}).get(META_KEY)
+        if meta is None:
+            raise UserError(f"{self.folder / FEATURES} is not a feature index of saelab")
+        self.meta: dict[str, Any] = json.loads(meta)
+        if self.meta.get("version") != VERSION:
+            raise UserError(
+                f"{self.folder} has index version {self.meta.get('version')}, this saelab reads {VERSION}; "
+                "run `saelab index` with --overwrite"
+            )
+        self._group_starts = _group_starts(self._features)
+        latent = self._examples.schema_arrow.get_field_index("latent")
+        bounds = [
+            self._examples.metadata.row_group(group).column(latent).statistics
+            for group in range(self._examples.num_row_groups)
+        ]
+        self._example_bounds = [(s.min, s.max) for s in bounds]
+
+    @property
+    def d_sae(self) -> int:
+        return self.meta["d_sae"]
+
+    @property
+    def poles(self) -> tuple[int, ...]:
+        """(1,), or (1, -1) for an SAE with negative activations."""
+        return tuple(self.meta["poles"])
+
+    @property
+    def histogram_edges(self) -> list[float]:
+        """Magnitudes that delimit the bins of the ``histogram`` column."""
+        return self.meta["histogram_edges"]
+
+    @functools.cached_property
+    def _table(self) -> pd.DataFrame:
+        schema = self._features.schema_arrow
+        plain = [field.name for field in schema if not pa.types.is_list(field.type)]
+        return self._features.read(columns=plain).to_pandas()
+
+    def table(self) -> pd.DataFrame:
+        """One row per (latent, pole) with every column that is a single value. The caller owns the copy."""
+        return self._table.copy()
+
+    def latent(self, latent: int, pole: int = 1) -> dict[str, Any]:
+        """Everything known about one (latent, pole): the columns of ``features.parquet``."""
+        number = self._row(latent, pole)
+        group = int(np.searchsorted(self._group_starts, number, side="right")) - 1
+        rows = self._features.read_row_group(group)
+        return rows.slice(number - self._group_starts[group], 1).to_pylist()[0]
+
+    def examples(self, latent: int, pole: int = 1, kind: str | None = None) -> list[Example]:
+        """The windows kept for one (latent, pole), ordered by kind and rank; of one ``kind`` only where given."""
+        self._row(latent, pole)
+        found = []
+        for group, (low, high) in enumerate(self._example_bounds):
+            if low <= latent <= high:
+                rows = self._examples.read_row_group(group)
+                latents, poles = rows["latent"].to_numpy(), rows["pole"].to_numpy()
+                hits = np.flatnonzero((latents == latent) & (poles == pole))
+                found += rows.take(pa.array(hits)).to_pylist()
+        return [Example.from_row(row) for row in found if kind is None or row["kind"] == kind]
+
+    def max_activation(self, latent: int, pole: int = 1) -> float:
+        """Largest magnitude in the corpus, raw units; 0 where it never fired."""
+        return float(self._table["max"].iloc[self._row(latent, pole)])
+
+    def _row(self, latent: int, pole: int) -> int:
+        if not 0 <= latent < self.d_sae:
+            raise UserError(f"latent {latent} is outside 0..{self.d_sae - 1}")
+        if pole not in self.poles:
+            known = ", ".join(f"{p:+d}" for p in self.poles)
+            raise UserError(f"pole {pole:+d} is not in this index (poles: {known})")
+        return latent * len(self.poles) + self.poles.index(pole)
+
+
+def _group_starts(file: pq.ParquetFile) -> np.ndarray:
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    return np.concatenate([[0], np.cumsum(sizes)])
