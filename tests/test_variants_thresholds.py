@@ -98,6 +98,9 @@ def test_fit_recovers_a_planted_law() -> None:
     density[1600:] *= 0.1  # the tail falls below the law; the fit must not follow it
     law = zipf.fit(density[torch.randperm(2000)])
     assert law.s == pytest.approx(1.3, rel=0.02) and law.q == pytest.approx(20, rel=0.1) and law.r2 > 0.9999
+    many = torch.arange(1, 100_001, dtype=torch.float64)
+    law = zipf.fit((many + 300) ** -1.1)
+    assert law.s == pytest.approx(1.1, rel=0.02) and law.q == pytest.approx(300, rel=0.1)
     pure = zipf.fit(ranks**-0.8)
     assert pure.s == pytest.approx(0.8, rel=1e-3) and pure.q < 0.1
 

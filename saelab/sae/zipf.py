@@ -12,7 +12,7 @@ from torch import Tensor
 TAIL = 0.2  # share of the live latents, the rarest, that the fit leaves out: densities fall below the law there
 OFFSETS = 256  # values of q that are tried
 GRID = 2**20
-POINTS = 4096  # ranks that are fitted at most, evenly spaced
+POINTS = 4096  # ranks that are fitted at most, evenly spaced in their logarithm
 
 
 class Zipf(NamedTuple):
@@ -27,6 +27,7 @@ class Zipf(NamedTuple):
 def fit(density: Float[Tensor, " d_sae"]) -> Zipf:
     """Least squares of log density on ``log(rank + q)``, for the q that fits best; ranks by falling density.
 
+    Ranks weigh alike in log rank; otherwise the fit would see only the tail, where most ranks are.
     Latents that never fired and the rarest fifth of the others are left out. With fewer than three ranks left, or
     where no falling law fits, the law is uniform (s = 0) and ``r2`` is 0.
     """
@@ -34,14 +35,19 @@ def fit(density: Float[Tensor, " d_sae"]) -> Zipf:
     n = int(live.numel() * (1 - TAIL))
     if n < 3:
         return Zipf(0.0, 0.0, 0.0)
-    ranks = torch.linspace(1, n, min(n, POINTS), dtype=torch.float64, device=density.device).round().long()
+    ranks = torch.arange(1, n + 1, device=density.device)
+    if n > POINTS:
+        ranks = torch.linspace(0, math.log(n), POINTS, dtype=torch.float64, device=live.device)
+        ranks = ranks.exp().round().long().unique()
     y = live[ranks - 1].log()
+    weight = torch.cat([ranks.diff(), ranks.new_ones(1)]) / ranks.double()
+    weight /= weight.sum()
     q = torch.cat([y.new_zeros(1), torch.logspace(-2, 1, OFFSETS, dtype=torch.float64, device=y.device) * n / 10])
     t = (ranks + q[:, None]).log()
-    t, y = t - t.mean(dim=1, keepdim=True), y - y.mean()
-    slope = (t @ y) / t.square().sum(dim=1)
-    spread = y.square().sum()
-    r2 = 1 - (y - slope[:, None] * t).square().sum(dim=1) / spread
+    t, y = t - (t @ weight)[:, None], y - y @ weight
+    slope = t @ (weight * y) / (t.square() @ weight)
+    spread = y.square() @ weight
+    r2 = 1 - (y - slope[:, None] * t).square() @ weight / spread
     best = int(r2.nan_to_num(-1.0).argmax())
     if spread == 0 or slope[best] >= 0:
         return Zipf(0.0, 0.0, 0.0)
