@@ -2,42 +2,51 @@
 
 A fresh ``[4096, 16384]`` float32 output costs more in page faults than the selection that reads it, so the CPU
 product goes into a buffer that is lent out, returned and lent again. Buffers are lent to one caller at a time.
+Outputs as large as a weight matrix come from :func:`recycled`.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 CHUNK_BYTES = 1 << 26  # 64 MiB holds 1024 rows at d_sae = 16384; fewer rows slow the library product down
 MIN_ROWS = 128
 
+RECYCLED = 1 << 18  # elements from which an output is worth recycling
+KEPT = 8  # idle blocks kept at most
+
 _lock = threading.Lock()
+_blocks: list[np.ndarray] = []
 _idle: dict[torch.device, list[Tensor]] = {}
+
+
+def products(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield ``(first row, x[rows] @ W)`` for consecutive rows; a chunk is valid until the next one.
+
+    An empty batch yields one empty chunk.
+    """
+    n, width = x.shape[0], W.shape[1]
+    rows = chunk_rows(n, width, x.element_size())
+    with scratch(rows * width, x) as flat:
+        for start in range(0, max(n, 1), max(rows, 1)):
+            part = x[start : start + rows]
+            yield start, torch.mm(part, W, out=flat[: part.shape[0] * width].view(part.shape[0], width))
 
 
 def pre_act_chunks(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield ``(first row, (x - b_dec) @ W_enc + b_enc)`` for consecutive rows; a chunk is valid until the next one.
-
-    An empty batch yields one empty chunk.
-    """
-    n, d_sae = x.shape[0], W_enc.shape[1]
-    rows = chunk_rows(n, d_sae, x.element_size())
-    centred = x if b_dec is None else x - b_dec
-    with scratch(rows * d_sae, x) as flat:
-        for start in range(0, max(n, 1), max(rows, 1)):
-            part = centred[start : start + rows]
-            out = flat[: part.shape[0] * d_sae].view(part.shape[0], d_sae)
-            torch.mm(part, W_enc, out=out)
-            if b_enc is not None:
-                out += b_enc
-            yield start, out
+    """:func:`products` of the centred activations, with the encoder's bias: ``(x - b_dec) @ W_enc + b_enc``."""
+    for start, z in products(x if b_dec is None else x - b_dec, W_enc):
+        yield start, z if b_enc is None else z.add_(b_enc)
 
 
 def chunk_rows(n: int, d_sae: int, itemsize: int) -> int:
@@ -59,10 +68,40 @@ def scratch(numel: int, like: Tensor) -> Iterator[Tensor]:
             _idle.setdefault(like.device, []).append(buffer)
 
 
+def recycled(*shape: int) -> Tensor:
+    """A float32 CPU tensor with undefined content, on memory of an earlier one that nobody refers to any more.
+
+    A gradient as large as its weights is allocated and freed at every step; on fresh pages that costs as much time as
+    the sums that fill it. A tensor made by ``from_numpy`` holds a reference to the array as long as its storage lives.
+    """
+    numel = math.prod(shape)
+    if numel < RECYCLED:
+        return torch.empty(shape)
+    with _lock:
+        idle = [i for i in range(len(_blocks)) if _references(i) <= _unused]
+        match = next((i for i in idle if _blocks[i].size == numel), None)
+        if match is None:
+            for i in reversed(idle[KEPT - 1 :]):
+                del _blocks[i]
+            _blocks.append(torch.empty(numel).numpy())
+            match = len(_blocks) - 1
+        return torch.from_numpy(_blocks[match]).view(shape)
+
+
+def _references(i: int) -> int:
+    return sys.getrefcount(_blocks[i])
+
+
+_blocks.append(np.empty(0, np.float32))
+_unused = _references(0)  # what an array counts that only the list refers to
+_blocks.clear()
+
+
 def release() -> None:
     """Give all idle buffers back to the allocator."""
     with _lock:
         _idle.clear()
+        _blocks[:] = [_blocks[i] for i in range(len(_blocks)) if _references(i) > _unused]
 
 
 def _borrow(size: int, device: torch.device) -> Tensor:

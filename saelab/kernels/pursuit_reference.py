@@ -13,6 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saelab.kernels.chunks import chunk_rows, scratch
+
+BACKWARD_ROWS = 256  # tokens whose residuals of all steps are held at a time
+
 
 class Trace(NamedTuple):
     """What the steps did: ``steps [n, T]`` the atom of each step, ``coefficients [n, T]`` (0 once a token stopped)."""
@@ -24,54 +28,60 @@ class Trace(NamedTuple):
 def pursue(
     x: Tensor, W_dec: Tensor, b_dec: Tensor | None, n_steps: int, residual_stop: float, stop_on_repeat: bool
 ) -> Trace:
-    """Run ``n_steps`` steps on every token that has not stopped."""
-    residual = (x if b_dec is None else x - b_dec).clone()
-    steps = torch.zeros(x.shape[0], n_steps, dtype=torch.int64, device=x.device)
-    coefficients = x.new_zeros(x.shape[0], n_steps)
+    """Run ``n_steps`` steps on every token that has not stopped, with one product per step and chunk of tokens."""
+    n = x.shape[0]
+    trace = Trace(torch.zeros(n, n_steps, dtype=torch.int64, device=x.device), x.new_zeros(n, n_steps))
+    rows = max(1, chunk_rows(n, W_dec.shape[0], x.element_size()))
+    with scratch(rows * W_dec.shape[0], x) as flat:
+        for start in range(0, n, rows):
+            part = slice(start, start + rows)
+            chunk = Trace(trace.steps[part], trace.coefficients[part])
+            _pursue_chunk(x[part], W_dec, b_dec, chunk, flat, residual_stop, stop_on_repeat)
+    return trace
+
+
+def _pursue_chunk(
+    x: Tensor, W_dec: Tensor, b_dec: Tensor | None, out: Trace, flat: Tensor, residual_stop: float, stop_on_repeat: bool
+) -> None:
+    residual = x.clone() if b_dec is None else x - b_dec
     alive = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-    for t in range(n_steps):
+    for t in range(out.steps.shape[1]):
         alive &= residual.norm(dim=1) > residual_stop
         rows = alive.nonzero().squeeze(1)
         if rows.numel() == 0:
             break
-        scores = residual[rows] @ W_dec.T
-        best = first_argmax(scores)
+        scores = flat[: rows.numel() * W_dec.shape[0]].view(rows.numel(), W_dec.shape[0])
+        # argmax is documented to return the first of equal maxima.
+        best = torch.mm(residual[rows], W_dec.T, out=scores).argmax(1)
         value = (residual[rows] * W_dec[best]).sum(1).relu()
         if stop_on_repeat:
-            repeats = ((steps[rows, :t] == best[:, None]) & (coefficients[rows, :t] > 0)).any(1)
+            repeats = ((out.steps[rows, :t] == best[:, None]) & (out.coefficients[rows, :t] != 0)).any(1)
             alive[rows[repeats]] = False
         # Without a positive product nothing changes, so every later step would do the same.
         alive[rows[value <= 0]] = False
-        steps[rows, t], coefficients[rows, t] = best, value
+        out.steps[rows, t], out.coefficients[rows, t] = best, value
         residual[rows] -= value[:, None] * W_dec[best]
-    return Trace(steps, coefficients)
 
 
 def pursue_backward(
     grad: Tensor, x: Tensor, W_dec: Tensor, b_dec: Tensor | None, trace: Trace
 ) -> tuple[Tensor, Tensor]:
-    """``(dL/dx [n, d_in], dL/dW_dec [d_sae, d_in])`` from ``grad = dL/d coefficients [n, T]``."""
-    residual = (x if b_dec is None else x - b_dec).clone()
-    n_steps = trace.steps.shape[1]
-    before = []
-    for t in range(n_steps):
-        before.append(residual)
-        residual = residual - trace.coefficients[:, t, None] * W_dec[trace.steps[:, t]]
-    g, d_W = torch.zeros_like(x), torch.zeros_like(W_dec)
-    for t in reversed(range(n_steps)):
-        atom, value = W_dec[trace.steps[:, t]], trace.coefficients[:, t, None]
-        u = (grad[:, t, None] - (g * atom).sum(1, keepdim=True)) * (value > 0)
-        d_W.index_add_(0, trace.steps[:, t], u * before[t] - value * g)
-        g = g + u * atom
-    return g, d_W
-
-
-def first_argmax(scores: Tensor) -> Tensor:
-    """Per row the lowest index of the largest entry; NaN ranks as ``-inf``."""
-    key = torch.where(scores.isnan(), float("-inf"), scores)
-    best = key.amax(1, keepdim=True)
-    positions = torch.arange(scores.shape[1], device=scores.device)
-    return torch.where(key == best, positions, scores.shape[1]).amin(1)
+    """``(dL/dx [n, d_in], dL/dW_dec [d_sae, d_in])`` from ``grad = dL/d coefficients [n, T]``, tokens in chunks."""
+    d_x, d_W = torch.zeros_like(x), torch.zeros_like(W_dec)
+    for start in range(0, x.shape[0], BACKWARD_ROWS):
+        part = slice(start, start + BACKWARD_ROWS)
+        steps, coefficients = trace.steps[part], trace.coefficients[part]
+        before = [x[part] if b_dec is None else x[part] - b_dec]
+        for t in range(steps.shape[1] - 1):
+            before.append(before[-1] - coefficients[:, t, None] * W_dec[steps[:, t]])
+        g = torch.zeros_like(before[0])
+        for t in reversed(range(steps.shape[1])):
+            atom, value = W_dec[steps[:, t]], coefficients[:, t, None]
+            u = (grad[part, t, None] - (g * atom).sum(1, keepdim=True)) * (value != 0)
+            d_W.index_add_(0, steps[:, t], u * before[t] - value * g)
+            g = g + u * atom
+        d_x[part] = g
+    return d_x, d_W
 
 
 def merge(trace: Trace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,14 +90,15 @@ def merge(trace: Trace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Entries of a row stand in the order in which the pursuit first took their atoms.
     """
     n, n_steps = trace.steps.shape
-    taken = trace.coefficients > 0
-    same = trace.steps[:, :, None] == trace.steps[:, None, :]  # [n, T, T]
-    same &= taken[:, :, None] & taken[:, None, :]
-    first = torch.where(same, torch.arange(n_steps, device=trace.steps.device), n_steps).amin(2)
-    opens = taken & (first == torch.arange(n_steps, device=trace.steps.device))
+    position = torch.arange(n_steps, device=trace.steps.device).expand(n, n_steps)
+    taken = trace.coefficients != 0
+    # Steps that took the same atom become neighbours; a step that took nothing gets a name of its own.
+    named, order = torch.where(taken, trace.steps, -1 - position).sort(dim=1, stable=True)
+    heads = torch.cat([named.new_ones(n, 1, dtype=torch.bool), named[:, 1:] != named[:, :-1]], dim=1)
+    first = order.gather(1, torch.where(heads, position, 0).cummax(1).values)
+    opens = torch.zeros_like(taken).scatter(1, order, heads) & taken
     number = opens.reshape(-1).cumsum(0).view(n, n_steps) - 1
-    entry = torch.where(taken, number.gather(1, first.clamp_max(n_steps - 1)), -1)
-    nnz = int(opens.sum())
-    values = trace.coefficients.new_zeros(nnz).index_add_(0, entry[taken], trace.coefficients[taken])
+    entry = torch.where(taken, number.gather(1, torch.zeros_like(order).scatter(1, order, first)), -1)
+    values = trace.coefficients.new_zeros(int(opens.sum())).index_add_(0, entry[taken], trace.coefficients[taken])
     counts = opens.sum(1)
     return values, trace.steps[opens], torch.cat([counts.new_zeros(1), counts.cumsum(0)]), entry

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from saelab import kernels
 from saelab.kernels.cases import Case
+from saelab.kernels.dispatch import obstacle
 
 DTYPE = {"reference": torch.float64}
-BACKENDS = ["reference"]
+BACKENDS = [name for name in ("reference", "numba") if obstacle(name, "cpu", DTYPE.get(name, torch.float32)) is None]
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""How the compiled CPU kernels are built and run: cached on disk, without the GIL, on as many threads as PyTorch.
+
+A kernel works on items ``lo .. hi`` of its problem; its ``prange`` driver deals out such ranges. The OpenMP layer is
+preferred because it shares PyTorch's pool: a second pool would compete with PyTorch's threads, which keep spinning
+for milliseconds after each matrix product. One thread, or a forked child (where OpenMP may not be used), runs the
+kernel directly.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+if numba.config.THREADING_LAYER == "default":
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+PARTS_PER_THREAD = 4  # ranges dealt out per thread, so that a slow range does not hold up the rest
+
+_process = os.getpid()
+_launching = threading.Lock()
+
+
+def compiled(parallel: bool = False, **fastmath: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile on first use, into numba's cache where one can be written (``NUMBA_CACHE_DIR`` names another place)."""
+    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "fastmath": set(fastmath)}
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError as error:  # neither the package's folder nor the user's is writable
+            if "cannot cache" not in str(error):
+                raise
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
+def launch(kernel: Callable[..., Any], driver: Callable[..., Any], count: int, *args: Any) -> None:
+    """Run ``kernel(lo, hi, *args)`` over ``0 .. count`` on PyTorch's number of threads."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, count)
+    if threads <= 1 or os.getpid() != _process:
+        kernel(0, count, *args)
+        return
+    # One launch at a time: the pool is as wide as the machine, and numba's own work queue may not be entered twice.
+    with _launching:
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            driver(min(count, threads * PARTS_PER_THREAD), count, *args)
+        finally:
+            numba.set_num_threads(before)
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A C-contiguous view (or copy) of a CPU tensor; one layout keeps one compiled version of each kernel."""
+    return tensor.detach().contiguous().numpy()
