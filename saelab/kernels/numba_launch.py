@@ -16,10 +16,11 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.core import config
 from torch import Tensor
 
-if numba.config.THREADING_LAYER == "default":
-    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+if config.THREADING_LAYER == "default":  # pyright: ignore[reportAttributeAccessIssue]
+    config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # pyright: ignore[reportAttributeAccessIssue]
 
 PARTS_PER_THREAD = 4  # ranges dealt out per thread, so that a slow range does not hold up the rest
 
@@ -44,7 +45,10 @@ def compiled(parallel: bool = False, **fastmath: bool) -> Callable[[Callable[...
 
 def launch(kernel: Callable[..., Any], driver: Callable[..., Any], count: int, *args: Any) -> None:
     """Run ``kernel(lo, hi, *args)`` over ``0 .. count`` on PyTorch's number of threads."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, count)
+    if count == 0:
+        return
+    most: int = config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+    threads = min(torch.get_num_threads(), most, count)
     if threads <= 1 or os.getpid() != _process:
         kernel(0, count, *args)
         return

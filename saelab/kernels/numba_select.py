@@ -2,7 +2,7 @@
 
 Column c belongs to lane c mod LANES. The k-th largest lane maximum bounds the k-th largest key from below, because the
 k maxima are k distinct entries; so every winner stands in a lane whose maximum reaches the bound, ties included.
-Candidates are brought into column order, which makes "ties to the lowest index" a matter of counting.
+A row may be offered in blocks of columns: its best so far bound what the next block can add.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numba import prange
 
 from saelab.kernels.numba_launch import compiled
 
-LANES = 512
+LANES = 128
 FEW = 96  # up to so many promising lanes are visited one by one; beyond, the row is read once more
 PLAIN, MAGNITUDE, GRADIENT, ABOVE, MAGNITUDE_ABOVE, MAGNITUDE_GRADIENT = range(6)
 
@@ -67,21 +67,22 @@ def keys_of_row(row, bias, extra, mode, weight0, weight1, key):
 
 @compiled()
 def lane_maxima(key, lanes, maxima):
-    width = key.size
-    maxima[:lanes] = -np.inf
-    whole = width // lanes * lanes
-    for base in range(0, whole, lanes):
+    width, best = key.size, maxima[:lanes]
+    best[:] = -np.inf
+    for piece in range(width // lanes):
+        # A slice has indices known to be positive, without which the loop would not be vectorised.
+        part = key[piece * lanes : (piece + 1) * lanes]
         for lane in range(lanes):
             # A comparison with NaN is false: NaN never becomes a maximum.
-            maxima[lane] = key[base + lane] if key[base + lane] > maxima[lane] else maxima[lane]
-    for c in range(whole, width):
-        lane = c - whole
-        maxima[lane] = key[c] if key[c] > maxima[lane] else maxima[lane]
+            best[lane] = part[lane] if part[lane] > best[lane] else best[lane]
+    rest = key[width // lanes * lanes :]
+    for lane in range(rest.size):
+        best[lane] = rest[lane] if rest[lane] > best[lane] else best[lane]
 
 
 @compiled()
 def candidates(key, lanes, maxima, bound, columns):
-    """Columns, ascending, whose key is at least ``bound`` (NaN counts as ``-inf``). Returns how many."""
+    """Columns, in any order, whose key is at least ``bound`` (NaN counts as ``-inf``). Returns how many."""
     width, found, promising = key.size, 0, 0
     for lane in range(lanes):
         promising += 1 if maxima[lane] >= bound else 0
@@ -99,94 +100,99 @@ def candidates(key, lanes, maxima, bound, columns):
         if maxima[lane] >= bound:
             for c in range(lane, width, lanes):
                 if key[c] >= bound:
-                    at = found
-                    while at > 0 and columns[at - 1] > c:
-                        columns[at] = columns[at - 1]
-                        at -= 1
-                    columns[at] = c
+                    columns[found] = c
                     found += 1
     return found
 
 
 @compiled()
-def trim(key, columns, found, k, work):
-    """Keep the k largest of the candidates, ties to the lowest column, in column order."""
-    for i in range(found):
-        v = key[columns[i]]
-        work[i] = v if v == v else -np.inf
-    last = kth_largest(work, found, k)
-    ties = k
-    for i in range(found):
-        ties -= 1 if key[columns[i]] > last else 0
-    kept = 0
-    for i in range(found):
-        v = key[columns[i]]
-        v = v if v == v else -np.inf
-        if v > last or (v == last and ties > 0):
-            ties -= 1 if v == last else 0
-            columns[kept] = columns[i]
-            kept += 1
+def order_by_column(keys, values, columns, found):
+    """Insertion sort: entries that need it are few, and those of a wide row already stand in order."""
+    for i in range(1, found):
+        key, value, column, at = keys[i], values[i], columns[i], i
+        while at > 0 and columns[at - 1] > column:
+            keys[at], values[at], columns[at] = keys[at - 1], values[at - 1], columns[at - 1]
+            at -= 1
+        keys[at], values[at], columns[at] = key, value, column
 
 
 @compiled()
-def select_rows(lo, hi, z, bias, extra, mode, weights, budgets, bound, clip, start, values, indices, counts):
-    """Row r's ``budgets[r]`` largest keys, or with a negative budget all keys that reach ``bound``.
+def trim(keys, values, columns, found, k, work):
+    """Keep the k largest of the first ``found`` entries, ties to the lowest column. Returns how many."""
+    if found <= k:
+        return found
+    work[:found] = keys[:found]
+    last = kth_largest(work, found, k)
+    ties, tied = k, 0
+    for i in range(found):
+        ties -= 1 if keys[i] > last else 0
+        tied += 1 if keys[i] == last else 0
+    if tied > ties:
+        order_by_column(keys, values, columns, found)
+    kept = 0
+    for i in range(found):
+        if keys[i] > last or (keys[i] == last and ties > 0):
+            ties -= 1 if keys[i] == last else 0
+            keys[kept], values[kept], columns[kept] = keys[i], values[i], columns[i]
+            kept += 1
+    return kept
 
-    Winners go to ``values[start[r]:]``, at most ``start[r + 1] - start[r]`` of them; ``counts[r]`` says how many there
-    are. ``extra`` has one row for all, or one per row.
+
+@compiled()
+def select_rows(lo, hi, z, first, bias, extra, mode, weights, budgets, bound, start, keys, values, columns, counts):
+    """Offer the columns ``first ..`` of a product to the code of each row.
+
+    Row r holds ``counts[r]`` entries from ``start[r]``. With a budget it keeps its ``budgets[r]`` best of old and new.
+    With a negative budget it takes all keys that reach ``bound``, as far as there is room before ``start[r + 1]``, and
+    ``counts[r]`` says how many there are. ``extra`` has one row for all rows, or one for each.
     """
     width = z.shape[1]
-    weight0, weight1, cut = np.float32(weights[0]), np.float32(weights[1]), np.float32(bound)
-    key, work = np.empty(width, np.float32), np.empty(width, np.float32)
-    columns, maxima = np.empty(width, np.int64), np.empty(width, np.float32)
+    weight0, weight1 = np.float32(weights[0]), np.float32(weights[1])
+    most = width + max(0, budgets.max())
+    key, work, maxima = np.empty(width, np.float32), np.empty(most, np.float32), np.empty(width, np.float32)
+    new_keys, new_values, new_columns = np.empty(most, np.float32), np.empty(most, np.float32), np.empty(most, np.int64)
     for r in range(lo, hi):
-        row, k = z[r], budgets[r]
+        k, at = budgets[r], start[r]
         if k == 0:
-            counts[r] = 0
             continue
-        keys_of_row(row, bias, extra[r % extra.shape[0]], mode, weight0, weight1, key)
+        keys_of_row(z[r], bias, extra[r % extra.shape[0]], mode, weight0, weight1, key)
         lanes = LANES
-        while lanes < 2 * k:
+        while lanes < 4 * k:
             lanes *= 2
         lanes = min(lanes, width)
         lane_maxima(key, lanes, maxima)
-        level = cut
+        held, level = 0, np.float32(bound)
         if k > 0:
-            level = np.float32(-np.inf)
-            if k <= lanes:
+            held, level = counts[r], np.float32(-np.inf)
+            if held == k:
+                # A later column loses a tie, so only what lies above the smallest key held is of interest.
+                level = np.nextafter(keys[at : at + k].min(), np.float32(np.inf))
+            elif k <= lanes:
                 work[:lanes] = maxima[:lanes]
                 level = kth_largest(work, lanes, k)
-        found = candidates(key, lanes, maxima, level, columns)
+        for i in range(held):
+            new_keys[i], new_values[i], new_columns[i] = keys[at + i], values[at + i], columns[at + i]
+        found = candidates(key, lanes, maxima, level, new_columns[held:])
+        for i in range(held, held + found):
+            c = new_columns[i]
+            new_keys[i] = key[c] if key[c] == key[c] else -np.inf
+            new_values[i] = z[r, c] + bias[c]
+            new_columns[i] = c + first
+        found += held
         if k > 0:
-            trim(key, columns, found, k, work)
-            found = k
+            found = trim(new_keys, new_values, new_columns, found, k, work)
         counts[r] = found
-        at = start[r]
         for i in range(min(found, start[r + 1] - at)):
-            v = row[columns[i]] + bias[columns[i]]
-            values[at + i] = np.float32(0) if clip and v <= 0 else v
-            indices[at + i] = columns[i]
+            keys[at + i], values[at + i], columns[at + i] = new_keys[i], new_values[i], new_columns[i]
 
 
 @compiled(parallel=True)
-def select_driver(parts, count, z, bias, extra, mode, weights, budgets, bound, clip, start, values, indices, counts):
+def select_driver(
+    parts, count, z, first, bias, extra, mode, weights, budgets, bound, start, keys, values, columns, counts
+):
     for part in prange(parts):
-        select_rows(
-            part * count // parts,
-            (part + 1) * count // parts,
-            z,
-            bias,
-            extra,
-            mode,
-            weights,
-            budgets,
-            bound,
-            clip,
-            start,
-            values,
-            indices,
-            counts,
-        )
+        lo, hi = part * count // parts, (part + 1) * count // parts
+        select_rows(lo, hi, z, first, bias, extra, mode, weights, budgets, bound, start, keys, values, columns, counts)
 
 
 @compiled()
@@ -205,31 +211,36 @@ def maxima_driver(parts, count, z, bias, extra, mode, maxima):
 
 
 @compiled()
-def merge_best(keys, flat, values, budget, work):
-    """Keep, in place and in order, the ``budget`` largest keys, ties to the first. Returns how many."""
+def merge_best(keys, values, flat, budget):
+    """Keep, in place, the ``budget`` largest keys, ties to the lowest ``flat``. Returns how many there are."""
     n = keys.size
     if n <= budget:
         return n
+    last = kth_largest(keys.copy(), n, budget)
+    slots, tied = budget, 0
     for i in range(n):
-        work[i] = keys[i]
-    last = kth_largest(work, n, budget)
-    ties = budget
+        slots -= 1 if keys[i] > last else 0
+        tied += 1 if keys[i] == last else 0
+    # Of the entries that tie for the last places the lowest positions win.
+    positions, t = np.empty(tied, np.int64), 0
     for i in range(n):
-        ties -= 1 if keys[i] > last else 0
+        if keys[i] == last:
+            positions[t] = -flat[i]
+            t += 1
+    highest = -kth_largest(positions, tied, slots)
     kept = 0
     for i in range(n):
-        if keys[i] > last or (keys[i] == last and ties > 0):
-            ties -= 1 if keys[i] == last else 0
-            keys[kept], flat[kept], values[kept] = keys[i], flat[i], values[i]
+        if keys[i] > last or (keys[i] == last and flat[i] <= highest):
+            keys[kept], values[kept], flat[kept] = keys[i], values[i], flat[i]
             kept += 1
     return kept
 
 
 @compiled()
-def pack(start, counts, values, indices, out_values, out_indices):
+def pack(start, counts, keys, values, columns, out_keys, out_values, out_columns):
     """Close the gaps between rows."""
     at = 0
     for r in range(counts.size):
         for i in range(start[r], start[r] + counts[r]):
-            out_values[at], out_indices[at] = values[i], indices[i]
+            out_keys[at], out_values[at], out_columns[at] = keys[i], values[i], columns[i]
             at += 1

@@ -8,7 +8,7 @@ the fast one, and its gradient has that layout. The order of entries within a ro
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ def select_topk(
     """
     checks.encoder(x, W_enc, b_enc, b_dec)
     checks.budget(k, W_enc.shape[1], "k", "d_sae")
-    return SelectedPreActs(*implementation(x).topk(*_budgeted(x, W_enc, b_enc, b_dec), k, signed))
+    operands = _budgeted(x, W_enc, b_enc, b_dec)
+    return SelectedPreActs(*implementation(operands[0]).topk(*operands, k, signed))
 
 
 @torch.no_grad()
@@ -83,7 +84,8 @@ def select_batch(
     """The ``budget`` largest pre-activations of the whole batch; ties go to the lowest (token, latent)."""
     checks.encoder(x, W_enc, b_enc, b_dec)
     checks.budget(budget, x.shape[0] * W_enc.shape[1], "budget", "n * d_sae")
-    return SelectedPreActs(*implementation(x).batch(*_budgeted(x, W_enc, b_enc, b_dec), budget, signed))
+    operands = _budgeted(x, W_enc, b_enc, b_dec)
+    return SelectedPreActs(*implementation(operands[0]).batch(*operands, budget, signed))
 
 
 @torch.no_grad()
@@ -107,7 +109,8 @@ def select_latent(
     if budgets.numel() and int(budgets.min()) < 0:
         raise ValueError(f"budgets has {int(budgets.min())}; a latent cannot take fewer than 0 tokens")
     budgets = budgets.clamp_max(x.shape[0])
-    return SelectedPreActs(*implementation(x).latent(*_budgeted(x, W_enc, b_enc, b_dec), budgets, signed))
+    operands = _budgeted(x, W_enc, b_enc, b_dec)
+    return SelectedPreActs(*implementation(operands[0]).latent(*operands, budgets, signed))
 
 
 @torch.no_grad()
@@ -216,7 +219,7 @@ def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
     return detached(*tensors)
 
 
-def _budgeted(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None) -> list[Tensor | None]:
+def _budgeted(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None) -> list[Any]:
     """The operands of a selection by budget, in autocast's precision inside ``torch.autocast``.
 
     Centring happens before rounding: activations may lie far from the origin. Selection by threshold stays as it
