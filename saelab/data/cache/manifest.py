@@ -13,6 +13,7 @@ from saelab.errors import UserError, near_matches
 FORMAT = "saelab.activations"
 VERSION = 1
 MANIFEST = "manifest.json"
+VOCABULARY = "tokens.json"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -53,7 +54,6 @@ class Manifest:
     bos: str = "none"  # "context", "document" or "none"
     skip_first: int = 0  # positions at the start of each context that have no row
     max_norm: float | None = None  # rows with a larger norm were dropped
-    dropped_rows: int = 0  # how many that were
     grad_scale: float | None = None  # stored gradients = gradients x this power of two; None without gradients
     held_out_fraction: float = 0.05  # of the contexts, from the end
     held_out_from: int = 0  # first held-out row; filled in at the end, as all below
@@ -81,13 +81,18 @@ class Manifest:
         return sum(shard.contexts for shard in self.shards)
 
     @property
+    def dropped_rows(self) -> int:
+        """Rows that ``max_norm`` kept out."""
+        return self.n_tokens - self.n_contexts * self.skip_first - self.n_rows
+
+    @property
     def has_grads(self) -> bool:
         return self.grad_scale is not None
 
     def identity(self) -> dict[str, Any]:
         """What two harvests must share for one to continue the other: everything but progress and results."""
         data = asdict(self)
-        for name in ("shards", "mean", "complete", "dropped_rows", "n_documents", "grad_scale", *_RESULTS):
+        for name in ("shards", "mean", "complete", "n_documents", "grad_scale", *_RESULTS):
             data.pop(name)
         return data
 

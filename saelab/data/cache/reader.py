@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -10,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.manifest import MANIFEST, Manifest, check_provenance
+from saelab.data.cache.manifest import MANIFEST, VOCABULARY, Manifest, check_provenance
 from saelab.data.cache.order import BLOCK, Order
 from saelab.data.cache.shards import Shards
 from saelab.data.cache.storage import Folder
@@ -49,6 +51,7 @@ class ActivationCache:
                     "restore it or harvest the cache again"
                 )
         self.shards = Shards(self.folder, self.manifest)
+        self._vocabulary = functools.cache(self._read_vocabulary)
         if verify:
             self.verify()
 
@@ -70,6 +73,7 @@ class ActivationCache:
         held_out: float = 0.05,
         shard_rows: int = 1 << 16,
         grad_scale: float = 1.0,
+        vocabulary: list[str] | None = None,
         overwrite: bool = False,
         **provenance: Any,
     ) -> ActivationCache:
@@ -93,6 +97,8 @@ class ActivationCache:
             grads = grads.reshape(-1, d_in) * grad_scale
         manifest = Manifest(d_in=d_in, dtype=dtype, context_length=context, held_out_fraction=held_out, **provenance)
         writer = CacheWriter(Folder(path), manifest, overwrite=overwrite)
+        if vocabulary is not None:
+            writer.write_vocabulary(vocabulary)
         step = max(shard_rows // context, 1) * context
         for start in range(0, n, step):
             part = slice(start, start + step)
@@ -200,6 +206,15 @@ class ActivationCache:
         shard, slot = self.shards.slot(row)
         number = self.shards.columns(shard)["documents"].slices([(slot, slot + 1)])[0]
         return int(number) + self.manifest.shards[shard].document_offset
+
+    def token_strings(self, tokens: Int[Tensor, " n"] | Sequence[int]) -> list[str]:
+        """How token ids read; needs no model. Ids stand for themselves where the cache has no vocabulary."""
+        ids = torch.as_tensor(tokens).tolist()
+        known = self._vocabulary()
+        return [known[i] if i < len(known) else f"<{i}>" for i in ids]
+
+    def _read_vocabulary(self) -> list[str]:
+        return json.loads(self.folder.read(VOCABULARY)) if self.folder.exists(VOCABULARY) else []
 
     def contexts(self, split: Split = "train") -> Iterator[tuple[Int[Tensor, " m"], Int[Tensor, " m"]]]:
         """For each context of a split: its token ids, and the cache row of each token (-1 where none is stored)."""

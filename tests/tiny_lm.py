@@ -1,0 +1,60 @@
+"""Small random language models in Hugging Face layout, with a byte-level tokenizer, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = """the cat sat on a mat while rain fell over old roofs and seven ships left the quiet
+harbour at dawn""".split()  # noqa: SIM905
+
+
+def sentences(n: int, seed: int = 0) -> str:
+    """Nonsense text of ``n`` words."""
+    picks = torch.randint(len(WORDS), (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join(WORDS[i] for i in picks)
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([sentences(500)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def save_llama(folder: Path, seed: int = 0, **options: int) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=320, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, **sizes | options)
+    return _save(LlamaForCausalLM, config, folder, seed)
+
+
+def save_gpt2(folder: Path, seed: int = 0) -> Path:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=320, n_embd=16, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
+    return _save(GPT2LMHeadModel, config, folder, seed)
+
+
+def _save(cls: Any, config: Any, folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    model = cls(config)
+    with torch.no_grad():  # large enough that layers matter
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
