@@ -21,6 +21,8 @@ _EXPORTS = {
     "TrainState": "saelab.train",
     "train": "saelab.train",
     "load_model": "saelab.lm",
+    "harvest": "saelab.lm",
+    "HarvestConfig": "saelab.lm",
     "FeatureIndex": "saelab.features",
     "build_index": "saelab.features",
     "UserError": "saelab.errors",
