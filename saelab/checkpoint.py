@@ -27,8 +27,10 @@ from torch import Tensor
 from saelab._version import __version__
 from saelab.errors import UserError
 from saelab.sae import SAE, build
+from saelab.sae.inference import inference_form
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+EXTRA = "saelab_extra.safetensors"  # running statistics, training thresholds: what SAELens does not know
 STATE, STATE_JSON = "train_state.safetensors", "train_state.json"
 CHECKPOINTS = "checkpoints"
 SAELENS_VERSION = "6.54.12"  # the release whose format is written; SAELens parses by this number
@@ -50,21 +52,29 @@ def save_sae(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = 
     """Write weights and configuration. ``metadata`` is provenance: model, hook, cache, seed, command."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, sae.state_dict())
+    form, state = inference_form(sae), sae.state_dict()
+    # SAELens accepts its own tensors and no others; what else the variant needs stands in a file of its own.
+    weights = form.tensors if form and form.in_saelens else state
+    write_tensors(folder / WEIGHTS, weights)
+    rest = {name: value for name, value in state.items() if name not in weights}
+    if rest:
+        write_tensors(folder / EXTRA, rest)
     write_json(
         folder / CONFIG,
         {
-            "architecture": sae.variant,
+            "architecture": form.architecture if form and form.in_saelens else f"saelab_{sae.variant}",
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
             "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
             "device": "cpu",
             "apply_b_dec_to_input": sae.config.get("apply_b_dec_to_input", True),
+            **(form.config if form else {}),
             "normalize_activations": "none",
             "reshape_activations": "none",
             "metadata": {
                 **(metadata or {}),
                 "sae_lens_version": SAELENS_VERSION,
+                "training_architecture": sae.variant,
                 "saelab_version": __version__,
                 "saelab": {"variant": sae.variant, "config": sae.config},
             },
@@ -93,15 +103,23 @@ def load_sae(folder: Path | str, device: str | torch.device = "cpu") -> SAE:
     ours = load_metadata(folder).get("saelab")
     if ours is None:
         raise UserError(f"{folder} was not written by saelab; load it with saelab.load")
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
+    if not (Path(folder) / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}; the run did not finish its first save")
     sae = build(ours["variant"], **ours["config"])
     try:
-        sae.load_state_dict(load_file(path))
+        sae.load_state_dict(read_state(folder, sae))
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold the SAE that {CONFIG} describes ({error})") from error
+        raise UserError(f"{folder} does not hold the SAE that its {CONFIG} describes ({error})") from error
     return sae.to(device).eval()
+
+
+def read_state(folder: Path | str, sae: SAE) -> dict[str, Tensor]:
+    """The saved state of ``sae``, from SAELens' file and the one beside it, without what SAELens alone needs."""
+    folder = Path(folder)
+    saved = load_file(folder / WEIGHTS)
+    if (folder / EXTRA).is_file():
+        saved |= load_file(folder / EXTRA)
+    return {name: value for name, value in saved.items() if name in sae.state_dict()}
 
 
 def save_step(
@@ -141,10 +159,10 @@ def latest_step(folder: Path | str) -> Path | None:
     return max((Path(folder) / CHECKPOINTS).glob("step_*"), default=None)
 
 
-def load_step(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+def load_step(path: Path, sae: SAE) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Weights, tensors of the training state, and its scalars, as :func:`save_step` got them."""
     try:
-        return load_file(path / WEIGHTS), load_file(path / STATE), json.loads((path / STATE_JSON).read_text())
+        return read_state(path, sae), load_file(path / STATE), json.loads((path / STATE_JSON).read_text())
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and start the run again") from error
 

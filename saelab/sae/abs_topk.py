@@ -53,5 +53,8 @@ class AbsTopK(BatchBudgetSAE, variant="abs_topk"):
         if self.scope == "batch":
             super().calibrate(batches)
 
+    def inference_threshold(self) -> Tensor | None:
+        return super().inference_threshold() if self.scope == "batch" else None
+
     def diagnostics(self) -> dict[str, float]:
         return super().diagnostics() if self.scope == "batch" else {}

@@ -106,6 +106,10 @@ class SAE(nn.Module, ABC):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Estimate what inference needs (thresholds) on held-out activations, once training has ended."""
 
+    def inference_threshold(self) -> Tensor | None:
+        """What a pre-activation must exceed in eval mode, a number or ``[d_sae]``; None where k or a sign decides."""
+        return None
+
     @torch.no_grad()
     def initialise(self, x: Float[Tensor, "n d_in"], b_dec: Float[Tensor, " d_in"]) -> None:
         """Set data-dependent parameters from a sample ``x`` and its centre ``b_dec``, before the first step."""

@@ -126,6 +126,9 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
         elif (x := calibration_sample(batches, self.d_in)) is not None:
             self.latent_threshold.set_(latent_thresholds(self, x, self.rates))
 
+    def inference_threshold(self) -> Tensor | None:
+        return self.latent_threshold.mean() if self.choosing else super().inference_threshold()
+
     def diagnostics(self) -> dict[str, float]:
         phase = {"phase": 1.0 + self.choosing, "realised_budget": self.realised.item()}
         return {**super().diagnostics(), **phase}

@@ -81,6 +81,9 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
         super().after_step(step, n_steps)
         self.threshold.clamp_(min=0)  # below zero it would be a step down, not a jump up
 
+    def inference_threshold(self) -> Tensor | None:
+        return self.threshold.detach()
+
     def diagnostics(self) -> dict[str, float]:
         return {**super().diagnostics(), "threshold": self.threshold.mean().item()}
 

@@ -92,6 +92,9 @@ class BatchBudgetSAE(LinearSAE):
         if x is not None:
             self.threshold.set_(global_threshold(self, x, self.k))
 
+    def inference_threshold(self) -> Tensor | None:
+        return self.threshold.mean()
+
     def diagnostics(self) -> dict[str, float]:
         return {"threshold": self.threshold.mean().item()}
 

@@ -131,7 +131,7 @@ def _restore(sae: SAE, about: dict[str, Any], folder: Path) -> TrainState | None
     path = checkpoint.latest_step(folder)
     if path is None:
         return None
-    weights, tensors, scalars = checkpoint.load_step(path)
+    weights, tensors, scalars = checkpoint.load_step(path, sae)
     sae.load_state_dict(weights)
     return TrainState.restore(sae, tensors, scalars)
 

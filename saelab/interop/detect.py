@@ -1,0 +1,82 @@
+"""Which format a path is in, and its SAE: the one function users call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from saelab import checkpoint
+from saelab.errors import UserError
+from saelab.interop import collections, dictionary_learning, linear, saelens
+from saelab.interop.foreign import Foreign
+from saelab.sae import SAE
+
+
+class Format(NamedTuple):
+    """A format: how to recognise it and how to read it."""
+
+    name: str
+    sniff: Callable[[Path], bool]
+    read: Callable[[Path], Foreign]
+
+
+# Order matters: a format named by a file of its own comes before those recognised by looking inside.
+FORMATS = [
+    Format("saelens", saelens.sniff, saelens.read),
+    Format("sparsify", linear.sniff_sparsify, linear.read_sparsify),
+    Format("llama_scope", collections.sniff_llama_scope, collections.read_llama_scope),
+    Format("llamascopium", collections.sniff_llamascopium, collections.read_llamascopium),
+    Format("gemma_scope", collections.sniff_gemma_scope, collections.read_gemma_scope),
+    Format("qwen_scope", collections.sniff_qwen_scope, collections.read_qwen_scope),
+    Format("dictionary_learning", dictionary_learning.sniff, dictionary_learning.read),
+    Format("openai", linear.sniff_openai, linear.read_openai),
+    Format("goodfire", collections.sniff_goodfire, collections.read_goodfire),
+    Format("overcomplete", dictionary_learning.sniff_overcomplete, dictionary_learning.read_overcomplete),
+]
+
+
+def is_ours(path: Path) -> bool:
+    """A run folder written by saelab."""
+    return saelens.sniff(path) and "saelab" in checkpoint.load_metadata(path)
+
+
+def detect(path: Path) -> Format:
+    """The format of a file or folder of another tool."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a file, a folder, or a hub id such as org/repo")
+    for form in FORMATS:
+        if form.sniff(path):
+            return form
+    inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else path.name
+    raise UserError(
+        f"{path} is in no SAE format known here (found {inside}); known: {', '.join(f.name for f in FORMATS)}"
+    )
+
+
+def read(path: Path | str, **options: Any) -> Foreign:
+    """The SAE at ``path`` in canonical form; ``options`` go to the format's reader (overcomplete: k, pursuit)."""
+    path = Path(path)
+    return detect(path).read(path, **options)
+
+
+def load(path: Path | str, device: str | torch.device = "cpu", **options: Any) -> SAE:
+    """Any tool's SAE as one of ours, in eval mode on raw activations: a file, a folder, or a hub id ``org/repo``.
+
+    Nothing in the file is executed. A hub id is ``org/repo`` or ``org/repo/path/in/it``; a path that exists on disk
+    is never taken for one.
+    """
+    local = Path(path)
+    if not local.exists() and _looks_like_hub(str(path)):
+        from saelab.interop.hub import download
+
+        local = download(str(path))
+    if is_ours(local):
+        return checkpoint.load_sae(local, device)
+    return read(local, **options).to_sae().to(device)
+
+
+def _looks_like_hub(path: str) -> bool:
+    return path.count("/") >= 1 and not path.startswith(("/", ".", "~")) and "\\" not in path

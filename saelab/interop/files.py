@@ -1,0 +1,121 @@
+"""Reading files that strangers made: safetensors, restricted torch files and npz; no code runs, memory is bounded."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saelab.errors import UserError
+
+MAX_NUMBERS = 2**33  # tensors of one SAE: 32 GiB in float32, above any published SAE
+MAX_JSON = 16 * 2**20  # bytes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of reasonable size."""
+    if path.stat().st_size > MAX_JSON:
+        raise UserError(f"{path} has {path.stat().st_size} bytes, too many for a configuration")
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors, ``.npz`` or torch file; a torch file may hold plain values beside them.
+
+    Torch files are read with ``weights_only=True``: one that would run code is refused.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file")
+    reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix, _torch)
+    return reader(path)
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Names and shapes in a safetensors file, from its header alone."""
+    header = _safetensors_header(path)
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
+def checked(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: Path) -> dict[str, Any]:
+    """The named tensors in float32, after checking that each is there, has its shape and is finite."""
+    out = {}
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{origin} has no tensor {name!r}; it holds {', '.join(map(str, list(tensors)[:8]))}")
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{origin}: {name} has shape {tuple(tensor.shape)} where {shape} is expected")
+        if not tensor.is_floating_point():
+            raise UserError(f"{origin}: {name} has dtype {tensor.dtype}, expected floating point")
+        out[name] = tensor.float()
+        if not out[name].isfinite().all():
+            raise UserError(f"{origin}: {name} has NaN or infinite entries")
+    return out
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+        if length > min(size - 8, 100 * 2**20):
+            raise UserError(f"{path} is not a safetensors file, or it is truncated")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} has a damaged safetensors header") from error
+    return header if isinstance(header, dict) else {}
+
+
+def _safetensors(path: Path) -> dict[str, Any]:
+    _safetensors_header(path)
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
+def _npz(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # A small archive can unpack to terabytes: look at the declared sizes first.
+            total = sum(entry.file_size for entry in archive.infolist())
+        if total > min(4 * MAX_NUMBERS, 1000 * path.stat().st_size):
+            raise UserError(f"{path} would unpack to {total:,} bytes from {path.stat().st_size:,}; refused")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a readable npz file ({error})") from error
+
+
+def _torch(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} would run code when loaded; refused (ask its author for safetensors)") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise UserError(f"{path} is not a readable torch file ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    numbers = sum(value.numel() for value in content.values() if isinstance(value, Tensor))
+    if numbers > MAX_NUMBERS:
+        raise UserError(f"{path} holds {numbers:,} numbers, more than any SAE; refused")
+    return content

@@ -1,0 +1,139 @@
+"""The Hugging Face hub in SAELens' layout: a repository of folders, one SAE each, with a model card."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from saelab import checkpoint
+from saelab.errors import UserError
+from saelab.interop.detect import is_ours, load
+from saelab.interop.files import read_json
+from saelab.sae import SAE
+
+# org/repo, then optionally a folder or file in it; no empty parts, no dots that climb.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(/[\w.-]+)*")
+WANTED = ("cfg.json", "config.json", "hyperparams.json", "*.safetensors", "*.npz", "*.pt", "*.pth", "README.md")
+
+
+def split_id(hub_id: str) -> tuple[str, str]:
+    """Repository and path in it of ``org/repo/path``."""
+    if not HUB_ID.fullmatch(hub_id) or ".." in hub_id:
+        raise UserError(f"{hub_id!r} is neither a file here nor a hub id such as org/repo or org/repo/folder")
+    parts = hub_id.split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def download(hub_id: str, revision: str | None = None) -> Path:
+    """Fetch the folder or file ``org/repo/path`` (only formats that hold weights) and return where it lies."""
+    repo, inside = split_id(hub_id)
+    patterns: list[str] = [f"{inside}/{name}" for name in WANTED] + [inside] if inside else [*WANTED]
+    try:
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, endpoint=_endpoint()))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{repo} could not be fetched from the hub: {str(error).splitlines()[0]}") from error
+    found = root / inside
+    if not found.exists():
+        raise UserError(f"{repo} has nothing at {inside!r}; look at its files on the hub")
+    return found
+
+
+def from_pretrained(repo: str, path: str = "", revision: str | None = None) -> SAE:
+    """The SAE in folder ``path`` (in SAELens' layout the hook's name) of the hub repository ``org/repo``."""
+    hub_id = f"{repo}/{path}" if path else repo
+    split_id(hub_id)
+    return load(download(hub_id, revision))
+
+
+def push_to_hub(run: Path | str, repo: str, path: str | None = None, private: bool = False) -> str:
+    """Upload a run folder's SAE to ``repo`` under ``path`` (by default its hook's name), with a model card.
+
+    Returns the address of the commit. Needs the token of ``hf auth login`` or ``HF_TOKEN``.
+    """
+    run = Path(run)
+    if not is_ours(run):
+        raise UserError(f"{run} is not a run folder; convert it first")
+    metadata = checkpoint.load_metadata(run)
+    path = path or metadata.get("hook_name")
+    if not path:
+        raise UserError(f"{run} records no hook name; say with path= where in the repository it belongs")
+    split_id(f"{repo}/{path}")
+    api = HfApi(endpoint=_endpoint())
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            card = Path(folder) / "README.md"
+            card.write_text(model_card(repo, path, checkpoint.load_config(run), _evaluation(run)))
+            api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo)
+        keep = [checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.EXTRA, "evaluation.json"]
+        commit = api.upload_folder(folder_path=run, path_in_repo=path, repo_id=repo, allow_patterns=keep)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"{repo} could not be written on the hub: {str(error).splitlines()[0]}") from error
+    return str(commit.commit_url)
+
+
+def model_card(repo: str, path: str, config: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+    """A README for the hub: what the SAE is, where it comes from, how well it does, how to load it."""
+    metadata = config["metadata"]
+    rows = [
+        ("variant", metadata["saelab"]["variant"]),
+        ("language model", metadata.get("model_name")),
+        ("hook", metadata.get("hook_name")),
+        ("widths", f"d_in {config['d_in']}, d_sae {config['d_sae']}"),
+        ("text", metadata.get("dataset_path")),
+        ("context length", metadata.get("context_size")),
+        ("saelab", metadata.get("saelab_version")),
+    ]
+    facts = "\n".join(f"| {name} | {value} |" for name, value in rows if value is not None)
+    measured = _measured(evaluation)
+    return f"""---
+library_name: saelens
+tags: [saelens, saelab, sparse-autoencoder]
+---
+# {repo}
+
+A sparse autoencoder trained with saelab.
+
+| | |
+|---|---|
+{facts}
+{measured}
+## Load it
+
+```python
+import saelab
+sae = saelab.from_pretrained("{repo}", "{path}")
+```
+
+In SAELens, where it has the architecture (`{config["architecture"]}`):
+
+```python
+from sae_lens import SAE
+sae = SAE.from_pretrained("{repo}", "{path}")
+```
+"""
+
+
+def _measured(evaluation: Mapping[str, Any] | None) -> str:
+    if not evaluation:
+        return "\nNot evaluated yet.\n"
+    numbers = {name: entry for name, entry in evaluation.get("metrics", {}).items() if isinstance(entry, dict)}
+    lines = [f"| {name} | {entry['value']:.4g} | {entry.get('n_tokens', '')} |" for name, entry in numbers.items()]
+    return "\n## Held-out metrics\n\n| metric | value | tokens |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _evaluation(run: Path) -> Mapping[str, Any] | None:
+    file = run / "evaluation.json"
+    return read_json(file) if file.is_file() else None
+
+
+def _endpoint() -> str | None:
+    """Another hub than the public one, as huggingface_hub's own variable says."""
+    return os.environ.get("HF_ENDPOINT") or None
