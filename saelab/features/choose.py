@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from saelab.features.config import IndexConfig
 from saelab.features.corpus import Corpus
 from saelab.features.postings import Entries
+from saelab.features.sampling import rank_in_group, systematic
 from saelab.features.schema import EXAMPLE_COLUMNS
 from saelab.features.summary import Ranked
 
@@ -41,7 +42,7 @@ def choose(
     slots: NDArray[np.int64],
     ranked: Ranked,
     corpus: Corpus,
-    n_rows: int,
+    n_poles: int,
     config: IndexConfig,
     rng: np.random.Generator,
 ) -> Chosen:
@@ -54,19 +55,19 @@ def choose(
     fired = np.diff(entries.ptr)
     for number, band in enumerate(BANDS):
         begin, end = fired * number // len(BANDS), fired * (number + 1) // len(BANDS)
-        s, offset, order = _systematic(end - begin, config.band, rng)
+        s, offset, order = systematic(end - begin, config.band, rng)
         entry = ranked.order[ranked.ptr[s] + begin[s] + offset]
         parts.append(Chosen(s, entries.rows[entry], np.full(len(s), KINDS.index(band)), order))
-    s, offset, order = _systematic(fired, config.random, rng)
+    s, offset, order = systematic(fired, config.random, rng)
     rows = entries.rows[entries.ptr[s] + offset]
     parts.append(Chosen(s, rows, np.full(len(s), KINDS.index("random")), order))
     # Windows without any firing: draw twice as many as needed, keep the silent ones.
-    drawn = np.repeat(np.arange(n), 2 * config.silent)
-    candidates = rng.integers(0, n_rows, len(drawn))
+    drawn = np.repeat(np.arange(0, n, 3 - n_poles), 2 * config.silent)
+    candidates = rng.integers(0, corpus.n_rows, len(drawn))
     values = window_values(entries, corpus, drawn, candidates, config)[0]
     silent = (values == 0).all(1)
     drawn, candidates = drawn[silent], candidates[silent]
-    order = _rank_in_group(drawn)
+    order = rank_in_group(drawn)
     keep = order < config.silent
     kinds = np.full(int(keep.sum()), KINDS.index("silent"))
     parts.append(Chosen(drawn[keep], candidates[keep], kinds, order[keep]))
@@ -85,29 +86,9 @@ def _top(entries: Entries, slots: NDArray, ranked: Ranked, corpus: Corpus, top: 
     is_best = np.zeros(len(slots), bool)
     is_best[first] = True
     order = ranked.order[is_best[ranked.order]]
-    place = _rank_in_group(slots[order])
+    place = rank_in_group(slots[order])
     order, place = order[place < top], place[place < top]
     return Chosen(slots[order], entries.rows[order], np.full(len(order), KINDS.index("top")), place)
-
-
-def _systematic(
-    sizes: NDArray[np.int64], n: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Draw ``min(size, n)`` different offsets below each size; returns (group, offset, number of the draw)."""
-    taken = np.minimum(sizes, n)
-    group = np.repeat(np.arange(len(sizes)), taken)
-    number = _rank_in_group(group)
-    start = rng.random(len(sizes))
-    offset = ((number + start[group]) * (sizes[group] / taken[group])).astype(np.int64)
-    return group, np.minimum(offset, sizes[group] - 1), number
-
-
-def _rank_in_group(groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0, 1, 2... within each run of equal numbers."""
-    if not len(groups):
-        return np.empty(0, np.int64)
-    starts = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
-    return np.arange(len(groups)) - np.repeat(starts, np.diff(np.append(starts, len(groups))))
 
 
 def window_values(

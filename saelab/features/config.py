@@ -29,6 +29,12 @@ class IndexConfig:
     """Most frequent tokens listed."""
     neighbours: int = 10
     """Decoder neighbours listed."""
+    partners: int = 6
+    """Co-activation partners listed by Jaccard index, and as many again by PMI."""
+    partner_sample: int = 256
+    """Firings of a latent in which its partners are counted."""
+    label_sample: int = 1024
+    """Firings of a latent on which its offline label is chosen and scored, half of them each."""
     batch_size: int = 4096
     """Tokens encoded at once."""
     max_tokens: int | None = None

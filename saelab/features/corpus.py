@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,15 +32,13 @@ class Corpus:
         context = max(cache.manifest.context_length, 1)
         n_text = sum(shard.tokens for shard in cache.manifest.shards)
 
-        def array(name: str, n: int, dtype: type) -> NDArray:
-            return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(max(n, 1),))
-
-        self.text = array("text", n_text, np.int32)
-        self.documents = array("documents", n_text, np.int32)
-        self.positions = array("positions", n_text, np.int32)
-        self.row_at = array("row_at", n_text, np.int64)
-        self.place_of = array("place_of", n_rows, np.int64)
-        self.norms = array("norms", n_rows, np.float32)
+        self.folder = folder
+        self.text = self.array("text", n_text, np.int32)
+        self.documents = self.array("documents", n_text, np.int32)
+        self.positions = self.array("positions", n_text, np.int32)
+        self.row_at = self.array("row_at", n_text, np.int64)
+        self.place_of = self.array("place_of", n_rows, np.int64)
+        self.norms = self.array("norms", n_rows, np.float32)
         self.row_at[:] = -1
         base = row = 0
         for index, shard in enumerate(cache.manifest.shards):
@@ -53,6 +52,15 @@ class Corpus:
             self.row_at[base + slots] = np.arange(row, row + len(slots))
             self.place_of[row : row + len(slots)] = base + slots
             base, row = base + len(text), row + shard.rows
+
+    def array(self, name: str, n: int, dtype: type) -> NDArray:
+        """A new array on disk that the system may page out."""
+        return np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(max(n, 1),))
+
+    def row_pieces(self, size: int = 1 << 18) -> Iterator[NDArray[np.int64]]:
+        """All row numbers, a piece at a time."""
+        for start in range(0, self.n_rows, size):
+            yield np.arange(start, min(start + size, self.n_rows))
 
     def tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """Token of each row."""

@@ -15,6 +15,8 @@ from saelab.features.choose import choose, example_table
 from saelab.features.config import IndexConfig
 from saelab.features.corpus import Corpus
 from saelab.features.directions import LogitLens, neighbours, unit_rows
+from saelab.features.labels import Labeller
+from saelab.features.partners import Partners
 from saelab.features.postings import Postings
 from saelab.features.summary import (
     Covariates,
@@ -47,7 +49,9 @@ class Describer:
         negative = sae.signed or bool(postings.counts[1::2].any())
         self.poles = (1, -1) if negative else (1,)
         self.edges = histogram_edges(*postings.magnitude_range(), config.bins)
-        self.covariates = Covariates(corpus, corpus.n_rows)
+        self.covariates = Covariates(corpus)
+        self.labeller = Labeller(corpus, vocabulary.to_pylist(), config.label_sample, config.seed)
+        self.partners = Partners(postings, config.partner_sample, config.partners)
         self.W_dec = sae.W_dec.detach().float().cpu()
         self.unit = unit_rows(self.W_dec)
         self.weights = _weights(sae)
@@ -56,7 +60,7 @@ class Describer:
 
     def describe(self, start: int, stop: int) -> tuple[pa.Table, pa.Table]:
         """``features.parquet`` and ``examples.parquet`` rows of slots ``start .. stop`` (whole latents)."""
-        entries = self.postings.entries(start, stop)
+        entries, rng = self.postings.entries(start, stop), np.random.default_rng([self.config.seed, start])
         slots, n = entries.slots(), stop - start
         ranked = rank(entries, slots)
         columns: Columns = {
@@ -66,11 +70,10 @@ class Describer:
             **self._tokens(entries.rows, slots, n),
             **self.covariates.correlate(entries, slots),
             **self._directions(start // 2, stop // 2),
-            **self._labels(n),
-            **self._partners(n),
+            **self.labeller.describe(entries, rng),
+            **self.partners.describe(entries, start, rng),
         }
-        rng = np.random.default_rng([self.config.seed, start])
-        chosen = choose(entries, slots, ranked, self.corpus, self.corpus.n_rows, self.config, rng)
+        chosen = choose(entries, slots, ranked, self.corpus, len(self.poles), self.config, rng)
         windows = example_table(chosen, entries, self.corpus, start, self.vocabulary, self.config)
         kinds = {name: kind for name, (kind, _) in schema.FEATURE_COLUMNS.items()}
         keep = np.arange(0, n, 3 - len(self.poles))
@@ -106,14 +109,6 @@ class Describer:
             columns[f"{side}_logits"], columns[f"{side}_ids"] = list(logits), list(tokens)
             columns[side] = [self.lens_strings.take(pa.array(row)).to_pylist() for row in tokens]  # pyright: ignore
         return columns
-
-    def _labels(self, n: int) -> Columns:
-        nan = np.full(n, np.nan)
-        return {"label": [""] * n, "label_score": nan, "label_precision": nan, "label_recall": nan}
-
-    def _partners(self, n: int) -> Columns:
-        names = ("partners", "partner_poles", "partner_jaccard", "partner_pmi")
-        return {name: [[]] * n for name in names}
 
 
 def _weights(sae: SAE) -> dict[str, NDArray[np.float32]]:

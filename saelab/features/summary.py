@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from saelab.features.corpus import Corpus
 from saelab.features.postings import Entries
+from saelab.features.sampling import by_group_descending, group_top, split_groups
 from saelab.features.schema import QUANTILES
 
 
@@ -22,9 +22,7 @@ class Ranked(NamedTuple):
 
 def rank(entries: Entries, slots: NDArray[np.int64]) -> Ranked:
     """Order every slot's firings by magnitude, descending."""
-    # Bits of a positive float order like the float itself, so slot and magnitude pack into one sortable integer.
-    bits = np.abs(entries.values).view(np.uint32).astype(np.int64)
-    return Ranked(np.argsort((slots << 32) | (0xFFFFFFFF - bits), kind="stable"), entries.ptr)
+    return Ranked(by_group_descending(slots, np.abs(entries.values)), entries.ptr)
 
 
 def histogram_edges(low: float, high: float, bins: int) -> NDArray[np.float64]:
@@ -90,21 +88,15 @@ def token_statistics(pairs: TokenCounts, n_slots: int, top: int) -> dict[str, An
     total = np.bincount(pairs.slots, pairs.counts, n_slots)
     logs = np.bincount(pairs.slots, pairs.counts * np.log2(pairs.counts), n_slots)
     safe = np.maximum(total, 1)
-    best = group_top(pairs.slots, pairs.counts, n_slots, top)
-    share = np.array([pairs.counts[b[0]] / safe[s] if len(b) else 0.0 for s, b in enumerate(best)])
+    best = group_top(pairs.slots, pairs.counts, top)
+    tokens, counts = split_groups(pairs.slots[best], n_slots, pairs.tokens[best], pairs.counts[best])
+    most = np.array([c[0] if len(c) else 0 for c in counts])
     return {
         "token_entropy": np.where(total > 0, np.maximum(np.log2(safe) - logs / safe, 0.0), 0.0),
-        "token_share": share,
-        "top_tokens": [pairs.tokens[b] for b in best],
-        "top_token_counts": [pairs.counts[b] for b in best],
+        "token_share": most / safe,
+        "top_tokens": tokens,
+        "top_token_counts": counts,
     }
-
-
-def group_top(groups: NDArray[np.int64], scores: NDArray, n_groups: int, top: int) -> list[NDArray[np.int64]]:
-    """For each group the indices of its ``top`` highest scores, best first (ties: first come)."""
-    order = np.lexsort((np.arange(len(groups)), -scores, groups))
-    ptr = np.searchsorted(groups[order], np.arange(n_groups + 1))
-    return [order[a : min(a + top, b)] for a, b in itertools.pairwise(ptr)]
 
 
 class Covariates:
@@ -112,25 +104,25 @@ class Covariates:
 
     names = ("position_corr", "frequency_corr", "first_corr", "norm_corr")
 
-    def __init__(self, corpus: Corpus, n_rows: int) -> None:
-        rows = np.arange(n_rows)
-        tokens = corpus.tokens(rows)
-        frequency = np.bincount(tokens)
-        contexts = corpus.contexts(rows)
-        self.values = np.stack(
-            [
-                corpus.positions[corpus.place_of[:n_rows]].astype(np.float32),
-                np.log(frequency[tokens]).astype(np.float32),
-                (np.diff(contexts, prepend=-1) != 0).astype(np.float32),
-                np.asarray(corpus.norms[:n_rows]),
-            ]
-        )
-        self.mean = self.values.mean(1, dtype=np.float64)
-        self.std = self.values.std(1, dtype=np.float64)
+    def __init__(self, corpus: Corpus) -> None:
+        self.n_rows = corpus.n_rows
+        frequency = np.zeros(int(corpus.text.max()) + 1, np.int64)
+        for rows in corpus.row_pieces():
+            frequency += np.bincount(corpus.tokens(rows), minlength=len(frequency))
+        self.values = [corpus.array(name, self.n_rows, np.float32) for name in self.names]
+        for rows in corpus.row_pieces():
+            here = slice(rows[0], rows[-1] + 1)
+            before = corpus.contexts(np.maximum(rows - 1, 0))
+            first = (corpus.contexts(rows) != before) | (rows == 0)
+            columns = corpus.positions[corpus.place_of[rows]], np.log(frequency[corpus.tokens(rows)]), first
+            for values, column in zip(self.values, (*columns, corpus.norms[rows])):
+                values[here] = column
+        self.mean = [values.mean(dtype=np.float64) for values in self.values]
+        self.std = [values.std(dtype=np.float64) for values in self.values]
 
     def correlate(self, entries: Entries, slots: NDArray[np.int64]) -> dict[str, Any]:
         """Pearson correlation of each slot's magnitude (0 where silent) with each covariate; NaN if one is constant."""
-        n, n_rows = len(entries.ptr) - 1, self.values.shape[1]
+        n, n_rows = len(entries.ptr) - 1, self.n_rows
         size = np.abs(entries.values).astype(np.float64)
         mean = np.bincount(slots, size, n) / n_rows
         std = np.sqrt(np.maximum(np.bincount(slots, size**2, n) / n_rows - mean**2, 0.0))
