@@ -104,7 +104,8 @@ class Labeller:
         firing = [np.bincount(s, minlength=n) for s, _ in halves]
         found = [self._single(halves, number, weight, n) for number in range(len(OFFSETS))]
         # Windows are longer than tokens: fewer of them make the same work.
-        few = [tuple(column[rank_in_group(s) < self.sample // 8] for column in (s, r)) for s, r in halves]
+        early = [rank_in_group(s) < self.sample // 8 for s, _ in halves]
+        few = [(s[keep], r[keep]) for (s, r), keep in zip(halves, early)]
         seen = np.bincount(few[0][0], minlength=n) + np.bincount(few[1][0], minlength=n)
         found.append(self._near(few, counts / np.maximum(seen, 1), n))
         fit = np.stack([scores[0].f1() for _, *scores in found])

@@ -1,0 +1,157 @@
+"""Why latents are dead, and what ultra-dense latents follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.data.cache import ActivationCache
+from saelab.features.directions import unit_rows
+from saelab.features.index import FeatureIndex
+from saelab.sae import SAE
+
+CAUSES = {
+    "duplicate": "its decoder row repeats that of a living latent, which wins instead",
+    "encoder collapsed": "its encoder vector is too short to win",
+    "bias too low": "without its encoder bias it would have fired",
+    "out-competed": "its pre-activation was positive, but others were larger every time",
+    "never fired": "its pre-activation was never positive, with or without its bias",
+    "not examined": "no cause in the weights; give activations to look further",
+}
+
+
+@torch.no_grad()
+def causes_of_death(
+    sae: SAE,
+    counts: Int[np.ndarray, " d_sae"],
+    cache: ActivationCache | None = None,
+    *,
+    tokens: int = 16_384,
+    duplicate: float = 0.95,
+    collapsed: float = 0.1,
+) -> pd.DataFrame:
+    """One row per latent that never fired, with the first cause in CAUSES that applies and the evidence for it.
+
+    ``counts [d_sae]`` are firings (both poles together). ``duplicate`` is the cosine with a living latent's decoder
+    row from which a latent counts as its duplicate (absolute cosine for signed SAEs), ``collapsed`` the share of the
+    living latents' median encoder norm below which an encoder has collapsed. Up to ``tokens`` rows of ``cache``,
+    spread over all of it, are encoded for the other causes; without a cache they stay "not examined".
+
+    Columns: latent, cause, neighbour (nearest living latent, -1 if none lives), cosine, encoder_norm, encoder_bias,
+    best (largest pre-activation, or magnitude), best_without_bias, shortfall (smallest distance, over the tokens, to
+    the smallest activation that did win; NaN where not examined).
+    """
+    dead = torch.from_numpy(np.flatnonzero(np.asarray(counts) == 0))
+    alive = torch.from_numpy(np.flatnonzero(np.asarray(counts) > 0))
+    neighbour, cosine = _nearest(sae, dead, alive)
+    W_enc, b_enc = _encoder(sae)
+    norms = W_enc.norm(dim=0)
+    table = pd.DataFrame(
+        {
+            "latent": dead.numpy(),
+            "cause": "not examined",
+            "neighbour": neighbour.numpy(),
+            "cosine": cosine.numpy(),
+            "encoder_norm": norms[dead].numpy(),
+            "encoder_bias": b_enc[dead].numpy(),
+        }
+    )
+    typical = float(norms[alive].median()) if len(alive) else float(norms.median())
+    examined = None if cache is None or not len(dead) else _examine(sae, dead, cache, tokens)
+    for name, values in zip(("best", "best_without_bias", "shortfall"), examined or [np.full(len(dead), np.nan)] * 3):
+        table[name] = values
+    similarity = np.abs(cosine.numpy()) if sae.signed else cosine.numpy()
+    rules = [
+        ("duplicate", similarity >= duplicate),
+        ("encoder collapsed", norms[dead].numpy() < collapsed * typical),
+        ("out-competed", table["best"].to_numpy() > 0),
+        ("bias too low", table["best_without_bias"].to_numpy() > 0),
+        ("never fired", table["best_without_bias"].to_numpy() <= 0),
+    ]
+    table["cause"] = np.select([rule for _, rule in rules], [name for name, _ in rules], "not examined")
+    return table
+
+
+def _encoder(sae: SAE) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
+    """Encoder and bias; the decoder's transpose and zero for a variant that correlates with its dictionary."""
+    parameters = dict(sae.named_parameters())
+    W_enc, b_enc = parameters.get("W_enc"), parameters.get("b_enc")
+    weights = sae.W_dec.T if W_enc is None else W_enc
+    bias = torch.zeros(sae.d_sae) if b_enc is None else b_enc.detach().float().cpu()
+    return weights.detach().float().cpu(), bias
+
+
+def _nearest(sae: SAE, dead: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """The living latent whose decoder row is closest to each dead one's, and the cosine."""
+    if not len(alive):
+        return torch.full((len(dead),), -1), torch.full((len(dead),), torch.nan)
+    unit = unit_rows(sae.W_dec.detach().float().cpu())
+    numbers, cosines = [], []
+    for part in dead.split(1024):
+        similarity = unit[part] @ unit[alive].T
+        best = (similarity.abs() if sae.signed else similarity).argmax(1, keepdim=True)
+        numbers.append(alive[best[:, 0]])
+        cosines.append(similarity.gather(1, best)[:, 0])
+    return torch.cat(numbers) if numbers else dead.clone(), torch.cat(cosines) if cosines else torch.zeros(0)
+
+
+def _examine(sae: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> list[np.ndarray]:
+    """Largest pre-activation of each dead latent with and without bias, and its smallest distance from winning."""
+    W_enc, b_enc = _encoder(sae)
+    W, b = W_enc[:, dead], b_enc[dead]
+    offset = dict(sae.named_parameters()).get("b_dec")
+    best, bare, shortfall = (torch.full((len(dead),), value) for value in (-torch.inf, -torch.inf, torch.inf))
+    training = sae.training
+    sae.eval()
+    for acts in _rows(cache, tokens):
+        code = sae.encode(acts.to(sae.device)).to("cpu")
+        smallest = torch.full((code.n,), torch.inf).scatter_reduce(
+            0, code.rows()[code.values != 0], code.values[code.values != 0].abs(), "amin"
+        )
+        raw = (acts - offset.detach().cpu()) @ W if offset is not None else acts @ W
+        size, plain = ((raw + b).abs(), raw.abs()) if sae.signed else (raw + b, raw)
+        best, bare = torch.maximum(best, size.amax(0)), torch.maximum(bare, plain.amax(0))
+        shortfall = torch.minimum(shortfall, (smallest[:, None] - size).amin(0))
+    sae.train(training)
+    return [best.numpy(), bare.numpy(), shortfall.numpy()]
+
+
+def _rows(cache: ActivationCache, tokens: int, batch: int = 2048) -> Iterator[Float[Tensor, "n d_in"]]:
+    """Up to ``tokens`` rows spread evenly over a cache."""
+    n = min(tokens, cache.n_rows)
+    rows = torch.arange(n) * cache.n_rows // n
+    for part in rows.split(batch):
+        yield cache.read(part).acts
+
+
+AUDIT = {
+    "position_corr": "position",
+    "first_corr": "first token of the context",
+    "norm_corr": "norm of the activation",
+    "frequency_corr": "token frequency",
+    "mean_cosine": "mean of the activations",
+}
+
+
+def audit_dense(index: FeatureIndex, density: float = 0.1, strength: float = 0.3) -> pd.DataFrame:
+    """The (latent, pole)s denser than ``density``, densest first, each with what it follows most closely.
+
+    ``follows`` is the property with the largest absolute correlation (or, for the mean, cosine of the decoder row),
+    given as ``strength``; "nothing tested" where none reaches the threshold. The measures themselves are columns too.
+    """
+    table: Any = index.table()
+    table = table[table["density"] > density].sort_values(by="density", ascending=False)
+    measures = table[list(AUDIT)].fillna(0.0).to_numpy()
+    best = np.abs(measures).argmax(1)
+    found = measures[np.arange(len(table)), best]
+    names = np.array(list(AUDIT.values()), dtype=object)[best]
+    out = table[["latent", "pole", "density", "mean", "label", *AUDIT]].copy()
+    out.insert(3, "follows", np.where(np.abs(found) >= strength, names, "nothing tested"))
+    out.insert(4, "strength", found)
+    return out.reset_index(drop=True)
