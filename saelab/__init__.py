@@ -25,6 +25,11 @@ _EXPORTS = {
     "HarvestConfig": "saelab.lm",
     "FeatureIndex": "saelab.features",
     "build_index": "saelab.features",
+    "load": "saelab.interop",
+    "inspect": "saelab.interop",
+    "export": "saelab.interop",
+    "from_pretrained": "saelab.interop.hub",
+    "push_to_hub": "saelab.interop.hub",
     "UserError": "saelab.errors",
 }
 

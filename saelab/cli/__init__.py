@@ -14,6 +14,8 @@ from saelab.errors import UserError, near_matches
 # command -> what it does, in one line; the code of `name` is the module saelab.cli.name with a function `main(args)`.
 COMMANDS = {
     "app": "browse latents, explain prompts and steer in the web app",
+    "inspect": "say what an SAE checkpoint of any tool is",
+    "convert": "turn an SAE of one tool into one of another, with proof",
     "info": "versions, devices and the kernel backend in use",
     "train": "train one SAE on an activation cache",
     "sweep": "train a grid of SAEs from one reading of a cache",

@@ -14,21 +14,21 @@ from saelab.interop.files import checked, read_json, read_tensors
 from saelab.interop.foreign import Foreign
 from saelab.interop.linear import d_of, linear, names
 
+GEMMA_FILES = ("params.npz", "params.safetensors")
+
 
 def sniff_gemma_scope(path: Path) -> bool:
     """``params.npz`` or ``params.safetensors``, or the folder with it."""
-    file = path / "params.npz" if path.is_dir() else path
-    if file.name == "params.npz":
-        return file.is_file()
-    file = path / "params.safetensors" if path.is_dir() else path
-    return file.name == "params.safetensors" and file.is_file()
+    if path.is_dir():
+        return any((path / name).is_file() for name in GEMMA_FILES)
+    return path.name in GEMMA_FILES and path.is_file()
 
 
 def read_gemma_scope(path: Path) -> Foreign:
     """Gemma Scope 1 (``params.npz``) and 2 (``params.safetensors``, lower-case names): JumpReLU, nothing subtracted."""
     file = path
     if path.is_dir():
-        file = path / "params.npz" if (path / "params.npz").is_file() else path / "params.safetensors"
+        file = next(path / name for name in GEMMA_FILES if (path / name).is_file())
     raw = {str(name).replace("w_", "W_"): value for name, value in read_tensors(file).items()}
     if "affine_skip_connection" in raw:
         raise UserError(f"{file} is a transcoder; transcoders are out of saelab's scope")

@@ -40,7 +40,8 @@ FORMATS = [
 
 def is_ours(path: Path) -> bool:
     """A run folder written by saelab."""
-    return saelens.sniff(path) and "saelab" in checkpoint.load_metadata(path)
+    metadata = checkpoint.load_config(path).get("metadata") if saelens.sniff(path) else None
+    return isinstance(metadata, dict) and "saelab" in metadata
 
 
 def detect(path: Path) -> Format:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from saelab import checkpoint
 from saelab.errors import UserError
 from saelab.interop.detect import is_ours, load
-from saelab.interop.files import read_json
+from saelab.interop.files import first_line, read_json
 from saelab.sae import SAE
 
 # org/repo, then optionally a folder or file in it; no empty parts, no dots that climb.
@@ -38,7 +38,7 @@ def download(hub_id: str, revision: str | None = None) -> Path:
     try:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, endpoint=_endpoint()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{repo} could not be fetched from the hub: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{repo} could not be fetched from the hub: {first_line(error)}") from error
     found = root / inside
     if not found.exists():
         raise UserError(f"{repo} has nothing at {inside!r}; look at its files on the hub")
@@ -75,7 +75,7 @@ def push_to_hub(run: Path | str, repo: str, path: str | None = None, private: bo
         keep = [checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.EXTRA, "evaluation.json"]
         commit = api.upload_folder(folder_path=run, path_in_repo=path, repo_id=repo, allow_patterns=keep)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"{repo} could not be written on the hub: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{repo} could not be written on the hub: {first_line(error)}") from error
     return str(commit.commit_url)
 
 

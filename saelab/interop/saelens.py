@@ -43,11 +43,13 @@ def sniff(path: Path) -> bool:
 def read(path: Path) -> Foreign:
     """Read a SAELens folder (not a hub id: see :mod:`saelab.interop.hub`)."""
     config = read_json(path / "cfg.json")
+    if not isinstance(config.get("metadata", {}), dict):
+        raise UserError(f"{path / 'cfg.json'}: metadata is not an object")
     notes = _notes(config)
     if _is_flat(config):
         config = _from_flat(config)
         notes.append("configuration in the flat layout from before SAELens 6")
-    architecture = config.get("architecture", "standard")
+    architecture = str(config.get("architecture", "standard"))
     if architecture in NOT_SAES:
         raise UserError(f"{path} is a {architecture}: transcoders and temporal SAEs are out of saelab's scope")
     if architecture not in ARCHITECTURES:

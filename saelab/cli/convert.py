@@ -1,0 +1,53 @@
+"""``saelab convert``: an SAE of one tool as a checkpoint of another, with a numerical proof."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from saelab import checkpoint
+from saelab.cli.common import out, parse, print_json
+from saelab.errors import UserError
+from saelab.interop import export, load, read
+from saelab.interop.detect import is_ours
+from saelab.interop.export import TOLERANCE
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """From where to where."""
+
+    source: tyro.conf.Positional[str]
+    """File, folder or hub id of an SAE, whichever tool wrote it."""
+    out: tyro.conf.Positional[Path]
+    """New folder to write."""
+    to: Literal["saelens", "sparsify", "dictionary-learning", "saelab"] = "saelens"
+    """Format of the new folder."""
+    json: bool = False
+    """Print the proof as JSON."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Convert, prove, and only then keep the result."""
+    options = parse(Options, "convert", args, "Convert an SAE between tools and prove that it computes the same.")
+    source = Path(options.source)
+    sae = load(options.source)
+    metadata = {}
+    if source.exists():
+        metadata = checkpoint.load_metadata(source) if is_ours(source) else read(source).metadata
+    if options.to == "saelab":
+        if options.out.exists():
+            raise UserError(f"{options.out} exists; name a new folder")
+        checkpoint.save_sae(sae, options.out, metadata)
+        out.print(f"{options.source} -> {options.out}: a saelab run folder, same weights")
+        return
+    proof = export(sae, options.out, options.to, metadata)
+    if options.json:
+        print_json({"max_relative_encode": proof.encode, "max_relative_decode": proof.decode, "tolerance": TOLERANCE})
+        return
+    out.print(f"max |Δ encode| {proof.encode:.1e}, max |Δ decode| {proof.decode:.1e} (relative, limit {TOLERANCE:.0e})")
+    out.print(f"{options.source} -> {options.out} ({options.to})")

@@ -1,0 +1,165 @@
+"""Malicious and broken files: refused in one line, quickly, with nothing executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from saelab import checkpoint
+from saelab.errors import UserError
+from saelab.interop import WRITERS, export, inspect, load
+from saelab.interop.hub import split_id
+from tests.interop.examples import D_IN, D_SAE, example
+
+# One folder serves all examples of a test: each overwrites the file before it reads it.
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+KEYS = ["d_in", "d_sae", "k", "architecture", "metadata"]
+
+
+class Bomb:
+    """Touches a file when unpickled by a careless reader."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.target,)
+
+
+def refused(path: Path, match: str) -> None:
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=match) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("protocol", ["torch", "pickle"])
+def test_code_in_a_pickle_does_not_run(protocol: str, tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    content = {"latent_bias": torch.zeros(3), "bomb": Bomb(touched)}
+    if protocol == "torch":
+        torch.save(content, tmp_path / "sae.pt")
+    else:
+        (tmp_path / "sae.pt").write_bytes(pickle.dumps(content))
+    refused(tmp_path / "sae.pt", "run code|not a readable")
+    assert not touched.exists()
+
+
+def run_folder(tmp_path: Path) -> Path:
+    checkpoint.save_sae(example("topk"), tmp_path / "run", {})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 3000])
+def test_truncated_weights(keep: int, tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    weights = run / checkpoint.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:keep])
+    refused(run, "truncated|damaged|does not hold")
+
+
+def test_npz_bomb(tmp_path: Path) -> None:
+    path = tmp_path / "params.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("W_enc.npy", "w") as entry:
+        for _ in range(64):
+            entry.write(bytes(2**20))
+    # 64 MiB of zeros pack to 64 KiB: just above the ratio that is let through.
+    refused(path, "would unpack|not a readable npz|no matrix")
+
+
+@pytest.mark.parametrize(("d_in", "d_sae"), [(2**40, 4), (-1, 4), ("x", 4), (D_IN, 0), (D_IN + 1, D_SAE)])
+def test_absurd_shapes(d_in: object, d_sae: object, tmp_path: Path) -> None:
+    save_file({"W_dec": torch.zeros(D_SAE, D_IN)}, tmp_path / "sae_weights.safetensors")
+    config = {"architecture": "topk", "d_in": d_in, "d_sae": d_sae, "k": 4, "metadata": {"sae_lens_version": "6.5.0"}}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    refused(tmp_path, "not a width|has shape|has no tensor")
+
+
+def test_nan_weights(tmp_path: Path) -> None:
+    sae = example("topk")
+    export(sae, tmp_path / "out", "sparsify")
+    broken = {"encoder.weight": sae.W_enc.T.contiguous().detach(), "encoder.bias": sae.b_enc.detach() * float("nan")}
+    save_file(
+        {**broken, "W_dec": sae.W_dec.detach(), "b_dec": sae.b_dec.detach()}, tmp_path / "out" / "sae.safetensors"
+    )
+    refused(tmp_path / "out", "NaN")
+
+
+@pytest.mark.parametrize("hub_id", ["../../etc/passwd", "org/../x", "org/repo/../../x", "org", "org/re po", "org//x"])
+def test_path_traversal_in_a_hub_id(hub_id: str) -> None:
+    with pytest.raises(UserError, match="hub id"):
+        split_id(hub_id)
+
+
+def test_nothing_recognisable(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    refused(tmp_path, "no SAE format known here")
+    refused(tmp_path / "missing", "does not exist")
+
+
+@FUZZ
+@given(data=st.binary(max_size=400), name=st.sampled_from(["sae.pt", "params.npz", "params.safetensors", "ae.pt"]))
+def test_random_bytes_never_crash(tmp_path: Path, data: bytes, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(UserError):
+        load(path)
+
+
+@FUZZ
+@given(config=st.dictionaries(st.sampled_from(KEYS), st.none() | st.integers() | st.text(max_size=8)))
+def test_random_configurations_never_crash(tmp_path: Path, config: dict) -> None:
+    save_file({"W_dec": torch.zeros(D_SAE, D_IN)}, tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        load(tmp_path)
+
+
+def test_export_refuses_to_overwrite_and_to_guess(tmp_path: Path) -> None:
+    sae = example("topk")
+    export(sae, tmp_path / "out", "saelens")
+    with pytest.raises(UserError, match="exists"):
+        export(sae, tmp_path / "out", "saelens")
+    with pytest.raises(UserError, match="did you mean saelens"):
+        export(sae, tmp_path / "new", "sae-lens")
+    with pytest.raises(UserError, match="TopK only"):
+        export(example("relu"), tmp_path / "new", "sparsify")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_export_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = WRITERS["saelens"]
+
+    def wrong(form, folder, metadata):
+        tensors = {**form.tensors, "b_enc": form.tensors["b_enc"] + 0.5}
+        true(type(form)(form.architecture, tensors, form.config), folder, metadata)
+
+    monkeypatch.setitem(WRITERS, "saelens", wrong)
+    with pytest.raises(UserError, match="differs from the SAE"):
+        export(example("jump_relu"), tmp_path / "out", "saelens")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_points_at_oddities(tmp_path: Path) -> None:
+    sae = example("topk")
+    with torch.no_grad():
+        sae.W_dec.mul_(2)
+        sae.W_enc[:, 3] = 0
+    checkpoint.save_sae(sae, tmp_path / "run", {})
+    facts = inspect(tmp_path / "run")
+    assert (facts["d_in"], facts["d_sae"], facts["dead_estimate"]) == (D_IN, D_SAE, 1)
+    assert facts["notes"] == [
+        "decoder rows are not of unit norm",
+        "the hook point is not recorded",
+        "1 latents have a collapsed encoder and can hardly ever fire",
+    ]
