@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,26 @@ def save_sae(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = 
     """Write weights and configuration. ``metadata`` is provenance: model, hook, cache, seed, command."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    weights, rest = saved_tensors(sae)
+    write_tensors(folder / WEIGHTS, weights)
+    if rest:
+        write_tensors(folder / EXTRA, rest)
+    save_config(sae, folder, metadata)
+
+
+def saved_tensors(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What goes into the weights' file, and what into the one beside it."""
     form, state = inference_form(sae), sae.state_dict()
     # SAELens accepts its own tensors and no others; what else the variant needs stands in a file of its own.
     weights = form.tensors if form and form.in_saelens else state
-    write_tensors(folder / WEIGHTS, weights)
-    rest = {name: value for name, value in state.items() if name not in weights}
-    if rest:
-        write_tensors(folder / EXTRA, rest)
+    return weights, {name: value for name, value in state.items() if name not in weights}
+
+
+def save_config(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write the configuration alone, the last file of a finished run; ``sae`` needs no storage."""
+    form = inference_form(sae)
     write_json(
-        folder / CONFIG,
+        Path(folder) / CONFIG,
         {
             "architecture": form.architecture if form and form.in_saelens else f"saelab_{sae.variant}",
             "d_in": sae.d_in,
@@ -113,12 +124,14 @@ def load_sae(folder: Path | str, device: str | torch.device = "cpu") -> SAE:
     return sae.to(device).eval()
 
 
-def read_state(folder: Path | str, sae: SAE) -> dict[str, Tensor]:
+def read_state(
+    folder: Path | str, sae: SAE, load: Callable[[Path], dict[str, Tensor]] = load_file
+) -> dict[str, Tensor]:
     """The saved state of ``sae``, from SAELens' file and the one beside it, without what SAELens alone needs."""
     folder = Path(folder)
-    saved = load_file(folder / WEIGHTS)
+    saved = load(folder / WEIGHTS)
     if (folder / EXTRA).is_file():
-        saved |= load_file(folder / EXTRA)
+        saved |= load(folder / EXTRA)
     return {name: value for name, value in saved.items() if name in sae.state_dict()}
 
 
@@ -131,25 +144,40 @@ def save_step(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Make ``folder/checkpoints/step_NNNNNNNN`` from a folded SAE and its training state; replaces older ones."""
-    parent = Path(folder) / CHECKPOINTS
-    parent.mkdir(parents=True, exist_ok=True)
-    final = parent / f"step_{step:08d}"
-    if final.exists():
+    if step_path(folder, step).exists():
         return
-    # What a kill left behind has no business here any more: only one process writes a run folder.
-    for leftover in parent.glob(".step_*"):
+    unfinished = begin_step(folder, step)
+    save_sae(sae, unfinished, metadata)
+    write_tensors(unfinished / STATE, tensors)
+    write_json(unfinished / STATE_JSON, dict(scalars))
+    commit_step(folder, step)
+
+
+def step_path(folder: Path | str, step: int) -> Path:
+    """The checkpoint of a step."""
+    return Path(folder) / CHECKPOINTS / f"step_{step:08d}"
+
+
+def begin_step(folder: Path | str, step: int) -> Path:
+    """An empty folder to write a checkpoint's files into; :func:`commit_step` makes it the checkpoint."""
+    final = step_path(folder, step)
+    # What a kill left behind has no business here any more: only one run writes a run folder.
+    for leftover in final.parent.glob(".step_*"):
         shutil.rmtree(leftover)
-    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{final.name}."))
-    save_sae(sae, temporary, metadata)
-    write_tensors(temporary / STATE, tensors)
-    write_json(temporary / STATE_JSON, dict(scalars))
-    for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
-    temporary.chmod(0o755)
-    temporary.rename(final)
-    _sync(parent)
-    for older in parent.glob("step_*"):
+    unfinished = final.with_name(f".{final.name}")
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def commit_step(folder: Path | str, step: int) -> None:
+    """Make the files written since :func:`begin_step` the checkpoint, in one rename, and remove older ones."""
+    final = step_path(folder, step)
+    unfinished = final.with_name(f".{final.name}")
+    for path in (*unfinished.iterdir(), unfinished):
+        _sync(path)
+    unfinished.rename(final)
+    _sync(final.parent)
+    for older in final.parent.glob("step_*"):
         if older != final:
             shutil.rmtree(older)
 
@@ -159,10 +187,15 @@ def latest_step(folder: Path | str) -> Path | None:
     return max((Path(folder) / CHECKPOINTS).glob("step_*"), default=None)
 
 
-def load_step(path: Path, sae: SAE) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Weights, tensors of the training state, and its scalars, as :func:`save_step` got them."""
+def load_step(
+    path: Path, sae: SAE, load: Callable[[Path], dict[str, Tensor]] = load_file
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Weights, tensors of the training state, and its scalars, as :func:`save_step` got them.
+
+    ``load`` reads one file of tensors: all of them, or the slices that a process holds.
+    """
     try:
-        return read_state(path, sae), load_file(path / STATE), json.loads((path / STATE_JSON).read_text())
+        return read_state(path, sae, load), load(path / STATE), json.loads((path / STATE_JSON).read_text())
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and start the run again") from error
 

@@ -25,7 +25,7 @@ from saelab.train import TrainConfig, TrainState, fit, start, train
 
 D_IN, D_SAE = 8, 20
 SMALL = {"k": 3, "n_steps": 3, "target_l0": 3.0}
-CONFIG = TrainConfig(epochs=3, batch_size=128, lr=1e-2, dead_after=200, ema=0.9)  # 18 steps
+CONFIG = TrainConfig(epochs=2, batch_size=128, lr=1e-2, dead_after=200, ema=0.9)  # 12 steps
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_resuming_is_bit_exact_for_every_variant(cache: ActivationCache, tmp_pat
     run(cache, tmp_path / "parts", variant, stop=4)
     torch.manual_seed(99)
     torch.rand(5)
-    run(cache, tmp_path / "parts", variant, stop=11, resume=True)
+    run(cache, tmp_path / "parts", variant, stop=9, resume=True)
     run(cache, tmp_path / "parts", variant, resume=True)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert set(contents(tmp_path / "whole")) - {"saelab_extra.safetensors"} == {
@@ -72,7 +72,7 @@ def test_resuming_is_bit_exact_for_every_variant(cache: ActivationCache, tmp_pat
     }
 
 
-@pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.parametrize("variant", ["topk", "batch_topk"])
 def test_a_state_passed_on_in_memory_continues_exactly(cache: ActivationCache, variant: str) -> None:
     def rows(stops: list[int]) -> tuple[list[dict], dict[str, torch.Tensor]]:
         sae, logged = fresh(variant), []
@@ -84,8 +84,8 @@ def test_a_state_passed_on_in_memory_continues_exactly(cache: ActivationCache, v
                     break
         return logged, sae.state_dict()
 
-    whole, weights = rows([18])
-    parts, same = rows([5, 6, 18])
+    whole, weights = rows([12])
+    parts, same = rows([5, 6, 12])
     assert parts == whole
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
@@ -169,7 +169,7 @@ def test_folding_is_undone_exactly_even_for_logarithms(cache: ActivationCache) -
 
 
 def command(cache: ActivationCache, folder: Path, *more: str) -> list[str]:
-    config = ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--epochs", "12", "--ema", "0.9"]
+    config = ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--epochs", "4", "--ema", "0.9"]
     options = ["--checkpoint-steps", "3", "--lr", "0.01", "--dead-after", "200", *config, *more]
     return ["train", str(cache.path), "--out", str(folder), *options]
 
@@ -195,9 +195,9 @@ def wait_for_steps(folder: Path, lines: int) -> None:
 def test_killed_at_random_and_stopped_by_a_signal_then_resumed(cache: ActivationCache, tmp_path: Path) -> None:
     main(command(cache, tmp_path / "whole"))
     folder, dice = tmp_path / "run", random.Random(os.getpid())
-    for number, low in ((signal.SIGKILL, 1), (signal.SIGKILL, 90), (signal.SIGTERM, 170)):
+    for number, low in ((signal.SIGKILL, 5), (signal.SIGTERM, 45)):
         process = spawn(command(cache, folder, "--resume"))
-        wait_for_steps(folder, low + dice.randrange(60))
+        wait_for_steps(folder, low + dice.randrange(40))
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == (-9 if number == signal.SIGKILL else 143), output
@@ -259,7 +259,7 @@ def test_the_command_leaves_nothing_behind_after_a_mistake(
 def test_metrics_hold_every_step_and_nothing_of_the_clock(cache: ActivationCache, tmp_path: Path) -> None:
     run(cache, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 19))
+    assert [row["step"] for row in rows] == list(range(1, 13))
     assert set(rows[0]) == {"step", "tokens", "loss", "fvu", "l0", "dead", "lr", "grad_norm"}
     weights = load_file(tmp_path / "run" / "sae_weights.safetensors")
     assert torch.allclose(weights["W_dec"].norm(dim=1), torch.ones(D_SAE), atol=1e-6)

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train one SAE on an activation cache",
     "sweep": "train a grid of SAEs from one reading of a cache",
     "index": "describe every latent of a run over a corpus",
+    "plan": "estimate what a large SAE costs on many GPUs",
     "evaluate": "measure a run on held-out activations and in the language model",
 }
 

@@ -46,8 +46,15 @@ def prepare_output(folder: Path, overwrite: bool = False, resume: bool = False) 
         shutil.rmtree(folder)
 
 
+def quiet(yes: bool) -> None:
+    """Keep this process silent but for errors: of many that do the same, one speaks."""
+    console.quiet = out.quiet = yes
+
+
 def print_json(content: Any) -> None:
     """One JSON document on stdout."""
+    if out.quiet:
+        return
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 

@@ -12,12 +12,16 @@ from typing import Any
 import torch
 import tyro
 
-from saelab.cli.common import console, out, parse, prepare_output, print_json, progress_bar
+from saelab.cli.common import console, out, parse, prepare_output, print_json, progress_bar, quiet
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.variants import option_fields, value_of, variant_in
 from saelab.data.cache import ActivationCache
+from saelab.distributed import SINGLE, Parallel, launched, start_world
+from saelab.distributed.dictionary import build_shard
+from saelab.distributed.dictionary import whole as whole_of
+from saelab.distributed.world import end_world
 from saelab.errors import UserError
-from saelab.sae import SAE, VARIANTS, build
+from saelab.sae import SAE, VARIANTS
 from saelab.train import StepMetrics, TrainConfig, check, finished, fit, n_steps, read_run
 from saelab.train.log import Log, TensorBoard, Wandb
 
@@ -36,6 +40,11 @@ class Options:
     """Latents."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    dict_ranks: int = 1
+    """Processes that share one copy of the dictionary, each holding d-sae / dict-ranks latents; the others divide
+    every batch. Start several with `torchrun --nproc-per-node 4 -m saelab train ...`."""
+    timeout_s: float = 60.0
+    """Seconds after which a process that waits in vain for another ends the run."""
     resume: bool = False
     """Go on with the run in the folder, if one was begun there, with its settings; the result is bit-identical to
     that of an uninterrupted run."""
@@ -74,35 +83,46 @@ def run(options: Any, config: dict[str, Any]) -> StepMetrics | None:
         return None
     if options.checkpoint_steps < 1:
         raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
+    device = pick_device(options.device)
+    parallel = start_world(options.dict_ranks, device, options.timeout_s) if launched() else SINGLE
+    if options.dict_ranks > 1 and parallel.size == 1:
+        raise UserError(f"dict_ranks={options.dict_ranks} needs several processes; start them with torchrun")
+    quiet(not parallel.is_main)
     cache = ActivationCache(options.cache)
-    torch.manual_seed(options.seed)
-    sae = build(options.variant, d_in=cache.d_in, d_sae=options.d_sae, **config).to(pick_device(options.device))
+    sae = build_shard(options.variant, cache.d_in, options.d_sae, options.seed, parallel, **config).to(device)
+    whole = whole_of(sae, parallel)
     train_config = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
-    train_config = train_config.resolved(sae, cache)
-    check(sae, cache, train_config)
+    train_config = train_config.resolved(whole, cache)
+    check(whole, cache, train_config, parallel)
     # Last, so that a mistake in the options never costs the old run.
-    prepare_output(options.out, options.overwrite, options.resume)
+    if parallel.is_main:
+        prepare_output(options.out, options.overwrite, options.resume)
+    parallel.barrier()
     with stop_on_signals() as stop:
-        last = drive(sae, cache, train_config, options, stop)
-    if stop.signal is not None and not finished(options.out):
-        console.print(f"{stop.signal.name}: saved at step {last.step if last else 0}; go on with --resume")
+        last = drive(sae, cache, train_config, options, stop, parallel)
+    end_world()
+    if last is not None and last.step < n_steps(cache, train_config):
+        name = stop.signal.name if stop.signal is not None else "another process was told to stop"
+        console.print(f"{name}: saved at step {last.step}; go on with --resume")
         sys.exit(stop.exit_code)
-    if last is None:
-        out.print(f"saved to {options.out}")
-    elif options.json:
+    if options.json and last is not None:
         print_json(last.row())
-    else:
+    elif last is not None:
         out.print(f"{options.variant}: FVU {last.fvu:.4f}, L0 {last.l0:.1f}, {last.dead} dead latents")
+    if not options.json:
         out.print(f"saved to {options.out}")
     return last
 
 
-def drive(sae: SAE, cache: ActivationCache, config: TrainConfig, options: Any, stop: Stop) -> StepMetrics | None:
+def drive(
+    sae: SAE, cache: ActivationCache, config: TrainConfig, options: Any, stop: Stop, parallel: Parallel
+) -> StepMetrics | None:
     """Run the training generator under a progress bar until it ends or a signal asks to stop."""
     total, last = n_steps(cache, config), None
     console.print(
-        f"training {sae.variant}: d_in {sae.d_in}, d_sae {sae.d_sae}, {total} steps of {config.batch_size} tokens, "
+        f"training {sae.variant}: d_in {sae.d_in}, d_sae {options.d_sae}, {total} steps of {config.batch_size} tokens, "
         f"lr {config.lr:.2g}, dead after {config.dead_after} tokens"
+        + (f", {parallel.data_size} data x {parallel.dict_size} dictionary ranks" if parallel.size > 1 else "")
     )
     steps = fit(
         sae,
@@ -111,7 +131,8 @@ def drive(sae: SAE, cache: ActivationCache, config: TrainConfig, options: Any, s
         options.out,
         resume=options.resume,
         checkpoint_steps=options.checkpoint_steps,
-        logs=loggers(options, config),
+        logs=loggers(options, config) if parallel.is_main else (),
+        parallel=parallel,
     )
     with progress_bar("state") as bar:
         task = bar.add_task("train", total=total, state="")
@@ -121,7 +142,7 @@ def drive(sae: SAE, cache: ActivationCache, config: TrainConfig, options: Any, s
             speed = (last.tokens - first) / (time.perf_counter() - started)
             text = f"FVU {last.fvu:.3f}  L0 {last.l0:.0f}  dead {last.dead}  {speed:,.0f} tokens/s"
             bar.update(task, completed=last.step, state=text)
-            if stop.signal is not None and last.step < total:
+            if last.step < total and parallel.any(stop.signal is not None):
                 steps.close()
     return last
 

@@ -1,9 +1,10 @@
 """Training: one flat loop as a generator, its configuration, its resumable state, and the run folder it fills."""
 
 from saelab.train.config import TrainConfig, check, n_steps
-from saelab.train.loop import Diverged, StepMetrics, batches, centre_of, finish, start, step, train
+from saelab.train.loop import batches, centre_of, finish, start, train
 from saelab.train.run import finished, fit, read_run
 from saelab.train.state import TrainState
+from saelab.train.step import Diverged, StepMetrics, step
 
 __all__ = [
     "Diverged",

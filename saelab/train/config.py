@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from saelab.data.cache import ActivationCache
+from saelab.distributed import SINGLE, Parallel
 from saelab.errors import UserError
 from saelab.sae import SAE
 
@@ -82,8 +83,10 @@ class TrainConfig:
         return TrainConfig(**values)
 
 
-def check(sae: SAE, cache: ActivationCache, config: TrainConfig) -> None:
+def check(sae: SAE, cache: ActivationCache, config: TrainConfig, parallel: Parallel = SINGLE) -> None:
     """Refuse a run that cannot work, before anything is computed."""
+    if config.batch_size % parallel.data_size:
+        raise UserError(f"batch_size={config.batch_size} does not divide over {parallel.data_size} data ranks")
     if cache.d_in != sae.d_in:
         raise UserError(f"the SAE reads width d_in={sae.d_in} but the cache holds width {cache.d_in}")
     if sae.needs_grads and not cache.has_grads:
@@ -96,8 +99,9 @@ def check(sae: SAE, cache: ActivationCache, config: TrainConfig) -> None:
     for name in ("k", "beta"):
         if getattr(config, f"{name}_warmup") and name not in sae.config:
             raise UserError(f"{name}_warmup is set but the variant {sae.variant} has no {name}; leave it at 0")
-    if config.k_start is not None and config.k_start > sae.d_sae:
-        raise UserError(f"k_start={config.k_start} exceeds d_sae={sae.d_sae}; lower it")
+    most = sae.d_sae // parallel.dict_size
+    if config.k_start is not None and config.k_start > most:
+        raise UserError(f"k_start={config.k_start} exceeds the {most} latents of a process; lower it")
 
 
 def n_steps(cache: ActivationCache, config: TrainConfig) -> int:

@@ -13,12 +13,16 @@ from torch import Tensor
 
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache, Batch
+from saelab.distributed import SINGLE, Parallel
+from saelab.distributed.dictionary import whole as whole_of
 from saelab.errors import UserError
 from saelab.sae import SAE
 from saelab.train.config import TrainConfig, check, n_steps
 from saelab.train.log import JsonLines, Log
-from saelab.train.loop import StepMetrics, start, train
+from saelab.train.loop import start, train
 from saelab.train.state import TrainState
+from saelab.train.step import StepMetrics
+from saelab.train.store import Store
 
 RUN = "run.json"
 
@@ -35,6 +39,7 @@ def fit(
     metadata: Mapping[str, Any] | None = None,
     stream: Iterable[Batch] | None = None,
     centre: Tensor | None = None,
+    parallel: Parallel = SINGLE,
 ) -> Generator[StepMetrics]:
     """Train ``sae`` into a run folder; yields after every step, like :func:`saelab.train.train`.
 
@@ -46,38 +51,41 @@ def fit(
     weights, ``metrics.jsonl`` and data order come out bit-identical to those of a run that was never interrupted,
     on the same machine with the same number of threads. With ``stream`` the caller hands in the batches, starting
     after the step of the last checkpoint, and vouches for the cache; ``centre`` is that of
-    :func:`saelab.train.start`. Raises UserError if the configuration or the cache changed.
+    :func:`saelab.train.start`. With ``parallel`` all processes call this, each with its shard of the SAE, and the
+    run may be resumed with another number of them. Raises UserError if the configuration or the cache changed.
     """
     folder = Path(folder)
-    check(sae, cache, config := (config or TrainConfig()).resolved(sae, cache))
-    about = describe(sae, cache, config)
+    whole = whole_of(sae, parallel)
+    check(whole, cache, config := (config or TrainConfig()).resolved(whole, cache), parallel)
+    about = describe(whole, cache, config)
     metadata = {**about, **(metadata or {})}
     if finished(folder):
         raise UserError(f"{folder} holds a finished run; train into another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if resume and stream is None:
-        cache.verify()  # the fingerprint vouches for the manifest, this for the activations
-    state = _restore(sae, about, folder) if resume else None
-    if not resume:
-        checkpoint.remove_steps(folder)
-    checkpoint.write_json(folder / RUN, about)
+    store = Store(folder, sae, whole, metadata, parallel)
+    state = _resume(store, cache, about, verify=stream is None) if resume else None
+    if parallel.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            checkpoint.remove_steps(folder)
+        checkpoint.write_json(folder / RUN, about)
+    parallel.barrier()
     total = n_steps(cache, config)
     with ExitStack() as stack:
-        logs = [stack.enter_context(closing(JsonLines(folder, state.step if state else 0))), *logs]
+        if parallel.is_main:
+            logs = [stack.enter_context(closing(JsonLines(folder, state.step if state else 0))), *logs]
         state = state or start(sae, cache, config, centre)
-        loop = stack.enter_context(closing(train(sae, cache, config, state, stream)))
+        loop = stack.enter_context(closing(train(sae, cache, config, state, stream, parallel)))
         for metrics in loop:
             for log in logs:
                 log.write(metrics.row())
             if metrics.step % checkpoint_steps == 0 and metrics.step < total:
-                save(folder, sae, state, metadata)
+                store.save_step(state)
             try:
                 yield metrics
             except GeneratorExit:
-                save(folder, sae, state, metadata)
+                store.save_step(state)
                 raise
-    checkpoint.save_sae(sae, folder, metadata)
-    checkpoint.remove_steps(folder)
+    store.save_final()
 
 
 def describe(sae: SAE, cache: ActivationCache, config: TrainConfig) -> dict[str, Any]:
@@ -115,25 +123,15 @@ def read_run(folder: Path | str) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error}); start the run again with --overwrite") from error
 
 
-def save(folder: Path, sae: SAE, state: TrainState, metadata: Mapping[str, Any]) -> None:
-    """Write a checkpoint of a run between two steps."""
-    state.fold(sae)
-    checkpoint.save_step(folder, state.step, sae, state.tensors(sae), state.scalars(), metadata)
-    state.unfold(sae)
-
-
-def _restore(sae: SAE, about: dict[str, Any], folder: Path) -> TrainState | None:
-    """Put the last checkpoint's weights into ``sae``; None if the run was killed before its first one."""
-    before = read_run(folder)
+def _resume(store: Store, cache: ActivationCache, about: dict[str, Any], verify: bool) -> TrainState | None:
+    """Put the last checkpoint's weights into the SAE; None if the run was killed before its first one."""
+    before = read_run(store.folder)
     if before is None:
         return None
-    _same(before, about, folder)
-    path = checkpoint.latest_step(folder)
-    if path is None:
-        return None
-    weights, tensors, scalars = checkpoint.load_step(path, sae)
-    sae.load_state_dict(weights)
-    return TrainState.restore(sae, tensors, scalars)
+    _same(before, about, store.folder)
+    if verify:
+        cache.verify()  # the fingerprint vouches for the manifest, this for the activations
+    return store.restore()
 
 
 def _same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

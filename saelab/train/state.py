@@ -39,18 +39,19 @@ class TrainState:
         return int((self.tokens_since_fired > dead_after).sum())
 
     @torch.no_grad()
-    def fold(self, sae: SAE) -> None:
+    def fold(self, sae: SAE, keep_all: bool = False) -> None:
         """Put ``sae`` into units of the raw data.
 
         A power of two leaves every linear parameter's mantissa alone, but a variant may keep a logarithm, whose
-        shift rounds: tensors that the way back would not restore exactly are remembered in ``exact``. Only biases
-        and thresholds carry units, so only they are compared.
+        shift rounds: tensors that the way back would not restore exactly (or all) are remembered in ``exact``. Only
+        biases and thresholds carry units, so only they are compared.
         """
         before = {name: value.clone() for name, value in _vectors(sae).items()}
         sae.rescale_(1 / self.scale)
         folded = {name: value.clone() for name, value in _vectors(sae).items()}
         sae.rescale_(self.scale)
-        self.exact = {name: old for name, old in before.items() if not torch.equal(_vectors(sae)[name], old)}
+        back = _vectors(sae)
+        self.exact = {name: old for name, old in before.items() if keep_all or not torch.equal(back[name], old)}
         for name, value in _vectors(sae).items():
             value.copy_(folded[name])
 

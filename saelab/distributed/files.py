@@ -1,0 +1,97 @@
+"""Tensors that several processes hold in slices, written into and read from one ordinary safetensors file.
+
+The file is the one a single process would write, so a run can go on with any number of dictionary ranks: each reads
+its own slice. Nothing is gathered: every rank writes its slice in place (ranks share a file system).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from saelab.distributed.world import Parallel
+
+# Along which dimension a tensor is split over the dictionary ranks, by the parameter it belongs to.
+SPLIT = {"W_dec": 0, "W_enc": 1, "b_enc": 0, "tokens_since_fired": 0}
+NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+
+
+def split_dim(name: str, ndim: int) -> int | None:
+    """The split dimension of a tensor of an SAE or its training state (``optimizer.W_dec.exp_avg``, say)."""
+    dims = [SPLIT[part] for part in name.split(".") if part in SPLIT]
+    return dims[0] if dims and dims[0] < ndim else None
+
+
+def write_sharded(path: Path, tensors: Mapping[str, Tensor], parallel: Parallel) -> None:
+    """Write the tensors of all dictionary ranks into one file; every process calls it.
+
+    The file appears under its name when it is complete.
+    """
+    path, final = path.with_name(f".{path.name}"), path
+    shapes = {name: _whole_shape(name, tensor, parallel) for name, tensor in tensors.items()}
+    header, start = _header(tensors, shapes)
+    if parallel.is_main:
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(start["end"])
+    parallel.barrier()
+    if parallel.data_rank == 0:
+        for name, tensor in tensors.items():
+            dim = split_dim(name, tensor.ndim)
+            if (dim is None and parallel.dict_rank) or not tensor.numel():
+                continue
+            values = tensor.detach().cpu().numpy()
+            whole = np.memmap(path, values.dtype, "r+", start[name], tuple(shapes[name]) or (1,))
+            if dim is None:
+                whole[...] = values
+            else:
+                part = tensor.shape[dim] * parallel.dict_rank
+                whole[(slice(None),) * dim + (slice(part, part + tensor.shape[dim]),)] = values
+            whole.flush()
+    parallel.barrier()
+    if parallel.is_main:
+        path.rename(final)
+    parallel.barrier()
+
+
+def read_slices(path: Path, parallel: Parallel) -> dict[str, Tensor]:
+    """This dictionary rank's slices of the tensors in a file, whoever wrote it."""
+    tensors = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dictionary
+            view = file.get_slice(name)
+            shape = view.get_shape()
+            dim = split_dim(name, len(shape))
+            if dim is None or parallel.dict_size == 1:
+                tensors[name] = file.get_tensor(name)
+            else:
+                tensors[name] = view[(slice(None),) * dim + (parallel.latents(shape[dim]),)].contiguous()
+    return tensors
+
+
+def _whole_shape(name: str, tensor: Tensor, parallel: Parallel) -> list[int]:
+    dim = split_dim(name, tensor.ndim)
+    return [size * parallel.dict_size if i == dim else size for i, size in enumerate(tensor.shape)]
+
+
+def _header(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> tuple[bytes, dict[str, int]]:
+    """The safetensors header, and where in the file each tensor starts."""
+    entries, at = {}, 0
+    # The format wants no gaps; by falling item size, every tensor is aligned.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        size = math.prod(shapes[name]) * tensors[name].element_size()
+        entries[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shapes[name], "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    starts = {name: base + entry["data_offsets"][0] for name, entry in entries.items()}
+    return struct.pack("<Q", len(text)) + text, {**starts, "end": base + at}

@@ -1,0 +1,208 @@
+"""Many processes (gloo, on a CPU) do what one does: same weights, same metrics, same files, and they fail together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+
+from saelab import checkpoint
+from saelab.data.cache import ActivationCache
+from saelab.distributed import SINGLE, Parallel, start_world
+from saelab.distributed.dictionary import build_shard
+from saelab.distributed.files import read_slices, split_dim
+from saelab.distributed.plan import traffic_per_step
+from saelab.errors import UserError
+from saelab.train import TrainConfig, fit, n_steps
+
+D_IN, D_SAE, K = 16, 64, 2
+CONFIG = TrainConfig(epochs=2, batch_size=64, lr=3e-3, dead_after=70, k_aux=4, ema=0.9, grad_clip=0.05)
+CASES = [("topk", 1), ("topk", 2), ("abs_topk", 4), ("batch_topk", 1)]  # variant, dictionary ranks of four processes
+
+
+def train_into(folder: Path, cache_path: str, variant: str, parallel: Parallel, stop: int | None = None) -> None:
+    cache = ActivationCache(cache_path)
+    sae = build_shard(variant, D_IN, D_SAE, 0, parallel, k=K)
+    generator = fit(sae, cache, CONFIG, folder, resume=True, checkpoint_steps=5, parallel=parallel)
+    for metrics in generator:
+        if metrics.step == stop:
+            generator.close()
+
+
+def worker(rank: int, world: int, port: int, folder: str, cache_path: str) -> None:
+    """All that four processes are asked, in one start of them."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    root = Path(folder)
+    for variant, dict_ranks in CASES:
+        parallel = start_world(dict_ranks, timeout_s=60)
+        train_into(root / f"{variant}-{dict_ranks}", cache_path, variant, parallel)
+        (root / f"traffic-{variant}-{dict_ranks}-{rank}.json").write_text(json.dumps(parallel.traffic))
+    parallel = start_world(4)
+    train_into(root / "four-then-one", cache_path, "topk", parallel, stop=7)
+    train_into(root / "one-then-four", cache_path, "topk", parallel)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.rand(900, 32, generator=generator) * (torch.rand(900, 32, generator=generator) < 0.1)
+    acts = 5 * codes @ torch.randn(32, D_IN, generator=generator) + 3
+    return ActivationCache.from_tensors(tmp_path_factory.mktemp("distributed") / "cache", acts, held_out=0.1)
+
+
+@pytest.fixture(scope="module")
+def runs(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders that four processes and one have written."""
+    root = tmp_path_factory.mktemp("runs")
+    for variant in {variant for variant, _ in CASES}:
+        train_into(root / f"{variant}-single", cache.path, variant, SINGLE)
+    train_into(root / "one-then-four", cache.path, "topk", SINGLE, stop=7)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (4, port, str(root), cache.path), nprocs=4)
+    train_into(root / "four-then-one", cache.path, "topk", SINGLE)
+    return root
+
+
+def compare(left: Path, right: Path) -> None:
+    """Equal up to the order of float32 sums.
+
+    Adam divides a gradient by its own size, so that where it is as small as its rounding error a weight may move
+    the other way: by at most twice the learning rate a step, and only at few places.
+    """
+    a, b = load_file(left / "sae_weights.safetensors"), load_file(right / "sae_weights.safetensors")
+    assert set(a) == set(b)
+    for name in a:
+        error = (a[name] - b[name]).abs()
+        assert error.quantile(0.99) < 2e-5, f"{name}: {error.quantile(0.99)}"
+        assert error.max() < 2 * CONFIG.lr, f"{name}: {error.max()}"
+    for one, two in zip(*((p / "metrics.jsonl").read_text().splitlines() for p in (left, right)), strict=True):
+        one, two = json.loads(one), json.loads(two)
+        assert one.keys() == two.keys()
+        assert one["dead"] == pytest.approx(two["dead"], abs=1)
+        assert all(one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-6) for name in one if name != "dead")
+    assert (left / "run.json").read_text() == (right / "run.json").read_text()
+    assert (left / "cfg.json").read_text() == (right / "cfg.json").read_text()
+
+
+@pytest.mark.parametrize(("variant", "dict_ranks"), CASES[:3])
+def test_four_processes_train_the_sae_of_one(runs: Path, variant: str, dict_ranks: int) -> None:
+    compare(runs / f"{variant}-{dict_ranks}", runs / f"{variant}-single")
+    rows = [json.loads(line) for line in (runs / f"{variant}-single" / "metrics.jsonl").read_text().splitlines()]
+    assert any("auxk" in row and row["dead"] > 4 for row in rows), "the auxiliary loss was not put to the test"
+    assert any(row["grad_norm"] > CONFIG.grad_clip for row in rows)
+
+
+def test_a_batch_budget_is_spent_within_each_data_rank(runs: Path) -> None:
+    one, four = (
+        json.loads((runs / f"batch_topk-{n}" / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("single", 1)
+    )
+    assert four["l0"] == pytest.approx(K, rel=0.1) and four["fvu"] == pytest.approx(one["fvu"], rel=0.1)
+
+
+@pytest.mark.parametrize("folder", ["four-then-one", "one-then-four"])
+def test_a_run_goes_on_with_another_number_of_processes(runs: Path, folder: str) -> None:
+    compare(runs / folder, runs / "topk-single")
+    assert checkpoint.load_sae(runs / folder).d_sae == D_SAE
+
+
+@pytest.mark.parametrize(("variant", "dict_ranks"), CASES[:3])
+def test_traffic_is_what_the_formula_says(runs: Path, cache: ActivationCache, variant: str, dict_ranks: int) -> None:
+    sent = json.loads((runs / f"traffic-{variant}-{dict_ranks}-0.json").read_text())
+    steps = n_steps(cache, CONFIG)
+    expected = traffic_per_step(64, D_IN, D_SAE, K, data_size=4 // dict_ranks, dict_size=dict_ranks)
+    assert sent.get("gradients", 0) == pytest.approx(steps * expected["gradients"], abs=4 * steps)
+    assert sent.get("bias", 0) == pytest.approx(steps * expected["bias"], abs=steps)
+    # AuxK exchanges its own candidates and a second reconstruction while latents are dead.
+    rows = [json.loads(line) for line in (runs / f"{variant}-single" / "metrics.jsonl").read_text().splitlines()]
+    aux = sum("auxk" in row for row in rows)
+    assert sent.get("reconstruction", 0) == pytest.approx((steps + aux) * expected["reconstruction"], abs=steps)
+    assert sent.get("candidates", 0) >= steps * expected["candidates"]
+    assert sent.get("candidates", 0) <= (steps + aux * CONFIG.k_aux / K) * expected["candidates"] + steps
+
+
+def test_a_shard_starts_as_its_part_of_the_whole() -> None:
+    torch.manual_seed(5)
+    for d_in, d_sae in ((24, 64), (1000, 1200), (1001, 1100)):  # the last two need several blocks
+        whole = build_shard("topk", d_in, d_sae, 5, SINGLE, k=3)
+        for rank in range(4):
+            parallel = Parallel(dict_size=4, dict_rank=rank)
+            shard = build_shard("topk", d_in, d_sae, 5, parallel, k=3)
+            assert torch.equal(shard.W_dec, whole.W_dec[parallel.latents(d_sae)])
+            assert torch.equal(shard.W_enc, whole.W_enc[:, parallel.latents(d_sae)])
+
+
+def test_slices_of_a_file(tmp_path: Path) -> None:
+    whole = {
+        "W_enc": torch.randn(3, 8),
+        "optimizer.W_dec.exp_avg": torch.randn(8, 3),
+        "optimizer.W_dec.step": torch.ones(()),
+    }
+    save_file(whole, tmp_path / "file")
+    part = read_slices(tmp_path / "file", Parallel(dict_size=4, dict_rank=2))
+    assert torch.equal(part["W_enc"], whole["W_enc"][:, 4:6])
+    assert torch.equal(part["optimizer.W_dec.exp_avg"], whole["optimizer.W_dec.exp_avg"][4:6])
+    assert part["optimizer.W_dec.step"] == 1
+    assert [split_dim(name, n) for name, n in [("b_dec", 1), ("ema.b_enc", 1), ("optimizer.b_enc.step", 0)]] == [
+        None,
+        0,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variant", "d_sae", "config", "message"),
+    [
+        ("batch_topk", 64, {"k": 3}, "batch_topk cannot be split over dictionary ranks"),
+        ("abs_topk", 64, {"k": 3, "scope": "batch"}, "abs_topk cannot be split"),
+        ("topk", 62, {"k": 3}, "d_sae=62 does not divide over 4 dictionary ranks"),
+        ("topk", 64, {"k": 17}, "k=17 exceeds the 16 latents of a rank"),
+    ],
+)
+def test_impossible_splits_are_refused(variant: str, d_sae: int, config: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_shard(variant, D_IN, d_sae, 0, Parallel(dict_size=4), **config)
+
+
+def torchrun(*args: str, processes: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "-m", "saelab", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_a_rank_that_dies_ends_the_others_and_the_run_resumes(cache: ActivationCache, tmp_path: Path) -> None:
+    options = ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--epochs", "6", "--checkpoint-steps", "10"]
+    args = ["train", cache.path, "--out", str(tmp_path / "run"), "--dict-ranks", "2", "--resume", *options]
+    process = torchrun(*args)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") > 25) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    started = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - started < 60
+    assert "SIGKILL" in output and "rank" in output, output
+    done = int(checkpoint.latest_step(tmp_path / "run").name.removeprefix("step_"))
+    assert done >= 20
+    output, _ = torchrun(*args, "--json").communicate(timeout=120)
+    result = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
+    assert result["step"] == 6 * (810 // 32) and result["fvu"] < 0.5
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, result["step"] + 1))
+    assert checkpoint.load_sae(tmp_path / "run").d_sae == D_SAE
