@@ -19,7 +19,6 @@ _EXPORTS = {
     "build": "saelab.sae",
     "TrainConfig": "saelab.train",
     "TrainState": "saelab.train",
-    "train": "saelab.train",
     "load_model": "saelab.lm",
     "harvest": "saelab.lm",
     "HarvestConfig": "saelab.lm",

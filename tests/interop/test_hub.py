@@ -1,0 +1,114 @@
+"""Push and pull in SAELens' layout, against a local server that speaks the hub's HTTP."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from saelab import checkpoint
+from saelab.errors import UserError
+from saelab.interop.hub import from_pretrained, push_to_hub
+from tests.interop.examples import example, probe
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+HOOK = "blocks.9.hook_resid_post"
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """Enough of the hub for one repository: create, pre-upload, commit, list, download."""
+
+    files: dict[str, bytes]
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer_json(self, content: object) -> None:
+        self.answer(json.dumps(content).encode(), Content_Type="application/json")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path.startswith("/api/repos/create"):
+            self.answer_json({"url": f"http://{self.headers['Host']}/org/repo", "name": "org/repo", "id": "org/repo"})
+        elif "/preupload/" in self.path:
+            wanted = json.loads(body)["files"]
+            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in wanted]
+            self.answer_json({"files": modes})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer_json({"commitOid": SHA, "commitUrl": f"http://{self.headers['Host']}/org/repo/commit/{SHA}"})
+        else:
+            self.answer_json({"valid": True})
+
+    def do_GET(self) -> None:
+        if "/resolve/" in self.path:
+            name = self.path.split("/resolve/")[1].split("/", 1)[1]
+            if name not in self.files:
+                self.answer(b"", 404, X_Error_Code="EntryNotFound")
+                return
+            etag = f'"{hashlib.sha1(self.files[name]).hexdigest()}"'
+            self.answer(self.files[name], ETag=etag, X_Repo_Commit=SHA)
+        elif self.path.startswith("/api/models/org/repo"):
+            siblings = [{"rfilename": name} for name in self.files]
+            entries = [{"type": "file", "path": n, "size": len(b), "oid": SHA} for n, b in self.files.items()]
+            if "/tree/" in self.path:
+                self.answer_json(entries)
+                return
+            self.answer_json(
+                {"id": "org/repo", "modelId": "org/repo", "sha": SHA, "siblings": siblings, "private": False}
+            )
+        else:
+            self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, bytes]]:
+    FakeHub.files = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield FakeHub.files
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_push_then_pull_gives_the_same_sae(hub: dict[str, bytes], tmp_path: Path) -> None:
+    sae = example("batch_topk")
+    checkpoint.save_sae(sae, tmp_path / "run", {"hook_name": HOOK, "model_name": "tiny"})
+    push_to_hub(tmp_path / "run", "org/repo")
+    assert {f"{HOOK}/cfg.json", f"{HOOK}/sae_weights.safetensors", "README.md"} <= set(hub)
+    card = hub["README.md"].decode()
+    assert "batch_topk" in card
+    assert f'from_pretrained("org/repo", "{HOOK}")' in card
+    again = from_pretrained("org/repo", HOOK)
+    assert torch.equal(again.encode(probe()).dense(), sae.encode(probe()).dense())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_what_is_not_there_is_said(hub: dict[str, bytes], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"could not be fetched|has nothing"):
+        from_pretrained("org/repo", "blocks.1.hook_resid_post")
+    with pytest.raises(UserError, match="could not be fetched"):
+        from_pretrained("org/other")
