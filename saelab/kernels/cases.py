@@ -70,7 +70,7 @@ def _minus_infinity() -> Case:
 
 def _popular() -> Case:
     """One latent wins on every token."""
-    case = random_case(70, 8, 48, 3)
+    case = random_case(20, 8, 48, 3)
     b_enc = torch.zeros(48)
     b_enc[17] = 50.0
     return case._replace(b_enc=b_enc)

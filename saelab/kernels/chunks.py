@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 1 << 26  # 64 MiB holds 1024 rows at d_sae = 16384; fewer rows slow the library product down
+DEVICE_CHUNK_BYTES = 1 << 29  # a GPU needs more rows at a time to be busy
 MIN_ROWS = 128
 ROWS = 4096  # rows of a block that is split by columns
 
@@ -26,7 +27,7 @@ KEPT = 8  # idle blocks kept at most
 
 _lock = threading.Lock()
 _blocks: list[np.ndarray] = []
-_idle: dict[torch.device, list[Tensor]] = {}
+_idle: list[Tensor] = []
 
 
 def products(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -35,7 +36,7 @@ def products(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
     An empty batch yields one empty chunk.
     """
     n, width = x.shape[0], W.shape[1]
-    rows = chunk_rows(n, width, x.element_size())
+    rows = chunk_rows(n, width, x.element_size(), CHUNK_BYTES if x.device.type == "cpu" else DEVICE_CHUNK_BYTES)
     with scratch(rows * width, x) as flat:
         for start in range(0, max(n, 1), max(rows, 1)):
             part = x[start : start + rows]
@@ -73,9 +74,9 @@ def _even(total: int, most: int, multiple: int) -> int:
     return -(-total // (pieces * multiple)) * multiple
 
 
-def chunk_rows(n: int, d_sae: int, itemsize: int) -> int:
-    """Rows per chunk, so that a chunk stays near ``CHUNK_BYTES`` and the chunks are of nearly equal size."""
-    most = max(MIN_ROWS, CHUNK_BYTES // max(d_sae * itemsize, 1))
+def chunk_rows(n: int, d_sae: int, itemsize: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows per chunk, so that a chunk stays near ``chunk_bytes`` and the chunks are of nearly equal size."""
+    most = max(MIN_ROWS, chunk_bytes // max(d_sae * itemsize, 1))
     pieces = -(-n // most)
     return -(-n // max(pieces, 1))
 
@@ -84,12 +85,16 @@ def chunk_rows(n: int, d_sae: int, itemsize: int) -> int:
 def scratch(numel: int, like: Tensor) -> Iterator[Tensor]:
     """A flat buffer of ``numel`` elements of ``like``'s dtype and device, with undefined content."""
     size = numel * like.element_size()
-    buffer = _borrow(size, like.device)
+    if like.device.type != "cpu":
+        # The GPU's allocator caches, and knows which stream still reads the memory.
+        yield torch.empty(numel, dtype=like.dtype, device=like.device)
+        return
+    buffer = _borrow(size)
     try:
         yield buffer[:size].view(like.dtype)
     finally:
         with _lock:
-            _idle.setdefault(like.device, []).append(buffer)
+            _idle.append(buffer)
 
 
 def recycled(*shape: int) -> Tensor:
@@ -128,12 +133,11 @@ def release() -> None:
         _blocks[:] = [_blocks[i] for i in range(len(_blocks)) if _references(i) > _unused]
 
 
-def _borrow(size: int, device: torch.device) -> Tensor:
+def _borrow(size: int) -> Tensor:
     with _lock:
-        idle = _idle.get(device, [])
-        fitting = [i for i, buffer in enumerate(idle) if buffer.numel() >= size]
+        fitting = [i for i, buffer in enumerate(_idle) if buffer.numel() >= size]
         if fitting:
-            return idle.pop(min(fitting, key=lambda i: idle[i].numel()))
-        if idle:
-            idle.pop()  # too small for the work at hand: let it go rather than hoard
-    return torch.empty(size, dtype=torch.uint8, device=device)
+            return _idle.pop(min(fitting, key=lambda i: _idle[i].numel()))
+        if _idle:
+            _idle.pop()  # too small for the work at hand: let it go rather than hoard
+    return torch.empty(size, dtype=torch.uint8)

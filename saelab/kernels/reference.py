@@ -56,11 +56,11 @@ def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, 
     keys, flat, values = x.new_empty(0), torch.empty(0, dtype=torch.int64, device=x.device), x.new_empty(0)
     for start, acts in pre_act_chunks(x, W_enc, b_enc, b_dec):
         chunk = acts.reshape(-1)
-        kept = _largest_of_row(_key(chunk, signed), min(budget, chunk.numel()))
-        keys = torch.cat([keys, _key(chunk[kept], signed)])
+        kept = largest_of_row(ranked(chunk, signed), min(budget, chunk.numel()))
+        keys = torch.cat([keys, ranked(chunk[kept], signed)])
         values = torch.cat([values, _output(chunk[kept], signed)])
         flat = torch.cat([flat, kept + start * d_sae])
-        best = _largest_of_row(keys, min(budget, keys.numel()))
+        best = largest_of_row(keys, min(budget, keys.numel()))
         keys, values, flat = keys[best], values[best], flat[best]
     return values, flat % d_sae, pointers(torch.bincount(flat // d_sae, minlength=x.shape[0]))
 
@@ -76,7 +76,7 @@ def latent(
         stop = start + acts.shape[0]
         if b_enc is not None:
             acts += b_enc[start:stop, None]
-        order = _descending(_key(acts, signed))[:, :top]
+        order = _descending(ranked(acts, signed))[:, :top]
         chosen = torch.arange(top, device=x.device) < budgets[start:stop, None]
         latents = torch.arange(start, stop, device=x.device)[:, None].expand_as(order)
         rows.append(order[chosen])
@@ -142,7 +142,7 @@ def latent_sum(weights: Tensor, indices: Tensor, d_sae: int) -> Tensor:
 
 def largest(acts: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Per row the values and indices ``[n, k]`` of the ``k`` largest keys."""
-    key = _key(acts, signed)
+    key = ranked(acts, signed)
     # torch.topk leaves the order of ties open, so only its values are trusted: rows whose k-th value also occurs
     # outside the winners are settled by a stable sort.
     indices = key.topk(k, dim=1).indices
@@ -153,7 +153,7 @@ def largest(acts: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     return _output(acts.gather(1, indices), signed), indices
 
 
-def _largest_of_row(key: Tensor, count: int) -> Tensor:
+def largest_of_row(key: Tensor, count: int) -> Tensor:
     """Ascending positions of the ``count`` largest entries of ``key [m]``."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=key.device)
@@ -167,7 +167,8 @@ def _descending(key: Tensor) -> Tensor:
     return key.sort(dim=1, descending=True, stable=True).indices
 
 
-def _key(acts: Tensor, signed: bool) -> Tensor:
+def ranked(acts: Tensor, signed: bool) -> Tensor:
+    """The comparison key of each pre-activation."""
     return torch.where(acts.isnan(), float("-inf"), acts.abs() if signed else acts)
 
 

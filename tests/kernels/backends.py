@@ -13,7 +13,9 @@ from saelab.kernels.cases import Case
 from saelab.kernels.dispatch import obstacle
 
 DTYPE = {"reference": torch.float64}
-BACKENDS = [name for name in ("reference", "numba") if obstacle(name, "cpu", DTYPE.get(name, torch.float32)) is None]
+BACKENDS = [
+    name for name in ("reference", "numba", "triton") if obstacle(name, "cpu", DTYPE.get(name, torch.float32)) is None
+]
 
 
 @contextmanager

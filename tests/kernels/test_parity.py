@@ -151,8 +151,7 @@ def test_threshold(backend: str, name: str, signed: bool, each: bool) -> None:
 
 @EVERY_CASE
 @SIGNS
-@pytest.mark.parametrize("beta", [0.0, 0.7, math.inf])
-@pytest.mark.parametrize("norm", ["rms", "none"])
+@pytest.mark.parametrize(("beta", "norm"), [(0.0, "rms"), (0.7, "rms"), (0.7, "none"), (math.inf, "rms")])
 def test_gradient_scores(backend: str, name: str, signed: bool, beta: float, norm: str) -> None:
     with backend_and_dtype(backend) as dtype:
         case = CASES[name]().to(dtype)

@@ -1,0 +1,121 @@
+"""Compile every Triton kernel in every configuration in use, for GPUs that need not be there; print a JSON line each.
+
+Run in a process of its own, without TRITON_INTERPRET: ``python compile_all.py cuda:80 hip:gfx942``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from saelab.kernels import triton_code, triton_pursuit, triton_select
+from saelab.kernels import triton_shapes as shapes
+
+INTEGERS = {"indices", "begin", "end", "target", "row_ptr", "groups", "budgets", "start", "counts", "steps"}
+INDICES = {"select_kernel": {"indices"}, "select_streamed_kernel": {"indices"}, "reach_kernel": {"indices"}}
+SCALARS = {"weight0": "fp32", "weight1": "fp32", "bound": "fp32", "residual_stop": "fp32"}
+SIZES = {"n", "width", "held", "n_groups", "d_sae", "d_in", "n_steps"}
+# (tokens, d_in, d_sae, k): the smallest training shape, a middle one and the largest of the study.
+SHAPES = [(4096, 576, 4608, 32), (4096, 768, 24576, 32), (8192, 4096, 131072, 64)]
+MODES = {"plain": 0, "gradient": 2, "magnitude-above": 4}
+
+
+def signature(kernel, constants: dict[str, int | bool], load: str) -> dict[str, str]:
+    """Types by argument name: integer lists are int64, strides and sizes int32, the rest floating point."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in SCALARS:
+            types[name] = SCALARS[name]
+        elif name in SIZES or name.endswith("stride"):
+            types[name] = "i32"
+        elif name in INTEGERS:
+            types[name] = "*i64"
+        else:
+            outputs = {"out", "values", "sse", "recon", "error", "along", "per_step", "d_x", "coefficients"}
+            types[name] = "*fp32" if name in outputs else f"*{load}"
+    return types
+
+
+def configurations(loads: list[str]):
+    """``(label, kernel, constants, num_warps, load type)`` of everything that the shapes above launch."""
+    seen = set()
+    for n, d_in, d_sae, k in SHAPES:
+        size = shapes.group_size(d_sae)
+        n_groups = -(-d_sae // size)
+        found = [
+            (
+                "whole",
+                triton_select.select_kernel,
+                {"MODE": 0, "SIZE": 0, **shapes.whole_shape(n, min(n_groups, 4096))},
+            ),
+            ("latent", triton_select.select_kernel, {"MODE": 1, "SIZE": 0, **shapes.whole_shape(4096, 4096)}),
+            ("gathered", triton_select.select_kernel, {"MODE": 0, "SIZE": size, **shapes.whole_shape(n, k * size)}),
+            ("gathered", triton_select.select_kernel, {"MODE": 2, "SIZE": size, **shapes.whole_shape(n, k * size)}),
+            ("streamed", triton_select.select_streamed_kernel, {"MODE": 0, **shapes.streamed_block(d_sae)}),
+            ("pursuit", triton_pursuit.chain_kernel, shapes.chain_shape(d_in)),
+        ]
+        for mode in MODES.values():
+            maxima = {"MODE": mode, **shapes.maxima_shape(n, n_groups, size)}
+            found.append(("maxima", triton_select.group_maxima_kernel, maxima))
+        for fill in (False, True):
+            reach = {"MODE": 3, "FILL": fill, **shapes.whole_shape(n, 1024)}
+            found.append(("reach", triton_select.reach_kernel, reach))
+        for centred in (False, True):
+            found.append(("gather", triton_code.gather_kernel, {"CENTRED": centred, **shapes.gather_shape(d_in)}))
+        found += [
+            ("dot", triton_code.dot_kernel, shapes.gather_shape(d_in)),
+            ("error", triton_code.error_kernel, shapes.token_shape(d_in)),
+        ]
+        if d_sae <= 16384:
+            pursuit = {"STOP_ON_REPEAT": False, **shapes.pursuit_shape(d_sae, d_in, k)}
+            found.append(("pursuit", triton_pursuit.pursue_kernel, pursuit))
+        for label, kernel, shape in found:
+            for load in loads:
+                constants = {name: value for name, value in shape.items() if name != "num_warps"}
+                key = (kernel.__name__, load, *sorted(shape.items()))
+                if key not in seen:
+                    seen.add(key)
+                    yield f"{label}-{load}", kernel, constants, shape["num_warps"], load
+
+
+def spills_of(compiled, target: GPUTarget) -> int:
+    """Bytes (CUDA) or registers (HIP) that did not fit into the register file."""
+    if target.backend == "hip":
+        return sum(int(found) for found in re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+    ptxas = get_ptxas(target.arch).path
+    with TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        arch = re.search(r"\.target (\S+?)(,|\s)", compiled.asm["ptx"]).group(1)
+        command = [ptxas, "-v", f"--gpu-name={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(found) for found in re.findall(r"(\d+) bytes spill stores", report))
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        backend, arch = name.split(":")
+        target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+        # What is loaded is cast at once, so the type matters little; one target tries both.
+        for label, kernel, constants, warps, load in configurations(["fp32", "bf16"] if arch == "90" else ["fp32"]):
+            source = ASTSource(kernel, signature(kernel, constants, load), constants)
+            compiled = triton.compile(source, target=target, options={"num_warps": warps})
+            line = {"target": name, "kernel": kernel.__name__, "label": label, **constants, "num_warps": warps}
+            line |= {"shared": compiled.metadata.shared, "spills": spills_of(compiled, target)}
+            sys.stdout.write(json.dumps(line) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,120 @@
+"""The forms of the Triton kernels that small cases do not reach on their own, and low-precision loads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saelab import kernels
+from saelab.kernels.cases import random_case
+from saelab.kernels.dispatch import obstacle
+from tests.kernels import oracle
+from tests.kernels.backends import gap, tolerance
+
+if obstacle("triton", "cpu") is not None:
+    pytest.skip(f"triton: {obstacle('triton', 'cpu')}", allow_module_level=True)
+
+from saelab.kernels import triton_backend, triton_ragged, triton_select
+
+FORMS = {  # columns held by one program, and a width and budget that then take this form
+    "whole": (4096, 300, 7),
+    "two-level": (128, 700, 5),
+    "two-level-ragged": (128, 777, 3),
+    "streamed": (16, 100, 40),
+    "streamed-k-1": (16, 100, 1),
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    held, width, k = FORMS[request.param]
+    monkeypatch.setattr(triton_select, "WHOLE", held)
+    return width, k
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("signed", [False, True], ids=["plain", "magnitude"])
+def test_selection_is_exact_in_every_form_and_dtype(form: tuple[int, int], dtype: torch.dtype, signed: bool) -> None:
+    """Given the product there is no rounding: the winners are those of a stable sort, ties included."""
+    width, k = form
+    z = torch.randn(5, width).mul(4).round().div(4).to(dtype)  # many exact ties
+    z[0], z[1, ::3], z[2, 5:] = 0.5, float("nan"), float("-inf")
+    z[3, 7], z[4, 9], z[3, 8], z[3, 6] = float("inf"), float("nan"), -0.0, 0.0
+    n, bias = z.shape[0], torch.zeros(width, dtype=dtype)
+    values, indices = torch.empty(n * k), torch.empty(n * k, dtype=torch.int64)
+    budgets, start = torch.full((n,), k), torch.arange(n) * k
+    mode = triton_backend.MODES[signed]
+    triton_backend.choose(z, z, bias, mode, (1.0, 0.0), budgets, k, start, values, indices)
+    expected = oracle.topk_mask(oracle.key(z.double(), signed), k)
+    assert torch.equal(oracle.to_mask(indices, torch.arange(n + 1) * k, width), expected)
+    torch.testing.assert_close(values.view(n, k), z.float().gather(1, indices.view(n, k)), equal_nan=True)
+
+
+def test_rows_may_have_budgets_of_their_own(form: tuple[int, int]) -> None:
+    width, k = form
+    z, budgets = torch.randn(4, width), torch.tensor([0, k, 1, 0])
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), budgets.cumsum(0)])
+    values, indices = torch.full((k + 1,), 7.0), torch.full((k + 1,), -1)
+    triton_backend.choose(z, z, torch.zeros(width), 0, (1.0, 0.0), budgets, k, ptr, values, indices)
+    found = oracle.to_mask(indices, ptr, width)
+    assert torch.equal(found[1:3], torch.cat([oracle.topk_mask(z[1:2], k), oracle.topk_mask(z[2:3], 1)]))
+    assert found.sum().item() == k + 1
+
+
+def test_a_batch_budget_that_gathers_on_few_rows_is_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One loud token takes more than the first look at each row holds, so it must be read again."""
+    case = random_case(20, 12, 200, 2)
+    case.x[3] *= 30
+    read_again = []
+    original = triton_backend._reaching
+    monkeypatch.setattr(triton_backend, "_reaching", lambda x, *rest: read_again.append(len(x)) or original(x, *rest))
+    with kernels.use_backend("triton"):
+        selected = kernels.select_batch(*case.encoder, budget=40)
+    assert read_again == [1]
+    z = oracle.pre_acts(*(t.double() for t in case.encoder))
+    found = oracle.to_mask(selected.indices, selected.row_ptr, 200).reshape(1, -1)
+    oracle.check_selection(found, oracle.topk_mask(z.reshape(1, -1), 40), z.reshape(1, -1), gap(case, z))
+    assert selected.row_ptr.diff()[3] > 32
+
+
+def test_popular_latents_are_summed_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ragged, "SEGMENT", 3)
+    counts = torch.tensor([0, 3, 4, 20, 0, 1, 9])
+    indices = torch.repeat_interleave(torch.arange(7), counts)[torch.randperm(37)]
+    row_ptr, weights, data = torch.arange(38), torch.randn(37), torch.randn(37, 10)
+    found = triton_ragged.latent_grad(weights, indices, row_ptr, data, 7, offset=torch.ones(10))
+    expected = torch.zeros(7, 10, dtype=torch.float64)
+    expected.index_add_(0, indices, weights.double()[:, None] * (data.double() - 1))
+    torch.testing.assert_close(found.double(), expected, **tolerance(random_case(37, 10, 7, 1), expected))
+
+
+def test_a_wide_token_takes_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ragged, "WIDEST", 8)
+    case = random_case(4, 12, 30, 3)
+    with kernels.use_backend("triton"):
+        selected = kernels.select_topk(*case.encoder, k=3)
+        values = selected.values.clone().requires_grad_()
+        sse, recon = kernels.sse(case.x, values, *selected[1:], case.W_dec, case.b_dec)
+        sse.sum().backward()
+    with kernels.use_backend("reference"):
+        again = selected.values.clone().requires_grad_()
+        expected, expected_recon = kernels.sse(case.x, again, *selected[1:], case.W_dec, case.b_dec)
+        expected.sum().backward()
+    for a, b in ((sse, expected), (recon, expected_recon), (values.grad, again.grad)):
+        torch.testing.assert_close(a, b, **tolerance(case, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_and_data(dtype: torch.dtype) -> None:
+    """Sums run in float32; only what is stored is rounded, so it agrees with float32 on the rounded inputs."""
+    case = random_case(6, 12, 40, 4).to(dtype)
+    wide = case.to(torch.float32)
+    with kernels.use_backend("triton"):
+        selected = kernels.select_topk(*wide.encoder, k=4)
+        sse, recon = kernels.sse(case.x, selected.values.to(dtype), *selected[1:], case.W_dec, case.b_dec)
+        values = selected.values.to(dtype).float()
+        expected, expected_recon = kernels.sse(wide.x, values, *selected[1:], wide.W_dec, wide.b_dec)
+    assert sse.dtype == recon.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(recon.float(), expected_recon, rtol=eps, atol=eps)
+    torch.testing.assert_close(sse.float(), expected, rtol=2 * eps, atol=eps)
