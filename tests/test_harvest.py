@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import tiny_lm
 import torch
 
+from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.data.text import from_documents
 from saelab.errors import UserError
@@ -178,3 +180,26 @@ def test_the_demo_model_on_the_demo_text(tmp_path: Path) -> None:
     assert (cache.d_in, cache.n_rows, cache.manifest.model) == (576, 4 * 127, "smollm2")
     assert 100 < cache.manifest.rms_norm < 200
     assert "Anarchism" in "".join(cache.token_strings(cache.tokens_window(0, 0, 30)[0]))
+
+
+def test_the_command(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text(tiny_lm.sentences(400))
+    options = ["--model", str(model.cfg.model_name), "--text", str(tmp_path / "text.txt"), "--context-length", "16"]
+    main(["harvest", *options, "--hook", HOOK, "--tokens", "320", "--out", str(tmp_path / "c"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["hook_name"], found["text"]) == (20 * 15, HOOK, str(tmp_path / "text.txt"))
+    main(["harvest", *options, "--hook", HOOK, "--tokens", "320", "--out", str(tmp_path / "c"), "--resume"])
+    many = ["--hook", HOOK, "blocks.0.hook_mlp_out", "--tokens", "160", "--out", str(tmp_path / "many"), "--gradients"]
+    main(["harvest", *options, *many])
+    assert ActivationCache(tmp_path / "many" / "blocks.0.hook_mlp_out").has_grads
+    capsys.readouterr()
+    for bad, message in [
+        ([*options, "--out", str(tmp_path / "c")], "already exists"),
+        ([*options, "--hook", "blocks.7.resid", "--out", str(tmp_path / "d")], "no hook point 'blocks.7.resid'"),
+        ([*options, "--tokens", "0", "--out", str(tmp_path / "d")], "tokens=0 must be at least 1"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["harvest", *bad])
+        assert stopped.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "d").exists()

@@ -13,6 +13,8 @@ from saelab.errors import UserError, near_matches
 
 # command -> what it does, in one line; the code of `name` is the module saelab.cli.name with a function `main(args)`.
 COMMANDS = {
+    "harvest": "cache a language model's activations",
+    "cache": "look at, check and join activation caches",
     "app": "browse latents, explain prompts and steer in the web app",
     "inspect": "say what an SAE checkpoint of any tool is",
     "convert": "turn an SAE of one tool into one of another, with proof",

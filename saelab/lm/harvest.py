@@ -137,7 +137,7 @@ def _fill(
     reader: Reader, writers: list[CacheWriter], batches: Iterator[Contexts], total: int, progress: Progress | None
 ) -> None:
     """Write the shards that are missing, then the statistics."""
-    if all(writer.manifest.complete for writer in writers):
+    if all(writer.complete for writer in writers):
         return
     settings = writers[0].manifest.settings
     # A kill between two hooks' shards leaves one more of the first: all go on from the shard they have in common.
@@ -161,8 +161,9 @@ def _fill(
         for writer, rows in zip(writers, parts):
             _write(writer, rows, text, documents)
     for writer in writers:
-        writer.write_vocabulary(vocabulary)
-        writer.finish()
+        if not writer.complete:
+            writer.write_vocabulary(vocabulary)
+            writer.finish()
 
 
 class Rows(NamedTuple):

@@ -12,7 +12,8 @@ from saelab.errors import UserError, near_matches
 
 FORMAT = "saelab.activations"
 VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # there once the cache is complete
+PARTIAL = "manifest.partial.json"  # there while it is being written
 VOCABULARY = "tokens.json"
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -63,7 +64,6 @@ class Manifest:
     variance: float = 0.0  # mean ||x - mean||^2, summed over dimensions
     scale: float = 1.0
     n_documents: int = 0
-    complete: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # what else a resumed harvest must agree on
     shards: list[ShardInfo] = field(default_factory=list)
 
@@ -92,7 +92,7 @@ class Manifest:
     def identity(self) -> dict[str, Any]:
         """What two harvests must share for one to continue the other: everything but progress and results."""
         data = asdict(self)
-        for name in ("shards", "mean", "complete", "n_documents", "grad_scale", *_RESULTS):
+        for name in ("shards", "mean", "n_documents", "grad_scale", *_RESULTS):
             data.pop(name)
         return data
 

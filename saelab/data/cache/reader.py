@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.manifest import MANIFEST, VOCABULARY, Manifest, check_provenance
+from saelab.data.cache.manifest import MANIFEST, PARTIAL, VOCABULARY, Manifest, check_provenance
 from saelab.data.cache.order import BLOCK, Order
 from saelab.data.cache.shards import Shards
 from saelab.data.cache.storage import Folder
@@ -37,10 +37,10 @@ class ActivationCache:
         self.path = self.folder.url
         self.window_bytes = window_bytes
         if self.folder.size(MANIFEST) is None:
+            if self.folder.exists(PARTIAL):
+                raise UserError(f"{self.path} is unfinished; run the same `saelab harvest` with --resume")
             raise UserError(f"{self.path} is not an activation cache (no {MANIFEST}); make one with `saelab harvest`")
         self.manifest = Manifest.from_json(self.folder.read(MANIFEST).decode(), self.path)
-        if not self.manifest.complete:
-            raise UserError(f"{self.path} is unfinished; run the same `saelab harvest` with --resume")
         for shard in self.manifest.shards:
             size = self.folder.size(shard.file)
             if size is None:

@@ -107,9 +107,9 @@ class Folder:
             return _mapped(self.local / name)
         head = 1 << 16
         key = self._key(name)
-        start = self.fs.cat_file(key, 0, head)
+        start = self.fs.cat_file(key, start=0, end=head)
         length = struct.unpack("<Q", start[:8])[0]
-        header = start[8 : 8 + length] if 8 + length <= head else self.fs.cat_file(key, 8, 8 + length)
+        header = start[8 : 8 + length] if 8 + length <= head else self.fs.cat_file(key, start=8, end=8 + length)
         columns: dict[str, Column] = {}
         for tensor, (dtype, shape, offset) in _layout(header, length).items():
             columns[tensor] = RemoteColumn(dtype, shape, offset, lambda spans: self._ranges(key, spans))
@@ -167,12 +167,13 @@ class RemoteColumn(Column):
     def slices(self, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
         row = self.shape[1:]
         width = math.prod(row) * self.dtype.itemsize
-        parts = self.fetch([(self.offset + start * width, self.offset + stop * width) for start, stop in spans])
+        wanted = [(self.offset + a * width, self.offset + b * width) for a, b in spans if b > a]
+        parts = iter(self.fetch(wanted))  # an empty range is an error for some stores
         return [
-            torch.frombuffer(bytearray(part), dtype=self.dtype).reshape(-1, *row)
-            if part
+            torch.frombuffer(bytearray(next(parts)), dtype=self.dtype).reshape(-1, *row)
+            if b > a
             else torch.empty((0, *row), dtype=self.dtype)
-            for part in parts
+            for a, b in spans
         ]
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.manifest import DTYPES, MANIFEST, VOCABULARY, Manifest, ShardInfo
+from saelab.data.cache.manifest import DTYPES, MANIFEST, PARTIAL, VOCABULARY, Manifest, ShardInfo
 from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
 
@@ -21,8 +21,8 @@ _CHUNK = 8192  # rows per float64 chunk of the statistics
 class CacheWriter:
     """Appends shards to a cache folder; ``finish`` computes statistics and marks the cache complete.
 
-    After each shard the manifest is written again with ``complete: false``, so a killed harvest continues at the
-    next shard: pass ``resume=True`` and skip what ``manifest.n_contexts`` already covers.
+    After each shard a partial manifest is written, so a killed harvest continues at the next shard: pass
+    ``resume=True`` and skip what ``manifest.n_contexts`` already covers. ``complete`` says that nothing is missing.
     """
 
     def __init__(self, folder: Folder, manifest: Manifest, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -33,8 +33,10 @@ class CacheWriter:
         self.folder, self.manifest = folder, manifest
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
         prepare(folder, overwrite=overwrite, resume=resume)
-        if resume and folder.exists(MANIFEST):
-            self._continue(Manifest.from_json(folder.read(MANIFEST).decode(), folder.url))
+        self.complete = resume and folder.exists(MANIFEST)
+        if self.complete or (resume and folder.exists(PARTIAL)):
+            text = folder.read(MANIFEST if self.complete else PARTIAL).decode()
+            self._continue(Manifest.from_json(text, folder.url))
         else:
             self._save()
 
@@ -52,7 +54,7 @@ class CacheWriter:
         self.manifest = found
 
     def _save(self) -> None:
-        self.folder.write(MANIFEST, self.manifest.to_json().encode())
+        self.folder.write(PARTIAL, self.manifest.to_json().encode())
 
     def write_shard(
         self,
@@ -110,14 +112,17 @@ class CacheWriter:
         self.folder.write(VOCABULARY, json.dumps(strings, ensure_ascii=False).encode())
 
     def truncate(self, n_shards: int) -> None:
-        """Forget shards from ``n_shards`` on: they are written again."""
+        """Forget shards from ``n_shards`` on: they are written again. Leaves a complete cache alone."""
+        if self.complete:
+            return
         del self.manifest.shards[n_shards:]
         self._save()
 
     def finish(self) -> Manifest:
         """Record the held-out split and the training rows' statistics; the cache can now be opened."""
         finish(self.folder, self.manifest)
-        self._save()
+        publish(self.folder, self.manifest)
+        self.complete = True
         return self.manifest
 
 
@@ -131,12 +136,12 @@ def prepare(folder: Folder, *, overwrite: bool, resume: bool, dry: bool = False)
         return
     if not overwrite:
         raise UserError(f"{folder.url} already exists; pass overwrite to replace it or resume to continue it")
-    if MANIFEST not in names:
+    if not {MANIFEST, PARTIAL} & set(names):
         raise UserError(f"{folder.url} is not an activation cache and is not overwritten; choose another folder")
     if dry:
         return
-    folder.remove(MANIFEST)
-    folder.remove(VOCABULARY)
+    for name in (MANIFEST, PARTIAL, VOCABULARY):
+        folder.remove(name)
     for name in names:
         if name.startswith(("shard_", ".shard_")):
             folder.remove(name)
@@ -172,7 +177,12 @@ def finish(folder: Folder, manifest: Manifest) -> None:
         total, moments = total + part[0], moments + part[1]
         first += shard.rows
     manifest.set_statistics(training, total.tolist(), *moments.tolist())
-    manifest.complete = True
+
+
+def publish(folder: Folder, manifest: Manifest) -> None:
+    """Write the manifest that makes the folder a cache."""
+    folder.write(MANIFEST, manifest.to_json().encode())
+    folder.remove(PARTIAL)
 
 
 def _held_out_row(folder: Folder, manifest: Manifest) -> int:

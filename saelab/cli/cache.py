@@ -1,0 +1,103 @@
+"""``saelab cache``: look at, check and join activation caches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from rich.table import Table
+
+from saelab.cli.common import console, out, parse, print_json, progress_bar
+from saelab.data.cache import ActivationCache
+from saelab.data.cache.tools import caches_in, describe, merge
+from saelab.errors import UserError, near_matches
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Say what a cache holds, where it comes from, and its statistics."""
+
+    cache: tyro.conf.Positional[str]
+    """Folder or URL of a cache, or of a harvest of several hooks."""
+    json: bool = False
+    """Print it as JSON on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Check every byte of a cache against its checksums; exit code 2 names the first damaged shard."""
+
+    cache: tyro.conf.Positional[str]
+    """Folder or URL of a cache, or of a harvest of several hooks."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Join caches of the same hook of the same model into a new one."""
+
+    caches: tyro.conf.Positional[tuple[str, ...]]
+    """Folders or URLs of the caches, in order."""
+    out: str
+    """Folder or URL of the new cache."""
+    overwrite: bool = False
+    """Replace an existing cache."""
+    json: bool = False
+    """Print a description of the new cache as JSON on stdout."""
+
+
+ACTIONS = {"info": Info, "verify": Verify, "merge": Merge}
+
+
+def main(args: Sequence[str]) -> None:
+    """Dispatch to info, verify or merge."""
+    if not args or args[0] in {"-h", "--help"}:
+        for name, cls in ACTIONS.items():
+            out.print(f"saelab cache [bold]{name:<8}[/] {cls.__doc__}")
+        return
+    if args[0] not in ACTIONS:
+        raise UserError(f"unknown action {args[0]!r}: {near_matches(args[0], ACTIONS)}")
+    options: Any = parse(ACTIONS[args[0]], f"cache {args[0]}", args[1:], ACTIONS[args[0]].__doc__ or "")
+    {"info": info, "verify": verify, "merge": join}[args[0]](options)
+
+
+def info(options: Info) -> None:
+    found = [describe(cache) for cache in caches_in(options.cache)]
+    if options.json:
+        print_json(found[0] if len(found) == 1 else found)
+        return
+    for description in found:
+        out.print(_table(description))
+
+
+def verify(options: Verify) -> None:
+    caches = caches_in(options.cache)
+    with progress_bar() as bar:
+        for cache in caches:
+            task = bar.add_task(cache.hook_name or cache.path, total=len(cache.manifest.shards))
+            cache.verify(progress=lambda done, total, task=task: bar.update(task, completed=done))
+    shards = sum(len(cache.manifest.shards) for cache in caches)
+    if options.json:
+        print_json({"path": options.cache, "shards": shards, "intact": True})
+    else:
+        out.print(f"{options.cache}: all {shards} shards are intact")
+
+
+def join(options: Merge) -> None:
+    with console.status("merging"):
+        merged = merge([ActivationCache(path) for path in options.caches], options.out, overwrite=options.overwrite)
+    if options.json:
+        print_json(describe(merged))
+    else:
+        out.print(_table(describe(merged)))
+
+
+def _table(description: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None)
+    for name, value in description.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        table.add_row(f"[bold]{name}[/]", f"{shown:.6g}" if isinstance(shown, float) else str(shown))
+    return table

@@ -1,0 +1,89 @@
+"""``saelab harvest``: text through a language model into an activation cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from saelab.cli.common import console, out, parse, print_json, progress_bar
+from saelab.data.cache.tools import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which model, where in it, on which text."""
+
+    out: str
+    """Folder or URL of the cache; with several hooks, each gets a sub-folder."""
+    hook: tuple[str, ...] = ("blocks.9.hook_resid_post",)
+    """Hook points: TransformerLens names or Hugging Face module paths."""
+    model: str = "smollm2"
+    """Language model: `smollm2`, a hub id or a local folder."""
+    text: str = "wiki-sample"
+    """Text: `wiki-sample`, a .txt, .jsonl or .parquet file, a folder of them, or a dataset's hub id."""
+    text_split: str = "train"
+    """Split of a dataset."""
+    text_column: str | None = None
+    """Field with the text; by default `text`, or the only text field."""
+    device: str | None = None
+    """Where the model runs; by default an accelerator if there is one."""
+    model_dtype: str = "float32"
+    """Precision the model runs in."""
+    overwrite: bool = False
+    """Replace an existing cache."""
+    resume: bool = False
+    """Go on with an interrupted harvest of the same settings; a finished one is left as it is."""
+    json: bool = False
+    """Print a description of the caches as JSON on stdout."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse, load the model, harvest with a progress bar, say what came out."""
+    # Imported here: the settings belong to the gateway of the language models.
+    from saelab.lm import HarvestConfig
+
+    cls = dataclasses.make_dataclass("HarvestOptions", [], bases=(HarvestConfig, Options), frozen=True)
+    options: Any = parse(cls, "harvest", args, "Cache a language model's activations at some hook points.")
+    config = HarvestConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(HarvestConfig)})
+    try:
+        run(options, config)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command with --resume goes on after the last complete shard")
+        sys.exit(130)
+
+
+def run(options: Any, config: Any) -> None:
+    """Harvest as the options say."""
+    from saelab.data.text import open_text
+    from saelab.lm import harvest, load_model
+
+    source = open_text(options.text, split=options.text_split, column=options.text_column)
+    with console.status(f"loading {options.model} (converted on first use)"):
+        model = load_model(options.model, device=options.device, dtype=options.model_dtype)
+    hooks = options.hook[0] if len(options.hook) == 1 else options.hook
+    with progress_bar() as bar:
+        task = bar.add_task("harvest", total=config.contexts * config.context_length)
+        caches = harvest(
+            model,
+            hooks,
+            source,
+            options.out,
+            config,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    found = [describe(cache) for cache in (caches.values() if isinstance(caches, dict) else [caches])]
+    if options.json:
+        print_json(found[0] if len(found) == 1 else found)
+        return
+    for cache in found:
+        out.print(
+            f"{cache['rows']:,} activations of {cache['hook_name']} (d_in {cache['d_in']}, {cache['dtype']}, "
+            f"mean norm {cache['mean_norm']:.4g}) from {cache['documents']} documents of {cache['text']}"
+        )
+        out.print(f"saved to {cache['path']}")
+    if found[0]["tokens"] < config.tokens:
+        console.print(f"{options.text} ended after {found[0]['tokens']:,} of {config.tokens:,} tokens")

@@ -1,0 +1,124 @@
+"""Looking after caches: what is in them, and joining several into one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import safetensors.torch
+
+from saelab.data.cache.manifest import MANIFEST, VOCABULARY, Manifest, ShardInfo
+from saelab.data.cache.reader import ActivationCache
+from saelab.data.cache.storage import Folder
+from saelab.data.cache.writer import finish, prepare, publish
+from saelab.errors import UserError
+
+# Rows of caches that differ in one of these do not belong together.
+_ALIKE = (
+    *("d_in", "dtype", "hook_name", "hf_hook_name", "weights_fingerprint", "tokenizer_hash", "context_length"),
+    *("bos", "skip_first", "max_norm", "has_grads"),
+)
+
+
+def caches_in(path: str | os.PathLike[str]) -> list[ActivationCache]:
+    """The cache at ``path``, or those in its sub-folders: what a harvest of several hooks writes."""
+    folder = Folder(path)
+    if folder.exists(MANIFEST):
+        return [ActivationCache(path)]
+    found = [folder.sub(name) for name in folder.names() if folder.sub(name).exists(MANIFEST)]
+    return [ActivationCache(sub.url) for sub in found] or [ActivationCache(path)]
+
+
+def describe(cache: ActivationCache) -> dict[str, Any]:
+    """What a person wants to know of a cache; sizes in bytes, norms in raw units."""
+    m = cache.manifest
+    return {
+        "path": cache.path,
+        "hook_name": m.hook_name,
+        "hf_hook_name": m.hf_hook_name,
+        "model": m.model,
+        "revision": m.revision,
+        "text": m.text,
+        "rows": cache.n_rows,
+        "train_rows": cache.n_split("train"),
+        "held_out_rows": cache.n_split("held_out"),
+        "tokens": m.n_tokens,
+        "contexts": m.n_contexts,
+        "documents": m.n_documents,
+        "context_length": m.context_length,
+        "bos": m.bos,
+        "skip_first": m.skip_first,
+        "max_norm": m.max_norm,
+        "dropped_rows": m.dropped_rows,
+        "d_in": m.d_in,
+        "dtype": m.dtype,
+        "gradients": m.has_grads,
+        "shards": len(m.shards),
+        "bytes": sum(shard.bytes for shard in m.shards),
+        "rms_norm": m.rms_norm,
+        "mean_norm": m.mean_norm,
+        "variance": m.variance,
+        "scale": m.scale,
+        "fingerprint": cache.fingerprint,
+    }
+
+
+def merge(
+    caches: Sequence[ActivationCache], out: str | os.PathLike[str], *, overwrite: bool = False
+) -> ActivationCache:
+    """Join caches of the same hook of the same model, in the given order, into a new one.
+
+    Shards are copied; the held-out split (the last contexts of the whole) and the statistics are computed anew.
+    Gradients stored with different scales get the smallest of them, which costs nothing but the last bits of
+    entries that were already close to zero.
+    """
+    if not caches:
+        raise UserError("nothing to merge; name at least one cache")
+    first = caches[0].manifest
+    for cache in caches[1:]:
+        for name in _ALIKE:
+            a, b = getattr(first, name), getattr(cache.manifest, name)
+            if a != b:
+                raise UserError(f"cannot merge {cache.path}: its {name} is {b!r}, that of {caches[0].path} is {a!r}")
+    folder = Folder(out)
+    prepare(folder, overwrite=overwrite, resume=False)
+    texts = list(dict.fromkeys(cache.manifest.text for cache in caches))
+    joined = "".join(cache.manifest.text_fingerprint for cache in caches)
+    scales = [cache.manifest.grad_scale for cache in caches if cache.manifest.grad_scale is not None]
+    manifest = replace(
+        first,
+        text=" + ".join(texts),
+        text_fingerprint=hashlib.sha256(joined.encode()).hexdigest()[:16],
+        grad_scale=min(scales, default=None),
+        settings={},
+        shards=[],
+        n_documents=0,
+    )
+    for cache in caches:
+        _append(folder, manifest, cache)
+    finish(folder, manifest)
+    if caches[0].folder.exists(VOCABULARY):
+        folder.write(VOCABULARY, caches[0].folder.read(VOCABULARY))
+    publish(folder, manifest)
+    return ActivationCache(out)
+
+
+def _append(folder: Folder, manifest: Manifest, cache: ActivationCache) -> None:
+    for shard in cache.manifest.shards:
+        data = cache.folder.read(shard.file)
+        if hashlib.sha256(data).hexdigest() != shard.sha256:
+            raise UserError(f"{cache.path}/{shard.file} is corrupted (checksum differs); harvest the cache again")
+        if cache.manifest.grad_scale != manifest.grad_scale:
+            tensors = safetensors.torch.load(data)
+            factor = (manifest.grad_scale or 1.0) / (cache.manifest.grad_scale or 1.0)
+            tensors["grads"] = tensors["grads"] * factor
+            data = safetensors.torch.save(tensors)
+        name = f"shard_{len(manifest.shards):05d}.safetensors"
+        folder.write(name, data)
+        offset = shard.document_offset + manifest.n_documents
+        digest = hashlib.sha256(data).hexdigest()
+        manifest.shards.append(ShardInfo(name, shard.rows, shard.tokens, shard.contexts, digest, len(data), offset))
+    manifest.n_documents += cache.manifest.n_documents
