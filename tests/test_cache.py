@@ -179,3 +179,12 @@ def test_a_remote_cache_reads_the_same(tmp_path: Path) -> None:
     assert torch.equal(remote.read(rows).acts, acts[rows])
     assert remote.tokens_window(305, 3, 2)[0].tolist() == local.tokens_window(305, 3, 2)[0].tolist()
     assert remote.fingerprint == local.fingerprint
+
+
+def test_passes_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
+    _, acts = make(tmp_path / "c")
+    cache = ActivationCache(tmp_path / "c", window_bytes=20_000)
+    for _ in range(2):  # the second time round, both use memory that the first has left
+        for a, b in zip(cache.batches(64), cache.batches(64, seed=5), strict=True):
+            assert torch.equal(a.acts, acts[a.rows])
+            assert torch.equal(b.acts, acts[b.rows])

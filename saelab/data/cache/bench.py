@@ -1,7 +1,8 @@
 """How fast a cache is read: ``python -m saelab.data.cache.bench``.
 
 Writes a cache, then reads it in turns with token-level shuffling, in corpus order, and as a plain copy of its files
-(what the memory can do). GB/s count bytes on disk; batches come out as float32.
+(what the memory can do). GB/s count bytes on disk; batches come out as float32. GB per CPU second is what one core
+would do alone: it holds on a busy machine, where the other column does not.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ def make(folder: Path, rows: int, d_in: int, dtype: str) -> ActivationCache:
     return ActivationCache.from_tensors(folder, acts, dtype=dtype, shard_rows=1 << 16, held_out=0)
 
 
-def timed(job: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def timed(job: Callable[[], None]) -> tuple[float, float]:
+    """Seconds, and seconds of processor time over all threads."""
+    start, cpu = time.perf_counter(), time.process_time()
     job()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
-def compare(rows: int, d_in: int, dtype: str, batch_size: int, window_bytes: int, rounds: int) -> dict[str, float]:
-    """Median GB/s of each way of reading."""
+def compare(
+    rows: int, d_in: int, dtype: str, batch_size: int, window_bytes: int, rounds: int
+) -> dict[str, tuple[float, float]]:
+    """GB/s and GB per CPU second of each way of reading: medians over the rounds."""
     with tempfile.TemporaryDirectory() as temporary:
         make(Path(temporary) / "cache", rows, d_in, dtype)
         cache = ActivationCache(Path(temporary) / "cache", window_bytes=window_bytes)
@@ -50,12 +54,13 @@ def compare(rows: int, d_in: int, dtype: str, batch_size: int, window_bytes: int
             "corpus order": lambda: read(None),
             "plain copy": copy,
         }
-        times: dict[str, list[float]] = {name: [] for name in jobs}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
         for _ in range(rounds):
             for name, job in jobs.items():
                 times[name].append(timed(job))
     # The first round brings the file into the page cache and maps it.
-    return {name: gigabytes / statistics.median(found[1:]) for name, found in times.items()}
+    columns = {name: list(zip(*found[1:])) for name, found in times.items()}
+    return {name: tuple(gigabytes / statistics.median(c) for c in found) for name, found in columns.items()}
 
 
 def main() -> None:
@@ -68,8 +73,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="times each way is run, the first not counted")
     options = parser.parse_args()
     found = compare(options.rows, options.d_in, options.dtype, options.batch_size, options.window_bytes, options.rounds)
-    for name, speed in found.items():
-        sys.stdout.write(f"{name:<14} {speed:.2f} GB/s\n")
+    for name, (wall, cpu) in found.items():
+        sys.stdout.write(f"{name:<14} {wall:6.2f} GB/s {cpu:6.2f} GB per CPU second\n")
 
 
 if __name__ == "__main__":

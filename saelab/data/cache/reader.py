@@ -16,7 +16,7 @@ from saelab.data.cache.manifest import MANIFEST, PARTIAL, VOCABULARY, Manifest, 
 from saelab.data.cache.order import BLOCK, Order
 from saelab.data.cache.shards import Shards
 from saelab.data.cache.storage import Folder
-from saelab.data.cache.stream import Batch, make_batch, stream
+from saelab.data.cache.stream import Batch, Buffers, make_batch, stream
 from saelab.data.cache.writer import CacheWriter
 from saelab.errors import UserError
 
@@ -51,6 +51,7 @@ class ActivationCache:
                     "restore it or harvest the cache again"
                 )
         self.shards = Shards(self.folder, self.manifest)
+        self._buffers = Buffers()
         self._vocabulary = functools.cache(self._read_vocabulary)
         if verify:
             self.verify()
@@ -174,10 +175,11 @@ class ActivationCache:
         count = self.n_batches(batch_size, split, drop_last)
         self._need_grads(grads)
         first, stop = self.split_rows(split)
-        row_bytes = self.d_in * getattr(torch, self.manifest.dtype).itemsize * (2 if grads else 1)
-        order = Order(first, stop - first, seed, epoch, max(self.window_bytes // (row_bytes * BLOCK), 1))
+        names = self._names(grads)
+        window_blocks = max(self.window_bytes // (self.shards.row_bytes(names) * BLOCK), 1)
+        order = Order(first, stop - first, seed, epoch, window_blocks)
         end = min(count * batch_size, stop - first)
-        return stream(self.shards, order, self._names(grads), batch_size, start * batch_size, end)
+        return stream(self.shards, self._buffers, order, names, batch_size, start * batch_size, end)
 
     def _names(self, grads: bool) -> tuple[str, ...]:
         return ("acts", "tokens", "grads") if grads else ("acts", "tokens")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,6 +29,11 @@ class Shards:
 
     def _open(self, index: int) -> dict[str, Column]:
         return self.folder.tensors(self.manifest.shards[index].file)
+
+    def row_bytes(self, names: Sequence[str]) -> int:
+        """Bytes of one row of the named tensors on disk."""
+        columns = self.columns(0)
+        return sum(math.prod(columns[name].shape[1:]) * columns[name].dtype.itemsize for name in names)
 
     def locate(self, row: int) -> tuple[int, int]:
         """Shard number and row within the shard."""

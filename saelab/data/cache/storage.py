@@ -154,7 +154,7 @@ class MappedColumn(Column):
         return [self.tensor[start:stop] for start, stop in spans]
 
     def take(self, rows: Int[Tensor, " m"]) -> Tensor:
-        return self.tensor[rows]
+        return self.tensor.index_select(0, rows)
 
 
 @dataclass

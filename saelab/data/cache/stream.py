@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.order import Order, Window, read_ahead
+from saelab.data.cache.order import BLOCK, Order, Window, read_ahead
 from saelab.data.cache.shards import Shards
 from saelab.errors import UserError
 
@@ -23,20 +26,50 @@ class Batch(NamedTuple):
     rows: Int[Tensor, " n"]  # row numbers in the cache
 
 
+class Buffers:
+    """Memory for windows, kept between passes: getting fresh memory takes longer than filling it."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    @contextmanager
+    def pair(self, size: int) -> Iterator[list[Tensor]]:
+        """Two buffers of ``size`` bytes: one to read from while the other fills."""
+        held = []
+        for _ in range(2):
+            found = self._free.pop() if self._free else torch.empty(0, dtype=torch.uint8)
+            held.append(found if len(found) >= size else torch.empty(size, dtype=torch.uint8))
+        try:
+            yield held
+        finally:
+            self._free += held
+
+
 def stream(
-    shards: Shards, order: Order, names: Sequence[str], batch_size: int, start: int, end: int
+    shards: Shards, buffers: Buffers, order: Order, names: Sequence[str], batch_size: int, start: int, end: int
 ) -> Iterator[Batch]:
     """Rows ``start : end`` of a pass, as batches."""
-    loaded = ((window, _load(shards, window, names)) for window in order.windows(start))
-    cut = _cut(read_ahead(loaded, 1), batch_size, end - start)
-    yield from read_ahead((make_batch(shards, parts) for parts in cut), 2)
+    size = min(order.window_blocks * BLOCK, order.n) * shards.row_bytes(names)
+    with buffers.pair(size) as pair:
+        # By the time a third window loads, nothing reads from the first any more: batches hold copies.
+        windows = zip(order.windows(start), itertools.cycle(pair))
+        loaded = ((window, _load(shards, window, names, buffer)) for window, buffer in windows)
+        cut = _cut(read_ahead(loaded, 1), batch_size, end - start)
+        yield from read_ahead((make_batch(shards, parts) for parts in cut), 2)
 
 
-def _load(shards: Shards, window: Window, names: Sequence[str]) -> dict[str, Tensor]:
-    """The window's rows in corpus order; views of the file when they lie in one piece."""
-    parts = shards.pieces(window.spans, names)
-    held = {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for name, pieces in parts.items()}
-    held["rows"] = window.rows()
+def _load(shards: Shards, window: Window, names: Sequence[str], buffer: Tensor) -> dict[str, Tensor]:
+    """The window's rows in corpus order; a view of the file where they lie in one piece, else in ``buffer``."""
+    held: dict[str, Tensor] = {"rows": window.rows()}
+    used = 0
+    for name, pieces in shards.pieces(window.spans, names).items():
+        if len(pieces) == 1:
+            held[name] = pieces[0]
+            continue
+        shape, dtype = (window.length, *pieces[0].shape[1:]), pieces[0].dtype
+        room = buffer[used : used + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        held[name] = torch.cat(pieces, out=room)
+        used += room.nbytes
     return held
 
 
@@ -50,8 +83,7 @@ def _cut(
         at = window.skip
         while at < window.length and remaining > 0:
             take = min(missing, window.length - at)
-            pick = window.picks(at, at + take)
-            parts.append({name: tensor[pick] for name, tensor in held.items()})
+            parts.append({name: window.pick(loaded, at, at + take) for name, loaded in held.items()})
             at, missing, remaining = at + take, missing - take, remaining - take
             if missing == 0:
                 yield parts
@@ -63,11 +95,11 @@ def make_batch(shards: Shards, parts: list[dict[str, Tensor]]) -> Batch:
     held = parts[0]
     if len(parts) > 1:
         held = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    acts, rows = held["acts"].float(), held["rows"].clone()
+    acts, rows = held["acts"].float(), held["rows"]
     _check_finite(shards, acts, rows)
     grads = None
     if "grads" in held:
-        grads = held["grads"].float() / (shards.manifest.grad_scale or 1.0)
+        grads = held["grads"].float().div_(shards.manifest.grad_scale or 1.0)
     return Batch(acts, grads, held["tokens"].long(), rows)
 
 
