@@ -15,7 +15,7 @@ from saelab import checkpoint
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.evaluate import EvaluateConfig, edited, evaluate
+from saelab.evaluate import EvaluateConfig, Site, edited, evaluate, spliced
 from saelab.sae import build
 
 D, VOCAB, T = 12, 40, 16
@@ -59,7 +59,7 @@ def world(tmp_path):
         for _ in range(T - 1):  # text that the model itself wrote, so that ablations cost something
             tokens = torch.cat([tokens, model(tokens).logits[:, -1].softmax(-1).multinomial(1)], 1)
     seen = []
-    with torch.no_grad(), edited(model.layers[1], lambda h: seen.append(h) or h):
+    with torch.no_grad(), edited(Site(model.layers[1]), lambda h: seen.append(h) or h):
         model(tokens)
     cache = ActivationCache.from_tensors(
         tmp_path / "cache", seen[0], tokens, held_out=0.25, model="toy", hook_name="blocks.1.hook_resid_post",
@@ -75,7 +75,7 @@ def _plain_losses(world, edit, contexts):
     """CE and log-probabilities by one full forward pass per context and variant."""
     ce, logps = [], []
     for tokens in contexts:
-        with torch.no_grad(), edited(world.model.layers[1], edit):
+        with torch.no_grad(), edited(Site(world.model.layers[1]), edit):
             logits = world.model(tokens[None]).logits[0, :-1].double()
         ce.append(F.cross_entropy(logits, tokens[1:], reduction="none"))
         logps.append(logits.log_softmax(-1))
@@ -144,7 +144,7 @@ def test_untouched_positions_stay_untouched_and_ablations_are_reused(world):
 
 
 def _logits(world, tokens, edit):
-    with torch.no_grad(), edited(world.model.layers[1], edit):
+    with torch.no_grad(), edited(Site(world.model.layers[1]), edit):
         return world.model(tokens[None]).logits[0]
 
 
@@ -203,3 +203,23 @@ def test_command_writes_evaluation_json(world, capsys):
         main(["evaluate", str(world.path / "other"), "--cache", str(world.path / "cache")])
     assert error.value.code == 2
     assert not (world.path / "other" / "evaluation.json").exists()
+
+
+def test_several_saes_share_one_pass(world):
+    other = build("topk", d_in=D, d_sae=24, k=3).eval()
+    config = EvaluateConfig(density_tokens=0)
+    run = spliced({"a": world.sae, "b": other}, world.cache, world.model, config)
+    for name, sae in (("a", world.sae), ("b", other)):
+        alone = evaluate(sae, world.cache, world.model, config)
+        # one run batches another number of variants: float32 sums in another order
+        together = run.sums[name].estimates()
+        assert together["ce_loss_with_sae"].value == pytest.approx(alone["ce_loss_with_sae"], rel=1e-5)
+        assert together["kl_div_with_sae"].value == pytest.approx(alone["kl_div_with_sae"], rel=1e-4)
+
+
+def test_the_input_of_a_module_can_be_replaced(world):
+    tokens = world.tokens[:2]
+    with torch.no_grad(), edited(Site(world.model.layers[2], "in"), torch.zeros_like):
+        by_input = world.model(tokens).logits
+    with torch.no_grad(), edited(Site(world.model.layers[1]), torch.zeros_like):
+        torch.testing.assert_close(world.model(tokens).logits, by_input)

@@ -13,7 +13,7 @@ from torch import nn
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.evaluate import EvaluateConfig, evaluate, saebench
+from saelab.evaluate import EvaluateConfig, Site, evaluate, saebench
 from saelab.evaluate.absorption import absorbed, absorption, split_latents, words_by_letter
 from saelab.evaluate.labelled import Passages, Pooled, from_cache, from_texts, pool, read_jsonl
 from saelab.evaluate.perturb import ablate, scr, tpp
@@ -254,11 +254,11 @@ def test_texts_run_to_the_hook_and_no_further():
     def encode(text):
         return [0, *[int(word) for word in text.split()]]
 
-    got = from_texts(model, model.embed, encode, ["3 4", "5"], {"y": ["a", "b"]}, source="set")
+    got = from_texts(model, Site(model.embed), encode, ["3 4", "5"], {"y": ["a", "b"]}, source="set")
     assert got.owner.tolist() == [0, 0, 1]
     torch.testing.assert_close(got.acts, model.embed.weight[[3, 4, 5]].detach())
     with pytest.raises(UserError, match="example 2"):
-        from_texts(model, model.embed, encode, ["3", ""], {"y": ["a", "b"]}, source="set")
+        from_texts(model, Site(model.embed), encode, ["3", ""], {"y": ["a", "b"]}, source="set")
 
 
 def test_saebench_document_has_the_shape_its_plots_read(tmp_path):

@@ -24,6 +24,7 @@ COMMANDS = {
     "index": "describe every latent of a run over a corpus",
     "plan": "estimate what a large SAE costs on many GPUs",
     "evaluate": "measure a run on held-out activations and in the language model",
+    "reproduce": "run a paper's headline claims, with a verdict for each",
 }
 
 

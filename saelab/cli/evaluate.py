@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +58,9 @@ def run(folder: Path, cache_folder: Path, model_name: str | None, config: Evalua
     if config.lm_tokens and not name:
         console.print("the cache names no model: cross-entropy and KL are left out; give one with --model")
     elif config.lm_tokens:
-        model = importlib.import_module("saelab.lm").load_hf_model(name)
+        from saelab.lm import load_model
+
+        model = load_model(name)
     with progress_bar() as bar:
         tasks: dict[str, int] = {}
 

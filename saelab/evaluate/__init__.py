@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.evaluate.offline import Progress, check_pair, count_firing, reconstruction
 from saelab.evaluate.report import Evaluation
-from saelab.evaluate.splice import SplicedRun, edited
+from saelab.evaluate.site import check_same_model, locate
+from saelab.evaluate.splice import Replace, Site, SplicedRun, edited
 from saelab.sae import SAE
 
-__all__ = ["EvaluateConfig", "Evaluation", "edited", "evaluate"]
+__all__ = ["EvaluateConfig", "Evaluation", "Site", "edited", "evaluate", "locate", "spliced"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,15 @@ class EvaluateConfig:
 def evaluate(
     sae: SAE,
     cache: ActivationCache,
-    model: nn.Module | None = None,
+    model: Any = None,
     config: EvaluateConfig | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure ``sae`` (in raw units, as :func:`saelab.checkpoint.load_sae` gives it) on a cache.
 
-    ``model`` is the Hugging Face causal language model that the cache was harvested from; without it, or with
-    ``lm_tokens=0``, cross-entropy and KL are left out. The SAE is evaluated in eval mode.
+    ``model`` is the language model that the cache was harvested from, as :func:`saelab.load_model` gives it or as a
+    plain Hugging Face causal model; without it, or with ``lm_tokens=0``, cross-entropy and KL are left out. The SAE is
+    evaluated in eval mode.
     """
     config = config or EvaluateConfig()
     check_pair(sae, cache, config.split)
@@ -82,8 +85,8 @@ def evaluate(
         metrics |= firing.estimates()
         timing = {"seconds_reconstruction": seconds_offline}
         if model is not None and config.lm_tokens:
-            run = spliced(sae, cache, model, config, progress)
-            metrics |= run.sums.estimates(seed=config.seed)
+            run = spliced({"sae": sae}, cache, model, config, progress)
+            metrics |= run.sums["sae"].estimates(seed=config.seed)
             timing |= _timing(run, time.perf_counter() - started)
     finally:
         sae.train(was_training)
@@ -92,23 +95,30 @@ def evaluate(
 
 
 def spliced(
-    sae: SAE, cache: ActivationCache, model: nn.Module, config: EvaluateConfig, progress: Progress | None = None
+    saes: Mapping[str, SAE],
+    cache: ActivationCache,
+    model: Any,
+    config: EvaluateConfig,
+    progress: Progress | None = None,
 ) -> SplicedRun:
-    """Run the first ``lm_tokens`` tokens of the split, by whole contexts, with the SAE spliced in."""
+    """Run the first ``lm_tokens`` tokens of the split, by whole contexts, with each SAE spliced in by turns."""
     manifest = cache.manifest
 
-    def replace(x: Tensor, rows: Tensor) -> Tensor:
-        grads = cache.read(rows, grads=True).grads if config.use_gradients else None
-        return sae(x.to(sae.device), None if grads is None else grads.to(sae.device)).to(x.device)
+    def replacing(sae: SAE) -> Replace:
+        def replace(x: Tensor, rows: Tensor) -> Tensor:
+            grads = cache.read(rows, grads=True).grads if config.use_gradients else None
+            return sae(x.to(sae.device), None if grads is None else grads.to(sae.device)).to(x.device)
 
+        return replace
+
+    plain, site = locate(model, cache)
     mean = torch.tensor(manifest.mean, dtype=torch.float32)
-    residual = "resid" in manifest.hook_name
-    run = SplicedRun(model, hooked_module(model, manifest.hf_hook_name), mean, replace, residual)
-    done, total = 0, 0
-    total = min(config.lm_tokens, cache.n_split(config.split))
+    replace = {name: replacing(sae) for name, sae in saes.items()}
+    run = SplicedRun(plain, site, mean, replace, residual="hook_resid" in manifest.hook_name)
+    done, total = 0, min(config.lm_tokens, cache.n_split(config.split))
     for tokens, rows in cache.contexts(config.split):
         if done == 0:
-            check_same_model(model, run.module, cache, tokens, rows)
+            check_same_model(plain, site, cache, tokens, rows)
         run.add(tokens, rows)
         done += int((rows >= 0).sum())
         if progress is not None:
@@ -116,39 +126,6 @@ def spliced(
         if done >= total:
             break
     return run
-
-
-def hooked_module(model: nn.Module, hf_hook_name: str) -> nn.Module:
-    """The module whose output the cache holds."""
-    try:
-        return model.get_submodule(hf_hook_name)
-    except AttributeError as error:
-        raise UserError(f"the model has no module {hf_hook_name!r}, where the cache was harvested") from error
-
-
-@torch.no_grad()
-def check_same_model(model: nn.Module, module: nn.Module, cache: ActivationCache, tokens: Tensor, rows: Tensor) -> None:
-    """Refuse a model that does not produce what the cache holds, judged on one context.
-
-    Stored values are rounded to the cache's dtype, so agreement is asked to 2 % of their norm.
-    """
-    seen: list[Tensor] = []
-
-    def look(acts: Tensor) -> Tensor:
-        seen.append(acts[0])
-        return acts
-
-    with edited(module, look):
-        model(input_ids=tokens[None], use_cache=False)
-    stored = cache.read(rows[rows >= 0]).acts
-    if seen[0].shape[-1] != stored.shape[1]:
-        raise UserError(f"the model's activations have width {seen[0].shape[-1]}, the cache's {stored.shape[1]}")
-    live = seen[0][rows >= 0].float()
-    if not (live - stored).norm() <= 0.02 * stored.norm():
-        raise UserError(
-            f"{cache.path} was harvested from another model than the one given "
-            f"({cache.manifest.model or 'unnamed'} at {cache.hook_name}); pass that model"
-        )
 
 
 def _timing(run: SplicedRun, seconds: float) -> dict[str, float]:

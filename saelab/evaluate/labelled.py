@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
 from saelab.errors import UserError
-from saelab.evaluate.splice import edited
+from saelab.evaluate.splice import Site, edited
 from saelab.sae import SAE
 
 YEAR = re.compile(r"\b1[0-9]{3}\b|\b20[0-2][0-9]\b")
@@ -157,7 +157,7 @@ class _Reached(Exception):
 @torch.no_grad()
 def from_texts(
     model: nn.Module,
-    module: nn.Module,
+    site: Site,
     encode: Callable[[str], list[int]],
     texts: Sequence[str],
     labels: Mapping[str, Sequence[str]],
@@ -181,7 +181,7 @@ def from_texts(
             acts.append(hidden[0, skip_first:].float())
             raise _Reached
 
-        with edited(module, keep):
+        with edited(site, keep):
             try:
                 model(input_ids=ids[None], use_cache=False)
             except _Reached:

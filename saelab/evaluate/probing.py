@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from saelab.errors import UserError
 from saelab.evaluate.labelled import Passages, Pooled, frequent
@@ -57,7 +58,8 @@ def tasks(values: np.ndarray, seed: int = 0, min_class: int = MIN_CLASS, test_sh
 
 def logistic(x: np.ndarray, y: np.ndarray, C: float = 1.0) -> LogisticRegression:
     """scikit-learn's logistic regression with L2; hitting its iteration limit is accepted, as SAEBench accepts it."""
-    with warnings.catch_warnings():
+    # On problems this small, threads of the linear algebra library wait for each other longer than they work.
+    with warnings.catch_warnings(), threadpool_limits(limits=1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=C, max_iter=1000).fit(x, y)
 

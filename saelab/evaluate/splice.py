@@ -9,9 +9,10 @@ grows by one copy per variant, and only the layers above see them all.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,20 +36,34 @@ FORMULAS = {
     "kl_recovered_zero": "(kl_zero - kl_sae) / kl_zero",
     "kl_recovered_mean": "(kl_mean - kl_sae) / kl_mean",
 }
-VARIANTS = ("clean", "sae", "zero", "mean")
+ABLATIONS = ("zero", "mean")
 Replace = Callable[[Float[Tensor, "n d_in"], Int[Tensor, " n"]], Float[Tensor, "n d_in"]]
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where activations are read and replaced: the output of ``module``, or its first input (``side="in"``)."""
+
+    module: nn.Module
+    side: str = "out"
+
+
 @contextmanager
-def edited(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Pass the output of ``module`` (the hidden states, where it is a tuple) through ``edit`` while active."""
+def edited(site: Site, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Pass the activations at ``site`` through ``edit`` while active."""
 
-    def hook(_module: nn.Module, _args: object, output: Tensor | tuple) -> Tensor | tuple:
-        if isinstance(output, tuple):
-            return (edit(output[0]), *output[1:])
-        return edit(output)
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
-    handle = module.register_forward_hook(hook)
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
+
+    if site.side == "out":
+        handle = site.module.register_forward_hook(after)
+    else:
+        handle = site.module.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield
     finally:
@@ -57,7 +72,7 @@ def edited(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None
 
 @dataclass
 class LossSums:
-    """Per context: replaced positions, and the sums over them of cross-entropy and KL of each variant."""
+    """Per context: replaced positions, and sums over them, of the untouched model, the SAE, zero and mean."""
 
     n: list[int] = field(default_factory=list)
     ce: list[list[float]] = field(default_factory=list)  # clean, sae, zero, mean
@@ -105,20 +120,26 @@ def _share(part: Array, whole: Array) -> Array:
 
 
 class SplicedRun:
-    """Runs contexts through ``model`` with every variant at once and sums the losses.
+    """Runs contexts through ``model`` with every variant at once and sums the losses of each SAE.
 
-    ``model(input_ids=..., use_cache=False)`` returns an object with ``logits``. ``replace(x, rows)`` gives the
-    reconstruction of the activations ``x [n, d_in]`` whose cache rows are ``rows``. ``residual`` says that the hook
-    carries everything the layers above see: then an ablated context that equals the previous one bit for bit (all
-    positions but an identical first one are ablated) reuses its logits, which is exact and halves the work.
+    ``model(input_ids=..., use_cache=False)`` returns an object with ``logits``. ``replace[name](x, rows)`` gives the
+    reconstruction, by one of several SAEs, of the activations ``x [n, d_in]`` whose cache rows are ``rows``.
+    ``residual`` says that the hook carries everything the layers above see: then an ablated context that equals the
+    previous one bit for bit (all positions but an identical first one are ablated) reuses its logits, which is exact
+    and halves the work.
     """
 
     def __init__(
-        self, model: nn.Module, module: nn.Module, mean: Float[Tensor, " d_in"], replace: Replace, residual: bool
+        self,
+        model: nn.Module,
+        site: Site,
+        mean: Float[Tensor, " d_in"],
+        replace: Mapping[str, Replace],
+        residual: bool,
     ) -> None:
-        self.model, self.module, self.mean, self.replace, self.residual = model, module, mean, replace, residual
-        self.sums = LossSums()
-        self.reused: dict[str, tuple[Tensor, Tensor]] = {}  # variant -> (hidden states, logits) of an earlier context
+        self.model, self.site, self.mean, self.replace, self.residual = model, site, mean, dict(replace), residual
+        self.sums = {name: LossSums() for name in replace}
+        self.reused: dict[str, tuple[Tensor, Tensor]] = {}  # ablation -> (hidden states, logits) of an earlier context
         self.seconds_lm = 0.0  # in the model, SAE excluded
         self.passes_reused = 0
 
@@ -132,19 +153,20 @@ class SplicedRun:
             return
         targets = tokens[1:][at]
         clean = logits["clean"][at].float()
-        lse_clean = clean.logsumexp(dim=1)
-        p = (clean - lse_clean[:, None]).exp_()
-        ce, kl = [_cross_entropy(clean, lse_clean, targets)], []
-        for name in VARIANTS[1:]:
+        lse = clean.logsumexp(dim=1)
+        p = (clean - lse[:, None]).exp_()
+        ce = {"clean": _cross_entropy(clean, lse, targets)}
+        kl = {}
+        for name in [*ABLATIONS, *self.replace]:
             other = logits[name][at].float()
-            lse = other.logsumexp(dim=1)
-            ce.append(_cross_entropy(other, lse, targets))
+            lse_other = other.logsumexp(dim=1)
+            ce[name] = _cross_entropy(other, lse_other, targets)
             # sum_v p_v (log p_v - log q_v); the difference first, so that equal logits give exactly zero
-            divergence = torch.linalg.vecdot(p, clean - other) - (lse_clean - lse)
-            kl.append(float(divergence.double().sum()))
-        self.sums.n.append(at.numel())
-        self.sums.ce.append(ce)
-        self.sums.kl.append(kl)
+            kl[name] = float((torch.linalg.vecdot(p, clean - other) - (lse - lse_other)).double().sum())
+        for name, sums in self.sums.items():
+            sums.n.append(at.numel())
+            sums.ce.append([ce["clean"], ce[name], ce["zero"], ce["mean"]])
+            sums.kl.append([kl[name], kl["zero"], kl["mean"]])
 
     def _logits(self, tokens: Tensor, rows: Tensor) -> dict[str, Tensor]:
         hidden: dict[str, Tensor] = {}
@@ -159,11 +181,11 @@ class SplicedRun:
             return stacked
 
         started = time.perf_counter()
-        with edited(self.module, edit):
+        with edited(self.site, edit):
             out = self.model(input_ids=tokens[None], use_cache=False).logits
         self.seconds_lm += time.perf_counter() - started - seconds_edit
         logits = dict(zip(hidden, out))
-        for name in ("zero", "mean"):
+        for name in ABLATIONS:
             if name not in logits:
                 logits[name] = self.reused[name][1]
                 self.passes_reused += 1
@@ -173,9 +195,11 @@ class SplicedRun:
 
     def _variants(self, acts: Tensor, rows: Tensor) -> dict[str, Tensor]:
         stored = rows >= 0
-        recon = self.replace(acts[stored].float(), rows[stored]).to(acts.dtype)
-        made = {"clean": acts, "sae": acts.index_put((stored,), recon)}
-        for name, value in (("zero", torch.zeros_like(self.mean)), ("mean", self.mean)):
+        x, own = acts[stored].float(), rows[stored]
+        made = {"clean": acts}
+        for name, replace in self.replace.items():
+            made[name] = acts.index_put((stored,), replace(x, own).to(acts.dtype))
+        for name, value in zip(ABLATIONS, (torch.zeros_like(self.mean), self.mean)):
             ablated = torch.where(stored[:, None], value.to(acts.dtype), acts)
             before = self.reused.get(name)
             if before is None or not torch.equal(before[0], ablated):

@@ -1,0 +1,47 @@
+"""The claims ledger: each paper's headline claims, run at the size this machine can run, with a verdict for each."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from saelab.errors import UserError, near_matches
+from saelab.reproduce.ledger import Ledger, Row
+from saelab.reproduce.runs import Lab, Scale
+
+# Each module has synthetic(folder, seeds, quick) -> rows and real(lab, seeds) -> rows.
+PAPERS = {
+    "abs-topk": "saelab.reproduce.abs_topk",
+    "g-sae": "saelab.reproduce.g_sae",
+    "choice": "saelab.reproduce.choice",
+    "mp-sae": "saelab.reproduce.mp_sae",
+}
+
+__all__ = ["PAPERS", "Lab", "Ledger", "Row", "Scale", "reproduce"]
+
+
+def reproduce(
+    paper: str, seeds: Sequence[int] = (0, 1, 2), *, quick: bool = False, lab: Lab | None = None, synthetic: bool = True
+) -> Ledger:
+    """Run a paper's rows: the synthetic ones always, those on real activations where a ``lab`` is given.
+
+    ``quick`` shortens the synthetic rows to seconds each and leaves the others out.
+    """
+    if paper not in PAPERS:
+        raise UserError(f"unknown paper {paper!r}: {near_matches(paper, PAPERS)}")
+    if len(seeds) < 3:
+        raise UserError(f"{len(seeds)} seeds give no interval worth the name; name at least three")
+    module = importlib.import_module(PAPERS[paper])
+    ledger = Ledger(paper, quick, list(seeds))
+    if synthetic:
+        with tempfile.TemporaryDirectory() as folder:
+            ledger.rows += module.synthetic(Path(folder), seeds, quick)
+    if lab is not None and not quick:
+        ledger.settings = asdict(lab.scale)
+        ledger.rows += module.real(lab, seeds)
+    ledger.seconds = time.time() - ledger.started
+    return ledger

@@ -1,0 +1,224 @@
+"""The ledger's arithmetic, the benchmark's pieces, and every paper's rows at toy size."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from saelab.cli import main
+from saelab.data.cache import ActivationCache
+from saelab.data.synthetic import Planted, Tree
+from saelab.errors import UserError
+from saelab.evaluate import Site, edited
+from saelab.reproduce import PAPERS, Lab, Ledger, Row, Scale, abs_topk, choice, g_sae, mp_sae, reproduce
+from saelab.reproduce.ledger import above, below, paired, summary
+from saelab.reproduce.planted import Readout
+from saelab.reproduce.runs import Record, Spec, at_equal_l0
+from saelab.reproduce.toys import STEPS, Toys, clip_each, fit, schedule
+from saelab.reproduce.tree import pursuit, run_pursuit, run_toys, score
+
+D, VOCAB, T = 16, 30, 24
+
+
+def test_verdicts_follow_the_interval():
+    assert below(summary([-1.0, -1.1, -0.9])) == "reproduced"
+    assert below(summary([-1.0, 0.5, -0.9])) == "not reproduced"
+    assert above(summary([1.0, 1.1, 0.9])) == "reproduced"
+    assert above(summary([0.1, -0.1, 0.1])) == "not reproduced"
+    assert paired([3.0, 5.0, 7.0], [1.0, 2.0, 3.0])["values"] == [2, 3, 4]
+
+
+def _record(label, seed, l0, fvu):
+    return Record(Spec(label, "topk", 8, {"k": l0}, seed), {"l0": l0, "fvu": fvu})
+
+
+def test_curves_are_compared_at_equal_l0():
+    """Curve b is curve a plus 0.1, measured at other L0s: only interpolation sees it."""
+    records = []
+    for seed in range(3):
+        for l0 in (8, 16, 32, 64):
+            records.append(_record("a", seed, l0, 1 - 0.1 * np.log(l0)))
+        for l0 in (11, 23, 47):
+            records.append(_record("b", seed, l0, 1.1 - 0.1 * np.log(l0) + 0.001 * seed))
+    gap = at_equal_l0(records, "a", "b", "fvu")
+    assert gap["mean"] == pytest.approx(-0.101)
+    assert gap["l0_range"] == [pytest.approx(11), pytest.approx(47)]
+    single = at_equal_l0(
+        [_record(x, s, l0, f) for s in range(2) for x, l0, f in (("a", 8, 0.5), ("b", 9, 0.4))], "a", "b", "fvu"
+    )
+    assert (single["mean"], single["l0_gap"]) == (pytest.approx(0.1), pytest.approx(1))
+
+
+def test_schedule_is_the_published_one():
+    assert schedule(0, STEPS) == pytest.approx(0.01)
+    assert schedule(99, STEPS) == schedule(11_999, STEPS) == 1
+    assert schedule(13_500, STEPS) == pytest.approx(0.55)
+    assert schedule(STEPS, STEPS) == pytest.approx(0.1)
+
+
+def test_toy_replicas_are_independent():
+    """A replica trains alike alone and beside another, gradient clipping included."""
+    trees = [Tree(0.0, seed=s) for s in (0, 1)]
+
+    def sampler(which):
+        generators = [torch.Generator().manual_seed(i) for i in which]
+        return lambda n: torch.stack([trees[i].sample(n, g)[0] for i, g in zip(which, generators)])
+
+    together, alone = Toys("vanilla", 2), Toys("vanilla", 1)
+    with torch.no_grad():
+        for a, b in zip(alone.parameters(), together.parameters()):
+            a.copy_(b[1:])
+    fit(together, sampler([0, 1]), 60)
+    fit(alone, sampler([1]), 60)
+    # Adam divides by small roots: float32 rounding of another batch shape grows over 60 steps
+    torch.testing.assert_close(alone.W_dec[0], together.W_dec[1], atol=1e-3, rtol=1e-3)
+
+
+def test_gradients_are_clipped_per_replica():
+    p = nn.Parameter(torch.zeros(2, 3))
+    p.grad = torch.tensor([[3.0, 4.0, 0.0], [0.1, 0.0, 0.0]])
+    clip_each([p])
+    torch.testing.assert_close(p.grad.norm(dim=1), torch.tensor([1.0, 0.1]), atol=1e-5, rtol=1e-5)
+
+
+def test_batch_topk_toy_keeps_the_published_number():
+    toys = Toys("batch_topk", 2)
+    x = torch.randn(2, 200, 20)
+    for step, k in ((0, 3), (14_000, 1.36)):
+        _, z = toys.loss(x, step, STEPS)
+        assert (z != 0).sum((1, 2)).tolist() == [int(k * 200) + 1] * 2
+
+
+def test_the_true_dictionary_scores_perfectly_and_pursuit_codes_it():
+    tree = Tree(0.3)
+    sae = pursuit(0)
+    with torch.no_grad():
+        sae.W_dec.copy_(tree.directions)
+    sae.eval()
+    x, acts = tree.sample(2000, torch.Generator().manual_seed(1))
+    code = sae.encode(x)
+    got = score(sae.W_dec, sae.decode(code), float(code.l0().double().mean()), x, tree)
+    assert got.mean_cosine == pytest.approx(1, abs=1e-6)
+    assert got.fvu < 1e-3
+    assert got.l0 == pytest.approx(float((acts != 0).sum(1).double().mean()), abs=0.05)
+
+
+@pytest.mark.slow
+def test_pursuit_recovers_the_tree_and_vanilla_absorbs():
+    """The two synthetic claims of the paper that a short run already shows."""
+    found = run_pursuit(Tree(0.0, seed=0), 0, 700)
+    assert found.mean_cosine > 0.95
+    assert abs(found.absorption) < 0.05
+    vanilla = run_toys("vanilla", [Tree(0.0, seed=0)], [0], 1500)[0]
+    assert vanilla.absorption > 0.3
+
+
+def test_readout_gradients_match_autograd():
+    readout = Readout(Planted(12, 8, l0=2, zipf=0.0), torch.arange(4))
+    x = torch.randn(5, 12, requires_grad=True)
+    labels = readout.labels(x.detach(), 0)
+    nn.functional.cross_entropy(x @ readout.W_U, labels, reduction="sum").backward()
+    torch.testing.assert_close(readout.grads(x.detach(), labels), x.grad)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Linear(D, D)
+
+    def forward(self, h):
+        return h + torch.tanh(self.mlp(h.cumsum(1) / torch.arange(1, h.shape[1] + 1)[:, None]))
+
+
+class ToyLM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(VOCAB, D), nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(D, VOCAB, bias=False)
+
+    def forward(self, input_ids, use_cache=False):
+        h = self.embed(input_ids)
+        for layer in self.layers:
+            h = layer(h)
+        return SimpleNamespace(logits=3 * self.head(h))
+
+
+@pytest.fixture
+def lab(tmp_path):
+    model = ToyLM().eval()
+    tokens = torch.zeros(160, 1, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(T - 1):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1].softmax(-1).multinomial(1)], 1)
+    seen = []
+
+    def keep(h):
+        seen.append(h.detach().requires_grad_())
+        return seen[0]
+
+    with edited(Site(model.layers[0]), keep):
+        logits = model(tokens).logits[:, :-1]
+    nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    documents = (torch.arange(160) // 40)[:, None].expand(160, T).contiguous()
+    cache = ActivationCache.from_tensors(
+        tmp_path / "cache", seen[0].detach(), tokens, grads=seen[0].grad, documents=documents, held_out=0.2,
+        model="toy", hook_name="blocks.0.hook_resid_post", hf_hook_name="layers.0",
+    )  # fmt: skip
+    scale = Scale(d_sae=32, ks=(3, 6), epochs=1, batch_size=128, lm_tokens=200, density_tokens=500, passage_tokens=8)
+    return Lab(cache, model, scale, tmp_path / "runs", decode=lambda ids: "in 1984" if ids[0] % 2 else "no")
+
+
+@pytest.mark.parametrize("module", [abs_topk, g_sae, choice, mp_sae])
+def test_rows_on_a_language_model(lab, module, monkeypatch):
+    """Every claim gets a row with finite numbers, and a second run trains nothing."""
+    rows = module.real(lab, (0, 1, 2))
+    assert {row.verdict for row in rows} <= {"reproduced", "not reproduced", "not testable here"}
+    content = [row.content() for row in rows]
+    json.dumps(content, allow_nan=False)
+    assert all(row.measured for row in rows if row.verdict != "not testable here")
+    monkeypatch.setattr("saelab.reproduce.runs.fit", lambda *a: pytest.fail("trained again"))
+    again = [row.content() for row in module.real(lab, (0, 1, 2))]
+    assert [r["verdict"] for r in again] == [r["verdict"] for r in content]
+
+
+def test_gradient_rows_need_gradients(lab, tmp_path):
+    cache = ActivationCache.from_tensors(tmp_path / "plain", torch.randn(300, D))
+    rows = g_sae.real(Lab(cache, lab.model, lab.scale, tmp_path), (0, 1, 2))
+    assert {row.verdict for row in rows} == {"not testable here"}
+    assert all("--gradients" in row.reason for row in rows)
+
+
+def test_ledger_file_says_where_its_numbers_come_from(tmp_path, monkeypatch):
+    fake = SimpleNamespace(
+        synthetic=lambda folder, seeds, quick: [Row("choice", "c", "s", {}, "reproduced", "r", True)]
+    )
+    monkeypatch.setattr("saelab.reproduce.importlib.import_module", lambda name: fake)
+    ledger = reproduce("choice", quick=True)
+    ledger.save(tmp_path / "x" / "choice.json")
+    content = json.loads((tmp_path / "x" / "choice.json").read_text())
+    assert content["command"] == "saelab reproduce choice --quick"
+    assert content["seeds"] == [0, 1, 2]
+    assert content["hardware"]["cores"] >= 1
+    assert content["rows"][0]["verdict"] == "reproduced"
+    with pytest.raises(UserError, match="three"):
+        reproduce("choice", (0,))
+    with pytest.raises(UserError, match="did you mean"):
+        reproduce("choise")
+
+
+def test_quick_fails_when_a_verdict_changes(monkeypatch, capsys):
+    def ledger(verdict):
+        return lambda name, seeds, **kwargs: Ledger(name, True, [0], [Row(name, "c", "s", {}, verdict, "r", True)])
+
+    monkeypatch.setattr("saelab.cli.reproduce.reproduce", ledger("reproduced"))
+    main(["reproduce", "all", "--quick", "--json"])
+    assert [doc["paper"] for doc in json.loads(capsys.readouterr().out)] == list(PAPERS)
+    monkeypatch.setattr("saelab.cli.reproduce.reproduce", ledger("not reproduced"))
+    with pytest.raises(SystemExit) as error:
+        main(["reproduce", "choice", "--quick"])
+    assert error.value.code == 1
