@@ -187,6 +187,11 @@ def latest_step(folder: Path | str) -> Path | None:
     return max((Path(folder) / CHECKPOINTS).glob("step_*"), default=None)
 
 
+def number_of(path: Path) -> int:
+    """The step of a checkpoint."""
+    return int(path.name.removeprefix("step_"))
+
+
 def load_step(
     path: Path, sae: SAE, load: Callable[[Path], dict[str, Tensor]] = load_file
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:

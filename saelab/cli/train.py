@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 import tyro
 
+from saelab import checkpoint
 from saelab.cli.common import console, out, parse, prepare_output, print_json, progress_bar, quiet
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.variants import option_fields, value_of, variant_in
@@ -24,6 +27,8 @@ from saelab.errors import UserError
 from saelab.sae import SAE, VARIANTS
 from saelab.train import StepMetrics, TrainConfig, check, finished, fit, n_steps, read_run
 from saelab.train.log import Log, TensorBoard, Wandb
+
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,17 +129,18 @@ def drive(
         f"lr {config.lr:.2g}, dead after {config.dead_after} tokens"
         + (f", {parallel.data_size} data x {parallel.dict_size} dictionary ranks" if parallel.size > 1 else "")
     )
-    steps = fit(
-        sae,
-        cache,
-        config,
-        options.out,
-        resume=options.resume,
-        checkpoint_steps=options.checkpoint_steps,
-        logs=loggers(options, config) if parallel.is_main else (),
-        parallel=parallel,
-    )
-    with progress_bar("state") as bar:
+    with contextlib.ExitStack() as stack, progress_bar("state") as bar:
+        logs = [stack.enter_context(contextlib.closing(log)) for log in loggers(options, config, parallel)]
+        steps = fit(
+            sae,
+            cache,
+            config,
+            options.out,
+            resume=options.resume,
+            checkpoint_steps=options.checkpoint_steps,
+            logs=logs,
+            parallel=parallel,
+        )
         task = bar.add_task("train", total=total, state="")
         started, first = time.perf_counter(), None
         for last in steps:
@@ -147,20 +153,23 @@ def drive(
     return last
 
 
-def loggers(options: Any, config: TrainConfig) -> list[Log]:
-    """The optional loggers that were asked for."""
+def loggers(options: Any, config: TrainConfig, parallel: Parallel) -> list[Log]:
+    """The optional loggers that were asked for, in the process that logs."""
     logs: list[Log] = []
+    if not parallel.is_main:
+        return logs
     if options.tensorboard:
-        logs.append(TensorBoard(options.out))
+        newest = checkpoint.latest_step(options.out)
+        logs.append(TensorBoard(options.out, checkpoint.number_of(newest) if newest else 0))
     if options.wandb is not None:
         logs.append(Wandb(options.out, options.wandb, dataclasses.asdict(config)))
     return logs
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a name stands for; ``auto`` is the first GPU, or the CPU."""
+    """The device a name stands for; ``auto`` is the GPU of this process' number on its machine, or the CPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -117,7 +117,10 @@ def start_world(dict_ranks: int = 1, device: torch.device | str = "cpu", timeout
     world = int(os.environ["WORLD_SIZE"])
     if dict_ranks < 1 or world % dict_ranks:
         raise UserError(f"dict_ranks={dict_ranks} does not divide the {world} processes; choose a divisor")
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Tensors that steer the run live on the CPU even where the weights do not.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     mesh = init_device_mesh(device.type, (world // dict_ranks, dict_ranks), mesh_dim_names=("data", "dict"))

@@ -154,7 +154,7 @@ def _member(entry: Entry, folder: Path, record: dict[str, Any]) -> Member:
     if finished(folder):
         member.status = "finished"
     elif (path := checkpoint.latest_step(folder)) is not None:
-        member.step = int(path.name.removeprefix("step_"))
+        member.step = checkpoint.number_of(path)
     stopped = record["stopped"].get(entry.name)
     if stopped is not None:
         member.message = stopped["message"]

@@ -4,7 +4,7 @@ from saelab.train.config import TrainConfig, check, n_steps
 from saelab.train.loop import batches, centre_of, finish, start, train
 from saelab.train.run import finished, fit, read_run
 from saelab.train.state import TrainState
-from saelab.train.step import Diverged, StepMetrics, step
+from saelab.train.stepping import Diverged, StepMetrics, step
 
 __all__ = [
     "Diverged",

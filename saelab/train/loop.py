@@ -13,7 +13,7 @@ from saelab.distributed import SINGLE, Parallel
 from saelab.sae import SAE
 from saelab.train.config import TrainConfig, check, n_steps
 from saelab.train.state import TrainState, make_optimizer
-from saelab.train.step import StepMetrics, step
+from saelab.train.stepping import StepMetrics, step
 
 
 def train(

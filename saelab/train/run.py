@@ -21,7 +21,7 @@ from saelab.train.config import TrainConfig, check, n_steps
 from saelab.train.log import JsonLines, Log
 from saelab.train.loop import start, train
 from saelab.train.state import TrainState
-from saelab.train.step import StepMetrics
+from saelab.train.stepping import StepMetrics
 from saelab.train.store import Store
 
 RUN = "run.json"
