@@ -22,11 +22,22 @@ from saelab.train import TrainConfig, n_steps, start, train
 
 D_IN, D_SAE, N = 8, 20, 24
 SMALL = {"k": 3, "n_steps": 3, "target_l0": 3.0, "bandwidth": 0.5}  # options that depend on the size of the toy
-every_variant = pytest.mark.parametrize("name", sorted(VARIANTS))
+# Options that change what is selected or kept, besides every variant's defaults.
+OPTIONS: dict[str, tuple[str, dict]] = {
+    "abs_topk-batch": ("abs_topk", {"scope": "batch"}),
+    "batch_topk-signed": ("batch_topk", {"signed": True}),
+    "feature_choice-signed": ("feature_choice", {"signed": True}),
+    "gradient_topk-eval": ("gradient_topk", {"grad_select": "train_and_eval"}),
+    "gradient_topk-raw": ("gradient_topk", {"grad_select": "train_and_eval", "grad_norm": "none"}),
+    "matching_pursuit-stop": ("matching_pursuit", {"residual_stop": 0.3}),
+}
+every_variant = pytest.mark.parametrize("name", [*sorted(VARIANTS), *OPTIONS])
 
 
 def small(name: str, d_in: int = D_IN, d_sae: int = D_SAE, **config) -> SAE:
     """A toy of the variant with parameters in general position."""
+    name, fixed = OPTIONS.get(name, (name, {}))
+    config = fixed | config
     options = inspect.signature(VARIANTS[name]).parameters
     sae = build(name, d_in, d_sae, **{key: SMALL[key] for key in SMALL if key in options} | config)
     with torch.no_grad():
@@ -61,8 +72,10 @@ def assert_well_formed(code: SparseCode, signed: bool) -> None:
 @every_variant
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_code_is_well_formed(name: str, mode: str) -> None:
-    sae = small(name).train(mode == "train")
+    sae = small(name).train()
     x, grads = data()
+    sae.observe(x, sae.encode(x, grads), grads)  # what inference needs is measured in training
+    sae.train(mode == "train")
     code = sae.encode(x, grads)
     assert (code.n, code.d_sae) == (N, D_SAE)
     assert_well_formed(code, sae.signed)
@@ -193,7 +206,7 @@ def test_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
     run = train(first, cache, config, state)
     first_rows = [step.row() for step in islice(run, half)]
     run.close()
-    second = build(name, **sae.config)
+    second = build(sae.variant, **sae.config)
     second.load_state_dict(first.state_dict())
     saved, state.optimizer = state.optimizer.state_dict(), torch.optim.Adam(second.parameters(), fused=True)
     state.optimizer.load_state_dict(copy.deepcopy(saved))
@@ -204,13 +217,13 @@ def test_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
         assert torch.equal(value, second.state_dict()[key]), key
 
 
-@every_variant
+@pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_options_are_documented_for_the_command_line(name: str) -> None:
     for option, annotation, _ in option_fields(name):
         assert annotation.__metadata__[0].help, f"{name}: {option} has no line under Args:"
 
 
-@every_variant
+@pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_a_budget_wider_than_the_dictionary_is_refused(name: str) -> None:
     if "k" not in inspect.signature(VARIANTS[name]).parameters:
         pytest.skip("the variant has no budget")

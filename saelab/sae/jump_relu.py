@@ -117,5 +117,5 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore
         theta, values, eps = ctx.saved_tensors
-        near = (values == 0) | (values - theta < eps / 2)
+        near = values - theta < eps / 2
         return -(near / eps) * grad, None, None
