@@ -74,7 +74,8 @@ def sidebar() -> None:
         if not names:
             st.caption("No SAE below this folder yet.")
             return
-        if st.session_state.get("run") not in names:
+        st.session_state["run"] = st.session_state.pop("next_run", st.session_state.get("run"))
+        if st.session_state["run"] not in names:
             st.session_state["run"] = names[0]
         st.selectbox("SAE", names, key="run", format_func=lambda name: viz.visible(describe(found.runs[name])))
         show_link(run=st.session_state["run"])
@@ -146,6 +147,18 @@ def need_index(run: Run) -> Any:
     return _index(str(run.path), run.stamp)
 
 
+@st.cache_resource(max_entries=6, show_spinner="Reading the feature index …")
+def _catalogue(path: str, stamp: tuple[float, ...], _index: Any) -> Any:
+    from saelab.features.search import catalogue
+
+    return catalogue(_index)
+
+
+def catalogue(run: Run) -> Any:
+    """All latents as a table, one row per latent and pole: shared by all sessions, never change it."""
+    return _catalogue(str(run.path), run.stamp, need_index(run))
+
+
 @st.cache_resource(show_spinner=False)
 def model_lock() -> threading.RLock:
     """Hooks are state on the model, and the model is shared: whoever computes with it holds this."""
@@ -181,7 +194,68 @@ def need_model(run: Run, purpose: str) -> Any:
         return _model(name)
 
 
-def open_latent(latent: int, pole: int = 1) -> None:
-    """Go to a latent's page."""
+def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Any:
+    """A text inside the model and the run's SAE; needs the model and holds its lock."""
+    from saelab.features.prompt import read
+
+    model = need_model(run, purpose)
+    meta = run.metadata
+    with model_lock(), st.spinner("Running the model …"):
+        return read(
+            model, sae(run), text, meta["hook_name"], bos=bool(meta.get("prepend_bos", True)), gradients=gradients
+        )
+
+
+def siblings(run: Run, most: int = 4) -> dict[str, Run]:
+    """Other SAEs of the folder on the same hook point and width, a few of them."""
+    same = {
+        name: other
+        for name, other in workspace().runs.items()
+        if name != run.name
+        and other.has_weights
+        and other.config.get("d_in") == run.config.get("d_in")
+        and other.metadata.get("hook_name") == run.metadata.get("hook_name")
+    }
+    return dict(list(same.items())[:most])
+
+
+@st.cache_data(max_entries=8, show_spinner="Matching latents …")
+def _matching(key: tuple[Any, ...], _left: Run, _right: Run) -> Any:
+    from saelab.features.match import match_saes
+
+    cache = workspace().cache_of(_left)
+    if cache is not None and cache.fingerprint != _right.metadata.get("cache_fingerprint"):
+        cache = None
+    return match_saes(sae(_left), sae(_right), cache, tokens=16_384)
+
+
+def matching(left: Run, right: Run) -> Any:
+    """The latents of two SAEs matched, by activations as well where both were trained on a cache of the folder."""
+    return _matching((str(left.path), left.stamp, str(right.path), right.stamp), left, right)
+
+
+@st.cache_data(max_entries=512, show_spinner="Comparing the poles …")
+def _axis(path: str, stamp: tuple[float, ...], latent: int, _index: Any) -> Any:
+    from saelab.features.axis import axis_score
+
+    return axis_score(_index, latent)
+
+
+def axis(run: Run, latent: int) -> Any:
+    """Whether the two poles of a latent are one axis or two features."""
+    return _axis(str(run.path), run.stamp, latent, need_index(run))
+
+
+def steer_with(run: Run, latent: int, pole: int) -> None:
+    """Go to the Steering page with this latent picked."""
+    st.session_state["steer_pick"] = (run.name, int(latent), int(pole))
+    st.switch_page("views/steering.py")
+
+
+def open_latent(latent: int, pole: int = 1, run: Run | None = None) -> None:
+    """Go to a latent's page, of another run where one is given."""
     st.session_state["latent"], st.session_state["pole"] = int(latent), int(pole)
+    if run is not None and run.name != st.session_state.get("run"):
+        # The sidebar's widget exists by now in this pass; its choice is taken over at the start of the next.
+        st.session_state["next_run"] = run.name
     st.switch_page("views/latent.py")

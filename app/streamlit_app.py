@@ -3,7 +3,7 @@
 import common
 import streamlit as st
 
-st.set_page_config(page_title="saelab", page_icon=":material/hub:", layout="wide")
+st.set_page_config(page_title="saelab", page_icon="🔬", layout="wide")
 
 pages = {
     "Runs": [

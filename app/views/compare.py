@@ -1,5 +1,65 @@
+"""Two SAEs of one hook point: what they share, what one splits or absorbs, what only one of them has."""
+
 import common
+import latent_parts
 import streamlit as st
+import tables
+
+from saelab import viz
+
+MEANINGS = {
+    "shared": "matched one to one with a similarity of at least 0.7",
+    "split": "several latents of the other side fire where it fires and together cover it",
+    "absorbed": "one latent of the other side fires on most of its tokens",
+    "only-left": "nothing on the right comes near",
+    "only-right": "nothing on the left comes near",
+    "dead": "it never fires on the tokens compared",
+}
 
 st.title("Compare", anchor=False)
 run = common.need_run()
+others = common.siblings(run, most=1000)
+if not others:
+    st.info(
+        "Comparing needs a second SAE on the same hook point in this folder; train one with another seed or variant.",
+        icon=":material/info:",
+    )
+    st.stop()
+with st.container(horizontal=True, vertical_alignment="center"):
+    st.markdown(f"Left **{viz.markdown(common.describe(run))}**, right", width="content")
+    label = {"format_func": viz.visible, "label_visibility": "collapsed"}
+    name = st.selectbox("right", list(others), key="compare_right", **label)
+other = others[name]
+found = common.matching(run, other)
+counts = found.counts()
+for column, (side, number) in zip(st.columns(2, gap="medium"), counts.items()):
+    with column, st.container(horizontal=True):
+        for status in MEANINGS:
+            if status in number:
+                st.metric(f"{side}: {status}", f"{number[status]:,}", help=MEANINGS[status], width=130)
+st.caption(
+    f"Similarity: the mean of decoder cosine and activation correlation over {found.tokens:,} tokens."
+    if found.tokens
+    else "Similarity: decoder cosine. With the cache of both in this folder, activations would be compared as well."
+)
+view = st.segmented_control(
+    "show",
+    ["matched pairs", "unmatched left", "unmatched right"],
+    default="matched pairs",
+    required=True,
+    key="compare_view",
+    label_visibility="collapsed",
+)
+left, right = st.columns([2, 3], gap="medium")
+with left:
+    pair = tables.pairs(found, view, key="compare_table")
+with right:
+    sides = st.columns(2, gap="small")
+    for column, side, latent in zip(sides, (run, other), pair or (None, None)):
+        with column:
+            if latent is None or latent < 0:
+                st.caption("No counterpart on this side." if pair else "Choose a row to see both latents.")
+            elif not side.has_index:
+                st.caption(f"Latent #{latent}; {viz.markdown(side.name)} has no feature index.")
+            else:
+                latent_parts.preview(side, common.need_index(side), latent, 1, key=f"compare_{side.name}")

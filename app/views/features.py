@@ -1,5 +1,95 @@
+"""All latents of an SAE: search by text or by example, filter, look at one without leaving the table."""
+
 import common
+import latent_parts
 import streamlit as st
+import tables
+import torch
+
+from saelab.features import search
+from saelab.features.find import find_by_example
+from saelab.workspace.notes import read_notes
+
+SHOWN = 1000
+SORTS = {
+    "density": "most frequent",
+    "max": "strongest",
+    "label_score": "best label",
+    "token_entropy": "most token-specific",
+    "latent": "latent number",
+}
 
 st.title("Features", anchor=False)
 run = common.need_run()
+index = common.need_index(run)
+table = common.catalogue(run)
+signed = len(index.poles) > 1
+
+by_text, by_example = st.tabs(["Search by text", "Search by example"])
+with by_text:
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        text = st.text_input("Search", key="features_text", placeholder="a token or a label", icon=":material/search:")
+        where = st.selectbox("in", ["anything", *search.TEXT_COLUMNS], key="features_where", width=140)
+        sort = st.selectbox("first", list(SORTS), format_func=SORTS.get, key="features_sort", width=180)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        state = st.pills("state", list(search.STATES), key="features_state", label_visibility="collapsed")
+        pole = None
+        if signed:
+            pole = st.pills("pole", ["+ pole", "− pole"], key="features_pole", label_visibility="collapsed")
+        with st.popover("More filters", icon=":material/filter_alt:"):
+            density = st.select_slider(
+                "share of tokens it fires on",
+                tables.DECADES,
+                value=(0.0, 1.0),
+                format_func=tables.decade,
+                key="features_density",
+            )
+            entropy = st.slider("entropy of its tokens, bits", 0.0, 16.0, (0.0, 16.0), 0.5, key="features_entropy")
+    found = search.find(table, text, where)
+    found = search.narrow(
+        found,
+        pole=None if pole is None else (1 if pole.startswith("+") else -1),
+        state=state,
+        density=None if density == (0.0, 1.0) else density,
+        entropy=None if entropy == (0.0, 16.0) else entropy,
+    )
+    found = found.sort_values(sort, ascending=sort in {"latent", "token_entropy"}, kind="stable")
+    note = f"{len(found):,} of {len(table):,}" + (f", the first {SHOWN:,} shown" if len(found) > SHOWN else "")
+    left, right = st.columns([3, 2], gap="medium")
+    with left:
+        st.caption(note)
+        picked = tables.latents(found.head(SHOWN), signed, read_notes(run.path), key="features_table")
+    with right:
+        if picked is None and len(found):
+            # Something to look at before the first click.
+            picked = int(found["latent"].iloc[0]), int(found["pole"].iloc[0])
+        if picked is None:
+            st.caption("No latent fits.")
+        else:
+            latent_parts.preview(run, index, *picked, key="features_preview")
+
+with by_example:
+    st.markdown(
+        "Paste a text, mark with `[[ ]]` what the latent should stand for, and give a text where it should be silent."
+    )
+    with st.form("example", border=False):
+        columns = st.columns(2)
+        example = columns[0].text_area("Example", key="features_example", placeholder="The [[river]] runs past a mill.")
+        contrast = columns[1].text_area("Contrast (optional)", key="features_contrast", placeholder="The road is dry.")
+        asked = st.form_submit_button("Find latents", icon=":material/search:")
+    if asked:
+        plain, spans = search.marked(example)
+        read = common.read_text(run, plain, "Searching by example")
+        other = common.read_text(run, contrast, "Searching by example") if contrast.strip() else None
+        marks = search.tokens_in(read.strings, spans, offset=read.first)
+        contrasted = None if other is None else other.code[other.first : other.n]
+        code = read.code[read.first : read.n]
+        matches = find_by_example(index, code, torch.tensor(marks[read.first :]), contrasted)
+        st.session_state["features_matches"] = (run.name, matches)
+    name, matches = st.session_state.get("features_matches", (None, None))
+    if name == run.name and len(matches):
+        chosen = tables.matches(matches, table, key="features_match_table")
+        if chosen is not None:
+            latent_parts.preview(run, index, *chosen, key="features_match")
+    elif name == run.name:
+        st.caption("No latent fires on the marked tokens.")

@@ -1,5 +1,73 @@
-import common
-import streamlit as st
+"""One latent: each pole with its examples, strengths and logit effects; its neighbours, partners and notes."""
 
-st.title("Latent", anchor=False)
+import common
+import latent_parts
+import streamlit as st
+import tables
+
+from saelab.workspace.notes import read_notes
+
+KINDS = {"top": "strongest", "q75": "75–100 %", "q50": "50–75 %", "q25": "25–50 %", "q00": "0–25 %", "random": "random"}
+
 run = common.need_run()
+index = common.need_index(run)
+table = common.catalogue(run)
+signed = len(index.poles) > 1
+latent = min(st.session_state.get("latent", 0), index.d_sae - 1)
+pole = st.session_state.get("pole", 1)
+rows = {p: index.latent(latent, p) for p in index.poles}
+
+with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
+    st.title(f"Latent {latent_parts.title(rows[1], False, read_notes(run.path))}", anchor=False)
+    with st.container(horizontal=True, vertical_alignment="bottom", width="content"):
+        chosen = st.number_input("latent", 0, index.d_sae - 1, latent, key=f"latent_number_{latent}", width=150)
+        if chosen != latent:
+            common.open_latent(chosen, 1)
+        if st.button("Steer with it", icon=":material/tune:", key="latent_steer"):
+            common.steer_with(run, latent, pole if pole in index.poles else 1)
+        latent_parts.downloads(run, index, latent, rows)
+common.show_link(run=run.name, latent=latent, pole=pole)
+
+if signed:
+    latent_parts.axis(run, latent)
+for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles):
+    row = rows[side]
+    with column, st.container(border=signed):
+        if signed:
+            st.subheader("Positive pole" if side > 0 else "Negative pole", anchor=False)
+        if not row["count"]:
+            latent_parts.silent(index, signed)
+        else:
+            latent_parts.numbers(row)
+            kind = st.segmented_control(
+                "examples",
+                list(KINDS),
+                default="top",
+                required=True,
+                format_func=KINDS.get,
+                key=f"latent_kind_{side}",
+                label_visibility="collapsed",
+            )
+            latent_parts.examples(index, latent, side, kind)
+            latent_parts.histogram(row, index, key=f"latent_histogram_{side}")
+        latent_parts.logits(row)
+
+left, right = st.columns(2, gap="medium")
+with left:
+    st.subheader("Closest directions", anchor=False)
+    near = tables.neighbours(rows[1], table, key=f"latent_neighbours_{latent}")
+with right:
+    st.subheader("Fires together with", anchor=False)
+    side = st.session_state.get("pole", 1) if signed else 1
+    together = tables.partners(rows[side], table, key=f"latent_partners_{latent}")
+if near or together:
+    common.open_latent(*(near or together))
+
+left, right = st.columns(2, gap="medium")
+with left:
+    latent_parts.stability(run, latent)
+    st.subheader("Correlations and weights", anchor=False)
+    latent_parts.facts(rows)
+with right:
+    st.subheader("Notes", anchor=False)
+    latent_parts.notes_form(run, latent)

@@ -1,5 +1,80 @@
+"""A text seen through the SAE: active latents per token, what is lost, and why each latent won."""
+
 import common
+import prompt_parts
 import streamlit as st
+
+from saelab import viz
+
+EXAMPLE = "The river runs past the old mill, and the weather today is grey."
 
 st.title("Prompt", anchor=False)
 run = common.need_run()
+with st.form("prompt_form", border=False):
+    text = st.text_area("Text", EXAMPLE, key="prompt_text", height=80)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        asked = st.form_submit_button("Read", icon=":material/play_arrow:", type="primary")
+        gradients = st.toggle(
+            "with gradients",
+            key="prompt_gradients",
+            help="Also compute the loss's gradient: which latents matter to the next token, not only which are active",
+        )
+if asked:
+    st.session_state["prompt_reading"] = (run.name, common.read_text(run, text, "Reading a prompt", gradients))
+name, reading = st.session_state.get("prompt_reading", (None, None))
+if name != run.name:
+    common.need_model(run, "Reading a prompt")
+    st.caption("Type a text and press Read.")
+    st.stop()
+
+colours = common.colours()
+lost, counts = reading.unexplained(), reading.l0()
+layer = st.segmented_control(
+    "Colour by",
+    ["unexplained", "active latents", "one latent"],
+    default="unexplained",
+    required=True,
+    key="prompt_layer",
+)
+if layer == "one latent":
+    strongest = [latent for latent, _ in reading.strongest(30)]
+    if not strongest:
+        st.caption("No latent is active on this text.")
+        st.stop()
+    latent = st.selectbox("latent", strongest, format_func=lambda j: f"#{j}", key="prompt_latent", width=160)
+    common.html(viz.token_strip(reading.strings, reading.trace(latent), colours))
+elif layer == "active latents":
+    common.html(viz.token_strip(reading.strings, [float(c) for c in counts], colours, unit="active latents"))
+else:
+    common.html(viz.token_strip(reading.strings, lost, colours, scale=1.0, unit="share of squared norm lost"))
+    st.caption("‖x − x̂‖² / ‖x‖² per token: 0 is a perfect reconstruction, 1 is as good as nothing.")
+
+best = reading.strongest(14)
+if best:
+    st.subheader("Strongest latents", anchor=False)
+    rows = [reading.trace(latent) for latent, _ in best]
+    figure = viz.heatmap(rows, prompt_parts.names(run, best), reading.strings, colours)
+    common.chart(figure, alt="Activation of the strongest latents on each token", key="prompt_heatmap")
+
+st.subheader("One token", anchor=False)
+position = st.pills(
+    "token",
+    range(reading.n),
+    default=min(reading.first + 1, reading.n - 1),
+    required=True,
+    key="prompt_position",
+    format_func=lambda i: f"{i} {viz.markdown(reading.strings[i].strip() or '␣')}",
+    label_visibility="collapsed",
+)
+position = min(position, reading.n - 1)
+facts = [f"{counts[position]} active latents", f"{lost[position]:.1%} of the squared norm lost"]
+st.caption(" · ".join(facts))
+left, right = st.columns([1, 1], gap="large")
+with left:
+    chosen = prompt_parts.active_table(run, reading, position)
+with right:
+    prompt_parts.why(common.sae(run), reading, position)
+if chosen is not None and st.button(f"Open latent #{chosen[0]}", icon=":material/open_in_full:", key="prompt_open"):
+    common.open_latent(*chosen)
+if reading.grads is not None:
+    prompt_parts.effects(common.sae(run), reading, position)

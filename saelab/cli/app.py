@@ -36,10 +36,12 @@ class Options:
 
 
 def main(args: Sequence[str]) -> None:
-    """Start the server and wait until it ends."""
+    """Become the server, so that whoever stops this process stops it."""
     options = parse(Options, "app", args, "Browse latents, explain prompts, steer: the web app on a folder of runs.")
     command, environment = prepare(options)
     console.print(f"saelab app on {options.folder}: http://127.0.0.1:{options.port}")
+    if os.name == "posix":
+        os.execve(command[0], command, environment)
     sys.exit(subprocess.call(command, env=environment))
 
 

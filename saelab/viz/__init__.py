@@ -2,6 +2,7 @@
 
 from saelab.viz.charts import (
     activation_histogram,
+    contest_bars,
     density_histogram,
     dose_response,
     firing_rank,
@@ -13,14 +14,17 @@ from saelab.viz.charts import (
     steps,
 )
 from saelab.viz.escape import markdown, plain, visible
+from saelab.viz.export import latent_json, latent_page
 from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
-from saelab.viz.tokens import example_list, fact_table, style_sheet, token_chips, token_strip
+from saelab.viz.tokens import caption, example_list, fact_table, style_sheet, token_chips, token_strip
 
 __all__ = [
     "DARK",
     "LIGHT",
     "Palette",
     "activation_histogram",
+    "caption",
+    "contest_bars",
     "contrast",
     "density_histogram",
     "dose_response",
@@ -28,6 +32,8 @@ __all__ = [
     "fact_table",
     "firing_rank",
     "heatmap",
+    "latent_json",
+    "latent_page",
     "lines",
     "logit_effects",
     "markdown",

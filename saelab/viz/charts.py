@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,19 +100,30 @@ def density_histogram(
 
 
 def activation_histogram(
-    edges: Sequence[float], counts: Sequence[int], colours: Palette, quantiles: Mapping[str, float] | None = None
+    edges: Sequence[float],
+    counts: Sequence[int],
+    colours: Palette,
+    pole: int = 1,
+    quantiles: Mapping[str, float] | None = None,
 ) -> go.Figure:
-    """How strongly a latent fires when it fires; counts on a log axis, because the tail is what it means."""
-    bounds = np.asarray(edges, dtype=float)
-    centres, widths = (bounds[:-1] + bounds[1:]) / 2, np.diff(bounds)
-    tint = [colours.positive if c >= 0 else colours.negative for c in centres]
-    fig = base(colours, 220, "activation", "tokens", showlegend=False)
-    fig.add_bar(x=centres, y=list(counts), width=widths * 0.96, marker={"color": tint, "line": {"width": 0}})
+    """How strongly a latent fires when it fires. Bins are drawn equally wide, whatever the spacing of ``edges``.
+
+    Counts stand on a log axis, because the tail is what a latent means. ``quantiles`` are magnitudes.
+    """
+    bounds, at = np.asarray(edges, dtype=float), np.arange(len(counts)) + 0.5
+    texts = [f"{a:.3g} to {b:.3g}" for a, b in itertools.pairwise(bounds)]
+    tint = colours.positive if pole > 0 else colours.negative
+    fig = base(colours, 200, "magnitude of the activation", "tokens", showlegend=False)
+    hover = "%{text}: %{y:,} tokens<extra></extra>"
+    fig.add_bar(x=at, y=list(counts), text=texts, textposition="none", marker_color=tint, hovertemplate=hover)
     for name, value in (quantiles or {}).items():
-        fig.add_vline(x=value, line={"color": colours.muted, "width": 1, "dash": "dot"})
-        fig.add_annotation(
-            x=value, y=1, yref="paper", text=name, showarrow=False, font={"size": 11, "color": colours.muted}
-        )
+        x = float(np.interp(value, bounds, np.arange(len(bounds))))
+        fig.add_vline(x=x, line={"color": colours.text, "width": 1, "dash": "dot"})
+        label = {"size": 11, "color": colours.muted}
+        fig.add_annotation(x=x, y=1, yref="paper", yanchor="bottom", text=name, showarrow=False, font=label)
+    fig.update_layout(margin_t=22)
+    ticks = np.unique(np.linspace(0, len(bounds) - 1, 7).round().astype(int))
+    fig.update_xaxes(tickvals=ticks.tolist(), ticktext=[f"{bounds[i]:.3g}" for i in ticks], showgrid=False)
     return fig.update_yaxes(type="log", dtick=1)
 
 
@@ -136,8 +148,8 @@ def logit_effects(
 def firing_rank(
     ranked: Mapping[str, np.ndarray], colours: Palette, fits: Mapping[str, tuple[float, float]] | None = None
 ) -> go.Figure:
-    """Firing counts in descending order on two log axes, with the Zipf law ``count = a * rank^-s`` where fitted."""
-    fig = base(colours, 280, "rank", "tokens fired on")
+    """Firing densities by rank on two log axes, with the law ``exp(c) * rank^-s`` where fitted: ``(c, s)``."""
+    fig = base(colours, 320, "rank", "share of tokens it fires on")
     for i, (name, counts) in enumerate(ranked.items()):
         counts = np.sort(np.asarray(counts, dtype=float))[::-1]
         counts = counts[counts > 0]
@@ -146,10 +158,10 @@ def firing_rank(
         colour = colours.series[i % len(colours.series)]
         fig.add_scatter(x=rank, y=counts[keep], name=plain(name), mode="lines", line={"width": 2, "color": colour})
         if fits and name in fits and len(rank):
-            scale, exponent = fits[name]
+            log_scale, exponent = fits[name]
             line = {"width": 1.5, "dash": "dash", "color": colour}
             label = f"{plain(name)}: Zipf s = {exponent:.2f}"
-            fig.add_scatter(x=rank, y=scale * rank**-exponent, name=label, mode="lines", line=line)
+            fig.add_scatter(x=rank, y=np.exp(log_scale) * rank**-exponent, name=label, mode="lines", line=line)
     fig.update_xaxes(type="log", dtick=1)
     return fig.update_yaxes(type="log", dtick=1)
 
@@ -202,3 +214,23 @@ def dose_response(
     if chosen is not None:
         fig.add_vline(x=chosen, line={"color": colours.muted, "dash": "dot"})
     return fig
+
+
+def contest_bars(
+    labels: Sequence[str], scores: Sequence[float], won: Sequence[bool], colours: Palette, cut: float | None = None
+) -> go.Figure:
+    """Scores of the latents that contended for a token, winners filled, with the line they had to pass."""
+    fig = base(colours, 60 + 19 * max(1, len(scores)), "score", showlegend=False)
+    fill = [colours.primary if w else "rgba(0,0,0,0)" for w in won]
+    marker = {"color": fill, "line": {"width": 1.5, "color": colours.primary}}
+    fig.add_bar(
+        x=list(scores),
+        y=list(range(len(scores))),
+        orientation="h",
+        marker=marker,
+        hovertemplate="%{x:.4f}<extra></extra>",
+    )
+    if cut is not None:
+        fig.add_vline(x=cut, line={"color": colours.text, "width": 1.5, "dash": "dot"})
+    texts = [plain(label) for label in labels]
+    return fig.update_yaxes(tickvals=list(range(len(texts))), ticktext=texts, autorange="reversed", showgrid=False)

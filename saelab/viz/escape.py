@@ -11,16 +11,16 @@ import html
 import re
 import unicodedata
 
-# Zero-width and direction-changing characters: they reorder or hide the text around them.
-_INVISIBLE = {"Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+# Control, zero-width and direction-changing characters hide or reorder the text around them.
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$:&^=@])")
 
 
 def visible(text: str) -> str:
     """``text`` on one line, every character of which can be seen and none of which moves its neighbours.
 
-    Line breaks become ``⏎``, tabs ``⇥``, other control characters their Unicode pictures, and format, private,
-    surrogate and unassigned characters their code point in angle brackets (``⟨U+202E⟩``). Spaces stay.
+    Line breaks become ``⏎`` and tabs ``⇥``; control, format, private, surrogate and unassigned characters become
+    their code point in angle brackets (``⟨U+202E⟩``), because few fonts draw Unicode's control pictures. Spaces stay.
     """
     return "".join(map(_show, text))
 
@@ -36,15 +36,10 @@ def markdown(text: str) -> str:
 
 
 def _show(char: str) -> str:
-    code = ord(char)
     if char == "\n":
         return "⏎"
     if char == "\t":
         return "⇥"
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
-    if 0x80 <= code < 0xA0 or unicodedata.category(char) in _INVISIBLE:
-        return f"⟨U+{code:04X}⟩"
+    if unicodedata.category(char) in _INVISIBLE:
+        return f"⟨U+{ord(char):04X}⟩"
     return char

@@ -82,6 +82,11 @@ def fact_table(rows: Iterable[tuple[str, str, str]]) -> str:
     return f'<table class="sl-facts">{cells}</table>'
 
 
+def caption(text: str) -> str:
+    """A small grey line."""
+    return f'<div class="sl-muted">{plain(text)}</div>'
+
+
 def _span(token: str, strength: float, value: float, focus: bool, colours: Palette, unit: str) -> str:
     # Sign is carried by the line below (solid or dotted) as well as by colour.
     classes = [] if abs(strength) < 0.02 else ["sl-pos" if strength > 0 else "sl-neg"]

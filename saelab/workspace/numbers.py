@@ -25,6 +25,7 @@ TITLES = {"l0": "L0", "fvu": "FVU", "ce_recovered": "CE recovered", "dead": "dea
 class Number:
     """One number and what is needed to get it again."""
 
+    name: str
     value: float
     formula: str
     tokens: int | None
@@ -36,8 +37,10 @@ class Number:
     high: float | None = None
 
     def text(self) -> str:
-        """The value as it is written in the app."""
-        return f"{self.value:.4f}" if abs(self.value) < 10 else f"{self.value:,.1f}"
+        """The value as it is written in the app: L0 with one decimal, shares in per cent, FVU with four digits."""
+        if self.name == "l0":
+            return f"{self.value:,.1f}"
+        return f"{self.value:.1%}" if self.name in {"dead", "ce_recovered"} else f"{self.value:.4f}"
 
     def provenance(self) -> str:
         """One line: formula, tokens, seed, command."""
@@ -87,6 +90,7 @@ def _training(run: Run) -> dict[str, Number]:
     formulas = {**FORMULAS, "dead": f"share of latents silent for {window:,} tokens" if window else FORMULAS["dead"]}
     return {
         name: Number(
+            name=name,
             value=value,
             formula=formulas[name],
             tokens=step.get("tokens") if name == "dead" else train.get("batch_size"),
@@ -107,6 +111,7 @@ def _evaluation(run: Run) -> dict[str, Number]:
         if not row or row.get("value") is None:
             continue
         found[name] = Number(
+            name=name,
             value=row["value"],
             formula=row.get("formula") or FORMULAS[name],
             tokens=row.get("n") if row.get("unit") == "token" else None,

@@ -20,7 +20,7 @@ from saelab.sae import SAE
 from saelab.workspace.log import METRICS, read_metrics
 
 EVALUATION, INDEX = "evaluation.json", "features"
-MANIFEST = "manifest.json"
+MANIFEST, RECIPE = "manifest.json", "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,12 @@ class Run:
         return self.config.get("d_sae")
 
     def load(self) -> SAE:
-        """The SAE in eval mode, taking raw activations."""
-        return checkpoint.load_sae(self.path)
+        """The SAE in eval mode, taking raw activations; folders of other tools are converted while loading."""
+        if self.metadata.get("saelab"):
+            return checkpoint.load_sae(self.path)
+        from saelab.interop import load
+
+        return load(self.path)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class Workspace:
         runs, caches = {}, {}
         for folder, files in _walk(root):
             name = folder.relative_to(root).as_posix()
+            if RECIPE in {*files, *(p.name for p in folder.parent.glob(RECIPE))}:
+                continue  # the SAEs inside a recipe belong to it
             if (checkpoint.CONFIG in files and checkpoint.WEIGHTS in files) or METRICS in files:
                 runs[name] = Run(name, folder)
             elif MANIFEST in files:
@@ -147,7 +153,8 @@ class Workspace:
 
 def _walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
     for folder, folders, files in os.walk(root, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != INDEX)
+        # Intermediate checkpoints are states of their run, not runs.
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in {INDEX, "checkpoints"})
         yield Path(folder), {name for name in files if not (Path(folder) / name).is_symlink()}
 
 

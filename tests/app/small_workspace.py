@@ -31,6 +31,7 @@ def make_workspace(root: Path, variants: list[str]) -> Path:
     cache = make_cache(root, make_model(root / "model"))
     for name in variants:
         make_run(root / "runs" / name, name, cache)
+        make_index(root / "runs" / name, cache)
     return root
 
 
@@ -96,3 +97,17 @@ def make_run(path: Path, variant: str, cache: ActivationCache, steps: int = 24, 
         },
     )
     return path
+
+
+def make_index(path: Path, cache: ActivationCache) -> None:
+    """The feature index of a run, with logit effects of the tiny model."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    from saelab.features import IndexConfig, LogitLens, build_index
+
+    lm = GPT2LMHeadModel.from_pretrained(cache.manifest.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(cache.manifest.model)
+    strings = [tokenizer.decode([i]) for i in range(lm.config.vocab_size)]
+    lens = LogitLens(lm.lm_head.weight.detach().T, lm.transformer.ln_f.weight.detach(), centred=True)
+    config = IndexConfig(bins=20)
+    build_index(checkpoint.load_sae(path), cache, path, lens=lens, token_strings=strings, config=config)

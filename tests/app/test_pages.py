@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from saelab.sae import VARIANTS
+from saelab.workspace.notes import read_notes
 
 ENTRY = Path(__file__).parents[2] / "app" / "streamlit_app.py"
 VIEWS = sorted(path.name for path in (ENTRY.parent / "views").glob("*.py"))
@@ -25,22 +27,81 @@ def launch(monkeypatch: pytest.MonkeyPatch, folder: Path, model: str | None = No
     return app
 
 
-@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_page_works_with_every_variant(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, variant: str, view: str
-) -> None:
-    app = launch(monkeypatch, folder)
+def test_every_page_works_with_every_variant(monkeypatch: pytest.MonkeyPatch, folder: Path, variant: str) -> None:
+    app = launch(monkeypatch, folder, model="none")
     app.selectbox(key="run").select(f"runs/{variant}")
-    app.switch_page(f"views/{view}").run()
-    assert not app.exception, app.exception
-    assert not app.error, app.error
-    assert app.session_state["run"] == f"runs/{variant}"
+    for view in VIEWS:
+        app.switch_page(f"views/{view}").run()
+        assert not app.exception, (view, app.exception)
+        assert not app.error, (view, app.error)
+        assert app.session_state["run"] == f"runs/{variant}"
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_every_page_works_on_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, view: str) -> None:
+def test_every_page_works_on_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     app = launch(monkeypatch, tmp_path)
-    app.switch_page(f"views/{view}").run()
-    assert not app.exception, app.exception
-    assert app.info, "an empty folder must say what to do next"
+    for view in VIEWS:
+        app.switch_page(f"views/{view}").run()
+        assert not app.exception, (view, app.exception)
+        assert app.info, f"{view}: an empty folder must say what to do next"
+
+
+def test_every_page_works_with_a_half_built_index(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "runs" / "topk", tmp_path / "run")
+    (tmp_path / "run" / "features" / "examples.parquet").unlink()
+    app = launch(monkeypatch, tmp_path, model="none")
+    for view in VIEWS:
+        app.switch_page(f"views/{view}").run()
+        assert not app.exception and not app.error, (view, app.exception, app.error)
+    assert "saelab index" in app.switch_page("views/features.py").run().info[0].value
+
+
+def test_pages_that_need_a_model_say_so(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    app = launch(monkeypatch, folder, model="none")
+    for view in ("prompt", "steering"):
+        app.switch_page(f"views/{view}.py").run()
+        assert "needs the language model" in app.info[0].value, view
+
+
+def test_search_filters_and_opens(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    app = launch(monkeypatch, folder, model="none")
+    app.selectbox(key="run").select("runs/abs_topk")
+    app.switch_page("views/features.py").run()
+    assert len(app.dataframe[0].value) == 96  # two poles of 48 latents
+    app.selectbox(key="features_where").select("fires on")
+    app.text_input(key="features_text").input("river").run()
+    found = app.dataframe[0].value
+    assert 0 < len(found) < 96
+    assert all("river" in row for row in found["top_tokens"])
+    app.text_input(key="features_text").input("<script>").run()
+    assert not app.exception
+
+
+def test_a_link_leads_to_its_latent(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("SAELAB_APP_FOLDER", str(folder))
+    app = AppTest.from_file(ENTRY, default_timeout=60)
+    app.query_params["run"], app.query_params["latent"], app.query_params["pole"] = "runs/gated", "7", "1"
+    app.switch_page("views/latent.py").run()
+    assert not app.exception and app.session_state["run"] == "runs/gated"
+    assert "#7" in app.title[0].value
+    # What is no run of the folder and no number is ignored.
+    app = AppTest.from_file(ENTRY, default_timeout=60)
+    app.query_params["run"], app.query_params["latent"] = "../../etc", "1e9"
+    app.switch_page("views/latent.py").run()
+    assert not app.exception and app.session_state["run"] in ("runs/abs_topk",)
+
+
+def test_notes_are_saved_to_the_run(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "runs" / "topk", tmp_path / "run")
+    app = launch(monkeypatch, tmp_path, model="none")
+    app.session_state["latent"] = 5
+    app.switch_page("views/latent.py").run()
+    app.text_input(key="note_label_5").input("**water**")
+    app.text_area(key="note_text_5").input("fires near rivers")
+    app.button(key="FormSubmitter:notes_5-Save").click().run()
+    assert not app.exception
+    assert read_notes(tmp_path / "run") == {5: {"label": "**water**", "note": "fires near rivers"}}
+    app.run()
+    assert r"\*\*water\*\*" in app.title[0].value

@@ -44,7 +44,7 @@ def test_tokens_are_inert(colours: viz.Palette) -> None:
 
 def test_visible_shows_what_cannot_be_seen() -> None:
     assert viz.visible("a\nb\tc") == "a⏎b⇥c"
-    assert viz.visible("\u202e\x07\x7f\ud800") == "⟨U+202E⟩␇␡⟨U+D800⟩"
+    assert viz.visible("\u202e\x07\x7f\ud800") == "⟨U+202E⟩⟨U+0007⟩⟨U+007F⟩⟨U+D800⟩"
     assert viz.visible(" é日本 ") == " é日本 "
     assert viz.markdown("[a](b) **c** :red[d] $e$") == r"\[a\]\(b\) \*\*c\*\* \:red\[d\] \$e\$"
 
@@ -86,7 +86,7 @@ def test_charts_take_empty_and_degenerate_data() -> None:
         viz.pareto({}, LIGHT),
         viz.lines({}, LIGHT),
         viz.density_histogram({"a": empty, "b": np.zeros(3)}, LIGHT),
-        viz.activation_histogram([0, 1], [0], LIGHT, {"q50": 0.5}),
+        viz.activation_histogram([0, 1], [0], LIGHT, -1, {"q50": 0.5}),
         viz.logit_effects([], [], LIGHT),
         viz.firing_rank({"a": np.zeros(4)}, LIGHT, {"a": (1.0, 1.0)}),
         viz.heatmap(np.zeros((0, 0)), [], [], LIGHT),

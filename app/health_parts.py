@@ -1,0 +1,99 @@
+"""Pieces of the Health page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import common
+import pandas as pd
+import streamlit as st
+import tables
+
+from saelab import viz
+from saelab.errors import UserError
+from saelab.features import health
+from saelab.features.search import per_latent
+from saelab.metrics import zipf_fit
+from saelab.workspace import Run
+
+
+def densities(run: Run, beside: list[str]) -> None:
+    """Density histograms and ranks of several SAEs, with the Zipf law fitted to each."""
+    runs = [run, *(common.workspace().run(name) for name in beside)]
+    found = {r.name: per_latent(common.catalogue(r), "density") for r in runs}
+    left, right = st.columns(2, gap="large")
+    with left:
+        figure = viz.density_histogram(found, common.colours(), height=320)
+        common.chart(figure, alt="Histogram of firing densities, dead latents at -10", key="health_density")
+    fits, notes = {}, []
+    for name, density in found.items():
+        try:
+            fit = zipf_fit(density, offset=False)
+        except UserError as error:
+            notes.append(f"{name}: {error}")
+            continue
+        fits[name] = (fit.log_C, fit.s)
+        notes.append(f"{name}: Zipf exponent {fit.s:.2f}, R² {fit.r2:.3f} over the first {fit.last_rank:,} ranks")
+    with right:
+        figure = viz.firing_rank(found, common.colours(), fits)
+        common.chart(figure, alt="Firing density by rank with the fitted Zipf law", key="health_rank")
+    st.caption(viz.markdown(" · ".join(notes)))
+
+
+@st.cache_data(max_entries=8, show_spinner="Looking for causes of death …")
+def _deaths(path: str, stamp: tuple[float, ...], _run: Run, _table: pd.DataFrame) -> pd.DataFrame:
+    return health.causes_of_death(common.sae(_run), per_latent(_table, "count"), common.workspace().cache_of(_run))
+
+
+def deaths(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """Cause of death of every dead latent, examined on the run's cache when that lies in the folder."""
+    return _deaths(str(run.path), run.stamp, run, table)
+
+
+def cause_summary(found: pd.DataFrame) -> None:
+    """How many died of what."""
+    rows = [(cause, f"{count:,}", health.CAUSES[cause]) for cause, count in found["cause"].value_counts().items()]
+    common.html(viz.fact_table(rows))
+
+
+def death_table(found: pd.DataFrame) -> pd.Series | None:
+    """All dead latents; the chosen one."""
+    causes = st.pills("cause", sorted(found["cause"].unique()), selection_mode="multi", key="health_causes")
+    shown = found[found["cause"].isin(causes)] if causes else found
+    number = st.column_config.NumberColumn
+    config = {
+        "neighbour": number("nearest living", format="%d"),
+        "cosine": number("cosine", format="%+.2f"),
+        "encoder_norm": number("encoder norm", format="%.3f"),
+        "encoder_bias": number("bias", format="%+.3f"),
+        "best": number("best", format="%+.3f", help="largest pre-activation over the tokens examined"),
+        "best_without_bias": number("without bias", format="%+.3f", help="the same without the encoder's bias"),
+        "shortfall": number("shortfall", format="%.3f", help="smallest distance to an activation that did win"),
+    }
+    event = st.dataframe(
+        shown,
+        hide_index=True,
+        column_config=config,
+        on_select="rerun",
+        selection_mode="single-row",
+        key="health_deaths",
+        placeholder="–",
+        alt="Dead latents with the cause of death",
+    )
+    rows = [r for r in event.selection.rows if r < len(shown)]
+    return shown.iloc[rows[0]] if rows else None
+
+
+def audit(index: Any, limit: float) -> None:
+    """Latents that are nearly always on, and the covariate each follows best."""
+    found = health.audit_dense(index, limit)
+    if found.empty:
+        st.success(f"No latent fires on more than {limit:.0%} of tokens.", icon=":material/check:")
+        return
+    st.caption("What a latent that is nearly always on may stand for: the property its magnitude follows most closely.")
+    number = st.column_config.NumberColumn
+    config = {name: number(title, format="%+.2f") for name, title in health.AUDIT.items()}
+    config |= {"strength": number(format="%+.2f"), "mean": number(format="%.2f")}
+    picked = tables.simple(tables.shown(found, *found.columns), found, "health_audit", config)
+    if picked is not None:
+        common.open_latent(*picked)

@@ -1,0 +1,217 @@
+"""Pieces of the Steering page. Everything that touches the model holds its lock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import common
+import pandas as pd
+import streamlit as st
+
+from saelab import viz
+from saelab.steer import dose_response
+from saelab.steer.contrast import difference_of_means
+from saelab.workspace import Run, bench
+from saelab.workspace.bench import Pick
+
+NEUTRAL = (
+    "The committee will meet again in the spring to discuss the budget.\n"
+    "Water boils at a lower temperature in the mountains.\n"
+    "She opened the letter and read it twice before answering.\n"
+    "The museum holds a large collection of early maps."
+)
+
+
+def picks(run: Run, source: Any) -> list[Pick]:
+    """The bench of this session for this run; a latent sent from another page is put on it."""
+    benches = st.session_state.setdefault("steering_bench", {})
+    found: list[Pick] = benches.setdefault(run.name, [])
+    sent = st.session_state.pop("steer_pick", None)
+    if sent is not None and sent[0] == run.name:
+        _put(found, bench.pick_latent(source, sent[1], sent[2]))
+    return found
+
+
+def _put(found: list[Pick], pick: Pick) -> None:
+    if pick.label not in {p.label for p in found}:
+        found.append(pick)
+
+
+def add_latent(run: Run, source: Any) -> None:
+    """A latent by number."""
+    with st.form("steering_latent", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
+        latent = st.number_input("latent", 0, source.sae.d_sae - 1, 0, key="steering_latent_number", width=150)
+        signed = source.sae.signed
+        pole = st.segmented_control("pole", ["+", "−"], default="+", key="steering_pole") if signed else "+"
+        if st.form_submit_button("Add", icon=":material/add:"):
+            _put(
+                st.session_state["steering_bench"][run.name],
+                bench.pick_latent(source, latent, 1 if pole != "−" else -1),
+            )
+
+
+def add_means(run: Run, source: Any, model: Any) -> None:
+    """A difference of means of two sets of texts: the baseline every latent is measured against."""
+    with st.expander("Vector from two sets of texts"), st.form("steering_means", border=False):
+        name = st.text_input("name", "means", key="steering_means_name")
+        positive = st.text_area("texts with the concept, one a line", key="steering_positive", height=90)
+        negative = st.text_area("texts without it, one a line", key="steering_negative", height=90)
+        if st.form_submit_button("Make the vector", icon=":material/add:"):
+            with common.model_lock(), st.spinner("Reading the texts …"):
+                vector = difference_of_means(model, source.hook_name, lines(positive), lines(negative))
+            _put(st.session_state["steering_bench"][run.name], bench.pick_vector(vector, name.strip() or "means"))
+
+
+def lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def edit(run: Run, found: list[Pick]) -> list[Pick]:
+    """Operation, amount and unit of each pick; returns the bench as edited."""
+    for i, pick in enumerate(list(found)):
+        with st.container(border=True):
+            with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+                st.markdown(f"**{viz.markdown(pick.label)}**")
+                if st.button("Remove", key=f"steering_remove_{pick.label}", icon=":material/close:", type="tertiary"):
+                    found.pop(i)
+                    st.rerun()
+            with st.container(horizontal=True, vertical_alignment="bottom"):
+                operation = st.selectbox("do", bench.operations(pick), key=f"steering_do_{pick.label}", width=130)
+                number = bench.OPERATIONS[operation]
+                if number is not None:
+                    title, default, most, step = number
+                    least = -most if operation == "add" else 0.0
+                    amount = st.slider(title, least, most, default, step, key=f"steering_{operation}_{pick.label}")
+                    unit = pick.unit
+                    if operation != "scale":
+                        known = bench.units(pick)
+                        at = known.index(pick.unit)
+                        unit = st.selectbox(
+                            "times",
+                            known,
+                            at,
+                            format_func=bench.UNITS.get,
+                            key=f"steering_unit_{pick.label}",
+                            width=200,
+                        )
+                    pick = pick.changed(amount=amount, unit=unit)
+            found[i] = pick.changed(operation=operation)
+    return found
+
+
+def generate(model: Any, source: Any, found: list[Pick], prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The prompt continued unsteered, steered, and along random directions of the same size."""
+    chosen = {
+        "unsteered": [],
+        "steered": [bench.intervention(pick, source) for pick in found],
+        "random control": [bench.control(pick, seed=i) for i, pick in enumerate(found)],
+    }
+    made = {}
+    bar = st.progress(0.0, "Generating …")
+    with common.model_lock():
+        for i, (name, interventions) in enumerate(chosen.items()):
+            bar.progress(i / len(chosen), f"Generating: {name} …")
+            made[name] = bench.continue_text(model, prompt, interventions, **options)
+    bar.empty()
+    return made
+
+
+def show(result: dict[str, Any]) -> None:
+    """The continuations side by side; tokens that the unsteered text does not have are marked."""
+    before = result["unsteered"].tokens
+    for column, (name, text) in zip(st.columns(len(result)), result.items()):
+        with column, st.container(border=True, height="stretch"):
+            st.markdown(f"**{name}**")
+            marks = [0.0] * len(text.tokens) if name == "unsteered" else bench.changed(before, text.tokens)
+            common.html(viz.token_strip(text.strings, [0.55 * m for m in marks], common.colours(), 1.0, unit="changed"))
+
+
+def doses(run: Run, model: Any, found: list[Pick]) -> None:
+    """Effect on a concept and damage elsewhere, over strengths, beside a difference of means and random directions."""
+    with st.expander("Measure a vector against its controls"), st.form("steering_dose", border=False):
+        label = st.selectbox("vector", [p.label for p in found], format_func=viz.visible, key="dose_pick")
+        concept = st.text_input("words whose probability should rise, separated by commas", key="dose_concept")
+        columns = st.columns(2)
+        targets = columns[0].text_area("prompts where they could come next", "The weather today is", key="dose_targets")
+        neutral = columns[1].text_area("texts that should not change", NEUTRAL, key="dose_neutral")
+        positive = columns[0].text_area("texts with the concept (optional)", key="dose_positive")
+        negative = columns[1].text_area("texts without it (optional)", key="dose_negative")
+        asked = st.form_submit_button("Measure", icon=":material/science:")
+    pick = next(p for p in found if p.label == label)
+    if asked and pick.vector is not None:
+        unit = bench.best_unit(pick.vector)
+        with common.model_lock(), st.spinner("Measuring doses …"):
+            measured = dose_response(
+                model,
+                pick.vector,
+                lines(targets),
+                lines(neutral),
+                [word.strip() for word in concept.split(",") if word.strip()],
+                strengths=[f"{s}{unit}" for s in (0.25, 0.5, 1.0, 2.0)],
+                positive=lines(positive),
+                negative=lines(negative),
+                n_random=3,
+            )
+        st.session_state["steering_doses"] = (run.name, label, measured)
+    name, label, measured = st.session_state.get("steering_doses", (None, None, None))
+    if name != run.name:
+        return
+    st.markdown(f"**{viz.markdown(label)}**: {viz.markdown(measured.verdict)}.")
+    dose_charts([vars(dose) for dose in measured.doses])
+
+
+def dose_charts(found: list[dict[str, Any]]) -> None:
+    """Effect and damage over strength for every direction."""
+    names = list(dict.fromkeys(dose["direction"] for dose in found))
+    strengths = sorted({dose["strength"] for dose in found})
+    titles = (("logit_shift", "logit shift of the concept"), ("kl", "off-target KL, nats per token"))
+    for column, (key, title) in zip(st.columns(2, gap="large"), titles):
+        curves = {n: [d[key] for d in sorted(found, key=lambda d: d["strength"]) if d["direction"] == n] for n in names}
+        with column:
+            figure = viz.dose_response(strengths, curves, common.colours(), title)
+            common.chart(figure, alt=f"{title} over strength", key=f"dose_{key}")
+
+
+def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> None:
+    """The bench as a recipe in the folder's library."""
+    with st.form("steering_save", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
+        name = st.text_input("Save as a recipe", key="recipe_name", placeholder="name")
+        asked = st.form_submit_button("Save", icon=":material/save:")
+    if not asked:
+        return
+    from saelab.steer import Recipe
+
+    folder = bench.recipe_folder(common.workspace().root, name)
+    of_run, _, measured = st.session_state.get("steering_doses", (None, None, None))
+    promotes: list[str] = []
+    if run.has_index:
+        rows = [common.need_index(run).latent(p.latent, p.pole) for p in found if p.latent is not None]
+        promotes = [token for row in rows for token in row["promoted"][:5]]
+    about = bench.provenance(found, prompt, promotes, measured if of_run == run.name else None)
+    with common.model_lock(), st.spinner("Saving …"):
+        recipe = Recipe.of(model, [bench.intervention(p, source) for p in found], name=name.strip(), provenance=about)
+        recipe.save(folder)
+    st.toast(f"Saved {folder.name}", icon=":material/check:")
+
+
+def library(rows: list[dict[str, Any]]) -> None:
+    """Saved recipes; the chosen one with its dose and response."""
+    view = pd.DataFrame([{k: v for k, v in row.items() if k not in {"doses", "folder"}} for row in rows])
+    for name in view.columns.intersection(["name", "does", "origin", "promotes", "model", "verdict"]):
+        view[name] = view[name].fillna("").map(viz.visible)
+    config = {"norm": st.column_config.NumberColumn("norm", format="%.3f")}
+    event = st.dataframe(
+        view,
+        hide_index=True,
+        column_config=config,
+        on_select="rerun",
+        selection_mode="single-row",
+        key="recipe_table",
+        placeholder="–",
+        alt="Saved recipes",
+    )
+    for row in event.selection.rows[:1]:
+        if row < len(rows) and rows[row].get("doses"):
+            dose_charts(rows[row]["doses"])
+        else:
+            st.caption("This recipe was saved without measured doses.")

@@ -1,0 +1,162 @@
+"""Tables of latents: one row per latent and pole, a click chooses one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from saelab import viz
+
+Chosen = tuple[int, int]  # latent, pole
+DECADES = [0.0, *(m * 10.0**e for e in range(-7, 0) for m in (1, 3)), 0.5, 1.0]
+COLUMNS = {
+    "latent": st.column_config.NumberColumn("latent", format="%d", width=70),
+    "pole": st.column_config.TextColumn("pole", width=50),
+    "label": st.column_config.TextColumn("label", width="medium"),
+    "label_score": st.column_config.NumberColumn(
+        "score", format="%.2f", help="F1 of the label as a detector of firing, on text it was not chosen on"
+    ),
+    "top_tokens": st.column_config.TextColumn("fires on", width="medium", help="tokens it fires on most often"),
+    "promoted": st.column_config.TextColumn("promotes", width="medium", help="tokens whose logits it raises most"),
+    "density": st.column_config.NumberColumn("density", format="%.2e", help="share of tokens it fires on"),
+    "max": st.column_config.NumberColumn("max", format="%.2f", help="largest magnitude, raw units"),
+    "token_entropy": st.column_config.NumberColumn("entropy", format="%.1f", help="bits, of the token it fires on"),
+}
+
+
+def decade(value: float) -> str:
+    """A density as people say it."""
+    return f"{value:.0%}" if value >= 0.01 or value == 0 else f"{value:.0e}"
+
+
+def sign(pole: int) -> str:
+    return "+" if pole > 0 else "−"
+
+
+def shown(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """A copy to show: corpus text made visible, the pole as a sign."""
+    view = table[list(columns)].copy()
+    for name in view.columns.intersection(["label", "top_tokens", "promoted", "my label"]):
+        view[name] = view[name].fillna("").map(viz.visible)
+    if "pole" in view:
+        view["pole"] = view["pole"].map(sign)
+    return view
+
+
+def latents(table: pd.DataFrame, signed: bool, notes: dict[int, dict[str, str]], key: str) -> Chosen | None:
+    """The table of the Features page; returns the (latent, pole) of the chosen row."""
+    columns = ["latent", *(["pole"] if signed else []), "top_tokens", "label", "label_score", "density", "max"]
+    columns += ["token_entropy", "promoted"]
+    view = shown(table, *columns)
+    if notes:
+        view.insert(1, "my label", [viz.visible(notes.get(n, {}).get("label", "")) for n in table["latent"]])
+    if not (view["label"] != "").any():
+        view = view.drop(columns=["label", "label_score"])
+    return _choose(view, table, key, height=620)
+
+
+def matches(found: pd.DataFrame, table: pd.DataFrame, key: str) -> Chosen | None:
+    """Latents found by example, with what the index knows of them."""
+    rows = found.merge(table[["latent", "pole", "top_tokens"]], on=["latent", "pole"], how="left")
+    number = st.column_config.NumberColumn
+    names = ["latent", "pole", "specificity", "low", "high", "on_span", "off_span", "density", "label", "top_tokens"]
+    extra = {
+        "specificity": number(format="%.2f", help="(mean on the span − mean elsewhere) × −log₂ density, in maxima"),
+        "low": number(format="%.2f", help="5 % quantile over bootstrap samples of the tokens"),
+        "high": number(format="%.2f", help="95 % quantile over bootstrap samples of the tokens"),
+        "on_span": number("on the span", format="percent", help="share of marked tokens it fires on"),
+        "off_span": number("elsewhere", format="percent", help="share of all other tokens it fires on"),
+    }
+    return _choose(shown(rows, *names), rows, key, extra, height=320)
+
+
+def pairs(found: Any, view: str, key: str) -> Chosen | None:
+    """Matched pairs, or the unmatched latents of one side with their closest counterpart: (left, right)."""
+    number = st.column_config.NumberColumn
+    config = {name: number(format="%+.2f") for name in ("cosine", "correlation", "similarity")}
+    if view == "matched pairs":
+        rows = found.pairs
+        ends = rows[["left", "right"]]
+    else:
+        side = "left" if view.endswith("left") else "right"
+        rows = getattr(found, side)
+        rows = rows[rows["partner"] < 0].drop(columns="partner").rename(columns={"best": "closest"})
+        rows["related"] = [", ".join(f"#{j}" for j in related) for related in rows["related"]]
+        ends = rows[["latent", "closest"] if side == "left" else ["closest", "latent"]]
+    event = st.dataframe(
+        rows,
+        hide_index=True,
+        column_config=config,
+        on_select="rerun",
+        selection_mode="single-row",
+        key=f"{key}_{view}",
+        height=560,
+        placeholder="–",
+        alt="Latents of two SAEs with their similarity",
+    )
+    chosen = [r for r in event.selection.rows if r < len(rows)] or ([0] if len(rows) else [])
+    return (int(ends.iloc[chosen[0], 0]), int(ends.iloc[chosen[0], 1])) if chosen else None
+
+
+def neighbours(row: dict[str, Any], table: pd.DataFrame, key: str) -> Chosen | None:
+    """Latents with the closest decoder rows."""
+    rows = pd.DataFrame({"latent": row["neighbours"], "cosine": row["neighbour_cosines"]})
+    rows["pole"] = [1 if c >= 0 else -1 for c in rows["cosine"]]
+    known = table[table["pole"] == 1]
+    rows = rows.merge(known.drop(columns="pole"), on="latent", how="left")
+    if row["pole"] < 0:
+        rows["pole"] = -rows["pole"]
+    if rows.empty:
+        st.caption("There is no other latent.")
+        return None
+    extra = {"cosine": st.column_config.NumberColumn("cosine", format="%+.2f", help="of the decoder rows")}
+    rows["pole"] = rows["pole"].where(rows["pole"].isin(table["pole"].unique()), 1)
+    return _choose(shown(rows, "latent", "cosine", "top_tokens", "label", "density"), rows, key, extra)
+
+
+def partners(row: dict[str, Any], table: pd.DataFrame, key: str) -> Chosen | None:
+    """Latents that fire on the same tokens."""
+    rows = pd.DataFrame(
+        {
+            "latent": row["partners"],
+            "pole": row["partner_poles"],
+            "jaccard": row["partner_jaccard"],
+            "pmi": row["partner_pmi"],
+        }
+    )
+    if rows.empty:
+        st.caption("No latent fires together with this one often enough to tell.")
+        return None
+    rows = rows.astype({"latent": "int32", "pole": "int8"}).merge(table, on=["latent", "pole"], how="left")
+    extra = {
+        "jaccard": st.column_config.NumberColumn("Jaccard", format="%.2f", help="both fire / either fires"),
+        "pmi": st.column_config.NumberColumn("PMI", format="%.1f", help="bits: how much likelier together than apart"),
+    }
+    columns = ["latent", *(["pole"] if (table["pole"] < 0).any() else []), "jaccard", "pmi", "top_tokens", "label"]
+    return _choose(shown(rows, *columns), rows, key, extra)
+
+
+def simple(view: pd.DataFrame, poles: pd.DataFrame, key: str, config: dict[str, Any] | None = None) -> Chosen | None:
+    """Any table whose rows stand for latents; ``poles`` holds the columns latent and pole, row for row."""
+    return _choose(view, poles, key, config)
+
+
+def _choose(
+    view: pd.DataFrame, rows: pd.DataFrame, key: str, extra: dict[str, Any] | None = None, height: int | None = None
+) -> Chosen | None:
+    event = st.dataframe(
+        view,
+        hide_index=True,
+        column_config={**COLUMNS, **(extra or {})},
+        on_select="rerun",
+        selection_mode="single-row",
+        key=key,
+        height=height or "auto",
+        alt="Latents; choose a row to see one",
+    )
+    if not event.selection.rows or event.selection.rows[0] >= len(rows):
+        return None
+    row = rows.iloc[event.selection.rows[0]]
+    return int(row["latent"]), int(row["pole"])

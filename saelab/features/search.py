@@ -1,0 +1,151 @@
+"""The table of all latents: search by text, filters, and the marks of a search by example."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.errors import UserError
+from saelab.features.directions import unit_rows
+from saelab.features.index import FeatureIndex
+from saelab.features.schema import FEATURES
+from saelab.sae import SAE
+
+DENSE, ULTRA_DENSE, DYING_FIRINGS = 0.1, 0.5, 5
+STATES = {
+    "dead": "fired on no token of the index",
+    "dying": f"fired on fewer than {DYING_FIRINGS} tokens",
+    "dense": f"fires on more than {DENSE:.0%} of tokens",
+    "ultra-dense": f"fires on more than {ULTRA_DENSE:.0%} of tokens",
+}
+TEXT_COLUMNS = {"label": "label", "fires on": "top_tokens", "promotes": "promoted", "suppresses": "suppressed"}
+_SPAN = re.compile(r"\[\[(.+?)\]\]", re.DOTALL)
+
+
+def find(table: pd.DataFrame, text: str, where: str = "anything") -> pd.DataFrame:
+    """Rows whose text columns contain ``text``, whatever the case; all rows for an empty text.
+
+    ``where`` is one of ``TEXT_COLUMNS`` or "anything". The columns hold one string per latent, see
+    :func:`catalogue`.
+    """
+    text = text.strip().lower()
+    frame: Any = table
+    if not text:
+        return frame
+    columns = [TEXT_COLUMNS[where]] if where in TEXT_COLUMNS else list(TEXT_COLUMNS.values())
+    hit = pd.Series(False, index=table.index)
+    for column in columns:
+        hit |= table[f"{column}_lower"].str.contains(text, regex=False)
+    return frame[hit]
+
+
+def narrow(
+    table: pd.DataFrame,
+    pole: int | None = None,
+    state: str | None = None,
+    density: tuple[float, float] | None = None,
+    entropy: tuple[float, float] | None = None,
+) -> pd.DataFrame:
+    """Rows of one pole, in one of ``STATES``, within ranges of density and of token entropy in bits (both ends in)."""
+    keep = pd.Series(True, index=table.index)
+    if pole is not None:
+        keep &= table["pole"] == pole
+    if state == "dead":
+        keep &= table["count"] == 0
+    elif state == "dying":
+        keep &= table["count"].between(1, DYING_FIRINGS - 1)
+    elif state == "dense":
+        keep &= table["density"] > DENSE
+    elif state == "ultra-dense":
+        keep &= table["density"] > ULTRA_DENSE
+    if density is not None:
+        keep &= table["density"].between(*density)
+    if entropy is not None:
+        keep &= table["token_entropy"].between(*entropy)
+    frame: Any = table
+    return frame[keep]
+
+
+def marked(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without its ``[[...]]`` marks, and the marked character ranges; without marks, all of it."""
+    plain, spans, position = "", [], 0
+    for match in _SPAN.finditer(text):
+        plain += text[position : match.start()]
+        spans.append((len(plain), len(plain) + len(match[1])))
+        plain += match[1]
+        position = match.end()
+    plain += text[position:]
+    if not plain.strip():
+        raise UserError("the example is empty; paste a text and mark what you mean with [[ ]]")
+    return plain, spans or [(0, len(plain))]
+
+
+def tokens_in(strings: list[str], spans: list[tuple[int, int]], offset: int = 0) -> list[bool]:
+    """Which tokens overlap the character ranges; the first ``offset`` tokens (BOS) are no part of the text.
+
+    White space at a token's start does not count as overlap: " mill" is not in a range that ends before it.
+    """
+    inside, position = [False] * min(offset, len(strings)), 0
+    for string in strings[offset:]:
+        start = position + len(string) - len(string.lstrip()) if string.strip() else position
+        position += len(string)
+        inside.append(any(start < stop and position > first for first, stop in spans))
+    return inside
+
+
+def per_latent(table: pd.DataFrame, column: str) -> np.ndarray:
+    """A column of counts or densities summed over the poles, in the order of the latents."""
+    frame: Any = table
+    return frame.groupby("latent")[column].sum().to_numpy()
+
+
+def count_states(table: pd.DataFrame) -> dict[str, int]:
+    """How many latents are in each of ``STATES``, both poles taken together; dense includes ultra-dense."""
+    count, density = per_latent(table, "count"), per_latent(table, "density")
+    return {
+        "dead": int((count == 0).sum()),
+        "dying": int(((count > 0) & (count < DYING_FIRINGS)).sum()),
+        "dense": int((density > DENSE).sum()),
+        "ultra-dense": int((density > ULTRA_DENSE).sum()),
+    }
+
+
+@torch.no_grad()
+def counterparts(
+    direction: Float[Tensor, " d_in"], others: Mapping[str, SAE], signed: bool = False
+) -> dict[str, tuple[int, float]]:
+    """In each other SAE the latent closest to ``direction``, and its cosine: a latent's stability across seeds."""
+    unit = unit_rows(direction.detach().float()[None])[0]
+    found = {}
+    for name, sae in others.items():
+        cosines = unit_rows(sae.W_dec.detach().float()) @ unit
+        best = int((cosines.abs() if signed or sae.signed else cosines).argmax())
+        found[name] = (best, float(cosines[best]))
+    return found
+
+
+def catalogue(index: FeatureIndex) -> pd.DataFrame:
+    """The index's table with its token lists: one searchable string per text column, and one to show.
+
+    ``top_tokens``, ``promoted`` and ``suppressed`` are joined by spaces, each token in quotes so that its own spaces
+    show; ``label_lower``, ``top_tokens_lower``, ... are what :func:`find` searches.
+    """
+    table = index.table()
+    names = [name for name in TEXT_COLUMNS.values() if name != "label"]
+    lists = pq.read_table(index.folder / FEATURES, columns=names)
+    table["label_lower"] = table["label"].fillna("").str.lower()
+    for name in names:
+        # An ASCII separator that no search contains keeps tokens apart.
+        joined = pc.binary_join(lists[name].combine_chunks(), "\x1f").to_pandas().fillna("")  # pyright: ignore
+        table[f"{name}_lower"] = joined.str.lower()
+        table[name] = ("‘" + joined.str.replace("\x1f", "’ ‘", regex=False) + "’").where(joined != "", "")
+    return table

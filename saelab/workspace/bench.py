@@ -1,0 +1,205 @@
+"""The steering bench: what is picked, the interventions it means, their controls, and saved recipes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saelab.errors import UserError
+from saelab.steer import Ablate, Add, Clamp, Intervention, MinClamp, ProjectOut, Scale, SteeringVector, generate_tokens
+from saelab.steer import Run as SteerRun
+from saelab.steer.contrast import random_direction
+from saelab.steer.generate import tokenize, tokenizer_of
+from saelab.workspace.runs import Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RECIPES, RECIPE = "recipes", "recipe.json"
+# operation -> (what its number means, default, largest, step); None: it takes no number
+OPERATIONS: dict[str, tuple[str, float, float, float] | None] = {
+    "add": ("strength", 1.0, 4.0, 0.05),
+    "clamp": ("activation", 1.0, 4.0, 0.05),
+    "at least": ("activation", 1.0, 4.0, 0.05),
+    "scale": ("factor", 2.0, 8.0, 0.1),
+    "ablate": None,
+    "project out": None,
+}
+UNITS = {"max": "× max activation", "norm": "× activation norm", "raw": "× own length"}
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One line of the bench: a latent's pole, or a vector made from texts, and what to do with it."""
+
+    label: str
+    latent: int | None = None
+    pole: int = 1
+    vector: SteeringVector | None = None
+    operation: str = "add"
+    amount: float = 1.0
+    unit: str = "raw"
+
+    def changed(self, **fields: Any) -> Pick:
+        return replace(self, **fields)
+
+
+def open_run(run: Run, sae: Any) -> SteerRun:
+    """What steering needs of a run whose SAE is already loaded."""
+    meta = run.metadata
+    if not meta.get("hook_name"):
+        raise UserError(f"{run.name} does not record where in the model it belongs, so it cannot steer it")
+    names = meta.get("model_name"), meta.get("rms_norm"), meta.get("hf_hook_name")
+    return SteerRun(sae, meta["hook_name"], names[0], run.path, names[1], names[2])
+
+
+def pick_latent(source: SteerRun, latent: int, pole: int) -> Pick:
+    """A latent with the best unit that is known for it."""
+    vector = SteeringVector.from_latent(source, latent, pole)
+    sign = "" if pole > 0 else " −"
+    return Pick(f"#{latent}{sign}", latent, pole, vector, unit=best_unit(vector))
+
+
+def pick_vector(vector: SteeringVector, label: str) -> Pick:
+    """A vector made from texts; one own length is its natural strength."""
+    return Pick(label, vector=vector, unit="raw")
+
+
+def best_unit(vector: SteeringVector) -> str:
+    """The most telling unit a vector knows."""
+    if vector.max_activation:
+        return "max"
+    return "norm" if vector.rms_norm else "raw"
+
+
+def units(pick: Pick) -> list[str]:
+    """Units in which this pick's amount can be given."""
+    vector = pick.vector
+    known = {"max": vector is not None and vector.max_activation, "norm": vector is not None and vector.rms_norm}
+    return [unit for unit in UNITS if unit == "raw" or known[unit]]
+
+
+def operations(pick: Pick) -> list[str]:
+    """Operations on a latent's activation need a latent."""
+    return list(OPERATIONS) if pick.latent is not None else ["add", "project out"]
+
+
+def intervention(pick: Pick, source: SteerRun) -> Intervention:
+    """What a pick does to the model. Activations are given in multiples of the maximum where that is known."""
+    assert pick.vector is not None
+    if pick.operation == "add":
+        return Add(pick.vector, f"{pick.amount}{pick.unit}")
+    if pick.operation == "project out":
+        return ProjectOut(pick.vector)
+    if pick.latent is None:
+        raise UserError(f"{pick.operation!r} needs a latent; a vector made from texts can be added or projected out")
+    pole = pick.pole if source.sae.signed else 0
+    if pick.operation == "ablate":
+        return Ablate(source, pick.latent, pole=pole)
+    if pick.operation == "scale":
+        return Scale(source, pick.latent, pick.amount, pole=pole)
+    value = pick.pole * pick.vector.length(f"{pick.amount}{pick.unit}") / pick.vector.norm
+    kind = Clamp if pick.operation == "clamp" else MinClamp
+    return kind(source, pick.latent, value, pole=pole)
+
+
+def control(pick: Pick, seed: int) -> Intervention:
+    """The same kind of change along a random direction: added at equal length, or projected out."""
+    assert pick.vector is not None
+    direction = random_direction(pick.vector, seed)
+    if pick.operation in {"add", "clamp", "at least"}:
+        return Add(direction, pick.vector.length(f"{pick.amount}{pick.unit}"))
+    return ProjectOut(direction)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Generated tokens and how each reads."""
+
+    tokens: list[int]
+    strings: list[str]
+
+
+def continue_text(
+    model: nn.Module, prompt: str, interventions: Sequence[Intervention], **sampling: Any
+) -> Continuation:
+    """The model's continuation of ``prompt`` under ``interventions``."""
+    from saelab.features.prompt import decode_each
+
+    tokenizer = tokenizer_of(model)
+    ids, mask = tokenize(tokenizer, prompt)
+    row = generate_tokens(model, ids, mask, list(interventions), eos=tokenizer.eos_token_id, **sampling)[0]
+    return Continuation(row, decode_each(tokenizer, row))
+
+
+def changed(before: Sequence[int], after: Sequence[int]) -> list[bool]:
+    """Which tokens of ``after`` are not in the longest common subsequences with ``before``."""
+    marks = [True] * len(after)
+    matcher = difflib.SequenceMatcher(None, list(before), list(after), autojunk=False)
+    for _, start, size in matcher.get_matching_blocks():
+        marks[start : start + size] = [False] * size
+    return marks
+
+
+def recipe_folder(root: Path, name: str) -> Path:
+    """Where a recipe of this name is saved; the name may only be a plain word, so it cannot leave the folder."""
+    slug = re.sub(r"[^\w-]+", "-", name.strip()).strip("-_")
+    if not slug:
+        raise UserError("give the recipe a name of letters, digits or dashes")
+    return root / RECIPES / slug[:80]
+
+
+def saved_recipes(root: Path) -> list[dict[str, Any]]:
+    """Name, what it does, where its vectors come from, and its measured doses, for every recipe in the library."""
+    rows = []
+    for path in sorted((root / RECIPES).glob(f"*/{RECIPE}")):
+        if not path.resolve().is_relative_to(root.resolve()):
+            continue
+        try:
+            content = json.loads(path.read_text())
+            parts = [_part(entry) for entry in content["interventions"]]
+        except (ValueError, KeyError, TypeError) as error:
+            rows.append({"folder": path.parent.name, "name": path.parent.name, "does": f"damaged: {error}"})
+            continue
+        about = content.get("provenance") or {}
+        rows.append(
+            {
+                "folder": path.parent.name,
+                "name": content.get("name") or path.parent.name,
+                "does": "; ".join(part["does"] for part in parts),
+                "origin": "; ".join(part["origin"] for part in parts),
+                "norm": parts[0]["norm"] if parts else None,
+                "promotes": " ".join(about.get("promotes", [])),
+                "model": (content.get("model") or {}).get("name"),
+                "verdict": about.get("verdict", ""),
+                "doses": about.get("doses", []),
+            }
+        )
+    return rows
+
+
+def provenance(picks: Sequence[Pick], prompt: str, promotes: Sequence[str], measured: Any = None) -> dict[str, Any]:
+    """What a saved recipe remembers of the bench: picks, prompt, logit effect, dose and response."""
+    about: dict[str, Any] = {
+        "prompt": prompt,
+        "promotes": list(promotes),
+        "picks": [{"label": p.label, "operation": p.operation, "amount": p.amount, "unit": p.unit} for p in picks],
+    }
+    if measured is not None:
+        about |= {"verdict": measured.verdict, "doses": [asdict(dose) for dose in measured.doses]}
+    return about
+
+
+def _part(entry: dict[str, Any]) -> dict[str, Any]:
+    vectors = entry.get("vectors") or []
+    amounts = [f"{k} {entry[k]}" for k in ("strength", "factor", "value") if entry.get(k) is not None]
+    latent = f" #{entry['latent']}" if "latent" in entry else ""
+    origins = [v.get("origin") or {} for v in vectors] or [entry.get("source") or {}]
+    named = [f"{o.get('kind', 'latent')} {o.get('latent', '')}".strip() for o in origins]
+    norm = vectors[0].get("norm") if vectors else None
+    return {"does": f"{entry['op']}{latent} {', '.join(amounts)}".strip(), "origin": ", ".join(named), "norm": norm}
