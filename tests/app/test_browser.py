@@ -1,0 +1,178 @@
+"""Journeys in a real browser: find a latent and steer with it; see why latents are dead; hostile tokens stay inert."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_workspace import make_cache, make_index, make_model, make_run
+
+from saelab import checkpoint
+from saelab.workspace import Workspace
+
+pytestmark = pytest.mark.browser
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+SWITCHES = (  # noqa: SIM905
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small SAEs; one of them with three latents killed in three ways."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("browser")
+    cache = make_cache(root, make_model(root / "model"))
+    make_run(root / "signed", "abs_topk", cache)
+    run = make_run(root / "sick", "topk", cache, k=4)
+    sae = checkpoint.load_sae(run)
+    with torch.no_grad():
+        sae.W_enc[:, 0] *= 1e-3
+        sae.b_enc[0] = 0.0
+        sae.W_dec[1] = sae.W_dec[2]
+        sae.b_enc[1] = sae.b_enc[3] = -100.0
+    checkpoint.save_sae(sae, run, checkpoint.load_metadata(run))
+    for path in (root / "signed", run):
+        make_index(path, cache)
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(workspace: Path) -> Iterator[str]:
+    """The app as a user starts it, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "saelab", "app", str(workspace), "--port", str(port), "--no-browser"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/_stcore/health")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def _wait_for(url: str, seconds: float = 60.0) -> None:
+    for _ in range(int(seconds / 0.2)):
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+    raise TimeoutError(url)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium found on PATH; install Debian's chromium to run the browser journeys")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    page = browser.new_page(viewport={"width": 1440, "height": 1000})
+    page.set_default_timeout(60_000)
+    page.dialogs = []
+    page.on("dialog", lambda dialog: (page.dialogs.append(dialog.message), dialog.dismiss()))
+    page.outside = []
+    page.on("request", lambda request: None if address in request.url else page.outside.append(request.url))
+    yield page
+    assert not page.dialogs, "a token ran as a script"
+    assert page.locator("[data-testid=stException]").count() == 0
+    page.close()
+
+
+def settle(page: Any) -> None:
+    page.wait_for_timeout(300)
+    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')")
+    page.wait_for_timeout(300)
+
+
+def test_find_a_latent_by_text_look_at_it_and_steer_with_it(page: Any, address: str) -> None:
+    page.goto(f"{address}/features?run=signed")
+    page.get_by_label("Search", exact=True).fill("river")
+    page.keyboard.press("Enter")
+    settle(page)
+    page.locator(".st-key-features_preview_open button").click()
+    page.get_by_text("Positive pole").wait_for()
+    page.get_by_text("Negative pole").wait_for()
+    settle(page)
+    assert re.search(r"run=signed&latent=\d+&pole=-?1", page.url), "the address must lead back to this latent"
+    assert page.locator(".sl-strip").count() >= 2
+    latent = re.search(r"latent=(\d+)", page.url)[1]
+    page.locator(".st-key-latent_steer button").click()
+    page.get_by_text("What the model says").wait_for()
+    settle(page)
+    assert page.get_by_text(re.compile(rf"^#{latent}( −)?$")).count() >= 1
+    page.get_by_label("Prompt", exact=True).fill("the river runs past")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("random control").wait_for()
+    settle(page)
+    texts = page.locator(".sl-strip").all_inner_texts()
+    assert len(texts) == 3 and all(text.strip() for text in texts)
+
+
+def test_which_latents_are_dead_and_why(page: Any, address: str, workspace: Path) -> None:
+    page.goto(f"{address}/health?run=sick")
+    page.get_by_role("tab", name=re.compile("Dead")).click()
+    settle(page)
+    facts = page.locator(".sl-facts").first.inner_text()
+    assert "encoder collapsed" in facts and "duplicate" in facts and "bias too low" in facts
+    assert Workspace.scan(workspace).run("sick").load().d_sae == 48
+
+
+def test_hostile_tokens_are_shown_and_do_nothing(page: Any, address: str) -> None:
+    for latent in (0, 3, 7):
+        page.goto(f"{address}/latent?run=signed&latent={latent}&pole=1")
+        page.get_by_text("Positive pole").wait_for()
+        settle(page)
+        text = " ".join(page.locator(".sl-strip").all_inner_texts())
+        assert "\u202e" not in text and "\x07" not in text
+        assert page.locator(".sl-strip script, .sl-strip img, .sl-strip a, .sl-strip strong").count() == 0
+        if "<script>alert(1)</script>" in text and "⟨U+202E⟩" in text:
+            return
+    pytest.fail("no hostile token was shown, so nothing was tested")
+
+
+def test_nothing_is_fetched_from_elsewhere(page: Any, address: str) -> None:
+    page.goto(f"{address}/?run=signed")
+    page.get_by_text("Sparsity against fidelity").wait_for()
+    settle(page)
+    assert [url for url in page.outside if not url.startswith(("data:", "blob:"))] == []
+
+
+def test_pages_can_be_walked_with_the_keyboard(page: Any, address: str) -> None:
+    page.goto(f"{address}/features?run=signed")
+    page.get_by_label("Search", exact=True).wait_for()
+    settle(page)
+    seen = set()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        seen.add(
+            page.evaluate(
+                "(document.activeElement.getAttribute('aria-label') || document.activeElement.innerText || '').trim()"
+            )
+        )
+    assert {"Overview", "Latent", "Steering"} <= {name.split("\n")[-1] for name in seen}
+    assert any("Search" in name for name in seen)
