@@ -4,7 +4,7 @@ from saelab.lm.config import HarvestConfig
 from saelab.lm.fingerprint import check_same_model, weights_fingerprint
 from saelab.lm.harvest import harvest
 from saelab.lm.hooks import HookSite, find_hook
-from saelab.lm.loading import load_model, model_name
+from saelab.lm.loading import load_hf_model, load_model, model_name
 from saelab.lm.smollm2 import smollm2_folder
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "check_same_model",
     "find_hook",
     "harvest",
+    "load_hf_model",
     "load_model",
     "model_name",
     "smollm2_folder",

