@@ -55,8 +55,9 @@ ACTIONS = {"info": Info, "verify": Verify, "merge": Merge}
 def main(args: Sequence[str]) -> None:
     """Dispatch to info, verify or merge."""
     if not args or args[0] in {"-h", "--help"}:
+        out.print("usage: saelab cache ACTION [options]\n", markup=False)
         for name, cls in ACTIONS.items():
-            out.print(f"saelab cache [bold]{name:<8}[/] {cls.__doc__}")
+            out.print(f"  [bold]{name:<8}[/] {cls.__doc__}")
         return
     if args[0] not in ACTIONS:
         raise UserError(f"unknown action {args[0]!r}: {near_matches(args[0], ACTIONS)}")
