@@ -23,6 +23,7 @@ COMMANDS = {
     "sweep": "train a grid of SAEs from one reading of a cache",
     "index": "describe every latent of a run over a corpus",
     "plan": "estimate what a large SAE costs on many GPUs",
+    "explain": "describe latents with a language model, and score the descriptions",
     "evaluate": "measure a run on held-out activations and in the language model",
     "reproduce": "run a paper's headline claims, with a verdict for each",
 }

@@ -6,10 +6,12 @@ from saelab.lm.harvest import harvest
 from saelab.lm.hooks import HookSite, find_hook
 from saelab.lm.loading import load_hf_model, load_model, model_name
 from saelab.lm.smollm2 import smollm2_folder
+from saelab.lm.unembed import Unembedding, unembedding
 
 __all__ = [
     "HarvestConfig",
     "HookSite",
+    "Unembedding",
     "check_same_model",
     "find_hook",
     "harvest",
@@ -17,5 +19,6 @@ __all__ = [
     "load_model",
     "model_name",
     "smollm2_folder",
+    "unembedding",
     "weights_fingerprint",
 ]

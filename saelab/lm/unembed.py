@@ -1,0 +1,51 @@
+"""The end of a language model as plain tensors: what turns a residual stream into logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saelab.lm.loading import load_model
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+class Unembedding(NamedTuple):
+    """``logits = (normalised x * norm_weight) @ weight``, up to biases.
+
+    ``normalised`` divides by the root mean square of ``x``, after subtracting its mean where ``centred`` (LayerNorm).
+    """
+
+    weight: Float[Tensor, "d_in vocab"]
+    norm_weight: Float[Tensor, " d_in"] | None
+    centred: bool
+
+
+def unembedding(model: TransformerBridge | str | Path) -> Unembedding:
+    """Unembedding matrix and final norm of a loaded model, or of one to load by name or folder; float32, on the CPU."""
+    bridge = load_model(model, device="cpu") if isinstance(model, str | Path) else model
+    norm = bridge.ln_final.original_component
+    weight = getattr(norm, "weight", None)
+    if weight is not None:
+        weight = weight.detach().float().cpu()
+        if _adds_one(norm):
+            weight = weight + 1.0
+    return Unembedding(bridge.W_U.detach().float().cpu(), weight, isinstance(norm, nn.LayerNorm))
+
+
+def _adds_one(norm: nn.Module) -> bool:
+    """Whether a norm multiplies by ``1 + weight`` (Gemma): told from what it does to a vector of its own root mean
+    square one."""
+    weight = norm.get_parameter("weight")
+    x = torch.ones(1, 1, len(weight), dtype=weight.dtype, device=weight.device)
+    x[..., ::2] = -1.0
+    if len(weight) % 2:
+        return False
+    with torch.no_grad():
+        scale = (norm(x) / x).flatten()
+    return bool((scale - weight - 1.0).abs().sum() < (scale - weight).abs().sum())

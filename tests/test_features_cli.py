@@ -1,0 +1,53 @@
+"""``saelab index`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from saelab import ActivationCache, build
+from saelab.checkpoint import save_sae
+from saelab.cli import main
+from saelab.features import FeatureIndex
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    tokens = torch.randint(0, 50, (400,))
+    ActivationCache.from_tensors(tmp_path / "cache", torch.randn(400, 8), tokens, context_length=20)
+    save_sae(build("topk", 8, 32, k=3), tmp_path / "run", {"hook_name": "blocks.1.hook_resid_post"})
+    return tmp_path / "run"
+
+
+def test_index_prints_one_json_document(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["index", str(run), "--cache", str(run.parent / "cache"), "--json", "--top", "2"])
+    printed = json.loads(capsys.readouterr().out)
+    index = FeatureIndex(run)
+    assert printed["latents"] == 32 and printed["tokens"] == 400
+    assert printed["never_fired"] == (index.table()["count"] == 0).sum()
+    assert max(len(index.examples(j, kind="top")) for j in range(32)) == 2
+
+
+def test_an_existing_index_is_kept_without_overwrite(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["index", str(run), "--cache", str(run.parent / "cache")]
+    main(command)
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 2
+    assert "--overwrite" in capsys.readouterr().err
+    main([*command, "--overwrite", "--max-tokens", "100"])
+    assert FeatureIndex(run).meta["tokens"] == 100
+
+
+def test_a_cache_of_another_hook_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = run.parent / "other"
+    ActivationCache.from_tensors(other, torch.randn(40, 8), hook_name="blocks.0.hook_resid_post")
+    with pytest.raises(SystemExit) as left:
+        main(["index", str(run), "--cache", str(other)])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert "blocks.1.hook_resid_post" in error and "Traceback" not in error
+    assert not (run / "features").exists()
