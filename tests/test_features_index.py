@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -237,6 +240,32 @@ def test_a_failed_build_leaves_the_old_index(tmp_path: Path) -> None:
     assert newer.meta["tokens"] == 50
     assert newer.table()["count"].sum() == (sae.table[:50] != 0).sum()
     assert sorted(p.name for p in index.run_folder.rglob("*")) == before
+
+
+KILLED = """
+import os, signal, sys, torch
+from saelab import ActivationCache, build, build_index
+
+def progress(stage, done, total):
+    if stage == "describe":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+cache = ActivationCache(sys.argv[1])
+sae = build("topk", cache.d_in, 8, k=2).eval()
+build_index(sae, cache, sys.argv[2], token_strings=["x"] * 11, overwrite=True, progress=progress)
+"""
+
+
+def test_a_killed_build_leaves_the_old_index_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    sae, cache, code = planted(tmp_path)
+    run = tmp_path / "run"
+    build_index(sae, cache, run, token_strings=strings(), config=CONFIG)
+    died = subprocess.run([sys.executable, "-c", KILLED, str(cache.path), str(run)], capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert FeatureIndex(run).table()["count"].sum() == (code != 0).sum()
+    assert len(list(run.glob(".features-*"))) == 1
+    build_index(sae, cache, run, token_strings=strings(), config=CONFIG, overwrite=True)
+    assert [p.name for p in run.iterdir()] == ["features"]
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

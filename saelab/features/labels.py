@@ -22,6 +22,7 @@ KINDS = ("token", "after", "before", "near")
 OFFSETS = (0, -1, 1)
 REACH = 16
 CANDIDATES = 12  # tokens considered, and the most a set may hold
+MIN_SUPPORT = 3  # firings that a token must meet: rarer ones always look precise
 MIN_FIRINGS = 8  # in either half
 BACKGROUND = 4096  # windows that tell how often a token is near
 
@@ -132,7 +133,8 @@ class Labeller:
         met = []
         for h, (slots, rows) in enumerate(halves):
             pairs = count_tokens(slots, self._neighbour(rows, OFFSETS[number]), self.size + 1)
-            inside = pairs.tokens < self.size
+            # What is chosen needs support; what is scored counts whatever it meets.
+            inside = (pairs.tokens < self.size) & (pairs.counts >= (MIN_SUPPORT if h == 0 else 1))
             slots, tokens, counts = (column[inside] for column in pairs)
             met.append((slots, tokens, np.minimum(counts * weight[slots], self.totals[h, number][tokens])))
         slots, tokens, true = met[0]
@@ -165,7 +167,7 @@ class Labeller:
         # Support times information: the usual TF-IDF, with the latent's firings as the document.
         value = true * np.log(np.maximum(true * self.rows_in[0] / (rarely * total[0][pairs.slots]), 1.0))
         keep = group_top(pairs.slots, value, CANDIDATES)
-        keep = keep[value[keep] > 0]
+        keep = keep[(value[keep] > 0) & (pairs.counts[keep] >= MIN_SUPPORT)]
         chosen = keep[group_top(pairs.slots[keep], (true / rarely)[keep], CANDIDATES)]
         sets = Sets(pairs.slots[chosen], pairs.tokens[chosen])
         added, predicted = self._union(sets, halves[0], 0, weight)

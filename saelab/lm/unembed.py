@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,14 +29,18 @@ class Unembedding(NamedTuple):
 
 def unembedding(model: TransformerBridge | str | Path) -> Unembedding:
     """Unembedding matrix and final norm of a loaded model, or of one to load by name or folder; float32, on the CPU."""
-    bridge = load_model(model, device="cpu") if isinstance(model, str | Path) else model
+    if isinstance(model, str | Path):
+        found = unembedding(load_model(model, device="cpu"))
+        gc.collect()  # a bridge refers to itself: without this the rest of the model would stay in memory
+        return found
+    bridge = model
     norm = bridge.ln_final.original_component
     weight = getattr(norm, "weight", None)
     if weight is not None:
         weight = weight.detach().float().cpu()
         if _adds_one(norm):
             weight = weight + 1.0
-    return Unembedding(bridge.W_U.detach().float().cpu(), weight, isinstance(norm, nn.LayerNorm))
+    return Unembedding(bridge.W_U.detach().float().cpu().clone(), weight, isinstance(norm, nn.LayerNorm))
 
 
 def _adds_one(norm: nn.Module) -> bool:
