@@ -12,6 +12,7 @@ from saelab.features.search import counterparts
 from saelab.workspace import Run
 from saelab.workspace.notes import read_notes, write_note
 
+LONGEST_TITLE = 44
 FACTS = {
     "position_corr": ("position in the context", "correlation with the magnitude"),
     "frequency_corr": ("frequency of the token", "correlation with the log count in the corpus"),
@@ -29,6 +30,8 @@ def title(row: dict[str, Any], signed: bool, notes: dict[int, dict[str, str]] | 
     """``#12 −`` and the label: the researcher's own before the index's."""
     pole = "" if not signed else (" +" if row["pole"] > 0 else " −")
     label = (notes or {}).get(row["latent"], {}).get("label") or row.get("label")
+    if label and len(label) > LONGEST_TITLE:
+        label = label[: LONGEST_TITLE - 1] + "…"
     return f"\\#{row['latent']}{pole}" + (f" · {viz.markdown(label)}" if label else "")
 
 
@@ -47,7 +50,7 @@ def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
     row = index.latent(latent, pole)
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-            st.markdown(f"#### {title(row, len(index.poles) > 1, read_notes(run.path))}")
+            st.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(run.path))}")
             if st.button("Open", key=f"{key}_open", icon=":material/open_in_full:"):
                 common.open_latent(latent, pole, run)
         if not row["count"]:

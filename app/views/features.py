@@ -12,9 +12,9 @@ from saelab.workspace.notes import read_notes
 
 SHOWN = 1000
 SORTS = {
+    "label_score": "best label",
     "density": "most frequent",
     "max": "strongest",
-    "label_score": "best label",
     "token_entropy": "most token-specific",
     "latent": "latent number",
 }
