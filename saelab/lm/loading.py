@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,7 +57,7 @@ def load_hf_model(
     source = _source(name)
     try:
         with quiet_progress():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype))
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype))
     except OSError as error:
         raise _not_found(source, error) from error
     return model.to(device).eval()
