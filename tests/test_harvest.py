@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_lm
 import torch
 
 from saelab.cli import main
@@ -16,6 +15,7 @@ from saelab.data.text import from_documents
 from saelab.errors import UserError
 from saelab.lm import HarvestConfig, find_hook, harvest, load_model
 from saelab.lm.capture import Reader
+from tests import tiny_lm
 
 HOOK = "blocks.2.hook_resid_post"
 TEXT = from_documents([tiny_lm.sentences(120, seed) for seed in range(6)])

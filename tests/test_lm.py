@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_lm
 import torch
 
 from saelab.errors import UserError
 from saelab.lm import check_same_model, find_hook, load_model, loading, model_name, smollm2, weights_fingerprint
 from saelab.lm.capture import Reader
+from tests import tiny_lm
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import tiny_lm
 import torch
 
 from saelab.data import text as text_module
 from saelab.data.packing import pack, resolve_bos
 from saelab.data.text import from_documents, open_text
 from saelab.errors import UserError
+from tests import tiny_lm
 
 DOCUMENTS = ["the cat sat", "rain fell over old roofs", "seven ships left the harbour at dawn"]
 
