@@ -4,6 +4,8 @@ Encoder and decoder are one dictionary. Selection is by the largest signed produ
 pass a ReLU, as in the authors' toy code. The gradient runs through all coefficients and the whole chain of residuals,
 not through the argmax; the backward pass keeps no ``[n, d_sae]`` tensor. The official codes disagree on the norms of
 the atoms, hence ``norm``; on the authors' synthetic benchmark only ``free`` recovers the planted atoms.
+
+A token whose residual is within ``residual_stop`` from the start has an empty code; SAELens gives it one step.
 """
 
 from __future__ import annotations
