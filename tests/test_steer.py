@@ -222,7 +222,7 @@ def test_a_decode_loop_written_by_hand_is_followed() -> None:
         (lambda: [Clamp(RUN, 3, 1.0), Ablate(RUN, 3)], "Clamp and Ablate conflict on latent 3"),
         (lambda: [Scale(RUN, 3, 2.0, pole=1), Clamp(RUN, 3, 1.0, pole=-1)], "conflict on latent 3"),
         (lambda: [Clamp(RUN, 64, 1.0)], "latent 64 does not exist: the SAE has latents 0 to 63"),
-        (lambda: [Clamp(RUN, 3, "3x")], "needs the latent's maximum activation from a feature index"),
+        (lambda: [Clamp(RUN, 3, "3x")], "needs a maximum activation: the SAE has no feature index"),
         (lambda: [Add(SteeringVector.from_latent(RUN, 3), "0.5norm")], "needs the norm of the activations"),
         (lambda: [Add(vector(), "3 elephants")], "is not a number"),
         (lambda: [Add(vector(), float("nan"))], "not finite"),

@@ -15,6 +15,7 @@ from saelab.errors import UserError, near_matches
 COMMANDS = {
     "harvest": "cache a language model's activations",
     "cache": "look at, check and join activation caches",
+    "steer": "continue prompts with a latent turned up, clamped or removed, or with a recipe",
     "app": "browse latents, explain prompts and steer in the web app",
     "inspect": "say what an SAE checkpoint of any tool is",
     "convert": "turn an SAE of one tool into one of another, with proof",

@@ -8,6 +8,7 @@ from saelab.steer.generate import Comparison, Sampling, compare, generate, gener
 from saelab.steer.hooks import attach
 from saelab.steer.interventions import Ablate, Add, Clamp, Intervention, MinClamp, ProjectOut, Scale
 from saelab.steer.positions import TokenContext
+from saelab.steer.recipe import Recipe
 from saelab.steer.run import Run
 from saelab.steer.vectors import SteeringVector
 
@@ -23,6 +24,7 @@ __all__ = [
     "Intervention",
     "MinClamp",
     "ProjectOut",
+    "Recipe",
     "Run",
     "Sampling",
     "Scale",

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm import model_name
 from saelab.steer.generate import forward, tokenize, tokenizer_of
 from saelab.steer.hooks import attach
 from saelab.steer.sites import locate, underlying
@@ -145,13 +146,7 @@ def _both(
 
 
 def _known(model: nn.Module, *acts: Tensor) -> dict[str, Any]:
-    return {"model": model_name(model), "rms_norm": float(torch.cat(acts).square().sum(dim=1).mean().sqrt())}
-
-
-def model_name(model: nn.Module) -> str | None:
-    """The name a model was loaded by, where it tells."""
-    config = getattr(model, "cfg", None) or getattr(underlying(model), "config", None)
-    return getattr(config, "model_name", None) or getattr(config, "_name_or_path", None) or None
+    return {"model": model_name(model)[0] or None, "rms_norm": float(torch.cat(acts).square().sum(dim=1).mean().sqrt())}
 
 
 def _origin(kind: str, positive: Sequence[str], negative: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:

@@ -224,17 +224,19 @@ class MinClamp(Clamp):
 
 
 def describe(intervention: Intervention) -> dict[str, Any]:
-    """The settings of an intervention as JSON: what a recipe stores beside its tensors."""
-    if callable(intervention.where):
-        raise UserError("a token predicate cannot be written to a file; use all, prompt, generated or positions")
-    where = intervention.where if isinstance(intervention.where, str) else [int(p) for p in intervention.where]
+    """The settings of an intervention as JSON, its tensors left out."""
+    where = intervention.where
+    if callable(where):
+        where = "predicate"
     settings: dict[str, Any] = {
         "op": type(intervention).__name__,
         "hook_name": intervention.hook_name,
-        "where": where,
+        "where": where if isinstance(where, str) else [int(p) for p in where],
         "skip_first": intervention.skip_first,
     }
     for name in ("strength", "latent", "pole", "keep_error", "factor", "value"):
         if hasattr(intervention, name):
             settings[name] = getattr(intervention, name)
+    if isinstance(intervention, Add):
+        settings["length"] = intervention.length
     return settings

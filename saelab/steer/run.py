@@ -43,7 +43,7 @@ class Run:
         """The feature index of the run folder, or None where there is none."""
         if self.folder is None or not (self.folder / "features" / "features.parquet").is_file():
             return None
-        from saelab.features import FeatureIndex  # pyright: ignore
+        from saelab.features import FeatureIndex
 
         return FeatureIndex(self.folder)
 
@@ -59,15 +59,22 @@ class Run:
         return latent
 
     def max_activation(self, latent: int, pole: int = 1) -> float | None:
-        """The largest magnitude the latent reached on this pole in the index; None without an index.
+        """The largest magnitude the latent reached on this pole in the index; None where it is not known.
 
-        A pole on which the latent never fired has none either.
+        It is not known without an index, and on a pole on which the latent never fired; ``why_no_max`` says which.
         """
         self.check_latent(latent)
-        if self.index is None:
+        if self.index is None or pole not in self.index.poles:
             return None
-        highest = abs(float(self.index.max_activation(latent, pole)))
-        return highest if highest > 0 else None
+        return float(self.index.max_activation(latent, pole)) or None
+
+    def why_no_max(self, latent: int, pole: int) -> str:
+        """Why a strength in multiples of the latent's maximum has no meaning, with the remedy."""
+        if self.index is not None:
+            return f"latent {latent} never fires on its {'+' if pole > 0 else '-'} pole in the feature index"
+        if self.folder is None:
+            return "the SAE has no feature index; set it with with_units(max_activation=...)"
+        return f"{self.folder} has no feature index; build it with `saelab index {self.folder} --cache CACHE`"
 
     def provenance(self) -> dict[str, Any]:
         """What a vector or a recipe records of the SAE it came from."""

@@ -41,6 +41,7 @@ class SteeringVector:
     max_activation: float | None = None  # the length that "1max" stands for
     rms_norm: float | None = None  # the length that "1norm" stands for
     origin: dict[str, Any] = field(default_factory=dict)  # how it was made; JSON
+    no_max: str = "only a single latent has a maximum; set one with with_units(max_activation=...)"
 
     @classmethod
     def from_tensor(cls, vector: Tensor, hook_name: str, **known: Any) -> SteeringVector:
@@ -67,7 +68,7 @@ class SteeringVector:
         from saelab.steer.run import as_run
 
         source = as_run(run, hook_name)
-        row = pole_sign(pole) * source.sae.W_dec[source.check_latent(latent)]
+        row = pole_sign(pole) * source.sae.W_dec[source.check_latent(latent)].detach()
         highest = source.max_activation(latent, pole)
         return cls.from_tensor(
             row,
@@ -76,6 +77,7 @@ class SteeringVector:
             max_activation=None if highest is None else highest * float(row.norm()),
             rms_norm=source.rms_norm,
             origin={"kind": "latent", "latent": latent, "pole": pole, **source.provenance()},
+            no_max=source.why_no_max(latent, pole),
         )
 
     @classmethod
@@ -144,15 +146,8 @@ class SteeringVector:
                 f"strength {strength!r} needs the norm of the activations, which this vector does not know; set it "
                 "with with_units(rms_norm=...) or give an absolute strength"
             )
-        run = self.origin.get("run")
-        remedy = (
-            f"build it with `saelab index {run} --cache CACHE`" if run else "set it with with_units(max_activation=...)"
-        )
-        if self.origin.get("kind") != "latent":
-            remedy = "it belongs to single latents; set it with with_units(max_activation=...)"
         raise UserError(
-            f"strength {strength!r} needs the latent's maximum activation from a feature index: {remedy}, "
-            "or give an absolute strength"
+            f"strength {strength!r} needs a maximum activation: {self.no_max}, or give an absolute strength"
         )
 
     def with_units(self, max_activation: float | None = None, rms_norm: float | None = None) -> SteeringVector:

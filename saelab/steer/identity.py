@@ -1,0 +1,48 @@
+"""Which model a recipe belongs to, told by its configuration and its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from saelab.errors import UserError
+from saelab.lm import model_name, weights_fingerprint
+from saelab.steer.sites import blocks, underlying, width
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """A model as a recipe remembers it."""
+
+    name: str | None
+    architecture: str  # the Hugging Face class
+    d_model: int | None
+    n_layers: int
+    fingerprint: str  # of the weights
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelIdentity:
+        """The identity of a bridge or of a plain Hugging Face model; both give the same for the same weights."""
+        return cls(
+            model_name(model)[0] or None,
+            type(underlying(model)).__name__,
+            width(model),
+            len(blocks(model)[1]),
+            weights_fingerprint(model),
+        )
+
+    def check(self, model: nn.Module, any_weights: bool = False) -> None:
+        """UserError unless ``model`` is this one, or with ``any_weights`` has the same architecture and sizes."""
+        other = ModelIdentity.of(model)
+        for name in ("architecture", "d_model", "n_layers"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise UserError(
+                    f"the recipe was made for {self.name or 'a model'} with {name} {mine}; this model has {theirs}"
+                )
+        if not any_weights and self.fingerprint != other.fingerprint:
+            raise UserError(
+                f"the recipe was made for other weights ({self.name or self.architecture}, {self.fingerprint}); these "
+                f"are {other.name or other.architecture}, {other.fingerprint}. any_weights=True applies it all the same"
+            )
