@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from saelab.errors import UserError
 from saelab.lm.plain import hf_tensors, plain_skeleton
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 _SAMPLE = 1024  # values of each parameter that enter the fingerprint
 
 
-def weights_fingerprint(model: TransformerBridge) -> str:
-    """Hash of names, shapes and evenly spaced values of all parameters.
+def weights_fingerprint(model: TransformerBridge | nn.Module) -> str:
+    """Hash of names, shapes and evenly spaced values of all parameters; a bridge and the plain Hugging Face model
+    with the same weights have the same.
 
     Reads a thousandth of the weights, so it is quick on large models; any training step moves nearly every weight
     and so changes it. Weights loaded in another dtype are different weights.

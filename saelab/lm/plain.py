@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _WRAPPED = "_original_component"
 
 
-def plain_skeleton(model: TransformerBridge) -> nn.Module | None:
+def plain_skeleton(model: TransformerBridge | nn.Module) -> nn.Module | None:
     """An empty Hugging Face model of the same shape with fused attention; None for a model that is none."""
-    original: Any = model.original_model
+    original: Any = getattr(model, "original_model", model)
     config = getattr(original, "config", None)
     if config is None or not hasattr(type(original), "_from_config"):
         return None
@@ -46,7 +46,7 @@ def plain_model(model: TransformerBridge) -> nn.Module | None:
     return plain.eval()
 
 
-def hf_tensors(model: TransformerBridge) -> dict[str, Tensor]:
+def hf_tensors(model: TransformerBridge | nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by Hugging Face name; what the bridge derived from them comes under names of its own."""
     found: dict[str, Tensor] = {}
 
@@ -57,7 +57,7 @@ def hf_tensors(model: TransformerBridge) -> dict[str, Tensor]:
         for key, child in module.named_children():
             visit(child, path if key == _WRAPPED else _join(path, key, child))
 
-    visit(model.original_model, "")
+    visit(getattr(model, "original_model", model), "")
     return found
 
 

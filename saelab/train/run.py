@@ -102,6 +102,7 @@ def describe(sae: SAE, cache: ActivationCache, config: TrainConfig) -> dict[str,
         "context_size": manifest.context_length,
         "prepend_bos": manifest.bos != "none",
         "dataset_path": manifest.text,
+        "rms_norm": manifest.rms_norm,  # the unit of steering strengths
         "cache": str(cache.path),
         "cache_fingerprint": cache.fingerprint,
     }
