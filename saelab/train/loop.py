@@ -55,13 +55,18 @@ def start(sae: SAE, cache: ActivationCache, config: TrainConfig, centre: Tensor 
 
     ``centre`` is the sample's geometric median (see :func:`centre_of`), where the caller has it already.
     """
-    scale = cache.manifest.scale
     x = _sample(cache, config).to(sae.device)
     sae.initialise(x, losses.geometric_median(x) if centre is None else centre.to(sae.device))
-    since = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
-    state = TrainState(make_optimizer(sae), since, scale, cache.manifest.variance * scale**2)
+    state = adopt(sae, cache)
     state.fold(sae)
     return state
+
+
+def adopt(sae: SAE, cache: ActivationCache) -> TrainState:
+    """The first state of a fine-tuning: ``sae``, trained already and in raw units, stays as it is."""
+    scale = cache.manifest.scale
+    since = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
+    return TrainState(make_optimizer(sae), since, scale, cache.manifest.variance * scale**2)
 
 
 def centre_of(cache: ActivationCache, config: TrainConfig, device: torch.device) -> Tensor:
