@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from saelab import ActivationCache, TrainConfig, build, train
-from saelab.train import adopt
+from saelab import ActivationCache, build
+from saelab.train import TrainConfig, adopt, train
 
 
 def test_fine_tuning_starts_where_the_sae_is(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from saelab.cli.common import console, out, parse, print_json, progress_bar
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
+from saelab.lm import unembedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def load_lens(model: str, cache: ActivationCache) -> LogitLens | None:
     if not model:
         console.print("the cache names no model: the logit lens is left out; give one with --model")
         return None
-    weights = importlib.import_module("saelab.lm").unembedding(model)
+    weights = unembedding(model)
     if weights.weight.shape[0] != cache.d_in:
         raise UserError(
             f"{model} unembeds d_in={weights.weight.shape[0]}, {cache.path} holds d_in={cache.d_in}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from saelab.cli.common import console, out, parse, print_json
 from saelab.errors import UserError
+from saelab.lm import load_model
 from saelab.steer import (
     Ablate,
     Add,
@@ -135,7 +135,7 @@ def load(name: str | None) -> Any:
     if not name:
         raise UserError("the run does not say which language model it belongs to; give --model")
     console.print(f"loading {name}")
-    return importlib.import_module("saelab.lm").load_model(name)
+    return load_model(name)
 
 
 def chat(model: Any, prompt: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -22,9 +21,11 @@ from saelab.cli.train import pick_device
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluate import EvaluateConfig
+from saelab.lm import load_hf_model
 from saelab.sweep import Grid, Member, measure, read_grid, run_sweep, save_results
 from saelab.sweep.grid import check_grid
 from saelab.train import n_steps
+from saelab.viz.sweep import report as sweep_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def main(args: Sequence[str]) -> None:
     rows = evaluate(members, cache, options)
     path = save_results(rows, options.out)
     report = options.out / "report.html"
-    report.write_text(importlib.import_module("saelab.viz.sweep").report(rows, title=options.out.name))
+    report.write_text(sweep_report(rows, title=options.out.name))
     if options.json:
         print_json(rows)
     else:
@@ -124,7 +125,7 @@ def evaluate(members: Sequence[Member], cache: ActivationCache, options: Options
         raise UserError(f"{cache.path} has no held-out rows to measure the SAEs on; each is saved in its folder")
     model = None
     if options.lm_tokens:
-        model = importlib.import_module("saelab.lm").load_hf_model(cache.manifest.model)
+        model = load_hf_model(cache.manifest.model)
     with progress_bar() as bar:
         task = bar.add_task("measuring", total=len(members))
         config = EvaluateConfig(lm_tokens=options.lm_tokens)
