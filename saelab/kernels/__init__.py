@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from saelab.kernels.adam import Adam
 from saelab.kernels.dispatch import backend, describe, use_backend
 from saelab.kernels.ops import (
     SelectedPreActs,
@@ -17,6 +18,7 @@ from saelab.kernels.ops import (
 )
 
 __all__ = [
+    "Adam",
     "SelectedPreActs",
     "backend",
     "decode",

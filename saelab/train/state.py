@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saelab import kernels
 from saelab.errors import UserError
 from saelab.sae import SAE
 
@@ -96,7 +97,7 @@ class TrainState:
 
 def make_optimizer(sae: SAE) -> torch.optim.Optimizer:
     """Adam as in Gao et al. (2024); the schedule sets the learning rate before every step."""
-    return torch.optim.Adam(sae.parameters(), lr=0.0, eps=6.25e-10, fused=True)
+    return kernels.Adam(sae.parameters(), lr=0.0, eps=6.25e-10, fused=True)
 
 
 def _vectors(sae: SAE) -> dict[str, Tensor]:

@@ -1,0 +1,33 @@
+"""Adam on column-major matrices at the speed of row-major ones.
+
+PyTorch's fused Adam copies what is not contiguous: measured on 16384 x 576 parameters, 139 ms a step against 24. The
+update is one of single entries, so it may as well be told the transposed matrix, whose memory is contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Adam(torch.optim.Adam):
+    """``torch.optim.Adam`` with the same results to the bit, and state in the parameter's own shape and layout."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:  # pyright: ignore
+        """Collect a group's tensors as the parent does; hand over transposed those that are column-major throughout.
+
+        Were the parent to stop calling this method, updates would be right and slow again.
+        """
+        has_complex = super()._init_group(group, *lists)
+        for i in range(len(lists[0])):
+            matrices = [tensors for tensors in lists if i < len(tensors) and tensors[i].dim() == 2]
+            if matrices and all(_column_major(tensors[i]) for tensors in matrices):
+                for tensors in matrices:
+                    tensors[i] = tensors[i].T
+        return has_complex
+
+
+def _column_major(matrix: Tensor) -> bool:
+    return matrix.T.is_contiguous() and not matrix.is_contiguous()

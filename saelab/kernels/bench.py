@@ -1,0 +1,189 @@
+"""``python -m saelab.kernels.bench``: parity first, then times as ratios, with the floor they are measured against.
+
+Candidates run in turn, one step each per round, so that a busy machine slows all of them alike; a ratio is the median
+over rounds of the ratio within a round. No speed is shown when a parity check is red.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from saelab import kernels
+from saelab.kernels import bench_steps as steps
+from saelab.kernels.bench_memory import peak_megabytes
+from saelab.kernels.bench_parity import red_cases
+
+Rounds = dict[str, list[float]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = kernels.backend()
+    red = red_cases(backend, device)
+    if red:
+        _say(f"parity is red on backend {backend}; no speed is shown", *red)
+        return 1
+    result: dict[str, object] = {"backend": kernels.describe(), "machine": _machine(device), "shapes": {}}
+    _say(f"parity: green on every case · {kernels.describe()} · {_machine(device)}")
+    for shape in options.shape:
+        n, d_in, d_sae, k = (int(part) for part in shape.split("x"))
+        report = _step_report(n, d_in, d_sae, k, options, device)
+        result["shapes"][shape] = report  # pyright: ignore
+    if options.pursuit:
+        n, d_in, d_sae, k = (int(part) for part in options.pursuit.split("x"))
+        result["pursuit"] = _pursuit_report(n, d_in, d_sae, k, options.rounds, device)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    _say(f"written to {options.out}")
+    return 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m saelab.kernels.bench", description=__doc__)
+    parser.add_argument("--shape", nargs="*", default=["4096x576x16384x32"], help="n x d_in x d_sae x k")
+    parser.add_argument("--pursuit", default="1024x576x4096x32", help="shape of matching pursuit; empty skips it")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-dense", action="store_true", help="skip plain dense autograd, the slowest candidate")
+    parser.add_argument("--peers-python", type=Path, help="interpreter of an environment with the other packages")
+    parser.add_argument("--out", type=Path, default=Path("kernel_bench.json"))
+    return parser.parse_args(arguments)
+
+
+def _step_report(n: int, d_in: int, d_sae: int, k: int, options: argparse.Namespace, device: str) -> dict[str, object]:
+    x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(1)).to(device)
+    p = steps.Parameters(d_in, d_sae, device)
+    buffer = torch.empty(n, d_sae, device=device)
+    candidates: dict[str, Callable[[], object]] = {
+        "encode GEMM alone": lambda: torch.mm(x, p.W_enc.detach(), out=buffer),
+        "step, topk": steps.ours(p, x, k),
+        "step, batch budget": steps.ours(p, x, k, per_batch=True),
+        "structure of sparsify": steps.row_scatter(steps.Parameters(d_in, d_sae, device), x, k),
+    }
+    if not options.no_dense:
+        candidates["dense autograd, default Adam"] = steps.dense(
+            steps.Parameters(d_in, d_sae, device, column_major=False, fused=False), x, k
+        )
+    candidates |= _parts(p, x, buffer, k)
+    rounds = _interleaved(candidates, options.rounds, device)
+    _say(f"\nn={n} d_in={d_in} d_sae={d_sae} k={k}, median of {options.rounds} rounds", _floor(n, d_in, d_sae, k))
+    _table(rounds, "encode GEMM alone", "step, topk")
+    report: dict[str, object] = {"milliseconds": rounds, "ratios": _ratios(rounds, "step, topk")}
+    if device == "cpu":
+        report["peak_megabytes"] = peak_megabytes(n, d_in, d_sae, k)
+        _say(f"peak memory beyond weights, gradients and optimizer: {report['peak_megabytes']:.0f} MB")
+    if options.peers_python:
+        script = Path(__file__).with_name("bench_peers.py")
+        command = [str(options.peers_python), str(script), *map(str, (n, d_in, d_sae, k, options.rounds))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{options.peers_python} could not time the other packages:\n{done.stderr[-2000:]}")
+        report["peers"] = json.loads(done.stdout.splitlines()[-1])
+        gemm = median(rounds["encode GEMM alone"])
+        for name, figures in report["peers"].items():  # pyright: ignore
+            ours = median(rounds["step, topk"]) / gemm
+            theirs = figures["milliseconds"] / figures["gemm"]
+            _say(
+                f"  {name:<34}{figures['milliseconds']:9.0f} ms   {theirs / ours:5.2f}x the time of ours, per GEMM time"
+            )
+    return report
+
+
+def _parts(p: steps.Parameters, x: Tensor, z: Tensor, k: int) -> dict[str, Callable[[], object]]:
+    """The ops on their own, and what PyTorch would do instead."""
+    code = kernels.select_topk(x, *p.encoder(), k=k)
+    values = code.values.clone().requires_grad_()
+
+    def decode_and_back() -> None:
+        sse, _ = kernels.sse(x, values, code.indices, code.row_ptr, p.W_dec, p.b_dec)
+        sse.sum().backward()
+        p.optimizer.zero_grad()
+
+    return {
+        "torch.topk of the product": lambda: z.topk(k, dim=1, sorted=False),
+        "product and select": lambda: kernels.select_topk(x, *p.encoder(), k=k),
+        "decode, loss and their gradients": decode_and_back,
+        "Adam": lambda: (p.optimizer.step(), None),
+    }
+
+
+def _pursuit_report(n: int, d_in: int, d_sae: int, k: int, rounds: int, device: str) -> dict[str, object]:
+    x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(1)).to(device)
+    report: dict[str, object] = {}
+    for train in (True, False):
+        # A dictionary each: in training both change theirs, and in evaluation ours may keep its Gram matrix.
+        mine, theirs = (steps.Parameters(d_in, d_sae, device) for _ in range(2))
+        candidates = {
+            "pursuit": steps.pursuit(mine, x, k, train),
+            "structure of SAELens": steps.dense_pursuit(theirs, x, k, train),
+        }
+        times = _interleaved(candidates, rounds, device)
+        name = "training" if train else "evaluation"
+        _say(f"\nmatching pursuit, {name}, n={n} d_in={d_in} d_sae={d_sae} steps={k}")
+        _table(times, "pursuit", "pursuit")
+        report[name] = {"milliseconds": times, "ratios": _ratios(times, "pursuit")}
+    return report
+
+
+def _interleaved(candidates: dict[str, Callable[[], object]], rounds: int, device: str) -> Rounds:
+    times: Rounds = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name, run in candidates.items():
+            _wait(device)
+            begin = time.perf_counter()
+            run()
+            _wait(device)
+            if number:  # the first round compiles and allocates
+                times[name].append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+def _ratios(rounds: Rounds, ours: str) -> dict[str, float]:
+    return {name: median(a / b for a, b in zip(times, rounds[ours])) for name, times in rounds.items()}
+
+
+def _table(rounds: Rounds, floor: str, ours: str) -> None:
+    to_ours, to_floor = _ratios(rounds, ours), _ratios(rounds, floor)
+    _say(f"  {'':<34}{'median':>9}    {'/ ours':>7}  {'/ floor':>7}")
+    for name, times in rounds.items():
+        _say(f"  {name:<34}{median(times):9.1f} ms {to_ours[name]:7.2f}  {to_floor[name]:7.2f}")
+
+
+def _floor(n: int, d_in: int, d_sae: int, k: int) -> str:
+    """The model of what has to be done: one product, a few visits of n * k rows, one sweep of the optimizer."""
+    gemm, sparse = 2 * n * d_in * d_sae, 2 * n * k * d_in
+    moved = 4 * n * k * d_in * 4 + 2 * d_in * d_sae * 28
+    return (
+        f"model: encode {gemm / 1e9:.1f} GFLOP (dense autograd: 6 such), the rest {4 * sparse / 1e9:.2f} GFLOP; "
+        f"{4 * n * d_sae / 1e6:.0f} MB of products pass through the cache, {moved / 1e9:.2f} GB of rows and Adam states"
+    )
+
+
+def _machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,95 @@
+"""Time the training steps of other libraries on one batch; run by the interpreter of an environment that has them.
+
+``python bench_peers.py N D_IN D_SAE K ROUNDS`` prints one JSON object: per library the median milliseconds of a step
+and of the bare encode product in the same rounds. This file imports nothing of ours; a library that is not installed
+is left out.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from statistics import median
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], object]
+
+
+def adam_step(module: torch.nn.Module, loss: Callable[[], Tensor]) -> Step:
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-4)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def sparsify(x: Tensor, d_sae: int, k: int) -> Step:
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=d_sae, k=k))
+    return adam_step(coder, lambda: coder(x).fvu)
+
+
+def dictionary_learning(x: Tensor, d_sae: int, k: int) -> Step:
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    trainer = TopKTrainer(10_000, x.shape[1], d_sae, k, layer=0, lm_name="none", lr=1e-4, seed=0, device="cpu")
+    trainer.update(0, x)
+    return lambda: trainer.update(1, x)
+
+
+def sae_lens_step(sae, x: Tensor) -> Step:
+    from sae_lens.saes.sae import TrainStepInput
+
+    given = TrainStepInput(x, {}, None, 1, False)
+    return adam_step(sae, lambda: sae.training_forward_pass(given).loss)
+
+
+def sae_lens(x: Tensor, d_sae: int, k: int) -> Step:
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=d_sae, k=k))
+    return sae_lens_step(sae, x)
+
+
+PEERS: dict[str, tuple[str, Callable[[Tensor, int, int], Step]]] = {
+    "eai-sparsify": ("sparsify", sparsify),
+    "dictionary-learning": ("dictionary_learning", dictionary_learning),
+    "sae-lens": ("sae_lens", sae_lens),
+}
+
+
+def milliseconds(run: Step) -> float:
+    begin = time.perf_counter()
+    run()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def main(n: int, d_in: int, d_sae: int, k: int, rounds: int) -> dict[str, dict[str, float]]:
+    x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(1))
+    W, product = torch.randn(d_sae, d_in).T, torch.empty(n, d_sae)
+    found = {}
+    for name, (package, make) in PEERS.items():
+        if find_spec(package) is None:
+            continue
+        step = make(x, d_sae, k)
+        step()
+        pairs = [(milliseconds(lambda: torch.mm(x, W, out=product)), milliseconds(step)) for _ in range(rounds)]
+        found[name] = {"gemm": median(pair[0] for pair in pairs), "milliseconds": median(pair[1] for pair in pairs)}
+    return found
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print on import
+        figures = main(*(int(argument) for argument in sys.argv[1:6]))
+    sys.stdout.write(json.dumps(figures) + "\n")
