@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from steer_models import D_MODEL, HOOK, bridge, llama
 
 from saelab.errors import UserError
 from saelab.sae import build
 from saelab.steer import Ablate, Add, Clamp, MinClamp, ProjectOut, Run, Scale, SteeringVector, attach, generate_tokens
 from saelab.steer.sites import locate
+from tests.steer_models import D_MODEL, HOOK, bridge, llama
 
 NEW = 10
 # A short and a longer text; the short one is padded on the left.

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from steer_models import HOOK, folder, llama, tokenizer
-from test_steer import RUN
 
 from saelab.checkpoint import save_sae
 from saelab.cli import main
 from saelab.steer import Add, Recipe, SteeringVector, calibrate, generate
+from tests.steer_models import HOOK, folder, llama, tokenizer
+from tests.test_steer import RUN
 
 PROMPT = "w5 w6 w70"
 

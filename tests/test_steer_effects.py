@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import TruncatedSVD
-from steer_models import HOOK, bridge, llama, tokenizer
-from test_steer import RUN, vector
 
 from saelab.errors import UserError
 from saelab.steer import (
@@ -29,6 +27,8 @@ from saelab.steer import (
 from saelab.steer.contrast import random_direction, text_activations
 from saelab.steer.dose import Curve
 from saelab.steer.effects import Bench, concept_tokens, repetition
+from tests.steer_models import HOOK, bridge, llama, tokenizer
+from tests.test_steer import RUN, vector
 
 POSITIVE = ["w5 w6 w7", "w8 w9 w10 w11", "w5 w9 w40 w41 w42"]
 NEGATIVE = ["w50 w51 w52 w53", "w54 w55 w56", "w50 w55 w57 w58"]

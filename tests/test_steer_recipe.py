@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
-from steer_models import bridge, llama
-from test_steer import HOOK, IDS, MASK, NEW, RUN, plain, vector
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saelab.errors import UserError
 from saelab.steer import Ablate, Add, Clamp, MinClamp, ProjectOut, Recipe, Run, Scale, SteeringVector
+from tests.steer_models import bridge, llama
+from tests.test_steer import HOOK, IDS, MASK, NEW, RUN, plain, vector
 
 PARTS = {
     "add": [Add(vector(), 9.0, where="generated"), Add(vector(1, "blocks.0.hook_mlp_out"), "0.5raw", where=[1, -1])],
