@@ -12,6 +12,7 @@ help:
 	@echo "make demo    train an SAE on a real language model and index its features (under 10 minutes)"
 	@echo "make app     open the feature browser on the result"
 	@echo "make test    run the whole test suite (under 10 minutes)"
+	@echo "make test-interop   run SAELens, sparsify and dictionary_learning on our files"
 	@echo "make lint    format check, lint, types"
 	@echo "make bench   time the kernels against what other tools do"
 
@@ -32,6 +33,22 @@ app: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
+# The other tools need transformer-lens below 4, hence an environment of their own.
+PEERS = .venv-interop
+$(PEERS)/.installed: constraints-interop.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt torch
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
+		sae-lens numba scipy scikit-learn tyro pytest beartype hypothesis \
+		simple-parsing natsort schedulefree nnsight
+	@# Their own pins would fight over torch and transformers.
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
+		--no-deps eai-sparsify dictionary-learning
+	@touch $@
+
+test-interop: $(PEERS)/.installed
+	$(PEERS)/bin/python -m pytest tests/interop tests/test_variants_saelens.py
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -45,4 +62,4 @@ bench: $(STAMP)
 	$(BIN)/python -m saelab.kernels.bench
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(PEERS) demo
