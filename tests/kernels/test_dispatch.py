@@ -1,0 +1,180 @@
+"""Which backend runs, what it costs to import, and that threads, forks and recycled memory change no result."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from saelab import kernels
+from saelab.kernels import chunks, dispatch
+from saelab.kernels.cases import random_case
+from saelab.kernels.dispatch import obstacle
+
+needs_numba = pytest.mark.skipif(obstacle("numba") is not None, reason=str(obstacle("numba")))
+
+
+def one_step(threads: int) -> list[torch.Tensor]:
+    torch.set_num_threads(threads)
+    try:
+        case = random_case(300, 40, 700, 9)
+        parameters = [t.clone().requires_grad_() for t in case[1:5]]
+        W_enc, b_enc, b_dec, W_dec = parameters
+        selected = kernels.select_topk(case.x, W_enc, b_enc, b_dec, 9)
+        values = kernels.pre_acts_at(case.x, W_enc, b_enc, b_dec, selected)
+        sse, recon = kernels.sse(case.x, values, *selected[1:], W_dec, b_dec)
+        code = kernels.pursuit(case.x, W_dec, b_dec, 5)
+        (sse.sum() + code.values.square().sum()).backward()
+        return [*selected, recon, sse.detach(), *code[1:], *(p.grad for p in parameters if p.grad is not None)]
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_numba
+def test_the_number_of_threads_does_not_change_a_selection_or_a_code() -> None:
+    """Each row and each latent has one owner. The library's product may sum otherwise, hence a tolerance on values."""
+    for one, two in zip(one_step(1), one_step(2)):
+        if one.is_floating_point():
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(one, two)
+
+
+@needs_numba
+def test_two_runs_agree_to_the_bit() -> None:
+    for first, second in zip(one_step(2), one_step(2)):
+        assert torch.equal(first, second)
+
+
+@needs_numba
+def test_a_forked_child_stays_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP may not be entered after a fork, so a process that is not the importing one runs the kernel itself."""
+    from saelab.kernels import numba_launch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    calls: list[tuple] = []
+    kernel, driver = (lambda lo, hi: calls.append((lo, hi))), (lambda *_: calls.append(("driver",)))
+    numba_launch.launch(kernel, driver, 10)
+    monkeypatch.setattr(numba_launch.os, "getpid", lambda: -1)
+    numba_launch.launch(kernel, driver, 10)
+    assert calls == [("driver",), (0, 10)]
+
+
+def test_triton_and_numba_are_not_imported_before_they_are_needed() -> None:
+    code = (
+        "import sys; import saelab.kernels as k; k.backend(); k.describe(); "
+        "print('triton' in sys.modules, 'numba' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "SAELAB_KERNELS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_missing_package_is_named_and_the_reference_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAELAB_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "_missing", lambda name: None if name == "reference" else f"{name} is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.backend() == "reference"
+    assert "numba is not used: numba is not installed" in kernels.describe()
+    assert kernels.select_topk(*random_case(2, 4, 8, 2).encoder, k=2).values.numel() == 4
+    monkeypatch.setenv("SAELAB_KERNELS", "numba")
+    with pytest.raises(ValueError, match="'numba' was asked for but numba is not installed"):
+        kernels.select_topk(*random_case(2, 4, 8, 2).encoder, k=2)
+
+
+@needs_numba
+def test_the_variable_and_the_context_name_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAELAB_KERNELS", "reference")
+    assert kernels.backend() == "reference"
+    with kernels.use_backend("numba"):
+        assert kernels.backend() == "numba" and kernels.describe().startswith("numba ")
+        with pytest.raises(ValueError, match=r"computes in float32, not in torch\.float64"):
+            kernels.select_topk(*random_case(2, 4, 8, 2).to(torch.float64).encoder, k=2)
+    assert kernels.backend() == "reference"
+
+
+@needs_numba
+def test_kernels_run_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saelab.kernels import numba_launch
+
+    real = numba_launch.numba.njit
+
+    def njit(*args, **options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function 'double': no locator available for file 'x.py'")
+        return real(*args, **options)
+
+    monkeypatch.setattr(numba_launch.numba, "njit", njit)
+    double = numba_launch.compiled()(lambda x: 2 * x)
+    assert double(3) == 6
+
+
+def test_memory_is_recycled_only_when_nobody_refers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "RECYCLED", 1)
+    chunks.release()
+    first = chunks.recycled(6, 7)
+    address = first.data_ptr()
+    view = first[2:]
+    del first
+    second = chunks.recycled(6, 7)
+    assert second.data_ptr() != address, "a view still reads that memory"
+    del view
+    assert chunks.recycled(6, 7).data_ptr() == address
+    second.fill_(1)
+    assert not np.isnan(second.numpy()).any()
+
+
+def test_a_buffer_is_lent_to_one_caller_at_a_time() -> None:
+    like = torch.zeros(1)
+    with chunks.scratch(1000, like) as a, chunks.scratch(1000, like) as b:
+        assert a.data_ptr() != b.data_ptr()
+
+
+def test_blocks_cover_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "ROWS", 5)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 5 * 64 * 4)
+    x, W = torch.randn(13, 6), torch.randn(6, 200)
+    found, seen = torch.full((13, 200), float("nan")), 0
+    for row, column, block in chunks.blocks(x, W):
+        found[row : row + block.shape[0], column : column + block.shape[1]] = block
+        seen += 1
+    assert seen > 4
+    torch.testing.assert_close(found, x @ W)
+
+
+@needs_numba
+@pytest.mark.parametrize("signed", [False, True])
+def test_selection_over_many_blocks_is_that_of_one(monkeypatch: pytest.MonkeyPatch, signed: bool) -> None:
+    """Small integers: exact products, and ties across the borders of blocks."""
+    x, W = torch.randint(-2, 3, (13, 6)).float(), torch.randint(-1, 2, (6, 300)).float()
+    with kernels.use_backend("numba"):
+        whole = kernels.select_topk(x, W, None, None, 7, signed), kernels.select_batch(x, W, None, None, 90, signed)
+        monkeypatch.setattr(chunks, "ROWS", 5)
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", 5 * 64 * 4)
+        parts = kernels.select_topk(x, W, None, None, 7, signed), kernels.select_batch(x, W, None, None, 90, signed)
+    for one, many in zip(whole, parts):
+        dense = [torch.zeros(13, 300).index_put((rows(c.row_ptr), c.indices), c.values + 10) for c in (one, many)]
+        assert torch.equal(*dense)
+
+
+def rows(row_ptr: torch.Tensor) -> torch.Tensor:
+    return torch.repeat_interleave(row_ptr.diff())
+
+
+@needs_numba
+def test_a_changed_dictionary_is_never_pursued_with_an_old_gram_matrix() -> None:
+    """Changed behind autograd's back, so that no version counter could tell."""
+    case = random_case(40, 8, 30, 1)
+    W = case.W_dec.clone()
+    with kernels.use_backend("numba"):
+        kernels.pursuit(case.x, W, None, 4)
+        W.data.copy_(random_case(40, 8, 30, 1, seed=9).W_dec)
+        found = kernels.pursuit(case.x, W, None, 4)
+    with kernels.use_backend("reference"):
+        expected = kernels.pursuit(case.x, W, None, 4)
+    assert torch.equal(found.indices, expected.indices)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-5)
