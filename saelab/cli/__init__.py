@@ -13,6 +13,7 @@ from saelab.errors import UserError, near_matches
 
 # command -> what it does, in one line; the code of `name` is the module saelab.cli.name with a function `main(args)`.
 COMMANDS = {
+    "demo": "text, language model, cache, SAE, metrics and feature index in one go",
     "harvest": "cache a language model's activations",
     "cache": "look at, check and join activation caches",
     "steer": "continue prompts with a latent turned up, clamped or removed, or with a recipe",
