@@ -20,7 +20,7 @@ from saelab.kernels.numba_launch import array, compiled, launch
 from saelab.kernels.pursuit_reference import Trace
 
 GRAM_BYTES = 1 << 30  # d_sae up to 16384
-LANES = 64
+LANES = 256
 BACKWARD_ROWS = 128  # tokens whose per-step gradients are held at a time, about as many as the cache takes
 
 _lock = threading.Lock()
@@ -32,15 +32,17 @@ def subtract_and_maximise(c, row, v, maxima):
     """``c -= v * row``; returns the first position of the largest entry."""
     width, lanes = c.size, maxima.size
     maxima[:] = -np.inf
-    whole = width // lanes * lanes
-    for base in range(0, whole, lanes):
+    for piece in range(width // lanes):
+        # Slices have indices known to be positive, without which the loop would not be vectorised.
+        part, other = c[piece * lanes : (piece + 1) * lanes], row[piece * lanes : (piece + 1) * lanes]
         for lane in range(lanes):
-            value = c[base + lane] - v * row[base + lane]
-            c[base + lane] = value
+            value = part[lane] - v * other[lane]
+            part[lane] = value
             maxima[lane] = value if value > maxima[lane] else maxima[lane]
-    for i in range(whole, width):
+    for i in range(width // lanes * lanes, width):
         c[i] -= v * row[i]
-        maxima[i - whole] = max(c[i], maxima[i - whole])
+        lane = i % lanes
+        maxima[lane] = c[i] if c[i] > maxima[lane] else maxima[lane]
     best = maxima[0]
     for lane in range(lanes):
         best = maxima[lane] if maxima[lane] > best else best
