@@ -21,7 +21,10 @@ TOKENS, CONTEXT = (3_000, 64) if QUICK else (200_000, 128)
 GRADIENT_TOKENS = 800 if QUICK else 100_000
 D_SAE, K = (192, 8) if QUICK else (4608, 32)
 TRAIN = TrainConfig(epochs=4, batch_size=256) if QUICK else TrainConfig()
-STEER_TOKENS = 6 if QUICK else 30
+SEEDS = [0] if QUICK else [0, 1]
+STEER_TOKENS = 3 if QUICK else 30
+TOLERANCE, PATH_STEPS = (0.3, 3) if QUICK else (0.02, 16)
+STRENGTHS = ["0.4norm"] if QUICK else ["0.1norm", "0.2norm", "0.4norm", "0.8norm"]
 
 
 def demo_cache(gradients: bool = False) -> ActivationCache:
