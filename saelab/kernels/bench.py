@@ -104,7 +104,8 @@ def _parts(p: steps.Parameters, x: Tensor, z: Tensor, k: int) -> dict[str, Calla
     code = kernels.select_topk(x, *p.encoder(), k=k)
     values = code.values.clone().requires_grad_()
 
-    held = steps.Parameters(*reversed(p.W_dec.shape), str(x.device))
+    d_sae, d_in = p.W_dec.shape
+    held = steps.Parameters(d_in, d_sae, str(x.device))
     for parameter in held.all():
         parameter.grad = torch.ones_like(parameter)
 
