@@ -117,7 +117,7 @@ def test_a_right_explanation_scores_full_marks(index: FeatureIndex, server: Fake
 def test_a_wrong_explanation_scores_no_better_than_guessing(index: FeatureIndex, server: FakeServer) -> None:
     found = interpret(index, 1, 1, client(server))
     assert found.detection.recall < 0.5
-    assert found.fuzzing.true_positives == 0
+    assert found.fuzzing.recall < 0.5
     assert found.detection.balanced_accuracy < 0.75
 
 
