@@ -45,7 +45,8 @@ def worker(rank: int, world: int, port: int, folder: str, cache_path: str) -> No
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     root = Path(folder)
     for variant, dict_ranks in CASES:
-        parallel = start_world(dict_ranks, timeout_s=60)
+        # Four processes may all have to compile the CPU kernels first, on few cores.
+        parallel = start_world(dict_ranks, timeout_s=300)
         train_into(root / f"{variant}-{dict_ranks}", cache_path, variant, parallel)
         (root / f"traffic-{variant}-{dict_ranks}-{rank}.json").write_text(json.dumps(parallel.traffic))
     parallel = start_world(4)
