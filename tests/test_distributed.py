@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -72,7 +73,10 @@ def runs(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, (4, port, str(root), cache.path), nprocs=4)
+    with pytest.MonkeyPatch.context() as patch:
+        # A test of the app in the same process leaves the app as __main__, which spawned processes would run again.
+        patch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+        mp.spawn(worker, (4, port, str(root), cache.path), nprocs=4)
     train_into(root / "four-then-one", cache.path, "topk", SINGLE)
     return root
 
