@@ -85,6 +85,8 @@ class Word(SAE):
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> FeatureIndex:
+    # Fixtures of a module are made before the seed of a test is set: without their own they depend on earlier tests.
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("interp")
     n = 200 * CONTEXT
     tokens = torch.randint(4, 100, (n,))
@@ -117,7 +119,7 @@ def test_a_right_explanation_scores_full_marks(index: FeatureIndex, server: Fake
 def test_a_wrong_explanation_scores_no_better_than_guessing(index: FeatureIndex, server: FakeServer) -> None:
     found = interpret(index, 1, 1, client(server))
     assert found.detection.recall < 0.5
-    assert found.fuzzing.recall < 0.5
+    assert found.fuzzing.true_positives == 0
     assert found.detection.balanced_accuracy < 0.75
 
 
