@@ -48,11 +48,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     _replace(path, lambda temporary: save_file(plain, temporary))
 
 
-def save_sae(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write weights and configuration. ``metadata`` is provenance: model, hook, cache, seed, command."""
+def save_sae(
+    sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write weights and configuration. ``metadata`` is provenance: model, hook, cache, seed, command.
+
+    ``dtype`` is that of the matrices on disk (torch.float16 halves the folder), by default their own; biases and
+    thresholds keep theirs, and whoever loads the file computes in the configuration's dtype.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights, rest = saved_tensors(sae)
+    if dtype is not None:
+        weights = {name: value.to(dtype) if value.ndim == 2 else value for name, value in weights.items()}
     write_tensors(folder / WEIGHTS, weights)
     if rest:
         write_tensors(folder / EXTRA, rest)

@@ -18,7 +18,7 @@ from saelab import checkpoint
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.sae import build
+from saelab.sae import VARIANTS, build
 from saelab.sweep import load_results, read_grid, run_sweep
 from saelab.sweep.grid import check_grid, make_grid
 from saelab.sweep.halving import losers, recent_fvu
@@ -55,6 +55,13 @@ def run(grid: dict, cache: ActivationCache, folder: Path, stop: int | None = Non
         if stop is not None and (stop := stop - 1) == 0:
             sweep.close()
     return members
+
+
+def test_every_variant_passes_the_check_that_allocates_nothing(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    acts, grads = torch.randn(400, D_IN, generator=generator), torch.randn(400, D_IN, generator=generator)
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts, grads=grads, held_out=0.1)
+    check_grid(make_grid({"train": TRAIN, "grid": [{"variant": sorted(VARIANTS), "d_sae": 40}]}), cache)
 
 
 def test_the_grid_is_multiplied_out_and_named() -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "app": "browse latents, explain prompts and steer in the web app",
     "inspect": "say what an SAE checkpoint of any tool is",
     "convert": "turn an SAE of one tool into one of another, with proof",
+    "card": "write a run's model card: what it is, its metrics, how to load it",
     "info": "versions, devices and the kernel backend in use",
     "train": "train one SAE on an activation cache",
     "sweep": "train a grid of SAEs from one reading of a cache",

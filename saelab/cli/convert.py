@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 from saelab import checkpoint
 from saelab.cli.common import out, parse, print_json
 from saelab.errors import UserError
 from saelab.interop import export, load, read
+from saelab.interop.copy import copy
 from saelab.interop.detect import is_ours
 from saelab.interop.export import TOLERANCE
 
@@ -27,6 +29,8 @@ class Options:
     """New folder to write."""
     to: Literal["saelens", "sparsify", "dictionary-learning", "saelab"] = "saelens"
     """Format of the new folder."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the matrices in a saelab run folder (`--to saelab`); 16 bits halve it."""
     json: bool = False
     """Print the proof as JSON."""
 
@@ -40,12 +44,11 @@ def main(args: Sequence[str]) -> None:
     if source.exists():
         metadata = checkpoint.load_metadata(source) if is_ours(source) else read(source).metadata
     if options.to == "saelab":
-        if options.out.exists():
-            raise UserError(f"{options.out} exists; name a new folder")
-        checkpoint.save_sae(sae, options.out, metadata)
-        out.print(f"{options.source} -> {options.out}: a saelab run folder, same weights")
-        return
-    proof = export(sae, options.out, options.to, metadata)
+        proof = copy(sae, source, options.out, metadata, getattr(torch, options.dtype))
+    elif options.dtype != "float32":
+        raise UserError(f"--dtype {options.dtype} is for --to saelab; {options.to} folders are written in float32")
+    else:
+        proof = export(sae, options.out, options.to, metadata)
     if options.json:
         print_json({"max_relative_encode": proof.encode, "max_relative_decode": proof.decode, "tolerance": TOLERANCE})
         return

@@ -55,7 +55,7 @@ def export(
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         WRITERS[to](form, temporary, dict(metadata or {}))
-        proof = prove(sae, read(temporary).to_sae(), _probe(sae) if probe is None else probe)
+        proof = prove(sae, read(temporary).to_sae(), random_probe(sae) if probe is None else probe)
         if max(proof) > TOLERANCE:
             raise UserError(
                 f"the {to} export differs from the SAE by {proof.encode:.1e} (encode) and {proof.decode:.1e} (decode), "
@@ -81,7 +81,7 @@ def prove(ours: SAE, theirs: SAE, x: Tensor) -> Proof:
     return Proof(((left - right).abs().max() / top).item(), decode.item())
 
 
-def _probe(sae: SAE) -> Tensor:
+def random_probe(sae: SAE) -> Tensor:
     """Random activations that use the dictionary: the offset plus a few rows with random weights."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(256, sae.d_sae, generator=generator)

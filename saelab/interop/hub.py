@@ -70,7 +70,7 @@ def push_to_hub(run: Path | str, repo: str, path: str | None = None, private: bo
         api.create_repo(repo, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             card = Path(folder) / "README.md"
-            card.write_text(model_card(repo, path, checkpoint.load_config(run), _evaluation(run)))
+            card.write_text(card_of(run, repo, path))
             api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo)
         keep = [checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.EXTRA, "evaluation.json"]
         commit = api.upload_folder(folder_path=run, path_in_repo=path, repo_id=repo, allow_patterns=keep)
@@ -79,12 +79,28 @@ def push_to_hub(run: Path | str, repo: str, path: str | None = None, private: bo
     return str(commit.commit_url)
 
 
-def model_card(repo: str, path: str, config: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
-    """A README for the hub: what the SAE is, where it comes from, how well it does, how to load it."""
+def card_of(run: Path | str, repo: str | None = None, path: str | None = None) -> str:
+    """The model card of a run folder: for ``path`` in the hub repository ``repo``, or for the folder as it is."""
+    run = Path(run)
+    if not is_ours(run):
+        raise UserError(f"{run} is not a run folder; convert it first")
+    config = checkpoint.load_config(run)
+    path = path or config["metadata"].get("hook_name")
+    if repo is None or not path:
+        calls = f'saelab.load("{run.name}")', f'SAE.load_from_disk("{run.name}")'
+    else:
+        calls = f'saelab.from_pretrained("{repo}", "{path}")', f'SAE.from_pretrained("{repo}", "{path}")'
+    return _model_card(repo or run.name, calls, config, _evaluation(run))
+
+
+def _model_card(
+    title: str, calls: tuple[str, str], config: Mapping[str, Any], evaluation: Mapping[str, Any] | None
+) -> str:
     metadata = config["metadata"]
     rows = [
         ("variant", metadata["saelab"]["variant"]),
         ("language model", metadata.get("model_name")),
+        ("passes over the text", metadata.get("train", {}).get("epochs")),
         ("hook", metadata.get("hook_name")),
         ("widths", f"d_in {config['d_in']}, d_sae {config['d_sae']}"),
         ("text", metadata.get("dataset_path")),
@@ -97,7 +113,7 @@ def model_card(repo: str, path: str, config: Mapping[str, Any], evaluation: Mapp
 library_name: saelens
 tags: [saelens, saelab, sparse-autoencoder]
 ---
-# {repo}
+# {title}
 
 A sparse autoencoder trained with saelab.
 
@@ -109,14 +125,14 @@ A sparse autoencoder trained with saelab.
 
 ```python
 import saelab
-sae = saelab.from_pretrained("{repo}", "{path}")
+sae = {calls[0]}
 ```
 
 In SAELens, where it has the architecture (`{config["architecture"]}`):
 
 ```python
 from sae_lens import SAE
-sae = SAE.from_pretrained("{repo}", "{path}")
+sae = {calls[1]}
 ```
 """
 

@@ -8,6 +8,7 @@ prefixes of the dictionary, so that general features stay in the first group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
         self.config["signed"] = signed
         if not groups or min(groups) <= 0 or abs(sum(groups) - 1) > 1e-6:
             raise UserError(f"groups={list(groups)} must be positive shares that add up to 1")
-        ends = (torch.tensor(groups, dtype=torch.float64).cumsum(0) * d_sae).round().long().tolist()
+        ends = [round(share * d_sae) for share in accumulate(groups)]
         self.prefixes = [*ends[:-1], d_sae]
         self.prefix_loss = prefix_loss
         if min(b - a for a, b in zip([0, *self.prefixes], self.prefixes)) < 1:
