@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from saelab.errors import UserError
+from saelab.lm.sites import locate
 from saelab.sae import build
 from saelab.steer import Ablate, Add, Clamp, MinClamp, ProjectOut, Run, Scale, SteeringVector, attach, generate_tokens
-from saelab.steer.sites import locate
 from tests.steer_models import D_MODEL, HOOK, bridge, llama
 
 NEW = 10
@@ -228,6 +228,7 @@ def test_a_decode_loop_written_by_hand_is_followed() -> None:
         (lambda: [Add(vector(), float("nan"))], "not finite"),
         (lambda: [Add(vector(hook="blocks.7.hook_resid_post"), 1.0)], "the model has 3 blocks, 0 to 2"),
         (lambda: [Add(vector(hook="blocks.1.hook_resid_pots"), 0.0)], "did you mean hook_resid_post"),
+        (lambda: [Add(vector(hook="blocks.1.hook_resid_mid"), 0.0)], "no place for 'blocks.1.hook_resid_mid'"),
         (lambda: [Add(vector(hook="model.layer.1"), 1.0)], "did you mean model.layers.1"),
         (lambda: [Add(SteeringVector.from_tensor(torch.ones(31), HOOK), 1.0)], "width 31, the model's activations 32"),
         (lambda: [Add(vector(), 1.0, where="promt")], "where='promt' is not one of all, prompt, generated"),

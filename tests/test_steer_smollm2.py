@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from saelab.lm import load_model
+from saelab.lm.sites import underlying
 from saelab.sae import build
 from saelab.steer import Add, Clamp, Intervention, Recipe, Run, Scale, SteeringVector, attach, generate_tokens
 from saelab.steer.contrast import difference_of_means
 from saelab.steer.generate import tokenize
-from saelab.steer.sites import underlying
 
 pytestmark = pytest.mark.smollm2
 HOOK, NEW = "blocks.9.hook_resid_post", 5

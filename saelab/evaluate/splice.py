@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.sites import register
 from saelab.metrics.intervals import Array, Estimate, cluster_weights, from_resamples
 
 FORMULAS = {
@@ -51,19 +51,7 @@ class Site:
 @contextmanager
 def edited(site: Site, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Pass the activations at ``site`` through ``edit`` while active."""
-
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
-
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (edit(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
-
-    if site.side == "out":
-        handle = site.module.register_forward_hook(after)
-    else:
-        handle = site.module.register_forward_pre_hook(before, with_kwargs=True)
+    handle = register(site.module, site.side, edit)
     try:
         yield
     finally:

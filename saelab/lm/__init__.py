@@ -5,18 +5,21 @@ from saelab.lm.fingerprint import check_same_model, weights_fingerprint
 from saelab.lm.harvest import harvest
 from saelab.lm.hooks import HookSite, find_hook
 from saelab.lm.loading import load_hf_model, load_model, model_name
+from saelab.lm.sites import Site, locate
 from saelab.lm.smollm2 import smollm2_folder
 from saelab.lm.unembed import Unembedding, unembedding
 
 __all__ = [
     "HarvestConfig",
     "HookSite",
+    "Site",
     "Unembedding",
     "check_same_model",
     "find_hook",
     "harvest",
     "load_hf_model",
     "load_model",
+    "locate",
     "model_name",
     "smollm2_folder",
     "unembedding",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from saelab.errors import UserError
 from saelab.lm.hooks import HookSite
 from saelab.lm.plain import plain_model
+from saelab.lm.sites import Edit, register
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -29,8 +30,6 @@ _log = logging.getLogger(__name__)
 # 16-bit models get what a few roundings of 2^-8 give.
 _TOLERANCE = {torch.float32: 1e-3}
 _LOOSE = 5e-2
-
-Hook = Callable[[Tensor], Tensor | None]
 
 
 class _Stop(Exception):
@@ -79,7 +78,7 @@ class Reader:
         """One tensor per hook point; the model runs no further than the last of them."""
         found: dict[int, Tensor] = {}
 
-        def keep(index: int) -> Hook:
+        def keep(index: int) -> Edit:
             def hook(x: Tensor) -> None:
                 # Modules further on may write into x in place, but only if the model goes on.
                 found[index] = x if len(found) + 1 == len(self.sites) else x.clone()
@@ -110,7 +109,7 @@ class Reader:
         """
         found: dict[int, Tensor] = {}
 
-        def follow(index: int) -> Hook:
+        def follow(index: int) -> Edit:
             def hook(x: Tensor) -> Tensor:
                 found[index] = x if x.requires_grad else x.detach().requires_grad_()
                 return found[index]
@@ -131,7 +130,7 @@ class Reader:
                 parameter.requires_grad_(True)
         return [_flat(x.detach()) for x in points], [_flat(g) for g in grads]
 
-    def _run(self, tokens: Int[Tensor, "n_ctx ctx"], hooks: Sequence[Hook]) -> Float[Tensor, "n_ctx ctx d_vocab"]:
+    def _run(self, tokens: Int[Tensor, "n_ctx ctx"], hooks: Sequence[Edit]) -> Float[Tensor, "n_ctx ctx d_vocab"]:
         """Logits of a forward pass with ``hooks[i]`` at ``sites[i]``; a hook may return a replacement."""
         tokens = tokens.to(self.device)
         if self.plain is None:
@@ -142,14 +141,8 @@ class Reader:
 
 
 @contextlib.contextmanager
-def _hooked(plain: nn.Module, sites: Sequence[HookSite], hooks: Sequence[Hook]) -> Iterator[None]:
-    handles = []
-    for site, hook in zip(sites, hooks):
-        module = plain.get_submodule(site.module)
-        if site.side == "out":
-            handles.append(module.register_forward_hook(_output_hook(hook)))
-        else:
-            handles.append(module.register_forward_pre_hook(_input_hook(hook), with_kwargs=True))
+def _hooked(plain: nn.Module, sites: Sequence[HookSite], hooks: Sequence[Edit]) -> Iterator[None]:
+    handles = [register(plain.get_submodule(site.module), site.side, hook) for site, hook in zip(sites, hooks)]
     try:
         yield
     finally:
@@ -157,28 +150,7 @@ def _hooked(plain: nn.Module, sites: Sequence[HookSite], hooks: Sequence[Hook]) 
             handle.remove()
 
 
-def _output_hook(hook: Hook) -> Callable[..., Any]:
-    def call(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            new = hook(output[0])
-            return None if new is None else (new, *output[1:])
-        return hook(output)
-
-    return call
-
-
-def _input_hook(hook: Hook) -> Callable[..., Any]:
-    def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            new = hook(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
-        new = hook(kwargs["hidden_states"])
-        return None if new is None else (args, kwargs | {"hidden_states": new})
-
-    return call
-
-
-def _bridge_hook(read: Hook) -> Callable[..., Any]:
+def _bridge_hook(read: Edit) -> Callable[..., Any]:
     # TransformerLens passes the hook point under the name ``hook``.
     return lambda x, hook: read(x)
 

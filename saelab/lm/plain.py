@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-_WRAPPED = "_original_component"
+WRAPPED = "_original_component"
 
 
 def plain_skeleton(model: TransformerBridge | nn.Module) -> nn.Module | None:
@@ -55,7 +55,7 @@ def hf_tensors(model: TransformerBridge | nn.Module) -> dict[str, Tensor]:
             if tensor is not None:
                 found.setdefault(f"{path}.{leaf}".lstrip("."), tensor)
         for key, child in module.named_children():
-            visit(child, path if key == _WRAPPED else _join(path, key, child))
+            visit(child, path if key == WRAPPED else _join(path, key, child))
 
     visit(getattr(model, "original_model", model), "")
     return found
@@ -63,6 +63,6 @@ def hf_tensors(model: TransformerBridge | nn.Module) -> dict[str, Tensor]:
 
 def _join(path: str, key: str, child: nn.Module) -> str:
     """A component says what it stands for: its name below its parent, or for a block its full path."""
-    name = getattr(child, "name", None) if _WRAPPED in child._modules else None
+    name = getattr(child, "name", None) if WRAPPED in child._modules else None
     own = f"{path}.{key}".lstrip(".")
     return own if not name or own == name else f"{path}.{name}".lstrip(".")

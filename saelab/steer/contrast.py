@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm import model_name
+from saelab.lm.sites import locate, underlying
 from saelab.steer.generate import forward, tokenize, tokenizer_of
 from saelab.steer.hooks import attach
-from saelab.steer.sites import locate, underlying
 from saelab.steer.vectors import SteeringVector
 
 

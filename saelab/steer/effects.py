@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.sites import underlying
 from saelab.steer.generate import Prompts, forward, tokenize, tokenizer_of
 from saelab.steer.hooks import attach
 from saelab.steer.interventions import Intervention
-from saelab.steer.sites import underlying
 
 
 @dataclass(frozen=True, eq=False)

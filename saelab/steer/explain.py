@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.sites import locate, underlying
 from saelab.sae import SAE
 from saelab.steer.generate import forward, generate_tokens, tokenize, tokenizer_of
 from saelab.steer.hooks import attach
 from saelab.steer.interventions import Add, Intervention, LatentIntervention
 from saelab.steer.run import Run, as_run
-from saelab.steer.sites import locate, underlying
 
 
 @dataclass(frozen=True)

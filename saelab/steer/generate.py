@@ -12,9 +12,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.sites import underlying
 from saelab.steer.hooks import attach
 from saelab.steer.interventions import Intervention
-from saelab.steer.sites import underlying
 
 Prompts = str | Sequence[str]
 

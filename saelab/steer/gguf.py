@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
+from saelab.lm.sites import layer_of
 from saelab.steer.interventions import Add
-from saelab.steer.sites import layer_of
 
 if TYPE_CHECKING:
     from saelab.steer.recipe import Recipe

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.sites import locate, width
 from saelab.steer.interventions import Add, Intervention, LatentIntervention, ProjectOut
 from saelab.steer.latents import LatentEdits, check_conflicts
 from saelab.steer.positions import Positions, TokenContext
-from saelab.steer.sites import locate, width
 
 Edit = Callable[[Tensor, TokenContext], Tensor | None]
 
@@ -30,16 +30,18 @@ def attach(model: nn.Module, interventions: Intervention | Sequence[Intervention
     interventions = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     check_conflicts([i for i in interventions if isinstance(i, LatentIntervention)])
     _check_widths(model, interventions)
-    by_hook: dict[str, list[Intervention]] = defaultdict(list)
+    # An unknown name is refused even when it would change nothing.
+    sites = {name: locate(model, name) for name in {i.hook_name: None for i in interventions}}
+    by_place: dict[tuple[str, str], list[Intervention]] = defaultdict(list)  # a place may go by several names
     for intervention in interventions:
-        site = locate(model, intervention.hook_name)  # an unknown name is refused even when it would change nothing
+        site = sites[intervention.hook_name]
         if not intervention.idle:
-            by_hook[f"{site.path} {site.side}"].append(intervention)
+            by_place[site.path, site.side].append(intervention)
     with ExitStack() as stack:
         positions = stack.enter_context(Positions().follow(model))
-        for group in by_hook.values():
-            hook = _hook(_edits(group), positions)
-            stack.callback(locate(model, group[0].hook_name).register(hook).remove)
+        for group in by_place.values():
+            site, hook = sites[group[0].hook_name], _hook(_edits(group), positions)
+            stack.callback(site.register(hook).remove)
         yield positions
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from saelab.errors import UserError
 from saelab.lm import model_name, weights_fingerprint
-from saelab.steer.sites import blocks, underlying, width
+from saelab.lm.sites import blocks, underlying, width
 
 
 @dataclass(frozen=True)

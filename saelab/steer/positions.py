@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.steer.sites import underlying
+from saelab.lm.sites import underlying
 
 # "all", "prompt", "generated", positions in the text, or a predicate that returns a mask [batch, length].
 Where = str | Sequence[int] | Callable[["TokenContext"], Tensor]
