@@ -26,7 +26,7 @@ from torch import Tensor
 
 from saelab._version import __version__
 from saelab.errors import UserError
-from saelab.sae import SAE, build
+from saelab.sae import SAE, restore
 from saelab.sae.inference import inference_form
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -124,7 +124,7 @@ def load_sae(folder: Path | str, device: str | torch.device = "cpu") -> SAE:
         raise UserError(f"{folder} was not written by saelab; load it with saelab.load")
     if not (Path(folder) / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}; the run did not finish its first save")
-    sae = build(ours["variant"], **ours["config"])
+    sae = restore(ours["variant"], ours["config"])
     try:
         sae.load_state_dict(read_state(folder, sae))
     except (SafetensorError, RuntimeError) as error:

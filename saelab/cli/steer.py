@@ -40,7 +40,7 @@ class Options:
     """What to steer with, and what to write."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder, or the folder of a recipe."""
+    """Run folder, an SAE of another tool (a file, a folder or a hub id), or the folder of a recipe."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """Text to continue; give the option again for more prompts."""
     latent: int | None = None
@@ -58,6 +58,8 @@ class Options:
     """With --strength auto: mean KL per token on the prompts, in nats."""
     where: Literal["all", "prompt", "generated"] = "all"
     """On which tokens."""
+    hook: str | None = None
+    """Point of the model that the SAE belongs to; by default what its files say."""
     model: str | None = None
     """Language model; by default the one the run's activations came from."""
     max_new_tokens: int = 40
@@ -88,10 +90,12 @@ def main(args: Sequence[str]) -> None:
     if (options.run / RECIPE).is_file():
         if options.latent is not None:
             raise UserError("a recipe names its own latents; leave out --latent")
+        if options.hook is not None:
+            raise UserError("a recipe names its own hook points; leave out --hook")
         run, recipe = None, Recipe.load(options.run)
         model = load(options.model or recipe.model.name)
     else:
-        run, recipe = Run.open(options.run), None
+        run, recipe = Run.open(str(options.run), options.hook or ""), None
         check(options, run)
         model = load(options.model or run.model)
     prompts = [chat(model, prompt) for prompt in options.prompt] if options.chat else options.prompt

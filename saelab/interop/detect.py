@@ -69,14 +69,28 @@ def load(path: Path | str, device: str | torch.device = "cpu", **options: Any) -
     Nothing in the file is executed. A hub id is ``org/repo`` or ``org/repo/path/in/it``; a path that exists on disk
     is never taken for one.
     """
+    return load_with_metadata(path, device, **options).sae
+
+
+class Loaded(NamedTuple):
+    """An SAE with what its files say of it."""
+
+    sae: SAE
+    metadata: dict[str, Any]  # where known: hook_name, hf_hook_name, model_name, and for runs of ours rms_norm
+    path: Path  # on this machine
+
+
+def load_with_metadata(path: Path | str, device: str | torch.device = "cpu", **options: Any) -> Loaded:
+    """What :func:`load` gives, with the provenance beside it."""
     local = Path(path)
     if not local.exists() and _looks_like_hub(str(path)):
         from saelab.interop.hub import download
 
         local = download(str(path))
     if is_ours(local):
-        return checkpoint.load_sae(local, device)
-    return read(local, **options).to_sae().to(device)
+        return Loaded(checkpoint.load_sae(local, device), checkpoint.load_metadata(local), local)
+    foreign = read(local, **options)
+    return Loaded(foreign.to_sae().to(device), foreign.metadata, local)
 
 
 def _looks_like_hub(path: str) -> bool:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.interop.layer_norm import LayerNormed
-from saelab.sae import SAE, build
+from saelab.sae import SAE, LayerNormed, build
 
 
 @dataclass

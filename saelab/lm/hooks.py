@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,19 +31,27 @@ class HookSite:
 def find_hook(model: TransformerBridge, name: str) -> HookSite:
     """Look up a TransformerLens hook name (old or canonical) or a Hugging Face module path (its output).
 
+    A path may begin at the base model, as sparsify's do: ``layers.9`` is ``model.layers.9``.
     UserError with near matches where the model has no such point.
     """
     canonical = _canonical(model, name)
     if canonical is None:
         sites = {_module(model, hook): hook for hook in model.hook_dict if hook.endswith(".hook_out")}
-        if name not in sites:
+        path = below_base(model.original_model, name, sites)
+        if path is None:
             known = {*map(short, model.hook_dict), *model.hook_dict, *sites}
             raise UserError(f"the model has no hook point {name!r}: {near_matches(name, sorted(known))}")
-        canonical = sites[name]
+        canonical = sites[path]
         name = short(canonical)
     ends = canonical.rsplit(".", 1)[-1]
     side = {"hook_out": "out", "hook_in": "in"}.get(ends, "inner")
     return HookSite(name, canonical, _module(model, canonical), side)
+
+
+def below_base(model: nn.Module, path: str, known: Container[str]) -> str | None:
+    """``path`` as it stands in the whole model, if that is in ``known``; it may begin at the model without its head."""
+    base = getattr(model, "base_model_prefix", "")
+    return next((p for p in (path, f"{base}.{path}") if p in known), None)
 
 
 def short(canonical: str) -> str:

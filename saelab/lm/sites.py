@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saelab.errors import UserError, near_matches
-from saelab.lm.hooks import find_hook
+from saelab.lm.hooks import below_base, find_hook
 from saelab.lm.plain import WRAPPED
 
 _BLOCK_LISTS = ("layers", "h", "blocks", "block", "layer")
@@ -159,11 +159,10 @@ def _on_plain(model: nn.Module, hook_name: str) -> tuple[str, str]:
 
 
 def _path(model: nn.Module, path: str) -> str:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
+    found = below_base(model, path, dict(model.named_modules()))
+    if found is None:
         prefix, layers = blocks(model)
         known = [f"blocks.{i}.{point}" for i in range(len(layers)) for point in _POINTS]
         known += [f"{prefix}.{i}" for i in range(len(layers))]
-        raise UserError(f"the model has no hook point {path!r}: {near_matches(path, known)}") from None
-    return path
+        raise UserError(f"the model has no hook point {path!r}: {near_matches(path, known)}")
+    return found

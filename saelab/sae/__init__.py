@@ -14,5 +14,6 @@ from saelab.sae import (  # noqa: F401
     topk,
 )
 from saelab.sae.base import SAE, VARIANTS, LinearSAE, build
+from saelab.sae.layer_norm import LayerNormed, restore
 
-__all__ = ["SAE", "VARIANTS", "LinearSAE", "build"]
+__all__ = ["SAE", "VARIANTS", "LayerNormed", "LinearSAE", "build", "restore"]

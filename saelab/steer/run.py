@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
-from saelab.checkpoint import load_metadata, load_sae
 from saelab.errors import UserError
+from saelab.interop.detect import load_with_metadata
 from saelab.sae import SAE
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """An SAE and what is known of it. ``folder`` is None for an SAE that was never saved."""
+    """An SAE and what is known of it.
+
+    ``folder`` is the file or folder it was read from, None for an SAE that was never saved.
+    """
 
     sae: SAE
     hook_name: str
@@ -27,15 +30,19 @@ class Run:
     hf_hook_name: str | None = None
 
     @classmethod
-    def open(cls, folder: Path | str, hook_name: str = "") -> Run:
-        """Load a run folder."""
-        folder = Path(folder)
-        sae, metadata = load_sae(folder), load_metadata(folder)
-        hook_name = hook_name or metadata.get("hook_name") or ""
+    def open(cls, path: Path | str, hook_name: str = "") -> Run:
+        """Load a run folder, or an SAE of another tool in any form that :func:`saelab.load` reads.
+
+        ``hook_name`` is needed where the files do not say to which point of the model the SAE belongs, and wins where
+        they do. An SAE of another tool knows neither the norm of its activations nor its latents' maxima, unless it
+        was indexed: strengths are then lengths in units of the activations.
+        """
+        sae, metadata, path = load_with_metadata(path)
+        hook_name = hook_name or metadata.get("hook_name") or metadata.get("hf_hook_name") or ""
         if not hook_name:
-            raise UserError(f"{folder} does not record where in the model it belongs; give hook_name")
+            raise UserError(f"{path} does not record where in the model it belongs; give hook_name (--hook)")
         return cls(
-            sae, hook_name, metadata.get("model_name"), folder, metadata.get("rms_norm"), metadata.get("hf_hook_name")
+            sae, hook_name, metadata.get("model_name"), path, metadata.get("rms_norm"), metadata.get("hf_hook_name")
         )
 
     @cached_property

@@ -143,8 +143,8 @@ class SteeringVector:
             return number * unit_length
         if unit == "norm":
             raise UserError(
-                f"strength {strength!r} needs the norm of the activations, which this vector does not know; set it "
-                "with with_units(rms_norm=...) or give an absolute strength"
+                f"strength {strength!r} needs the norm of the activations, which this vector does not know; give an "
+                "absolute strength, or set it with with_units(rms_norm=...)"
             )
         raise UserError(
             f"strength {strength!r} needs a maximum activation: {self.no_max}, or give an absolute strength"

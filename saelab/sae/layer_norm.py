@@ -8,18 +8,24 @@ reconstruction; codes are in raw units and the latents' directions are unchanged
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.sae import SAE
+from saelab.sae.base import SAE, build
 from saelab.sparse import SparseCode
 
 EPSILON = 1e-5  # as in OpenAI's and SAELens' code
 
 
 class LayerNormed(SAE):
-    """Wraps an SAE of layer-normed activations; ``d_sae`` counts the two bookkeeping latents at the end."""
+    """Wraps an SAE of layer-normed activations; ``d_sae`` counts the two bookkeeping latents at the end.
+
+    It is no variant of its own: it cannot be built or trained, only read from a checkpoint.
+    """
 
     variant = "layer_normed"
 
@@ -54,3 +60,10 @@ class LayerNormed(SAE):
         order = rows.argsort(stable=True)
         row_ptr = code.row_ptr + 2 * torch.arange(n + 1, device=device)
         return SparseCode(values[order], torch.cat([code.indices, own])[order], row_ptr, self.d_sae)
+
+
+def restore(variant: str, config: Mapping[str, Any]) -> SAE:
+    """The SAE that a checkpoint's configuration describes, its weights still to be loaded."""
+    if variant == LayerNormed.variant:
+        return LayerNormed(restore(config["inner"]["variant"], config["inner"]["config"]))
+    return build(variant, **config)
