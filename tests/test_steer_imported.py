@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from saelab import ActivationCache
 from saelab.checkpoint import load_sae, save_sae, write_json
 from saelab.cli import main
 from saelab.errors import UserError
@@ -96,6 +97,23 @@ def test_units_that_are_not_known_are_refused_with_the_remedy(sparsify: Path) ->
         Add(vector, "0.5norm")
     with pytest.raises(UserError, match="has no feature index; build it with `saelab index"):
         Add(vector, "0.5max")
+
+
+def test_an_index_gives_it_the_units(sparsify: Path) -> None:
+    cache = sparsify.parent / "cache"
+    ActivationCache.from_tensors(cache, torch.randn(300, D_MODEL), torch.randint(4, 90, (300,)), context_length=20)
+    main(["index", str(sparsify), "--cache", str(cache), "--model", "none"])
+    run = Run.open(sparsify)
+    assert run.index is not None
+    assert Add(SteeringVector.from_latent(run, 3), "0.5max").length == pytest.approx(0.5 * run.index.max_activation(3))
+
+
+def test_a_file_has_no_room_for_an_index(openai: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = openai.parent / "cache"
+    ActivationCache.from_tensors(cache, torch.randn(30, D_MODEL))
+    with pytest.raises(SystemExit):
+        main(["index", str(openai), "--cache", str(cache)])
+    assert "saelab convert" in capsys.readouterr().err
 
 
 def test_the_command_line_takes_them_too(sparsify: Path, openai: Path, capsys: pytest.CaptureFixture[str]) -> None:

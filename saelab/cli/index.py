@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from saelab import checkpoint
 from saelab.cli.common import console, out, parse, print_json, progress_bar
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
+from saelab.interop.detect import is_ours, load_with_metadata
 from saelab.lm import unembedding
 
 
@@ -23,7 +23,7 @@ class Options:
     """Which run, and on what."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder; features/ is written into it."""
+    """Folder of a run, or of another tool's SAE; features/ is written into it."""
     cache: Path
     """Folder of the activation cache."""
     model: str | None = None
@@ -53,8 +53,12 @@ def run(
     folder: Path, cache_folder: Path, model: str | None, config: IndexConfig, overwrite: bool = False
 ) -> FeatureIndex:
     """Load everything and build the index with a progress bar."""
-    sae, cache = checkpoint.load_sae(folder), ActivationCache(cache_folder)
-    check_provenance(checkpoint.load_metadata(folder), cache, folder)
+    (sae, metadata, folder), cache = load_with_metadata(folder), ActivationCache(cache_folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file, and an index needs a folder: `saelab convert {folder} NEW --to saelens`")
+    # Other tools name models in ways of their own, "gpt2-small" for "gpt2".
+    known = metadata if is_ours(folder) else {"hook_name": metadata.get("hook_name")}
+    check_provenance(known, cache, folder)
     lens = load_lens(model or cache.manifest.model, cache)
     with progress_bar() as bar:
         tasks: dict[str, Any] = {}
