@@ -121,7 +121,7 @@ def load_sae(folder: Path | str, device: str | torch.device = "cpu") -> SAE:
     """The SAE of a run folder, in eval mode, taking raw activations."""
     ours = load_metadata(folder).get("saelab")
     if ours is None:
-        raise UserError(f"{folder} was not written by saelab; load it with saelab.load")
+        raise UserError(f"{folder} was not written by saelab; load it with saelab.load, or `saelab convert` it first")
     if not (Path(folder) / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}; the run did not finish its first save")
     sae = restore(ours["variant"], ours["config"])

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 import tyro
 
-from saelab import checkpoint
 from saelab.cli.common import out, parse, print_json
+from saelab.cli.inspect import told
 from saelab.errors import UserError
-from saelab.interop import export, load, read
+from saelab.interop import export
 from saelab.interop.copy import copy
-from saelab.interop.detect import is_ours
+from saelab.interop.detect import load_with_metadata
 from saelab.interop.export import TOLERANCE
 
 
@@ -31,6 +31,12 @@ class Options:
     """Format of the new folder."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the matrices in a saelab run folder (`--to saelab`); 16 bits halve it."""
+    k: int | None = None
+    """For a bare overcomplete state dict: latents per token, or steps of a pursuit."""
+    pursuit: bool = False
+    """For a bare overcomplete state dict: it is a matching pursuit."""
+    threshold: float | None = None
+    """For a bare overcomplete state dict: the running threshold of a BatchTopK SAE, in raw units."""
     json: bool = False
     """Print the proof as JSON."""
 
@@ -38,11 +44,9 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Convert, prove, and only then keep the result."""
     options = parse(Options, "convert", args, "Convert an SAE between tools and prove that it computes the same.")
-    source = Path(options.source)
-    sae = load(options.source)
-    metadata = {}
-    if source.exists():
-        metadata = checkpoint.load_metadata(source) if is_ours(source) else read(source).metadata
+    if options.out.exists():
+        raise UserError(f"{options.out} exists; name a new folder")
+    sae, metadata, source = load_with_metadata(options.source, **told(options))
     if options.to == "saelab":
         proof = copy(sae, source, options.out, metadata, getattr(torch, options.dtype))
     elif options.dtype != "float32":

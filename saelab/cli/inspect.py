@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from saelab.cli.common import out, parse, print_json
+from saelab.data.cache import ActivationCache
 from saelab.interop import inspect
 
 
@@ -18,6 +20,14 @@ class Options:
 
     path: tyro.conf.Positional[Path]
     """File or folder of an SAE, whichever tool wrote it."""
+    cache: Path | None = None
+    """Activation cache to count dead latents and measure the reconstruction on."""
+    k: int | None = None
+    """For a bare overcomplete state dict: latents per token, or steps of a pursuit."""
+    pursuit: bool = False
+    """For a bare overcomplete state dict: it is a matching pursuit."""
+    threshold: float | None = None
+    """For a bare overcomplete state dict: the running threshold of a BatchTopK SAE, in raw units."""
     json: bool = False
     """Print one JSON document."""
 
@@ -25,7 +35,8 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Print the facts, oddities last."""
     options = parse(Options, "inspect", args, "Say what an SAE checkpoint is: format, shapes, norms, hook, oddities.")
-    facts = inspect(options.path)
+    cache = ActivationCache(options.cache) if options.cache else None
+    facts = inspect(options.path, cache, **told(options))
     if options.json:
         print_json(facts)
         return
@@ -37,6 +48,12 @@ def main(args: Sequence[str]) -> None:
         out.print(f"{name:<22} {_short(value)}", markup=False)
     for note in facts["notes"]:
         out.print(f"note: {note}", markup=False)
+
+
+def told(options: Any) -> dict[str, Any]:
+    """What the user says about a file that does not say it itself."""
+    said = {"k": options.k, "pursuit": options.pursuit or None, "threshold": options.threshold}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _short(value: object) -> str:

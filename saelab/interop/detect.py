@@ -10,17 +10,19 @@ import torch
 
 from saelab import checkpoint
 from saelab.errors import UserError
-from saelab.interop import collections, dictionary_learning, linear, saelens
+from saelab.interop import collections, dictionary_learning, linear, overcomplete, saelens
+from saelab.interop.files import first_line
 from saelab.interop.foreign import Foreign
 from saelab.sae import SAE
 
 
 class Format(NamedTuple):
-    """A format: how to recognise it and how to read it."""
+    """A format: how to recognise it, how to read it, and what may be said about a file that does not say it itself."""
 
     name: str
     sniff: Callable[[Path], bool]
-    read: Callable[[Path], Foreign]
+    read: Callable[..., Foreign]
+    options: tuple[str, ...] = ()
 
 
 # Order matters: a format named by a file of its own comes before those recognised by looking inside.
@@ -34,13 +36,17 @@ FORMATS = [
     Format("dictionary_learning", dictionary_learning.sniff, dictionary_learning.read),
     Format("openai", linear.sniff_openai, linear.read_openai),
     Format("goodfire", collections.sniff_goodfire, collections.read_goodfire),
-    Format("overcomplete", dictionary_learning.sniff_overcomplete, dictionary_learning.read_overcomplete),
+    Format("overcomplete", overcomplete.sniff, overcomplete.read, ("k", "pursuit", "threshold")),
 ]
+
+# What a reader stumbles over when a stranger's file has a number where a list should be, or the like.
+MALFORMED = (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError)
 
 
 def is_ours(path: Path) -> bool:
     """A run folder written by saelab."""
-    metadata = checkpoint.load_config(path).get("metadata") if saelens.sniff(path) else None
+    config = checkpoint.load_config(path) if saelens.sniff(path) else None
+    metadata = config.get("metadata") if isinstance(config, dict) else None
     return isinstance(metadata, dict) and "saelab" in metadata
 
 
@@ -58,9 +64,17 @@ def detect(path: Path) -> Format:
 
 
 def read(path: Path | str, **options: Any) -> Foreign:
-    """The SAE at ``path`` in canonical form; ``options`` go to the format's reader (overcomplete: k, pursuit)."""
+    """The SAE at ``path`` in canonical form; ``options`` say what a bare file does not (overcomplete: k, pursuit)."""
     path = Path(path)
-    return detect(path).read(path, **options)
+    form = detect(path)
+    if unknown := sorted(options.keys() - set(form.options)):
+        raise UserError(f"{path} is a {form.name} SAE, which says itself what {', '.join(unknown)} would; leave it out")
+    try:
+        return form.read(path, **options)
+    except UserError:
+        raise
+    except MALFORMED as error:
+        raise UserError(f"{path} is no sound {form.name} SAE ({type(error).__name__}: {first_line(error)})") from error
 
 
 def load(path: Path | str, device: str | torch.device = "cpu", **options: Any) -> SAE:
@@ -82,15 +96,21 @@ class Loaded(NamedTuple):
 
 def load_with_metadata(path: Path | str, device: str | torch.device = "cpu", **options: Any) -> Loaded:
     """What :func:`load` gives, with the provenance beside it."""
-    local = Path(path)
-    if not local.exists() and _looks_like_hub(str(path)):
-        from saelab.interop.hub import download
-
-        local = download(str(path))
-    if is_ours(local):
+    local = resolve(path)
+    if is_ours(local) and not options:
         return Loaded(checkpoint.load_sae(local, device), checkpoint.load_metadata(local), local)
     foreign = read(local, **options)
     return Loaded(foreign.to_sae().to(device), foreign.metadata, local)
+
+
+def resolve(path: Path | str) -> Path:
+    """The file or folder itself, or where it lies after fetching a hub id."""
+    local = Path(path)
+    if local.exists() or not _looks_like_hub(str(path)):
+        return local
+    from saelab.interop.hub import download
+
+    return download(str(path))
 
 
 def _looks_like_hub(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""dictionary_learning folders (``ae.pt`` + ``config.json``) and overcomplete state dicts."""
+"""dictionary_learning folders: ``ae.pt`` + ``config.json``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from saelab.errors import UserError
 from saelab.interop.files import checked, read_json, read_tensors
 from saelab.interop.foreign import Foreign
-from saelab.interop.linear import d_of, names
+from saelab.interop.linear import d_of
 
 BACKUP = {"step", "ae", "optimizer"}  # keys of a mid-run backup, which has the name of the final file
 
@@ -128,39 +128,3 @@ READERS = {
     "MatryoshkaBatchTopKSAE": _matryoshka,
     "JumpReluAutoEncoder": _jump_relu,
 }
-
-
-def sniff_overcomplete(path: Path) -> bool:
-    """A torch or safetensors file with ``dictionary._weights``."""
-    return path.is_file() and "dictionary._weights" in names(path)
-
-
-def read_overcomplete(path: Path, k: int | None = None, pursuit: bool = False) -> Foreign:
-    """overcomplete's state dict; it names neither class nor k, so TopK and pursuit must be asked for.
-
-    Dictionary rows are normalised on use, times ``exp(multiplier)``; there is no offset.
-    """
-    raw = read_tensors(path)
-    d_sae, d_in = d_of(raw, "dictionary._weights", path)
-    dictionary = checked(raw, {"dictionary._weights": (d_sae, d_in)}, path)["dictionary._weights"]
-    multiplier = float(torch.as_tensor(raw.get("dictionary.multiplier", 0.0)).exp())
-    W_dec = multiplier * dictionary / (dictionary.norm(dim=1, keepdim=True) + 1e-8)
-    if pursuit:
-        steps = {"n_steps": k or 32, "use_b_dec": False}
-        return Foreign("overcomplete", "matching_pursuit", W_dec, torch.zeros(d_in), pursuit=steps)
-    weight, bias = "encoder.final_block.0.weight", "encoder.final_block.0.bias"
-    if any(str(name).startswith(("encoder.mlp_blocks", "encoder.final_block.1.")) for name in raw):
-        raise UserError(
-            f"{path} has a deep or normalised encoder; only overcomplete's linear encoder has a counterpart"
-        )
-    tensors = checked(raw, {weight: (d_sae, d_in), bias: (d_sae,)}, path)
-    return Foreign(
-        format="overcomplete",
-        architecture="relu" if k is None else "topk",
-        W_enc=tensors[weight].T,
-        b_enc=tensors[bias],
-        W_dec=W_dec,
-        b_dec=torch.zeros(d_in),
-        k=k,
-        notes=["a bare state dict: whether it is a TopK or a pursuit SAE must be said (k=..., pursuit=True)"],
-    )

@@ -63,6 +63,8 @@ class Foreign:
         if self.architecture in {"topk", "abs_topk"}:
             if self.k is None:
                 raise UserError(f"this {self.format} SAE says nowhere how many latents k a token may use")
+            if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= self.d_sae:
+                raise UserError(f"this {self.format} SAE has k={self.k!r}, which is no number from 1 to {self.d_sae}")
             return {"k": self.k}
         if self.architecture == "jump_relu":
             return {"apply_b_dec_to_input": self.subtracts_b_dec}

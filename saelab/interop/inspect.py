@@ -1,4 +1,4 @@
-"""What a checkpoint is: format, shapes, norms, hook, and what is odd about it."""
+"""What a checkpoint is: format, shapes, norms, hook, dead latents, and what is odd about it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,33 @@ import torch
 from torch import Tensor
 
 from saelab import checkpoint
-from saelab.interop.detect import detect, is_ours
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
+from saelab.interop.detect import detect, is_ours, read
+from saelab.interop.files import read_json, read_tensors
 from saelab.sae import SAE
 
 DEAD_RATIO = 1e-3  # an encoder this much shorter than the median is taken for collapsed
-DUPLICATE = 0.999  # cosine above which two rows are one direction
+SILENT = -9.5  # SAELens stores log10(firing rate + 1e-10): below this a latent did not fire once
+SPARSITY = "sparsity.safetensors"
 
 
 @torch.no_grad()
-def inspect(path: Path | str) -> dict[str, Any]:
-    """Facts about the SAE at ``path`` as a flat dictionary; ``notes`` lists oddities, one sentence each."""
+def inspect(
+    path: Path | str, cache: ActivationCache | None = None, max_rows: int = 65_536, **options: Any
+) -> dict[str, Any]:
+    """Facts about the SAE at ``path`` as a flat dictionary; ``notes`` lists oddities, one sentence each.
+
+    ``dead_estimate`` counts latents that do not fire: on the first ``max_rows`` rows of ``cache`` where one is given
+    (``fvu`` then tells how well the SAE explains them), else by the record in the folder, else by encoders that have
+    collapsed; ``dead_estimate_from`` says which. ``options`` are those of :func:`saelab.load`.
+    """
     path = Path(path)
     if is_ours(path):
         sae, metadata, notes, form = checkpoint.load_sae(path), checkpoint.load_metadata(path), [], "saelab"
     else:
-        found = detect(path)
-        foreign = found.read(path)
-        sae, metadata, notes, form = foreign.to_sae(), foreign.metadata, list(foreign.notes), found.name
+        foreign = read(path, **options)
+        sae, metadata, notes, form = foreign.to_sae(), foreign.metadata, list(foreign.notes), detect(path).name
     W_dec: Tensor = sae.W_dec.float()
     norms = W_dec.norm(dim=1)
     facts = {
@@ -48,6 +58,11 @@ def inspect(path: Path | str) -> dict[str, Any]:
     if not facts["hook"]:
         notes.append("the hook point is not recorded")
     _encoder(sae, facts, notes)
+    _recorded(path, sae, facts)
+    if cache is not None:
+        _measured(sae, cache, max_rows, facts)
+    if facts.get("dead_estimate"):
+        notes.append(f"{facts['dead_estimate']} latents are dead by {facts['dead_estimate_from']}")
     return facts
 
 
@@ -57,14 +72,45 @@ def _encoder(sae: SAE, facts: dict[str, Any], notes: list[str]) -> None:
         return
     norms = W_enc.float().norm(dim=0)
     facts["encoder_norm"] = _spread(norms)
-    collapsed = int((norms < DEAD_RATIO * norms.median()).sum())
-    facts["dead_estimate"] = collapsed
-    if collapsed:
-        notes.append(f"{collapsed} latents have a collapsed encoder and can hardly ever fire")
+    facts["dead_estimate"] = int((norms < DEAD_RATIO * norms.median()).sum())
+    facts["dead_estimate_from"] = "collapsed encoders"
     alignment = torch.nn.functional.cosine_similarity(W_enc.float().T, sae.W_dec[: W_enc.shape[1]].float(), dim=1)
     facts["encoder_decoder_cosine"] = alignment.median().item()
     if alignment.median() < 0:
         notes.append("encoder and decoder point in opposite directions: a transposed or wrong matrix?")
+
+
+def _recorded(path: Path, sae: SAE, facts: dict[str, Any]) -> None:
+    """What the folder itself says about dead latents: SAELens' firing rates, or our own evaluation."""
+    if (path / SPARSITY).is_file():
+        rates = read_tensors(path / SPARSITY).get("sparsity")
+        if isinstance(rates, Tensor) and rates.shape == (sae.d_sae,):
+            facts["dead_estimate"], facts["dead_estimate_from"] = int((rates < SILENT).sum()), SPARSITY
+    elif (path / "evaluation.json").is_file():
+        metrics = read_json(path / "evaluation.json").get("metrics")
+        entry = metrics.get("dead_fraction") if isinstance(metrics, dict) else None
+        if isinstance(entry, dict) and isinstance(entry.get("value"), float):
+            facts["dead_estimate"] = round(entry["value"] * sae.d_sae)
+            facts["dead_estimate_from"] = f"its evaluation on {entry.get('n_tokens')} tokens"
+
+
+def _measured(sae: SAE, cache: ActivationCache, max_rows: int, facts: dict[str, Any]) -> None:
+    if cache.d_in != sae.d_in:
+        raise UserError(f"the SAE reads d_in={sae.d_in}, {cache.path} holds d_in={cache.d_in}; use the cache it saw")
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    error = total = 0.0
+    rows, mean = 0, torch.tensor(cache.manifest.mean, dtype=torch.float64)
+    for batch in cache.batches(min(4096, cache.n_rows), split="all", seed=None):
+        x = batch.acts[: max_rows - rows]
+        code = sae.encode(x)
+        fired[code.indices[code.values != 0].long()] = True
+        error += (x - sae.decode(code)).double().square().sum().item()
+        total += (x.double() - mean).square().sum().item()
+        rows += len(x)
+        if rows >= max_rows:
+            break
+    facts["fvu"] = error / total if total else None
+    facts["dead_estimate"], facts["dead_estimate_from"] = int((~fired).sum()), f"{rows} rows of {cache.path}"
 
 
 def _spread(values: Tensor) -> dict[str, float]:

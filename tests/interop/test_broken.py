@@ -161,5 +161,5 @@ def test_inspect_points_at_oddities(tmp_path: Path) -> None:
     assert facts["notes"] == [
         "decoder rows are not of unit norm",
         "the hook point is not recorded",
-        "1 latents have a collapsed encoder and can hardly ever fire",
+        "1 latents are dead by collapsed encoders",
     ]

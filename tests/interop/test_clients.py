@@ -5,12 +5,17 @@ They need transformer-lens below 4, so they live in an environment of their own 
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from saelab import checkpoint
+from saelab.errors import UserError
 from saelab.interop import export, load
 from saelab.sae import VARIANTS
 from tests.interop.examples import example, probe
@@ -91,3 +96,57 @@ def test_dictionary_learning_loads_ours(variant: str, tmp_path: Path) -> None:
     theirs.load_state_dict(state)
     torch.testing.assert_close(theirs.encode(x), sae.encode(x).dense(), **EXACT)
     torch.testing.assert_close(theirs(x), sae(x), **EXACT)
+
+
+def overcomplete(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """overcomplete's SAE classes. Its vision models, which it imports with them, are left out."""
+    if importlib.util.find_spec("overcomplete") is None:
+        pytest.skip("overcomplete is not installed; run `make test-interop`")
+    with monkeypatch.context() as stubs:
+        for name in ("torchvision", "timm"):
+            stub = types.ModuleType(name)
+            stub.transforms = stub.create_model = None  # pyright: ignore[reportAttributeAccessIssue]
+            stubs.setitem(sys.modules, name, stub)
+        return importlib.import_module("overcomplete.sae")
+
+
+@pytest.mark.parametrize("kind", ["topk", "plain", "batch_topk", "jump", "pursuit", "archetypal"])
+def test_overcompletes_own_classes_load_here(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    oc = overcomplete(monkeypatch)
+    torch.manual_seed(2)
+    x = probe(128)
+    classes = {
+        "topk": (oc.TopKSAE, {"top_k": 5}, {"k": 5}),
+        "plain": (oc.SAE, {}, {}),
+        "batch_topk": (oc.BatchTopKSAE, {"top_k": 500}, {}),
+        "jump": (oc.JumpSAE, {}, {}),
+        "pursuit": (oc.MpSAE, {"k": 4}, {"k": 4, "pursuit": True}),
+        "archetypal": (oc.RATopKSAE, {"top_k": 5, "points": probe(60)}, {"k": 5}),
+    }
+    cls, config, told = classes[kind]
+    theirs = cls(16, 40, **config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.normal_(mean=-0.5 if name == "thresholds" else 0.0, std=0.3)
+    theirs.train()(x)  # normalises the dictionary and sets the running threshold, as any training step does
+    theirs.eval()
+    torch.save(theirs.state_dict(), tmp_path / "sae.pt")
+    if kind == "batch_topk":
+        told = {"threshold": float(theirs.running_threshold)}
+    with torch.no_grad():
+        _, codes, recon = theirs(x)
+    assert 0 < (codes != 0).sum() < codes.numel()
+    ours = load(tmp_path / "sae.pt", **told)
+    torch.testing.assert_close(ours.encode(x).dense(), codes, **EXACT)
+    torch.testing.assert_close(ours(x), recon, **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["QSAE", "MpSAE", "deep"])
+def test_overcomplete_classes_without_a_counterpart_are_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oc = overcomplete(monkeypatch)
+    theirs = oc.SAE(16, 40, encoder_module="mlp_bn_3") if kind == "deep" else getattr(oc, kind)(16, 40)
+    torch.save(theirs.state_dict(), tmp_path / "sae.pt")
+    with pytest.raises(UserError, match=r"no counterpart|has no encoder|linear encoder"):
+        load(tmp_path / "sae.pt")
