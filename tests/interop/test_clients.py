@@ -98,15 +98,21 @@ def test_dictionary_learning_loads_ours(variant: str, tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(x), sae(x), **EXACT)
 
 
+class Anything(types.ModuleType):
+    """A module that has every name."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def overcomplete(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """overcomplete's SAE classes. Its vision models, which it imports with them, are left out."""
+    """overcomplete's SAE classes, without the vision models and figures that it imports with them."""
     if importlib.util.find_spec("overcomplete") is None:
         pytest.skip("overcomplete is not installed; run `make test-interop`")
     with monkeypatch.context() as stubs:
-        for name in ("torchvision", "timm"):
-            stub = types.ModuleType(name)
-            stub.transforms = stub.create_model = None  # pyright: ignore[reportAttributeAccessIssue]
-            stubs.setitem(sys.modules, name, stub)
+        for name in ("torchvision", "timm", "overcomplete.visualization"):
+            stubs.setitem(sys.modules, name, Anything(name))
         return importlib.import_module("overcomplete.sae")
 
 
