@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 import tyro
 
-from saelab.cli.common import out, parse, print_json
+from saelab.cli.common import out, parse, print_json, progress_bar
 from saelab.cli.inspect import told
 from saelab.errors import UserError
 from saelab.interop import export
 from saelab.interop.copy import copy
 from saelab.interop.detect import load_with_metadata
 from saelab.interop.export import TOLERANCE
+from saelab.sae import SAE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,14 @@ class Options:
     """File, folder or hub id of an SAE, whichever tool wrote it."""
     out: tyro.conf.Positional[Path]
     """New folder to write."""
-    to: Literal["saelens", "sparsify", "dictionary-learning", "saelab"] = "saelens"
-    """Format of the new folder."""
+    to: Literal["saelens", "sparsify", "dictionary-learning", "saelab", "saedashboard"] = "saelens"
+    """Format of the new folder. saedashboard writes the run's feature index as files that Neuronpedia imports."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the matrices in a saelab run folder (`--to saelab`); 16 bits halve it."""
+    cache: Path | None = None
+    """For saedashboard: the indexed activation cache; adds the corpus and, from its model, logit histograms."""
+    latents: int | None = None
+    """For saedashboard: write only the first so many latents."""
     k: int | None = None
     """For a bare overcomplete state dict: latents per token, or steps of a pursuit."""
     pursuit: bool = False
@@ -47,6 +52,9 @@ def main(args: Sequence[str]) -> None:
     if options.out.exists():
         raise UserError(f"{options.out} exists; name a new folder")
     sae, metadata, source = load_with_metadata(options.source, **told(options))
+    if options.to == "saedashboard":
+        dashboard(sae, source, options)
+        return
     if options.to == "saelab":
         proof = copy(sae, source, options.out, metadata, getattr(torch, options.dtype))
     elif options.dtype != "float32":
@@ -58,3 +66,27 @@ def main(args: Sequence[str]) -> None:
         return
     out.print(f"max |Δ encode| {proof.encode:.1e}, max |Δ decode| {proof.decode:.1e} (relative, limit {TOLERANCE:.0e})")
     out.print(f"{options.source} -> {options.out} ({options.to})")
+
+
+def dashboard(sae: SAE, run: Path, options: Options) -> None:
+    """Write the feature index of a run as SAEDashboard's batches."""
+    from saelab.cli.index import load_lens
+    from saelab.data.cache import ActivationCache
+    from saelab.features import FeatureIndex
+    from saelab.interop.dashboard import write_dashboard
+
+    index = FeatureIndex(run)
+    cache = ActivationCache(options.cache) if options.cache else None
+    lens = load_lens(cache.manifest.model, cache) if cache else None
+    with progress_bar() as bar:
+        task = bar.add_task("features", total=None)
+        write_dashboard(
+            index,
+            sae,
+            options.out,
+            cache=cache,
+            lens=lens,
+            max_latents=options.latents,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    out.print(f"{run} -> {options.out} (SAEDashboard's batches, for Neuronpedia)", markup=False)

@@ -51,6 +51,9 @@ class FeatureIndex:
             for group in range(self._examples.num_row_groups)
         ]
         self._example_bounds = [(s.min, s.max) for s in bounds]
+        # Walking through neighbouring latents reads each group once.
+        self._feature_group = functools.lru_cache(maxsize=2)(self._features.read_row_group)
+        self._example_group = functools.lru_cache(maxsize=2)(self._examples.read_row_group)
 
     @property
     def d_sae(self) -> int:
@@ -80,7 +83,7 @@ class FeatureIndex:
         """Everything known about one (latent, pole): the columns of ``features.parquet``."""
         number = self._row(latent, pole)
         group = int(np.searchsorted(self._group_starts, number, side="right")) - 1
-        rows = self._features.read_row_group(group)
+        rows = self._feature_group(group)
         return rows.slice(number - self._group_starts[group], 1).to_pylist()[0]
 
     def examples(self, latent: int, pole: int = 1, kind: str | None = None) -> list[Example]:
@@ -89,7 +92,7 @@ class FeatureIndex:
         found = []
         for group, (low, high) in enumerate(self._example_bounds):
             if low <= latent <= high:
-                rows = self._examples.read_row_group(group)
+                rows = self._example_group(group)
                 latents, poles = rows["latent"].to_numpy(), rows["pole"].to_numpy()
                 hits = np.flatnonzero((latents == latent) & (poles == pole))
                 found += rows.take(pa.array(hits)).to_pylist()

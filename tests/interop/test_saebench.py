@@ -1,4 +1,4 @@
-"""SAEBench's own code on our SAEs: its ``BaseSAE`` contract and its core evaluation, on a local model and local text."""
+"""SAEBench's own code on our SAEs: its ``BaseSAE`` contract and its core evaluation, with local model and text."""
 
 from __future__ import annotations
 
