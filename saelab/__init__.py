@@ -13,6 +13,7 @@ from saelab._version import __version__
 # public name -> module that defines it
 _EXPORTS = {
     "ActivationCache": "saelab.data.cache",
+    "import_activations": "saelab.data.cache.imports",
     "SparseCode": "saelab.sparse",
     "SAE": "saelab.sae",
     "VARIANTS": "saelab.sae",

@@ -15,7 +15,7 @@ from saelab.errors import UserError, near_matches
 COMMANDS = {
     "demo": "text, language model, cache, SAE, metrics and feature index in one go",
     "harvest": "cache a language model's activations",
-    "cache": "look at, check and join activation caches",
+    "cache": "look at, check, join and import activation caches",
     "steer": "continue prompts with a latent turned up, clamped or removed, or with a recipe",
     "app": "browse latents, explain prompts and steer in the web app",
     "inspect": "say what an SAE checkpoint of any tool is",

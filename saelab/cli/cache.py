@@ -1,16 +1,18 @@
-"""``saelab cache``: look at, check and join activation caches."""
+"""``saelab cache``: look at, check, join and import activation caches."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import tyro
 from rich.table import Table
 
 from saelab.cli.common import console, out, parse, print_json, progress_bar
 from saelab.data.cache import ActivationCache
+from saelab.data.cache.imports import import_activations
 from saelab.data.cache.tools import caches_in, describe, merge
 from saelab.errors import UserError, near_matches
 
@@ -49,11 +51,43 @@ class Merge:
     """Print a description of the new cache as JSON on stdout."""
 
 
-ACTIONS = {"info": Info, "verify": Verify, "merge": Merge}
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Make a cache of activations that another tool stored: .npy, a dataset column, SAELens' Arrow cache."""
+
+    source: tyro.conf.Positional[Path]
+    """A .npy file, a folder written by save_to_disk, or a .parquet, .jsonl or .arrow file."""
+    out: str
+    """Folder or URL of the new cache."""
+    column: str | None = None
+    """Column of the activations, where the dataset has several of floats."""
+    tokens: str | None = None
+    """Column of the token ids, or the .npy file with them."""
+    split: str = "train"
+    """Split of a saved dataset."""
+    context_length: int | None = None
+    """Rows that make a context, where the source does not say it by its shape."""
+    skip_first: int = 0
+    """Positions at the start of each context to leave out (attention sinks); their text is kept."""
+    model: str = ""
+    """Language model the activations come from: smollm2, a folder or a hub id."""
+    hook_name: str = ""
+    """Where in the model, e.g. blocks.9.hook_resid_post; by default the column's name if it is a hook's."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the cache."""
+    held_out: float = 0.05
+    """Share of the contexts, from the end, kept for evaluation."""
+    overwrite: bool = False
+    """Replace an existing cache."""
+    json: bool = False
+    """Print a description of the new cache as JSON on stdout."""
+
+
+ACTIONS = {"info": Info, "verify": Verify, "merge": Merge, "import": Import}
 
 
 def main(args: Sequence[str]) -> None:
-    """Dispatch to info, verify or merge."""
+    """Dispatch to info, verify, merge or import."""
     if not args or args[0] in {"-h", "--help"}:
         out.print("usage: saelab cache ACTION [options]\n", markup=False)
         for name, cls in ACTIONS.items():
@@ -62,7 +96,7 @@ def main(args: Sequence[str]) -> None:
     if args[0] not in ACTIONS:
         raise UserError(f"unknown action {args[0]!r}: {near_matches(args[0], ACTIONS)}")
     options: Any = parse(ACTIONS[args[0]], f"cache {args[0]}", args[1:], ACTIONS[args[0]].__doc__ or "")
-    {"info": info, "verify": verify, "merge": join}[args[0]](options)
+    {"info": info, "verify": verify, "merge": join, "import": take}[args[0]](options)
 
 
 def info(options: Info) -> None:
@@ -94,6 +128,30 @@ def join(options: Merge) -> None:
         print_json(describe(merged))
     else:
         out.print(_table(describe(merged)))
+
+
+def take(options: Import) -> None:
+    given = {name: getattr(options, name) for name in ("model", "hook_name") if getattr(options, name)}
+    with progress_bar() as bar:
+        task = bar.add_task("rows", total=None)
+        cache = import_activations(
+            options.out,
+            options.source,
+            column=options.column,
+            tokens=options.tokens,
+            split=options.split,
+            context_length=options.context_length,
+            skip_first=options.skip_first,
+            dtype=options.dtype,
+            held_out=options.held_out,
+            overwrite=options.overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **given,
+        )
+    if options.json:
+        print_json(describe(cache))
+    else:
+        out.print(_table(describe(cache)))
 
 
 def _table(description: dict[str, Any]) -> Table:

@@ -1,0 +1,224 @@
+"""Activation caches from activations that other tools stored: ``.npy`` files, dataset columns, SAELens' Arrow caches.
+
+Sources are read block by block, so they may be larger than memory. What nnsight, plain hooks or anything else holds as
+tensors goes through :meth:`ActivationCache.from_tensors`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saelab.data.cache.manifest import Manifest, check_provenance
+from saelab.data.cache.reader import ActivationCache
+from saelab.data.cache.storage import Folder
+from saelab.data.cache.writer import CacheWriter, prepare
+from saelab.errors import UserError, near_matches
+
+TOKEN_COLUMNS = ("token_ids", "tokens", "input_ids")
+LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".csv": "csv"}
+
+
+class Source(NamedTuple):
+    """Stored activations: ``blocks(n)`` yields about ``n`` rows a time, ``[contexts, length, d_in]``, and token ids."""
+
+    name: str
+    n_rows: int
+    length: int  # rows in a context
+    d_in: int
+    blocks: Callable[[int], Iterator[tuple[Tensor, Tensor | None]]]
+    hook_name: str = ""
+
+
+def import_activations(
+    path: str | os.PathLike[str],
+    source: Path | str,
+    *,
+    column: str | None = None,
+    tokens: str | None = None,
+    split: str = "train",
+    context_length: int | None = None,
+    skip_first: int = 0,
+    dtype: str = "float32",
+    held_out: float = 0.05,
+    shard_rows: int = 1 << 16,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **provenance: Any,
+) -> ActivationCache:
+    """Write the cache ``path`` from stored activations.
+
+    ``source`` is a ``.npy`` file (``[n, d_in]`` or ``[contexts, length, d_in]``), a dataset saved with ``save_to_disk``
+    (SAELens' activation caches are such), or a ``.parquet``, ``.jsonl`` or ``.arrow`` file. ``column`` names the
+    dataset's activations, where they are not the only numbers of two dimensions; ``tokens`` is the ``.npy`` file or
+    the column of token ids. Rows of a dataset are contexts ``[length, d_in]``, or single vectors which
+    ``context_length`` joins to contexts. ``skip_first`` leaves out that many positions of each context, whose text is
+    kept. ``provenance`` are manifest fields such as ``model``, ``hook_name`` and ``bos``.
+    """
+    check_provenance(provenance)
+    found = _open(Path(source), column, tokens, split, context_length)
+    if found.n_rows == 0:
+        raise UserError(f"{source} holds no activations")
+    if not 0 <= skip_first < found.length:
+        raise UserError(f"skip_first={skip_first} leaves nothing of contexts of {found.length} positions")
+    if found.hook_name:
+        provenance.setdefault("hook_name", found.hook_name)
+    provenance.setdefault("text", found.name)
+    manifest = Manifest(
+        d_in=found.d_in,
+        dtype=dtype,
+        context_length=found.length,
+        skip_first=skip_first,
+        held_out_fraction=held_out,
+        **provenance,
+    )
+    folder = Folder(path)
+    writer = CacheWriter(folder, manifest, overwrite=overwrite)
+    try:
+        _write(writer, found, shard_rows, progress or (lambda done, total: None))
+    except BaseException:
+        _remove(folder)  # half an import cannot be resumed
+        raise
+    return ActivationCache(path)
+
+
+def _write(writer: CacheWriter, found: Source, shard_rows: int, progress: Callable[[int, int], None]) -> None:
+    done, skip = 0, writer.manifest.skip_first
+    for acts, ids in found.blocks(shard_rows):
+        contexts, length, d_in = acts.shape
+        text = torch.zeros(contexts * length, dtype=torch.int64) if ids is None else ids.reshape(-1).long()
+        slots = torch.arange(contexts * length).reshape(contexts, length)[:, skip:].reshape(-1)
+        documents = torch.arange(contexts).repeat_interleave(length) + done // length
+        writer.write_shard(acts.reshape(-1, d_in)[slots], text, slots, documents)
+        done += contexts * length
+        progress(done, found.n_rows)
+    writer.finish()
+
+
+def _remove(folder: Folder) -> None:
+    prepare(folder, overwrite=True, resume=False)
+    if folder.local is not None and not any(folder.local.iterdir()):
+        folder.local.rmdir()
+
+
+def _open(path: Path, column: str | None, tokens: str | None, split: str, context_length: int | None) -> Source:
+    if context_length is not None and context_length < 1:
+        raise UserError(f"context_length={context_length} must be at least 1")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a .npy file, a saved dataset, or a parquet, jsonl or arrow file")
+    if path.suffix == ".npy":
+        return _npy(path, tokens, context_length)
+    return _dataset(path, column, tokens, split, context_length)
+
+
+def _npy(path: Path, tokens: str | None, context_length: int | None) -> Source:
+    acts = _array(path)
+    if acts.ndim not in {2, 3} or not np.issubdtype(acts.dtype, np.floating):
+        raise UserError(
+            f"{path} has shape {acts.shape} of {acts.dtype}; activations are floats [n, d_in] or [c, l, d_in]"
+        )
+    length = acts.shape[1] if acts.ndim == 3 else context_length or 1
+    rows, d_in = int(np.prod(acts.shape[:-1])), acts.shape[-1]
+    flat = acts.reshape(rows, d_in)
+    ids = None if tokens is None else _array(Path(tokens)).reshape(-1)
+    if ids is not None and (len(ids) != rows or not np.issubdtype(ids.dtype, np.integer)):
+        raise UserError(f"{tokens} holds {len(ids)} {ids.dtype} numbers; {rows} token ids are needed, one for each row")
+    _whole(rows, length, path)
+
+    def blocks(n: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        step = max(n // length, 1) * length
+        for start in range(0, rows, step):
+            part = torch.from_numpy(np.array(flat[start : start + step])).reshape(-1, length, d_in)
+            yield part, None if ids is None else torch.from_numpy(np.array(ids[start : start + step]))
+
+    return Source(str(path), rows, length, d_in, blocks)
+
+
+def _array(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise UserError(f"{path} is not a readable .npy file ({reason})") from error
+
+
+def _dataset(path: Path, column: str | None, tokens: str | None, split: str, context_length: int | None) -> Source:
+    data = _load(path, split).with_format("numpy")
+    if len(data) == 0:
+        raise UserError(f"{path} holds no rows")
+    first = data[0]
+    column = _column(path, first, column)
+    shape = np.shape(first[column])
+    if tokens is None:
+        tokens = next((name for name in TOKEN_COLUMNS if name in first and name != column), None)
+    elif tokens not in first:
+        raise UserError(f"{path} has no column {tokens!r}; {near_matches(tokens, first)}")
+    length = shape[0] if len(shape) == 2 else context_length or 1
+    each = length if len(shape) == 2 else 1
+    rows, d_in = len(data) * each, shape[-1]
+    _whole(rows, length, path)
+
+    def blocks(n: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        step = max(n // length, 1) * length // each
+        for start in range(0, len(data), step):
+            part = data[start : start + step]
+            try:
+                acts = torch.from_numpy(np.stack(list(part[column])))
+                ids = None if tokens is None else torch.from_numpy(np.stack(list(part[tokens])).astype(np.int64))
+                yield acts.reshape(-1, length, d_in), None if ids is None else ids.reshape(-1, length)
+            except (ValueError, RuntimeError, TypeError) as error:
+                raise UserError(
+                    f"{path}: rows from {start} on differ in shape from the first, {shape} in column {column!r}; "
+                    "contexts must be equally long"
+                ) from error
+
+    return Source(str(path), rows, length, d_in, blocks, column if "hook_" in column else "")
+
+
+def _load(path: Path, split: str) -> Any:
+    import datasets
+
+    saved = path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if not saved and path.suffix not in LOADERS:
+        raise UserError(f"{path} is no saved dataset (no state.json), nor a {', '.join(LOADERS)} file")
+    try:
+        if saved:
+            data: Any = datasets.load_from_disk(str(path))
+        else:
+            data = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # arrow, JSON and the library's own errors, some without a common base
+        raise UserError(f"{path} cannot be read as a dataset ({(str(error).splitlines() or [''])[0][:120]})") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(f"{path} has no split {split!r}; it has {', '.join(map(str, data))}")
+        data = data[split]
+    return data
+
+
+def _column(path: Path, row: dict[str, Any], column: str | None) -> str:
+    """The column of activations: the one asked for, or the only one of floats with one or two dimensions."""
+    floats = {
+        name: value
+        for name, value in row.items()
+        if 1 <= np.ndim(value) <= 2 and np.issubdtype(np.asarray(value).dtype, np.floating)
+    }
+    if column is None:
+        if len(floats) != 1:
+            raise UserError(f"say with column which holds the activations; {path} has {', '.join(floats or row)}")
+        return next(iter(floats))
+    if column not in floats:
+        raise UserError(f"{path} has no column {column!r} of float vectors; {near_matches(column, floats or row)}")
+    return column
+
+
+def _whole(rows: int, length: int, path: Path) -> None:
+    if rows % length:
+        raise UserError(f"{path} has {rows} rows, which are no whole number of contexts of {length}")
