@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from saelab.errors import UserError
 from saelab.lm.sites import underlying
 
-# "all", "prompt", "generated", positions in the text, or a predicate that returns a mask [batch, length].
-Where = str | Sequence[int] | Callable[["TokenContext"], Tensor]
 _NAMED = ("all", "prompt", "generated")
 
 
@@ -92,6 +90,10 @@ class TokenContext:
         wanted = torch.tensor([p for p in where if p >= 0], device=self.device)
         from_end = torch.tensor([self.prompt_length + p for p in where if p < 0], device=self.device)
         return torch.isin(self.positions, wanted) | torch.isin(self.slots, from_end)[None, :]
+
+
+# "all", "prompt", "generated", positions in the text, or a predicate that returns a mask [batch, length].
+Where = str | Sequence[int] | Callable[[TokenContext], Tensor]
 
 
 def check_where(where: Where) -> Where:
