@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-EXTRAS = app,demo,notebooks,dev
+EXTRAS = app,demo,notebooks,docs,dev
 STAMP = $(VENV)/.installed
 PORT ?= 8501
 
@@ -14,6 +14,7 @@ help:
 	@echo "make test    run the whole test suite (under 10 minutes)"
 	@echo "make test-interop   run SAELens, SAEBench and other tools on our files, and saelab under transformer-lens 3"
 	@echo "make lint    format check, lint, types"
+	@echo "make docs    write the reference of the Python interface into docs/api"
 	@echo "make bench   time the kernels against what other tools do"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -63,5 +64,8 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m saelab.kernels.bench
 
+docs: $(STAMP)
+	$(BIN)/python docs/build.py
+
 clean:
-	rm -rf $(VENV) $(PEERS) demo
+	rm -rf $(VENV) $(PEERS) demo docs/api

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pdoc
+
 import saelab
 
 OUTPUT = Path(__file__).parent / "api"

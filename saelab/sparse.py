@@ -44,6 +44,7 @@ class SparseCode:
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors live."""
         return self.values.device
 
     def counts(self) -> Int[Tensor, " n"]:
@@ -79,9 +80,11 @@ class SparseCode:
         return SparseCode(self.values[keep], self.indices[keep], _row_ptr(counts), self.d_sae)
 
     def detach(self) -> SparseCode:
+        """The same code, cut from the graph."""
         return replace(self, values=self.values.detach())
 
     def to(self, device: torch.device | str) -> SparseCode:
+        """The same code on another device."""
         return SparseCode(self.values.to(device), self.indices.to(device), self.row_ptr.to(device), self.d_sae)
 
     def __getitem__(self, rows: slice) -> SparseCode:

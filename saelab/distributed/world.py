@@ -40,6 +40,7 @@ class Parallel:
 
     @property
     def size(self) -> int:
+        """Processes in all."""
         return self.data_size * self.dict_size
 
     def share(self, rows: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Site:
 
 @contextmanager
 def edited(site: Site, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Pass the activations at ``site`` through ``edit`` while active."""
+    """Pass the activations ``[batch, position, d_in]`` at ``site`` through ``edit`` while active."""
     handle = register(site.module, site.side, edit)
     try:
         yield

@@ -57,6 +57,7 @@ class FeatureIndex:
 
     @property
     def d_sae(self) -> int:
+        """Latents of the indexed SAE."""
         return self.meta["d_sae"]
 
     @property

@@ -95,8 +95,10 @@ class Example:
 
     @property
     def text(self) -> str:
+        """The window as one string."""
         return "".join(self.strings)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Example:
+        """From a row of ``examples.parquet``."""
         return cls(**{name: row[name] for name in EXAMPLE_COLUMNS})

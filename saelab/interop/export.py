@@ -38,8 +38,8 @@ def export(
     """Write ``sae`` to a new ``folder`` in the format ``to``: saelens, sparsify or dictionary-learning.
 
     Signed SAEs become the equivalent unsigned dictionary of twice the width where the format knows no sign. The files
-    are read back, both SAEs run on ``probe`` (by default 256 random activations), and nothing is kept when they differ
-    by more than ``TOLERANCE``.
+    are read back, both SAEs run on ``probe [n, d_in]`` (by default 256 random activations), and nothing is kept when
+    they differ by more than ``TOLERANCE``.
     """
     if to not in WRITERS:
         raise UserError(f"unknown format {to!r}: {near_matches(to, WRITERS)}")

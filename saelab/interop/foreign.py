@@ -39,10 +39,12 @@ class Foreign:
 
     @property
     def d_in(self) -> int:
+        """Width of the activations."""
         return self.W_dec.shape[1]
 
     @property
     def d_sae(self) -> int:
+        """Latents."""
         return self.W_dec.shape[0]
 
     @torch.no_grad()

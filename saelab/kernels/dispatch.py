@@ -25,7 +25,7 @@ _named: ContextVar[str | None] = ContextVar("saelab_kernels", default=None)
 
 
 def backend(x: Tensor | None = None) -> str:
-    """The backend that an op on ``x`` runs on: ``reference``, ``numba`` or ``triton``.
+    """The backend that an op on ``x [...]`` runs on: ``reference``, ``numba`` or ``triton``.
 
     Without ``x``: for float32 tensors on the device that training would use (CUDA where there is one).
     """

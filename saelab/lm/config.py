@@ -50,10 +50,12 @@ class HarvestConfig:
 
     @property
     def contexts(self) -> int:
+        """Contexts that hold ``tokens``; the last may be cut."""
         return math.ceil(self.tokens / self.context_length)
 
     @property
     def pass_contexts(self) -> int:
+        """Contexts in one forward pass."""
         return max(self.pass_tokens // self.context_length, 1)
 
     def shard_passes(self, d_in: int) -> int:

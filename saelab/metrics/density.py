@@ -28,6 +28,7 @@ class FiringCounts:
         self.n = 0
 
     def update(self, code: SparseCode) -> None:
+        """Count the firings of another batch of tokens."""
         self.positive += torch.bincount(code.indices[code.values > 0].cpu(), minlength=code.d_sae)
         self.negative += torch.bincount(code.indices[code.values < 0].cpu(), minlength=code.d_sae)
         self.n += code.n
@@ -71,6 +72,7 @@ class ZipfFit:
     breaks_at: int | None
 
     def row(self) -> dict[str, Any]:
+        """As JSON."""
         return dict(vars(self))
 
 

@@ -35,6 +35,7 @@ class Estimate:
                 raise ValueError(f"{self.formula}: a report holds finite numbers only, got {number}")
 
     def row(self) -> dict[str, Any]:
+        """As JSON."""
         return asdict(self)
 
 

@@ -34,6 +34,7 @@ class Row:
     expected: Verdict = "reproduced"  # of a synthetic row: what was found when it was written
 
     def content(self) -> dict[str, Any]:
+        """As JSON."""
         return asdict(self)
 
 
@@ -50,6 +51,7 @@ class Ledger:
     seconds: float = 0.0
 
     def content(self) -> dict[str, Any]:
+        """As JSON."""
         return {
             "saelab_version": __version__,
             "paper": self.paper,

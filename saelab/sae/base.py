@@ -143,6 +143,7 @@ class SAE(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where its parameters live."""
         return self.W_dec.device
 
 

@@ -55,6 +55,7 @@ class TokenExplanation:
 
     @property
     def change(self) -> float:
+        """Steered minus unsteered logit."""
         return self.logit_after - self.logit_before
 
 

@@ -108,6 +108,7 @@ class ProjectOut(Intervention):
         return self.directions[0].d_in
 
     def prepare(self, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """The edit of selected activations ``[..., d_in]``, for tensors like ``like``."""
         directions = torch.stack([vector.direction for vector in self.directions]).double()
         # Vectors that nearly repeat each other span one axis, not two.
         _, sizes, axes = torch.linalg.svd(directions, full_matrices=False)

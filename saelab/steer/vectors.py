@@ -133,6 +133,7 @@ class SteeringVector:
 
     @property
     def d_in(self) -> int:
+        """Width of the activations it fits."""
         return self.direction.numel()
 
     def length(self, strength: Strength) -> float:

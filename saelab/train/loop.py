@@ -53,7 +53,7 @@ SAMPLE = 32_768  # activations that set data-dependent parameters (Gao et al., 2
 def start(sae: SAE, cache: ActivationCache, config: TrainConfig, centre: Tensor | None = None) -> TrainState:
     """Initialise ``sae`` in place from a sample of the cache and return the first state.
 
-    ``centre`` is the sample's geometric median (see :func:`centre_of`), where the caller has it already.
+    ``centre [d_in]`` is the sample's geometric median (see :func:`centre_of`), where the caller has it already.
     """
     x = _sample(cache, config).to(sae.device)
     sae.initialise(x, losses.geometric_median(x) if centre is None else centre.to(sae.device))

@@ -50,7 +50,7 @@ def fit(
     Guarantee: kill the process at any moment and call again with ``resume=True`` (``sae`` built as before), and
     weights, ``metrics.jsonl`` and data order come out bit-identical to those of a run that was never interrupted,
     on the same machine with the same number of threads. With ``stream`` the caller hands in the batches, starting
-    after the step of the last checkpoint, and vouches for the cache; ``centre`` is that of
+    after the step of the last checkpoint, and vouches for the cache; ``centre [d_in]`` is that of
     :func:`saelab.train.start`. With ``parallel`` all processes call this, each with its shard of the SAE, and the
     run may be resumed with another number of them. Raises UserError if the configuration or the cache changed.
     """

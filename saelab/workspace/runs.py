@@ -43,6 +43,7 @@ class Run:
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
+        """The ``metadata`` block of the configuration: provenance."""
         return self.config.get("metadata") or {}
 
     @cached_property
@@ -58,6 +59,7 @@ class Run:
 
     @property
     def has_weights(self) -> bool:
+        """Whether the first save is done."""
         return (self.path / checkpoint.WEIGHTS).is_file() and bool(self.config)
 
     @property
@@ -68,6 +70,7 @@ class Run:
 
     @property
     def variant(self) -> str:
+        """Registry name, or another tool's name of the architecture."""
         return (self.metadata.get("saelab") or {}).get("variant") or self.config.get("architecture") or "unknown"
 
     @property
@@ -77,6 +80,7 @@ class Run:
 
     @property
     def d_sae(self) -> int | None:
+        """Latents; None while the configuration is not there."""
         return self.config.get("d_sae")
 
     def load(self) -> SAE:

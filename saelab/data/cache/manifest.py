@@ -69,6 +69,7 @@ class Manifest:
 
     @property
     def n_rows(self) -> int:
+        """Stored activations, over both splits."""
         return sum(shard.rows for shard in self.shards)
 
     @property
@@ -78,6 +79,7 @@ class Manifest:
 
     @property
     def n_contexts(self) -> int:
+        """Contexts that the rows come from."""
         return sum(shard.contexts for shard in self.shards)
 
     @property
@@ -87,6 +89,7 @@ class Manifest:
 
     @property
     def has_grads(self) -> bool:
+        """Whether gradients are stored."""
         return self.grad_scale is not None
 
     def identity(self) -> dict[str, Any]:
@@ -97,10 +100,12 @@ class Manifest:
         return data
 
     def to_json(self) -> str:
+        """The file's content."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
+        """The manifest in a file's content; UserError where it is none or of a newer version."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:

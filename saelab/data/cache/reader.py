@@ -58,6 +58,7 @@ class ActivationCache:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], **options: Any) -> ActivationCache:
+        """The cache at ``path``; the same as calling the class."""
         return cls(path, **options)
 
     @classmethod
@@ -110,18 +111,22 @@ class ActivationCache:
 
     @property
     def n_rows(self) -> int:
+        """Stored activations, over both splits."""
         return self.manifest.n_rows
 
     @property
     def d_in(self) -> int:
+        """Width of an activation."""
         return self.manifest.d_in
 
     @property
     def hook_name(self) -> str:
+        """TransformerLens name of the point in the model."""
         return self.manifest.hook_name
 
     @property
     def has_grads(self) -> bool:
+        """Whether gradients of the loss are stored beside the activations."""
         return self.manifest.has_grads
 
     @property

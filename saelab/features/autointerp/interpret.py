@@ -48,6 +48,7 @@ class Explanation:
     judge: str
 
     def row(self) -> dict[str, Any]:
+        """As JSON."""
         return {**asdict(self), "detection": self.detection.row(), "fuzzing": self.fuzzing.row()}
 
 

@@ -36,38 +36,47 @@ class JudgeScore:
 
     @property
     def answered(self) -> int:
+        """Windows the judge gave a usable answer on."""
         return self.true_positives + self.false_positives + self.true_negatives + self.false_negatives
 
     @property
     def accuracy(self) -> float:
+        """Share of right answers."""
         return _ratio(self.true_positives + self.true_negatives, self.answered)
 
     @property
     def recall(self) -> float:
+        """Share of the positive windows that were called so."""
         return _ratio(self.true_positives, self.true_positives + self.false_negatives)
 
     @property
     def precision(self) -> float:
+        """Share of the windows called positive that are."""
         return _ratio(self.true_positives, self.true_positives + self.false_positives)
 
     @property
     def specificity(self) -> float:
+        """Share of the negative windows that were called so."""
         return _ratio(self.true_negatives, self.true_negatives + self.false_positives)
 
     @property
     def balanced_accuracy(self) -> float:
+        """Mean of recall and specificity; guessing gives 0.5."""
         return (self.recall + self.specificity) / 2
 
     @property
     def f1(self) -> float:
+        """Harmonic mean of precision and recall."""
         return _ratio(2 * self.true_positives, 2 * self.true_positives + self.false_positives + self.false_negatives)
 
     @property
     def guess_nothing(self) -> float:
+        """Accuracy of calling every window negative."""
         return _ratio(self.true_negatives + self.false_positives, self.answered)
 
     @property
     def guess_everything_f1(self) -> float:
+        """F1 of calling every window positive."""
         share = _ratio(self.true_positives + self.false_negatives, self.answered)
         return 2 * share / (1 + share)
 
