@@ -8,7 +8,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, near_matches
 from saelab.reproduce.ledger import Ledger, Row
 from saelab.reproduce.runs import Lab, Scale
@@ -41,7 +43,29 @@ def reproduce(
         with tempfile.TemporaryDirectory() as folder:
             ledger.rows += module.synthetic(Path(folder), seeds, quick)
     if lab is not None and not quick:
-        ledger.settings = asdict(lab.scale)
+        ledger.settings, ledger.data = asdict(lab.scale), about(lab.cache)
+        ledger.options = " --cache CACHE --out OUT" + changed(lab.scale) + ("" if synthetic else " --no-synthetic")
+        lab.seconds.clear()  # one lab may serve several papers
         ledger.rows += module.real(lab, seeds)
+        ledger.seconds_training = sum(lab.seconds.values())
+    if len(seeds) != 3:
+        ledger.options += f" --seeds {len(seeds)}"
     ledger.seconds = time.time() - ledger.started
     return ledger
+
+
+def about(cache: ActivationCache) -> dict[str, Any]:
+    """What identifies the activations of a ledger's rows: enough to harvest them again."""
+    names = ("model", "revision", "hook_name", "text", "text_fingerprint", "context_length", "skip_first", "dtype")
+    m = cache.manifest
+    rows = {"rows": m.n_rows, "held_out_rows": cache.n_split("held_out"), "tokens": m.n_tokens}
+    return {name: getattr(m, name) for name in names} | rows | {"fingerprint": cache.fingerprint}
+
+
+def changed(scale: Scale) -> str:
+    """The options that give this scale."""
+    options = ""
+    for name, value in asdict(scale).items():
+        if value != getattr(Scale(), name):
+            options += f" --{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return options

@@ -48,20 +48,25 @@ class Ledger:
     rows: list[Row] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
-    seconds: float = 0.0
+    options: str = ""  # what follows on the command line
+    data: dict[str, Any] = field(default_factory=dict)  # the activations behind the rows that are not synthetic
+    seconds: float = 0.0  # of this invocation
+    seconds_training: float = 0.0  # of every SAE on real activations behind the rows, those kept from earlier included
 
     def content(self) -> dict[str, Any]:
         """As JSON."""
         return {
             "saelab_version": __version__,
             "paper": self.paper,
-            "command": f"saelab reproduce {self.paper}" + (" --quick" if self.quick else ""),
+            "command": f"saelab reproduce {self.paper}" + (" --quick" if self.quick else "") + self.options,
             "quick": self.quick,
             "seeds": self.seeds,
             "hardware": hardware(),
             "date": time.strftime("%Y-%m-%d", time.gmtime(self.started)),
             "seconds": self.seconds,
+            "seconds_training": self.seconds_training,
             "settings": self.settings,
+            "data": self.data,
             "rows": [row.content() for row in self.rows],
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +27,12 @@ class Scale:
     """The size of a comparison on real activations. Counts are in tokens."""
 
     d_sae: int = 1152
-    ks: tuple[int, ...] = (16, 32, 64)
+    ks: tuple[int, ...] = (16, 48)
     epochs: int = 2
     batch_size: int = 512
     lr: float | None = None
-    lm_tokens: int = 1500
-    density_tokens: int = 50_000
+    lm_tokens: int = 4096
+    density_tokens: int = 100_000
     saes_per_pass: int = 6
     passage_tokens: int = 32
 
@@ -74,15 +75,19 @@ class Lab:
     folder: Path
     log: Log = lambda text: None
     decode: Callable[[list[int]], str] | None = None  # token ids to text, where the tokenizer is at hand
+    seconds: dict[str, float] = field(default_factory=dict)  # that each SAE took to train, here or earlier
 
     def sae(self, spec: Spec) -> SAE:
         """Train the SAE of ``spec``, or load it if this folder has it."""
         folder = self.folder / spec.name
         if (folder / checkpoint.CONFIG).exists():
+            self.seconds[spec.name] = checkpoint.load_metadata(folder)["seconds"]
             return checkpoint.load_sae(folder)
-        self.log(f"training {spec.name}")
+        started = time.time()
         sae = fit(spec, self.cache, self.scale)
-        checkpoint.save_sae(sae, folder, {"train": {"seed": spec.seed}})
+        self.seconds[spec.name] = time.time() - started
+        self.log(f"trained {spec.name} in {self.seconds[spec.name]:.0f} s")
+        checkpoint.save_sae(sae, folder, {"train": {"seed": spec.seed}, "seconds": self.seconds[spec.name]})
         return sae
 
     def measure(self, specs: Sequence[Spec]) -> list[Record]:
@@ -112,14 +117,17 @@ class Lab:
             checkpoint.write_json(self._path(record.spec), record.metrics)
 
     def _path(self, spec: Spec) -> Path:
-        return self.folder / spec.name / "metrics.json"
+        # Numbers over other samples are other numbers.
+        return self.folder / spec.name / f"metrics-{self.scale.lm_tokens}-{self.scale.density_tokens}.json"
 
 
 def fit(spec: Spec, cache: ActivationCache, scale: Scale) -> SAE:
     """One training run; the seed decides the initial weights and the order of the data."""
     torch.manual_seed(spec.seed)
     sae = build(spec.variant, d_in=cache.d_in, d_sae=spec.d_sae, **spec.config)
-    config = TrainConfig(epochs=scale.epochs, batch_size=scale.batch_size, lr=scale.lr, seed=spec.seed)
+    config = TrainConfig(
+        epochs=scale.epochs, batch_size=scale.batch_size, lr=scale.lr, seed=spec.seed, data_seed=spec.seed
+    )
     for _ in train(sae, cache, config):
         pass
     return sae.eval()
@@ -178,13 +186,17 @@ def values(records: Sequence[Record], label: str, metric: str) -> list[float]:
 
 
 def table(records: Sequence[Record], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean over seeds of each setting, for the ledger's figures."""
+    """Mean and standard deviation over seeds of each setting, for the ledger's figures."""
     rows: dict[tuple, list[Record]] = {}
     for record in records:
         key = (record.spec.label, json.dumps(dict(record.spec.config), sort_keys=True), record.spec.d_sae)
         rows.setdefault(key, []).append(record)
-    return [
-        {"label": label, "config": json.loads(config), "d_sae": d_sae, "seeds": len(group)}
-        | {m: float(np.mean([r.metrics[m] for r in group])) for m in metrics if all(m in r.metrics for r in group)}
-        for (label, config, d_sae), group in rows.items()
-    ]
+    out = []
+    for (label, config, d_sae), group in rows.items():
+        row: dict[str, Any] = {"label": label, "config": json.loads(config), "d_sae": d_sae, "seeds": len(group)}
+        for m in metrics:
+            if all(m in r.metrics for r in group):
+                found = [r.metrics[m] for r in group]
+                row |= {m: float(np.mean(found)), f"{m}_sd": float(np.std(found, ddof=1)) if len(group) > 1 else 0.0}
+        out.append(row)
+    return out

@@ -104,7 +104,7 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Estimate what inference needs (thresholds) on held-out activations, once training has ended."""
+        """Estimate what inference needs (thresholds) on a sample of training activations, once training has ended."""
 
     def inference_threshold(self) -> Tensor | None:
         """What a pre-activation must exceed in eval mode, a number or ``[d_sae]``; None where k or a sign decides."""

@@ -14,7 +14,7 @@ from saelab.kernels import SelectedPreActs
 from saelab.sae.base import LinearSAE, check_k
 from saelab.sparse import SparseCode
 
-SAMPLE_NUMBERS = 2**27  # held-out activations kept for a calibration: 512 MiB in float32
+SAMPLE_NUMBERS = 2**27  # activations kept for a calibration: 512 MiB in float32
 CHUNK = 4096  # tokens whose pre-activations are looked at together
 
 
@@ -62,7 +62,7 @@ class BatchBudgetSAE(LinearSAE):
     """Spends ``n * k`` latents freely over a batch in training; in eval mode one threshold decides.
 
     The threshold follows the smallest magnitude kept in each training batch and is set, when training ends, to the
-    value at which the held-out tokens have ``k`` active latents on average. Signed SAEs compare magnitudes.
+    value at which a sample of training tokens has ``k`` active latents on average. Signed SAEs compare magnitudes.
     """
 
     saelens = "jumprelu"

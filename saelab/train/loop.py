@@ -104,6 +104,5 @@ def finish(sae: SAE, cache: ActivationCache, config: TrainConfig, state: TrainSt
             parameter.copy_(state.ema[name] / correction)
     sae.normalise_decoder()
     sae.eval()
-    split = "held_out" if cache.n_split("held_out") else "train"
-    held_out = cache.batches(min(config.batch_size, cache.n_split(split)), split=split, seed=None)
-    sae.calibrate(batch.acts.to(sae.device) * state.scale for batch in held_out)
+    # On training rows: thresholds fitted to the held-out ones would meet their target there by construction.
+    sae.calibrate([_sample(cache, config).to(sae.device)])

@@ -121,8 +121,14 @@ class Manifest:
         return cls(**{k: v for k, v in data.items() if k in known}, shards=shards)
 
     def fingerprint(self) -> str:
-        """Changes when any shard, or anything said about them, changes."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        """Changes when any activation changes, or where it comes from, or which rows are held out.
+
+        It covers what identifies the data and nothing else, so that a field added to the manifest later leaves the
+        fingerprints of existing caches, and with them what was trained on them, as they are.
+        """
+        shards = [(s.sha256, s.rows, s.tokens, s.contexts, s.document_offset) for s in self.shards]
+        about = {name: getattr(self, name) for name in IDENTIFYING}
+        return hashlib.sha256(json.dumps([about, shards], sort_keys=True).encode()).hexdigest()[:16]
 
     def set_statistics(self, rows: int, total: list[float], sum_sq: float, sum_norm: float) -> None:
         """Fill in mean, norms, variance and scale from float64 sums over ``rows`` training rows."""
@@ -134,6 +140,10 @@ class Manifest:
         self.scale = power_of_two(1.0 / self.rms_norm) if self.rms_norm > 0 else 1.0
 
 
+IDENTIFYING = (
+    *("d_in", "dtype", "context_length", "model", "revision", "weights_fingerprint", "tokenizer_hash"),
+    *("text_fingerprint", "hook_name", "bos", "skip_first", "max_norm", "grad_scale", "held_out_from"),
+)
 _RESULTS = ("held_out_from", "rms_norm", "mean_norm", "variance", "scale")
 PROVENANCE = (
     *("model", "revision", "weights_fingerprint", "tokenizer", "tokenizer_hash", "text", "text_fingerprint"),

@@ -131,7 +131,7 @@ class ActivationCache:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any shard, or anything the manifest says, changes."""
+        """Changes when any activation, its provenance or the split changes; see :meth:`Manifest.fingerprint`."""
         return self.manifest.fingerprint()
 
     def split_rows(self, split: Split) -> tuple[int, int]:
