@@ -17,9 +17,20 @@ from saelab.evaluate.offline import Progress, check_pair, count_firing, reconstr
 from saelab.evaluate.report import Evaluation
 from saelab.evaluate.site import check_same_model, locate
 from saelab.evaluate.splice import Replace, Site, SplicedRun, edited
+from saelab.evaluate.tasks import TaskConfig, run_tasks
 from saelab.sae import SAE
 
-__all__ = ["EvaluateConfig", "Evaluation", "Site", "edited", "evaluate", "locate", "spliced"]
+__all__ = [
+    "EvaluateConfig",
+    "Evaluation",
+    "Site",
+    "TaskConfig",
+    "edited",
+    "evaluate",
+    "locate",
+    "run_tasks",
+    "spliced",
+]
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,39 @@ def scr(
 
     ``score[n] = (acc_after - acc_before) / (acc_clean - acc_before)``, accuracies of the biased probe on the intended
     label over a balanced test set, after ablating the n poles that matter most for the *other* label. Of the two
-    directions the one with the lower initial accuracy is reported.
+    directions (a, then b as the intended label) the one with the lower initial accuracy is reported.
     """
     cells = _cells(a, b, seed, min_cell)
-    return min((_scr_direction(pooled, cells, i, ns, seed) for i in (0, 1)), key=lambda r: r["accuracy_before"])
+    both = [_scr_direction(pooled, cells, i, ns, seed) for i in (0, 1)]
+    chosen = min(both, key=lambda r: r["accuracy_before"])
+    return {**chosen, "score_by_intended": [r["score"] for r in both]}
+
+
+def scr_over_classes(
+    pooled: Pooled, a: np.ndarray, b: np.ndarray, ns: tuple[int, ...] = N_ABLATED, seed: int = 0, min_cell: int = 8
+) -> dict[str, Any]:
+    """Mean SCR over binary tasks: each frequent class of ``a`` against the rest, crossed with the commonest of ``b``.
+
+    Classes without ``min_cell`` passages in each of the four combinations have no such task and are left out.
+    """
+    spurious = b == frequent(b, 2 * min_cell)[0]
+    classes = frequent(a, 2 * min_cell, max_classes=20)
+    classes = classes[:1] if len(set(a)) == 2 else classes  # the other class would be the same task
+    results = []
+    for name in classes:
+        if min(((a == name) == x)[spurious == y].sum() for x, y in _ALL) >= min_cell:
+            results.append(scr(pooled, a == name, spurious, ns, seed, min_cell))
+    if not results:
+        raise UserError(f"no class has {min_cell} passages in each combination of the two labels; add labelled text")
+    out: dict[str, Any] = {"tasks": len(results), "test_passages": sum(r["test_passages"] for r in results)}
+    for key in ("accuracy_before", "accuracy_clean", "score_difference_of_means"):
+        out[key] = float(np.mean([r[key] for r in results]))
+    for key in ("score", "score_random_latents"):
+        out[key] = {n: float(np.mean([r[key][n] for r in results])) for n in ns}
+    out["score_by_intended"] = [
+        {n: float(np.mean([r["score_by_intended"][i][n] for r in results])) for n in ns} for i in (0, 1)
+    ]
+    return out
 
 
 def _scr_direction(pooled: Pooled, cells: _Cells, intended: int, ns: tuple[int, ...], seed: int) -> dict[str, Any]:
@@ -139,7 +168,7 @@ def tpp(
                 for name, probe in probes.items()}  # fmt: skip
 
     before = accuracies(pooled.x[test])
-    scores, random_scores = {n: [] for n in ns}, {n: [] for n in ns}
+    scores, random_scores, intended = {n: [] for n in ns}, {n: [] for n in ns}, {n: [] for n in ns}
     for name, probe in probes.items():
         order = np.argsort(-attribution(pooled, train, values[train] == name, probe.coef, signed=True), kind="stable")
         shuffled = rng.permutation(np.flatnonzero(pooled.z[train].any(0)))
@@ -148,11 +177,14 @@ def tpp(
                 after = accuracies(ablate(pooled, test, poles))
                 drop = {c: before[c] - after[c] for c in classes}
                 into[n].append(drop[name] - np.mean([drop[c] for c in classes if c != name]))
+                if into is scores:
+                    intended[n].append(drop[name])
     return {
         "classes": len(classes),
         "accuracy_before": float(np.mean(list(before.values()))),
         "score": {n: float(np.mean(v)) for n, v in scores.items()},
         "score_random_latents": {n: float(np.mean(v)) for n, v in random_scores.items()},
+        "drop_intended": {n: float(np.mean(v)) for n, v in intended.items()},
         "test_passages": int(test.size),
     }
 

@@ -9,7 +9,6 @@ linear readout makes exact for the poles of one latent and which is measured for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -98,11 +97,18 @@ def opposite_pairs(W_dec: Float[Tensor, "d_sae d_in"], cosine: float = OPPOSITE)
     return pairs
 
 
-def two_sidedness(sae: SAE, firings: Firings, seed: int = 0, max_axes: int = 500) -> dict[str, Estimate]:
+def two_sidedness(
+    sae: SAE,
+    firings: Firings,
+    seed: int = 0,
+    max_axes: int = 500,
+    readout: Float[Tensor, "d_in vocab"] | None = None,
+) -> dict[str, Estimate]:
     """The share of living latents that are two-sided, and the separation of their two poles.
 
     For an unsigned SAE an axis is a pair from :func:`opposite_pairs`, and the share is that of latents in a pair. The
-    number of axes is reported with the rest; without any there is no separation.
+    number of axes is reported with the rest; without any there is no separation. With the ``readout``, what turns a
+    direction into logits, ``pole_logit_cosine`` says how opposite the two poles' effects on logits are.
     """
     up, down = pole_counts(firings)
     alive = int(((up + down) > 0).sum())
@@ -139,7 +145,20 @@ def two_sidedness(sae: SAE, firings: Firings, seed: int = 0, max_axes: int = 500
             " less that of a random split",
             interval=f"95 % bootstrap over {len(values)} axes",
         )
+    if readout is not None and axes:
+        result["pole_logit_cosine"] = _logit_cosine(sae.W_dec.detach(), readout, axes[:max_axes])
     return result
+
+
+def _logit_cosine(W_dec: Tensor, readout: Tensor, axes: list[tuple[tuple[int, int], tuple[int, int]]]) -> Estimate:
+    values = np.array([logit_effects(sign * W_dec[i], other * W_dec[j], readout) for (i, sign), (j, other) in axes])
+    low, high = bootstrap(values, np.mean) if len(values) > 1 else (None, None)
+    return Estimate(
+        *(float(values.mean()), low, high, len(values), "axis"),
+        formula="mean over axes of the cosine of the two poles' effects on the centred logits of the linear readout: -1"
+        " is opposite (by construction for the poles of one latent)",
+        interval=f"95 % bootstrap over {len(values)} axes" if len(values) > 1 else "none: one axis",
+    )
 
 
 def _tokens(firings: Firings, latent: int, sign: int) -> Tensor:
@@ -148,8 +167,8 @@ def _tokens(firings: Firings, latent: int, sign: int) -> Tensor:
 
 
 @torch.no_grad()
-def logit_effects(W_dec: Float[Tensor, "m d_in"], W_U: Float[Tensor, "d_in vocab"], a: int, b: int) -> dict[str, Any]:
+def logit_effects(a: Float[Tensor, " d_in"], b: Float[Tensor, " d_in"], readout: Float[Tensor, "d_in vocab"]) -> float:
     """Cosine of two directions' effects on the centred logits of the linear readout: -1 is opposite."""
-    effects = [W_dec[j] @ W_U for j in (a, b)]
+    effects = [direction.to(readout.device) @ readout for direction in (a, b)]
     effects = [effect - effect.mean() for effect in effects]
-    return {"cosine": float(torch.cosine_similarity(effects[0], effects[1], dim=0))}
+    return float(torch.cosine_similarity(effects[0], effects[1], dim=0))

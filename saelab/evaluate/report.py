@@ -22,12 +22,14 @@ class Evaluation:
         histogram: latents over log10(density).
         settings: what was evaluated on what, and how special positions were treated.
         timing: seconds, and the ratio to the language model's own passes where one ran.
+        tasks: results of :func:`saelab.evaluate.run_tasks` by task, where any ran.
     """
 
     metrics: dict[str, Estimate]
     histogram: dict[str, Any]
     settings: dict[str, Any]
     timing: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         """The value of a metric."""
@@ -39,6 +41,7 @@ class Evaluation:
             "saelab_version": __version__,
             "metrics": {name: e.row() for name, e in self.metrics.items() if name not in LEGACY},
             "legacy": {name: e.row() for name, e in self.metrics.items() if name in LEGACY},
+            **({"tasks": self.tasks} if self.tasks else {}),
             "density_histogram": self.histogram,
             "settings": self.settings,
             "timing": self.timing,

@@ -3,7 +3,8 @@
 One file per evaluation, named ``<id>_eval_results.json``: ``eval_type_id``, ``eval_config``, ``eval_id``,
 ``datetime_epoch_millis``, ``eval_result_metrics {category: {metric: number}}``, ``eval_result_details``, and the
 SAE's identity. Numbers keep SAEBench's names where the formula is the same; explained variance is 1 - FVU, which is
-what the name promises, and not the formula of SAEBench 0.6.0 (see ``saelab.metrics.LEGACY``).
+what the name promises, and not the formula of SAEBench 0.6.0 (see ``saelab.metrics.LEGACY``). Tasks on other labels
+and models than SAEBench's own give numbers of the same definition, not comparable ones: ``eval_config`` says on what.
 """
 
 from __future__ import annotations
@@ -62,6 +63,63 @@ def _n(evaluation: Evaluation, name: str) -> int:
     return evaluation.metrics[name].n if name in evaluation.metrics else 0
 
 
+def task_metrics(task: str, found: dict[str, Any]) -> tuple[str, dict[str, dict[str, float]]] | None:
+    """The type id of SAEBench's evaluation and its metrics, from a result of ``run_tasks``; None where it has none.
+
+    Several labels stand for SAEBench's several data sets, over which it takes the mean.
+    """
+    if task == "absorption":
+        names = {"mean_absorption_fraction_score": "absorption_fraction",
+                 "mean_full_absorption_score": "full_absorption_rate",
+                 "mean_num_split_features": "split_latents"}  # fmt: skip
+        return "absorption_first_letter", {"mean": {name: found[ours] for name, ours in names.items()}}
+    if task == "probing":
+        return "sparse_probing", {side: _mean([_probing(rows, side) for rows in found.values()])
+                                  for side in ("llm", "sae")}  # fmt: skip
+    if task in ("scr", "tpp"):
+        per_set = {"scr": _scr, "tpp": _tpp}[task]
+        return task, {f"{task}_metrics": _mean([per_set(rows) for rows in found.values()])}
+    return None
+
+
+def _probing(rows: dict[str, Any], side: str) -> dict[str, float]:
+    out = {"llm_test_accuracy": rows["dense_probe_test_accuracy"]["value"]} if side == "llm" else {}
+    ours = "channels" if side == "llm" else "sae"
+    for name, estimate in rows.items():
+        if name.startswith(f"{ours}_top_"):
+            out[name.replace(ours, side, 1)] = estimate["value"]
+    return out
+
+
+def _scr(rows: dict[str, Any]) -> dict[str, float]:
+    first, second = rows["score_by_intended"]
+    return {f"scr_{name}_threshold_{n}": scores[n]
+            for name, scores in (("metric", rows["score"]), ("dir1", first), ("dir2", second))
+            for n in rows["score"]}  # fmt: skip
+
+
+def _tpp(rows: dict[str, Any]) -> dict[str, float]:
+    out = {}
+    for n, score in rows["score"].items():
+        out[f"tpp_threshold_{n}_total_metric"] = score
+        out[f"tpp_threshold_{n}_intended_diff_only"] = rows["drop_intended"][n]
+        out[f"tpp_threshold_{n}_unintended_diff_only"] = rows["drop_intended"][n] - score
+    return out
+
+
+def _mean(sets: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(found[name] for found in sets) / len(sets) for name in sets[0]}
+
+
+def documents(evaluation: Evaluation, run: Path | str, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """One SAEBench result for the evaluation itself, and one for each of its tasks that SAEBench has."""
+    out = [document("core", core(evaluation), config=evaluation.settings, run=run)]
+    for task, found in evaluation.tasks.items():
+        if (mapped := task_metrics(task, found)) is not None:
+            out.append(document(*mapped, config=config, run=run, unstructured=found))
+    return out
+
+
 def document(
     eval_type: str,
     metrics: dict[str, dict[str, float]],
@@ -71,7 +129,7 @@ def document(
     details: list[dict[str, Any]] | None = None,
     unstructured: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One SAEBench result: ``eval_type`` is core, sparse_probing, scr, tpp or absorption."""
+    """One SAEBench result: ``eval_type`` is core, sparse_probing, scr, tpp or absorption_first_letter."""
     cfg = load_config(run)
     metadata = cfg.get("metadata", {})
     return {
@@ -95,7 +153,8 @@ def document(
 
 def save(content: dict[str, Any], folder: Path | str) -> Path:
     """Write a result into ``folder/<type>/``, where SAEBench's plots look for it."""
-    path = Path(folder) / content["eval_type_id"] / f"{content['sae_lens_release_id']}_custom_sae_eval_results.json"
+    kind = content["eval_type_id"].removesuffix("_first_letter")  # its folder has the shorter name
+    path = Path(folder) / kind / f"{content['sae_lens_release_id']}_custom_sae_eval_results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     return path

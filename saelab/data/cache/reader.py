@@ -214,6 +214,11 @@ class ActivationCache:
         number = self.shards.columns(shard)["documents"].slices([(slot, slot + 1)])[0]
         return int(number) + self.manifest.shards[shard].document_offset
 
+    @property
+    def n_vocabulary(self) -> int:
+        """Tokens in the vocabulary that lies with the cache; 0 without one."""
+        return len(self._vocabulary())
+
     def token_strings(self, tokens: Int[Tensor, " n"] | Sequence[int]) -> list[str]:
         """How token ids read; needs no model. Ids stand for themselves where the cache has no vocabulary."""
         ids = torch.as_tensor(tokens).tolist()
