@@ -223,3 +223,15 @@ def test_the_input_of_a_module_can_be_replaced(world):
         by_input = world.model(tokens).logits
     with torch.no_grad(), edited(Site(world.model.layers[1]), torch.zeros_like):
         torch.testing.assert_close(world.model(tokens).logits, by_input)
+
+
+def test_benchmark_prints_both_ratios(world, monkeypatch, capsys):
+    from saelab.evaluate import bench
+
+    checkpoint.save_sae(world.sae, world.path / "run", {"model_name": "toy", "hook_name": world.cache.hook_name})
+    monkeypatch.setattr("saelab.lm.load_model", lambda name: world.model)
+    options = ["--rows", "200", "--batch-size", "50", "--lm-tokens", "100", "--json"]
+    bench.main([str(world.path / "run"), "--cache", str(world.path / "cache"), *options])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ratio_to_language_model"] > 1
+    assert 0 < found["metrics_to_encode"] < 1.5

@@ -60,11 +60,8 @@ def reconstruction(
     try:
         for batch in batches:
             take = min(batch.acts.shape[0], total - done)
-            x = batch.acts[:take].to(sae.device)
-            code = sae.encode(x, None if batch.grads is None else batch.grads[:take].to(sae.device))
-            recon = sae.decode(code)
-            sums.update(x.cpu(), recon.cpu(), code.to("cpu"), clusters[done : done + take])
-            firing.update(code)
+            own_grads = None if batch.grads is None else batch.grads[:take]
+            measure_batch(sae, batch.acts[:take], own_grads, clusters[done : done + take], sums, firing)
             done += take
             if progress is not None:
                 progress("reconstruction", done, total)
@@ -75,6 +72,16 @@ def reconstruction(
         if close is not None:
             close()
     return sums, firing
+
+
+def measure_batch(
+    sae: SAE, x: Tensor, grads: Tensor | None, clusters: Tensor, sums: ReconstructionSums, firing: FiringCounts
+) -> None:
+    """Encode and decode rows ``x [n, d_in]`` and add them to the sums."""
+    x = x.to(sae.device)
+    code = sae.encode(x, None if grads is None else grads.to(sae.device))
+    sums.update(x.cpu(), sae.decode(code).cpu(), code.to("cpu"), clusters)
+    firing.update(code)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ LEGACY = {
     " E[x], not invariant under scaling (SAELens 6.18, SAEBench 0.6.0)",
     "legacy_r2_global": "1 - mean (x - recon)^2 / mean (x - m)^2 with m one scalar over all entries (Overcomplete)",
 }
+ROWS = 256  # taken together in the float64 sums
 _COLUMNS = ("n", "sse", "xx", "rr", "xr", "yy", "l0", "l1", "n_ratio", "nmse", "cosine", "l2_ratio", "n_y", "y_ratio")
 
 
@@ -61,10 +62,9 @@ class ReconstructionSums:
         clusters: Int[Tensor, " n"],
     ) -> None:
         """Add one batch; ``clusters`` names the cluster of each token."""
-        x, recon = x.double(), recon.double()
-        y, e = x - self.centre, x - recon
-        sse, xx, rr = e.square().sum(1), x.square().sum(1), recon.square().sum(1)
-        yy, xr = y.square().sum(1), (x * recon).sum(1)
+        # A few rows at a time: their float64 copies then stay in the processor's cache.
+        parts = [self._products(*part) for part in zip(x.split(ROWS), recon.split(ROWS), clusters.split(ROWS))]
+        sse, xx, rr, xr, yy = torch.cat(parts, dim=1)
         l1 = torch.zeros(code.n, dtype=torch.float64).index_add_(0, code.rows(), code.values.abs().double())
         ratio, y_ratio = (xx > 0).double(), (yy > 0).double()
         safe_x, safe_y = xx.where(xx > 0, 1.0), yy.where(yy > 0, 1.0)
@@ -72,8 +72,14 @@ class ReconstructionSums:
         columns = [torch.ones_like(sse), sse, xx, rr, xr, yy, code.l0().double(), l1, ratio]
         columns += [ratio * sse / safe_x, ratio * cosine, ratio * (rr / safe_x).sqrt(), y_ratio, y_ratio * sse / safe_y]
         self.columns.index_add_(0, clusters, torch.stack(columns, dim=1))
+
+    def _products(self, x: Tensor, recon: Tensor, clusters: Tensor) -> Float[Tensor, "5 n"]:
+        x, recon = x.double(), recon.double()
+        y, e = x - self.centre, x - recon
         self.sum_y.index_add_(0, clusters, y)
         self.sum_e.index_add_(0, clusters, e)
+        pairs = ((e, e), (x, x), (recon, recon), (x, recon), (y, y))
+        return torch.stack([torch.linalg.vecdot(a, b) for a, b in pairs])
 
     @property
     def n(self) -> int:
