@@ -47,7 +47,7 @@ def _recovery(seeds: Sequence[int], steps: int) -> list[Row]:
 
 def _absorption(seeds: Sequence[int], steps: int, quick: bool) -> list[Row]:
     rows = []
-    for mean in (1.0,) if quick else (1.0, 0.5, 0.1):
+    for mean in (1.0,) if quick else (1.0, 0.5):
         trees = [Tree(0.0, child_magnitudes(mean), seed=seed) for seed in seeds]
         scores: dict[str, list[TreeScore]] = {kind: run_toys(kind, trees, seeds, steps) for kind in KINDS}
         scores["matching_pursuit"] = [run_pursuit(tree, seed, steps) for tree, seed in zip(trees, seeds)]

@@ -31,7 +31,7 @@ class Scale:
     epochs: int = 2
     batch_size: int = 512
     lr: float | None = None
-    lm_tokens: int = 4096
+    lm_tokens: int = 2560
     density_tokens: int = 100_000
     saes_per_pass: int = 6
     passage_tokens: int = 32
