@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from saelab.errors import UserError
 from saelab.metrics.intervals import Array, Estimate, proportion
+from saelab.sae import zipf
 from saelab.sparse import SparseCode
 
 DENSE, ULTRA_DENSE = 0.1, 0.5
@@ -77,40 +77,27 @@ class ZipfFit:
 
 
 def zipf_fit(density: Array, share: float = 0.8, offset: bool = True, tolerance: float = 2.0) -> ZipfFit:
-    """Fit Zipf's law to the sorted densities by least squares on log density, ranks weighted alike in log rank.
+    """Fit Zipf's law to the sorted densities, as the choice SAEs fit it (:func:`saelab.sae.zipf.fit`).
 
     The lower tail falls below the law, so only the ``share`` of living latents of highest density is fitted.
     ``breaks_at`` is the first rank beyond which the densities stay below the fit by more than the factor
     ``tolerance`` (None: they never do).
     """
+    found = torch.from_numpy(density)
     alive = np.sort(density[density > 0])[::-1]
     last = int(share * alive.size)
     if last < 10:
         raise UserError(f"{alive.size} living latents are too few for a Zipf fit; it needs at least {int(10 / share)}")
-    logs, ranks = np.log(alive), np.arange(1, alive.size + 1)
-    y, r = logs[:last], ranks[:last]
-    # Without 1/rank weights the fit would see the tail only: half of all ranks lie in the last factor of two.
-    weight = 1.0 / r
-    weight /= weight.sum()
-
-    def fit(q: float) -> tuple[float, float, float]:
-        x = np.log(r + q)
-        mx, my = weight @ x, weight @ y
-        slope = (weight @ ((x - mx) * (y - my))) / (weight @ (x - mx) ** 2)
-        return slope, my - slope * mx, weight @ (y - my - slope * (x - mx)) ** 2
-
-    q = 0.0
-    if offset:
-        q = float(np.exp(minimize(lambda p: fit(np.exp(p[0]))[2], x0=[0.0], method="Nelder-Mead").x[0]))
-    slope, intercept, error = fit(q)
-    spread = weight @ (y - weight @ y) ** 2
-    below = logs < intercept + slope * np.log(ranks + q) - np.log(tolerance)
+    law = zipf.fit(found, share, offset)
+    log_C = zipf.log_constant(law, found, share)
+    ranks = np.arange(1, alive.size + 1)
+    below = np.log(alive) < log_C - law.s * np.log(ranks + law.q) - np.log(tolerance)
     breaks = int(ranks[~below][-1]) + 1 if (~below).any() else 1
     return ZipfFit(
-        s=float(-slope),
-        q=q,
-        log_C=float(intercept),
-        r2=float(1 - error / spread) if spread > 0 else 0.0,
+        s=law.s,
+        q=law.q,
+        log_C=log_C,
+        r2=law.r2,
         last_rank=last,
         n_alive=int(alive.size),
         breaks_at=breaks if breaks <= alive.size else None,

@@ -24,25 +24,20 @@ class Zipf(NamedTuple):
 
 
 @torch.no_grad()
-def fit(density: Float[Tensor, " d_sae"]) -> Zipf:
+def fit(density: Float[Tensor, " d_sae"], share: float = 1 - TAIL, offset: bool = True) -> Zipf:
     """Least squares of log density on ``log(rank + q)``, for the q that fits best; ranks by falling density.
 
     Ranks weigh alike in log rank; otherwise the fit would see only the tail, where most ranks are.
-    Latents that never fired and the rarest fifth of the others are left out. With fewer than three ranks left, or
-    where no falling law fits, the law is uniform (s = 0) and ``r2`` is 0.
+    Latents that never fired are left out, and of the others all but the ``share`` of highest density. With fewer than
+    three ranks left, or where no falling law fits, the law is uniform (s = 0) and ``r2`` is 0. Without ``offset`` q is
+    0: Zipf's law proper.
     """
-    live = density[density > 0].double().sort(descending=True).values
-    n = int(live.numel() * (1 - TAIL))
+    ranks, y, weight, n = _points(density, share)
     if n < 3:
         return Zipf(0.0, 0.0, 0.0)
-    ranks = torch.arange(1, n + 1, device=density.device)
-    if n > POINTS:
-        ranks = torch.linspace(0, math.log(n), POINTS, dtype=torch.float64, device=live.device)
-        ranks = ranks.exp().round().long().unique()
-    y = live[ranks - 1].log()
-    weight = torch.cat([ranks.diff(), ranks.new_ones(1)]) / ranks.double()
-    weight /= weight.sum()
-    q = torch.cat([y.new_zeros(1), torch.logspace(-2, 1, OFFSETS, dtype=torch.float64, device=y.device) * n / 10])
+    q = y.new_zeros(1)
+    if offset:
+        q = torch.cat([q, torch.logspace(-2, 1, OFFSETS, dtype=torch.float64, device=y.device) * n / 10])
     t = (ranks + q[:, None]).log()
     t, y = t - (t @ weight)[:, None], y - y @ weight
     slope = t @ (weight * y) / (t.square() @ weight)
@@ -52,6 +47,25 @@ def fit(density: Float[Tensor, " d_sae"]) -> Zipf:
     if spread == 0 or slope[best] >= 0:
         return Zipf(0.0, 0.0, 0.0)
     return Zipf(q[best].item(), -slope[best].item(), r2[best].item())
+
+
+@torch.no_grad()
+def log_constant(law: Zipf, density: Float[Tensor, " d_sae"], share: float = 1 - TAIL) -> float:
+    """``log C`` of ``density = C (rank + q) ** -s`` by the same least squares that found ``law``."""
+    ranks, y, weight, _ = _points(density, share)
+    return float(weight @ (y + law.s * (ranks + law.q).log()))
+
+
+def _points(density: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Ranks that are fitted, their log densities and weights, and how many ranks there were to choose from."""
+    live = density[density > 0].double().sort(descending=True).values
+    n = int(live.numel() * share)
+    ranks = torch.arange(1, n + 1, device=density.device)
+    if n > POINTS:
+        ranks = torch.linspace(0, math.log(n), POINTS, dtype=torch.float64, device=live.device)
+        ranks = ranks.exp().round().long().unique()
+    weight = torch.cat([ranks.diff(), ranks.new_ones(min(n, 1))]) / ranks.double()
+    return ranks, live[ranks - 1].log(), weight / weight.sum(), n
 
 
 def rates(law: Zipf, d_sae: int, k: int | float) -> Float[Tensor, " d_sae"]:
