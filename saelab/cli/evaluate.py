@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
@@ -14,6 +14,9 @@ from saelab.cli.common import console, out, parse, print_json, progress_bar
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluate import EvaluateConfig, Evaluation, TaskConfig, evaluate, run_tasks, saebench
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +50,7 @@ SHOWN = (
 def main(args: Sequence[str]) -> None:
     """Evaluate a run and write ``evaluation.json``."""
     options = parse(EvaluateOptions, "evaluate", args, "Measure a trained SAE on held-out activations.")
-    config, tasks = (
-        cls(**{f.name: getattr(options, f.name) for f in dataclasses.fields(cls)})
-        for cls in (EvaluateConfig, TaskConfig)
-    )
+    config, tasks = part(EvaluateConfig, options), part(TaskConfig, options)
     if options.saebench is not None and options.saebench.suffix == ".json" and tasks.tasks:
         raise UserError(f"--saebench {options.saebench} holds one result, tasks give several; name a folder")
     result = run(options.run, options.cache, options.model, config, tasks)
@@ -61,6 +61,11 @@ def main(args: Sequence[str]) -> None:
     else:
         show(result)
         out.print(f"saved to {options.run / 'evaluation.json'}")
+
+
+def part(cls: type[T], options: Any) -> T:
+    """The fields of the dataclass ``cls`` out of options that hold more."""
+    return cls(**{f.name: getattr(options, f.name) for f in dataclasses.fields(cls)})  # pyright: ignore[reportArgumentType]
 
 
 def run(
