@@ -15,7 +15,6 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluate import EvaluateConfig, Evaluation, TaskConfig, evaluate, run_tasks, saebench
 
-
 T = TypeVar("T")
 
 
