@@ -27,7 +27,7 @@ R2 = 0.9  # of the Zipf fit, below which the law is said not to hold
 
 def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
     """Planted features with Zipf frequencies and twice as many latents: those of rare features are easily lost."""
-    scale = Scale(epochs=4 if quick else 12, batch_size=512, lr=2e-3)
+    scale = Scale(epochs=4 if quick else 8, batch_size=512, lr=2e-3)
     n, d, k, width = 128, 48, 4, 256
     variants = LABELS if not quick else ("topk", "mutual_choice", "feature_choice")
     dead: dict[str, list[float]] = {v: [] for v in variants}
@@ -35,7 +35,7 @@ def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
     l0: dict[str, list[float]] = {v: [] for v in variants}
     for seed in seeds:
         planted = Planted(d, n, l0=3, zipf=1.0, noise=0.02, seed=seed)
-        world = World.make(folder / f"zipf-{seed}", planted, 40_000 if quick else 100_000, seed, n_test=20_000)
+        world = World.make(folder / f"zipf-{seed}", planted, 40_000 if quick else 60_000, seed, n_test=20_000)
         for variant in variants:
             sae = fit(Spec(variant, variant, width, {"k": k}, seed), world.cache, scale)
             counts, code = FiringCounts(sae.d_sae), sae.encode(world.x).detach()
