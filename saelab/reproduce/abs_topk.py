@@ -19,11 +19,11 @@ PAPER = "abs-topk"
 def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
     """Signed planted features: one signed latent each, or two unsigned ones."""
     n, k, d = (32, 3, 48)
-    scale = Scale(epochs=4 if quick else 8, batch_size=256, lr=3e-3)
+    scale = Scale(epochs=4 if quick else 5, batch_size=256, lr=3e-3)
     results: dict[str, list[dict[str, float]]] = {"abs_topk": [], "topk": [], "topk_double": []}
     for seed in seeds:
         planted = Planted(d, n, l0=3, zipf=0.3, signed=n, seed=seed)
-        world = World.make(folder / f"signed-{seed}", planted, 40_000 if quick else 60_000, seed)
+        world = World.make(folder / f"signed-{seed}", planted, 40_000 if quick else 50_000, seed)
         for label, variant, width in (("abs_topk", "abs_topk", n), ("topk", "topk", n), ("topk_double", "topk", 2 * n)):
             sae = fit(Spec(label, variant, width, {"k": k}, seed), world.cache, scale)
             recon = sae(world.x).detach()

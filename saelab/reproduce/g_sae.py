@@ -30,14 +30,14 @@ SYNTHETIC_SEEDS = 5  # at least: these SAEs train in a second, and Student's int
 
 def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
     """A readout that sees half of the planted features, and fewer latents per token than features."""
-    scale = Scale(epochs=4 if quick else 8, batch_size=256, lr=3e-3)
+    scale = Scale(epochs=4 if quick else 5, batch_size=256, lr=3e-3)
     k, n, d = 3, 24, 48
     found: dict[str, list[float]] = {name: [] for name in ("g_sae", "topk", "true", "redrawn")}
     seeds = [*seeds, *(max(seeds) + 1 + i for i in range(SYNTHETIC_SEEDS - len(seeds)))]
     for seed in seeds:
         planted = Planted(d, n, l0=5, zipf=0.0, seed=seed)
         readout = Readout(planted, torch.arange(0, n, 2), strength=10.0, seed=seed)
-        x, _ = planted.sample(40_000 if quick else 60_000, seed=seed)
+        x, _ = planted.sample(40_000 if quick else 50_000, seed=seed)
         grads = readout.grads(x, readout.labels(x, seed + 1))
         path = folder / f"readout-{seed}"
         cache = ActivationCache.from_tensors(path, x, grads=grads, held_out=0.1, overwrite=True)

@@ -31,6 +31,7 @@ class Row:
     verdict: Verdict
     reason: str
     synthetic: bool = False  # on planted data, whose answer is known
+    shows: str = ""  # dotted path to the number of ``measured`` to print; the first difference if empty
     expected: Verdict = "reproduced"  # of a synthetic row: what was found when it was written
 
     def content(self) -> dict[str, Any]:

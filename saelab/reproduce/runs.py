@@ -28,11 +28,11 @@ class Scale:
 
     d_sae: int = 1152
     ks: tuple[int, ...] = (16, 48)
-    epochs: int = 2
+    epochs: int = 1
     batch_size: int = 512
     lr: float | None = None
-    lm_tokens: int = 2560
-    density_tokens: int = 100_000
+    lm_tokens: int = 1024
+    density_tokens: int = 50_000
     saes_per_pass: int = 6
     passage_tokens: int = 32
 
