@@ -19,8 +19,9 @@ from saelab.reproduce import PAPERS, Lab, Ledger, Row, Scale, abs_topk, choice, 
 from saelab.reproduce.ledger import above, below, paired, summary
 from saelab.reproduce.planted import Readout
 from saelab.reproduce.runs import Record, Spec, at_equal_l0
-from saelab.reproduce.toys import STEPS, Toys, clip_each, fit, schedule
-from saelab.reproduce.tree import pursuit, run_pursuit, run_toys, score
+from saelab.reproduce.toys import PURSUIT_STEPS, RESIDUAL_STOP, STEPS, Toys, clip_each, fit, schedule
+from saelab.reproduce.tree import run_toys, score
+from saelab.sae import build
 
 D, VOCAB, T = 16, 30, 24
 
@@ -94,15 +95,36 @@ def test_batch_topk_toy_keeps_the_published_number():
         assert (z != 0).sum((1, 2)).tolist() == [int(k * 200) + 1] * 2
 
 
+def test_pursuit_toy_is_the_matching_pursuit_of_the_library():
+    """Same dictionaries, same samples: the same codes, and the same gradient through the chain of residuals."""
+    toys = Toys("pursuit", 2)
+    with torch.no_grad():
+        toys.W_dec.mul_(torch.rand(2, 20, 1) + 0.5)  # free norms
+    x = torch.stack([Tree(0.6, seed=s).sample(300, torch.Generator().manual_seed(s))[0] for s in (0, 1)])
+    loss, z = toys.loss(x, 0, 1)
+    loss.sum().backward()
+    assert toys.W_dec.grad is not None
+    for i in (0, 1):
+        sae = build("matching_pursuit", d_in=20, d_sae=20, n_steps=PURSUIT_STEPS, residual_stop=RESIDUAL_STOP,
+                    stop_on_repeat=True, norm="free", revive_weight=0.0, use_b_dec=False)  # fmt: skip
+        with torch.no_grad():
+            sae.W_dec.copy_(toys.W_dec[i])
+        code = sae.encode(x[i])
+        ((x[i] - sae.decode(code)).square().sum() / 300).backward()
+        # float32, up to eight steps of a chain; an atom chosen twice ends a sample in both
+        torch.testing.assert_close(z[i], code.dense(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(toys.W_dec.grad[i], sae.W_dec.grad, atol=1e-5, rtol=1e-4)
+    assert (z != 0).sum(2).max() > 2
+
+
 def test_the_true_dictionary_scores_perfectly_and_pursuit_codes_it():
     tree = Tree(0.3)
-    sae = pursuit(0)
+    toys = Toys("pursuit", 1)
     with torch.no_grad():
-        sae.W_dec.copy_(tree.directions)
-    sae.eval()
+        toys.W_dec.copy_(tree.directions[None])
     x, acts = tree.sample(2000, torch.Generator().manual_seed(1))
-    code = sae.encode(x)
-    got = score(sae.W_dec, sae.decode(code), float(code.l0().double().mean()), x, tree)
+    z = toys.codes(x[None])
+    got = score(toys.W_dec[0], (z @ toys.W_dec)[0].detach(), float((z != 0).sum(2).double().mean()), x, tree)
     assert got.mean_cosine == pytest.approx(1, abs=1e-6)
     assert got.fvu < 1e-3
     assert got.l0 == pytest.approx(float((acts != 0).sum(1).double().mean()), abs=0.05)
@@ -111,7 +133,7 @@ def test_the_true_dictionary_scores_perfectly_and_pursuit_codes_it():
 @pytest.mark.slow
 def test_pursuit_recovers_the_tree_and_vanilla_absorbs():
     """The two synthetic claims of the paper that a short run already shows."""
-    found = run_pursuit(Tree(0.0, seed=0), 0, 700)
+    found = run_toys("pursuit", [Tree(0.0, seed=0)], [0], 700)[0]
     assert found.mean_cosine > 0.95
     assert abs(found.absorption) < 0.05
     vanilla = run_toys("vanilla", [Tree(0.0, seed=0)], [0], 1500)[0]

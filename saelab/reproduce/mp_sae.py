@@ -15,9 +15,10 @@ from saelab.metrics import babel, babel_co_selected, effective_rank
 from saelab.reproduce.ledger import Row, Verdict, below, paired, summary
 from saelab.reproduce.runs import Lab, Spec, at_equal_l0, table
 from saelab.reproduce.toys import STEPS, Kind
-from saelab.reproduce.tree import TreeScore, child_magnitudes, run_pursuit, run_toys
+from saelab.reproduce.tree import TreeScore, child_magnitudes, run_toys
 
 PAPER = "mp-sae"
+SYNTHETIC_SEEDS = 5  # at least, because replicas train together
 EXACT = 0.99  # matched cosine from which a dictionary counts as recovered
 KINDS: tuple[Kind, ...] = ("vanilla", "matryoshka", "batch_topk")
 
@@ -25,13 +26,16 @@ KINDS: tuple[Kind, ...] = ("vanilla", "matryoshka", "batch_topk")
 def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
     """Recovery at three correlations, and the absorption table."""
     steps = 1200 if quick else STEPS
+    seeds = [*seeds, *(max(seeds) + 1 + i for i in range(SYNTHETIC_SEEDS - len(seeds)))]
     return [*_recovery(seeds, steps), *_absorption(seeds, steps, quick)]
 
 
 def _recovery(seeds: Sequence[int], steps: int) -> list[Row]:
-    rows = []
-    for correlation, exact in ((0.0, True), (0.3, True), (0.6, False)):
-        scores = [run_pursuit(Tree(correlation, seed=seed), seed, steps) for seed in seeds]
+    rows, wanted = [], ((0.0, True), (0.3, True), (0.6, False))
+    trees = [Tree(correlation, seed=seed) for correlation, _ in wanted for seed in seeds]
+    found = run_toys("pursuit", trees, [*seeds] * len(wanted), steps)
+    for i, (correlation, exact) in enumerate(wanted):
+        scores = found[i * len(seeds) : (i + 1) * len(seeds)]
         cosines = [s.mean_cosine for s in scores]
         median = float(np.median(cosines))
         verdict: Verdict = "reproduced" if (median >= EXACT) == exact else "not reproduced"
@@ -50,7 +54,7 @@ def _absorption(seeds: Sequence[int], steps: int, quick: bool) -> list[Row]:
     for mean in (1.0,) if quick else (1.0, 0.5):
         trees = [Tree(0.0, child_magnitudes(mean), seed=seed) for seed in seeds]
         scores: dict[str, list[TreeScore]] = {kind: run_toys(kind, trees, seeds, steps) for kind in KINDS}
-        scores["matching_pursuit"] = [run_pursuit(tree, seed, steps) for tree, seed in zip(trees, seeds)]
+        scores["matching_pursuit"] = run_toys("pursuit", trees, seeds, steps)
         cosine = {name: [abs(s.absorption) for s in found] for name, found in scores.items()}
         gaps = {kind: paired(cosine["matching_pursuit"], cosine[kind]) for kind in KINDS}
         pursuit = float(np.median(cosine["matching_pursuit"]))
