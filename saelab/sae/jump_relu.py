@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from saelab.errors import UserError
 from saelab.kernels import SelectedPreActs
 from saelab.sae.penalty import PenaltySAE
 from saelab.sparse import SparseCode
@@ -29,24 +30,30 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
         self,
         d_in: int,
         d_sae: int,
-        penalty: Literal["target", "l0"] = "target",
+        penalty: Literal["target", "l0", "tanh"] = "target",
         target_l0: int | float = 32,
         penalty_weight: float = 1.0,
         penalty_warmup: float = 0.1,
         threshold: float = 0.001,
         bandwidth: float = 0.001,
         apply_b_dec_to_input: bool = False,
+        tanh_scale: float = 4.0,
     ) -> None:
         """
         Args:
-            penalty: weight * (L0 / target_l0 - 1)^2 with the batch's mean L0, or weight * L0 (the paper).
+            penalty: weight * (L0 / target_l0 - 1)^2 with the batch's mean L0, weight * L0 (the paper), or weight *
+                sum_j tanh(tanh_scale * z_j), which also draws active latents down (Anthropic's, as SAELens has it;
+                there times the norm of d_j, which is 1 here).
             target_l0: Active latents per token that the target penalty aims at.
             penalty_weight: Weight of the penalty, for activations of unit mean square norm.
             penalty_warmup: Share of the steps over which the penalty rises from 0.
             threshold: Initial threshold of every latent, for activations of unit mean square norm.
             bandwidth: Width of the kernel in the straight-through estimators, in the same unit.
             apply_b_dec_to_input: Subtract b_dec before encoding.
+            tanh_scale: Slope of the tanh penalty at 0, for activations of unit mean square norm.
         """
+        if not tanh_scale > 0:
+            raise UserError(f"tanh_scale={tanh_scale} must be positive")
         super().__init__(
             d_in,
             d_sae,
@@ -60,6 +67,9 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
             apply_b_dec_to_input=apply_b_dec_to_input,
         )
         self.penalty, self.target_l0, self.penalty_weight = penalty, target_l0, penalty_weight
+        self.tanh_scale = tanh_scale
+        if penalty == "tanh":
+            self.config["tanh_scale"] = tanh_scale
         self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold)))
         self.register_buffer("bandwidth", torch.tensor(bandwidth, dtype=torch.float64))
 
@@ -72,6 +82,9 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
         return _Jump.apply(pre_acts, self.threshold[indices], self.bandwidth)  # pyright: ignore
 
     def extra_losses(self, x: Tensor, code: SparseCode, error: Tensor) -> dict[str, Tensor]:
+        if self.penalty == "tanh":
+            cost = torch.tanh(self.tanh_scale * code.values).sum() / code.n
+            return {"tanh_penalty": self.penalty_weight * self.pressure() * cost}
         l0 = _Step.apply(self.threshold[code.indices], code.values.detach(), self.bandwidth).sum() / code.n  # pyright: ignore
         cost = l0 if self.penalty == "l0" else (l0 / self.target_l0 - 1).square()
         return {"l0_penalty": self.penalty_weight * self.pressure() * cost}

@@ -3,6 +3,10 @@ arXiv 2503.17547).
 
 Latents are selected once, over the whole dictionary, as in BatchTopK. The loss adds up the squared errors of the
 prefixes of the dictionary, so that general features stay in the first group.
+
+With ``random_prefixes`` the prefixes are drawn anew in each step, and latents are ordered by how much they contribute
+(a running mean of their squared activations, as their directions have unit norm). This is how Nabeshima's variant
+works, which Costa et al. (2025) compare with; its law of lengths is not published: here P(length) ~ length^-1.5.
 """
 
 from __future__ import annotations
@@ -19,9 +23,13 @@ from saelab.errors import UserError
 from saelab.sae.threshold import BatchBudgetSAE
 from saelab.sparse import SparseCode
 
+MEMORY = 0.95  # per step, of the running mean of contributions
+
 
 class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
     """BatchTopK whose loss is the squared error of every prefix ``recon_m = b_dec + sum_(j < m) z_j d_j``."""
+
+    contribution: Tensor
 
     def __init__(
         self,
@@ -31,6 +39,7 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
         groups: Sequence[float] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2),
         prefix_loss: Literal["mean", "sum"] = "mean",
         signed: bool = False,
+        random_prefixes: int = 0,
     ) -> None:
         """
         Args:
@@ -38,6 +47,8 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
             groups: Shares of the dictionary; each prefix ends with one of them. They add up to 1.
             prefix_loss: Mean over the prefixes and b_dec alone (the authors' code), or sum over the prefixes (paper).
             signed: Keep the largest magnitudes with their sign.
+            random_prefixes: Number of prefixes drawn anew in each step, beside the whole dictionary, instead of
+                ``groups``; 0 keeps the groups.
         """
         super().__init__(d_in, d_sae, k, signed, groups=[float(share) for share in groups], prefix_loss=prefix_loss)
         self.config["signed"] = signed
@@ -48,20 +59,37 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
         self.prefix_loss = prefix_loss
         if min(b - a for a, b in zip([0, *self.prefixes], self.prefixes)) < 1:
             raise UserError(f"groups={list(groups)} leave a group of d_sae={d_sae} without a latent; use fewer groups")
+        if not 0 <= random_prefixes < d_sae:
+            raise UserError(f"random_prefixes={random_prefixes} is outside 0..d_sae-1={d_sae - 1}")
+        self.random_prefixes = random_prefixes
+        if random_prefixes:
+            self.config["random_prefixes"] = random_prefixes
+            self.register_buffer("contribution", torch.zeros(d_sae, dtype=torch.float64))
 
     def reconstruction_loss(self, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
         recon, start, losses = self.b_dec.expand_as(x), 0, []
+        prefixes, places = self._draw(code) if self.random_prefixes else (self.prefixes, code.indices)
         if self.prefix_loss == "mean":
             losses.append((x - recon).square().sum())
-        for end in self.prefixes:
-            recon = recon + self._decode_group(code, start, end)
+        for end in prefixes:
+            recon = recon + self._decode_group(code, (places >= start) & (places < end))
             losses.append((x - recon).square().sum())
             start = end
         total = torch.stack(losses).sum()
         return (total / len(losses) if self.prefix_loss == "mean" else total), recon.detach()
 
-    def _decode_group(self, code: SparseCode, start: int, end: int) -> Tensor:
-        keep = (code.indices >= start) & (code.indices < end)
+    @torch.no_grad()
+    def _draw(self, code: SparseCode) -> tuple[list[int], Tensor]:
+        """Ends of this step's prefixes, and the place of each entry's latent in the order of contributions."""
+        power = torch.zeros_like(self.contribution).index_add_(0, code.indices, code.values.double().square())
+        self.contribution.lerp_(power / code.n, 1 - MEMORY)
+        lengths = torch.arange(1, self.d_sae, dtype=torch.float64, device=power.device)
+        drawn = (lengths**-1.5).multinomial(self.random_prefixes).sort().values + 1
+        order = self.contribution.argsort(descending=True, stable=True)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(self.d_sae, device=order.device))
+        return [*drawn.tolist(), self.d_sae], places[code.indices]
+
+    def _decode_group(self, code: SparseCode, keep: Tensor) -> Tensor:
         counts = torch.bincount(code.rows()[keep], minlength=code.n)
         row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return kernels.decode(code.values[keep], code.indices[keep], row_ptr, self.W_dec, None)

@@ -6,11 +6,14 @@ zero and counts as inactive, so L0 <= k.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from saelab import kernels
 from saelab.kernels import SelectedPreActs
 from saelab.sae.base import LinearSAE, check_k
+
+PROBES, PROBE_SEED = 256, 7_046_029  # random unit vectors that measure the length of reconstructions
 
 
 class TopK(LinearSAE, variant="topk"):
@@ -18,13 +21,27 @@ class TopK(LinearSAE, variant="topk"):
 
     saelens = "topk"
 
-    def __init__(self, d_in: int, d_sae: int, k: int = 32) -> None:
+    def __init__(self, d_in: int, d_sae: int, k: int = 32, match_norm: bool = False) -> None:
         """
         Args:
             k: Latents per token.
+            match_norm: At the start, divide W_enc by the norm that reconstructions of random unit vectors have about
+                b_dec: what comes out is then as long as what goes in (OpenAI's code, which sees no clear gain in it).
         """
         super().__init__(d_in, d_sae, k=check_k(k, d_sae))
-        self.k = k
+        self.k, self.match_norm = k, match_norm
+        if match_norm:
+            self.config["match_norm"] = True
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, b_dec: Tensor) -> None:
+        super().initialise(x, b_dec)
+        if self.match_norm:
+            # A seed of its own: under the run's the probes would be the very numbers the dictionary was drawn from.
+            probes = torch.randn(PROBES, self.d_in, generator=torch.Generator().manual_seed(PROBE_SEED)).to(x)
+            probes /= probes.norm(dim=1, keepdim=True)
+            reached = (self.decode(self.encode(probes + self.b_dec)) - self.b_dec).norm(dim=1).mean()
+            self.W_enc.div_(reached.clamp_min(torch.finfo(x.dtype).tiny))
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         return kernels.select_topk(x, self.W_enc, self.b_enc, self.b_in, self.k)
