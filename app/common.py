@@ -180,6 +180,13 @@ def model_name(run: Run) -> str | None:
 
 def need_model(run: Run, purpose: str) -> Any:
     """The run's language model; without one the page ends and says why and what to do."""
+    if not run.metadata.get("hook_name"):
+        st.info(
+            f"{purpose} needs the hook point, and {viz.markdown(run.name)} does not record its own. "
+            "Index it over a cache of that hook point (`saelab index RUN --cache CACHE`): then it is known.",
+            icon=":material/info:",
+        )
+        st.stop()
     name = model_name(run)
     if name is None:
         wanted = run.metadata.get("model_name")

@@ -9,9 +9,9 @@ from saelab.workspace import bench
 
 st.title("Steering", anchor=False)
 run = common.need_run()
+model = common.need_model(run, "Steering")
 source = bench.open_run(run, common.sae(run))
 picks = steering_parts.picks(run, source)
-model = common.need_model(run, "Steering")
 
 left, right = st.columns([2, 3], gap="large")
 with left:

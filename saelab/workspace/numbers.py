@@ -61,6 +61,8 @@ def numbers(run: Run) -> dict[str, Number]:
 def summary(run: Run) -> dict[str, Any]:
     """One row of the overview: plain values, ``None`` where a number was never measured."""
     row: dict[str, Any] = {"run": run.name}
+    if "error" in run.config:
+        return {**row, "state": run.config["error"]}
     try:
         found = numbers(run)
     except UserError as error:
@@ -75,7 +77,7 @@ def summary(run: Run) -> dict[str, Any]:
         "measured": "held-out" if run.evaluation else ("training" if found else None),
         "step": run.last_step.get("step"),
         "index": run.has_index,
-        "state": "ready" if run.has_weights else "training",
+        "state": f"from {run.config['format']}" if run.is_foreign else "ready" if run.has_weights else "training",
     }
 
 

@@ -17,6 +17,7 @@ from saelab import checkpoint
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, near_matches
 from saelab.sae import SAE
+from saelab.workspace import foreign
 from saelab.workspace.log import METRICS, read_metrics
 
 EVALUATION, INDEX = "evaluation.json", "features"
@@ -33,18 +34,44 @@ class Run:
     @property
     def stamp(self) -> tuple[float, ...]:
         """Modification times of what a reader caches; changes when the run does."""
-        files = (checkpoint.CONFIG, checkpoint.WEIGHTS, METRICS, EVALUATION, f"{INDEX}/features.parquet")
+        files = (checkpoint.CONFIG, *foreign.TELLING, METRICS, EVALUATION, f"{INDEX}/features.parquet")
         return tuple(_mtime(self.path / name) for name in files)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``cfg.json``, or nothing while the first save is still to come."""
-        return _read_json(self.path / checkpoint.CONFIG)
+        """``cfg.json``, or nothing while the first save is still to come; of another tool's SAE, what it would say.
+
+        A file that cannot be read gives ``{"error": ...}``: one damaged run must not hide the others.
+        """
+        try:
+            own = _read_json(self.path / checkpoint.CONFIG)
+        except UserError as error:
+            return {"error": str(error)}
+        if "saelab" in (own.get("metadata") or {}):
+            return own
+        names = {path.name for path in self.path.iterdir()}
+        return foreign.configuration(self.path) if foreign.looks_foreign(names) else own
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """The ``metadata`` block of the configuration: provenance."""
-        return self.config.get("metadata") or {}
+        """Provenance. Where another tool recorded no model or hook point, those of the index's cache are taken."""
+        known = self.config.get("metadata") or {}
+        if not self.is_foreign or not self.has_index:
+            return known
+        from saelab.features import FeatureIndex
+
+        meta = FeatureIndex(self.path).meta
+        seen = {
+            "model_name": meta.get("model"),
+            "hook_name": meta.get("hook_name"),
+            "cache_fingerprint": meta.get("cache_fingerprint"),
+        }
+        return {**{name: value for name, value in seen.items() if value}, **known}
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another tool wrote it."""
+        return "format" in self.config
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
@@ -60,7 +87,7 @@ class Run:
     @property
     def has_weights(self) -> bool:
         """Whether the first save is done."""
-        return (self.path / checkpoint.WEIGHTS).is_file() and bool(self.config)
+        return self.is_foreign or ((self.path / checkpoint.WEIGHTS).is_file() and "d_sae" in self.config)
 
     @property
     def has_index(self) -> bool:
@@ -85,7 +112,7 @@ class Run:
 
     def load(self) -> SAE:
         """The SAE in eval mode, taking raw activations; folders of other tools are converted while loading."""
-        if self.metadata.get("saelab"):
+        if not self.is_foreign:
             return checkpoint.load_sae(self.path)
         from saelab.interop import load
 
@@ -102,7 +129,7 @@ class Workspace:
 
     @classmethod
     def scan(cls, root: Path | str) -> Workspace:
-        """Look for run folders (a ``cfg.json`` with weights, or a ``metrics.jsonl``) and caches, at any depth."""
+        """Look for run folders (weights of any tool, or a ``metrics.jsonl``) and caches, at any depth."""
         root = Path(root).resolve()
         if not root.is_dir():
             raise UserError(f"{root} is no folder; name the folder that holds your runs")
@@ -111,7 +138,7 @@ class Workspace:
             name = folder.relative_to(root).as_posix()
             if RECIPE in {*files, *(p.name for p in folder.parent.glob(RECIPE))}:
                 continue  # the SAEs inside a recipe belong to it
-            if (checkpoint.CONFIG in files and checkpoint.WEIGHTS in files) or METRICS in files:
+            if foreign.looks_foreign(files) or METRICS in files:
                 runs[name] = Run(name, folder)
             elif MANIFEST in files:
                 caches[name] = folder
@@ -157,8 +184,9 @@ class Workspace:
 
 def _walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
     for folder, folders, files in os.walk(root, followlinks=False):
-        # Intermediate checkpoints are states of their run, not runs.
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in {INDEX, "checkpoints"})
+        # Intermediate checkpoints are states of their run, not runs; a folder of that name elsewhere is one of many.
+        inner = {INDEX, "checkpoints"} if {METRICS, "run.json", "hyperparams.json"} & {*files} else {INDEX}
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in inner)
         yield Path(folder), {name for name in files if not (Path(folder) / name).is_symlink()}
 
 

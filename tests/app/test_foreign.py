@@ -1,0 +1,96 @@
+"""SAEs of other tools in the folder: listed, opened, searched and indexed like our own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_pages import VIEWS, launch
+
+from saelab import checkpoint
+from saelab.cli import main
+from saelab.interop import export
+from saelab.workspace import Workspace
+
+FORMATS = {"saelens": "topk", "sparsify": "abs_topk", "dictionary-learning": "topk"}
+
+
+@pytest.fixture(scope="module")
+def strangers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same cache and model, with one SAE written as each tool writes it, and an index of each."""
+    root = tmp_path_factory.mktemp("strangers")
+    (root / "cache").mkdir()
+    for file in (folder / "cache").iterdir():
+        (root / "cache" / file.name).hardlink_to(file)
+    for name, variant in FORMATS.items():
+        run = folder / "runs" / variant
+        # Only SAELens' files say where in the model the SAE belongs.
+        metadata = checkpoint.load_metadata(run)
+        about = {key: metadata[key] for key in ("model_name", "hook_name")} if name == "saelens" else {}
+        export(checkpoint.load_sae(run), root / name, name, about)
+        main(["index", str(root / name), "--cache", str(root / "cache"), "--model", "none"])
+    return root
+
+
+def test_each_tool_is_recognised(strangers: Path, folder: Path) -> None:
+    found = Workspace.scan(strangers)
+    assert {*FORMATS} <= {*found.runs}
+    for name, variant in FORMATS.items():
+        run = found.run(name)
+        assert run.is_foreign and run.has_weights and run.has_index
+        acts = torch.randn(5, 32)
+        ours = checkpoint.load_sae(folder / "runs" / variant)
+        assert torch.allclose(run.load()(acts), ours(acts), atol=1e-4)
+        # What the tool did not record is known from the cache the index was made on.
+        assert run.metadata["hook_name"] == "blocks.0.hook_resid_post"
+        assert found.cache_of(run) is not None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_page_works_with_another_tools_sae(monkeypatch: pytest.MonkeyPatch, strangers: Path, name: str) -> None:
+    app = launch(monkeypatch, strangers, model="none")
+    app.selectbox(key="run").select(name)
+    for view in VIEWS:
+        app.switch_page(f"views/{view}").run()
+        assert not app.exception and not app.error, (view, app.exception, app.error)
+        assert app.session_state["run"] == name
+
+
+def test_a_text_is_read_with_another_tools_sae(monkeypatch: pytest.MonkeyPatch, strangers: Path, folder: Path) -> None:
+    app = launch(monkeypatch, strangers, model=str(folder / "model"))
+    app.selectbox(key="run").select("sparsify")
+    app.switch_page("views/prompt.py").run()
+    app.text_area(key="prompt_text").input("the river runs past")
+    app.button(key="FormSubmitter:prompt_form-Read").click().run()
+    assert not app.exception and not app.error, (app.exception, app.error)
+    assert len(app.dataframe) == 1 and len(app.dataframe[0].value), "active latents of a token"
+
+
+def test_an_sae_of_unknown_origin_says_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    export(checkpoint.load_sae(folder / "runs" / "topk"), tmp_path / "plain", "sparsify", {})
+    app = launch(monkeypatch, tmp_path, model=str(folder / "model"))
+    for view in ("prompt", "steering"):
+        app.switch_page(f"views/{view}.py").run()
+        assert not app.exception, (view, app.exception)
+        said = " ".join(item.value for item in (*app.info, *app.error))
+        assert "hook point" in said, (view, said)
+
+
+def test_what_cannot_be_read_is_one_row(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    export(checkpoint.load_sae(folder / "runs" / "topk"), tmp_path / "good", "sparsify", {})
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "sae.safetensors").write_bytes(b"not safetensors")
+    (tmp_path / "torn" / "cfg.json").write_text(json.dumps({"k": 4}))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "cfg.json").write_text("{")
+    (tmp_path / "broken" / "sae_weights.safetensors").write_bytes(b"")
+    app = launch(monkeypatch, tmp_path, model="none")
+    assert not app.error
+    assert app.selectbox(key="run").options == ["good · topk"]
+    states = dict(zip(app.dataframe[0].value["run"], app.dataframe[0].value["state"]))
+    assert states["good"] == "from sparsify"
+    assert "torn" in states["torn"] and "not valid JSON" in states["broken"]
