@@ -201,6 +201,26 @@ def need_model(run: Run, purpose: str) -> Any:
         return _model(name)
 
 
+@st.cache_resource(max_entries=1, show_spinner=False)
+def _lens(name: str, _model: Any) -> Any:
+    from saelab.features import LogitLens
+    from saelab.lm import unembedding
+
+    end = unembedding(_model)
+    return LogitLens(end.weight, end.norm_weight, end.centred)
+
+
+@st.cache_data(max_entries=256, show_spinner=False)
+def _promoted(name: str, key: bytes, count: int, _direction: Any, _model: Any) -> list[str]:
+    (_, ids), _ = _lens(name, _model).extremes(_direction[None].float(), count)
+    return [_model.tokenizer.decode([token]) for token in ids[0].tolist()]
+
+
+def promoted(run: Run, model: Any, direction: Any, count: int) -> list[str]:
+    """Tokens that a direction at the run's hook point raises most, by the logit lens of the loaded model."""
+    return _promoted(str(model_name(run)), direction.numpy().tobytes(), count, direction, model)
+
+
 def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Any:
     """A text inside the model and the run's SAE; needs the model and holds its lock."""
     from saelab.features.prompt import read

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import common
-import pandas as pd
 import streamlit as st
 
 from saelab import viz
 from saelab.steer import dose_response
 from saelab.steer.contrast import difference_of_means
-from saelab.workspace import Run, bench
+from saelab.workspace import Run, bench, library
 from saelab.workspace.bench import Pick
 
 NEUTRAL = (
@@ -29,6 +28,10 @@ def picks(run: Run, source: Any) -> list[Pick]:
     sent = st.session_state.pop("steer_pick", None)
     if sent is not None and sent[0] == run.name:
         _put(found, bench.pick_latent(source, sent[1], sent[2]))
+    taken = st.session_state.pop("steer_recipe", None)
+    if taken is not None and taken[0] == run.name:
+        for pick in library.reopen(common.workspace().root, taken[1], source):
+            _put(found, pick)
     return found
 
 
@@ -66,7 +69,23 @@ def lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def edit(run: Run, found: list[Pick]) -> list[Pick]:
+def _effect(run: Run, model: Any, pick: Pick) -> None:
+    """The tokens that the direction promotes, below its name."""
+    tokens = promoted(run, model, pick)
+    if tokens:
+        common.html(viz.caption("promotes " + " ".join(f"‘{token}’" for token in tokens)))
+
+
+def promoted(run: Run, model: Any, pick: Pick, count: int = 5) -> list[str]:
+    """Tokens whose logits a pick raises most: the index's, or the model's own answer for any other direction."""
+    if pick.latent is not None and run.has_index:
+        row = common.need_index(run).latent(pick.latent, pick.pole)
+        if row["promoted"]:
+            return row["promoted"][:count]
+    return [] if pick.vector is None else common.promoted(run, model, pick.vector.direction, count)
+
+
+def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
     """Operation, amount and unit of each pick; returns the bench as edited."""
     for i, pick in enumerate(list(found)):
         with st.container(border=True):
@@ -75,12 +94,19 @@ def edit(run: Run, found: list[Pick]) -> list[Pick]:
                 if st.button("Remove", key=f"steering_remove_{pick.label}", icon=":material/close:", type="tertiary"):
                     found.pop(i)
                     st.rerun()
+            _effect(run, model, pick)
             with st.container(horizontal=True, vertical_alignment="bottom"):
-                operation = st.selectbox("do", bench.operations(pick), key=f"steering_do_{pick.label}", width=130)
+                known = bench.operations(pick)
+                at = known.index(pick.operation)
+                operation = st.selectbox("do", known, at, key=f"steering_do_{pick.label}", width=130)
                 number = bench.OPERATIONS[operation]
                 if number is not None:
                     title, default, most, step = number
                     least = -most if operation == "add" else 0.0
+                    if operation == pick.operation and pick.start is not None:
+                        # A recipe put back on the bench keeps its own amount, and has room beyond it.
+                        default, most = pick.start, max(most, 2 * abs(pick.start))
+                        least = -most if operation == "add" else 0.0
                     amount = st.slider(title, least, most, default, step, key=f"steering_{operation}_{pick.label}")
                     unit = pick.unit
                     if operation != "scale":
@@ -97,6 +123,26 @@ def edit(run: Run, found: list[Pick]) -> list[Pick]:
                     pick = pick.changed(amount=amount, unit=unit)
             found[i] = pick.changed(operation=operation)
     return found
+
+
+def generation(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
+    """The prompt's form and, side by side, what comes of it; returns the prompt."""
+    with st.form("steering_form", border=False):
+        prompt = st.text_area("Prompt", "The weather today", key="steering_prompt", height=70)
+        with st.container(horizontal=True, vertical_alignment="bottom"):
+            length = st.number_input("new tokens", 1, 400, 40, key="steering_length", width=130)
+            temperature = st.number_input("temperature", 0.0, 2.0, 0.0, 0.1, key="steering_temperature", width=130)
+            seed = st.number_input("seed", 0, 10_000, 0, key="steering_seed", width=110)
+            asked = st.form_submit_button("Generate", icon=":material/play_arrow:", type="primary", disabled=not picks)
+    if not picks:
+        st.caption("Pick a latent, or make a vector from two sets of texts.")
+    if asked and picks:
+        options = {"max_new_tokens": int(length), "temperature": float(temperature), "seed": int(seed)}
+        st.session_state["steering_result"] = (run.name, generate(model, source, picks, prompt, options))
+    name, result = st.session_state.get("steering_result", (None, None))
+    if name == run.name:
+        show(result)
+    return prompt
 
 
 def generate(model: Any, source: Any, found: list[Pick], prompt: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -160,58 +206,15 @@ def doses(run: Run, model: Any, found: list[Pick]) -> None:
     dose_charts([vars(dose) for dose in measured.doses])
 
 
-def dose_charts(found: list[dict[str, Any]]) -> None:
+def dose_charts(found: list[dict[str, Any]], key: str = "dose") -> None:
     """Effect and damage over strength for every direction."""
     names = list(dict.fromkeys(dose["direction"] for dose in found))
     strengths = sorted({dose["strength"] for dose in found})
     titles = (("logit_shift", "logit shift of the concept"), ("kl", "off-target KL, nats per token"))
-    for column, (key, title) in zip(st.columns(2, gap="large"), titles):
-        curves = {n: [d[key] for d in sorted(found, key=lambda d: d["strength"]) if d["direction"] == n] for n in names}
+    for column, (what, title) in zip(st.columns(2, gap="large"), titles):
+        curves = {
+            n: [d[what] for d in sorted(found, key=lambda d: d["strength"]) if d["direction"] == n] for n in names
+        }
         with column:
             figure = viz.dose_response(strengths, curves, common.colours(), title)
-            common.chart(figure, alt=f"{title} over strength", key=f"dose_{key}")
-
-
-def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> None:
-    """The bench as a recipe in the folder's library."""
-    with st.form("steering_save", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
-        name = st.text_input("Save as a recipe", key="recipe_name", placeholder="name")
-        asked = st.form_submit_button("Save", icon=":material/save:")
-    if not asked:
-        return
-    from saelab.steer import Recipe
-
-    folder = bench.recipe_folder(common.workspace().root, name)
-    of_run, _, measured = st.session_state.get("steering_doses", (None, None, None))
-    promotes: list[str] = []
-    if run.has_index:
-        rows = [common.need_index(run).latent(p.latent, p.pole) for p in found if p.latent is not None]
-        promotes = [token for row in rows for token in row["promoted"][:5]]
-    about = bench.provenance(found, prompt, promotes, measured if of_run == run.name else None)
-    with common.model_lock(), st.spinner("Saving …"):
-        recipe = Recipe.of(model, [bench.intervention(p, source) for p in found], name=name.strip(), provenance=about)
-        recipe.save(folder)
-    st.toast(f"Saved {folder.name}", icon=":material/check:")
-
-
-def library(rows: list[dict[str, Any]]) -> None:
-    """Saved recipes; the chosen one with its dose and response."""
-    view = pd.DataFrame([{k: v for k, v in row.items() if k not in {"doses", "folder"}} for row in rows])
-    for name in view.columns.intersection(["name", "does", "origin", "promotes", "model", "verdict"]):
-        view[name] = view[name].fillna("").map(viz.visible)
-    config = {"norm": st.column_config.NumberColumn("norm", format="%.3f")}
-    event = st.dataframe(
-        view,
-        hide_index=True,
-        column_config=config,
-        on_select="rerun",
-        selection_mode="single-row",
-        key="recipe_table",
-        placeholder="–",
-        alt="Saved recipes",
-    )
-    for row in event.selection.rows[:1]:
-        if row < len(rows) and rows[row].get("doses"):
-            dose_charts(rows[row]["doses"])
-        else:
-            st.caption("This recipe was saved without measured doses.")
+            common.chart(figure, alt=f"{title} over strength", key=f"{key}_{what}")

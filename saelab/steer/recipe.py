@@ -169,7 +169,7 @@ def _vectors(intervention: Intervention) -> Sequence[SteeringVector]:
 
 def _vector_entry(vector: SteeringVector, vectors: dict[str, Tensor]) -> dict[str, Any]:
     name = f"vector_{len(vectors)}"
-    vectors[name] = vector.direction
+    vectors[name] = vector.direction.clone()  # two steps may share a vector; a file may not
     known = {
         key: getattr(vector, key) for key in ("norm", "hook_name", "model", "max_activation", "rms_norm", "origin")
     }

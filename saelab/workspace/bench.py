@@ -1,13 +1,10 @@
-"""The steering bench: what is picked, the interventions it means, their controls, and saved recipes."""
+"""The steering bench: what is picked, the interventions it means, and their controls."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from saelab.errors import UserError
@@ -20,7 +17,6 @@ from saelab.workspace.runs import Run
 if TYPE_CHECKING:
     from torch import nn
 
-RECIPES, RECIPE = "recipes", "recipe.json"
 # operation -> (what its number means, default, largest, step); None: it takes no number
 OPERATIONS: dict[str, tuple[str, float, float, float] | None] = {
     "add": ("strength", 1.0, 4.0, 0.05),
@@ -44,6 +40,8 @@ class Pick:
     operation: str = "add"
     amount: float = 1.0
     unit: str = "raw"
+    start: float | None = None
+    """The amount it came with, where it came from a saved recipe."""
 
     def changed(self, **fields: Any) -> Pick:
         return replace(self, **fields)
@@ -144,62 +142,3 @@ def changed(before: Sequence[int], after: Sequence[int]) -> list[bool]:
     for _, start, size in matcher.get_matching_blocks():
         marks[start : start + size] = [False] * size
     return marks
-
-
-def recipe_folder(root: Path, name: str) -> Path:
-    """Where a recipe of this name is saved; the name may only be a plain word, so it cannot leave the folder."""
-    slug = re.sub(r"[^\w-]+", "-", name.strip()).strip("-_")
-    if not slug:
-        raise UserError("give the recipe a name of letters, digits or dashes")
-    return root / RECIPES / slug[:80]
-
-
-def saved_recipes(root: Path) -> list[dict[str, Any]]:
-    """Name, what it does, where its vectors come from, and its measured doses, for every recipe in the library."""
-    rows = []
-    for path in sorted((root / RECIPES).glob(f"*/{RECIPE}")):
-        if not path.resolve().is_relative_to(root.resolve()):
-            continue
-        try:
-            content = json.loads(path.read_text())
-            parts = [_part(entry) for entry in content["interventions"]]
-        except (ValueError, KeyError, TypeError) as error:
-            rows.append({"folder": path.parent.name, "name": path.parent.name, "does": f"damaged: {error}"})
-            continue
-        about = content.get("provenance") or {}
-        rows.append(
-            {
-                "folder": path.parent.name,
-                "name": content.get("name") or path.parent.name,
-                "does": "; ".join(part["does"] for part in parts),
-                "origin": "; ".join(part["origin"] for part in parts),
-                "norm": parts[0]["norm"] if parts else None,
-                "promotes": " ".join(about.get("promotes", [])),
-                "model": (content.get("model") or {}).get("name"),
-                "verdict": about.get("verdict", ""),
-                "doses": about.get("doses", []),
-            }
-        )
-    return rows
-
-
-def provenance(picks: Sequence[Pick], prompt: str, promotes: Sequence[str], measured: Any = None) -> dict[str, Any]:
-    """What a saved recipe remembers of the bench: picks, prompt, logit effect, dose and response."""
-    about: dict[str, Any] = {
-        "prompt": prompt,
-        "promotes": list(promotes),
-        "picks": [{"label": p.label, "operation": p.operation, "amount": p.amount, "unit": p.unit} for p in picks],
-    }
-    if measured is not None:
-        about |= {"verdict": measured.verdict, "doses": [asdict(dose) for dose in measured.doses]}
-    return about
-
-
-def _part(entry: dict[str, Any]) -> dict[str, Any]:
-    vectors = entry.get("vectors") or []
-    amounts = [f"{k} {entry[k]}" for k in ("strength", "factor", "value") if entry.get(k) is not None]
-    latent = f" #{entry['latent']}" if "latent" in entry else ""
-    origins = [v.get("origin") or {} for v in vectors] or [entry.get("source") or {}]
-    named = [f"{o.get('kind', 'latent')} {o.get('latent', '')}".strip() for o in origins]
-    norm = vectors[0].get("norm") if vectors else None
-    return {"does": f"{entry['op']}{latent} {', '.join(amounts)}".strip(), "origin": ", ".join(named), "norm": norm}

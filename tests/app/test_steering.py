@@ -1,0 +1,146 @@
+"""The steering bench and its library, through the page, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+from test_pages import launch
+
+from saelab.errors import UserError
+from saelab.features import FeatureIndex
+from saelab.lm import load_model
+from saelab.steer import Recipe
+from saelab.workspace import Workspace, bench, library
+
+RUN = "runs/topk"
+
+
+@pytest.fixture
+def workplace(folder: Path, tmp_path: Path) -> Path:
+    """The shared workspace's TopK run and model in a folder that may be written to."""
+    shutil.copytree(folder / RUN, tmp_path / RUN)
+    return tmp_path
+
+
+def open_bench(monkeypatch: pytest.MonkeyPatch, workplace: Path, model: Path, latent: int) -> AppTest:
+    app = launch(monkeypatch, workplace, model=str(model))
+    app.session_state["steer_pick"] = (RUN, latent, 1)
+    return succeed(app.switch_page("views/steering.py").run())
+
+
+def succeed(app: AppTest) -> AppTest:
+    assert not app.exception and not app.error, (app.exception, app.error)
+    return app
+
+
+def strongest(folder: Path) -> int:
+    table = FeatureIndex(folder / RUN).table()
+    return int(table.loc[table["max"].idxmax(), "latent"])
+
+
+def figures(app: AppTest) -> dict[str, Any]:
+    return {item.proto.id.rsplit("-", 1)[-1]: json.loads(item.proto.spec) for item in app.get("plotly_chart")}
+
+
+def test_measure_save_and_take_from_the_library(monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path) -> None:
+    latent = strongest(folder)
+    app = open_bench(monkeypatch, workplace, folder / "model", latent)
+    app.slider(key=f"steering_add_#{latent}").set_value(0.5).run()
+
+    app.text_input(key="dose_concept").input("river")
+    app.text_area(key="dose_targets").input("the mill and the\nrain falls on a")
+    app.text_area(key="dose_neutral").input("old bridges near grey towns\ngreen hills past the river")
+    app.text_area(key="dose_positive").input("the river runs")
+    app.text_area(key="dose_negative").input("grey towns near")
+    succeed(app.button(key="FormSubmitter:steering_dose-Measure").click().run())
+    _, label, measured = app.session_state["steering_doses"]
+    assert label == f"#{latent}" and len({dose.direction for dose in measured.doses}) >= 3
+    effect, damage = list(figures(app).values())
+    assert len(effect["data"]) == len(damage["data"]) == len({dose.direction for dose in measured.doses})
+    drawn = {trace["name"]: trace for trace in damage["data"]}
+    assert all(len(trace["y"]) == 4 and min(trace["y"]) >= 0 for trace in drawn.values())
+
+    app.text_input(key="recipe_name").input("More of it")
+    succeed(app.button(key="FormSubmitter:steering_save-Save").click().run())
+    recipe = Recipe.load(workplace / "recipes" / "More-of-it")
+    assert recipe.describe()[0]["strength"] == "0.5max"
+    saved = recipe.provenance
+    assert saved["verdict"] == measured.verdict and len(saved["doses"]) == len(measured.doses)
+    assert len(saved["promotes"]) == 5
+
+    # A new session without a model still shows the library.
+    app = launch(monkeypatch, workplace, model="none")
+    app = succeed(app.switch_page("views/steering.py").run())
+    (row,) = app.dataframe[0].value.to_dict("records")
+    assert row["name"] == "More of it" and row["strength"] == "0.5max" and f"latent {latent}" in row["origin"]
+    assert row["norm"] > 0 and row["promotes"] and row["verdict"] == measured.verdict
+
+
+def test_a_recipe_comes_back_to_the_bench_as_it_was(workplace: Path, folder: Path) -> None:
+    run = Workspace.scan(workplace).run(RUN)
+    model = load_model(str(folder / "model"))
+    source = bench.open_run(run, run.load())
+    latent = strongest(folder)
+    direction = bench.SteeringVector.from_tensor(torch.arange(1.0, 33.0), source.hook_name)
+    plain = bench.pick_latent(source, latent, 1)
+    picks = [
+        plain.changed(amount=0.75),
+        plain.changed(operation="clamp", amount=1.5),
+        plain.changed(operation="at least", amount=0.5),
+        plain.changed(operation="scale", amount=3.0),
+        plain.changed(operation="ablate"),
+        bench.pick_vector(direction, "means").changed(amount=-2.0),
+        bench.pick_vector(direction, "means").changed(operation="project out"),
+    ]
+    about = library.provenance(picks, "prompt", [])
+    recipe = Recipe.of(model, [bench.intervention(pick, source) for pick in picks], provenance=about)
+    recipe.save(library.recipe_folder(workplace, "all"))
+    back = library.reopen(workplace, "all", source)
+    for before, after in zip(picks, back, strict=True):
+        assert (after.label, after.operation, after.latent) == (before.label, before.operation, before.latent)
+        if before.operation not in {"ablate", "project out"}:
+            assert after.amount == pytest.approx(before.amount, rel=1e-3) and after.unit == before.unit
+    other = bench.open_run(
+        Workspace.scan(folder).run("runs/abs_topk"), Workspace.scan(folder).run("runs/abs_topk").load()
+    )
+    with pytest.raises(UserError, match="another SAE"):
+        library.reopen(workplace, "all", other)
+
+
+def test_a_damaged_recipe_is_one_row(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
+    (workplace / "recipes" / "torn").mkdir(parents=True)
+    (workplace / "recipes" / "torn" / "recipe.json").write_text('{"interventions": 3}')
+    app = launch(monkeypatch, workplace, model="none")
+    app = succeed(app.switch_page("views/steering.py").run())
+    assert "damaged" in app.dataframe[0].value["does"][0]
+
+
+def test_latents_are_found_by_example_against_a_contrast(
+    monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path
+) -> None:
+    app = launch(monkeypatch, workplace, model=str(folder / "model"))
+    app.switch_page("views/features.py").run()
+    app.text_area(key="features_example").input("the [[river]] runs past")
+    succeed(app.button(key="FormSubmitter:example-Find latents").click().run())
+    alone = app.session_state["features_matches"][1].set_index("latent")
+    app.text_area(key="features_contrast").input("a river and a river")
+    succeed(app.button(key="FormSubmitter:example-Find latents").click().run())
+    against = app.session_state["features_matches"][1].set_index("latent")
+    assert (alone["on_span"] == 1).all() and len(against)
+    both = against.index.intersection(alone.index)
+    # What also fires on the contrast's "river" loses specificity, and nothing gains by it.
+    assert (against.loc[both, "off_span"] >= 0).all()
+    fires = against.loc[both, "off_span"] > alone.loc[both, "off_span"]
+    assert fires.any()
+    lost = against.loc[both, "specificity"] < alone.loc[both, "specificity"]
+    assert lost[fires].mean() > 0.5
+    assert (against["specificity"].diff().dropna() <= 0).all(), "ranked by specificity"
+    app.text_area(key="features_example").input("   ")
+    app.button(key="FormSubmitter:example-Find latents").click().run()
+    assert not app.exception and "empty" in app.error[0].value
