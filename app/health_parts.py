@@ -56,7 +56,7 @@ def cause_summary(found: pd.DataFrame) -> None:
     common.html(viz.fact_table(rows))
 
 
-def death_table(found: pd.DataFrame) -> pd.Series | None:
+def death_table(run: Run, found: pd.DataFrame) -> pd.Series | None:
     """All dead latents; the chosen one."""
     causes = st.pills("cause", sorted(found["cause"].unique()), selection_mode="multi", key="health_causes")
     shown = found[found["cause"].isin(causes)] if causes else found
@@ -69,6 +69,11 @@ def death_table(found: pd.DataFrame) -> pd.Series | None:
         "best": number("best", format="%+.3f", help="largest pre-activation over the tokens examined"),
         "best_without_bias": number("without bias", format="%+.3f", help="the same without the encoder's bias"),
         "shortfall": number("shortfall", format="%.3f", help="smallest distance to an activation that did win"),
+        "gain": number(
+            "gain if revived",
+            format="percent",
+            help="share of the reconstruction error it would remove, firing beside the others wherever that helps",
+        ),
     }
     event = st.dataframe(
         shown,
@@ -80,6 +85,9 @@ def death_table(found: pd.DataFrame) -> pd.Series | None:
         placeholder="–",
         alt="Dead latents with the cause of death",
     )
+    if found["gain"].notna().any():
+        chance = 1 / ((1 if common.sae(run).signed else 2) * run.config["d_in"])
+        st.caption(f"A random direction would gain {chance:.2%}.")
     rows = [r for r in event.selection.rows if r < len(shown)]
     return shown.iloc[rows[0]] if rows else None
 

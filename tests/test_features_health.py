@@ -74,6 +74,24 @@ def test_each_cause_of_death_is_told(tmp_path: Path) -> None:
     assert table["shortfall"].to_numpy() == pytest.approx(expected.numpy(), rel=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["topk", "abs_topk"])
+def test_the_gain_of_reviving_is_that_of_the_best_activation(tmp_path: Path, variant: str) -> None:
+    sae, acts = build(variant, 6, 12, k=2).eval(), torch.randn(200, 6)
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts)
+    counts = np.array([1] * 8 + [0] * 4)
+    error = (acts - sae(acts)).detach().double()
+    gains = causes_of_death(sae, counts, cache)["gain"].to_numpy()
+    for latent, gain in zip(range(8, 12), gains, strict=True):
+        row = sae.W_dec[latent].detach().double()
+        # Least squares for one coefficient per token, by definition.
+        best = (error @ row) / (row @ row)
+        best = best if sae.signed else best.clamp_min(0)
+        left = (error - best[:, None] * row).square().sum()
+        assert gain == pytest.approx(float(1 - left / error.square().sum()), rel=1e-4)
+    assert (gains > 0).all()
+    assert causes_of_death(sae, counts)["gain"].isna().all()
+
+
 def test_without_activations_only_the_weights_speak(tmp_path: Path) -> None:
     sae, _, _ = clinic(tmp_path)
     table = causes_of_death(sae, np.array([9, 9, 9, 0, 0, 0, 0, 0]))

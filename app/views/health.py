@@ -36,7 +36,7 @@ with dead_tab:
         health_parts.cause_summary(deaths)
         left, right = st.columns([3, 2], gap="medium")
         with left:
-            chosen = health_parts.death_table(deaths)
+            chosen = health_parts.death_table(run, deaths)
         with right:
             if chosen is None:
                 st.caption("Choose a row to see its nearest living neighbour.")

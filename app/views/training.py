@@ -2,6 +2,7 @@
 
 import common
 import streamlit as st
+import sweep_parts
 
 from saelab import viz, workspace
 
@@ -17,6 +18,9 @@ CURVES = {
 found = common.workspace()
 st.title("Training", anchor=False)
 logged = {name: run for name, run in found.runs.items() if run.last_step}
+if found.sweeps:
+    with st.expander(f"Sweeps ({len(found.sweeps)})", icon=":material/grid_view:", expanded=True):
+        sweep_parts.show(found, logged)
 if not logged:
     st.info("No run below this folder has a log (`metrics.jsonl`) yet.", icon=":material/info:")
     st.stop()
@@ -24,7 +28,9 @@ if not logged:
 current = st.session_state.get("run")
 default = [current] if current in logged else list(logged)[:1]
 with st.container(horizontal=True, vertical_alignment="bottom"):
-    names = st.multiselect("runs", list(logged), default=default, key="training_runs", format_func=viz.visible)
+    chosen = [name for name in st.session_state.get("training_runs", default) if name in logged]
+    st.session_state["training_runs"] = chosen
+    names = st.multiselect("runs", list(logged), key="training_runs", format_func=viz.visible)
     axis = st.segmented_control("x axis", ["tokens", "step"], default="tokens", required=True, key="training_axis")
     live = st.toggle(
         "follow",

@@ -24,6 +24,7 @@ CAUSES = {
     "never fired": "its pre-activation was never positive, with or without its bias",
     "not examined": "no cause in the weights; give activations to look further",
 }
+EVIDENCE = ("best", "best_without_bias", "shortfall", "gain")
 
 
 @torch.no_grad()
@@ -45,7 +46,12 @@ def causes_of_death(
 
     Columns: latent, cause, neighbour (nearest living latent, -1 if none lives), cosine, encoder_norm, encoder_bias,
     best (largest pre-activation, or magnitude), best_without_bias, shortfall (smallest distance, over the tokens, to
-    the smallest activation that did win; NaN where not examined).
+    the smallest activation that did win), gain. The last four are NaN where not examined.
+
+    ``gain`` is what reviving the latent could bring at most: the share of the squared reconstruction error that its
+    decoder row removes when it fires, beside the others, with the best non-negative (signed SAEs: any) activation on
+    every token, ``sum_t max(0, <x_t - recon_t, d>)^2 / sum_t |x_t - recon_t|^2`` for the unit row ``d``. A random
+    direction reaches ``1 / (2 d_in)`` (signed: ``1 / d_in``) of an error that has no preferred direction.
     """
     dead = torch.from_numpy(np.flatnonzero(np.asarray(counts) == 0))
     alive = torch.from_numpy(np.flatnonzero(np.asarray(counts) > 0))
@@ -64,7 +70,7 @@ def causes_of_death(
     )
     typical = float(norms[alive].median()) if len(alive) else float(norms.median())
     examined = None if cache is None or not len(dead) else _examine(sae, dead, cache, tokens)
-    for name, values in zip(("best", "best_without_bias", "shortfall"), examined or [np.full(len(dead), np.nan)] * 3):
+    for name, values in zip(EVIDENCE, examined or [np.full(len(dead), np.nan)] * len(EVIDENCE)):
         table[name] = values
     similarity = np.abs(cosine.numpy()) if sae.signed else cosine.numpy()
     rules = [
@@ -102,11 +108,13 @@ def _nearest(sae: SAE, dead: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _examine(sae: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> list[np.ndarray]:
-    """Largest pre-activation of each dead latent with and without bias, and its smallest distance from winning."""
+    """What EVIDENCE names, for each dead latent."""
     W_enc, b_enc = _encoder(sae)
     W, b = W_enc[:, dead], b_enc[dead]
     offset = dict(sae.named_parameters()).get("b_dec")
     best, bare, shortfall = (torch.full((len(dead),), value) for value in (-torch.inf, -torch.inf, torch.inf))
+    rows = unit_rows(sae.W_dec.detach().float().cpu())[dead]
+    removed, error = torch.zeros(len(dead), dtype=torch.float64), 0.0
     training = sae.training
     sae.eval()
     for acts in _rows(cache, tokens):
@@ -118,8 +126,13 @@ def _examine(sae: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> lis
         size, plain = ((raw + b).abs(), raw.abs()) if sae.signed else (raw + b, raw)
         best, bare = torch.maximum(best, size.amax(0)), torch.maximum(bare, plain.amax(0))
         shortfall = torch.minimum(shortfall, (smallest[:, None] - size).amin(0))
+        residual = acts - sae.decode(code.to(sae.device)).float().cpu()
+        along = residual @ rows.T
+        removed += (along if sae.signed else along.clamp_min(0.0)).double().square().sum(0)
+        error += float(residual.double().square().sum())
     sae.train(training)
-    return [best.numpy(), bare.numpy(), shortfall.numpy()]
+    gain = removed / error if error else removed
+    return [best.numpy(), bare.numpy(), shortfall.numpy(), gain.numpy()]
 
 
 def _rows(cache: ActivationCache, tokens: int, batch: int = 2048) -> Iterator[Float[Tensor, "n d_in"]]:

@@ -21,7 +21,7 @@ from saelab.workspace import foreign
 from saelab.workspace.log import METRICS, read_metrics
 
 EVALUATION, INDEX = "evaluation.json", "features"
-MANIFEST, RECIPE = "manifest.json", "recipe.json"
+MANIFEST, RECIPE, SWEEP = "manifest.json", "recipe.json", "sweep.parquet"
 
 
 @dataclass(frozen=True)
@@ -126,23 +126,27 @@ class Workspace:
     root: Path
     runs: dict[str, Run] = field(default_factory=dict)
     caches: dict[str, Path] = field(default_factory=dict)
+    sweeps: dict[str, Path] = field(default_factory=dict)
+    """Folders that hold the table of a finished sweep."""
 
     @classmethod
     def scan(cls, root: Path | str) -> Workspace:
-        """Look for run folders (weights of any tool, or a ``metrics.jsonl``) and caches, at any depth."""
+        """Look for run folders (weights of any tool, or a ``metrics.jsonl``), caches and sweeps, at any depth."""
         root = Path(root).resolve()
         if not root.is_dir():
             raise UserError(f"{root} is no folder; name the folder that holds your runs")
-        runs, caches = {}, {}
+        runs, caches, sweeps = {}, {}, {}
         for folder, files in _walk(root):
             name = folder.relative_to(root).as_posix()
             if RECIPE in {*files, *(p.name for p in folder.parent.glob(RECIPE))}:
                 continue  # the SAEs inside a recipe belong to it
+            if SWEEP in files:
+                sweeps[name] = folder
             if foreign.looks_foreign(files) or METRICS in files:
                 runs[name] = Run(name, folder)
             elif MANIFEST in files:
                 caches[name] = folder
-        return cls(root, dict(sorted(runs.items())), dict(sorted(caches.items())))
+        return cls(root, *(dict(sorted(found.items())) for found in (runs, caches, sweeps)))
 
     def run(self, name: str) -> Run:
         """The run called ``name``."""

@@ -9,6 +9,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from saelab.sae import VARIANTS
+from saelab.sweep.results import save_results
 from saelab.workspace.notes import read_notes
 
 ENTRY = Path(__file__).parents[2] / "app" / "streamlit_app.py"
@@ -105,3 +106,22 @@ def test_notes_are_saved_to_the_run(monkeypatch: pytest.MonkeyPatch, folder: Pat
     assert read_notes(tmp_path / "run") == {5: {"label": "**water**", "note": "fires near rivers"}}
     app.run()
     assert r"\*\*water\*\*" in app.title[0].value
+
+
+def test_a_sweep_is_shown_with_its_members(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    rows = []
+    for i, name in enumerate(("topk", "gated")):
+        shutil.copytree(folder / "runs" / name, tmp_path / "sweep" / name)
+        known = {"name": name, "variant": name, "d_sae": 48, "seed": 0, "lr": 1e-3, "options": "{}", "step": 24}
+        rows.append({**known, "status": "finished", "l0": 4.0 + i, "fvu": 0.5 - 0.1 * i, "dead_fraction": 0.0})
+    rows.append({"name": "<b>lost</b>", "variant": "topk", "status": "diverged", "message": "FVU is nan"})
+    save_results(rows, tmp_path / "sweep")
+    app = launch(monkeypatch, tmp_path, model="none")
+    app.switch_page("views/training.py").run()
+    assert not app.exception and not app.error, (app.exception, app.error)
+    table = app.dataframe[0].value
+    assert table["name"].tolist() == ["topk", "gated", "<b>lost</b>"] and table["message"][2] == "FVU is nan"
+    assert "ce_loss_recovered_zero" not in table
+    app.button(key="training_members").click().run()
+    assert not app.exception and app.multiselect(key="training_runs").value == ["sweep/gated", "sweep/topk"]
+    assert sorted(metric.label for metric in app.metric) == ["sweep/gated", "sweep/topk"]
