@@ -29,6 +29,8 @@ from saelab.features.postings import Postings, PostingsWriter
 from saelab.sae import SAE
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+PRE_ACTS = 1 << 25  # pre-activations computed at once: 128 MiB of them
+RELEASE_EVERY = 32  # batches after which the pages of the cache that were read are let go of
 
 
 def build_index(
@@ -79,7 +81,10 @@ def _encode(
     training = sae.training
     sae.eval()
     try:
-        for batch in cache.batches(min(config.batch_size, cache.n_rows), split="all", seed=None):
+        size = min(config.batch_size, max(PRE_ACTS // sae.d_sae, 256), cache.n_rows)
+        for number, batch in enumerate(cache.batches(size, split="all", seed=None)):
+            if number % RELEASE_EVERY == 0:
+                cache.release()
             acts = batch.acts[: corpus.n_rows - done].to(sae.device)
             tick = time.perf_counter()
             code = sae.encode(acts)
@@ -92,6 +97,7 @@ def _encode(
                 break
     finally:
         sae.train(training)
+        cache.release()
     return writer.finish(), seconds
 
 

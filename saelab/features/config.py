@@ -36,12 +36,12 @@ class IndexConfig:
     label_sample: int = 1024
     """Firings of a latent on which its offline label is chosen and scored, half of them each."""
     batch_size: int = 4096
-    """Tokens encoded at once."""
+    """Tokens encoded at once; wide SAEs take fewer."""
     max_tokens: int | None = None
     """Index only the first rows of the cache."""
     seed: int = 0
     """Of the sampled examples."""
-    run_entries: int = 1 << 23
+    run_entries: int = 1 << 22
     """Active latents x tokens held in memory before they are written to disk."""
     chunk_entries: int = 1 << 21
     """Firings worked on at once; a latent with more is worked on alone."""

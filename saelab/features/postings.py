@@ -17,7 +17,7 @@ from scipy import sparse
 
 from saelab.sparse import SparseCode
 
-RUN_ENTRIES = 1 << 23  # entries held in memory before a run is written: 64 MiB of codes, twice while transposing
+RUN_ENTRIES = 1 << 22  # entries held in memory before a run is written: 32 MiB of codes, twice while transposing
 
 
 class Entries(NamedTuple):
@@ -85,24 +85,26 @@ class PostingsWriter:
 
 
 class Postings:
-    """Reads what a :class:`PostingsWriter` wrote; arrays stay on disk until asked for."""
+    """Reads what a :class:`PostingsWriter` wrote; arrays stay on disk, and are mapped only while a call reads them."""
 
     def __init__(self, folder: Path, n_slots: int, runs: list[tuple[int, int]]) -> None:
         self.n_slots, self.runs = n_slots, runs
         self.n_rows = sum(n for _, n in runs)
-        self._arrays = [
-            {name: _open(folder / f"{run}.{name}.npy") for name in ("row_ptr", "slots", "ptr", "rows", "values")}
-            for run in range(len(runs))
-        ]
+        self.folder = folder
         self.counts = np.zeros(n_slots, np.int64)
-        for arrays in self._arrays:
-            self.counts += np.diff(arrays["ptr"])
+        for run in range(len(runs)):
+            self.counts += np.diff(self._open(run, "ptr"))
+
+    def _open(self, run: int, name: str) -> NDArray:
+        """An array of a run, mapped for as long as the caller holds it: kept, its pages would count as ours."""
+        array = np.load(self.folder / f"{run}.{name}.npy", mmap_mode="r")
+        return array if array.size else np.asarray(array)
 
     def magnitude_range(self) -> tuple[float, float]:
         """Smallest and largest magnitude of any firing; (1, 1) when nothing fires."""
         low, high = np.inf, 0.0
-        for arrays in self._arrays:
-            for part in _pieces(arrays["values"]):
+        for run in range(len(self.runs)):
+            for part in _pieces(self._open(run, "values")):
                 size = np.abs(part)
                 low, high = min(low, float(size.min())), max(high, float(size.max()))
         return (low, high) if high > 0 else (1.0, 1.0)
@@ -125,25 +127,25 @@ class Postings:
         ptr = np.concatenate([[0], np.cumsum(counts)])
         rows, values = np.empty(ptr[-1], np.int64), np.empty(ptr[-1], np.float32)
         at = ptr[:-1].copy()  # where the next run's entries of each slot go
-        for (first, _), arrays in zip(self.runs, self._arrays):
-            own = np.asarray(arrays["ptr"][start : stop + 1])
+        for run, (first, _) in enumerate(self.runs):
+            own = np.asarray(self._open(run, "ptr")[start : stop + 1])
             part = slice(int(own[0]), int(own[-1]))
             n = np.diff(own)
             to = np.arange(part.stop - part.start) + np.repeat(at - (own[:-1] - own[0]), n)
-            rows[to] = arrays["rows"][part].astype(np.int64) + first
-            values[to] = arrays["values"][part]
+            rows[to] = self._open(run, "rows")[part].astype(np.int64) + first
+            values[to] = self._open(run, "values")[part]
             at += n
         return Entries(ptr, rows, values)
 
     def codes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """``row_ptr [len(rows) + 1]`` and the active slots of the given rows, which must ascend."""
         counts, parts = np.zeros(len(rows), np.int64), []
-        for (first, n), arrays in zip(self.runs, self._arrays):
+        for run, (first, n) in enumerate(self.runs):
             a, b = np.searchsorted(rows, [first, first + n])
-            local = rows[a:b] - first
-            begin, end = arrays["row_ptr"][local], arrays["row_ptr"][local + 1]
+            local, row_ptr = rows[a:b] - first, self._open(run, "row_ptr")
+            begin, end = row_ptr[local], row_ptr[local + 1]
             counts[a:b] = end - begin
-            parts.append(arrays["slots"][spans(begin, end)])
+            parts.append(self._open(run, "slots")[spans(begin, end)])
         slots = np.concatenate(parts) if parts else np.empty(0, np.int32)
         return np.concatenate([[0], np.cumsum(counts)]), slots
 
@@ -153,11 +155,6 @@ def spans(begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]
     n = np.asarray(end - begin, np.int64)
     before = np.cumsum(n) - n
     return np.arange(n.sum()) + np.repeat(np.asarray(begin, np.int64) - before, n)
-
-
-def _open(path: Path) -> NDArray:
-    array = np.load(path, mmap_mode="r")
-    return array if array.size else np.asarray(array)
 
 
 def _pieces(array: NDArray, size: int = 1 << 22) -> Iterator[NDArray]:

@@ -199,6 +199,10 @@ class ActivationCache:
         self._need_grads(grads)
         return make_batch(self.shards, [self.shards.gather(rows, self._names(grads)) | {"rows": rows}])
 
+    def release(self) -> None:
+        """Let go of the mapped files, whose pages count as this process's memory; they are mapped again when read."""
+        self.shards.columns.cache_clear()
+
     def tokens_window(self, row: int, before: int, after: int) -> tuple[Int[Tensor, " m"], int]:
         """Token ids around a row, cut at the borders of its own context, and the row's offset in them."""
         shard, slot = self.shards.slot(row)

@@ -1,0 +1,42 @@
+"""Many users at once: no error, no session that disturbs another, no memory that grows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from users import User, crowd, serve
+
+D_SAE = 48
+
+
+def test_a_few_users_at_once_see_no_error(folder: Path) -> None:
+    with serve(folder, str(folder / "model")) as (port, pid):
+        found = crowd(port, pid, 4, 0.15, ["runs/topk", "runs/abs_topk"], D_SAE, model=True)
+    assert not found.errors, found.errors[:5]
+    assert len(found.seconds) >= 8
+
+
+def test_an_error_on_a_page_is_noticed(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "runs" / "topk", tmp_path / "run")
+    with serve(tmp_path, "none") as (port, _):
+        user = User(port, 0, ["run"], D_SAE, model=False)
+        user.open()
+        user.draw("")
+        assert user.draw("features", "run=run") == []
+        (tmp_path / "run" / "features" / "features.parquet").write_bytes(b"torn")
+        os.utime(tmp_path / "run" / "features" / "features.parquet", (1, 1))
+        seen = user.draw("features", "run=run")
+        user.close()
+    assert seen and "damaged" in seen[0]
+
+
+@pytest.mark.slow
+def test_twenty_users_for_five_minutes(folder: Path) -> None:
+    with serve(folder, str(folder / "model")) as (port, pid):
+        found = crowd(port, pid, 20, 5.0, ["runs/topk", "runs/abs_topk", "runs/matching_pursuit"], D_SAE, model=True)
+    assert not found.errors, found.errors[:5]
+    # Sessions that were left are kept two minutes for a reconnection; after that nothing may add up.
+    assert found.growth() < 50, found.summary()
