@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import streamlit as st
@@ -10,6 +10,16 @@ import streamlit as st
 from saelab import viz
 
 Chosen = tuple[int, int]  # latent, pole
+
+
+class Pair(NamedTuple):
+    """A latent of either SAE, and the sign of their cosine."""
+
+    left: int
+    right: int
+    sign: int
+
+
 DECADES = [0.0, *(m * 10.0**e for e in range(-7, 0) for m in (1, 3)), 0.5, 1.0]
 COLUMNS = {
     "latent": st.column_config.NumberColumn("latent", format="%d", width=70),
@@ -72,12 +82,15 @@ def matches(found: pd.DataFrame, table: pd.DataFrame, key: str) -> Chosen | None
     return _choose(shown(rows, *names), rows, key, extra, height=320)
 
 
-def pairs(found: Any, view: str, key: str) -> Chosen | None:
-    """Matched pairs, or the unmatched latents of one side with their closest counterpart: (left, right)."""
+def pairs(found: Any, view: str, key: str, known: tuple[pd.DataFrame | None, pd.DataFrame | None]) -> Pair | None:
+    """Matched pairs, or the unmatched latents of one side with their closest counterpart.
+
+    ``known`` are the catalogues of both sides, None where there is no index.
+    """
     number = st.column_config.NumberColumn
     config = {name: number(format="%+.2f") for name in ("cosine", "correlation", "similarity")}
     if view == "matched pairs":
-        rows = found.pairs
+        rows = found.pairs.copy()
         ends = rows[["left", "right"]]
     else:
         side = "left" if view.endswith("left") else "right"
@@ -85,6 +98,10 @@ def pairs(found: Any, view: str, key: str) -> Chosen | None:
         rows = rows[rows["partner"] < 0].drop(columns="partner").rename(columns={"best": "closest"})
         rows["related"] = [", ".join(f"#{j}" for j in related) for related in rows["related"]]
         ends = rows[["latent", "closest"] if side == "left" else ["closest", "latent"]]
+    for side, table, latents in zip(("left", "right"), known, (ends.iloc[:, 0], ends.iloc[:, 1])):
+        if table is not None:
+            tokens = table[table["pole"] == 1].set_index("latent")["top_tokens"]
+            rows[f"{side} fires on"] = latents.map(tokens).fillna("").map(viz.visible)
     event = st.dataframe(
         rows,
         hide_index=True,
@@ -92,12 +109,15 @@ def pairs(found: Any, view: str, key: str) -> Chosen | None:
         on_select="rerun",
         selection_mode="single-row",
         key=f"{key}_{view}",
-        height=560,
+        height=320,
         placeholder="–",
         alt="Latents of two SAEs with their similarity",
     )
     chosen = [r for r in event.selection.rows if r < len(rows)] or ([0] if len(rows) else [])
-    return (int(ends.iloc[chosen[0], 0]), int(ends.iloc[chosen[0], 1])) if chosen else None
+    if not chosen:
+        return None
+    row = chosen[0]
+    return Pair(int(ends.iloc[row, 0]), int(ends.iloc[row, 1]), 1 if rows["cosine"].iloc[row] >= 0 else -1)
 
 
 def neighbours(row: dict[str, Any], table: pd.DataFrame, key: str) -> Chosen | None:

@@ -50,16 +50,19 @@ view = st.segmented_control(
     key="compare_view",
     label_visibility="collapsed",
 )
-left, right = st.columns([2, 3], gap="medium")
-with left:
-    pair = tables.pairs(found, view, key="compare_table")
-with right:
-    sides = st.columns(2, gap="small")
-    for column, side, latent in zip(sides, (run, other), pair or (None, None)):
-        with column:
-            if latent is None or latent < 0:
-                st.caption("No counterpart on this side." if pair else "Choose a row to see both latents.")
-            elif not side.has_index:
-                st.caption(f"Latent #{latent}; {viz.markdown(side.name)} has no feature index.")
-            else:
-                latent_parts.preview(side, common.need_index(side), latent, 1, key=f"compare_{side.name}")
+known = tuple(common.catalogue(side) if side.has_index else None for side in (run, other))
+pair = tables.pairs(found, view, "compare_table", known)
+if pair is None:
+    st.caption("None.")
+    st.stop()
+ends = ((run, pair.left, 1), (other, pair.right, pair.sign))
+for column, (side, latent, pole) in zip(st.columns(2, gap="medium"), ends):
+    with column:
+        st.caption(viz.markdown(common.describe(side)))
+        if latent < 0:
+            st.caption("No counterpart on this side.")
+        elif not side.has_index:
+            st.caption(f"Latent #{latent}; {viz.markdown(side.name)} has no feature index.")
+        else:
+            index = common.need_index(side)
+            latent_parts.preview(side, index, latent, pole if pole in index.poles else 1, key=f"compare_{side.name}")

@@ -12,6 +12,7 @@ from saelab.workspace.notes import read_notes
 
 SHOWN = 1000
 SORTS = {
+    "telling": "most telling",
     "label_score": "best label",
     "density": "most frequent",
     "max": "strongest",
@@ -30,7 +31,7 @@ with by_text:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         text = st.text_input("Search", key="features_text", placeholder="a token or a label", icon=":material/search:")
         where = st.selectbox("in", ["anything", *search.TEXT_COLUMNS], key="features_where", width=140)
-        sort = st.selectbox("first", list(SORTS), format_func=SORTS.get, key="features_sort", width=180)
+        sort = st.selectbox("sort by", list(SORTS), format_func=SORTS.get, key="features_sort", width=180)
     with st.container(horizontal=True, vertical_alignment="center"):
         state = st.pills("state", list(search.STATES), key="features_state", label_visibility="collapsed")
         pole = None

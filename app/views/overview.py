@@ -8,7 +8,7 @@ from saelab import viz, workspace
 
 found = common.workspace()
 st.title("Overview", anchor=False)
-st.caption(f"{len(found.runs)} runs and {len(found.caches)} caches below `{viz.visible(found.root.name)}`")
+st.caption(f"{len(found.runs)} runs and {len(found.caches)} caches below {viz.markdown(found.root.name)}")
 if not found.runs:
     st.info(
         "This folder holds no run yet. Two commands fill it:\n\n"
@@ -67,8 +67,15 @@ with left:
 with right:
     st.subheader("Where the numbers come from", anchor=False)
     st.markdown(f"**{viz.markdown(common.describe(chosen))}**")
-    facts = [(workspace.TITLES[name], n.text(), n.provenance()) for name, n in workspace.numbers(chosen).items()]
-    common.html(viz.fact_table(facts))
+    known = workspace.numbers(chosen)
+    with st.container(horizontal=True):
+        for name, n in known.items():
+            st.metric(workspace.TITLES[name], n.text(), help=viz.markdown(n.provenance()), width=110)
+    if known:
+        with st.expander("In full"):
+            common.html(viz.fact_table([(workspace.TITLES[k], n.text(), n.provenance()) for k, n in known.items()]))
+    else:
+        st.caption("Nothing was measured yet; `saelab evaluate RUN --cache CACHE` does.")
     settings = {k: v for k, v in chosen.settings.items() if isinstance(v, str | int | float | bool)}
     with st.expander("Settings"):
         st.json({"settings": settings, "trained with": chosen.metadata.get("train") or {}})

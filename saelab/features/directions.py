@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+ROWS = 64  # directions whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -25,22 +28,33 @@ class LogitLens:
 
     def effects(self, directions: Float[Tensor, "m d_in"]) -> Float[Tensor, "m vocab"]:
         """Logit change per unit of each direction."""
+        directions = self._normalised(directions)
+        return directions @ self.unembed - (directions @ self._mean_token)[:, None]
+
+    def _normalised(self, directions: Float[Tensor, "m d_in"]) -> Float[Tensor, "m d_in"]:
+        """What the final norm makes of directions, up to its division."""
         directions = directions.to(self.unembed)
         if self.centred:
             directions = directions - directions.mean(1, keepdim=True)
-        if self.norm_weight is not None:
-            directions = directions * self.norm_weight.to(directions)
-        logits = directions @ self.unembed
-        return logits - logits.mean(1, keepdim=True)
+        return directions if self.norm_weight is None else directions * self.norm_weight.to(directions)
+
+    @cached_property
+    def _mean_token(self) -> Float[Tensor, " d_in"]:
+        return self.unembed.mean(1)
 
     def extremes(
         self, directions: Float[Tensor, "m d_in"], n: int
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(values, token ids) of the ``n`` most promoted tokens, then of the most suppressed; each ``[m, n]``."""
-        logits = self.effects(directions)
-        n = min(n, logits.shape[1])
-        up, down = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
-        return (up.values, up.indices), (down.values, down.indices)
+        n, directions = min(n, self.unembed.shape[1]), self._normalised(directions)
+        # Few rows at a time: their logits stay in the processor's cache while the ends are picked.
+        parts = []
+        for rows in directions.split(ROWS):
+            logits, mean = rows @ self.unembed, (rows @ self._mean_token)[:, None]
+            up, down = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
+            parts.append((up.values - mean, up.indices, down.values - mean, down.indices))
+        high, high_ids, low, low_ids = (torch.cat(column) for column in zip(*parts))
+        return (high, high_ids), (low, low_ids)
 
 
 def unit_rows(W: Float[Tensor, "m d_in"]) -> Float[Tensor, "m d_in"]:
@@ -55,8 +69,11 @@ def neighbours(
 
     Closest is the largest cosine, or the largest absolute cosine where ``signed`` (the cosine keeps its sign).
     """
-    cosines = unit[start:stop] @ unit.T
-    key = cosines.abs() if signed else cosines.clone()
-    key[torch.arange(stop - start), torch.arange(start, stop)] = -torch.inf
-    best = key.topk(min(n, unit.shape[0] - 1), dim=1).indices
-    return cosines.gather(1, best), best
+    found = []
+    for rows in torch.arange(start, stop).split(ROWS):
+        cosines = unit[rows] @ unit.T
+        key = cosines.abs() if signed else cosines
+        key[torch.arange(len(rows)), rows] = -torch.inf  # no row is its own neighbour
+        best = key.topk(min(n, unit.shape[0] - 1), dim=1).indices
+        found.append((cosines.gather(1, best), best))
+    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])

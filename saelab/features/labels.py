@@ -24,6 +24,7 @@ REACH = 16
 CANDIDATES = 12  # tokens considered, and the most a set may hold
 MIN_SUPPORT = 3  # firings that a token must meet: rarer ones always look precise
 MIN_FIRINGS = 8  # in either half
+BLANKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 BACKGROUND = 4096  # windows that tell how often a token is near
 
 
@@ -189,8 +190,8 @@ class Labeller:
             found = np.where(keys[order][at] == wanted, order[at], len(keys)).min(1)  # the earliest of the slot
             hit = found < len(keys)
             added = np.bincount(found[hit], weight[slots[hit]], len(keys))
-        bits = np.zeros((int(sets.slots.max(initial=-1)) + 1, CANDIDATES, BACKGROUND // 8), np.uint8)
-        bits[sets.slots, place] = self.nearby[h][sets.tokens]
+        bits = np.zeros((int(sets.slots.max(initial=-1)) + 1, CANDIDATES, BACKGROUND // 64), np.uint64)
+        bits[sets.slots, place] = self.nearby[h].view(np.uint64)[sets.tokens]
         cumulated = np.bitwise_count(np.bitwise_or.accumulate(bits, axis=1)).sum(2, dtype=np.int64)
         rows_seen = np.diff(cumulated, axis=1, prepend=0)[sets.slots, place] * self.rows_in[h] / BACKGROUND
         return added, np.maximum(rows_seen, added)
@@ -217,4 +218,5 @@ def _best_prefix(
 
 def _visible(token: str) -> str:
     stripped = token.strip()
-    return stripped if stripped else repr(token)[1:-1]
+    # A label of white space alone would read as nothing.
+    return stripped if stripped else "".join(BLANKS.get(char, f"U+{ord(char):04X}") for char in token)

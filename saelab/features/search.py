@@ -137,12 +137,16 @@ def catalogue(index: FeatureIndex) -> pd.DataFrame:
     """The index's table with its token lists: one searchable string per text column, and one to show.
 
     ``top_tokens``, ``promoted`` and ``suppressed`` are joined by spaces, each token in quotes so that its own spaces
-    show; ``label_lower``, ``top_tokens_lower``, ... are what :func:`find` searches.
+    show; ``label_lower``, ``top_tokens_lower``, ... are what :func:`find` searches. ``telling`` is the label's score
+    times the bits of a firing (-log2 density).
     """
     table = index.table()
     names = [name for name in TEXT_COLUMNS.values() if name != "label"]
     lists = pq.read_table(index.folder / FEATURES, columns=names)
     table["label_lower"] = table["label"].fillna("").str.lower()
+    # A label that predicts a rare latent says more than one that predicts "the".
+    rarity = -np.log2(table["density"].clip(lower=1 / max(index.meta["tokens"], 1)))
+    table["telling"] = table["label_score"].fillna(0.0) * rarity
     for name in names:
         # An ASCII separator that no search contains keeps tokens apart.
         joined = pc.binary_join(lists[name].combine_chunks(), "\x1f").to_pandas().fillna("")  # pyright: ignore

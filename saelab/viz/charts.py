@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from saelab.viz.axes import base, log_axis
 from saelab.viz.escape import plain
 from saelab.viz.theme import SYMBOLS, Palette
 
 DEAD_LOG_DENSITY = -10.0  # where a latent that never fired stands on a log10 density axis
-
-
-def base(colours: Palette, height: int = 300, x: str = "", y: str = "", **layout: Any) -> go.Figure:
-    """An empty figure in the house style."""
-    axis = {"gridcolor": colours.grid, "zerolinecolor": colours.grid, "linecolor": colours.grid, "automargin": True}
-    fig = go.Figure()
-    fig.update_layout(
-        height=height,
-        margin={"l": 8, "r": 8, "t": 8, "b": 8},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": colours.text, "size": 12.5, "family": '"Source Sans", "Source Sans Pro", sans-serif'},
-        colorway=list(colours.series),
-        xaxis={"title": {"text": x}, **axis},
-        yaxis={"title": {"text": y}, **axis},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": colours.text}},
-        hoverlabel={"bgcolor": colours.surface, "font": {"color": colours.text}, "align": "left"},
-        bargap=0.06,
-    )
-    return fig.update_layout(**layout)
 
 
 def pareto(
@@ -55,7 +35,7 @@ def pareto(
             line={"width": 1, "dash": "dot"},
             hovertemplate="%{text}<extra></extra>",
         )
-    return fig.update_xaxes(type="log" if points else "linear", dtick="D2")
+    return fig.update_xaxes(log_axis([r[0] for rows in points.values() for r in rows]))
 
 
 def lines(
@@ -72,7 +52,9 @@ def lines(
     for i, (name, (xs, ys)) in enumerate(series.items()):
         dash = dashes[i // len(colours.series) % 4] if len(series) > len(colours.series) else dashes[i % 4]
         fig.add_scatter(x=list(xs), y=list(ys), name=plain(name), mode="lines", line={"width": 2, "dash": dash})
-    return fig.update_yaxes(type="log" if log_y else "linear")
+    if log_y:
+        return fig.update_yaxes(log_axis([y for _, ys in series.values() for y in ys]))
+    return fig.update_yaxes(rangemode="tozero")
 
 
 def density_histogram(

@@ -18,6 +18,8 @@ class Palette:
     muted: str
     grid: str
     primary: str
+    on_primary: str
+    """Text on ``primary``."""
     positive: str
     negative: str
     max_alpha: float
@@ -49,6 +51,7 @@ LIGHT = Palette(
     muted="#5b636e",
     grid="#e4e7eb",
     primary="#0b6e8a",
+    on_primary="#ffffff",
     positive="#e8710a",
     negative="#1f6fd0",
     max_alpha=0.62,
@@ -61,6 +64,7 @@ DARK = Palette(
     muted="#a3abb6",
     grid="#2a3038",
     primary="#4fb6d6",
+    on_primary="#0f1216",
     positive="#f28a2e",
     negative="#4c94f0",
     max_alpha=0.52,

@@ -9,6 +9,7 @@ import pytest
 from small_workspace import HOSTILE
 
 from saelab import viz
+from saelab.viz.axes import log_axis
 from saelab.viz.theme import DARK, LIGHT, contrast
 
 BIDI_AND_CONTROL = "\u202e\u2066\u200f\u061c\u200b\ufeff\x00\x07\x1b\x85\u2028"
@@ -57,6 +58,7 @@ def test_contrast_is_that_of_level_aa(colours: viz.Palette) -> None:
         assert contrast(colours.text, ground) >= 7
         assert contrast(colours.muted, ground) >= 4.5
         assert contrast(colours.primary, ground) >= 4.5
+    assert contrast(colours.on_primary, colours.primary) >= 4.5
     for line in (*colours.series, colours.positive, colours.negative):
         assert contrast(line, colours.background) >= 3, f"{line} cannot be told from the background"
 
@@ -106,3 +108,15 @@ def test_a_density_histogram_counts_dead_latents_at_minus_ten() -> None:
 def test_plotly_labels_are_escaped() -> None:
     figure = viz.logit_effects([("<a href='http://x'>y</a>", 1.0)], [("<b>", -1.0)], DARK)
     assert all("<" not in text for text in figure.layout.yaxis.ticktext)
+
+
+@pytest.mark.parametrize("values", [[16, 32], [3e-5, 0.7], [1e-9, 1e9], [0, 2, 90], [2, 2.1], [0.0], []])
+def test_a_log_axis_has_few_round_labels(values: list[float]) -> None:
+    axis = log_axis(values)
+    positive = [v for v in values if v > 0]
+    if not positive or max(positive) < 1.5 * min(positive):
+        assert axis["type"] == "linear"
+        return
+    assert 2 <= len(axis["tickvals"]) <= 8
+    assert [float(text) for text in axis["ticktext"]] == pytest.approx(axis["tickvals"])
+    assert min(positive) * 0.9 <= axis["tickvals"][0] and axis["tickvals"][-1] <= max(positive) * 1.1

@@ -1,0 +1,51 @@
+"""The house style of every figure, and its axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from saelab.viz.theme import Palette
+
+
+def base(colours: Palette, height: int = 300, x: str = "", y: str = "", **layout: Any) -> go.Figure:
+    """An empty figure in the house style."""
+    axis = {"gridcolor": colours.grid, "zerolinecolor": colours.grid, "linecolor": colours.grid, "automargin": True}
+    axis |= {"exponentformat": "power", "minexponent": 3}
+    fig = go.Figure()
+    fig.update_layout(
+        height=height,
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": colours.text, "size": 12.5, "family": '"Source Sans", "Source Sans Pro", sans-serif'},
+        colorway=list(colours.series),
+        xaxis={"title": {"text": x}, **axis},
+        yaxis={"title": {"text": y}, **axis},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": colours.text}},
+        hoverlabel={"bgcolor": colours.surface, "font": {"color": colours.text}, "align": "left"},
+        bargap=0.06,
+    )
+    return fig.update_layout(**layout)
+
+
+def log_axis(values: Sequence[float], most: int = 8) -> dict[str, Any]:
+    """A logarithmic axis over the positive ``values`` with at most ``most`` round labels; linear where that is enough.
+
+    Plotly would label the digits between powers of ten without their power.
+    """
+    positive = [v for v in values if v > 0]
+    if not positive or max(positive) < 1.5 * min(positive):
+        return {"type": "linear"}
+    low, high = 0.95 * min(positive), 1.05 * max(positive)
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks: list[float] = []
+    for digits in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,)):
+        ticks = [m * 10.0**e for e in decades for m in digits if low <= m * 10.0**e <= high]
+        if len(ticks) <= most:
+            break
+    ticks = ticks[:: -(-len(ticks) // most)] if ticks else []
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
