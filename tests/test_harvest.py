@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import sys
+import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.data.text import from_documents
 from saelab.errors import UserError
-from saelab.lm import HarvestConfig, find_hook, harvest, load_model
+from saelab.lm import HarvestConfig, Share, find_hook, harvest, load_model
 from saelab.lm.capture import Reader
 from tests import tiny_lm
 
@@ -97,6 +104,51 @@ def test_a_killed_harvest_resumes_to_the_same_bytes(
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def harvest_together(rank: int, size: int, root: str, last: int) -> None:
+    """What each of several processes does; with ``last`` it dies once it has written so many shards."""
+    from saelab.data.cache.storage import Folder
+
+    torch.set_num_threads(1)
+    model = load_model(Path(root) / "llama", device="cpu")
+    write, written = Folder.write, 0
+
+    def dying(self: Folder, name: str, data: bytes) -> None:
+        nonlocal written
+        if name.startswith("shard"):
+            if written == last:
+                os._exit(3)
+            written += 1
+        write(self, name, data)
+
+    Folder.write = dying  # type: ignore[method-assign]
+    meeting = dist.FileStore(f"{root}/meeting-{last}", size)
+    rounds = itertools.count()
+
+    def wait() -> None:
+        number = next(rounds)
+        meeting.add(f"round-{number}", 1)
+        while meeting.add(f"round-{number}", 0) < size:
+            time.sleep(0.01)
+
+    options = config(gradients=True, dtype="float16", shard_bytes=SETTINGS["shard_bytes"] // 2)
+    hooks = [HOOK, "blocks.1.hook_mlp_out"]
+    harvest(model, hooks, TEXT, f"{root}/many", options, resume=True, share=Share(rank, size, wait))
+
+
+def test_several_processes_write_the_cache_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # spawned processes run it again
+    model = load_model(tiny_lm.save_llama(tmp_path / "llama"), device="cpu")
+    options = config(gradients=True, dtype="float16", shard_bytes=SETTINGS["shard_bytes"] // 2)
+    harvest(model, [HOOK, "blocks.1.hook_mlp_out"], TEXT, tmp_path / "whole", options)
+    shards = len(ActivationCache(tmp_path / "whole" / HOOK).manifest.shards)
+    with pytest.raises(mp.ProcessExitedException):
+        mp.spawn(harvest_together, (3, str(tmp_path), 3), nprocs=3)  # dies between two hooks' shards
+    begun = {p.name for p in (tmp_path / "many" / "blocks.1.hook_mlp_out").glob("*")}
+    assert 0 < sum(name.startswith("shard") for name in begun) < shards and "manifest.json" not in begun
+    mp.spawn(harvest_together, (2, str(tmp_path), -1), nprocs=2)  # resumed by another number of processes
+    assert files(tmp_path / "many") == files(tmp_path / "whole")
 
 
 def test_resuming_with_other_settings_is_refused(model: Any, cache: ActivationCache) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from saelab.cli.common import console, out, parse, print_json, progress_bar
+from saelab.cli.common import console, out, parse, print_json, progress_bar, quiet
 from saelab.data.cache.tools import describe
 
 
@@ -28,13 +29,16 @@ class Options:
     text_column: str | None = None
     """Field with the text; by default `text`, or the only text field."""
     device: str | None = None
-    """Where the model runs; by default an accelerator if there is one."""
+    """Where the model runs; by default an accelerator if there is one, under torchrun each process' own."""
     model_dtype: str = "float32"
     """Precision the model runs in."""
     overwrite: bool = False
     """Replace an existing cache."""
     resume: bool = False
     """Go on with an interrupted harvest of the same settings; a finished one is left as it is."""
+    timeout_s: float = 3600.0
+    """Seconds that processes under torchrun wait for one another before all give up: more than one takes for a
+    shard."""
     json: bool = False
     """Print a description of the caches as JSON on stdout."""
 
@@ -54,14 +58,33 @@ def main(args: Sequence[str]) -> None:
         sys.exit(130)
 
 
+def place(options: Any) -> tuple[Any, str | None]:
+    """This process' share of the harvest and its device; under torchrun, one process of many."""
+    import torch
+
+    from saelab.distributed import launched, start_world
+    from saelab.lm import Share
+
+    if not launched():
+        return Share(), options.device
+    parallel = start_world(timeout_s=options.timeout_s)
+    quiet(not parallel.is_main)
+    device = options.device
+    if device is None and (cards := torch.cuda.device_count()):
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % cards}"
+    return Share(parallel.data_rank, parallel.data_size, parallel.barrier), device
+
+
 def run(options: Any, config: Any) -> None:
     """Harvest as the options say."""
     from saelab.data.text import open_text
+    from saelab.distributed.world import end_world
     from saelab.lm import harvest, load_model
 
+    share, device = place(options)
     source = open_text(options.text, split=options.text_split, column=options.text_column)
     with console.status(f"loading {options.model} (converted on first use)"):
-        model = load_model(options.model, device=options.device, dtype=options.model_dtype)
+        model = load_model(options.model, device=device, dtype=options.model_dtype)
     hooks = options.hook[0] if len(options.hook) == 1 else options.hook
     with progress_bar() as bar:
         task = bar.add_task("harvest", total=config.contexts * config.context_length)
@@ -74,7 +97,9 @@ def run(options: Any, config: Any) -> None:
             overwrite=options.overwrite,
             resume=options.resume,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            share=share,
         )
+    end_world()
     found = [describe(cache) for cache in (caches.values() if isinstance(caches, dict) else [caches])]
     if options.json:
         print_json(found[0] if len(found) == 1 else found)

@@ -1,6 +1,7 @@
 """The gateway to language models: loading, hook names, and harvesting activations into a cache."""
 
 from saelab.lm.config import HarvestConfig
+from saelab.lm.fill import Share
 from saelab.lm.fingerprint import check_same_model, weights_fingerprint
 from saelab.lm.harvest import harvest
 from saelab.lm.hooks import HookSite, find_hook
@@ -12,6 +13,7 @@ from saelab.lm.unembed import Unembedding, unembedding
 __all__ = [
     "HarvestConfig",
     "HookSite",
+    "Share",
     "Site",
     "Unembedding",
     "check_same_model",

@@ -13,9 +13,15 @@ from saelab.errors import UserError, near_matches
 FORMAT = "saelab.activations"
 VERSION = 1
 MANIFEST = "manifest.json"  # there once the cache is complete
-PARTIAL = "manifest.partial.json"  # there while it is being written
+PARTIAL = "manifest.partial.json"  # there while it is being written; see partial_name
+OTHERS = "manifest.partial-"  # start of the names of what the other processes note meanwhile
 VOCABULARY = "tokens.json"
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+def partial_name(rank: int) -> str:
+    """Where one of the processes that write a cache together notes the shards it has written."""
+    return PARTIAL if rank == 0 else f"{OTHERS}{rank}.json"
 
 
 @dataclass
@@ -29,6 +35,11 @@ class ShardInfo:
     sha256: str
     bytes: int
     document_offset: int = 0  # added to the document numbers in the file; non-zero after a merge
+
+    @property
+    def number(self) -> int:
+        """Place of the shard in the cache, from 0."""
+        return int(self.file.removeprefix("shard_").partition(".")[0])
 
 
 @dataclass

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import replace
 
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.manifest import DTYPES, MANIFEST, PARTIAL, VOCABULARY, Manifest, ShardInfo
+from saelab.data.cache.manifest import DTYPES, MANIFEST, OTHERS, PARTIAL, VOCABULARY, Manifest, ShardInfo, partial_name
 from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
 
@@ -19,26 +20,35 @@ _CHUNK = 8192  # rows per float64 chunk of the statistics
 
 
 class CacheWriter:
-    """Appends shards to a cache folder; ``finish`` computes statistics and marks the cache complete.
+    """Writes the shards of a cache folder; ``finish`` computes statistics and marks the cache complete.
 
-    After each shard a partial manifest is written, so a killed harvest continues at the next shard: pass
-    ``resume=True`` and skip what ``manifest.n_contexts`` already covers. ``complete`` says that nothing is missing.
+    After each shard a partial manifest is written, so a killed harvest goes on with the shards that are missing: pass
+    ``resume=True`` and write those whose number is not in ``done``. ``complete`` says that nothing is missing.
+    Several processes may write one cache, each its own shards: rank 0 opens the folder first, and finishes it when
+    all have written theirs.
     """
 
-    def __init__(self, folder: Folder, manifest: Manifest, *, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self, folder: Folder, manifest: Manifest, *, overwrite: bool = False, resume: bool = False, rank: int = 0
+    ) -> None:
         if manifest.dtype not in DTYPES:
             raise UserError(f"dtype {manifest.dtype!r} is not one a cache can hold; choose from {', '.join(DTYPES)}")
         if not 0 <= manifest.held_out_fraction < 1:
             raise UserError(f"held-out fraction {manifest.held_out_fraction} must be at least 0 and below 1")
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self.rank = folder, manifest, rank
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
-        prepare(folder, overwrite=overwrite, resume=resume)
-        self.complete = resume and folder.exists(MANIFEST)
-        if self.complete or (resume and folder.exists(PARTIAL)):
+        if rank == 0:
+            prepare(folder, overwrite=overwrite, resume=resume)
+        begun = resume or rank > 0
+        self.complete = begun and folder.exists(MANIFEST)
+        if self.complete or (begun and folder.exists(PARTIAL)):
             text = folder.read(MANIFEST if self.complete else PARTIAL).decode()
             self._continue(Manifest.from_json(text, folder.url))
-        else:
+        elif rank == 0:
             self._save()
+        self.done = {shard.number for shard in self.manifest.shards}
+        if rank > 0:
+            self.manifest = replace(self.manifest, shards=[])  # what rank 0 has noted already, it goes on noting
 
     def _continue(self, found: Manifest) -> None:
         before, now = found.identity(), self.manifest.identity()
@@ -48,13 +58,26 @@ class CacheWriter:
                 f"cannot resume {self.folder.url}: its {name} is {before[name]!r}, this harvest has {now[name]!r}; "
                 "use the same settings or start over with overwrite"
             )
-        for shard in found.shards:
+        self.manifest = found
+        if self.rank == 0 and not self.complete:
+            self._collect()
+        for shard in self.manifest.shards:
             if self.folder.size(shard.file) != shard.bytes:
                 raise UserError(f"cannot resume {self.folder.url}: {shard.file} is missing or truncated; start over")
-        self.manifest = found
+
+    def _collect(self) -> None:
+        """Take over what the other processes have noted."""
+        others = [name for name in self.folder.names() if name.startswith(OTHERS)]
+        parts = [Manifest.from_json(self.folder.read(name).decode(), self.folder.url) for name in others]
+        shards = {shard.number: shard for part in [*parts, self.manifest] for shard in part.shards}
+        self.manifest.shards = [shards[number] for number in sorted(shards)]
+        self.manifest.n_documents = max(part.n_documents for part in [*parts, self.manifest])
+        self._save()
+        for name in others:
+            self.folder.remove(name)
 
     def _save(self) -> None:
-        self.folder.write(PARTIAL, self.manifest.to_json().encode())
+        self.folder.write(partial_name(self.rank), self.manifest.to_json().encode())
 
     def write_shard(
         self,
@@ -63,11 +86,16 @@ class CacheWriter:
         slots: Int[Tensor, " rows"],
         documents: Int[Tensor, " tokens"],
         grads: Float[Tensor, "rows d_in"] | None = None,
+        number: int | None = None,
     ) -> None:
-        """Append rows; ``acts[i]`` belongs to ``text[slots[i]]``, and context ``c`` of the shard is
-        ``text[c * context_length : (c + 1) * context_length]``. ``grads`` are already scaled by ``grad_scale``."""
-        name = self._next_shard()
-        stored = self.storable(acts, "activations")
+        """Write shard ``number``, by default the one after the last.
+
+        ``acts[i]`` belongs to ``text[slots[i]]``, and context ``c`` of the shard is
+        ``text[c * context_length : (c + 1) * context_length]``. ``grads`` are already scaled by ``grad_scale``.
+        """
+        number = max(self.done, default=-1) + 1 if number is None else number
+        name = shard_name(number)
+        stored = self.storable(acts, "activations", name)
         tensors = {
             "acts": stored,
             "tokens": text[slots].to(torch.int32),
@@ -76,26 +104,23 @@ class CacheWriter:
             "documents": documents.to(torch.int32).contiguous(),
         }
         if grads is not None:
-            tensors["grads"] = self.storable(grads, "gradients")
+            tensors["grads"] = self.storable(grads, "gradients", name)
         tensors["sum"], tensors["moments"] = sums(stored)
         data = safetensors.torch.save(tensors)
         self.folder.write(name, data)
         contexts = math.ceil(text.numel() / self.manifest.context_length)
         digest = hashlib.sha256(data).hexdigest()
         self.manifest.shards.append(ShardInfo(name, len(acts), text.numel(), contexts, digest, len(data)))
-        self.manifest.n_documents = int(documents.max()) + 1
+        self.manifest.n_documents = max(self.manifest.n_documents, int(documents.max()) + 1)
+        self.done.add(number)
         self._save()
 
-    def _next_shard(self) -> str:
-        return f"shard_{len(self.manifest.shards):05d}.safetensors"
-
-    def storable(self, values: Tensor, what: str, first: int = 0) -> Tensor:
+    def storable(self, values: Tensor, what: str, shard: str, first: int = 0) -> Tensor:
         """``values`` in the cache's dtype, refused when not finite before or after rounding.
 
-        ``first`` is the row of the next shard that ``values`` begin at, for the message.
+        ``first`` is the row of ``shard`` that ``values`` begin at, for the message.
         """
         stored = values.detach().to(self.dtype).cpu().contiguous()
-        shard = self._next_shard()
         if not stored.isfinite().all():
             row = int((~stored.isfinite().all(1)).nonzero()[0])
             if values[row].isfinite().all():
@@ -111,19 +136,33 @@ class CacheWriter:
         """How each token id reads, so that the cache can be shown without its model."""
         self.folder.write(VOCABULARY, json.dumps(strings, ensure_ascii=False).encode())
 
-    def truncate(self, n_shards: int) -> None:
-        """Forget shards from ``n_shards`` on: they are written again. Leaves a complete cache alone."""
-        if self.complete:
+    def set_grad_scale(self, scale: float) -> None:
+        """Note, for whoever goes on writing, what gradients are multiplied by; a scale that is set stays."""
+        if self.manifest.grad_scale is None:
+            self.manifest.grad_scale = scale
+            self._save()
+
+    def keep(self, done: set[int]) -> None:
+        """Forget the shards that are not in ``done``: they are written again. Leaves a complete cache alone."""
+        if self.complete or done == self.done:
             return
-        del self.manifest.shards[n_shards:]
+        self.manifest.shards = [shard for shard in self.manifest.shards if shard.number in done]
+        self.done = set(done)
         self._save()
 
     def finish(self) -> Manifest:
         """Record the held-out split and the training rows' statistics; the cache can now be opened."""
+        self._collect()
+        if missing := set(range(len(self.manifest.shards))) - {shard.number for shard in self.manifest.shards}:
+            raise UserError(f"{self.folder.url} lacks {shard_name(min(missing))}; run the same harvest with --resume")
         finish(self.folder, self.manifest)
         publish(self.folder, self.manifest)
         self.complete = True
         return self.manifest
+
+
+def shard_name(number: int) -> str:
+    return f"shard_{number:05d}.safetensors"
 
 
 def prepare(folder: Folder, *, overwrite: bool, resume: bool, dry: bool = False) -> None:
@@ -143,7 +182,7 @@ def prepare(folder: Folder, *, overwrite: bool, resume: bool, dry: bool = False)
     for name in (MANIFEST, PARTIAL, VOCABULARY):
         folder.remove(name)
     for name in names:
-        if name.startswith(("shard_", ".shard_")):
+        if name.startswith(("shard_", ".shard_", OTHERS)):
             folder.remove(name)
 
 

@@ -1,0 +1,153 @@
+"""kill -9 at random moments: what is on disk is always usable, and going on gives the bytes of a quiet run."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from saelab.cli import main
+from saelab.data.cache import ActivationCache
+from tests import tiny_lm
+
+HOOK = "blocks.2.hook_resid_post"
+GRID = """
+[train]
+epochs = 6
+batch_size = 64
+[[grid]]
+variant = ["topk", "batch_topk"]
+d_sae = 20
+k = 2
+lr = [1e-2, 1e-3]
+[halving]
+at = [0.4]
+"""
+PATIENCE = 120.0  # seconds for one command on a busy machine
+
+
+def quietly(args: list[str]) -> None:
+    """A command in a process of its own, from a parent that has everything imported."""
+    torch.set_num_threads(1)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        main(args)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    """Forks of one process that has imported the package: each starts at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # started processes would run it again
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.test_kill"])
+        yield context
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model, a text, a cache, a grid and a trained SAE."""
+    root = tmp_path_factory.mktemp("kill")
+    tiny_lm.save_llama(root / "llama")
+    (root / "text.txt").write_text(tiny_lm.sentences(1500))
+    (root / "grid.toml").write_text(GRID)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.rand(960, 16, generator=generator) * (torch.rand(960, 16, generator=generator) < 0.2)
+    acts = 5 * codes @ torch.randn(16, 8, generator=generator) + 3
+    tokens = torch.randint(0, 50, (960,), generator=generator)
+    ActivationCache.from_tensors(root / "cache", acts, tokens, context_length=20, held_out=0.1)
+    main([*train(root, root / "run"), "--epochs", "2"])
+    return root
+
+
+def harvest(root: Path, out: Path) -> list[str]:
+    text = ["--model", str(root / "llama"), "--text", str(root / "text.txt"), "--hook", HOOK, "--gradients"]
+    sizes = ["--tokens", "1500", "--context-length", "16", "--pass-tokens", "32", "--shard-bytes", "2048"]
+    return ["harvest", "--out", str(out), "--resume", *text, *sizes]
+
+
+def train(root: Path, out: Path) -> list[str]:
+    config = ["--d-sae", "20", "--k", "3", "--batch-size", "32", "--epochs", "6", "--ema", "0.9", "--lr", "0.01"]
+    return ["train", str(root / "cache"), "--out", str(out), "--resume", "--checkpoint-steps", "3", *config]
+
+
+def sweep(root: Path, out: Path) -> list[str]:
+    options = ["--out", str(out), "--resume", "--checkpoint-steps", "5"]
+    return ["sweep", str(root / "cache"), str(root / "grid.toml"), *options]
+
+
+def index(root: Path, out: Path) -> list[str]:
+    if not out.exists():
+        out.mkdir()
+        for path in (root / "run").iterdir():
+            (out / path.name).write_bytes(path.read_bytes())
+    return ["index", str(out), "--cache", str(root / "cache"), "--model", "none", "--overwrite"]
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file by name, but for what tells the time a run took."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = str(path.relative_to(folder))
+        if path.name in ("evaluation.json", "report.html"):
+            found[name] = None
+        else:
+            # The time stands in the metadata; as text, because NaN differs from itself.
+            table = path.suffix == ".parquet"
+            found[name] = repr(pq.read_table(path).to_pylist()) if table else path.read_bytes()
+    return found
+
+
+def finish(processes: Any, args: list[str]) -> float:
+    """Seconds that a command takes."""
+    process = processes.Process(target=quietly, args=(args,))
+    started = time.monotonic()
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0, args
+    return time.monotonic() - started
+
+
+def kill_often(processes: Any, root: Path, folder: Path, command: Callable[[Path, Path], list[str]], kills: int) -> int:
+    """Kill a command ``kills`` times at random and let it end after every few; returns how often it was cut short."""
+    seconds = finish(processes, command(root, folder / "whole"))
+    whole = contents(folder / "whole")
+    seed = random.randrange(2**32)
+    dice, cut = random.Random(seed), 0
+    for number in range(kills):
+        process = processes.Process(target=quietly, args=(command(root, folder / "cut"),))
+        process.start()
+        process.join(dice.uniform(0, seconds))
+        if process.is_alive():
+            process.kill()
+        process.join(PATIENCE)
+        assert process.exitcode in (0, -signal.SIGKILL), f"exit code {process.exitcode}, dice {seed}"
+        cut += process.exitcode != 0
+        if number % 4 == 3 or number == kills - 1:
+            finish(processes, command(root, folder / "cut"))
+            assert contents(folder / "cut") == whole, f"dice {seed}"
+            (folder / "cut").rename(folder / f"done-{number}")
+    return cut
+
+
+@pytest.mark.parametrize("command", [harvest, train, sweep, index])
+def test_killed_a_few_times_and_resumed(processes: Any, material: Path, tmp_path: Path, command: Any) -> None:
+    assert kill_often(processes, material, tmp_path, command, 4) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [harvest, train, sweep, index])
+def test_killed_twenty_times_and_resumed(processes: Any, material: Path, tmp_path: Path, command: Any) -> None:
+    assert kill_often(processes, material, tmp_path, command, 20) >= 10
