@@ -31,6 +31,7 @@ def main(args: Sequence[str]) -> None:
         "saelab": __version__,
         "python": platform.python_version(),
         "kernels": kernels.describe(),
+        "kernels in bf16": kernels.describe(torch.bfloat16),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **{name: _version(name) for name in PACKAGES},

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import tyro
 
-from saelab import checkpoint
+from saelab import checkpoint, kernels
 from saelab.cli.common import console, out, parse, prepare_output, print_json, progress_bar, quiet
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.variants import option_fields, value_of, variant_in
@@ -129,6 +129,8 @@ def drive(
         f"lr {config.lr:.2g}, dead after {config.dead_after} tokens"
         + (f", {parallel.data_size} data x {parallel.dict_size} dictionary ranks" if parallel.size > 1 else "")
     )
+    bf16 = f"; selection in bf16 by {kernels.describe(torch.bfloat16)}" if config.precision == "bf16" else ""
+    console.print(f"kernels: {kernels.describe()}{bf16}")
     with contextlib.ExitStack() as stack, progress_bar("state") as bar:
         logs = [stack.enter_context(contextlib.closing(log)) for log in loggers(options, config, parallel)]
         steps = fit(

@@ -12,7 +12,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -25,6 +26,7 @@ from saelab.kernels.bench_memory import peak_megabytes
 from saelab.kernels.bench_parity import red_cases
 
 Rounds = dict[str, list[float]]
+GEMM, OURS = "encode GEMM alone", "step, topk"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         result["shapes"][shape] = report  # pyright: ignore
     if options.pursuit:
         n, d_in, d_sae, k = (int(part) for part in options.pursuit.split("x"))
-        result["pursuit"] = _pursuit_report(n, d_in, d_sae, k, options.rounds, device)
+        result["pursuit"] = _pursuit_report(n, d_in, d_sae, k, options, device)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     _say(f"written to {options.out}")
     return 0
@@ -65,8 +67,9 @@ def _step_report(n: int, d_in: int, d_sae: int, k: int, options: argparse.Namesp
     p = steps.Parameters(d_in, d_sae, device)
     buffer = torch.empty(n, d_sae, device=device)
     candidates: dict[str, Callable[[], object]] = {
-        "encode GEMM alone": lambda: torch.mm(x, p.W_enc.detach(), out=buffer),
-        "step, topk": steps.ours(p, x, k),
+        GEMM: lambda: torch.mm(x, p.W_enc.detach(), out=buffer),
+        OURS: steps.ours(p, x, k),
+        "step, absolute topk": steps.ours(p, x, k, signed=True),
         "step, batch budget": steps.ours(p, x, k, per_batch=True),
         "structure of sparsify": steps.row_scatter(steps.Parameters(d_in, d_sae, device), x, k),
     }
@@ -77,25 +80,16 @@ def _step_report(n: int, d_in: int, d_sae: int, k: int, options: argparse.Namesp
     candidates |= _parts(p, x, buffer, k)
     rounds = _interleaved(candidates, options.rounds, device)
     _say(f"\nn={n} d_in={d_in} d_sae={d_sae} k={k}, median of {options.rounds} rounds", _floor(n, d_in, d_sae, k))
-    _table(rounds, "encode GEMM alone", "step, topk")
-    report: dict[str, object] = {"milliseconds": rounds, "ratios": _ratios(rounds, "step, topk")}
+    _table(rounds, GEMM, OURS)
+    report: dict[str, object] = {"milliseconds": rounds, "ratios": _ratios(rounds, OURS)}
     if device == "cpu":
         report["peak_megabytes"] = peak_megabytes(n, d_in, d_sae, k)
         _say(f"peak memory beyond weights, gradients and optimizer: {report['peak_megabytes']:.0f} MB")
     if options.peers_python:
-        script = Path(__file__).with_name("bench_peers.py")
-        command = [str(options.peers_python), str(script), *map(str, (n, d_in, d_sae, k, options.rounds))]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{options.peers_python} could not time the other packages:\n{done.stderr[-2000:]}")
-        report["peers"] = json.loads(done.stdout.splitlines()[-1])
-        gemm = median(rounds["encode GEMM alone"])
-        for name, figures in report["peers"].items():  # pyright: ignore
-            ours = median(rounds["step, topk"]) / gemm
-            theirs = figures["milliseconds"] / figures["gemm"]
-            _say(
-                f"  {name:<34}{figures['milliseconds']:9.0f} ms   {theirs / ours:5.2f}x the time of ours, per GEMM time"
-            )
+        counterpart = {"SAELens AbsTopK": "step, absolute topk"}
+        products = _ratios(rounds, GEMM)
+        ours = defaultdict(lambda: products[OURS], {name: products[step] for name, step in counterpart.items()})
+        report["peers"] = _peers(options, "topk", (n, d_in, d_sae, k), ours)
     return report
 
 
@@ -122,21 +116,50 @@ def _parts(p: steps.Parameters, x: Tensor, z: Tensor, k: int) -> dict[str, Calla
     }
 
 
-def _pursuit_report(n: int, d_in: int, d_sae: int, k: int, rounds: int, device: str) -> dict[str, object]:
+def _peers(
+    options: argparse.Namespace, what: str, shape: tuple[int, ...], ours: Mapping[str, float]
+) -> dict[str, dict[str, object]]:
+    """The packages themselves, timed by the interpreter that has them.
+
+    The processes do not run in turn, so each step is put against the bare product measured in its own; ``ours`` is
+    what our counterpart of each takes, in times of the product.
+    """
+    script = Path(__file__).with_name("bench_peers.py")
+    command = [str(options.peers_python), str(script), what, *map(str, shape), str(options.rounds)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{options.peers_python} could not time the other packages:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, figures in found.items():
+        figures["times_ours"] = figures["milliseconds"] / figures["gemm"] / ours[name]
+        _say(
+            f"  {name} ({figures['package']}): {figures['milliseconds']:.0f} ms, "
+            f"{figures['times_ours']:.2f}x ours, each in times of the product"
+        )
+    return found
+
+
+def _pursuit_report(
+    n: int, d_in: int, d_sae: int, k: int, options: argparse.Namespace, device: str
+) -> dict[str, object]:
     x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(1)).to(device)
     report: dict[str, object] = {}
-    for train in (True, False):
+    product, rounds = torch.empty(n, d_sae, device=device), {}
+    for name, train in (("training", True), ("evaluation", False)):
         # A dictionary each: in training both change theirs, and in evaluation ours may keep its Gram matrix.
         mine, theirs = (steps.Parameters(d_in, d_sae, device) for _ in range(2))
         candidates = {
+            GEMM: lambda mine=mine: torch.mm(x, mine.W_dec.detach().T, out=product),
             "pursuit": steps.pursuit(mine, x, k, train),
             "structure of SAELens": steps.dense_pursuit(theirs, x, k, train),
         }
-        times = _interleaved(candidates, rounds, device)
-        name = "training" if train else "evaluation"
+        rounds[name] = times = _interleaved(candidates, options.rounds, device)
         _say(f"\nmatching pursuit, {name}, n={n} d_in={d_in} d_sae={d_sae} steps={k}")
         _table(times, "pursuit", "pursuit")
         report[name] = {"milliseconds": times, "ratios": _ratios(times, "pursuit")}
+    if options.peers_python:
+        ours = {name: _ratios(times, GEMM)["pursuit"] for name, times in rounds.items()}
+        report["peers"] = _peers(options, "pursuit", (n, d_in, d_sae, k), ours)
     return report
 
 
@@ -177,7 +200,10 @@ def _floor(n: int, d_in: int, d_sae: int, k: int) -> str:
 def _machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    about = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    names = [line.partition(":")[2].strip() for line in about.splitlines() if line.startswith("model name")]
+    name = f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def _wait(device: str) -> None:

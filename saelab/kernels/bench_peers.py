@@ -1,8 +1,8 @@
-"""Time the training steps of other libraries on one batch; run by the interpreter of an environment that has them.
+"""Time the steps of other libraries on one batch; run by the interpreter of an environment that has them.
 
-``python bench_peers.py N D_IN D_SAE K ROUNDS`` prints one JSON object: per library the median milliseconds of a step
-and of the bare encode product in the same rounds. This file imports nothing of ours; a library that is not installed
-is left out.
+``python bench_peers.py WHAT N D_IN D_SAE K ROUNDS``, with ``topk`` or ``pursuit`` for WHAT, prints one JSON object: per
+library and version the median milliseconds of a step and of the bare encode product in the same rounds. This file
+imports nothing of ours; a library that is not installed is left out.
 """
 
 # pyright: reportMissingImports=false
@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from statistics import median
 
@@ -62,10 +63,49 @@ def sae_lens(x: Tensor, d_sae: int, k: int) -> Step:
     return sae_lens_step(sae, x)
 
 
-PEERS: dict[str, tuple[str, Callable[[Tensor, int, int], Step]]] = {
-    "eai-sparsify": ("sparsify", sparsify),
-    "dictionary-learning": ("dictionary_learning", dictionary_learning),
-    "sae-lens": ("sae_lens", sae_lens),
+def sae_lens_abs(x: Tensor, d_sae: int, k: int) -> Step:
+    from sae_lens import AbsTopKTrainingSAE, AbsTopKTrainingSAEConfig
+
+    return sae_lens_step(AbsTopKTrainingSAE(AbsTopKTrainingSAEConfig(d_in=x.shape[1], d_sae=d_sae, k=k)), x)
+
+
+def pursuit(x: Tensor, d_sae: int, k: int):
+    """SAELens' class, told to take ``k`` steps whatever they find, as ours are."""
+    from sae_lens import MatchingPursuitTrainingSAE, MatchingPursuitTrainingSAEConfig
+
+    config = MatchingPursuitTrainingSAEConfig(
+        d_in=x.shape[1], d_sae=d_sae, max_iterations=k, residual_threshold=0.0, stop_on_duplicate_support=False
+    )
+    return MatchingPursuitTrainingSAE(config)
+
+
+def pursuit_training(x: Tensor, d_sae: int, k: int) -> Step:
+    return sae_lens_step(pursuit(x, d_sae, k), x)
+
+
+def pursuit_evaluation(x: Tensor, d_sae: int, k: int) -> Step:
+    sae = pursuit(x, d_sae, k)
+
+    def step() -> None:
+        with torch.no_grad():
+            (sae.decode(sae.encode(x)) - x).square().sum()
+
+    return step
+
+
+Make = Callable[[Tensor, int, int], Step]
+# what is timed -> name -> (distribution, module, how it is made)
+PEERS: dict[str, dict[str, tuple[str, str, Make]]] = {
+    "topk": {
+        "sparsify": ("eai-sparsify", "sparsify", sparsify),
+        "dictionary_learning": ("dictionary-learning", "dictionary_learning", dictionary_learning),
+        "SAELens TopK": ("sae-lens", "sae_lens", sae_lens),
+        "SAELens AbsTopK": ("sae-lens", "sae_lens", sae_lens_abs),
+    },
+    "pursuit": {
+        "training": ("sae-lens", "sae_lens", pursuit_training),
+        "evaluation": ("sae-lens", "sae_lens", pursuit_evaluation),
+    },
 }
 
 
@@ -75,21 +115,25 @@ def milliseconds(run: Step) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def main(n: int, d_in: int, d_sae: int, k: int, rounds: int) -> dict[str, dict[str, float]]:
+def main(what: str, n: int, d_in: int, d_sae: int, k: int, rounds: int) -> dict[str, dict[str, float | str]]:
     x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(1))
     W, product = torch.randn(d_sae, d_in).T, torch.empty(n, d_sae)
     found = {}
-    for name, (package, make) in PEERS.items():
-        if find_spec(package) is None:
+    for name, (distribution, module, make) in PEERS[what].items():
+        if find_spec(module) is None:
             continue
         step = make(x, d_sae, k)
         step()
         pairs = [(milliseconds(lambda: torch.mm(x, W, out=product)), milliseconds(step)) for _ in range(rounds)]
-        found[name] = {"gemm": median(pair[0] for pair in pairs), "milliseconds": median(pair[1] for pair in pairs)}
+        found[name] = {
+            "package": f"{distribution} {version(distribution)}",
+            "gemm": median(pair[0] for pair in pairs),
+            "milliseconds": median(pair[1] for pair in pairs),
+        }
     return found
 
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):  # libraries print on import
-        figures = main(*(int(argument) for argument in sys.argv[1:6]))
+        figures = main(sys.argv[1], *(int(argument) for argument in sys.argv[2:7]))
     sys.stdout.write(json.dumps(figures) + "\n")

@@ -43,12 +43,12 @@ class Parameters:
         self.optimizer.zero_grad()
 
 
-def ours(p: Parameters, x: Tensor, k: int, per_batch: bool = False) -> Step:
+def ours(p: Parameters, x: Tensor, k: int, per_batch: bool = False, signed: bool = False) -> Step:
     def step() -> None:
         if per_batch:
-            selected = kernels.select_batch(x, *p.encoder(), budget=k * x.shape[0])
+            selected = kernels.select_batch(x, *p.encoder(), budget=k * x.shape[0], signed=signed)
         else:
-            selected = kernels.select_topk(x, *p.encoder(), k=k)
+            selected = kernels.select_topk(x, *p.encoder(), k=k, signed=signed)
         values = kernels.pre_acts_at(x, *p.encoder(), selected)
         sse, _ = kernels.sse(x, values, selected.indices, selected.row_ptr, p.W_dec, p.b_dec)
         p.update(sse.sum() / x.shape[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -28,6 +28,7 @@ KEPT = 8  # idle blocks kept at most
 _lock = threading.Lock()
 _blocks: list[np.ndarray] = []
 _idle: list[Tensor] = []
+_elsewhere: list[Callable[[], None]] = []
 
 
 def products(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -126,8 +127,16 @@ _unused = _references(0)  # what an array counts that only the list refers to
 _blocks.clear()
 
 
+def on_release(clear: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: have :func:`release` also call ``clear``, for memory that is kept elsewhere."""
+    _elsewhere.append(clear)
+    return clear
+
+
 def release() -> None:
-    """Give all idle buffers back to the allocator."""
+    """Give all idle buffers back to the allocator, and what was kept for reuse, such as a Gram matrix."""
+    for clear in _elsewhere:
+        clear()
     with _lock:
         _idle.clear()
         _blocks[:] = [_blocks[i] for i in range(len(_blocks)) if _references(i) > _unused]

@@ -29,8 +29,14 @@ def backend(x: Tensor | None = None) -> str:
 
     Without ``x``: for float32 tensors on the device that training would use (CUDA where there is one).
     """
-    device = x.device.type if x is not None else ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = x.dtype if x is not None else torch.float32
+    return _choose(_device(), torch.float32) if x is None else _choose(x.device.type, x.dtype)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _choose(device: str, dtype: torch.dtype) -> str:
     name = _named.get() or os.environ.get(VARIABLE) or None
     if name is None:
         wanted = {"cpu": "numba", "cuda": "triton"}.get(device)
@@ -73,18 +79,23 @@ def use_backend(name: str) -> Iterator[None]:
         _named.reset(token)
 
 
-def describe() -> str:
-    """One line on what runs the ops here, for logs: the backend, its version, and why it is not a faster one."""
-    name = backend()
+def describe(dtype: torch.dtype = torch.float32) -> str:
+    """One line on what runs the ops on ``dtype`` here, for logs: the backend, its version, why it is not a faster one.
+
+    On a CPU only float32 is compiled: bfloat16 products are emulated on most CPUs, and slower than float32 ones.
+    """
+    named = _named.get() or os.environ.get(VARIABLE)
+    if named and (reason := obstacle(named, _device(), dtype)):
+        return f"none ({named} is asked for, but {reason})"
+    name = _choose(_device(), dtype)
     if name == "numba":
         return f"numba {_version('numba')} on {torch.get_num_threads()} CPU threads"
     if name == "triton":
         return f"triton {_version('triton')} on {_card()}"
-    if _named.get() or os.environ.get(VARIABLE):
+    if named:
         return f"reference (plain PyTorch {torch.__version__}, as asked for)"
-    wanted = "triton" if torch.cuda.is_available() else "numba"
-    reason = obstacle(wanted, "cuda" if wanted == "triton" else "cpu")
-    return f"reference (plain PyTorch {torch.__version__}; {wanted} is not used: {reason})"
+    wanted = "triton" if _device() == "cuda" else "numba"
+    return f"reference (plain PyTorch {torch.__version__}; {wanted} is not used: {obstacle(wanted, _device(), dtype)})"
 
 
 def implementation(x: Tensor) -> ModuleType:

@@ -10,11 +10,13 @@ from saelab.kernels import numba_select as select
 from saelab.kernels.chunks import blocks, products
 from saelab.kernels.numba_code import by_column, decode, decode_error, latent_grad, latent_sum, value_grad  # noqa: F401
 from saelab.kernels.numba_launch import array, launch
+from saelab.kernels.numba_order import kth_largest, merge_best, pack
 from saelab.kernels.numba_pursuit import pursue, pursue_backward  # noqa: F401
 from saelab.kernels.reference import Ragged, pointers
 
 NOTHING = np.zeros((1, 1), np.float32)
 UNWEIGHTED = (1.0, 0.0)
+FEW_LANES = 128  # per row, where the maxima of all rows are compared with one another
 STAGED = 64  # entries kept ready per row where a row's number of winners is not known beforehand
 
 
@@ -69,7 +71,7 @@ class Staged:
         """Keys, values and columns without the gaps."""
         total = int(self.counts.sum())
         out = empty(total), empty(total), np.empty(total, np.int64)
-        select.pack(self.start, self.counts, self.keys, self.values, self.columns, *out)
+        pack(self.start, self.counts, self.keys, self.values, self.columns, *out)
         return out
 
 
@@ -85,7 +87,7 @@ def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, 
         new_keys, new_values, columns = found.packed()
         keys, values = np.concatenate([keys, new_keys]), np.concatenate([values, new_values])
         flat = np.concatenate([flat, rows * d_sae + columns])
-        kept = select.merge_best(keys, values, flat, budget)
+        kept = merge_best(keys, values, flat, budget)
         keys, values, flat = keys[:kept], values[:kept], flat[:kept]
         # Once the budget is full, what stays below its smallest key cannot enter: later blocks yield less and less.
         bound = float(keys.min()) if kept == budget else -np.inf
@@ -97,13 +99,13 @@ def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, 
 
 def _first_bound(z: Tensor, bias: np.ndarray, mode: int, budget: int) -> float:
     """A value that at least ``budget`` keys of this block reach, or ``-inf``: the budget-th largest lane maximum."""
-    lanes = min(select.LANES, z.shape[1])
+    lanes = min(FEW_LANES, z.shape[1])
     if budget > z.shape[0] * lanes:
         return -np.inf
     maxima = np.empty((z.shape[0], lanes), np.float32)
     arguments = array(z), bias[: z.shape[1]], NOTHING, mode, maxima
     launch(select.maxima_rows, select.maxima_driver, z.shape[0], *arguments)
-    return float(select.kth_largest(maxima.reshape(-1), maxima.size, budget))
+    return float(kth_largest(maxima.reshape(-1), maxima.size, budget))
 
 
 def _reaching(z, column, bias, extra, mode, bound) -> Staged:

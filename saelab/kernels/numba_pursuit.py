@@ -14,7 +14,7 @@ from numba import prange
 from torch import Tensor
 
 from saelab.kernels import pursuit_reference
-from saelab.kernels.chunks import products, recycled
+from saelab.kernels.chunks import on_release, products, recycled
 from saelab.kernels.numba_code import NONE, by_column, gather_driver, gather_rows
 from saelab.kernels.numba_launch import array, compiled, launch
 from saelab.kernels.pursuit_reference import Trace
@@ -24,7 +24,7 @@ LANES = 256
 BACKWARD_ROWS = 128  # tokens whose per-step gradients are held at a time, about as many as the cache takes
 
 _lock = threading.Lock()
-_kept: list[Tensor] = []  # the dictionary of the last call, copied, and its Gram matrix
+_kept: list[Tensor] = []  # until chunks.release(): the dictionary of the last call, copied, and its Gram matrix
 
 
 @compiled(contract=True)
@@ -159,6 +159,12 @@ def _gram(W_dec: Tensor) -> Tensor:
     torch.mm(W_dec, W_dec.T, out=gram)
     _kept.extend([W_dec.clone(), gram])
     return gram
+
+
+@on_release
+def _forget() -> None:
+    with _lock:
+        _kept.clear()
 
 
 def pursue_backward(

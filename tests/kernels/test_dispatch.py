@@ -178,3 +178,25 @@ def test_a_changed_dictionary_is_never_pursued_with_an_old_gram_matrix() -> None
         expected = kernels.pursuit(case.x, W, None, 4)
     assert torch.equal(found.indices, expected.indices)
     torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-5)
+
+
+@needs_numba
+def test_release_also_gives_back_the_gram_matrix() -> None:
+    from saelab.kernels import numba_pursuit
+
+    case = random_case(40, 8, 30, 1)
+    with kernels.use_backend("numba"):
+        kernels.pursuit(case.x, case.W_dec, None, 4)
+        assert numba_pursuit._kept
+        chunks.release()
+        assert not numba_pursuit._kept
+
+
+@needs_numba
+def test_the_description_says_what_runs_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_device", lambda: "cpu")
+    monkeypatch.delenv("SAELAB_KERNELS", raising=False)
+    said = kernels.describe(torch.bfloat16)
+    assert said.startswith("reference") and "numba is not used: it computes in float32, not in torch.bfloat16" in said
+    with kernels.use_backend("numba"):
+        assert kernels.describe(torch.bfloat16).startswith("none (numba is asked for, but it computes in float32")
