@@ -1,21 +1,27 @@
 """Sizes and folders of the notebooks; ``SAELAB_NOTEBOOK_QUICK=1`` shrinks everything to what a test can wait for.
 
-The notebooks share one activation cache and one trained run: whichever needs them first makes them.
+The notebooks share one activation cache, made by whichever needs it first. SAEs to look at come from ``checkpoints/``;
+where one is not there, it is trained on that cache.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
 
-from saelab import ActivationCache, TrainConfig, build
+from saelab import ActivationCache, FeatureIndex, TrainConfig, build, build_index, load_model
+from saelab.checkpoint import load_sae
+from saelab.features import LogitLens
+from saelab.lm import unembedding
 from saelab.train import finished, fit
 from saelab.viz import LIGHT as COLOURS  # noqa: F401
 
 QUICK = os.environ.get("SAELAB_NOTEBOOK_QUICK") == "1"
 FOLDER = Path(os.environ.get("SAELAB_NOTEBOOK_FOLDER", "../demo/notebooks"))
+SHIPPED = Path(os.environ.get("SAELAB_NOTEBOOK_CHECKPOINTS", Path(__file__).parent.parent / "checkpoints"))
 MODEL, HOOK = "smollm2", "blocks.9.hook_resid_post"
 TOKENS, CONTEXT = (3_000, 64) if QUICK else (200_000, 128)
 GRADIENT_TOKENS = 800 if QUICK else 100_000
@@ -40,8 +46,11 @@ def demo_cache(gradients: bool = False) -> ActivationCache:
 
 
 def demo_run(variant: str = "topk") -> Path:
-    """A run folder with an SAE trained on the demo cache."""
+    """A run folder with an SAE of the demo model: a copy of the shipped one, or one trained on the demo cache."""
     folder = FOLDER / variant
+    if not folder.exists() and (SHIPPED / variant / "cfg.json").is_file():
+        # A copy, because notebooks write beside it: an index, recipes.
+        shutil.copytree(SHIPPED / variant, folder.with_name(f".{variant}"), dirs_exist_ok=True).rename(folder)
     if not finished(folder):
         cache = demo_cache()
         torch.manual_seed(TRAIN.seed)
@@ -49,3 +58,11 @@ def demo_run(variant: str = "topk") -> Path:
         for _ in fit(sae, cache, TRAIN, folder, resume=folder.exists()):
             pass
     return folder
+
+
+def demo_index(variant: str = "topk") -> FeatureIndex:
+    """The feature index of :func:`demo_run`: the one it came with, or one built over the demo cache."""
+    folder = demo_run(variant)
+    if not (folder / "features" / "features.parquet").is_file():
+        build_index(load_sae(folder), demo_cache(), folder, lens=LogitLens(*unembedding(load_model(MODEL))))
+    return FeatureIndex(folder)

@@ -10,7 +10,8 @@ import torch
 
 from saelab.checkpoint import save_sae
 from saelab.cli import main
-from saelab.steer import Add, Recipe, SteeringVector, calibrate, generate
+from saelab.steer import Ablate, Add, Clamp, Recipe, SteeringVector, calibrate, generate
+from tests import tiny_lm
 from tests.steer_models import HOOK, folder, llama, tokenizer
 from tests.test_steer import RUN
 
@@ -97,6 +98,16 @@ def test_tokens_are_explained(run: str, capsys) -> None:
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--chat"], "no chat template"),
         (["--latent", "3", "--operation", "scale", "--strength", "2norm", "--prompt", PROMPT], "takes a factor"),
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--model", "./nowhere"], "does not exist"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--hook", "blocks.9.hook_out"], "no hook point"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--hook", "blocks.1.hook_resid_mid"], "in its place"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--temperature", "nan"], "temperature=nan"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--max-new-tokens", "-3"], "max_new_tokens=-3"),
+        (["--latent", "3", "--strength", "auto", "--prompt", PROMPT, "--budget-kl", "nan"], "the budget nan"),
+        (["--latent", "3", "--strength", "1", "--save", "/dev/null/recipe"], "cannot be written: /dev/null is a file"),
+        (["--latent", "3", "--strength", "1", "--gguf", "/dev/null/a.gguf"], "cannot be written: /dev/null is a file"),
+        (["--latent", "3", "--strength", "1", "--gguf", "."], "is a folder; --gguf names a file"),
+        (["--latent", "3", "--operation", "ablate", "--gguf", "never.gguf"], "can only add; Ablate"),
+        (["--latent", "3", "--strength", "1", "--save", "never", "--explain"], "give --prompt"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(args: list[str], message: str, run: str, capsys) -> None:
@@ -105,6 +116,44 @@ def test_mistakes_are_one_line_and_exit_code_2(args: list[str], message: str, ru
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert message in error.replace("\n", " ") and "Traceback" not in error
+    assert not Path("never").exists() and not Path("never.gguf").exists()
+
+
+def test_a_recipe_is_replaced_only_when_asked(run: str, tmp_path: Path, capsys) -> None:
+    args = [run, "--latent", "3", "--strength", "8", "--save", str(tmp_path / "recipe")]
+    steer(*args)
+    with pytest.raises(SystemExit):
+        steer(*args)
+    assert "--overwrite" in capsys.readouterr().err
+    steer(*args[:-3], "5", *args[-2:], "--overwrite")
+    assert Recipe.load(tmp_path / "recipe").interventions[0].length == 5.0
+
+
+@pytest.mark.parametrize("damage", ["strength", "model", "vectors_sha256", "list", "not json"])
+def test_a_damaged_recipe_is_one_line(damage: str, run: str, tmp_path: Path, capsys) -> None:
+    steer(run, "--latent", "3", "--strength", "8", "--save", str(tmp_path / "recipe"))
+    path = tmp_path / "recipe" / "recipe.json"
+    content = json.loads(path.read_text())
+    for part in (content, content["interventions"][0]):
+        part.pop(damage, None)
+    path.write_text({"list": "[1]", "not json": "{"}.get(damage, json.dumps(content)))
+    with pytest.raises(SystemExit) as stop:
+        steer(str(tmp_path / "recipe"), "--prompt", PROMPT)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "get the recipe again" in error and "Traceback" not in error
+
+
+def test_conflicts_and_other_models_in_a_recipe_are_one_line(run: str, tmp_path: Path, capsys) -> None:
+    both = [Clamp(RUN, 3, 1.0, where="prompt"), Ablate(RUN, 3, where="generated")]
+    Recipe.of(llama(), both).save(tmp_path / "recipe")
+    path = tmp_path / "recipe" / "recipe.json"
+    path.write_text(path.read_text().replace('"prompt"', '"all"'))
+    other = str(tiny_lm.save_llama(tmp_path / "other"))
+    for model, message in ((folder(), "Clamp and Ablate conflict on latent 3"), (other, "this model has")):
+        with pytest.raises(SystemExit) as stop:
+            steer(str(tmp_path / "recipe"), "--prompt", PROMPT, "--model", model)
+        error = capsys.readouterr().err.replace("\n", " ")
+        assert stop.value.code == 2 and message in error and "Traceback" not in error
 
 
 def test_an_sae_of_another_width_is_refused(run: str, tmp_path: Path, capsys) -> None:

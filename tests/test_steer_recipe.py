@@ -76,7 +76,7 @@ def test_another_model_is_refused() -> None:
 
 def test_damage_and_strangers_are_named(tmp_path: Path) -> None:
     folder = Recipe.of(llama(), PARTS["add"]).save(tmp_path / "recipe")
-    with pytest.raises(UserError, match="exists; give overwrite=True"):
+    with pytest.raises(UserError, match="exists; replace it with overwrite"):
         Recipe.of(llama(), PARTS["add"]).save(folder)
     Recipe.of(llama(), PARTS["project"]).save(folder, overwrite=True)
     assert len(Recipe.load(folder).interventions) == 1

@@ -23,13 +23,14 @@ from saelab.steer import (
     ProjectOut,
     Recipe,
     Run,
+    Sampling,
     Scale,
     SteeringVector,
     calibrate,
     explain,
     generate,
 )
-from saelab.steer.recipe import RECIPE
+from saelab.steer.recipe import RECIPE, check_free, check_parent
 from saelab.steer.vectors import parse_strength, pole_sign
 
 Operation = Literal["add", "scale", "clamp", "min-clamp", "ablate", "project-out"]
@@ -76,6 +77,8 @@ class Options:
     """Split the logit of each steered token of the first prompt into latents and error term."""
     save: Path | None = None
     """Write the intervention as a recipe into this folder."""
+    overwrite: bool = False
+    """Replace an existing recipe."""
     gguf: Path | None = None
     """Write the vector as a llama.cpp control vector."""
     json: bool = False
@@ -87,6 +90,7 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, "steer", args, "Steer a language model with a latent or a recipe.")
     if not options.prompt and options.save is None and options.gguf is None:
         raise UserError('nothing to do: give --prompt "text", --save RECIPE or --gguf FILE')
+    check_outputs(options)
     if (options.run / RECIPE).is_file():
         if options.latent is not None:
             raise UserError("a recipe names its own latents; leave out --latent")
@@ -110,13 +114,26 @@ def main(args: Sequence[str]) -> None:
     if options.explain and prompts:
         result["explanation"] = explained(options, recipe, run, model, prompts[0])
     if options.save is not None:
-        recipe.save(options.save)
+        recipe.save(options.save, options.overwrite)
     if options.gguf is not None:
         recipe.to_gguf(options.gguf)
     if options.json:
         print_json(result)
     else:
         show(options, result)
+
+
+def check_outputs(options: Options) -> None:
+    """Refuse before anything is loaded what could not be written afterwards."""
+    if options.explain and not options.prompt:
+        raise UserError('--explain explains what is written after a prompt: give --prompt "text"')
+    Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
+    if options.save is not None:
+        check_free(options.save, options.overwrite)
+    if options.gguf is not None:
+        if options.gguf.is_dir():
+            raise UserError(f"{options.gguf} is a folder; --gguf names a file")
+        check_parent(options.gguf)
 
 
 def check(options: Options, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,8 +54,8 @@ def calibrate(
     budget = budget_kl if budget_kl is not None else budget_perplexity
     assert budget is not None
     floor = 0.0 if unit == "kl" else 1.0
-    if budget <= floor:
-        raise UserError(f"the budget {budget} is not above {floor}, the damage of doing nothing")
+    if not floor < budget < math.inf:
+        raise UserError(f"the budget {budget} is not a finite number above {floor}, the damage of doing nothing")
     bench = Bench(model, prompts, tokenizer=tokenizer)
     if isinstance(vector, SteeringVector):
         limit = limit or 4 * (vector.rms_norm or _rms_norm(model, vector.hook_name, bench))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,14 @@ class Sampling:
     seed: int = 0  # the same seed draws with the same random numbers, steered or not
     use_cache: bool = True
     stop_at_eos: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} must be 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature} must be 0 (the likeliest token) or more, and finite")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} is a probability, above 0 and at most 1")
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Int[Tensor, " batch"]:
         """One token per row of ``logits [batch, vocabulary]``."""

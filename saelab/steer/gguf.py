@@ -47,6 +47,7 @@ def export(recipe: Recipe, path: Path) -> Path:
     if not layers:
         raise UserError("the recipe holds no vector to export")
     hint = _ARCHITECTURES.get(recipe.model.architecture, recipe.model.architecture)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     writer = GGUFWriter(str(temporary), "controlvector")
     writer.add_string("controlvector.model_hint", hint)

@@ -8,6 +8,7 @@ pickled, and a recipe made for another model is refused.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -70,10 +71,7 @@ class Recipe:
     def save(self, folder: Path | str, overwrite: bool = False) -> Path:
         """Write the recipe; the folder appears complete or not at all."""
         folder = Path(folder)
-        if folder.exists() and not overwrite:
-            raise UserError(f"{folder} exists; give overwrite=True to replace it, or another name")
-        if folder.exists() and not (folder / RECIPE).is_file():
-            raise UserError(f"{folder} is not a recipe and will not be replaced; give another name")
+        check_free(folder, overwrite)
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
@@ -129,18 +127,37 @@ class Recipe:
             vectors = load_file(folder / VECTORS)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / VECTORS} cannot be read ({error}); get the recipe again") from error
-        if tensors_hash(vectors) != content["vectors_sha256"]:
+        if tensors_hash(vectors) != content.get("vectors_sha256"):
             raise UserError(f"{folder / VECTORS} does not match the hash in {RECIPE}; get the recipe again")
         runs: dict[str, Run] = {}
-        interventions = [_intervention(entry, folder, vectors, runs) for entry in content["interventions"]]
-        about = {name: content[name] for name in ("name", "description", "provenance")}
-        return cls(interventions, ModelIdentity(**content["model"]), **about)
+        try:
+            interventions = [_intervention(entry, folder, vectors, runs) for entry in content["interventions"]]
+            about = {name: content[name] for name in ("name", "description", "provenance")}
+            return cls(interventions, ModelIdentity(**content["model"]), **about)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / RECIPE} is damaged ({error}); get the recipe again") from error
 
     def to_gguf(self, path: Path | str) -> Path:
         """Write the vectors in the layout of llama.cpp's ``--control-vector``; see :mod:`saelab.steer.gguf`."""
         from saelab.steer.gguf import export
 
         return export(self, Path(path))
+
+
+def check_free(folder: Path, overwrite: bool = False) -> None:
+    """UserError unless a recipe may be written into ``folder``."""
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists; replace it with overwrite (--overwrite), or give another name")
+    if folder.exists() and not (folder / RECIPE).is_file():
+        raise UserError(f"{folder} is not a recipe and will not be replaced; give another name")
+    check_parent(folder)
+
+
+def check_parent(path: Path) -> None:
+    """UserError where the nearest existing folder above ``path`` is none, or cannot be written."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{path} cannot be written: {above} is {'read-only' if above.is_dir() else 'a file'}")
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -151,6 +168,8 @@ def _read(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); get the recipe again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object); get the recipe again")
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise UserError(
             f"{path} has format {content.get('format')} version {content.get('version')}; this saelab reads "
