@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from saelab.lm import load_model
+from saelab.lm import load_hf_model, load_model
 from saelab.lm.sites import underlying
 from saelab.sae import build
 from saelab.steer import Add, Clamp, Intervention, Recipe, Run, Scale, SteeringVector, attach, generate_tokens
@@ -73,26 +74,43 @@ def test_every_way_of_generating_writes_the_same_tokens(
             assert out[0, alone.shape[1] :].tolist() == expected[0]
 
 
-def test_a_recipe_made_on_the_bridge_steers_the_plain_model(model: Any, vector: SteeringVector, tmp_path) -> None:
-    from transformers import AutoModelForCausalLM
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return load_hf_model("smollm2")
 
-    from saelab.lm import smollm2_folder
 
-    plain = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32).eval()
+@pytest.mark.parametrize("name", ["add", "add_generated", "sae"])
+def test_a_recipe_made_on_the_bridge_steers_the_plain_model(
+    name: str, model: Any, plain: Any, vector: SteeringVector, run: Run, tmp_path: Path
+) -> None:
+    interventions = steering(name, vector, run)
     ids, mask = tokenize(model.tokenizer, PROMPTS)
-    expected = generate_tokens(model, ids, mask, Add(vector, "0.8norm"), max_new_tokens=NEW)
-    Recipe.of(model, Add(vector, "0.8norm")).save(tmp_path / "recipe")
+    expected = generate_tokens(model, ids, mask, interventions, max_new_tokens=NEW)
+    Recipe.of(model, interventions).save(tmp_path / "recipe")
     recipe = Recipe.load(tmp_path / "recipe")
     assert recipe.model.name == "smollm2"
+    options = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
     with recipe.attach(plain):
         for use_cache in (True, False):
-            out = plain.generate(
-                ids,
-                attention_mask=mask,
-                do_sample=False,
-                max_new_tokens=NEW,
-                use_cache=use_cache,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
+            out = plain.generate(ids, attention_mask=mask, use_cache=use_cache, **options)
             assert out[:, ids.shape[1] :].tolist() == expected
+        for row, prompt in enumerate(PROMPTS):
+            alone, _ = tokenize(model.tokenizer, prompt)
+            out = plain.generate(alone, attention_mask=torch.ones_like(alone), **options)
+            assert out[0, alone.shape[1] :].tolist() == expected[row]
+
+
+def test_strength_zero_and_an_exception_leave_the_models_bit_for_bit(
+    model: Any, plain: Any, vector: SteeringVector
+) -> None:
+    ids, mask = tokenize(model.tokenizer, PROMPTS)
+    for either in (model, plain):
+        root = underlying(either)
+        with torch.no_grad():
+            expected = root(input_ids=ids, attention_mask=mask).logits
+            with attach(either, Add(vector, 0.0)):
+                assert torch.equal(root(input_ids=ids, attention_mask=mask).logits, expected)
+            with pytest.raises(RuntimeError, match="mine"), attach(either, Add(vector, "1norm")):
+                assert not torch.equal(root(input_ids=ids, attention_mask=mask).logits, expected)
+                raise RuntimeError("mine")
+            assert torch.equal(root(input_ids=ids, attention_mask=mask).logits, expected)
