@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,15 @@ def test_an_index_gives_it_the_units(sparsify: Path) -> None:
     run = Run.open(sparsify)
     assert run.index is not None
     assert Add(SteeringVector.from_latent(run, 3), "0.5max").length == pytest.approx(0.5 * run.index.max_activation(3))
+
+
+def test_it_is_evaluated_where_it_lies(sparsify: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = sparsify.parent / "cache"
+    ActivationCache.from_tensors(cache, torch.randn(300, D_MODEL), torch.randint(4, 90, (300,)), context_length=20)
+    main(["evaluate", str(sparsify), "--cache", str(cache), "--lm-tokens", "0", "--json"])
+    found = json.loads(capsys.readouterr().out)["metrics"]
+    assert 0 < found["l0"]["value"] <= K
+    assert json.loads((sparsify / "evaluation.json").read_text())["metrics"] == found
 
 
 def test_a_file_has_no_room_for_an_index(openai: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import tyro
 
 from saelab import checkpoint
 from saelab.cli.common import console, out, parse, print_json, progress_bar
-from saelab.data.cache import ActivationCache
+from saelab.cli.subject import open_subject
 from saelab.errors import UserError
 from saelab.evaluate import EvaluateConfig, Evaluation, TaskConfig, evaluate, run_tasks, saebench
 
@@ -23,7 +23,7 @@ class Options:
     """Which run, and on what."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder; evaluation.json is written into it."""
+    """Folder of a run, or of another tool's SAE; evaluation.json is written into it."""
     cache: Path
     """Folder of the activation cache; its held-out rows are evaluated."""
     model: str | None = None
@@ -75,8 +75,7 @@ def run(
     tasks: TaskConfig | None = None,
 ) -> Evaluation:
     """Load everything, evaluate with a progress bar, save."""
-    sae, cache, wanted = checkpoint.load_sae(folder), ActivationCache(cache_folder), tasks or TaskConfig()
-    check_provenance(checkpoint.load_metadata(folder), cache, folder)
+    (sae, cache, folder), wanted = open_subject(folder, cache_folder), tasks or TaskConfig()
     model, name = None, model_name or cache.manifest.model
     if config.lm_tokens and not name:
         console.print("the cache names no model: cross-entropy and KL are left out; give one with --model")
@@ -112,16 +111,6 @@ def write_saebench(result: Evaluation, run: Path, path: Path, tasks: TaskConfig)
         return
     for content in contents:
         console.print(f"saved {saebench.save(content, path)}")
-
-
-def check_provenance(metadata: dict, cache: ActivationCache, folder: Path) -> None:
-    """Refuse a cache of another model or hook point than the run was trained on; another text is fine."""
-    for key, have in (("model_name", cache.manifest.model), ("hook_name", cache.hook_name)):
-        want = metadata.get(key)
-        if want and have and want != have:
-            raise UserError(
-                f"{folder} was trained on {key}={want}, {cache.path} holds {have}; evaluate on its own kind"
-            )
 
 
 def show(result: Evaluation) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import tyro
 
 from saelab.cli.common import console, out, parse, print_json, progress_bar
+from saelab.cli.subject import open_subject
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
-from saelab.interop.detect import is_ours, load_with_metadata
 from saelab.lm import unembedding
 
 
@@ -53,12 +53,7 @@ def run(
     folder: Path, cache_folder: Path, model: str | None, config: IndexConfig, overwrite: bool = False
 ) -> FeatureIndex:
     """Load everything and build the index with a progress bar."""
-    (sae, metadata, folder), cache = load_with_metadata(folder), ActivationCache(cache_folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file, and an index needs a folder: `saelab convert {folder} NEW --to saelens`")
-    # Other tools name models in ways of their own, "gpt2-small" for "gpt2".
-    known = metadata if is_ours(folder) else {"hook_name": metadata.get("hook_name")}
-    check_provenance(known, cache, folder)
+    sae, cache, folder = open_subject(folder, cache_folder)
     lens = load_lens(model or cache.manifest.model, cache)
     with progress_bar() as bar:
         tasks: dict[str, Any] = {}
@@ -85,14 +80,6 @@ def load_lens(model: str, cache: ActivationCache) -> LogitLens | None:
             "give its own model with --model, or --model none"
         )
     return LogitLens(weights.weight, weights.norm_weight, weights.centred)
-
-
-def check_provenance(metadata: dict[str, Any], cache: ActivationCache, folder: Path) -> None:
-    """Refuse a cache of another model or hook point than the run was trained on; another text is fine."""
-    for key, have in (("model_name", cache.manifest.model), ("hook_name", cache.hook_name)):
-        want = metadata.get(key)
-        if want and have and want != have:
-            raise UserError(f"{folder} was trained on {key}={want}, {cache.path} holds {have}; index its own kind")
 
 
 def summary(index: FeatureIndex) -> dict[str, Any]:
