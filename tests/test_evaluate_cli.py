@@ -86,7 +86,7 @@ def labelled_file(world, n=120):
         a, b = i % 2, (i // 2) % 2
         text = torch.randint(1, VOCAB // 2, (6,), generator=generator) + a * (VOCAB // 2)
         text[:3] = 5 + 52 * a if b else text[:3]
-        lines.append(json.dumps({"text": " ".join(map(str, text.tolist())), "a": a, "b": b}))
+        lines.append(json.dumps({"text": " ".join(map(str, text.tolist())), "a": a, "b": b, "c": 2 * a + b}))
     path = world.path / "labels.jsonl"
     path.write_text("\n".join(lines))
     return path
@@ -113,6 +113,7 @@ def test_every_task_on_the_text_of_the_cache(world, capsys):
     assert set(tasks["probing"]) == {"article", "year"}
     assert tasks["probing"]["article"]["dense_probe_test_accuracy"]["value"] > 0.75
     assert tasks["tpp"]["article"]["classes"] == 8
+    assert set(tasks["tpp"]) == {"article"}
     assert tasks["scr"]["article / year"]["tasks"] >= 1
     assert tasks["two-sided"]["two_sided_fraction"]["value"] == 0
     assert all(map(math.isfinite, numbers(printed)))
@@ -142,7 +143,7 @@ def test_a_labelled_file_runs_through_the_model(world, capsys):
     tasks = json.loads((world.path / "run" / "evaluation.json").read_text())["tasks"]
     assert tasks["probing"]["a"]["sae_top_1_test_accuracy"]["value"] == 1.0
     assert set(tasks["scr"]) == {"a / b"}
-    assert set(tasks["tpp"]) == {"a", "b"}
+    assert set(tasks["tpp"]) == {"c"}  # two classes have no others to spare
     main([*arguments, "--tasks", "probing", "--labels", str(path), "--columns", "b", "--json"])
     assert list(json.loads(capsys.readouterr().out)["tasks"]["probing"]) == ["b"]
     main([*arguments, "--saebench", str(world.path / "core.json")])
@@ -151,7 +152,13 @@ def test_a_labelled_file_runs_through_the_model(world, capsys):
 
 BAD = {
     "one class": (['{"text": "1 2", "a": 1}'] * 60, ["--tasks", "probing"], "one class only"),
-    "too few": (['{"text": "1 2", "a": 1}', '{"text": "3", "a": 0}'], ["--tasks", "tpp"], "fewer than two classes"),
+    "too few": (['{"text": "1", "a": 1}', '{"text": "3", "a": 0}'], ["--tasks", "probing"], "fewer than two classes"),
+    "two classes": ([f'{{"text": "1", "a": {i % 2}}}' for i in range(60)], ["--tasks", "tpp"], "three classes"),
+    "two of them named": (
+        [f'{{"text": "1", "a": {i % 2}}}' for i in range(60)],
+        ["--tasks", "tpp", "--columns", "a"],
+        "three classes",
+    ),
     "an empty document": (['{"text": "1", "a": 1}', '{"text": "  ", "a": 0}'], ["--tasks", "probing"], "line 2"),
     "one label for scr": ([f'{{"text": "1", "a": {i % 2}}}' for i in range(60)], ["--tasks", "scr"], "two labels"),
     "an unknown label": (['{"text": "1", "a": 1}'], ["--tasks", "probing", "--columns", "c"], "no label 'c'"),

@@ -151,10 +151,13 @@ def tpp(
     """TPP: ablating the poles of one class should hurt its own probe and spare the others.
 
     ``score[n]`` is the drop of class i's probe after ablating its n top poles, minus the mean drop of the other
-    probes, averaged over classes.
+    probes, averaged over classes. It takes three classes: of two, one's probe is the other's turned around, and every
+    drop of the one is a drop of the other.
     """
     values = passages.column(label)
     classes = frequent(values, min_class)
+    if len(classes) < 3:
+        raise UserError(f"tpp needs three classes of {min_class} passages; label {label!r} has two: name another label")
     rng = np.random.default_rng(seed)
     size = min(int((values == name).sum()) for name in classes)
     rows = {name: rng.permutation(np.flatnonzero(values == name))[:size] for name in classes}

@@ -134,7 +134,10 @@ def _probing(bench: _Bench) -> dict[str, Any]:
 
 def _tpp(bench: _Bench) -> dict[str, Any]:
     pooled, passages, columns = bench.labelled()
-    return {name: perturb.tpp(pooled, passages, name, seed=bench.seed) for name in columns}
+    several = [name for name in columns if bench.config.columns or len(set(passages.labels[name])) > 2]
+    if not several:
+        raise UserError(f"tpp needs a label of three classes or more; {passages.source} has {', '.join(columns)}")
+    return {name: perturb.tpp(pooled, passages, name, seed=bench.seed) for name in several}
 
 
 def _scr(bench: _Bench) -> dict[str, Any]:
