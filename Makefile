@@ -6,12 +6,13 @@ EXTRAS = app,demo,notebooks,docs,dev
 STAMP = $(VENV)/.installed
 PORT ?= 8501
 
-.PHONY: help demo app test test-interop lint format bench docs clean
+.PHONY: help demo app test claims test-interop lint format bench docs clean
 
 help:
 	@echo "make demo    train an SAE on a real language model and index its features (under 10 minutes)"
 	@echo "make app     open the feature browser on the result"
 	@echo "make test    run the whole test suite (under 10 minutes)"
+	@echo "make claims  check the papers' claims on planted data (under 5 minutes)"
 	@echo "make test-interop   run SAELens, SAEBench and other tools on our files, and saelab under transformer-lens 3"
 	@echo "make lint    format check, lint, types"
 	@echo "make docs    write the reference of the Python interface into docs/api"
@@ -33,6 +34,9 @@ app: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+claims: $(STAMP)
+	$(BIN)/saelab reproduce all --quick
 
 # The other tools need transformer-lens below 4, hence an environment of their own.
 PEERS = .venv-interop

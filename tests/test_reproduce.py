@@ -15,10 +15,11 @@ from saelab.data.cache import ActivationCache
 from saelab.data.synthetic import Planted, Tree
 from saelab.errors import UserError
 from saelab.evaluate import Site, edited
-from saelab.reproduce import PAPERS, Lab, Ledger, Row, Scale, abs_topk, choice, g_sae, mp_sae, reproduce
+from saelab.reproduce import PAPERS, Lab, Ledger, Row, Scale, about, abs_topk, changed, choice, g_sae, mp_sae, reproduce
 from saelab.reproduce.ledger import above, below, paired, summary
 from saelab.reproduce.planted import Readout
-from saelab.reproduce.runs import Record, Spec, at_equal_l0
+from saelab.reproduce.results import claims, curves, markdown, read
+from saelab.reproduce.runs import Record, Spec, at_equal_l0, table
 from saelab.reproduce.toys import PURSUIT_STEPS, RESIDUAL_STOP, STEPS, Toys, clip_each, fit, schedule
 from saelab.reproduce.tree import run_toys, score
 from saelab.sae import build
@@ -244,3 +245,33 @@ def test_quick_fails_when_a_verdict_changes(monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         main(["reproduce", "choice", "--quick"])
     assert error.value.code == 1
+
+
+def test_saved_ledgers_become_a_table_and_curves(tmp_path):
+    records = [_record("a", seed, l0, 1 / l0 + 0.01 * seed) for seed in range(3) for l0 in (8, 16)]
+    measured = {"fvu_difference": {"topk": summary([-0.1, -0.2, -0.3])}, "table": table(records, ("l0", "fvu"))}
+    rows = [
+        Row("choice", "lower FVU", "s", measured, "reproduced", "r"),
+        Row("choice", "exact", "s", {"median_cosine": 0.995, "fvu": summary([0.1, 0.2])}, "reproduced", "r", True,
+            shows="median_cosine"),
+        Row("choice", "steering", "s", {}, "not testable here", "needs a judge"),
+    ]  # fmt: skip
+    Ledger("choice", False, [0, 1, 2], rows).save(tmp_path / "choice.json")
+    ledgers = read(tmp_path)
+    found = claims(ledgers)
+    assert [row["activations"] for row in found] == ["real", "planted", "real"]
+    assert found[0]["measured"] == "fvu difference topk -0.2 (-0.448 to +0.0484)"
+    assert [row["measured"] for row in found[1:]] == ["median cosine 0.995", ""]
+    assert markdown(ledgers).count("\n") == 5
+    curve = curves(ledgers[0], "fvu")["a"]
+    assert [(l0, round(value, 4)) for l0, value, _ in curve] == [(8, 0.135), (16, 0.0725)]
+    assert "sd over seeds 0.0100" in curve[0][2]
+    with pytest.raises(UserError, match="holds no ledger"):
+        read(tmp_path / "none")
+
+
+def test_a_ledger_names_the_options_that_repeat_it(lab):
+    assert changed(Scale(ks=(3, 6), epochs=2)) == " --ks 3 6 --epochs 2"
+    assert changed(Scale()) == ""
+    assert about(lab.cache)["fingerprint"] == lab.cache.fingerprint
+    assert about(lab.cache)["held_out_rows"] == lab.cache.n_split("held_out")
