@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,3 +190,23 @@ def test_passes_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
         for a, b in zip(cache.batches(64), cache.batches(64, seed=5), strict=True):
             assert torch.equal(a.acts, acts[a.rows])
             assert torch.equal(b.acts, acts[b.rows])
+
+
+def test_the_fingerprint_covers_the_data_and_where_it_comes_from(tmp_path: Path) -> None:
+    acts = torch.randn(40, 4)
+    cache = ActivationCache.from_tensors(tmp_path / "a", acts, hook_name="h", model="m")
+    before = cache.fingerprint
+
+    def again(name: str, **changed: Any) -> str:
+        about = {"hook_name": "h", "model": "m"} | changed
+        return ActivationCache.from_tensors(tmp_path / name, acts, **about).fingerprint
+
+    assert again("b") == before
+    assert before not in (again("c", hook_name="g"), again("d", model="n"), again("e", held_out=0.5))
+    acts[7, 2] += 1
+    assert again("f") != before
+    # What the manifest says beside that may grow or be worded anew: runs trained on the cache stay its runs.
+    path = tmp_path / "a" / "manifest.json"
+    content = json.loads(path.read_text()) | {"note": "new", "text": "renamed", "settings": {"more": 1}}
+    path.write_text(json.dumps(content))
+    assert ActivationCache(tmp_path / "a").fingerprint == before

@@ -98,3 +98,22 @@ def test_matched_norm_returns_what_came_in() -> None:
     assert abs(norms[0] - 1) > 0.1
     torch.testing.assert_close(plain.encode(probes).indices, matched.encode(probes).indices)
     torch.testing.assert_close(matched.W_enc * norms[0] / norms[1], plain.W_enc, rtol=0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["batch_topk", "feature_choice"])
+def test_thresholds_do_not_see_held_out_rows(name: str, tmp_path) -> None:
+    """Another held-out part leaves every weight and threshold as it is."""
+    x = torch.randn(400, D_IN)
+    states = []
+    for factor in (1.0, 3.0):
+        acts = torch.cat([x[:360], factor * x[360:]])
+        cache = ActivationCache.from_tensors(tmp_path / f"{factor}", acts, held_out=0.1)
+        torch.manual_seed(0)
+        sae = build(name, D_IN, D_SAE, k=3)
+        for _ in train(sae, cache, TrainConfig(epochs=1, batch_size=64)):
+            pass
+        states.append(sae.state_dict())
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+    kept = sae.encode(x[:360]).l0().double().mean()
+    assert float(kept) == pytest.approx(3, abs=0.1)
