@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from saelab import checkpoint
 from saelab.cli import main
+from saelab.cli.sweep import results_table
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.sae import VARIANTS, build
@@ -24,6 +27,7 @@ from saelab.sweep.grid import check_grid, make_grid
 from saelab.sweep.halving import losers, recent_fvu
 from saelab.sweep.run import Member
 from saelab.train import TrainConfig, fit
+from tests import tiny_lm
 
 D_IN = 8
 TRAIN = {"epochs": 2, "batch_size": 64, "dead_after": 200}  # 2 x 13 steps
@@ -248,3 +252,36 @@ def test_grid_files_that_are_none(tmp_path: Path, cache: ActivationCache) -> Non
         read_grid(tmp_path / "bad.toml")
     check_grid(make_grid(GRID), cache)
     assert math.isfinite(make_grid(GRID).entries[0].train.lr or 0)
+
+
+def test_a_sweep_reports_the_loss_recovered_in_the_language_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = str(tiny_lm.save_llama(tmp_path / "llama"))
+    (tmp_path / "text.txt").write_text(tiny_lm.sentences(600))
+    harvest = ["--model", model, "--text", str(tmp_path / "text.txt"), "--hook", "blocks.2.hook_resid_post"]
+    sizes = ["--tokens", "1600", "--context-length", "16", "--held-out", "0.2"]
+    main(["harvest", *harvest, *sizes, "--out", str(tmp_path / "cache")])
+    (tmp_path / "grid.toml").write_text(
+        '[train]\nepochs = 2\nbatch_size = 64\n[[grid]]\nvariant = "topk"\nd_sae = 32\nk = [1, 8]\nlr = 1e-2\n'
+    )
+    arguments = ["sweep", str(tmp_path / "cache"), str(tmp_path / "grid.toml"), "--lm-tokens", "160"]
+    capsys.readouterr()
+    main([*arguments, "--out", str(tmp_path / "sweep"), "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == load_results(tmp_path / "sweep")
+    for row in rows:
+        folder = str(tmp_path / "sweep" / row["folder"])
+        main(["evaluate", folder, "--cache", str(tmp_path / "cache"), "--lm-tokens", "160", "--json"])
+        alone = json.loads(capsys.readouterr().out)["metrics"]["ce_loss_recovered_zero"]["value"]
+        assert row["ce_loss_recovered_zero"] == pytest.approx(alone, rel=1e-6)
+        # The model is random: what it loses says nothing, but it is a number, and it differs with the SAE.
+        assert math.isfinite(alone)
+    assert rows[0]["ce_loss_recovered_zero"] != rows[1]["ce_loss_recovered_zero"]
+    assert f"{rows[0]['ce_loss_recovered_zero']:.4f}" in render(results_table(rows))
+
+
+def render(table: Any) -> str:
+    with (console := Console(width=200)).capture() as captured:
+        console.print(table)
+    return captured.get()

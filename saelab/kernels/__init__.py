@@ -7,6 +7,7 @@ from saelab.kernels.dispatch import backend, describe, use_backend
 from saelab.kernels.ops import (
     SelectedPreActs,
     decode,
+    gather_rows,
     pre_acts_at,
     pursuit,
     select_batch,
@@ -23,6 +24,7 @@ __all__ = [
     "backend",
     "decode",
     "describe",
+    "gather_rows",
     "pre_acts_at",
     "pursuit",
     "select_batch",

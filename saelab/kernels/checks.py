@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+STORED = (torch.float32, torch.float16, torch.bfloat16)  # what rows of activations are kept in
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 

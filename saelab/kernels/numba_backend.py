@@ -12,6 +12,7 @@ from saelab.kernels.numba_code import by_column, decode, decode_error, latent_gr
 from saelab.kernels.numba_launch import array, launch
 from saelab.kernels.numba_order import kth_largest, merge_best, pack
 from saelab.kernels.numba_pursuit import pursue, pursue_backward  # noqa: F401
+from saelab.kernels.numba_rows import gather_rows  # noqa: F401
 from saelab.kernels.reference import Ragged, pointers
 
 NOTHING = np.zeros((1, 1), np.float32)

@@ -186,6 +186,21 @@ def pursuit(
     return SelectedPreActs(*gradients.Pursuit.apply(x, W_dec, b_dec, n_steps, residual_stop, stop_on_repeat))  # pyright: ignore
 
 
+def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> bool:
+    """``out[i] = source[rows[i]]``, widened to float32; whether all of it is finite. On the CPU, without gradient.
+
+    ``source [m, d]`` is contiguous and float16, bfloat16 or float32; ``rows [n]`` int64, within ``0 .. m``; ``out [n,
+    d]`` contiguous float32. Where it is not all finite, ``out`` is undefined in place of the non-finite numbers.
+    """
+    if source.dtype not in checks.STORED or out.dtype != torch.float32 or rows.dtype != torch.int64:
+        raise TypeError(f"cannot gather {source.dtype} rows into {out.dtype} by {rows.dtype} numbers")
+    if out.shape != (rows.numel(), source.shape[-1]) or not (source.is_contiguous() and out.is_contiguous()):
+        raise ValueError(f"{rows.numel()} rows of {list(source.shape)} do not fit a contiguous {list(out.shape)}")
+    if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < source.shape[0]):
+        raise ValueError(f"rows span {int(rows.min())}..{int(rows.max())}, outside 0..{source.shape[0] - 1}")
+    return implementation(out).gather_rows(source, rows, out)
+
+
 def _score_weights(grads: Tensor, W_dec: Tensor, beta: float, grad_norm: str) -> tuple[float, float]:
     """The two weights of the score ``a * (w0 + w1 * |grads @ W_dec^T|)``."""
     if math.isinf(beta):

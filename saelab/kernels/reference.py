@@ -182,6 +182,16 @@ def rectangular(values: list[Tensor], indices: list[Tensor], x: Tensor, k: int) 
     return torch.cat(values).reshape(-1), torch.cat(indices).reshape(-1), row_ptr
 
 
+def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> bool:
+    """``out[i] = source[rows[i]]`` in float32, for CPU tensors; whether all of it is finite.
+
+    ``source [m, d]`` is contiguous and float16, bfloat16 or float32, ``rows [n]`` int64 within it, ``out [n, d]``
+    contiguous. Where it is not all finite, what ``out`` holds in place of the non-finite numbers is undefined.
+    """
+    out.copy_(source.index_select(0, rows))
+    return bool(out.isfinite().all())
+
+
 def pointers(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 

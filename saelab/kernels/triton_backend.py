@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saelab.kernels import triton_select as select
 from saelab.kernels.chunks import products
-from saelab.kernels.reference import Ragged, largest_of_row, latent_sum, pointers, ranked  # noqa: F401
+from saelab.kernels.reference import Ragged, gather_rows, largest_of_row, latent_sum, pointers, ranked  # noqa: F401
 from saelab.kernels.triton_ragged import decode, decode_error, latent_grad, value_grad  # noqa: F401
 from saelab.kernels.triton_residual import pursue, pursue_backward  # noqa: F401
 from saelab.kernels.triton_shapes import group_size, maxima_shape, power, streamed_block, whole_shape

@@ -70,12 +70,9 @@ class Window:
     order: Int[Tensor, " length"] | None
     skip: int
 
-    def pick(self, loaded: Tensor, start: int, stop: int) -> Tensor:
-        """Emitted rows ``start : stop`` out of the loaded ones, copied."""
-        if self.order is None:
-            return loaded[start:stop].clone()
-        # Four times as fast as indexing, which goes element by element.
-        return loaded.index_select(0, self.order[start:stop])
+    def emitted(self, start: int, stop: int) -> Int[Tensor, " m"]:
+        """Which of the loaded rows are emitted as rows ``start : stop``."""
+        return torch.arange(start, stop) if self.order is None else self.order[start:stop]
 
     def rows(self) -> Int[Tensor, " length"]:
         """Global row numbers of the loaded rows."""

@@ -197,7 +197,7 @@ class ActivationCache:
         """The given rows, in the given order; gradients too where asked for."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
         self._need_grads(grads)
-        return make_batch(self.shards, [self.shards.gather(rows, self._names(grads)) | {"rows": rows}])
+        return make_batch(self.shards, self.shards.gather(rows, self._names(grads)) | {"rows": rows})
 
     def release(self) -> None:
         """Let go of the mapped files, whose pages count as this process's memory; they are mapped again when read."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor
 from saelab.data.cache.order import BLOCK, Order, Window, read_ahead
 from saelab.data.cache.shards import Shards
 from saelab.errors import UserError
+from saelab.kernels import gather_rows
+from saelab.kernels.chunks import recycled
+
+HUGE = 1 << 21  # bytes of a huge page
 
 
 class Batch(NamedTuple):
@@ -32,17 +37,28 @@ class Buffers:
     def __init__(self) -> None:
         self._free: list[Tensor] = []
 
-    @contextmanager
+    @contextlib.contextmanager
     def pair(self, size: int) -> Iterator[list[Tensor]]:
         """Two buffers of ``size`` bytes: one to read from while the other fills."""
         held = []
         for _ in range(2):
             found = self._free.pop() if self._free else torch.empty(0, dtype=torch.uint8)
-            held.append(found if len(found) >= size else torch.empty(size, dtype=torch.uint8))
+            held.append(found if len(found) >= size else _huge(size))
         try:
             yield held
         finally:
             self._free += held
+
+
+def _huge(size: int) -> Tensor:
+    """Memory in huge pages where the system has them: random rows of a large window wait for the page table most."""
+    if not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE:
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, -(-size // HUGE) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A kernel built without them says so; ordinary pages then serve.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def stream(
@@ -54,8 +70,8 @@ def stream(
         # By the time a third window loads, nothing reads from the first any more: batches hold copies.
         windows = zip(order.windows(start), itertools.cycle(pair))
         loaded = ((window, _load(shards, window, names, buffer)) for window, buffer in windows)
-        cut = _cut(read_ahead(loaded, 1), batch_size, end - start)
-        yield from read_ahead((make_batch(shards, parts) for parts in cut), 2)
+        drafts = _cut(read_ahead(loaded, 1), batch_size, end - start)
+        yield from read_ahead((make_batch(shards, draft.held, draft.finite) for draft in drafts), 2)
 
 
 def _load(shards: Shards, window: Window, names: Sequence[str], buffer: Tensor) -> dict[str, Tensor]:
@@ -73,43 +89,61 @@ def _load(shards: Shards, window: Window, names: Sequence[str], buffer: Tensor) 
     return held
 
 
-def _cut(
-    windows: Iterator[tuple[Window, dict[str, Tensor]]], batch_size: int, remaining: int
-) -> Iterator[list[dict[str, Tensor]]]:
-    """The parts of each batch; a batch may span windows."""
-    parts: list[dict[str, Tensor]] = []
-    missing = min(batch_size, remaining)
+class _Draft:
+    """A batch that is being filled: activations and gradients in float32, the rest as it is on disk.
+
+    Rows are copied at once, because the window they come from is about to be overwritten.
+    """
+
+    def __init__(self, held: dict[str, Tensor], size: int) -> None:
+        self.size, self.filled, self.finite = size, 0, True
+        self.held: dict[str, Tensor] = {}
+        for name, loaded in held.items():
+            shape = (size, *loaded.shape[1:])
+            self.held[name] = recycled(*shape) if loaded.is_floating_point() else loaded.new_empty(shape)
+
+    def add(self, window: Window, held: dict[str, Tensor], start: int, stop: int) -> None:
+        """Append emitted rows ``start : stop`` of a window."""
+        rows = window.emitted(start, stop)
+        for name, out in self.held.items():
+            to = out[self.filled : self.filled + stop - start]
+            if out.is_floating_point():
+                finite = gather_rows(held[name], rows, to)
+                self.finite &= finite or name != "acts"
+            else:
+                torch.index_select(held[name], 0, rows, out=to)
+        self.filled += stop - start
+
+
+def _cut(windows: Iterator[tuple[Window, dict[str, Tensor]]], batch_size: int, remaining: int) -> Iterator[_Draft]:
+    """Filled drafts; a batch may span windows."""
+    draft = None
     for window, held in windows:
         at = window.skip
         while at < window.length and remaining > 0:
-            take = min(missing, window.length - at)
-            parts.append({name: window.pick(loaded, at, at + take) for name, loaded in held.items()})
-            at, missing, remaining = at + take, missing - take, remaining - take
-            if missing == 0:
-                yield parts
-                parts, missing = [], min(batch_size, remaining)
+            draft = draft or _Draft(held, min(batch_size, remaining))
+            take = min(draft.size - draft.filled, window.length - at)
+            draft.add(window, held, at, at + take)
+            at, remaining = at + take, remaining - take
+            if draft.filled == draft.size:
+                yield draft
+                draft = None
 
 
-def make_batch(shards: Shards, parts: list[dict[str, Tensor]]) -> Batch:
-    """One batch in raw units; UserError where an activation is not finite."""
-    held = parts[0]
-    if len(parts) > 1:
-        held = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def make_batch(shards: Shards, held: dict[str, Tensor], finite: bool | None = None) -> Batch:
+    """One batch in raw units; UserError where an activation is not finite, which is found out unless known."""
     acts, rows = held["acts"].float(), held["rows"]
-    _check_finite(shards, acts, rows)
+    if finite is None:
+        finite = bool(acts.isfinite().all())
+    if not finite:
+        _refuse(shards, shards.gather(rows, ("acts",))["acts"], rows)
     grads = None
     if "grads" in held:
         grads = held["grads"].float().div_(shards.manifest.grad_scale or 1.0)
     return Batch(acts, grads, held["tokens"].long(), rows)
 
 
-def _check_finite(shards: Shards, acts: Tensor, rows: Tensor) -> None:
-    # The sum is cheap, and finite for all sane data; only a suspicious batch is searched.
-    if torch.isfinite(acts.sum()):
-        return
-    bad = (~acts.isfinite().all(1)).nonzero()
-    if len(bad):
-        file, local = shards.name(int(rows[bad[0, 0]]))
-        raise UserError(
-            f"{shards.folder.url}/{file} has a non-finite activation in row {local}; harvest the cache again"
-        )
+def _refuse(shards: Shards, acts: Tensor, rows: Tensor) -> None:
+    bad = int((~acts.isfinite().all(1)).nonzero()[0])
+    file, local = shards.name(int(rows[bad]))
+    raise UserError(f"{shards.folder.url}/{file} has a non-finite activation in row {local}; harvest the cache again")
