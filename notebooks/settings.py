@@ -24,12 +24,14 @@ FOLDER = Path(os.environ.get("SAELAB_NOTEBOOK_FOLDER", "../demo/notebooks"))
 SHIPPED = Path(os.environ.get("SAELAB_NOTEBOOK_CHECKPOINTS", Path(__file__).parent.parent / "checkpoints"))
 MODEL, HOOK = "smollm2", "blocks.9.hook_resid_post"
 TOKENS, CONTEXT = (3_000, 64) if QUICK else (200_000, 128)
-GRADIENT_TOKENS = 800 if QUICK else 100_000
+GRADIENT_TOKENS = 800 if QUICK else 30_000  # a backward pass each
 D_SAE, K = (192, 8) if QUICK else (4608, 32)
+SWEEP_D_SAE = 192 if QUICK else 1152
 TRAIN = TrainConfig(epochs=4, batch_size=256) if QUICK else TrainConfig()
 SEEDS = [0] if QUICK else [0, 1]
 STEER_TOKENS = 3 if QUICK else 30
 TOLERANCE, PATH_STEPS = (0.3, 3) if QUICK else (0.02, 16)
+N_RANDOM = 2 if QUICK else 4
 STRENGTHS = ["0.4norm"] if QUICK else ["0.1norm", "0.2norm", "0.4norm", "0.8norm"]
 
 
