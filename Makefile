@@ -69,7 +69,7 @@ bench: $(STAMP)
 	$(BIN)/python -m saelab.kernels.bench
 
 docs: $(STAMP)
-	$(BIN)/python docs/build.py
+	$(BIN)/python docs/reference.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) demo docs/api

@@ -18,8 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
-build = pytest.importorskip("build", reason="needs the docs extra")
-MODULES = build.public_modules()
+reference = pytest.importorskip("reference", reason="needs the docs extra")
+MODULES = reference.public_modules()
 ROLE = re.compile(r":(?:class|func|mod|meth|data|attr):`~?([^`]+)`")
 
 
@@ -27,7 +27,7 @@ def exported() -> Iterator[tuple[str, Any]]:
     """Every exported function and class once, by its qualified name."""
     seen: set[int] = set()
     for module in MODULES:
-        for name in build.exports(module):
+        for name in reference.exports(module):
             value = getattr(importlib.import_module(module), name)
             if (inspect.isfunction(value) or inspect.isclass(value)) and id(value) not in seen:
                 seen.add(id(value))
@@ -125,7 +125,7 @@ def resolves(target: str) -> bool:
 
 @pytest.mark.slow
 def test_the_reference_is_built_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "docs" / "build.py"), str(tmp_path)]
+    command = [sys.executable, str(ROOT / "docs" / "reference.py"), str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
