@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -45,7 +46,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write safetensors atomically."""
     # safetensors refuses the column-major layout of W_enc.
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda temporary: save_file(plain, temporary))
+    _replace(path, lambda temporary: save_plain(plain, temporary))
+
+
+def save_plain(tensors: dict[str, Tensor], path: Path) -> None:
+    """``safetensors``' own writer, with an OSError where the system refuses, as from any other writer."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def save_sae(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,15 @@ COMMANDS = {
     "reproduce": "run a paper's headline claims, with a verdict for each",
 }
 
+# What to do about what the system refuses to a command.
+_FULL = "free some space or write to another disk, then run the command again"
+_FORBIDDEN = "choose a folder that you may write to"
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+    errno.ENOTDIR: "a part of the path is a file; choose another",
+}
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; leaves with 0, or 2 and one line when the user can mend something."""
@@ -40,6 +50,11 @@ def main(args: Sequence[str] | None = None) -> None:
         _dispatch(args)
     except UserError as error:
         console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `saelab ... | head`: nobody reads on, nothing is wrong
+            sys.exit(141)
+        console.print(f"[bold red]error:[/] {_escape(_reason(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted")
@@ -65,6 +80,14 @@ def _overview() -> None:
     for name, summary in COMMANDS.items():
         console.print(f"  [bold]{name:<10}[/] {summary}")
     console.print("\nsaelab COMMAND --help lists a command's options with units and defaults.")
+
+
+def _reason(error: OSError) -> str:
+    """What the system refused, in one line: a full disk, a read-only folder, a file that went away."""
+    where = f"{error.filename}: " if error.filename else ""
+    text = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+    remedy = REMEDIES.get(error.errno or 0)
+    return f"{where}{text}; {remedy}" if remedy else f"{where}{text}"
 
 
 def _escape(text: str) -> str:

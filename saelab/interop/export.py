@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import tempfile
@@ -10,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saelab._version import __version__
-from saelab.checkpoint import SAELENS_VERSION
+from saelab.checkpoint import SAELENS_VERSION, save_plain
 from saelab.errors import UserError, near_matches
 from saelab.interop.detect import read
 from saelab.sae import SAE
@@ -140,7 +140,9 @@ def _dictionary_learning(form: InferenceForm, folder: Path, metadata: dict[str, 
         state["mag_bias"] = t["b_mag"]
     else:
         raise UserError(f"dictionary_learning has no class for {form.architecture}")
-    torch.save({key: value.detach().contiguous() for key, value in state.items()}, folder / "ae.pt")
+    packed = io.BytesIO()  # torch reports a full disk as an internal error; Path says what it is
+    torch.save({key: value.detach().contiguous() for key, value in state.items()}, packed)
+    (folder / "ae.pt").write_bytes(packed.getbuffer())
     d_sae, d_in = t["W_dec"].shape
     trainer = {"dict_class": name, "activation_dim": d_in, "dict_size": d_sae, "lm_name": metadata.get("model_name")}
     trainer |= {"k": form.config.get("k"), "layer": _layer(metadata.get("hook_name"))}
@@ -166,7 +168,7 @@ def _layer(hook_name: str | None) -> int | None:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, path)
+    save_plain({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, path)
 
 
 def _json(content: Any, path: Path) -> None:

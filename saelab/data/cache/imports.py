@@ -18,7 +18,7 @@ from torch import Tensor
 from saelab.data.cache.manifest import Manifest, check_provenance
 from saelab.data.cache.reader import ActivationCache
 from saelab.data.cache.storage import Folder
-from saelab.data.cache.writer import CacheWriter, prepare
+from saelab.data.cache.writer import CacheWriter, discard
 from saelab.errors import UserError, near_matches
 
 TOKEN_COLUMNS = ("token_ids", "tokens", "input_ids")
@@ -83,7 +83,7 @@ def import_activations(
     try:
         _write(writer, found, shard_rows, progress or (lambda done, total: None))
     except BaseException:
-        _remove(folder)  # half an import cannot be resumed
+        discard(folder)  # half an import cannot be resumed
         raise
     return ActivationCache(path)
 
@@ -99,12 +99,6 @@ def _write(writer: CacheWriter, found: Source, shard_rows: int, progress: Callab
         done += contexts * length
         progress(done, found.n_rows)
     writer.finish()
-
-
-def _remove(folder: Folder) -> None:
-    prepare(folder, overwrite=True, resume=False)
-    if folder.local is not None and not any(folder.local.iterdir()):
-        folder.local.rmdir()
 
 
 def _open(path: Path, column: str | None, tokens: str | None, split: str, context_length: int | None) -> Source:

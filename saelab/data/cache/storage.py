@@ -82,10 +82,14 @@ class Folder:
         target = self.local / name
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial")
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            partial.unlink(missing_ok=True)  # on a full disk the half that fitted would only be in the way
+            raise
         partial.replace(target)
 
     def remove(self, name: str) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import safetensors.torch
 
-from saelab.data.cache.manifest import MANIFEST, VOCABULARY, Manifest, ShardInfo
+from saelab.data.cache.manifest import MANIFEST, PARTIAL, VOCABULARY, Manifest, ShardInfo
 from saelab.data.cache.reader import ActivationCache
 from saelab.data.cache.storage import Folder
-from saelab.data.cache.writer import finish, prepare, publish
+from saelab.data.cache.writer import discard, finish, prepare, publish
 from saelab.errors import UserError
 
 # Rows of caches that differ in one of these do not belong together.
@@ -97,12 +97,17 @@ def merge(
         shards=[],
         n_documents=0,
     )
-    for cache in caches:
-        _append(folder, manifest, cache)
-    finish(folder, manifest)
-    if caches[0].folder.exists(VOCABULARY):
-        folder.write(VOCABULARY, caches[0].folder.read(VOCABULARY))
-    publish(folder, manifest)
+    try:
+        folder.write(PARTIAL, manifest.to_json().encode())  # marks it as a cache, to be overwritten after a kill
+        for cache in caches:
+            _append(folder, manifest, cache)
+        finish(folder, manifest)
+        if caches[0].folder.exists(VOCABULARY):
+            folder.write(VOCABULARY, caches[0].folder.read(VOCABULARY))
+        publish(folder, manifest)
+    except BaseException:
+        discard(folder)
+        raise
     return ActivationCache(out)
 
 

@@ -186,6 +186,15 @@ def prepare(folder: Folder, *, overwrite: bool, resume: bool, dry: bool = False)
             folder.remove(name)
 
 
+def discard(folder: Folder) -> None:
+    """Remove a cache that will not be finished, and its folder if nothing else is in it."""
+    for name in folder.names():
+        if name in {MANIFEST, PARTIAL, VOCABULARY} or name.startswith(("shard_", ".shard_", f".{PARTIAL}")):
+            folder.remove(name)
+    if folder.local is not None and folder.local.is_dir() and not any(folder.local.iterdir()):
+        folder.local.rmdir()
+
+
 def sums(acts: Float[Tensor, "rows d_in"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, 2]]:
     """Float64 sum of the rows, and of their squared norms and norms."""
     total = torch.zeros(acts.shape[1], dtype=torch.float64)

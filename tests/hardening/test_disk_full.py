@@ -1,0 +1,150 @@
+"""A full disk at each writer: one line, exit code 2, nothing half-written that passes for whole, and it can go on.
+
+Two ways to fill it: a limit on the size of files, which works everywhere and hits any byte of any file, and a small
+file system in memory, which only root can mount. The first gives EFBIG, the second ENOSPC.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from saelab import ActivationCache, checkpoint
+from saelab.errors import UserError
+from saelab.features import FeatureIndex
+from saelab.interop import load
+from tests.hardening.place import Place, call, evaluate, index, make, refused, train
+
+LIMITS = [0, 200, 1500]  # bytes a file may have
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make(tmp_path_factory.mktemp("full"))
+
+
+@contextlib.contextmanager
+def files_at_most(size: int) -> Iterator[None]:
+    """Writing beyond ``size`` bytes of any file fails in this block, as if the disk were full there."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def merge(place: Place, out: Path) -> list[str]:
+    return ["cache", "merge", str(place.cache), str(place.cache), "--out", str(out)]
+
+
+def convert(to: str) -> Callable[[Place, Path], list[str]]:
+    return lambda place, out: ["convert", str(place.run), str(out), "--to", to]
+
+
+def sweep(place: Place, out: Path) -> list[str]:
+    grid = place.folder / "grid.toml"
+    grid.write_text('[train]\nepochs = 1\nbatch_size = 100\n[[sae]]\nvariant = "topk"\nd_sae = 24\nk = [2, 3]\n')
+    return ["sweep", str(place.cache), "--grid", str(grid), "--out", str(out), "--device", "cpu"]
+
+
+# writer -> its command, and how its product is opened
+WRITERS: dict[str, tuple[Callable[[Place, Path], list[str]], Callable[[Path], object]]] = {
+    "train": (train, checkpoint.load_sae),
+    "merge": (merge, ActivationCache),
+    "saelens": (convert("saelens"), load),
+    "sparsify": (convert("sparsify"), load),
+    "dictionary-learning": (convert("dictionary-learning"), load),
+    "saelab": (convert("saelab"), checkpoint.load_sae),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("name", WRITERS)
+def test_writer_says_so_and_leaves_nothing_that_passes_for_whole(
+    name: str, limit: int, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, opened = WRITERS[name]
+    out = tmp_path / "out"
+    with files_at_most(limit):
+        said = refused(command(place, out), capsys)
+    assert "File too large" in said and "free some space" in said, said
+    with pytest.raises(UserError):
+        opened(out)
+    assert not list(tmp_path.rglob("*.partial"))
+    again = [*command(place, out), *(["--overwrite"] if name == "train" else [])]
+    assert call(again) == 0
+    opened(out)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_index_keeps_the_old_one(limit: int, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    before = FeatureIndex(place.run).table()
+    with files_at_most(limit):
+        said = refused(index(place, "--overwrite"), capsys)
+    assert "File too large" in said or "free some space" in said, said
+    assert FeatureIndex(place.run).table().equals(before)
+    assert [path.name for path in place.run.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("limit", [0, 200])
+def test_evaluation_keeps_the_old_one(limit: int, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (place.run / "evaluation.json").read_bytes()
+    with files_at_most(limit):
+        refused(evaluate(place), capsys)
+    assert (place.run / "evaluation.json").read_bytes() == before
+
+
+def test_training_goes_on_from_its_checkpoint(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The disk fills up in the middle of a run; with room again, --resume ends where an undisturbed run does."""
+    steps = ["--epochs", "8", "--checkpoint-steps", "10"]
+    assert call([*train(place, tmp_path / "whole"), *steps]) == 0
+    size = (tmp_path / "whole" / "metrics.jsonl").stat().st_size
+    weights = (tmp_path / "whole" / checkpoint.WEIGHTS).stat().st_size
+    assert size // 2 > 4 * weights // 3, "the log, not a checkpoint, should reach the limit"
+    with files_at_most(size // 2):
+        refused([*train(place, tmp_path / "out"), *steps], capsys)
+    assert call([*train(place, tmp_path / "out"), *steps, "--resume"]) == 0
+    for name, value in checkpoint.load_sae(tmp_path / "whole").state_dict().items():
+        assert torch.equal(checkpoint.load_sae(tmp_path / "out").state_dict()[name], value), name
+
+
+def test_cache_from_tensors(tmp_path: Path) -> None:
+    with files_at_most(2000), pytest.raises(OSError, match="File too large"):
+        ActivationCache.from_tensors(tmp_path / "cache", torch.randn(400, 8))
+    with pytest.raises(UserError, match=r"unfinished|not an activation cache"):
+        ActivationCache(tmp_path / "cache")
+    assert ActivationCache.from_tensors(tmp_path / "cache", torch.randn(40, 8), overwrite=True).n_rows == 40
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["train", "merge", "saelens", "dictionary-learning"])
+def test_writers_on_a_full_file_system(
+    name: str, place: Place, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, opened = WRITERS[name]
+    (small_disk / "ballast").write_bytes(bytes(60 << 10))
+    said = refused(command(place, small_disk / "out"), capsys)
+    assert "No space left" in said, said
+    with pytest.raises(UserError):
+        opened(small_disk / "out")
+    (small_disk / "ballast").unlink()
