@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saelab._version import __version__
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 from saelab.sae import SAE, restore
 from saelab.sae.inference import inference_form
 
@@ -118,10 +118,10 @@ def load_config(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no {CONFIG}")
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or train again") from error
+    with damaged(path, "restore it or train again"):
+        content = json.loads(path.read_bytes())
+        content.get("metadata", {}).get("saelab")
+        return content
 
 
 def load_metadata(folder: Path | str) -> dict[str, Any]:
@@ -219,10 +219,8 @@ def load_step(
 
     ``load`` reads one file of tensors: all of them, or the slices that a process holds.
     """
-    try:
-        return read_state(path, sae, load), load(path / STATE), json.loads((path / STATE_JSON).read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and start the run again") from error
+    with damaged(path, "remove it and start the run again", OSError, SafetensorError, RuntimeError):
+        return read_state(path, sae, load), load(path / STATE), json.loads((path / STATE_JSON).read_bytes())
 
 
 def remove_steps(folder: Path | str) -> None:

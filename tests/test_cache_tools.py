@@ -134,3 +134,10 @@ def test_a_cache_in_an_object_store(bucket: str, tmp_path: Path) -> None:
     remote.folder.remove("shard_00002.safetensors")
     with pytest.raises(UserError, match=r"shard_00002\.safetensors is missing"):
         ActivationCache(bucket)
+
+
+def test_merging_into_one_of_the_caches_keeps_it(tmp_path: Path) -> None:
+    parts = [make(tmp_path / "a", 130, 1), make(tmp_path / "b", 40, 2)]
+    with pytest.raises(UserError, match="write to another folder"):
+        merge(parts, f"{tmp_path}/b/../a", overwrite=True)
+    parts[0].verify()

@@ -39,7 +39,7 @@ def main(args: Sequence[str]) -> None:
     """Become the server, so that whoever stops this process stops it."""
     options = parse(Options, "app", args, "Browse latents, explain prompts, steer: the web app on a folder of runs.")
     command, environment = prepare(options)
-    console.print(f"saelab app on {options.folder}: http://127.0.0.1:{options.port}")
+    console.print(f"saelab app on {options.folder}: http://127.0.0.1:{options.port}", markup=False)
     if os.name == "posix":
         os.execve(command[0], command, environment)
     sys.exit(subprocess.call(command, env=environment))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from saelab.cli.common import console, out, parse, print_json, progress_bar
@@ -118,7 +119,7 @@ def verify(options: Verify) -> None:
     if options.json:
         print_json({"path": options.cache, "shards": shards, "intact": True})
     else:
-        out.print(f"{options.cache}: all {shards} shards are intact")
+        out.print(f"{options.cache}: all {shards} shards are intact", markup=False)
 
 
 def join(options: Merge) -> None:
@@ -158,5 +159,5 @@ def _table(description: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None)
     for name, value in description.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        table.add_row(f"[bold]{name}[/]", f"{shown:.6g}" if isinstance(shown, float) else str(shown))
+        table.add_row(f"[bold]{name}[/]", f"{shown:.6g}" if isinstance(shown, float) else escape(str(shown)))
     return table

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.markup import escape
+
 from saelab.cli.common import console, out, parse
 from saelab.data.cache import ActivationCache
 
@@ -50,15 +52,21 @@ def main(args: Sequence[str]) -> None:
     started = time.perf_counter()
     for number, stage in enumerate(stages(options), start=1):
         if stage.product.exists():
-            console.print(f"[bold]{number}. {stage.title}[/]: found {stage.product}")
+            console.print(f"[bold]{number}. {stage.title}[/]: found {escape(str(stage.product))}")
             continue
-        console.print(f"[bold]{number}. {stage.title}[/]\n   saelab {stage.command} {' '.join(stage.args)}")
+        console.print(f"[bold]{number}. {stage.title}[/]\n   saelab {stage.command} {escape(' '.join(stage.args))}")
         importlib.import_module(f"saelab.cli.{stage.command}").main(stage.args)
     minutes = (time.perf_counter() - started) / 60
     rows = ActivationCache(options.out / "cache").n_rows
-    out.print(f"\ndone in {minutes:.1f} minutes: {rows:,} activations of {options.model}, one SAE, its features.")
-    out.print(f"explore:  saelab app {options.out}")
-    out.print(f"steer:    saelab steer {options.out / 'topk'} --latent 12 --strength 4 --prompt 'The weather today'")
+    out.print(
+        f"\ndone in {minutes:.1f} minutes: {rows:,} activations of {options.model}, one SAE, its features.",
+        markup=False,
+    )
+    out.print(f"explore:  saelab app {options.out}", markup=False)
+    out.print(
+        f"steer:    saelab steer {options.out / 'topk'} --latent 12 --strength 4 --prompt 'The weather today'",
+        markup=False,
+    )
 
 
 def stages(options: Options) -> list[Stage]:

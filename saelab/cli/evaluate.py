@@ -59,7 +59,7 @@ def main(args: Sequence[str]) -> None:
         print_json(result.content())
     else:
         show(result)
-        out.print(f"saved to {options.run / 'evaluation.json'}")
+        out.print(f"saved to {options.run / 'evaluation.json'}", markup=False)
 
 
 def part(cls: type[T], options: Any) -> T:
@@ -110,7 +110,7 @@ def write_saebench(result: Evaluation, run: Path, path: Path, tasks: TaskConfig)
         checkpoint.write_json(path, contents[0])
         return
     for content in contents:
-        console.print(f"saved {saebench.save(content, path)}")
+        console.print(f"saved {saebench.save(content, path)}", markup=False)
 
 
 def show(result: Evaluation) -> None:

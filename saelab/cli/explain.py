@@ -56,7 +56,7 @@ def main(args: Sequence[str]) -> None:
             index, chosen, explainer, judge, config, lambda number: bar.update(task, completed=number)
         )
     for reason in skipped:
-        console.print(f"skipped: {reason}")
+        console.print(f"skipped: {reason}", markup=False)
     if options.json:
         print_json([explanation.row() for explanation in done])
     else:

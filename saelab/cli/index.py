@@ -112,4 +112,4 @@ def show(index: FeatureIndex) -> None:
         f"{found['never_fired']:,} never fired, {found['denser_than_0.1']:,} fire on more than 10 % of tokens, "
         f"{found['labelled']:,} labelled; logit lens: {'yes' if found['logit_lens'] else 'no'}"
     )
-    out.print(f"saved to {index.folder}")
+    out.print(f"saved to {index.folder}", markup=False)

@@ -155,7 +155,7 @@ def load(name: str | None) -> Any:
     """The language model by name."""
     if not name:
         raise UserError("the run does not say which language model it belongs to; give --model")
-    console.print(f"loading {name}")
+    console.print(f"loading {name}", markup=False)
     return load_model(name)
 
 
@@ -223,7 +223,11 @@ def explained(options: Options, recipe: Recipe, run: Run | None, model: Any, pro
 def show(options: Options, result: dict[str, Any]) -> None:
     """The texts side by side, then the explanation."""
     for entry in result["interventions"]:
-        out.print(", ".join(f"{key} {value}" for key, value in entry.items() if value not in (None, "")), style="dim")
+        out.print(
+            ", ".join(f"{key} {value}" for key, value in entry.items() if value not in (None, "")),
+            style="dim",
+            markup=False,
+        )
     for row in result["texts"]:
         out.print(Text(f"\n{row['prompt']}", style="bold"))
         for kind in ("unsteered", "steered"):
@@ -238,4 +242,4 @@ def show(options: Options, result: dict[str, Any]) -> None:
         out.print(table)
     for path in (options.save, options.gguf):
         if path is not None:
-            out.print(f"saved {path}")
+            out.print(f"saved {path}", markup=False)

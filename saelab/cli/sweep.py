@@ -79,8 +79,8 @@ def main(args: Sequence[str]) -> None:
         out.print(results_table(rows))
         for row in rows:
             if row["message"]:
-                out.print(f"{row['name']}: {row['message']}")
-        out.print(f"saved to {path} and {report}")
+                out.print(f"{row['name']}: {row['message']}", markup=False)
+        out.print(f"saved to {path} and {report}", markup=False)
 
 
 def train(grid: Grid, cache: ActivationCache, options: Options, device: Any, stop: Stop) -> list[Member] | None:

@@ -23,10 +23,11 @@ from saelab.distributed import SINGLE, Parallel, launched, start_world
 from saelab.distributed.dictionary import build_shard
 from saelab.distributed.dictionary import whole as whole_of
 from saelab.distributed.world import end_world
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 from saelab.sae import SAE, VARIANTS
 from saelab.train import StepMetrics, TrainConfig, check, finished, fit, n_steps, read_run
 from saelab.train.log import Log, TensorBoard, Wandb
+from saelab.train.run import RUN
 
 CPU = torch.device("cpu")
 
@@ -76,7 +77,8 @@ def main(args: Sequence[str]) -> None:
     if saved:
         same_variant = saved["config"] if variant == saved["variant"] else {}
         known = {key: value for key, value in same_variant.items() if key != "d_in"}
-        default = cls(cache=tyro.MISSING, out=tyro.MISSING, **{**known, **saved["train"], "variant": variant})
+        with damaged(f"{folder}/{RUN}", "start the run again with --overwrite"):
+            default = cls(cache=tyro.MISSING, out=tyro.MISSING, **{**known, **saved["train"], "variant": variant})
     options = parse(cls, "train", args, f"Train a {variant} SAE: {VARIANTS[variant].__doc__}", default)
     run(options, {name: getattr(options, name) for name, *_ in option_fields(variant)})
 
@@ -84,7 +86,7 @@ def main(args: Sequence[str]) -> None:
 def run(options: Any, config: dict[str, Any]) -> StepMetrics | None:
     """Train as the options say; returns the last step's metrics."""
     if options.resume and finished(options.out):
-        console.print(f"{options.out} is finished; nothing to resume")
+        console.print(f"{options.out} is finished; nothing to resume", markup=False)
         return None
     if options.checkpoint_steps < 1:
         raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
@@ -115,7 +117,7 @@ def run(options: Any, config: dict[str, Any]) -> StepMetrics | None:
     elif last is not None:
         out.print(f"{options.variant}: FVU {last.fvu:.4f}, L0 {last.l0:.1f}, {last.dead} dead latents")
     if not options.json:
-        out.print(f"saved to {options.out}")
+        out.print(f"saved to {options.out}", markup=False)
     return last
 
 

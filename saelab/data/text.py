@@ -209,3 +209,8 @@ def _column(texts: list[str], column: str | None, where: str) -> str:
     if len(texts) == 1:
         return texts[0]
     raise UserError(f"{where} has no field 'text'; name one of {', '.join(texts) or 'none'} as the text column")
+
+
+def storable(text: str) -> str:
+    """``text`` as a file can hold it: halves of characters, which some vocabularies give, become U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

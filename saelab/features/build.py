@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from saelab.data.cache import ActivationCache
+from saelab.data.text import storable
 from saelab.errors import UserError
 from saelab.features import schema
 from saelab.features.config import IndexConfig
@@ -158,7 +159,7 @@ def _vocabulary(corpus: Corpus, cache: Any, strings: Sequence[str] | None) -> pa
     known = list(cache.token_strings(list(range(largest + 1))) if strings is None else strings)
     if len(known) <= largest:
         raise UserError(f"token id {largest} of the cache has no text: the vocabulary has {len(known)} entries")
-    return pa.array(known, pa.string())
+    return pa.array([storable(text) for text in known], pa.string())
 
 
 @contextmanager

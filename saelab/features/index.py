@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 from saelab.features.schema import EXAMPLES, FEATURES, FOLDER, META_KEY, VERSION, Example
 
 
@@ -30,20 +31,27 @@ class FeatureIndex:
                 raise UserError(
                     f"{self.run_folder} has no feature index; make it with `saelab index {self.run_folder}`"
                 )
-        try:
+        with self._sound():
             self._features = pq.ParquetFile(self.folder / FEATURES, memory_map=True)
             self._examples = pq.ParquetFile(self.folder / EXAMPLES, memory_map=True)
-        except pa.ArrowException as error:
-            raise UserError(f"{self.folder} is damaged ({error}); run `saelab index` with --overwrite") from error
         meta = (self._features.metadata.metadata or {}).get(META_KEY)
         if meta is None:
             raise UserError(f"{self.folder / FEATURES} is not a feature index of saelab")
-        self.meta: dict[str, Any] = json.loads(meta)
+        with self._sound():
+            self.meta: dict[str, Any] = json.loads(meta)
         if self.meta.get("version") != VERSION:
             raise UserError(
                 f"{self.folder} has index version {self.meta.get('version')}, this saelab reads {VERSION}; "
                 "run `saelab index` with --overwrite"
             )
+        with self._sound():
+            self._open()
+
+    def _sound(self) -> AbstractContextManager[None]:
+        """Names the folder when what is read in this block is damaged."""
+        return damaged(self.folder, "run `saelab index` with --overwrite", pa.ArrowException, OSError)
+
+    def _open(self) -> None:
         self._group_starts = _group_starts(self._features)
         latent = self._examples.schema_arrow.get_field_index("latent")
         bounds = [
@@ -74,7 +82,8 @@ class FeatureIndex:
     def _table(self) -> pd.DataFrame:
         schema = self._features.schema_arrow
         plain = [field.name for field in schema if not pa.types.is_list(field.type)]
-        return self._features.read(columns=plain).to_pandas()
+        with self._sound():
+            return self._features.read(columns=plain).to_pandas()
 
     def table(self) -> pd.DataFrame:
         """One row per (latent, pole) with every column that is a single value. The caller owns the copy."""
@@ -84,7 +93,8 @@ class FeatureIndex:
         """Everything known about one (latent, pole): the columns of ``features.parquet``."""
         number = self._row(latent, pole)
         group = int(np.searchsorted(self._group_starts, number, side="right")) - 1
-        rows = self._feature_group(group)
+        with self._sound():
+            rows = self._feature_group(group)
         return rows.slice(number - self._group_starts[group], 1).to_pylist()[0]
 
     def examples(self, latent: int, pole: int = 1, kind: str | None = None) -> list[Example]:
@@ -93,7 +103,8 @@ class FeatureIndex:
         found = []
         for group, (low, high) in enumerate(self._example_bounds):
             if low <= latent <= high:
-                rows = self._example_group(group)
+                with self._sound():
+                    rows = self._example_group(group)
                 latents, poles = rows["latent"].to_numpy(), rows["pole"].to_numpy()
                 hits = np.flatnonzero((latents == latent) & (poles == pole))
                 found += rows.take(pa.array(hits)).to_pylist()

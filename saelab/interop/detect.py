@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from saelab import checkpoint
-from saelab.errors import UserError
+from saelab.errors import MALFORMED, UserError, first_line
 from saelab.interop import collections, dictionary_learning, linear, overcomplete, saelens
-from saelab.interop.files import first_line
 from saelab.interop.foreign import Foreign
 from saelab.sae import SAE
 
@@ -38,9 +37,6 @@ FORMATS = [
     Format("goodfire", collections.sniff_goodfire, collections.read_goodfire),
     Format("overcomplete", overcomplete.sniff, overcomplete.read, ("k", "pursuit", "threshold")),
 ]
-
-# What a reader stumbles over when a stranger's file has a number where a list should be, or the like.
-MALFORMED = (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError)
 
 
 def is_ours(path: Path) -> bool:

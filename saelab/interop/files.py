@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saelab.errors import UserError
+from saelab.errors import UserError, first_line
 
 MAX_NUMBERS = 2**33  # tensors of one SAE: 32 GiB in float32, above any published SAE
 MAX_JSON = 16 * 2**20  # bytes
@@ -44,11 +44,6 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist or is not a file")
     reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix, _torch)
     return reader(path)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message that stays on one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def checked(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: Path) -> dict[str, Any]:

@@ -103,7 +103,10 @@ def read_grid(path: Path | str) -> Grid:
         raise UserError(f"cannot read the grid {path} ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
-    return make_grid(content)
+    try:
+        return make_grid(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def make_grid(content: Mapping[str, Any]) -> Grid:

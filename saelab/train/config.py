@@ -89,6 +89,8 @@ def check(sae: SAE, cache: ActivationCache, config: TrainConfig, parallel: Paral
         raise UserError(f"batch_size={config.batch_size} does not divide over {parallel.data_size} data ranks")
     if cache.d_in != sae.d_in:
         raise UserError(f"the SAE reads width d_in={sae.d_in} but the cache holds width {cache.d_in}")
+    if cache.manifest.variance == 0:
+        raise UserError(f"all activations of {cache.path} are the same (variance zero): there is nothing to learn")
     if sae.needs_grads and not cache.has_grads:
         raise UserError(f"{sae.variant} needs gradients and the cache has none; harvest it with --gradients")
     if config.batch_size > cache.n_split("train"):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 
 METRICS = "metrics.jsonl"
 
@@ -30,7 +30,7 @@ class JsonLines:
         path = folder / METRICS
         kept = 0
         if step and path.exists():
-            with path.open("rb") as file:
+            with damaged(path, "start the run again with --overwrite"), path.open("rb") as file:
                 for line in file:
                     if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                         break

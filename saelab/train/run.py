@@ -15,7 +15,7 @@ from saelab import checkpoint
 from saelab.data.cache import ActivationCache, Batch
 from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.dictionary import whole as whole_of
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 from saelab.sae import SAE
 from saelab.train.config import TrainConfig, check, n_steps
 from saelab.train.log import JsonLines, Log
@@ -118,10 +118,12 @@ def read_run(folder: Path | str) -> dict[str, Any] | None:
     path = Path(folder) / RUN
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); start the run again with --overwrite") from error
+    with damaged(path, "start the run again with --overwrite"):
+        content = json.loads(path.read_bytes())
+        for name, kind in (("variant", str), ("config", dict), ("train", dict), ("cache_fingerprint", str)):
+            if not isinstance(content[name], kind):
+                raise TypeError(f"{name} is {content[name]!r}")
+        return content
 
 
 def _resume(store: Store, cache: ActivationCache, about: dict[str, Any], verify: bool) -> TrainState | None:

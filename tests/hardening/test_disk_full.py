@@ -51,8 +51,8 @@ def convert(to: str) -> Callable[[Place, Path], list[str]]:
 
 def sweep(place: Place, out: Path) -> list[str]:
     grid = place.folder / "grid.toml"
-    grid.write_text('[train]\nepochs = 1\nbatch_size = 100\n[[sae]]\nvariant = "topk"\nd_sae = 24\nk = [2, 3]\n')
-    return ["sweep", str(place.cache), "--grid", str(grid), "--out", str(out), "--device", "cpu"]
+    grid.write_text('[train]\nepochs = 1\nbatch_size = 100\n[[grid]]\nvariant = "topk"\nd_sae = 24\nk = [2, 3]\n')
+    return ["sweep", str(place.cache), str(grid), "--out", str(out), "--device", "cpu"]
 
 
 # writer -> its command, and how its product is opened

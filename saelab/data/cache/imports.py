@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.data.cache.claim import discard
 from saelab.data.cache.manifest import Manifest, check_provenance
 from saelab.data.cache.reader import ActivationCache
 from saelab.data.cache.storage import Folder
-from saelab.data.cache.writer import CacheWriter, discard
+from saelab.data.cache.writer import CacheWriter
 from saelab.errors import UserError, near_matches
 
 TOKEN_COLUMNS = ("token_ids", "tokens", "input_ids")

@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from saelab.errors import UserError, near_matches
+from saelab.errors import UserError, damaged, near_matches
 
 FORMAT = "saelab.activations"
 VERSION = 1
@@ -16,6 +17,7 @@ MANIFEST = "manifest.json"  # there once the cache is complete
 PARTIAL = "manifest.partial.json"  # there while it is being written; see partial_name
 OTHERS = "manifest.partial-"  # start of the names of what the other processes note meanwhile
 VOCABULARY = "tokens.json"
+REMEDY = "restore it or harvest the cache again"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -115,12 +117,10 @@ class Manifest:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Manifest:
+    def from_json(cls, text: str | bytes, where: str) -> Manifest:
         """The manifest in a file's content; UserError where it is none or of a newer version."""
-        try:
+        with damaged(f"{where}/{MANIFEST}", REMEDY):
             data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}/{MANIFEST} is not valid JSON ({error}); harvest the cache again") from error
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise UserError(f"{where}/{MANIFEST} is not the manifest of an activation cache")
         if (version := data.pop("version", None)) != VERSION:
@@ -128,8 +128,32 @@ class Manifest:
         known = {f.name for f in fields(cls)}
         if missing := sorted({"d_in", "dtype", "shards"} - data.keys()):
             raise UserError(f"{where}/{MANIFEST} lacks {', '.join(missing)}; harvest the cache again")
-        shards = [ShardInfo(**shard) for shard in data.pop("shards")]
-        return cls(**{k: v for k, v in data.items() if k in known}, shards=shards)
+        with damaged(f"{where}/{MANIFEST}", REMEDY):
+            shards = [ShardInfo(**shard) for shard in data.pop("shards")]
+            manifest = cls(**{k: v for k, v in data.items() if k in known}, shards=shards)
+            manifest.check()
+        return manifest
+
+    def check(self) -> None:
+        """ValueError where a field is not what it must be for the shards to be found and read."""
+        counts = {name: getattr(self, name) for name in ("d_in", "context_length")}
+        for shard in self.shards:
+            Path(shard.file).relative_to(Path(shard.file).name)  # a shard lies in the folder, not elsewhere
+            counts |= {
+                f"{name} of {shard.file}": getattr(shard, name) for name in ("rows", "tokens", "contexts", "bytes")
+            }
+        for name, value in counts.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}")
+        if self.mean and len(self.mean) != self.d_in:
+            raise ValueError(f"mean has {len(self.mean)} entries")
+        numbers = [self.rms_norm, self.mean_norm, self.variance, self.scale, self.held_out_fraction, *self.mean]
+        if not all(math.isfinite(value) for value in numbers) or self.scale <= 0:
+            raise ValueError("its statistics are not finite")
+        if not 0 <= self.held_out_from <= self.n_rows or not 0 <= self.skip_first < max(self.context_length, 1):
+            raise ValueError(f"held_out_from is {self.held_out_from}, skip_first {self.skip_first}")
 
     def fingerprint(self) -> str:
         """Changes when any activation changes, or where it comes from, or which rows are held out.

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.manifest import MANIFEST, PARTIAL, VOCABULARY, Manifest, check_provenance
+from saelab.data.cache.manifest import MANIFEST, PARTIAL, REMEDY, VOCABULARY, Manifest, check_provenance
 from saelab.data.cache.order import BLOCK, Order
 from saelab.data.cache.shards import Shards
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.stream import Batch, Buffers, make_batch, stream
 from saelab.data.cache.writer import CacheWriter
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 
 Split = Literal["train", "held_out", "all"]
 WINDOW_BYTES = 256 << 20
@@ -40,7 +40,7 @@ class ActivationCache:
             if self.folder.exists(PARTIAL):
                 raise UserError(f"{self.path} is unfinished; run the same `saelab harvest` with --resume")
             raise UserError(f"{self.path} is not an activation cache (no {MANIFEST}); make one with `saelab harvest`")
-        self.manifest = Manifest.from_json(self.folder.read(MANIFEST).decode(), self.path)
+        self.manifest = Manifest.from_json(self.folder.read(MANIFEST), self.path)
         for shard in self.manifest.shards:
             size = self.folder.size(shard.file)
             if size is None:
@@ -230,7 +230,10 @@ class ActivationCache:
         return [known[i] if i < len(known) else f"<{i}>" for i in ids]
 
     def _read_vocabulary(self) -> list[str]:
-        return json.loads(self.folder.read(VOCABULARY)) if self.folder.exists(VOCABULARY) else []
+        if not self.folder.exists(VOCABULARY):
+            return []
+        with damaged(f"{self.path}/{VOCABULARY}", REMEDY):
+            return [str(text) for text in json.loads(self.folder.read(VOCABULARY))]
 
     def contexts(self, split: Split = "train") -> Iterator[tuple[Int[Tensor, " m"], Int[Tensor, " m"]]]:
         """For each context of a split: its token ids, and the cache row of each token (-1 where none is stored)."""

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.data.cache.manifest import Manifest
+from saelab.data.cache.manifest import REMEDY, Manifest
 from saelab.data.cache.storage import Column, Folder
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 
 
 class Shards:
@@ -28,7 +28,15 @@ class Shards:
         self.columns = functools.cache(self._open)
 
     def _open(self, index: int) -> dict[str, Column]:
-        return self.folder.tensors(self.manifest.shards[index].file)
+        shard, m = self.manifest.shards[index], self.manifest
+        with damaged(f"{self.folder.url}/{shard.file}", REMEDY, RuntimeError):
+            columns = self.folder.tensors(shard.file)
+            wanted = {"acts": (shard.rows, m.d_in), "tokens": (shard.rows,), "slots": (shard.rows,)}
+            wanted |= {"text": (shard.tokens,), "documents": (shard.tokens,)}
+            for name, shape in wanted.items():
+                if columns[name].shape != shape:
+                    raise ValueError(f"{name} has shape {columns[name].shape}, expected {shape}")
+            return columns
 
     def row_bytes(self, names: Sequence[str]) -> int:
         """Bytes of one row of the named tensors on disk."""

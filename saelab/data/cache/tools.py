@@ -6,14 +6,16 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 
+from saelab.data.cache.claim import discard, hold, release
 from saelab.data.cache.manifest import MANIFEST, PARTIAL, VOCABULARY, Manifest, ShardInfo
 from saelab.data.cache.reader import ActivationCache
 from saelab.data.cache.storage import Folder
-from saelab.data.cache.writer import discard, finish, prepare, publish
+from saelab.data.cache.writer import finish, prepare, publish
 from saelab.errors import UserError
 
 # Rows of caches that differ in one of these do not belong together.
@@ -84,6 +86,12 @@ def merge(
             if a != b:
                 raise UserError(f"cannot merge {cache.path}: its {name} is {b!r}, that of {caches[0].path} is {a!r}")
     folder = Folder(out)
+    for cache in caches:
+        if cache.path == folder.url or (
+            folder.local and cache.folder.local and _same(folder.local, cache.folder.local)
+        ):
+            raise UserError(f"{folder.url} is one of the caches to merge; write to another folder")
+    hold(folder)
     prepare(folder, overwrite=overwrite, resume=False)
     texts = list(dict.fromkeys(cache.manifest.text for cache in caches))
     joined = "".join(cache.manifest.text_fingerprint for cache in caches)
@@ -105,10 +113,15 @@ def merge(
         if caches[0].folder.exists(VOCABULARY):
             folder.write(VOCABULARY, caches[0].folder.read(VOCABULARY))
         publish(folder, manifest)
+        release(folder)
     except BaseException:
         discard(folder)
         raise
     return ActivationCache(out)
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
 
 
 def _append(folder: Folder, manifest: Manifest, cache: ActivationCache) -> None:

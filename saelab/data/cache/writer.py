@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.data.cache.claim import hold, release
 from saelab.data.cache.manifest import DTYPES, MANIFEST, OTHERS, PARTIAL, VOCABULARY, Manifest, ShardInfo, partial_name
 from saelab.data.cache.storage import Folder
+from saelab.data.text import storable
 from saelab.errors import UserError
 
 _CHUNK = 8192  # rows per float64 chunk of the statistics
@@ -38,6 +40,7 @@ class CacheWriter:
         self.folder, self.manifest, self.rank = folder, manifest, rank
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
         if rank == 0:
+            hold(folder)
             prepare(folder, overwrite=overwrite, resume=resume)
         begun = resume or rank > 0
         self.complete = begun and folder.exists(MANIFEST)
@@ -68,7 +71,7 @@ class CacheWriter:
     def _collect(self) -> None:
         """Take over what the other processes have noted."""
         others = [name for name in self.folder.names() if name.startswith(OTHERS)]
-        parts = [Manifest.from_json(self.folder.read(name).decode(), self.folder.url) for name in others]
+        parts = [Manifest.from_json(self.folder.read(name), self.folder.url) for name in others]
         shards = {shard.number: shard for part in [*parts, self.manifest] for shard in part.shards}
         self.manifest.shards = [shards[number] for number in sorted(shards)]
         self.manifest.n_documents = max(part.n_documents for part in [*parts, self.manifest])
@@ -134,7 +137,7 @@ class CacheWriter:
 
     def write_vocabulary(self, strings: list[str]) -> None:
         """How each token id reads, so that the cache can be shown without its model."""
-        self.folder.write(VOCABULARY, json.dumps(strings, ensure_ascii=False).encode())
+        self.folder.write(VOCABULARY, json.dumps([storable(s) for s in strings], ensure_ascii=False).encode())
 
     def set_grad_scale(self, scale: float) -> None:
         """Note, for whoever goes on writing, what gradients are multiplied by; a scale that is set stays."""
@@ -157,6 +160,7 @@ class CacheWriter:
             raise UserError(f"{self.folder.url} lacks {shard_name(min(missing))}; run the same harvest with --resume")
         finish(self.folder, self.manifest)
         publish(self.folder, self.manifest)
+        release(self.folder)
         self.complete = True
         return self.manifest
 
@@ -184,15 +188,6 @@ def prepare(folder: Folder, *, overwrite: bool, resume: bool, dry: bool = False)
     for name in names:
         if name.startswith(("shard_", ".shard_", OTHERS)):
             folder.remove(name)
-
-
-def discard(folder: Folder) -> None:
-    """Remove a cache that will not be finished, and its folder if nothing else is in it."""
-    for name in folder.names():
-        if name in {MANIFEST, PARTIAL, VOCABULARY} or name.startswith(("shard_", ".shard_", f".{PARTIAL}")):
-            folder.remove(name)
-    if folder.local is not None and folder.local.is_dir() and not any(folder.local.iterdir()):
-        folder.local.rmdir()
 
 
 def sums(acts: Float[Tensor, "rows d_in"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, 2]]:
