@@ -10,7 +10,7 @@ PORT ?= 8501
 
 help:
 	@echo "make demo    train an SAE on a real language model and index its features (under 10 minutes)"
-	@echo "make app     open the feature browser on the result"
+	@echo "make app     open the feature browser on the result, or on the SAEs of checkpoints/"
 	@echo "make test    run the whole test suite (under 10 minutes)"
 	@echo "make claims  check the papers' claims on planted data (under 5 minutes)"
 	@echo "make test-interop   run SAELens, SAEBench and other tools on our files, and saelab under transformer-lens 3"
@@ -30,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/saelab demo --out demo
 
 app: $(STAMP)
-	$(BIN)/saelab app demo --port $(PORT)
+	$(BIN)/saelab app --port $(PORT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile

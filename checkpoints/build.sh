@@ -17,11 +17,14 @@ saelab train "$grads" --variant gradient_topk --d-sae 1152 --k 32 --epochs 65 --
 for config in "$runs"/*/cfg.json; do
     run=$(dirname "$config")
     name=$(python -c 'import json, sys; c = json.load(open(sys.argv[1])); print(c["metadata"]["saelab"]["variant"])' "$config")
-    case $run in *4608*) name=${name}_4608 ;; esac
+    band=1
+    case $run in *4608*) name=${name}_4608 band=0 ;; esac
     rm -rf "${here:?}/$name"
     saelab convert "$run" "$here/$name" --to saelab --dtype float16
-    saelab evaluate "$here/$name" --cache "$cache" --lm-tokens 8192
+    saelab evaluate "$here/$name" --cache "$cache" --lm-tokens 4096
     # Fewer and shorter examples than by default: the folder stays small enough to clone.
-    saelab index "$here/$name" --cache "$cache" --top 5 --band 1 --random 1 --silent 2 --before 14 --after 4
+    saelab index "$here/$name" --cache "$cache" --top 5 --band $band --random 0 --silent 1 --before 8 --after 2 --bins 20 \
+        --tokens 6 --neighbours 5 --partners 2
     saelab card "$here/$name"
 done
+python "$here/table.py"

@@ -13,6 +13,12 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _seed_module() -> None:
+    """For the module's own fixtures: they run before any test of it, and must not depend on what ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

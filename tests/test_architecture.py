@@ -12,7 +12,7 @@ PACKAGE = ROOT / "saelab"
 
 # From the bottom up: a module may import its own layer and those below it.
 LAYERS = [
-    {"_version", "errors"},
+    {"_version", "errors", "shipped"},
     {"kernels"},
     {"sparse"},
     {"sae"},

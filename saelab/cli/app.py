@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -13,19 +12,20 @@ from pathlib import Path
 
 import tyro
 
-import saelab
+from saelab import shipped
 from saelab.cli.common import console, parse
 from saelab.errors import UserError
 
-ENTRY = "streamlit_app.py"
+DEMO = Path("demo")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to browse, and where to serve it."""
 
-    folder: tyro.conf.Positional[Path] = Path("demo")
-    """Folder that holds runs and caches, at any depth; nothing outside it is opened."""
+    folder: tyro.conf.Positional[Path | None] = None
+    """Folder that holds runs and caches, at any depth; nothing outside it is opened. By default `demo`, and where there
+    is none yet, the trained SAEs that come with saelab."""
     model: str | None = None
     """Language model for the pages that need one: smollm2, a hub id or a local folder; none for no model.
     By default the one the run names, if that is smollm2 or lies inside the folder."""
@@ -38,6 +38,8 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Become the server, so that whoever stops this process stops it."""
     options = parse(Options, "app", args, "Browse latents, explain prompts, steer: the web app on a folder of runs.")
+    if options.folder is None:
+        options = dataclasses.replace(options, folder=default_folder())
     command, environment = prepare(options)
     console.print(f"saelab app on {options.folder}: http://127.0.0.1:{options.port}", markup=False)
     if os.name == "posix":
@@ -47,12 +49,12 @@ def main(args: Sequence[str]) -> None:
 
 def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
     """The server's command line and environment; refuses a folder that is none."""
-    if not options.folder.is_dir():
+    if options.folder is None or not options.folder.is_dir():
         raise UserError(f"{options.folder} is no folder; name the one that holds your runs, or run `saelab demo` first")
     if importlib.util.find_spec("streamlit") is None:
         raise UserError("the app needs streamlit; install it with: pip install 'saelab[app]'")
     command = [
-        *(sys.executable, "-m", "streamlit", "run", str(app_script())),
+        *(sys.executable, "-m", "streamlit", "run", str(shipped.app_script())),
         "--server.address=127.0.0.1",
         f"--server.port={options.port}",
         f"--server.headless={'false' if options.browser else 'true'}",
@@ -66,16 +68,6 @@ def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
     return command, environment
 
 
-def app_script() -> Path:
-    """The app's entrypoint: ``app/`` of a checkout, else what the wheel put under ``share/saelab/app``."""
-    checkout = Path(saelab.__file__).parents[1] / "app" / ENTRY
-    if checkout.is_file():
-        return checkout
-    try:
-        installed = importlib.metadata.files("saelab") or []
-    except importlib.metadata.PackageNotFoundError:
-        installed = []
-    for file in installed:
-        if file.name == ENTRY:
-            return Path(str(file.locate())).resolve()
-    raise UserError("this installation of saelab has no app folder; reinstall it with: pip install 'saelab[app]'")
+def default_folder() -> Path:
+    """What the user made, else what is shipped."""
+    return DEMO if DEMO.is_dir() else shipped.checkpoints()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy as python_copy
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ from saelab.errors import UserError
 from saelab.interop.export import TOLERANCE, Proof, prove, random_probe
 from saelab.sae import SAE
 
-# What stands beside the weights and stays true of a copy: how it was trained, and the curve. Metrics and the feature
-# index do not: rounding changes them a little, so they are measured again on the copy.
-COMPANIONS = ("run.json", "metrics.jsonl")
+CURVE_LINES = 256  # of the training curve that go along; more than a chart has pixels for is of no use
 
 
 def copy(
@@ -46,14 +44,29 @@ def copy(
                 f"the copy differs from the SAE by {proof.encode:.1e} (encode) and {proof.decode:.1e} (decode), "
                 f"more than {TOLERANCE:.0e}; nothing was written"
             )
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, temporary / name)
+        _companions(source, temporary)
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return proof
+
+
+def _companions(source: Path, folder: Path) -> None:
+    """What stays true of a copy: how it was trained, and the curve.
+
+    Metrics and the feature index do not: rounding changes them a little, so they are measured again on the copy.
+    """
+    if (source / "run.json").is_file():
+        shutil.copyfile(source / "run.json", folder / "run.json")
+    if (source / "metrics.jsonl").is_file():
+        (folder / "metrics.jsonl").write_text("".join(thinned((source / "metrics.jsonl").read_text().splitlines(True))))
+
+
+def thinned(lines: Sequence[str]) -> list[str]:
+    """At most ``CURVE_LINES`` of the lines, evenly, with the first and the last."""
+    n = min(len(lines), CURVE_LINES)
+    return [lines[i * (len(lines) - 1) // max(n - 1, 1)] for i in range(n)]
 
 
 def rounded(sae: SAE, dtype: torch.dtype) -> SAE:

@@ -125,6 +125,7 @@ A sparse autoencoder trained with saelab.
 
 ```python
 import saelab
+
 sae = {calls[0]}
 ```
 
@@ -132,6 +133,7 @@ In SAELens, where it has the architecture (`{config["architecture"]}`):
 
 ```python
 from sae_lens import SAE
+
 sae = {calls[1]}
 ```
 """

@@ -7,51 +7,29 @@ through a frozen decoder, gives the gate its gradient.
 
 from __future__ import annotations
 
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from saelab import kernels
 from saelab.kernels import SelectedPreActs
-from saelab.sae.penalty import PenaltySAE
+from saelab.sae.penalty import L1SAE
 from saelab.sparse import SparseCode
 
 
-class GatedSAE(PenaltySAE, variant="gated"):
+class GatedSAE(L1SAE, variant="gated"):
     """``z = 1[gate > 0] * ReLU(exp(r_mag) * h + b_mag)`` with ``h = W_enc^T (x - b_dec)`` and ``gate = h + b_enc``."""
 
     saelens = "gated"
-    scaled = (*PenaltySAE.scaled, "b_mag")
+    scaled = (*L1SAE.scaled, "b_mag")
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        l1: float = 0.1,
-        penalty_warmup: float = 0.1,
-        target_l0: int | float | None = None,
-        adapt_rate: float = 1e-3,
-    ) -> None:
-        """
-        Args:
-            l1: Weight of the L1 penalty on the gate, for activations of unit mean square norm.
-            penalty_warmup: Share of the steps over which the penalty rises from 0.
-            target_l0: Let the weight follow this number of active latents per token.
-            adapt_rate: Relative change of the weight per step when it follows a target.
-        """
-        super().__init__(
-            d_in,
-            d_sae,
-            penalty_warmup,
-            target_l0,
-            adapt_rate,
-            l1=l1,
-            penalty_warmup=penalty_warmup,
-            target_l0=target_l0,
-            adapt_rate=adapt_rate,
-        )
-        self.l1 = l1
-        self.r_mag = nn.Parameter(torch.zeros(d_sae))
-        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+    @wraps(L1SAE.__init__)
+    def __init__(self, *args: Any, **config: Any) -> None:
+        super().__init__(*args, **config)
+        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         return self.select_above(x, 0.0)

@@ -57,3 +57,36 @@ class PenaltySAE(LinearSAE):
 
     def diagnostics(self) -> dict[str, float]:
         return {"pressure": self.pressure().item()}
+
+
+class L1SAE(PenaltySAE):
+    """A penalty SAE whose sparsity term is an L1 norm, of what is for the variant to say."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        l1: float = 0.1,
+        penalty_warmup: float = 0.1,
+        target_l0: int | float | None = None,
+        adapt_rate: float = 1e-3,
+    ) -> None:
+        """
+        Args:
+            l1: Weight of the L1 penalty (on the gate, where there is one), for activations of unit mean square norm.
+            penalty_warmup: Share of the steps over which the penalty rises from 0.
+            target_l0: Let the weight follow this number of active latents per token.
+            adapt_rate: Relative change of the weight per step when it follows a target.
+        """
+        super().__init__(
+            d_in,
+            d_sae,
+            penalty_warmup,
+            target_l0,
+            adapt_rate,
+            l1=l1,
+            penalty_warmup=penalty_warmup,
+            target_l0=target_l0,
+            adapt_rate=adapt_rate,
+        )
+        self.l1 = l1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
-from saelab.cli.app import Options, app_script, prepare
+from saelab import shipped
+from saelab.cli.app import Options, default_folder, prepare
 from saelab.errors import UserError
+from saelab.shipped import app_script
 
 
 def test_serves_this_machine_only(tmp_path: Path) -> None:
@@ -28,24 +30,28 @@ def test_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
         prepare(Options(tmp_path / "missing"))
 
 
-def test_the_app_of_a_wheel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_saes_are_shown_until_there_is_a_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_folder() == shipped.checkpoints()
+    (tmp_path / "demo").mkdir()
+    assert default_folder() == Path("demo")
+
+
+def test_what_a_wheel_installed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.metadata
 
     import saelab
 
-    script = tmp_path / "share" / "saelab" / "app" / "streamlit_app.py"
-    script.parent.mkdir(parents=True)
-    script.touch()
-
-    class Installed:
-        name = "streamlit_app.py"
-
+    class Installed(PurePosixPath):
         def locate(self) -> Path:
-            return script
+            return tmp_path / Path(*self.parts[-4:])
 
+    files = [Installed("saelab/streamlit_app.py"), Installed("../../share/saelab/app/streamlit_app.py")]
     monkeypatch.setattr(saelab, "__file__", str(tmp_path / "site" / "saelab" / "__init__.py"))
-    monkeypatch.setattr(importlib.metadata, "files", lambda name: [Installed()])
-    assert app_script() == script
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: files)
+    assert app_script() == tmp_path / "share" / "saelab" / "app" / "streamlit_app.py"
+    with pytest.raises(UserError, match="no checkpoints folder"):
+        shipped.checkpoints()
     monkeypatch.setattr(importlib.metadata, "files", lambda name: None)
     with pytest.raises(UserError, match="no app folder"):
         app_script()

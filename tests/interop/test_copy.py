@@ -12,7 +12,7 @@ from saelab import build, checkpoint
 from saelab.cli import main
 from saelab.errors import UserError
 from saelab.interop import load
-from saelab.interop.copy import copy, rounded
+from saelab.interop.copy import CURVE_LINES, copy, rounded, thinned
 from saelab.sae import VARIANTS
 
 
@@ -53,6 +53,16 @@ def test_a_copy_that_is_not_the_sae_is_not_kept(tmp_path: Path, monkeypatch: pyt
         copy(sae, source, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     assert not list(tmp_path.glob(".copy*"))
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
+    long = [str(i) for i in range(1000)]
+    kept = thinned(long)
+    assert len(kept) == len(set(kept)) == CURVE_LINES
+    assert (kept[0], kept[-1]) == (long[0], long[-1])
+    assert thinned(long[:7]) == long[:7]
+    assert thinned(long[:1]) == long[:1]
+    assert thinned([]) == []
 
 
 def test_rounding_touches_matrices_alone() -> None:
