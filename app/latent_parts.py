@@ -8,6 +8,7 @@ import common
 import streamlit as st
 
 from saelab import viz
+from saelab.features.autointerp import load
 from saelab.features.search import counterparts
 from saelab.workspace import Run
 from saelab.workspace.notes import read_notes, write_note
@@ -45,6 +46,24 @@ def numbers(row: dict[str, Any]) -> None:
         st.metric("token entropy", f"{row['token_entropy']:.1f}", help=help_text, width=110)
 
 
+def explanation(run: Run, latent: int, pole: int) -> None:
+    """What a language model said of it, with its scores beside what guessing would reach."""
+    found = load(run.path).get((latent, pole))
+    if found is None:
+        return
+    st.markdown(f":material/smart_toy: {viz.markdown(found['text'])}")
+    scores = [f"{name} {_share(found[name]['balanced_accuracy'])}" for name in ("detection", "fuzzing")]
+    st.caption(
+        f"by {viz.markdown(found['explainer'])} · balanced accuracy: {', '.join(scores)} (guessing reaches 50 %) · "
+        f"accuracy of detection {_share(found['detection']['accuracy'])}, "
+        f"of saying no to everything {_share(found['detection']['guess_nothing'])}"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
 def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
     """A latent beside a table: what it is, its evidence, a button to its page."""
     row = index.latent(latent, pole)
@@ -56,6 +75,7 @@ def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
         if not row["count"]:
             silent(index, len(index.poles) > 1)
         else:
+            explanation(run, latent, pole)
             numbers(row)
             examples(index, latent, pole, "top", limit=6)
         logits(row, limit=8)

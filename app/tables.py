@@ -48,7 +48,7 @@ def sign(pole: int) -> str:
 def shown(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """A copy to show: corpus text made visible, the pole as a sign."""
     view = table[list(columns)].copy()
-    for name in view.columns.intersection(["label", "top_tokens", "promoted", "my label"]):
+    for name in view.columns.intersection(["label", "explanation", "top_tokens", "promoted", "my label"]):
         view[name] = view[name].fillna("").map(viz.visible)
     if "pole" in view:
         view["pole"] = view["pole"].map(sign)
@@ -58,6 +58,8 @@ def shown(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
 def latents(table: pd.DataFrame, signed: bool, notes: dict[int, dict[str, str]], key: str) -> Chosen | None:
     """The table of the Features page; returns the (latent, pole) of the chosen row."""
     columns = ["latent", *(["pole"] if signed else []), "top_tokens", "label", "label_score", "density", "max"]
+    if (table["explanation"] != "").any():
+        columns.insert(columns.index("top_tokens"), "explanation")
     columns += ["token_entropy", "promoted"]
     view = shown(table, *columns)
     if notes:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from saelab import SAE, ActivationCache, SparseCode, UserError
+from saelab.cli import main
 from saelab.features import Example, FeatureIndex, IndexConfig, build_index
 from saelab.features.autointerp import ChatClient, InterpretConfig, detection, fuzzing, interpret, interpret_all, load
 from saelab.features.autointerp.prompts import active_places, marked
@@ -229,3 +230,32 @@ def test_rates_follow_their_formulas() -> None:
     assert score.precision == 6 / 8 and score.recall == 6 / 10 and score.specificity == 8 / 10
     assert score.accuracy == 14 / 20 and score.balanced_accuracy == pytest.approx(0.7)
     assert score.f1 == pytest.approx(2 * 0.75 * 0.6 / 1.35) and score.guess_nothing == 0.5
+
+
+def test_explain_command_prints_saves_and_goes_on(
+    index: FeatureIndex, server: FakeServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    command = ["explain", str(index.run_folder), "--endpoint", server.url, "--model", "fake-1"]
+    try:
+        main([*command, "--count", "1", "--key-variable", "MY_KEY", "--judge", "fake-2", "--json"])
+        (row,) = json.loads(capsys.readouterr().out)
+        assert (row["latent"], row["text"], row["detection"]["accuracy"]) == (0, "the word w3", 1.0)
+        assert row["detection"]["guess_nothing"] == pytest.approx(0.5, abs=0.2)
+        assert [request["model"] for request in server.requests].count("fake-1") == 1
+        assert {request["model"] for request in server.requests} == {"fake-1", "fake-2"}
+        assert {header["Authorization"] for header in server.headers} == {"Bearer secret"}
+        # Latents without an explanation come next; one that never fires is skipped, and said so.
+        main([*command, "--count", "5"])
+        printed = capsys.readouterr()
+        assert re.search(r"^ +1\+  the word w3$", printed.out, re.MULTILINE) and "saying no" in printed.out
+        assert sorted(load(index.run_folder)) == [(0, 1), (1, 1)]
+        main([*command, "--latents", "2"])
+        assert "latent 2 (+1) never fires" in capsys.readouterr().err.replace("\n", " ")
+        for wrong in (["--latents", "99"], ["--latents", "0", "--endpoint", "http://127.0.0.1:1/v1"]):
+            with pytest.raises(SystemExit) as left:
+                main([*command, *wrong])
+            error = capsys.readouterr().err
+            assert left.value.code == 2 and "Traceback" not in error and ("99" in error or "127.0.0.1:1" in error)
+    finally:
+        (index.run_folder / "explanations.json").unlink(missing_ok=True)

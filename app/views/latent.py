@@ -38,6 +38,7 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
         if not row["count"]:
             latent_parts.silent(index, signed)
         else:
+            latent_parts.explanation(run, latent, side)
             latent_parts.numbers(row)
             kind = st.segmented_control(
                 "examples",

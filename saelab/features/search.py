@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.errors import UserError
+from saelab.features.autointerp import load
 from saelab.features.directions import unit_rows
 from saelab.features.index import FeatureIndex
 from saelab.features.schema import FEATURES
@@ -27,7 +28,13 @@ STATES = {
     "dense": f"fires on more than {DENSE:.0%} of tokens",
     "ultra-dense": f"fires on more than {ULTRA_DENSE:.0%} of tokens",
 }
-TEXT_COLUMNS = {"label": "label", "fires on": "top_tokens", "promotes": "promoted", "suppresses": "suppressed"}
+TEXT_COLUMNS = {
+    "label": "label",
+    "explanation": "explanation",
+    "fires on": "top_tokens",
+    "promotes": "promoted",
+    "suppresses": "suppressed",
+}
 _SPAN = re.compile(r"\[\[(.+?)\]\]", re.DOTALL)
 
 
@@ -138,12 +145,16 @@ def catalogue(index: FeatureIndex) -> pd.DataFrame:
 
     ``top_tokens``, ``promoted`` and ``suppressed`` are joined by spaces, each token in quotes so that its own spaces
     show; ``label_lower``, ``top_tokens_lower``, ... are what :func:`find` searches. ``telling`` is the label's score
-    times the bits of a firing (-log2 density).
+    times the bits of a firing (-log2 density), ``explanation`` what ``saelab explain`` saved.
     """
     table = index.table()
-    names = [name for name in TEXT_COLUMNS.values() if name != "label"]
+    names = [name for name in TEXT_COLUMNS.values() if name not in {"label", "explanation"}]
     lists = pq.read_table(index.folder / FEATURES, columns=names)
     table["label_lower"] = table["label"].fillna("").str.lower()
+    explained = load(index.run_folder)
+    keys = zip(table["latent"], table["pole"]) if explained else ()
+    table["explanation"] = [explained.get(key, {}).get("text", "") for key in keys] or ""
+    table["explanation_lower"] = table["explanation"].str.lower()
     # A label that predicts a rare latent says more than one that predicts "the".
     rarity = -np.log2(table["density"].clip(lower=1 / max(index.meta["tokens"], 1)))
     table["telling"] = table["label_score"].fillna(0.0) * rarity

@@ -13,7 +13,7 @@ from saelab.viz.charts import (
     scatter,
     steps,
 )
-from saelab.viz.escape import markdown, plain, visible
+from saelab.viz.escape import label, markdown, plain, visible
 from saelab.viz.export import latent_json, latent_page
 from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
 from saelab.viz.tokens import caption, example_list, fact_table, style_sheet, token_chips, token_strip
@@ -32,6 +32,7 @@ __all__ = [
     "fact_table",
     "firing_rank",
     "heatmap",
+    "label",
     "latent_json",
     "latent_page",
     "lines",

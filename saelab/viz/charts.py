@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from saelab.viz.axes import base, log_axis
-from saelab.viz.escape import plain
+from saelab.viz.escape import label as safe
 from saelab.viz.theme import SYMBOLS, Palette
 
 DEAD_LOG_DENSITY = -10.0  # where a latent that never fired stands on a log10 density axis
@@ -20,7 +20,7 @@ def pareto(
 ) -> go.Figure:
     """Sparsity against fidelity, one series per variant: ``{variant: [(l0, value, hover lines), ...]}``.
 
-    The hover text is taken as HTML already (escape names with ``plain``). ``customdata`` holds (variant, position).
+    The hover text is taken as HTML already (escape names with ``viz.label``). ``customdata`` holds (variant, position).
     """
     fig = base(colours, 360, x, y)
     for i, (name, rows) in enumerate(points.items()):
@@ -29,7 +29,7 @@ def pareto(
             x=[r[0] for r in rows],
             y=[r[1] for r in rows],
             text=[r[2] for r in rows],
-            name=plain(name),
+            name=safe(name),
             mode="lines+markers",
             marker={"size": 11, "symbol": SYMBOLS[i % len(SYMBOLS)], "line": {"width": 1, "color": colours.background}},
             line={"width": 1, "dash": "dot"},
@@ -51,7 +51,7 @@ def lines(
     dashes = ("solid", "dash", "dot", "dashdot")
     for i, (name, (xs, ys)) in enumerate(series.items()):
         dash = dashes[i // len(colours.series) % 4] if len(series) > len(colours.series) else dashes[i % 4]
-        fig.add_scatter(x=list(xs), y=list(ys), name=plain(name), mode="lines", line={"width": 2, "dash": dash})
+        fig.add_scatter(x=list(xs), y=list(ys), name=safe(name), mode="lines", line={"width": 2, "dash": dash})
     if log_y:
         return fig.update_yaxes(log_axis([y for _, ys in series.values() for y in ys]))
     return fig.update_yaxes(rangemode="tozero")
@@ -71,9 +71,9 @@ def density_histogram(
             x=(edges[:-1] + edges[1:]) / 2,
             y=counts / max(1, counts.sum()),
             customdata=counts,
-            name=plain(name),
+            name=safe(name),
             opacity=1.0 if len(densities) == 1 else 0.6,
-            hovertemplate="10^%{x:.2f}: %{customdata} latents (%{y:.2%})<extra>" + plain(name) + "</extra>",
+            hovertemplate="10^%{x:.2f}: %{customdata} latents (%{y:.2%})<extra>" + safe(name) + "</extra>",
         )
     fig.add_annotation(
         x=floor, y=1, yref="paper", yanchor="top", text="dead", showarrow=False, font_color=colours.muted
@@ -123,7 +123,7 @@ def logit_effects(
         marker={"color": [colours.positive if v >= 0 else colours.negative for v in values]},
         hovertemplate="%{x:+.3f}<extra></extra>",
     )
-    labels = [plain(token) or "∅" for token, _ in rows]
+    labels = [safe(token) or "∅" for token, _ in rows]
     return fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=labels, autorange="reversed", showgrid=False)
 
 
@@ -138,11 +138,11 @@ def firing_rank(
         keep = np.unique(np.geomspace(1, max(1, len(counts)), 200).astype(int)) - 1 if len(counts) else []
         rank = np.asarray(keep, dtype=float) + 1
         colour = colours.series[i % len(colours.series)]
-        fig.add_scatter(x=rank, y=counts[keep], name=plain(name), mode="lines", line={"width": 2, "color": colour})
+        fig.add_scatter(x=rank, y=counts[keep], name=safe(name), mode="lines", line={"width": 2, "color": colour})
         if fits and name in fits and len(rank):
             log_scale, exponent = fits[name]
             line = {"width": 1.5, "dash": "dash", "color": colour}
-            label = f"{plain(name)}: Zipf s = {exponent:.2f}"
+            label = f"{safe(name)}: Zipf s = {exponent:.2f}"
             fig.add_scatter(x=rank, y=np.exp(log_scale) * rank**-exponent, name=label, mode="lines", line=line)
     fig.update_xaxes(type="log", dtick=1)
     return fig.update_yaxes(type="log", dtick=1)
@@ -158,7 +158,7 @@ def scatter(
 ) -> go.Figure:
     """Labelled points; labels are corpus or user text and are escaped."""
     fig = base(colours, 320, x_title, y_title, showlegend=False)
-    texts = [plain(label) for label in labels]
+    texts = [safe(label) for label in labels]
     fig.add_scatter(x=list(x), y=list(y), mode="markers", text=texts, hovertemplate="%{text}<extra></extra>")
     return fig
 
@@ -178,8 +178,8 @@ def heatmap(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], col
     scale = [[0.0, colours.negative], [0.5, colours.background], [1.0, colours.positive]]
     fig = base(colours, 80 + 22 * len(rows))
     fig.add_heatmap(z=values, zmin=-end, zmax=end, colorscale=scale, hovertemplate="%{z:+.3f}<extra></extra>")
-    fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=[plain(c) for c in columns], showgrid=False)
-    ticks = [plain(r) for r in rows]
+    fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=[safe(c) for c in columns], showgrid=False)
+    ticks = [safe(r) for r in rows]
     return fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=ticks, autorange="reversed", showgrid=False)
 
 
@@ -214,5 +214,5 @@ def contest_bars(
     )
     if cut is not None:
         fig.add_vline(x=cut, line={"color": colours.text, "width": 1.5, "dash": "dot"})
-    texts = [plain(label) for label in labels]
+    texts = [safe(label) for label in labels]
     return fig.update_yaxes(tickvals=list(range(len(texts))), ticktext=texts, autorange="reversed", showgrid=False)

@@ -26,8 +26,13 @@ def visible(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """``visible(text)`` escaped for HTML text and attributes, and for plotly's labels, which read some HTML."""
+    """``visible(text)`` escaped for HTML text and attributes."""
     return html.escape(visible(text), quote=True)
+
+
+def label(text: str) -> str:
+    """``visible(text)`` for plotly's labels: they read tags and a few entities, and show others as they are written."""
+    return html.escape(visible(text), quote=False)
 
 
 def markdown(text: str) -> str:

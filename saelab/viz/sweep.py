@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from saelab.viz.charts import pareto
-from saelab.viz.escape import plain
+from saelab.viz.escape import label as safe
 from saelab.viz.theme import LIGHT, Palette
 
 AXES = {
@@ -26,7 +26,7 @@ def pareto_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = 
     points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for row in rows:
         if row["l0"] is not None and row[value] is not None:
-            text = f"{plain(row['name'])}<br>L0 {row['l0']:.1f}<br>{value} {row[value]:.4f}"
+            text = f"{safe(row['name'])}<br>L0 {row['l0']:.1f}<br>{value} {row[value]:.4f}"
             points[row["variant"]].append((row["l0"], row[value], text))
     return pareto(points, colours, "L0 on held-out tokens", AXES[value])
 

@@ -133,9 +133,9 @@ def pareto_points(runs: Iterable[Run], fidelity: str) -> dict[str, list[tuple[fl
         found = numbers(run)
         if "l0" not in found or fidelity not in found:
             continue
-        lines = [f"<b>{html.escape(run.name)}</b>"]
+        lines = [f"<b>{html.escape(run.name, quote=False)}</b>"]
         for name in ("l0", fidelity):
             lines.append(f"{TITLES[name]} = {found[name].text()}")
-            lines += [html.escape(part) for part in found[name].provenance().split(" · ")]
+            lines += [html.escape(part, quote=False) for part in found[name].provenance().split(" · ")]
         points.setdefault(run.variant, []).append((found["l0"].value, found[fidelity].value, "<br>".join(lines)))
     return points

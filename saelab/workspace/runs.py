@@ -20,7 +20,7 @@ from saelab.sae import SAE
 from saelab.workspace import foreign
 from saelab.workspace.log import METRICS, read_metrics
 
-EVALUATION, INDEX = "evaluation.json", "features"
+EVALUATION, INDEX, EXPLANATIONS = "evaluation.json", "features", "explanations.json"
 MANIFEST, RECIPE, SWEEP = "manifest.json", "recipe.json", "sweep.parquet"
 
 
@@ -34,7 +34,7 @@ class Run:
     @property
     def stamp(self) -> tuple[float, ...]:
         """Modification times of what a reader caches; changes when the run does."""
-        files = (checkpoint.CONFIG, *foreign.TELLING, METRICS, EVALUATION, f"{INDEX}/features.parquet")
+        files = (checkpoint.CONFIG, *foreign.TELLING, METRICS, EVALUATION, f"{INDEX}/features.parquet", EXPLANATIONS)
         return tuple(_mtime(self.path / name) for name in files)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -78,6 +79,25 @@ def test_search_filters_and_opens(monkeypatch: pytest.MonkeyPatch, folder: Path)
     assert all("river" in row for row in found["top_tokens"])
     app.text_input(key="features_text").input("<script>").run()
     assert not app.exception
+
+
+def test_explanations_are_shown_and_searched(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "runs" / "abs_topk", tmp_path / "run")
+    score = {"accuracy": 0.9, "balanced_accuracy": 0.83, "guess_nothing": 0.6}
+    about = {"latent": 7, "pole": -1, "text": "words near **water**", "explainer": "fake-1", "judge": "fake-1"}
+    rows = [{**about, "detection": score, "fuzzing": {**score, "balanced_accuracy": None}}]
+    (tmp_path / "run" / "explanations.json").write_text(json.dumps(rows))
+    app = launch(monkeypatch, tmp_path, model="none")
+    app.switch_page("views/features.py").run()
+    app.text_input(key="features_text").input("NEAR **wa").run()
+    assert not app.exception, app.exception
+    found = app.dataframe[0].value
+    assert (found["latent"].tolist(), found["explanation"].tolist()) == ([7], ["words near **water**"])
+    app.session_state["latent"] = 7
+    app.switch_page("views/latent.py").run()
+    shown = " ".join(item.value for item in (*app.markdown, *app.caption))
+    assert r"words near \*\*water\*\*" in shown
+    assert "detection 83%, fuzzing –" in shown and "saying no to everything 60%" in shown
 
 
 def test_a_link_leads_to_its_latent(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

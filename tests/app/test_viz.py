@@ -108,6 +108,8 @@ def test_a_density_histogram_counts_dead_latents_at_minus_ten() -> None:
 def test_plotly_labels_are_escaped() -> None:
     figure = viz.logit_effects([("<a href='http://x'>y</a>", 1.0)], [("<b>", -1.0)], DARK)
     assert all("<" not in text for text in figure.layout.yaxis.ticktext)
+    # Plotly shows entities of quotes as they are written.
+    assert list(viz.logit_effects([("\"'", 1.0)], [], DARK).layout.yaxis.ticktext) == ["\"'"]
 
 
 @pytest.mark.parametrize("values", [[16, 32], [3e-5, 0.7], [1e-9, 1e9], [0, 2, 90], [2, 2.1], [0.0], []])
