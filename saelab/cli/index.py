@@ -15,6 +15,7 @@ from saelab.cli.subject import open_subject
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
+from saelab.features.directions import KEPT
 from saelab.lm import unembedding
 
 
@@ -28,6 +29,8 @@ class Options:
     """Folder of the activation cache."""
     model: str | None = None
     """Language model of the logit lens; by default the one the cache was harvested from. "none" leaves it out."""
+    keep_unembedding: bool = False
+    """Keep the model's unembedding in the run folder (half precision): the next index needs no model."""
     overwrite: bool = False
     """Replace an existing index; the old one stays until the new one is complete."""
     json: bool = False
@@ -42,7 +45,7 @@ def main(args: Sequence[str]) -> None:
     """Build ``features/`` of a run folder."""
     options = parse(IndexOptions, "index", args, "Describe every latent of a trained SAE over a corpus.")
     config = IndexConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(IndexConfig)})
-    index = run(options.run, options.cache, options.model, config, options.overwrite)
+    index = run(options.run, options.cache, options.model, config, options.overwrite, options.keep_unembedding)
     if options.json:
         print_json(summary(index))
     else:
@@ -50,11 +53,21 @@ def main(args: Sequence[str]) -> None:
 
 
 def run(
-    folder: Path, cache_folder: Path, model: str | None, config: IndexConfig, overwrite: bool = False
+    folder: Path,
+    cache_folder: Path,
+    model: str | None,
+    config: IndexConfig,
+    overwrite: bool = False,
+    keep_unembedding: bool = False,
 ) -> FeatureIndex:
     """Load everything and build the index with a progress bar."""
     sae, cache, folder = open_subject(folder, cache_folder)
-    lens = load_lens(model or cache.manifest.model, cache)
+    # What the run keeps answers for its own model; a model that is named is asked itself.
+    lens = (None if model else LogitLens.open(folder / KEPT, cache.manifest.model)) or load_lens(
+        model or cache.manifest.model, cache
+    )
+    if keep_unembedding and lens is not None:
+        lens.save(folder / KEPT, model or cache.manifest.model)
     with progress_bar() as bar:
         tasks: dict[str, Any] = {}
 

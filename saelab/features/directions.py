@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from saelab.checkpoint import write_tensors
+from saelab.errors import UserError
+
+KEPT = "logit_lens.safetensors"
 ROWS = 64  # directions whose logits are held at once
 
 
@@ -25,6 +32,29 @@ class LogitLens:
     unembed: Float[Tensor, "d_in vocab"]
     norm_weight: Float[Tensor, " d_in"] | None = None
     centred: bool = False
+
+    def save(self, path: Path, model: str) -> None:
+        """Keep it in a file (half precision), so that later indexes need no model. ``model`` is its name."""
+        tensors = {
+            "unembed": self.unembed.half(),
+            "centred": torch.tensor([self.centred]),
+            "model": torch.tensor(list(model.encode()), dtype=torch.uint8),
+        }
+        if self.norm_weight is not None:
+            tensors["norm_weight"] = self.norm_weight
+        write_tensors(path, tensors)
+
+    @classmethod
+    def open(cls, path: Path, model: str) -> LogitLens | None:
+        """The lens of ``model`` kept in a file; None where there is none, or that of another model."""
+        if not path.is_file():
+            return None
+        try:
+            kept = load_file(path)
+            same = bytes(kept["model"].tolist()).decode() == model
+            return cls(kept["unembed"].float(), kept.get("norm_weight"), bool(kept["centred"])) if same else None
+        except (SafetensorError, KeyError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no logit lens ({error}); remove it") from error
 
     def effects(self, directions: Float[Tensor, "m d_in"]) -> Float[Tensor, "m vocab"]:
         """Logit change per unit of each direction."""
