@@ -78,7 +78,8 @@ with right:
         st.caption("Nothing was measured yet; `saelab evaluate RUN --cache CACHE` does.")
     settings = {k: v for k, v in chosen.settings.items() if isinstance(v, str | int | float | bool)}
     with st.expander("Settings"):
-        st.json({"settings": settings, "trained with": chosen.metadata.get("train") or {}})
+        trained = chosen.metadata.get("train") or {}
+        common.html(viz.fact_table([(name, f"{value}", "") for name, value in {**settings, **trained}.items()]))
 
 if chosen.has_index:
     st.subheader("How often latents fire", anchor=False)

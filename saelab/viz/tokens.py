@@ -13,7 +13,10 @@ def style_sheet(colours: Palette) -> str:
     """The CSS that the fragments of this module expect, once a page."""
     return f"""<style>
 [data-testid="stMainBlockContainer"] {{ padding-top: 3.75rem; padding-bottom: 3rem; max-width: 1600px; }}
-[data-testid^="stBaseButton-primary"] *, [data-baseweb="tag"] * {{ color: {colours.on_primary}; }}
+[data-testid^="stBaseButton-primary"] *, [data-baseweb="tag"], [data-baseweb="tag"] * {{
+  color: {colours.on_primary} !important; }}
+[data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * {{
+  color: {colours.muted}; opacity: 1 !important; }}
 .sl-facts {{ width: 100%; border-collapse: collapse; font-size: 0.88rem; color: {colours.text}; }}
 .sl-facts td {{ padding: 0.4rem 0.6rem 0.4rem 0; border-bottom: 1px solid {colours.grid}; vertical-align: top; }}
 .sl-facts td:nth-child(2) {{ font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }}
