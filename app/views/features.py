@@ -54,7 +54,10 @@ with by_text:
         density=None if density == (0.0, 1.0) else density,
         entropy=None if entropy == (0.0, 16.0) else entropy,
     )
-    found = found.sort_values(sort, ascending=sort in {"latent", "token_entropy"}, kind="stable")
+    if text.strip() and sort == "telling":
+        found = search.by_closeness(found, text)
+    else:
+        found = found.sort_values(sort, ascending=sort in {"latent", "token_entropy"}, kind="stable")
     note = f"{len(found):,} of {len(table):,}" + (f", the first {SHOWN:,} shown" if len(found) > SHOWN else "")
     left, right = st.columns([3, 2], gap="medium")
     with left:

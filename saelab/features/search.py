@@ -55,6 +55,15 @@ def find(table: pd.DataFrame, text: str, where: str = "anything") -> pd.DataFram
     return frame[hit]
 
 
+def by_closeness(table: pd.DataFrame, text: str) -> pd.DataFrame:
+    """Rows found by ``text``, ordered by how early it stands in the label or the tokens, then by ``telling``."""
+    text, frame = text.strip().lower(), table
+    found = [frame[f"{name}_lower"].str.find(text) for name in ("label", "explanation", "top_tokens")]
+    nearest = np.min([place.where(place >= 0, 1 << 20) for place in found], axis=0)
+    order = np.lexsort((-frame["telling"].to_numpy(), nearest))
+    return frame.iloc[order]
+
+
 def narrow(
     table: pd.DataFrame,
     pole: int | None = None,
