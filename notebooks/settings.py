@@ -22,6 +22,7 @@ from saelab.viz import LIGHT as COLOURS  # noqa: F401
 QUICK = os.environ.get("SAELAB_NOTEBOOK_QUICK") == "1"
 FOLDER = Path(os.environ.get("SAELAB_NOTEBOOK_FOLDER", "../demo/notebooks"))
 SHIPPED = Path(os.environ.get("SAELAB_NOTEBOOK_CHECKPOINTS", Path(__file__).parent.parent / "checkpoints"))
+SHIPPED_AS = {"topk": "topk_4608"}  # where the folder is not called after the variant
 MODEL, HOOK = "smollm2", "blocks.9.hook_resid_post"
 TOKENS, CONTEXT = (3_000, 64) if QUICK else (200_000, 128)
 GRADIENT_TOKENS = 800 if QUICK else 30_000  # a backward pass each
@@ -49,10 +50,10 @@ def demo_cache(gradients: bool = False) -> ActivationCache:
 
 def demo_run(variant: str = "topk") -> Path:
     """A run folder with an SAE of the demo model: a copy of the shipped one, or one trained on the demo cache."""
-    folder = FOLDER / variant
-    if not folder.exists() and (SHIPPED / variant / "cfg.json").is_file():
+    folder, shipped = FOLDER / variant, SHIPPED / SHIPPED_AS.get(variant, variant)
+    if not folder.exists() and (shipped / "cfg.json").is_file():
         # A copy, because notebooks write beside it: an index, recipes.
-        shutil.copytree(SHIPPED / variant, folder.with_name(f".{variant}"), dirs_exist_ok=True).rename(folder)
+        shutil.copytree(shipped, folder.with_name(f".{variant}"), dirs_exist_ok=True).rename(folder)
     if not finished(folder):
         cache = demo_cache()
         torch.manual_seed(TRAIN.seed)
