@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -44,15 +44,19 @@ def products(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
             yield start, torch.mm(part, W, out=flat[: part.shape[0] * width].view(part.shape[0], width))
 
 
+def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    return x if b_dec is None else x - b_dec
+
+
 def pre_act_chunks(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
     """:func:`products` of the centred activations, with the encoder's bias: ``(x - b_dec) @ W_enc + b_enc``."""
-    for start, z in products(x if b_dec is None else x - b_dec, W_enc):
+    for start, z in products(centred(x, b_dec), W_enc):
         yield start, z if b_enc is None else z.add_(b_enc)
 
 
-def blocks(x: Tensor, W: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def blocks(x: Tensor, W: Tensor) -> Generator[tuple[int, int, Tensor]]:
     """Yield ``(first row, first column, a block of x @ W)``: all columns of a group of rows, then the next group.
 
     On the CPU a block of whole columns costs the library less than one of whole rows: the packed ``W`` serves all rows.

@@ -7,41 +7,34 @@ import torch
 from torch import Tensor
 
 from saelab.kernels import numba_select as select
-from saelab.kernels.chunks import blocks, products
+from saelab.kernels.chunks import blocks, centred, products
 from saelab.kernels.numba_code import by_column, decode, decode_error, latent_grad, latent_sum, value_grad  # noqa: F401
 from saelab.kernels.numba_launch import array, launch
 from saelab.kernels.numba_order import kth_largest, merge_best, pack
 from saelab.kernels.numba_pursuit import pursue, pursue_backward  # noqa: F401
 from saelab.kernels.numba_rows import gather_rows  # noqa: F401
-from saelab.kernels.reference import Ragged, pointers
+from saelab.kernels.reference import Effect, Ragged, pointers
 
 NOTHING = np.zeros((1, 1), np.float32)
 UNWEIGHTED = (1.0, 0.0)
+MODES = {False: select.PLAIN, True: select.MAGNITUDE}
 FEW_LANES = 128  # per row, where the maxima of all rows are compared with one another
 STAGED = 64  # entries kept ready per row where a row's number of winners is not known beforehand
 
 
-def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, signed: bool) -> Ragged:
-    return _fixed(x, W_enc, b_enc, b_dec, k, select.MAGNITUDE if signed else select.PLAIN, signed)
-
-
-def gradient_topk(
+def topk(
     x: Tensor,
-    grads: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
     b_dec: Tensor | None,
-    W_dec: Tensor,
     k: int,
-    weights: tuple[float, float],
     signed: bool,
+    effect: Effect | None = None,
 ) -> Ragged:
-    mode = select.MAGNITUDE_GRADIENT if signed else select.GRADIENT
-    return _fixed(x, W_enc, b_enc, b_dec, k, mode, signed, weights, blocks(grads, W_dec.T))
-
-
-def _fixed(x, W_enc, b_enc, b_dec, k, mode, signed, weights=UNWEIGHTED, effects=None) -> Ragged:
-    n, bias = x.shape[0], _bias(b_enc, W_enc.shape[1])
+    n, bias, mode, weights, effects = x.shape[0], _bias(b_enc, W_enc.shape[1]), MODES[signed], UNWEIGHTED, None
+    if effect is not None:
+        mode, weights = select.MAGNITUDE_GRADIENT if signed else select.GRADIENT, effect.weights
+        effects = blocks(effect.grads, effect.W_dec.T)
     code, budgets = Staged(n, np.full(n, k)), np.full(n, k)
     for row, column, z in blocks(centred(x, b_dec), W_enc):
         extra = NOTHING if effects is None else array(next(effects)[2])
@@ -78,7 +71,7 @@ class Staged:
 
 def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budget: int, signed: bool) -> Ragged:
     n, d_sae = x.shape[0], W_enc.shape[1]
-    mode, bias = select.MAGNITUDE if signed else select.PLAIN, _bias(b_enc, d_sae)
+    mode, bias = MODES[signed], _bias(b_enc, d_sae)
     keys, values, flat, bound = empty(0), empty(0), np.empty(0, np.int64), -np.inf
     for row, column, z in blocks(centred(x, b_dec), W_enc):
         if bound == -np.inf:
@@ -124,7 +117,7 @@ def _reaching(z, column, bias, extra, mode, bound) -> Staged:
 def latent(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budgets: Tensor, signed: bool
 ) -> Ragged:
-    (n, d_sae), mode = (x.shape[0], W_enc.shape[1]), select.MAGNITUDE if signed else select.PLAIN
+    (n, d_sae), mode = (x.shape[0], W_enc.shape[1]), MODES[signed]
     code, per_latent = Staged(d_sae, budgets.numpy()), budgets.numpy()
     for row, z in products(W_enc.T, centred(x, b_dec).T):  # z [latents, n]
         if b_enc is not None:
@@ -148,10 +141,6 @@ def threshold(
         columns.append(torch.from_numpy(packed[2]))
         counts.append(torch.from_numpy(found.counts))
     return torch.cat(values), torch.cat(columns), pointers(torch.cat(counts))
-
-
-def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
-    return x if b_dec is None else x - b_dec
 
 
 def _bias(b_enc: Tensor | None, width: int) -> np.ndarray:

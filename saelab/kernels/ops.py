@@ -16,6 +16,7 @@ from torch import Tensor
 from saelab.kernels import checks, gradients
 from saelab.kernels.dispatch import implementation
 from saelab.kernels.gradients import detached
+from saelab.kernels.reference import Effect
 
 
 class SelectedPreActs(NamedTuple):
@@ -73,8 +74,8 @@ def select_gradient_topk(
     if grad_norm not in ("rms", "none"):
         raise ValueError(f"grad_norm={grad_norm!r} is neither 'rms' nor 'none'")
     weights = _score_weights(grads, W_dec, beta, grad_norm)
-    plain = _plain(x, grads, W_enc, b_enc, b_dec, W_dec)
-    return SelectedPreActs(*implementation(x).gradient_topk(*plain, k, weights, signed))
+    effect = Effect(grads.detach(), W_dec.detach(), weights)
+    return SelectedPreActs(*implementation(x).topk(*_plain(x, W_enc, b_enc, b_dec), k, signed, effect))
 
 
 @torch.no_grad()

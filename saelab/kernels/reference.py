@@ -9,11 +9,13 @@ Nothing here builds ``[n, d_sae]``: the product is taken in chunks of rows into 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelab.kernels.chunks import pre_act_chunks
+from saelab.kernels.chunks import centred, pre_act_chunks
 from saelab.kernels.pursuit_reference import pursue, pursue_backward  # noqa: F401
 
 Ragged = tuple[Tensor, Tensor, Tensor]
@@ -22,32 +24,40 @@ Ragged = tuple[Tensor, Tensor, Tensor]
 GATHER = 1 << 14
 
 
-def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, signed: bool) -> Ragged:
-    """Per token the ``k`` largest pre-activations. Surplus winners that ReLU clips are stored as 0."""
-    parts = [largest(acts, k, signed) for _, acts in pre_act_chunks(x, W_enc, b_enc, b_dec)]
-    return rectangular([p[0] for p in parts], [p[1] for p in parts], x, k)
+class Effect(NamedTuple):
+    """What ranks latents besides their pre-activations: how much each would change the loss.
+
+    The keys become ``a * (w0 + w1 * |grads @ W_dec^T|)``, ``a`` being the rectified or absolute pre-activation.
+    """
+
+    grads: Tensor  # [n, d_in]
+    W_dec: Tensor  # [d_sae, d_in]
+    weights: tuple[float, float]
 
 
-def gradient_topk(
+def topk(
     x: Tensor,
-    grads: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
     b_dec: Tensor | None,
-    W_dec: Tensor,
     k: int,
-    weights: tuple[float, float],
     signed: bool,
+    effect: Effect | None = None,
 ) -> Ragged:
-    """Per token the ``k`` largest ``a * (w0 + w1 * |grads @ W_dec^T|)``, a the rectified or absolute pre-activation."""
+    """Per token the ``k`` latents with the largest keys. Surplus winners that ReLU clips are stored as 0."""
     values, indices = [], []
     for start, acts in pre_act_chunks(x, W_enc, b_enc, b_dec):
-        score = (grads[start : start + acts.shape[0]] @ W_dec.T).abs_().mul_(weights[1]).add_(weights[0])
-        score.mul_(acts.abs() if signed else acts.relu())
-        chosen = largest(score, k, signed=False)[1]
+        if effect is None:
+            key = ranked(acts, signed)
+        else:
+            size = (effect.grads[start : start + acts.shape[0]] @ effect.W_dec.T).abs_()
+            score = size.mul_(effect.weights[1]).add_(effect.weights[0])
+            key = ranked(score.mul_(acts.abs() if signed else acts.relu()), signed=False)
+        chosen = largest(key, k)
         values.append(_output(acts.gather(1, chosen), signed))
         indices.append(chosen)
-    return rectangular(values, indices, x, k)
+    row_ptr = torch.arange(x.shape[0] + 1, device=x.device) * k
+    return torch.cat(values).reshape(-1), torch.cat(indices).reshape(-1), row_ptr
 
 
 def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budget: int, signed: bool) -> Ragged:
@@ -69,10 +79,9 @@ def latent(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budgets: Tensor, signed: bool
 ) -> Ragged:
     """Per latent ``j`` its ``budgets[j]`` largest pre-activations over the batch."""
-    centred = x if b_dec is None else x - b_dec
     top = int(budgets.max()) if budgets.numel() else 0
     rows, columns, values = [], [], []
-    for start, acts in pre_act_chunks(W_enc.T, centred.T, None, None):  # acts [latents, n]
+    for start, acts in pre_act_chunks(W_enc.T, centred(x, b_dec).T, None, None):  # acts [latents, n]
         stop = start + acts.shape[0]
         if b_enc is not None:
             acts += b_enc[start:stop, None]
@@ -140,9 +149,8 @@ def latent_sum(weights: Tensor, indices: Tensor, d_sae: int) -> Tensor:
     return weights.new_zeros(d_sae).index_add_(0, indices, weights)
 
 
-def largest(acts: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Per row the values and indices ``[n, k]`` of the ``k`` largest keys."""
-    key = ranked(acts, signed)
+def largest(key: Tensor, k: int) -> Tensor:
+    """Per row the indices ``[n, k]`` of the ``k`` largest keys, none of them NaN; ties go to the lowest index."""
     # torch.topk leaves the order of ties open, so only its values are trusted: rows whose k-th value also occurs
     # outside the winners are settled by a stable sort.
     indices = key.topk(k, dim=1).indices
@@ -150,7 +158,7 @@ def largest(acts: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     open_rows = (key >= last).sum(1) > k
     if bool(open_rows.any()):
         indices[open_rows] = _descending(key[open_rows])[:, :k]
-    return _output(acts.gather(1, indices), signed), indices
+    return indices
 
 
 def largest_of_row(key: Tensor, count: int) -> Tensor:
@@ -174,12 +182,6 @@ def ranked(acts: Tensor, signed: bool) -> Tensor:
 
 def _output(acts: Tensor, signed: bool) -> Tensor:
     return acts if signed else acts.relu()
-
-
-def rectangular(values: list[Tensor], indices: list[Tensor], x: Tensor, k: int) -> Ragged:
-    """Chunks ``[rows, k]`` of a code that spends ``k`` entries on every token, as a ragged code."""
-    row_ptr = torch.arange(x.shape[0] + 1, device=x.device) * k
-    return torch.cat(values).reshape(-1), torch.cat(indices).reshape(-1), row_ptr
 
 
 def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> bool:

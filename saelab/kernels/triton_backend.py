@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from saelab.kernels import triton_select as select
-from saelab.kernels.chunks import products
-from saelab.kernels.reference import Ragged, gather_rows, largest_of_row, latent_sum, pointers, ranked  # noqa: F401
+from saelab.kernels.chunks import centred, products
+from saelab.kernels.reference import Effect, Ragged, gather_rows, largest_of_row, latent_sum, pointers, ranked  # noqa: F401
 from saelab.kernels.triton_ragged import decode, decode_error, latent_grad, value_grad  # noqa: F401
 from saelab.kernels.triton_residual import pursue, pursue_backward  # noqa: F401
 from saelab.kernels.triton_shapes import group_size, maxima_shape, power, streamed_block, whole_shape
@@ -21,27 +21,25 @@ MARGIN = 8  # a batch budget first looks at this many times the average per row
 MODES = {False: select.PLAIN.value, True: select.MAGNITUDE.value}
 
 
-def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, signed: bool) -> Ragged:
-    return _fixed(x, W_enc, b_enc, b_dec, k, MODES[signed], signed)
-
-
-def gradient_topk(
+def topk(
     x: Tensor,
-    grads: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
     b_dec: Tensor | None,
-    W_dec: Tensor,
     k: int,
-    weights: tuple[float, float],
     signed: bool,
+    effect: Effect | None = None,
 ) -> Ragged:
-    mode = select.MAGNITUDE_GRADIENT if signed else select.GRADIENT
-    return _fixed(x, W_enc, b_enc, b_dec, k, mode.value, signed, weights, grads @ W_dec.T)
+    values, indices, start = _best(x, W_enc, b_enc, b_dec, k, signed, effect)
+    return values if signed else values.relu_(), indices, start
 
 
-def _fixed(x, W_enc, b_enc, b_dec, k, mode, signed, weights=UNWEIGHTED, effects=None) -> Ragged:
-    n = x.shape[0]
+def _best(x, W_enc, b_enc, b_dec, k, signed, effect=None) -> Ragged:
+    """:func:`topk` with values that are not clipped."""
+    n, mode, weights, effects = x.shape[0], MODES[signed], UNWEIGHTED, None
+    if effect is not None:
+        mode, weights = (select.MAGNITUDE_GRADIENT if signed else select.GRADIENT).value, effect.weights
+        effects = effect.grads @ effect.W_dec.T
     values = torch.empty(n * k, dtype=torch.float32, device=x.device)
     indices = torch.empty(n * k, dtype=torch.int64, device=x.device)
     budgets = torch.full((n,), k, dtype=torch.int64, device=x.device)
@@ -50,8 +48,7 @@ def _fixed(x, W_enc, b_enc, b_dec, k, mode, signed, weights=UNWEIGHTED, effects=
         rows = slice(row, row + z.shape[0])
         extra = z if effects is None else effects[rows]
         choose(z, extra, bias, mode, weights, budgets[rows], k, start[row:], values, indices)
-    values = values.to(x.dtype)
-    return values if signed else values.relu_(), indices, start
+    return values.to(x.dtype), indices, start
 
 
 def choose(
@@ -105,7 +102,7 @@ def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, 
     """The best few of each row, then the best of those; rows that may hold more are read again, and only those."""
     n, d_sae = x.shape[0], W_enc.shape[1]
     each = min(d_sae, max(32, MARGIN * -(-budget // n)))
-    values, indices, _ = _fixed(x, W_enc, b_enc, b_dec, each, MODES[signed], True)
+    values, indices, _ = _best(x, W_enc, b_enc, b_dec, each, signed)
     rows = torch.arange(n, device=x.device).repeat_interleave(each)
     keys = ranked(values, signed)
     if each < d_sae:
@@ -185,10 +182,6 @@ def _reaching(x, W_enc, b_enc, b_dec, bound, mode, cut=None) -> Ragged:
         indices.append(where)
         counts.append(count)
     return torch.cat(values), torch.cat(indices), pointers(torch.cat(counts))
-
-
-def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
-    return x if b_dec is None else x - b_dec
 
 
 def _bias(b_enc: Tensor | None, width: int, like: Tensor) -> Tensor:
