@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from saelab.errors import UserError
 from saelab.reproduce import PAPERS
+
+DIFFERENCE = re.compile(r"difference(s?\.|$|_of_\d)")  # of the compared, not the "difference of means" of two classes
 
 
 def read(folder: Path | str) -> list[dict[str, Any]]:
@@ -41,7 +44,7 @@ def headline(measured: dict[str, Any], shows: str = "") -> str:
     found = dict(_summaries(measured))
     if not found:
         return ""
-    name = shows or next((name for name in found if "difference" in name), next(iter(found)))
+    name = shows or next((name for name in found if DIFFERENCE.search(name)), next(iter(found)))
     if isinstance(found[name], float):
         return f"{name.replace('_', ' ')} {found[name]:.3g}"
     mean, low, high = (found[name][key] for key in ("mean", "low", "high"))
