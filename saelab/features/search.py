@@ -121,7 +121,7 @@ def tokens_in(strings: list[str], spans: list[tuple[int, int]], offset: int = 0)
 def per_latent(table: pd.DataFrame, column: str) -> np.ndarray:
     """A column of counts or densities summed over the poles, in the order of the latents."""
     frame: Any = table
-    return frame.groupby("latent")[column].sum().to_numpy()
+    return frame.groupby("latent")[column].sum().to_numpy(copy=True)  # pandas hands out read-only views
 
 
 def count_states(table: pd.DataFrame) -> dict[str, int]:

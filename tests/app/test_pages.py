@@ -145,3 +145,16 @@ def test_a_sweep_is_shown_with_its_members(monkeypatch: pytest.MonkeyPatch, fold
     app.button(key="training_members").click().run()
     assert not app.exception and app.multiselect(key="training_runs").value == ["sweep/gated", "sweep/topk"]
     assert sorted(metric.label for metric in app.metric) == ["sweep/gated", "sweep/topk"]
+
+
+def test_the_shipped_checkpoints_open_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = launch(monkeypatch, ENTRY.parents[1] / "checkpoints", model="none")
+    assert not app.error and len(app.dataframe[0].value) == len(app.selectbox(key="run").options) == 12
+    for run in ("topk_4608", "abs_topk"):
+        app.selectbox(key="run").select(run)
+        for view in ("features", "latent", "health", "overview"):
+            app.switch_page(f"views/{view}.py").run()
+            assert not app.exception and not app.error, (run, view, app.exception, app.error)
+            assert app.session_state["run"] == run
+            # Nothing tells the reader to make something first.
+            assert not any("saelab" in item.value for item in app.info), (run, view, app.info)
