@@ -158,3 +158,16 @@ def test_the_shipped_checkpoints_open_without_a_cache(monkeypatch: pytest.Monkey
             assert app.session_state["run"] == run
             # Nothing tells the reader to make something first.
             assert not any("saelab" in item.value for item in app.info), (run, view, app.info)
+
+
+def test_two_sessions_keep_their_own_state(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    chosen = (("runs/gated", 3), ("runs/topk", 5))
+    apps = [launch(monkeypatch, folder, model="none") for _ in chosen]
+    for app, (run, latent) in zip(apps, chosen):
+        app.selectbox(key="run").select(run)
+        app.session_state["latent"] = latent
+        app.switch_page("views/latent.py").run()
+    for app, (run, latent) in zip(apps, chosen):
+        app.run()
+        assert not app.exception and app.session_state["run"] == run
+        assert f"#{latent}" in app.title[0].value
