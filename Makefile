@@ -6,12 +6,13 @@ EXTRAS = app,demo,notebooks,docs,dev
 STAMP = $(VENV)/.installed
 PORT ?= 8501
 
-.PHONY: help demo app test claims test-interop lint format bench docs clean
+.PHONY: help demo app test test-slow claims test-interop lint format bench docs clean
 
 help:
 	@echo "make demo    train an SAE on a real language model and index its features (under 10 minutes)"
 	@echo "make app     open the feature browser on the result, or on the SAEs of checkpoints/"
 	@echo "make test    run the whole test suite (under 10 minutes)"
+	@echo "make test-slow   the tests that take minutes each: twenty kills, twenty users, ten thousand command lines"
 	@echo "make claims  check the papers' claims on planted data (under 5 minutes)"
 	@echo "make test-interop   run SAELens, SAEBench and other tools on our files, and saelab under transformer-lens 3"
 	@echo "make lint    format check, lint, types"
@@ -34,6 +35,9 @@ app: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-slow: $(STAMP)
+	SAELAB_SLOW=1 $(BIN)/python -m pytest -m minutes
 
 claims: $(STAMP)
 	$(BIN)/saelab reproduce all --quick

@@ -13,6 +13,13 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "SAELAB_SLOW" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("minutes"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; set SAELAB_SLOW=1"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _seed_module() -> None:
     """For the module's own fixtures: they run before any test of it, and must not depend on what ran before."""

@@ -147,7 +147,7 @@ def test_killed_a_few_times_and_resumed(processes: Any, material: Path, tmp_path
     assert kill_often(processes, material, tmp_path, command, 4) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("command", [harvest, train, sweep, index])
 def test_killed_twenty_times_and_resumed(processes: Any, material: Path, tmp_path: Path, command: Any) -> None:
     assert kill_often(processes, material, tmp_path, command, 20) >= 10

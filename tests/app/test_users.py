@@ -33,7 +33,7 @@ def test_an_error_on_a_page_is_noticed(folder: Path, tmp_path: Path) -> None:
     assert seen and "damaged" in seen[0]
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_twenty_users_for_five_minutes(folder: Path) -> None:
     with serve(folder, str(folder / "model")) as (port, pid):
         found = crowd(port, pid, 20, 5.0, ["runs/topk", "runs/abs_topk", "runs/matching_pursuit"], D_SAE, model=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,7 @@ def test_some_command_lines(cut: None, line: list[str]) -> None:
     orderly(line)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("SAELAB_SLOW" not in os.environ, reason="takes minutes; set SAELAB_SLOW=1")
+@pytest.mark.minutes
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=MANY, deadline=None, suppress_health_check=CHECKS)
 @given(line=lines())
