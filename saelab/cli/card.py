@@ -27,4 +27,4 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, "card", args, "Write a run's model card: what it is, its metrics, how to load it.")
     path = options.run / "README.md"
     path.write_text(card_of(options.run, options.repo), encoding="utf-8")
-    out.print(f"saved to {path}", markup=False)
+    out.print(f"saved to {path}", markup=False, soft_wrap=True)

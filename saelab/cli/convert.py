@@ -65,7 +65,7 @@ def main(args: Sequence[str]) -> None:
         print_json({"max_relative_encode": proof.encode, "max_relative_decode": proof.decode, "tolerance": TOLERANCE})
         return
     out.print(f"max |Δ encode| {proof.encode:.1e}, max |Δ decode| {proof.decode:.1e} (relative, limit {TOLERANCE:.0e})")
-    out.print(f"{options.source} -> {options.out} ({options.to})", markup=False)
+    out.print(f"{options.source} -> {options.out} ({options.to})", markup=False, soft_wrap=True)
 
 
 def dashboard(sae: SAE, run: Path, options: Options) -> None:

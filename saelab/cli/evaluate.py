@@ -59,7 +59,7 @@ def main(args: Sequence[str]) -> None:
         print_json(result.content())
     else:
         show(result)
-        out.print(f"saved to {options.run / 'evaluation.json'}", markup=False)
+        out.print(f"saved to {options.run / 'evaluation.json'}", markup=False, soft_wrap=True)
 
 
 def part(cls: type[T], options: Any) -> T:

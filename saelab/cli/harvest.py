@@ -109,6 +109,6 @@ def run(options: Any, config: Any) -> None:
             f"{cache['rows']:,} activations of {cache['hook_name']} (d_in {cache['d_in']}, {cache['dtype']}, "
             f"mean norm {cache['mean_norm']:.4g}) from {cache['documents']} documents of {cache['text']}"
         )
-        out.print(f"saved to {cache['path']}", markup=False)
+        out.print(f"saved to {cache['path']}", markup=False, soft_wrap=True)
     if found[0]["tokens"] < config.tokens:
         console.print(f"{options.text} ended after {found[0]['tokens']:,} of {config.tokens:,} tokens", markup=False)

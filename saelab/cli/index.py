@@ -125,4 +125,4 @@ def show(index: FeatureIndex) -> None:
         f"{found['never_fired']:,} never fired, {found['denser_than_0.1']:,} fire on more than 10 % of tokens, "
         f"{found['labelled']:,} labelled; logit lens: {'yes' if found['logit_lens'] else 'no'}"
     )
-    out.print(f"saved to {index.folder}", markup=False)
+    out.print(f"saved to {index.folder}", markup=False, soft_wrap=True)

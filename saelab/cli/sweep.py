@@ -80,7 +80,7 @@ def main(args: Sequence[str]) -> None:
         for row in rows:
             if row["message"]:
                 out.print(f"{row['name']}: {row['message']}", markup=False)
-        out.print(f"saved to {path} and {report}", markup=False)
+        out.print(f"saved to {path} and {report}", markup=False, soft_wrap=True)
 
 
 def train(grid: Grid, cache: ActivationCache, options: Options, device: Any, stop: Stop) -> list[Member] | None:

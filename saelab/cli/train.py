@@ -117,7 +117,7 @@ def run(options: Any, config: dict[str, Any]) -> StepMetrics | None:
     elif last is not None:
         out.print(f"{options.variant}: FVU {last.fvu:.4f}, L0 {last.l0:.1f}, {last.dead} dead latents")
     if not options.json:
-        out.print(f"saved to {options.out}", markup=False)
+        out.print(f"saved to {options.out}", markup=False, soft_wrap=True)
     return last
 
 

@@ -57,9 +57,9 @@ def run_sweep(
     folder = Path(folder)
     check_grid(grid, cache)
     record = _open_record(folder, grid, cache, resume)
-    members = [_member(entry, folder / entry.name, record) for entry in grid.entries]
     shared = grid.entries[0].train
     total = n_steps(cache, shared)
+    members = [_member(entry, folder / entry.name, record, total) for entry in grid.entries]
     active = [m for m in members if m.status == "running"]
     centre = centre_of(cache, shared, torch.device(device)) if any(m.step == 0 for m in active) else None
     position = min((m.step for m in active), default=total)
@@ -149,10 +149,10 @@ def _finish(member: Member) -> None:
         member.status, member.run = "finished", None
 
 
-def _member(entry: Entry, folder: Path, record: dict[str, Any]) -> Member:
+def _member(entry: Entry, folder: Path, record: dict[str, Any], total: int) -> Member:
     member = Member(entry, folder)
     if finished(folder):
-        member.status = "finished"
+        member.status, member.step = "finished", total
     elif (path := checkpoint.latest_step(folder)) is not None:
         member.step = checkpoint.number_of(path)
     stopped = record["stopped"].get(entry.name)

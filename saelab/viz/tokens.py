@@ -13,7 +13,7 @@ def style_sheet(colours: Palette) -> str:
     """The CSS that the fragments of this module expect, once a page."""
     return f"""<style>
 [data-testid="stMainBlockContainer"] {{ padding-top: 3.75rem; padding-bottom: 3rem; max-width: 1600px; }}
-[data-testid^="stBaseButton-primary"] *, [data-baseweb="tag"], [data-baseweb="tag"] * {{
+[data-testid^="stBaseButton-primary"] *, [data-baseweb="tag"], [data-baseweb="tag"] *, [data-tag], [data-tag] * {{
   color: {colours.on_primary} !important; }}
 [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * {{
   color: {colours.muted}; opacity: 1 !important; }}
