@@ -265,3 +265,14 @@ def test_metrics_hold_every_step_and_nothing_of_the_clock(cache: ActivationCache
     assert torch.allclose(weights["W_dec"].norm(dim=1), torch.ones(D_SAE), atol=1e-6)
     about = checkpoint.load_metadata(tmp_path / "run")
     assert about["cache_fingerprint"] == cache.fingerprint and about["train"]["ema"] == 0.9
+
+
+def test_what_a_kill_left_half_written_is_removed(cache: ActivationCache, tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    main(command(cache, whole))
+    folder.mkdir()
+    for name in (".run.json.abc12345", ".sae_weights.safetensors.abc12345"):
+        (folder / name).write_text("half")
+    (folder / ".mine").write_text("not ours")
+    main(command(cache, folder, "--resume"))
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()} | {".mine"}

@@ -65,6 +65,7 @@ def fit(
     state = _resume(store, cache, about, verify=stream is None) if resume else None
     if parallel.is_main:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         if not resume:
             checkpoint.remove_steps(folder)
         checkpoint.write_json(folder / RUN, about)
@@ -106,6 +107,13 @@ def describe(sae: SAE, cache: ActivationCache, config: TrainConfig) -> dict[str,
         "cache": str(cache.path),
         "cache_fingerprint": cache.fingerprint,
     }
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half-written under a temporary name; only one run writes a run folder."""
+    for pattern in (".*.json.*", ".*.safetensors.*"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def finished(folder: Path | str) -> bool:
