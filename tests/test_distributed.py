@@ -24,11 +24,17 @@ from saelab.distributed.dictionary import build_shard
 from saelab.distributed.files import read_slices, split_dim
 from saelab.distributed.plan import traffic_per_step
 from saelab.errors import UserError
+from saelab.sae import mutual_choice
 from saelab.train import TrainConfig, fit, n_steps
 
 D_IN, D_SAE, K = 16, 64, 2
 CONFIG = TrainConfig(epochs=2, batch_size=64, lr=3e-3, dead_after=70, k_aux=4, ema=0.9, grad_clip=0.05)
-CASES = [("topk", 1), ("topk", 2), ("abs_topk", 4), ("batch_topk", 1)]  # variant, dictionary ranks of four processes
+# Variant, dictionary ranks of four processes, and what they are compared by.
+CASES = [("topk", 1), ("topk", 2), ("abs_topk", 4), ("batch_topk", 4), ("mutual_choice", 4), ("feature_choice", 4)]
+WITHIN_DATA_RANKS = ("batch_topk", 1)  # each data rank spends its part of the budget
+TIPPED = {"batch_topk": 2, "mutual_choice": 2, "feature_choice": 2}  # of 64 latents
+RESUMED = {"topk": 7, "feature_choice": 15}  # interrupted after so many of 24 steps
+REFIT = 5  # steps between fits of the Zipf law, so that a short run has some
 
 
 def train_into(folder: Path, cache_path: str, variant: str, parallel: Parallel, stop: int | None = None) -> None:
@@ -44,15 +50,16 @@ def worker(rank: int, world: int, port: int, folder: str, cache_path: str) -> No
     """All that four processes are asked, in one start of them."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    root = Path(folder)
-    for variant, dict_ranks in CASES:
+    root, mutual_choice.REFIT = Path(folder), REFIT
+    for variant, dict_ranks in [*CASES, WITHIN_DATA_RANKS]:
         # Four processes may all have to compile the CPU kernels first, on few cores.
         parallel = start_world(dict_ranks, timeout_s=300)
         train_into(root / f"{variant}-{dict_ranks}", cache_path, variant, parallel)
         (root / f"traffic-{variant}-{dict_ranks}-{rank}.json").write_text(json.dumps(parallel.traffic))
     parallel = start_world(4)
-    train_into(root / "four-then-one", cache_path, "topk", parallel, stop=7)
-    train_into(root / "one-then-four", cache_path, "topk", parallel)
+    train_into(root / "topk-four-then-one", cache_path, "topk", parallel, stop=7)
+    for variant in RESUMED:
+        train_into(root / f"{variant}-one-then-four", cache_path, variant, parallel)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +74,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
 def runs(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders that four processes and one have written."""
     root = tmp_path_factory.mktemp("runs")
-    for variant in {variant for variant, _ in CASES}:
-        train_into(root / f"{variant}-single", cache.path, variant, SINGLE)
-    train_into(root / "one-then-four", cache.path, "topk", SINGLE, stop=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mutual_choice, "REFIT", REFIT)
+        for variant in {variant for variant, _ in CASES}:
+            train_into(root / f"{variant}-single", cache.path, variant, SINGLE)
+        for variant, step in RESUMED.items():
+            train_into(root / f"{variant}-one-then-four", cache.path, variant, SINGLE, stop=step)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,21 +87,23 @@ def runs(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Pa
         # A test of the app in the same process leaves the app as __main__, which spawned processes would run again.
         patch.setitem(sys.modules, "__main__", ModuleType("__main__"))
         mp.spawn(worker, (4, port, str(root), cache.path), nprocs=4)
-    train_into(root / "four-then-one", cache.path, "topk", SINGLE)
+    train_into(root / "topk-four-then-one", cache.path, "topk", SINGLE)
     return root
 
 
-def compare(left: Path, right: Path) -> None:
+def compare(left: Path, right: Path, tipped: int = 0) -> None:
     """Equal up to the order of float32 sums.
 
     Adam divides a gradient by its own size, so that where it is as small as its rounding error a weight may move
-    the other way: by at most twice the learning rate a step, and only at few places.
+    the other way: by at most twice the learning rate a step, and only at few places: 1 % of the weights, and as many
+    latents as are said to be ``tipped``.
     """
     a, b = load_file(left / "sae_weights.safetensors"), load_file(right / "sae_weights.safetensors")
     assert set(a) == set(b)
     for name in a:
         error = (a[name] - b[name]).abs()
-        assert error.quantile(0.99) < 2e-5, f"{name}: {error.quantile(0.99)}"
+        usual = error if error.ndim != 1 else error.sort().values[: error.numel() - tipped]
+        assert usual.quantile(0.99) < 2e-5, f"{name}: {usual.quantile(0.99)}"
         assert error.max() < 2 * CONFIG.lr, f"{name}: {error.max()}"
     for one, two in zip(*((p / "metrics.jsonl").read_text().splitlines() for p in (left, right)), strict=True):
         one, two = json.loads(one), json.loads(two)
@@ -102,9 +114,9 @@ def compare(left: Path, right: Path) -> None:
     assert (left / "cfg.json").read_text() == (right / "cfg.json").read_text()
 
 
-@pytest.mark.parametrize(("variant", "dict_ranks"), CASES[:3])
+@pytest.mark.parametrize(("variant", "dict_ranks"), CASES)
 def test_four_processes_train_the_sae_of_one(runs: Path, variant: str, dict_ranks: int) -> None:
-    compare(runs / f"{variant}-{dict_ranks}", runs / f"{variant}-single")
+    compare(runs / f"{variant}-{dict_ranks}", runs / f"{variant}-single", TIPPED.get(variant, 0))
     rows = [json.loads(line) for line in (runs / f"{variant}-single" / "metrics.jsonl").read_text().splitlines()]
     assert any("auxk" in row and row["dead"] > 4 for row in rows), "the auxiliary loss was not put to the test"
     assert any(row["grad_norm"] > CONFIG.grad_clip for row in rows)
@@ -117,13 +129,24 @@ def test_a_batch_budget_is_spent_within_each_data_rank(runs: Path) -> None:
     assert four["l0"] == pytest.approx(K, rel=0.1) and four["fvu"] == pytest.approx(one["fvu"], rel=0.1)
 
 
-@pytest.mark.parametrize("folder", ["four-then-one", "one-then-four"])
+@pytest.mark.parametrize("folder", ["topk-four-then-one", *(f"{variant}-one-then-four" for variant in RESUMED)])
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, folder: str) -> None:
-    compare(runs / folder, runs / "topk-single")
+    variant = folder.split("-")[0]
+    compare(runs / folder, runs / f"{variant}-single", TIPPED.get(variant, 0))
     assert checkpoint.load_sae(runs / folder).d_sae == D_SAE
 
 
-@pytest.mark.parametrize(("variant", "dict_ranks"), CASES[:3])
+def test_latents_choose_alike_in_shards_and_alone(runs: Path) -> None:
+    one, four = (load_file(runs / f"feature_choice-{n}" / checkpoint.EXTRA) for n in ("single", 4))
+    assert one.keys() == four.keys() and one["switched"] == four["switched"] == 12
+    assert one["zipf"][1] > 0, "no law was fitted"
+    for name in one:
+        # Where the order of a sum tips a choice, one count in a batch of 64 differs.
+        error = (one[name] - four[name]).double().abs()
+        assert error.quantile(0.99) <= 1e-4 * one[name].abs().max(), name
+
+
+@pytest.mark.parametrize(("variant", "dict_ranks"), CASES[:4])
 def test_traffic_is_what_the_formula_says(runs: Path, cache: ActivationCache, variant: str, dict_ranks: int) -> None:
     sent = json.loads((runs / f"traffic-{variant}-{dict_ranks}-0.json").read_text())
     steps = n_steps(cache, CONFIG)
@@ -135,7 +158,9 @@ def test_traffic_is_what_the_formula_says(runs: Path, cache: ActivationCache, va
     aux = sum("auxk" in row for row in rows)
     assert sent.get("reconstruction", 0) == pytest.approx((steps + aux) * expected["reconstruction"], abs=steps)
     assert sent.get("candidates", 0) >= steps * expected["candidates"]
-    assert sent.get("candidates", 0) <= (steps + aux * CONFIG.k_aux / K) * expected["candidates"] + steps
+    # A budget per batch is sent with the number of candidates of each token.
+    counts = steps * (dict_ranks - 1) * 64 * 4 if variant == "batch_topk" else 0
+    assert sent.get("candidates", 0) <= (steps + aux * CONFIG.k_aux / K) * expected["candidates"] + counts + steps
 
 
 def test_a_shard_starts_as_its_part_of_the_whole() -> None:
@@ -170,8 +195,9 @@ def test_slices_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "d_sae", "config", "message"),
     [
-        ("batch_topk", 64, {"k": 3}, "batch_topk cannot be split over dictionary ranks"),
-        ("abs_topk", 64, {"k": 3, "scope": "batch"}, "abs_topk cannot be split"),
+        ("matryoshka", 128, {"k": 3}, "matryoshka cannot be split over dictionary ranks"),
+        ("relu", 64, {}, "relu cannot be split"),
+        ("topk", 64, {"k": 3, "match_norm": True}, "topk with match_norm=True cannot be split"),
         ("topk", 62, {"k": 3}, "d_sae=62 does not divide over 4 dictionary ranks"),
         ("topk", 64, {"k": 17}, "k=17 exceeds the 16 latents of a rank"),
     ],

@@ -2,7 +2,9 @@
 
 Every rank selects the k best of its own latents; the ranks exchange these candidates (value and index, k per token
 and rank) and each keeps those of its own that are among the k best of all. That set is exact: a latent outside its
-rank's first k cannot be among the first k of all. The reconstruction is the sum of the ranks' partial decodings.
+rank's first k cannot be among the first k of all. A budget over a batch of n tokens is spent alike, with n k
+candidates in place of k; where each latent has its own budget, nothing is exchanged. The reconstruction is the sum of
+the ranks' partial decodings.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from saelab import kernels, losses
 from saelab.distributed.world import Parallel
 from saelab.errors import UserError
 from saelab.kernels import SelectedPreActs
-from saelab.sae import SAE, VARIANTS, LinearSAE, build
+from saelab.sae import SAE, LinearSAE, build
 from saelab.sae.base import unit_rows
+from saelab.sae.threshold import BatchBudgetSAE
 from saelab.sparse import SparseCode
 
 REPLICATED = ("b_dec",)  # parameters that every dictionary rank holds in full
-PER_TOKEN = ("topk", "abs_topk")  # variants whose selection is k per token by value or magnitude
 
 
 def whole(sae: SAE, parallel: Parallel) -> SAE:
@@ -40,18 +42,20 @@ def build_shard(variant: str, d_in: int, d_sae: int, seed: int, parallel: Parall
     torch.manual_seed(seed)
     if parallel.dict_size == 1:
         return build(variant, d_in, d_sae, **config)
-    if variant not in VARIANTS or variant not in PER_TOKEN or config.get("scope", "token") != "token":
-        raise UserError(
-            f"{variant} cannot be split over dictionary ranks (only {', '.join(PER_TOKEN)} per token can); "
-            "use dict_ranks=1, which is data parallel"
-        )
     if d_sae % parallel.dict_size:
         raise UserError(f"d_sae={d_sae} does not divide over {parallel.dict_size} dictionary ranks")
     part = d_sae // parallel.dict_size
     if config.get("k", 1) > part:
         raise UserError(f"k={config['k']} exceeds the {part} latents of a rank; use fewer dictionary ranks")
     sae = build(variant, d_in, part, **config)
-    assert isinstance(sae, LinearSAE)
+    if not isinstance(sae, LinearSAE) or sae.budget_over is None:
+        chosen = ", ".join(f"{name}={value}" for name, value in config.items() if name != "k")
+        raise UserError(
+            f"{variant}{f' with {chosen}' if chosen else ''} cannot be split over dictionary ranks; "
+            "use dict_ranks=1, which is data parallel"
+        )
+    if isinstance(sae, BatchBudgetSAE):
+        sae.join(parallel.dict_rank, lambda tensor: parallel.gather_dict(tensor, "statistics"))
     torch.manual_seed(seed)
     with torch.no_grad():
         sae.W_dec.copy_(unit_rows(_rows_of_randn(d_sae, d_in, parallel.latents(d_sae))))
@@ -79,7 +83,7 @@ def represent(sae: SAE, x: Tensor, grads: Tensor | None, parallel: Parallel) -> 
         return code, *sae.reconstruction_loss(x, code)
     assert isinstance(sae, LinearSAE)
     with torch.no_grad():
-        selected = winners(sae.select(x, grads), x.shape[0], int(sae.k), sae, parallel)  # pyright: ignore
+        selected = _exchange(sae.select(x, grads), x.shape[0], sae, parallel)
     b_in = None if sae.b_in is None else _SumBackward.apply(sae.b_in, parallel)
     pre_acts = kernels.pre_acts_at(x, sae.W_enc, sae.b_enc, b_in, selected)  # pyright: ignore[reportArgumentType]
     code = SparseCode(sae.activate(pre_acts, selected.indices), selected.indices, selected.row_ptr, sae.d_sae)
@@ -141,6 +145,36 @@ def winners(
     won = torch.zeros(keys.shape, dtype=torch.bool, device=values.device).scatter_(1, order[:, :k], True)
     mine = won.view(n, parallel.dict_size, k)[:, parallel.dict_rank, :own]
     row_ptr = torch.cat([mine.new_zeros(1, dtype=torch.int64), mine.sum(1).cumsum(0)])
+    return SelectedPreActs(values[mine], indices[mine], row_ptr)
+
+
+def _exchange(selected: SelectedPreActs, n: int, sae: LinearSAE, parallel: Parallel) -> SelectedPreActs:
+    k: Any = sae.k  # every variant with a budget has one
+    if sae.budget_over == "latent":
+        return selected
+    if sae.budget_over == "batch":
+        return winners_of_batch(selected, int(k * n), sae, parallel)
+    return winners(selected, n, int(k), sae, parallel)
+
+
+def winners_of_batch(selected: SelectedPreActs, budget: int, sae: LinearSAE, parallel: Parallel) -> SelectedPreActs:
+    """Of this rank's ``budget`` candidates those among the ``budget`` largest of all ranks.
+
+    Ties go to the lowest (token, latent), as in a single process.
+    """
+    values, indices, counts = selected.values, selected.indices, selected.row_ptr.diff()
+    key = torch.nan_to_num(values.abs() if sae.signed else values, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    keys = parallel.gather_dict(key, "candidates")
+    latents = parallel.gather_dict(indices.int(), "candidates").long()
+    tokens = torch.arange(counts.numel(), device=counts.device)
+    rows = [tokens.repeat_interleave(of_rank) for of_rank in parallel.gather_dict(counts.int(), "candidates")]
+    ranks = torch.arange(parallel.dict_size, device=counts.device)[:, None]
+    place = (torch.stack(rows) * parallel.dict_size + ranks) * sae.d_sae + latents
+    least = keys.flatten().topk(budget).values[-1]
+    tied = place[keys == least].sort().values[budget - 1 - int((keys > least).sum())]
+    won = (keys > least) | ((keys == least) & (place <= tied))
+    mine, row = won[parallel.dict_rank], rows[parallel.dict_rank]
+    row_ptr = torch.cat([counts.new_zeros(1), row[mine].bincount(minlength=counts.numel()).cumsum(0)])
     return SelectedPreActs(values[mine], indices[mine], row_ptr)
 
 

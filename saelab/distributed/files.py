@@ -21,6 +21,7 @@ from saelab.distributed.world import Parallel
 
 # Along which dimension a tensor is split over the dictionary ranks, by the parameter it belongs to.
 SPLIT = {"W_dec": 0, "W_enc": 1, "b_enc": 0, "tokens_since_fired": 0}
+SPLIT |= {"threshold": 0, "density": 0, "rates": 0, "latent_threshold": 0}  # of variants with a budget per batch
 NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 
 

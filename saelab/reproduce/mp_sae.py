@@ -12,20 +12,20 @@ import torch
 
 from saelab.data.synthetic import Tree
 from saelab.metrics import babel, babel_co_selected, effective_rank
+from saelab.reproduce.absorption import absorption
 from saelab.reproduce.ledger import Row, Verdict, below, paired, summary
 from saelab.reproduce.runs import Lab, Spec, at_equal_l0, table
-from saelab.reproduce.toys import STEPS, Kind
-from saelab.reproduce.tree import TreeScore, child_magnitudes, run_toys
+from saelab.reproduce.toys import STEPS
+from saelab.reproduce.tree import TreeScore, run_toys
 
 PAPER = "mp-sae"
 EXACT = 0.99  # matched cosine from which a dictionary counts as recovered
-KINDS: tuple[Kind, ...] = ("vanilla", "matryoshka", "batch_topk")
 
 
 def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
     """Recovery at three correlations, and the absorption table."""
     steps = 1200 if quick else STEPS
-    return [*_recovery(seeds, steps, quick), *_absorption(seeds, steps, quick)]
+    return [*_recovery(seeds, steps, quick), *absorption(seeds, steps, quick)]
 
 
 def _recovery(seeds: Sequence[int], steps: int, quick: bool) -> list[Row]:
@@ -44,35 +44,6 @@ def _recovery(seeds: Sequence[int], steps: int, quick: bool) -> list[Row]:
                 {"median_cosine": median, **_content(scores)}, verdict,
                 f"median over seeds of the mean matched cosine {'at least' if exact else 'below'} {EXACT}; the paper "
                 "reports medians of 10 runs", synthetic=True, shows="median_cosine")
-        )  # fmt: skip
-    return rows
-
-
-def _absorption(seeds: Sequence[int], steps: int, quick: bool) -> list[Row]:
-    rows = []
-    for mean in (1.0,) if quick else (1.0, 0.5):
-        trees = [Tree(0.0, child_magnitudes(mean), seed=seed) for seed in seeds]
-        scores: dict[str, list[TreeScore]] = {kind: run_toys(kind, trees, seeds, steps) for kind in KINDS}
-        scores["matching_pursuit"] = run_toys("pursuit", trees, seeds, steps)
-        cosine = {name: [abs(s.absorption) for s in found] for name, found in scores.items()}
-        gaps = {kind: paired(cosine["matching_pursuit"], cosine[kind]) for kind in KINDS}
-        pursuit = float(np.median(cosine["matching_pursuit"]))
-        rivals = ("vanilla", "batch_topk")
-        if mean == 1.0:
-            claim = "at child mean 1.0 pursuit hardly absorbs (0.001); vanilla 0.45-0.47, BatchTopK 0.42-0.48 do"
-            ok = pursuit < 0.02 and all(np.median(cosine[kind]) > 0.3 for kind in rivals)
-            reason = "medians: pursuit below 0.02, vanilla and BatchTopK above 0.3"
-        else:
-            claim = f"at child mean {mean} pursuit absorbs less than vanilla and BatchTopK"
-            ok = all(gaps[kind]["high"] < 0 for kind in rivals)
-            reason = "paired differences over seeds, whole 95 % intervals below zero"
-        rows.append(
-            Row(PAPER, claim, f"parents N(1, 0.25^2), children N({mean}, 0.25^2), {steps} steps, {len(seeds)} seeds",
-                {"absorption": {name: summary(v) for name, v in cosine.items()}, "differences": gaps,
-                 "all": {name: _content(found) for name, found in scores.items()}},
-                "reproduced" if ok else "not reproduced",
-                reason + "; Matryoshka (paper: 0.15-0.22) is shown beside them, its prefix law is not published",
-                synthetic=True, shows="absorption.matching_pursuit")
         )  # fmt: skip
     return rows
 

@@ -13,6 +13,7 @@ from saelab.metrics import absorption_cosine, correlation_errors, match_dictiona
 from saelab.reproduce.toys import Kind, Toys, fit
 
 N_TEST = 5000
+RECOVERED = 0.9  # matched cosine from which a child counts as found; one that absorbed its parent has about 0.7
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class TreeScore:
 
     mean_cosine: float
     absorption: float
+    children_recovered: float
     flat_mse: float
     hierarchical_mse: float
     fvu: float
@@ -37,7 +39,8 @@ def score(W_dec: Tensor, recon: Tensor, l0: float, x: Tensor, tree: Tree) -> Tre
     flat, across = correlation_errors(W_dec, tree.directions, tree.groups, tree.levels, matching)
     fvu = float((x - recon).double().square().sum() / (x - x.mean(0)).double().square().sum())
     absorbed = absorption_cosine(W_dec, tree.directions, tree.parents, matching)
-    return TreeScore(matching.mean_cosine, absorbed, flat, across, fvu, l0)
+    found = matching.cosines[tree.parents[matching.features] >= 0].abs() >= RECOVERED
+    return TreeScore(matching.mean_cosine, absorbed, float(found.double().mean()), flat, across, fvu, l0)
 
 
 def run_toys(kind: Kind, trees: Sequence[Tree], seeds: Sequence[int], steps: int) -> list[TreeScore]:

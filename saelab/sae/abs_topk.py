@@ -40,6 +40,10 @@ class AbsTopK(BatchBudgetSAE, variant="abs_topk"):
         if scope == "token":
             self.saelens = "abstopk"
 
+    @property
+    def budget_over(self) -> Literal["token", "batch"]:
+        return self.scope
+
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         if self.scope == "batch":
             return super().select(x, grads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, Int
@@ -161,6 +161,14 @@ class LinearSAE(SAE):
         # gradients scatter into latents. Tied to the decoder at the start.
         self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
+
+    @property
+    def budget_over(self) -> Literal["token", "batch", "latent"] | None:
+        """What shares a fixed number of selections, by size of the pre-activation or its magnitude; None: neither.
+
+        Only with such a budget can the dictionary be split over processes.
+        """
+        return None
 
     @property
     def b_in(self) -> Tensor | None:

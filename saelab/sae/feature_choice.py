@@ -13,7 +13,7 @@ is zero or less: those count as inactive, and L0 stays below the budget (``reali
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -70,10 +70,20 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
         self.second_lr, self.second_warmup = second_lr, second_warmup
         self.latent_threshold = RunningMean(d_sae)
         self.register_buffer("rates", torch.zeros(d_sae, dtype=torch.float64))  # m_j / n
-        self.register_buffer("switched", torch.tensor(-1))  # step at which Feature Choice began; -1 before
+        # The step at which Feature Choice began, -1 before; readable also where the SAE is built without storage.
+        self.register_buffer("switched", torch.tensor(-1, device="cpu"))
         self.register_buffer("realised", torch.zeros((), dtype=torch.float64))  # share of the budget spent, last batch
-        if mutual_share == 0:
+        if mutual_share == 0 and not self.rates.is_meta:  # without storage only sizes are wanted
             self.choose(0)
+
+    @property
+    def budget_over(self) -> Literal["batch", "latent"]:
+        return "latent" if self.choosing else "batch"
+
+    def join(self, part: int, gather: Callable[[Tensor], Tensor]) -> None:
+        super().join(part, gather)
+        if self.choosing:
+            self.choose(int(self.switched))
 
     @property
     def choosing(self) -> bool:
@@ -84,8 +94,10 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
     def choose(self, step: int) -> None:
         """Begin the second phase: fix every latent's budget by the densities of the first."""
         self.fit_law()
-        uniform = self.budgets == "uniform"
-        self.rates.copy_(self.rates.new_full((self.d_sae,), self.k / self.d_sae) if uniform else self.law())
+        if self.budgets == "uniform":
+            self.rates.fill_(self.k / self.gather(self.rates).numel())
+        else:
+            self.rates.copy_(self.law())
         self.switched.fill_(step)
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
@@ -93,13 +105,14 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
             return super().select(x, grads)
         if not self.training:
             return self.select_above(x, self.latent_threshold.mean())
-        budgets = zipf.budgets(self.rates, x.shape[0], self.k, int(self.seen))
+        rates = self.gather(self.rates)
+        budgets = zipf.budgets(rates.flatten(), x.shape[0], self.k, int(self.seen)).view_as(rates)[self.part]
         return kernels.select_latent(x, self.W_enc, self.b_enc, self.b_in, budgets, self.signed)
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         super().observe(x, code, grads)
         active = code.values != 0
-        self.realised.copy_(active.sum() / int(self.k * code.n))
+        self.realised.copy_(self.gather(active.sum()).sum() / int(self.k * code.n))
         if self.choosing:
             least = code.values.new_full((self.d_sae,), torch.inf)
             least.scatter_reduce_(0, code.indices[active], code.values.detach()[active].abs(), "amin")

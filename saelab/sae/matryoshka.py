@@ -66,6 +66,10 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
             self.config["random_prefixes"] = random_prefixes
             self.register_buffer("contribution", torch.zeros(d_sae, dtype=torch.float64))
 
+    @property
+    def budget_over(self) -> None:
+        return None  # its loss needs every prefix of the dictionary
+
     def reconstruction_loss(self, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
         recon, start, losses = self.b_dec.expand_as(x), 0, []
         prefixes, places = self._draw(code) if self.random_prefixes else (self.prefixes, code.indices)

@@ -67,12 +67,13 @@ class MutualChoice(BatchBudgetSAE, variant="mutual_choice"):
     @torch.no_grad()
     def fit_law(self) -> None:
         """Fit the Zipf law to the densities measured so far."""
-        self.zipf.copy_(torch.tensor(zipf.fit(self.density.mean())))
+        self.zipf.copy_(torch.tensor(zipf.fit(self.gather(self.density.mean()).flatten())))
 
     def law(self) -> Float[Tensor, " d_sae"]:
-        """The density that the law gives each latent, by its rank; they add up to ``k``."""
-        expected = zipf.rates(zipf.Zipf(*self.zipf.tolist()), self.d_sae, self.k)
-        return zipf.by_rank(self.density.mean(), expected)
+        """The density that the law gives each latent, by its rank; the whole dictionary's add up to ``k``."""
+        density = self.gather(self.density.mean())
+        expected = zipf.rates(zipf.Zipf(*self.zipf.tolist()), density.numel(), self.k)
+        return zipf.by_rank(density.flatten(), expected).view_as(density)[self.part]
 
     def aux_latents(self, dead: Int[Tensor, " m"], weight: float) -> dict[str, tuple[float, Tensor]]:
         latents = dead

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -74,6 +74,18 @@ class BatchBudgetSAE(LinearSAE):
         if signed:
             self.saelens = None  # SAELens has no two-sided threshold
         self.threshold = RunningMean()
+        self.part, self.gather = 0, _undivided
+
+    @property
+    def budget_over(self) -> Literal["token", "batch", "latent"] | None:
+        return "batch"
+
+    def join(self, part: int, gather: Callable[[Tensor], Tensor]) -> None:
+        """Be part number ``part`` of a dictionary that is split over processes, with the whole's ``k``.
+
+        ``gather`` stacks a tensor over all parts, ``[parts, ...]``; every process calls it at the same places.
+        """
+        self.part, self.gather = part, gather
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         if self.training:
@@ -83,9 +95,10 @@ class BatchBudgetSAE(LinearSAE):
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         kept = code.values.detach().abs()
-        kept = kept[kept > 0]
-        if kept.numel():
-            self.threshold.update(kept.min())
+        least = torch.where(kept > 0, kept, torch.inf).amin() if kept.numel() else kept.new_tensor(torch.inf)
+        least = self.gather(least).amin()
+        if least.isfinite():
+            self.threshold.update(least)
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         x = calibration_sample(batches, self.d_in)
@@ -97,6 +110,10 @@ class BatchBudgetSAE(LinearSAE):
 
     def diagnostics(self) -> dict[str, float]:
         return {"threshold": self.threshold.mean().item()}
+
+
+def _undivided(tensor: Tensor) -> Tensor:
+    return tensor[None]
 
 
 def calibration_sample(batches: Iterable[Tensor], d_in: int) -> Float[Tensor, "n d_in"] | None:
@@ -111,14 +128,14 @@ def calibration_sample(batches: Iterable[Tensor], d_in: int) -> Float[Tensor, "n
 
 
 @torch.no_grad()
-def global_threshold(sae: LinearSAE, x: Float[Tensor, "n d_in"], k: int | float) -> Tensor:
+def global_threshold(sae: BatchBudgetSAE, x: Float[Tensor, "n d_in"], k: int | float) -> Tensor:
     """The threshold above which the tokens ``x`` have ``k`` pre-activations each on average (magnitudes if signed).
 
     It is 0 when fewer than that are positive.
     """
     wanted, factor = int(k * x.shape[0]), 4
     while True:
-        kept, floors = [], []
+        kept, floors = [], [x.new_tensor(-torch.inf)]
         for chunk in x.split(CHUNK):
             budget = min(int(factor * k * chunk.shape[0]), chunk.shape[0] * sae.d_sae)
             values = kernels.select_batch(chunk, sae.W_enc, sae.b_enc, sae.b_in, budget, sae.signed).values.abs()
@@ -126,11 +143,12 @@ def global_threshold(sae: LinearSAE, x: Float[Tensor, "n d_in"], k: int | float)
             if budget < chunk.shape[0] * sae.d_sae:
                 floors.append(values.min())
         values = torch.cat(kept)
-        largest = values.topk(min(wanted + 1, values.numel())).values
+        largest = sae.gather(values.topk(min(wanted + 1, values.numel())).values).flatten()
+        largest = largest.topk(min(wanted + 1, largest.numel())).values
         # Halfway between two entries: another order of summation must not push one across.
         threshold = largest[-2:].mean() if largest.numel() > wanted else largest.new_zeros(())
         # A chunk that keeps nothing below the threshold may have lost entries above it: look deeper.
-        if all(floor <= threshold for floor in floors):
+        if sae.gather(torch.stack(floors).amax()).amax() <= threshold:
             return threshold
         factor *= 2
 

@@ -6,6 +6,8 @@ zero and counts as inactive, so L0 <= k.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,10 @@ class TopK(LinearSAE, variant="topk"):
             probes /= probes.norm(dim=1, keepdim=True)
             reached = (self.decode(self.encode(probes + self.b_dec)) - self.b_dec).norm(dim=1).mean()
             self.W_enc.div_(reached.clamp_min(torch.finfo(x.dtype).tiny))
+
+    @property
+    def budget_over(self) -> Literal["token"] | None:
+        return None if self.match_norm else "token"  # matching looks at reconstructions by the whole dictionary
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         return kernels.select_topk(x, self.W_enc, self.b_enc, self.b_in, self.k)
