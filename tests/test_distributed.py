@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache
-from saelab.distributed import SINGLE, Parallel, start_world
+from saelab.distributed import SINGLE, Parallel, bench, start_world
 from saelab.distributed.dictionary import build_shard
 from saelab.distributed.files import read_slices, split_dim
 from saelab.distributed.plan import traffic_per_step
@@ -237,3 +237,17 @@ def test_torchrun_a_rank_that_dies_ends_the_others_and_the_run_resumes(cache: Ac
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, result["step"] + 1))
     assert checkpoint.load_sae(tmp_path / "run").d_sae == D_SAE
+
+
+def test_the_benchmark_counts_what_the_formula_says(tmp_path: Path) -> None:
+    options = bench.Options(d_in=32, d_sae=64, k=4, batch_size=64, steps=2, processes=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # see runs()
+        results = bench.measure(options, tmp_path)
+    assert [result["dict_ranks"] for result in results] == [1, 2]
+    for result in results:
+        for purpose, formula in result["formula"].items():
+            assert result["counted"].get(purpose, 0) == pytest.approx(formula, abs=4), purpose
+        # The interface also carries headers, and whatever else runs on the machine.
+        assert result["wire"] > sum(result["formula"].values())
+    assert bench.table(results, 2).row_count > len(results)

@@ -15,13 +15,27 @@ from saelab.data.cache import ActivationCache
 from saelab.data.synthetic import Planted, Tree
 from saelab.errors import UserError
 from saelab.evaluate import Site, edited
-from saelab.reproduce import PAPERS, Lab, Ledger, Row, Scale, about, abs_topk, changed, choice, g_sae, mp_sae, reproduce
+from saelab.reproduce import (
+    PAPERS,
+    Lab,
+    Ledger,
+    Row,
+    Scale,
+    about,
+    abs_topk,
+    absorption,
+    changed,
+    choice,
+    g_sae,
+    mp_sae,
+    reproduce,
+)
 from saelab.reproduce.ledger import above, below, paired, summary
 from saelab.reproduce.planted import Readout
 from saelab.reproduce.results import claims, curves, markdown, read
 from saelab.reproduce.runs import Record, Spec, at_equal_l0, table
 from saelab.reproduce.toys import PURSUIT_STEPS, RESIDUAL_STOP, STEPS, Toys, clip_each, fit, schedule
-from saelab.reproduce.tree import run_toys, score
+from saelab.reproduce.tree import TreeScore, run_toys, score
 from saelab.sae import build
 
 D, VOCAB, T = 16, 30, 24
@@ -275,3 +289,23 @@ def test_a_ledger_names_the_options_that_repeat_it(lab):
     assert changed(Scale()) == ""
     assert about(lab.cache)["fingerprint"] == lab.cache.fingerprint
     assert about(lab.cache)["held_out_rows"] == lab.cache.n_split("held_out")
+
+
+def test_the_absorption_table_puts_every_score_in_its_place(monkeypatch):
+    """Scores that say which tree they come from: 100 mean + sd, and the seed as the share of children found."""
+
+    def scores(kind, trees, seeds, steps):
+        sizes = [100 * t.magnitudes.child_mean + t.magnitudes.child_sd for t in trees]
+        return [TreeScore(1.0, a, float(s), 0.0, 0.0, 0.0, 1.0) for a, s in zip(sizes, seeds)]
+
+    monkeypatch.setattr(absorption, "run_toys", scores)
+    rows = absorption.absorption([3, 5], 10, quick=False)
+    sd = sum(absorption.SDS) / 3
+    assert [row.measured["absorption"]["pursuit"]["values"] for row in rows] == [
+        pytest.approx([100 * mean + sd] * 2) for mean in (1.0, 1.0, 0.5, 0.1)
+    ]
+    assert rows[3].measured["children_recovered"]["vanilla"]["values"] == [3, 5]
+    assert [len(by_sd) for by_sd in rows[0].measured["by_sd"]["matryoshka"]] == [2, 2, 2]
+    assert all(row.verdict == "not reproduced" for row in rows)
+    quick = absorption.absorption([3, 5], 10, quick=True)
+    assert len(quick) == 1 and quick[0].measured["absorption"]["pursuit"]["values"] == pytest.approx([100.25] * 2)
