@@ -36,7 +36,7 @@ class AbsTopK(BatchBudgetSAE, variant="abs_topk"):
             apply_b_dec_to_input: Subtract b_dec before encoding; the paper's encoder does not.
         """
         super().__init__(d_in, d_sae, k, signed=True, scope=scope, apply_b_dec_to_input=apply_b_dec_to_input)
-        self.scope = scope
+        self.scope: Literal["token", "batch"] = scope
         if scope == "token":
             self.saelens = "abstopk"
 
