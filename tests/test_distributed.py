@@ -21,10 +21,10 @@ from saelab import checkpoint
 from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel, bench, start_world
 from saelab.distributed.dictionary import build_shard
-from saelab.distributed.files import read_slices, split_dim
+from saelab.distributed.files import read_slices, slices, split_dim
 from saelab.distributed.plan import traffic_per_step
 from saelab.errors import UserError
-from saelab.sae import mutual_choice
+from saelab.sae import build, mutual_choice
 from saelab.train import TrainConfig, fit, n_steps
 
 D_IN, D_SAE, K = 16, 64, 2
@@ -35,6 +35,17 @@ WITHIN_DATA_RANKS = ("batch_topk", 1)  # each data rank spends its part of the b
 TIPPED = {"batch_topk": 2, "mutual_choice": 2, "feature_choice": 2}  # of 64 latents
 RESUMED = {"topk": 7, "feature_choice": 15}  # interrupted after so many of 24 steps
 REFIT = 5  # steps between fits of the Zipf law, so that a short run has some
+
+
+def tune_into(folder: Path, cache_path: str, parallel: Parallel) -> None:
+    """Fine-tune one SAE, in shards where it is split."""
+    torch.manual_seed(7)
+    whole = build("topk", D_IN, D_SAE, k=K)
+    sae = build_shard("topk", D_IN, D_SAE, 0, parallel, k=K)
+    sae.load_state_dict(slices(whole.state_dict(), parallel))
+    cache = ActivationCache(cache_path)
+    for _ in fit(sae, cache, CONFIG, folder, source="theirs", parallel=parallel):
+        pass
 
 
 def train_into(folder: Path, cache_path: str, variant: str, parallel: Parallel, stop: int | None = None) -> None:
@@ -60,6 +71,7 @@ def worker(rank: int, world: int, port: int, folder: str, cache_path: str) -> No
     train_into(root / "topk-four-then-one", cache_path, "topk", parallel, stop=7)
     for variant in RESUMED:
         train_into(root / f"{variant}-one-then-four", cache_path, variant, parallel)
+    tune_into(root / "tuned-4", cache_path, parallel)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +92,7 @@ def runs(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Pa
             train_into(root / f"{variant}-single", cache.path, variant, SINGLE)
         for variant, step in RESUMED.items():
             train_into(root / f"{variant}-one-then-four", cache.path, variant, SINGLE, stop=step)
+    tune_into(root / "tuned-single", cache.path, SINGLE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -134,6 +147,10 @@ def test_a_run_goes_on_with_another_number_of_processes(runs: Path, folder: str)
     variant = folder.split("-")[0]
     compare(runs / folder, runs / f"{variant}-single", TIPPED.get(variant, 0))
     assert checkpoint.load_sae(runs / folder).d_sae == D_SAE
+
+
+def test_a_fine_tuning_is_split_like_a_training(runs: Path) -> None:
+    compare(runs / "tuned-4", runs / "tuned-single")
 
 
 def test_latents_choose_alike_in_shards_and_alone(runs: Path) -> None:

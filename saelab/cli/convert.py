@@ -51,7 +51,7 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, "convert", args, "Convert an SAE between tools and prove that it computes the same.")
     if options.out.exists():
         raise UserError(f"{options.out} exists; name a new folder")
-    sae, metadata, source = load_with_metadata(options.source, **told(options))
+    sae, metadata, source, _ = load_with_metadata(options.source, **told(options))
     if options.to == "saedashboard":
         dashboard(sae, source, options)
         return

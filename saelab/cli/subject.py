@@ -16,7 +16,7 @@ def open_subject(path: Path, cache_folder: Path) -> tuple[SAE, ActivationCache, 
 
     UserError where the cache holds another model or hook point than the SAE was trained on; another text is fine.
     """
-    (sae, metadata, folder), cache = load_with_metadata(path), ActivationCache(cache_folder)
+    (sae, metadata, folder, _), cache = load_with_metadata(path), ActivationCache(cache_folder)
     if not folder.is_dir():
         raise UserError(
             f"{folder} is a file, and results need a folder: `saelab convert {folder} NEW --to saelens` makes one"

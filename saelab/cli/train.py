@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -17,17 +17,19 @@ import tyro
 from saelab import checkpoint, kernels
 from saelab.cli.common import console, out, parse, prepare_output, print_json, progress_bar, quiet
 from saelab.cli.signals import Stop, stop_on_signals
+from saelab.cli.source import Source, announce, open_source, origin
 from saelab.cli.variants import option_fields, value_of, variant_in
 from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel, launched, start_world
 from saelab.distributed.dictionary import build_shard
 from saelab.distributed.dictionary import whole as whole_of
+from saelab.distributed.files import slices
 from saelab.distributed.world import end_world
 from saelab.errors import UserError, damaged
 from saelab.sae import SAE, VARIANTS
 from saelab.train import StepMetrics, TrainConfig, check, finished, fit, n_steps, read_run
 from saelab.train.log import Log, TensorBoard, Wandb
-from saelab.train.run import RUN
+from saelab.train.run import RUN, SOURCE
 
 CPU = torch.device("cpu")
 
@@ -40,6 +42,9 @@ class Options:
     """Folder of the activation cache."""
     out: Path
     """Run folder to write."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Go on from the weights of this SAE: a run, or a file, a folder or a hub id of any tool. It says its variant, its
+    size and what its codes depend on; options that contradict it are refused."""
     variant: str = "topk"
     """Which SAE; the variant's own options are listed with it."""
     d_sae: int = 4608
@@ -70,7 +75,10 @@ def main(args: Sequence[str]) -> None:
     """Parse, train with a progress bar, save the run folder."""
     folder = value_of(args, "--out")
     saved = read_run(folder) if "--resume" in args and folder is not None else None
-    variant = variant_in(args, default=saved["variant"] if saved else "topk")
+    name, source = value_of(args, "--from"), None
+    if name is not None and saved is None:  # a run that has begun keeps the weights it began with
+        source = open_source(name, value_of(args, "--variant"))
+    variant = source.sae.variant if source else variant_in(args, default=saved["variant"] if saved else "topk")
     # The training options come after ours in the list of fields, so they are the first base.
     cls = dataclasses.make_dataclass("TrainOptions", option_fields(variant), bases=(TrainConfig, Options), frozen=True)
     default = None
@@ -78,13 +86,18 @@ def main(args: Sequence[str]) -> None:
         same_variant = saved["config"] if variant == saved["variant"] else {}
         known = {key: value for key, value in same_variant.items() if key != "d_in"}
         with damaged(f"{folder}/{RUN}", "start the run again with --overwrite"):
-            default = cls(cache=tyro.MISSING, out=tyro.MISSING, **{**known, **saved["train"], "variant": variant})
+            known = {**known, **saved["train"], "variant": variant, "from_": saved.get(SOURCE)}
+            default = cls(cache=tyro.MISSING, out=tyro.MISSING, **known)
+    elif source:
+        default = cls(cache=tyro.MISSING, out=tyro.MISSING, **source.settings())
     options = parse(cls, "train", args, f"Train a {variant} SAE: {VARIANTS[variant].__doc__}", default)
-    run(options, {name: getattr(options, name) for name, *_ in option_fields(variant)})
+    if source:
+        source.check(options, default)
+    run(options, {name: getattr(options, name) for name, *_ in option_fields(variant)}, source)
 
 
-def run(options: Any, config: dict[str, Any]) -> StepMetrics | None:
-    """Train as the options say; returns the last step's metrics."""
+def run(options: Any, config: dict[str, Any], source: Source | None = None) -> StepMetrics | None:
+    """Train as the options say, from ``source`` or from scratch; returns the last step's metrics."""
     if options.resume and finished(options.out):
         console.print(f"{options.out} is finished; nothing to resume", markup=False)
         return None
@@ -96,11 +109,15 @@ def run(options: Any, config: dict[str, Any]) -> StepMetrics | None:
         raise UserError(f"dict_ranks={options.dict_ranks} needs several processes; start them with torchrun")
     quiet(not parallel.is_main)
     cache = ActivationCache(options.cache)
-    sae = build_shard(options.variant, cache.d_in, options.d_sae, options.seed, parallel, **config).to(device)
+    d_in = cache.d_in if source is None else source.sae.d_in
+    sae = build_shard(options.variant, d_in, options.d_sae, options.seed, parallel, **config).to(device)
     whole = whole_of(sae, parallel)
     train_config = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
     train_config = train_config.resolved(whole, cache)
     check(whole, cache, train_config, parallel)
+    if source is not None:
+        sae.load_state_dict(slices(source.sae.state_dict(), parallel))
+        announce(source, cache)
     # Last, so that a mistake in the options never costs the old run.
     if parallel.is_main:
         prepare_output(options.out, options.overwrite, options.resume)
@@ -143,6 +160,7 @@ def drive(
             resume=options.resume,
             checkpoint_steps=options.checkpoint_steps,
             logs=logs,
+            source=None if options.from_ is None else origin(options.from_),
             parallel=parallel,
         )
         task = bar.add_task("train", total=total, state="")

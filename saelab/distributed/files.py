@@ -78,6 +78,15 @@ def read_slices(path: Path, parallel: Parallel) -> dict[str, Tensor]:
     return tensors
 
 
+def slices(tensors: Mapping[str, Tensor], parallel: Parallel) -> dict[str, Tensor]:
+    """This dictionary rank's slices of whole tensors, the same that :func:`read_slices` takes from a file."""
+    parts = {}
+    for name, tensor in tensors.items():
+        dim = None if parallel.dict_size == 1 else split_dim(name, tensor.ndim)
+        parts[name] = tensor if dim is None else tensor[(slice(None),) * dim + (parallel.latents(tensor.shape[dim]),)]
+    return parts
+
+
 def _whole_shape(name: str, tensor: Tensor, parallel: Parallel) -> list[int]:
     dim = split_dim(name, tensor.ndim)
     return [size * parallel.dict_size if i == dim else size for i, size in enumerate(tensor.shape)]

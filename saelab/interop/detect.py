@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +88,7 @@ class Loaded(NamedTuple):
     sae: SAE
     metadata: dict[str, Any]  # where known: hook_name, hf_hook_name, model_name, and for runs of ours rms_norm
     path: Path  # on this machine
+    notes: Sequence[str] = ()  # what is odd about it, one sentence each
 
 
 def load_with_metadata(path: Path | str, device: str | torch.device = "cpu", **options: Any) -> Loaded:
@@ -96,7 +97,7 @@ def load_with_metadata(path: Path | str, device: str | torch.device = "cpu", **o
     if is_ours(local) and not options:
         return Loaded(checkpoint.load_sae(local, device), checkpoint.load_metadata(local), local)
     foreign = read(local, **options)
-    return Loaded(foreign.to_sae().to(device), foreign.metadata, local)
+    return Loaded(foreign.to_sae().to(device), foreign.metadata, local, foreign.notes)
 
 
 def resolve(path: Path | str) -> Path:

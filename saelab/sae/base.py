@@ -32,6 +32,7 @@ class SAE(nn.Module, ABC):
     needs_grads: ClassVar[bool] = False  # must be trained on a cache that holds gradients of the LM loss
     # Parameters and buffers (dotted names) in units of the activations: they scale when the data are rescaled.
     scaled: ClassVar[tuple[str, ...]] = ("b_dec",)
+    tunable: ClassVar[tuple[str, ...]] = ()  # options that act in training alone: a fine-tuning may change them
 
     def __init_subclass__(cls, variant: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -114,6 +115,13 @@ class SAE(nn.Module, ABC):
     def initialise(self, x: Float[Tensor, "n d_in"], b_dec: Float[Tensor, " d_in"]) -> None:
         """Set data-dependent parameters from a sample ``x`` and its centre ``b_dec``, before the first step."""
         self.b_dec.copy_(b_dec)
+
+    @torch.no_grad()
+    def before_fine_tuning(self, scale: float) -> None:
+        """Make weights that were trained before, maybe elsewhere, ready for data that training multiplies by ``scale``.
+
+        They stay in units of raw activations, and so does every reconstruction.
+        """
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -205,6 +213,17 @@ class LinearSAE(SAE):
 
     def aux_latents(self, dead: Int[Tensor, " m"], weight: float) -> dict[str, tuple[float, Tensor]]:
         return {"auxk": (weight, dead)}
+
+    @torch.no_grad()
+    def take_norms(self) -> Float[Tensor, " d_sae"]:
+        """Give the dictionary unit rows and return the norms they had, for the encoder to take over.
+
+        Zero rows, and rows of unit norm up to rounding, are left alone and count as 1.
+        """
+        norms = self.W_dec.norm(dim=1)
+        norms = torch.where((norms == 0) | ((norms - 1).abs() < 1e-6), 1.0, norms)
+        self.W_dec.div_(norms[:, None])
+        return norms
 
 
 def check_k(k: int | float, d_sae: int) -> int | float:

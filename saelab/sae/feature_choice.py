@@ -32,6 +32,7 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
     """The ``m_j`` largest of each ``ReLU(u_j)`` over a batch; ``u_j > threshold_j`` at inference."""
 
     scaled = (*MutualChoice.scaled, "latent_threshold.total")
+    tunable = (*MutualChoice.tunable, "second_lr", "second_warmup")
     rates: Tensor
     switched: Tensor
     realised: Tensor
@@ -126,6 +127,11 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
     def after_step(self, step: int, n_steps: int) -> None:
         if not self.choosing and step >= self.mutual_share * n_steps:
             self.choose(step)
+
+    @torch.no_grad()
+    def before_fine_tuning(self, scale: float) -> None:
+        if self.choosing:
+            self.switched.zero_()  # what it counts are steps of the run at hand
 
     def lr_scale(self, step: int, n_steps: int) -> float:
         if not self.choosing or self.mutual_share == 0:

@@ -38,6 +38,13 @@ class GatedSAE(L1SAE, variant="gated"):
         h = pre_acts - self.b_enc[indices]
         return (self.r_mag.exp()[indices] * h + self.b_mag[indices]).relu()
 
+    @torch.no_grad()
+    def before_fine_tuning(self, scale: float) -> None:
+        super().before_fine_tuning(scale)
+        norms = self.take_norms()
+        self.r_mag.add_(norms.log())
+        self.b_mag.mul_(norms)
+
     def extra_losses(self, x: Tensor, code: SparseCode, error: Tensor) -> dict[str, Tensor]:
         """The L1 penalty on the gate and the reconstruction from it; encodes once more, the code has no gates."""
         with torch.no_grad():

@@ -24,6 +24,7 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
 
     saelens = "jumprelu"
     scaled = (*PenaltySAE.scaled, "threshold", "bandwidth")
+    tunable = ("penalty", "target_l0", "penalty_weight", "penalty_warmup", "bandwidth", "tanh_scale")
     bandwidth: Tensor
 
     def __init__(
@@ -93,6 +94,14 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
     def after_step(self, step: int, n_steps: int) -> None:
         super().after_step(step, n_steps)
         self.threshold.clamp_(min=0)  # below zero it would be a step down, not a jump up
+
+    @torch.no_grad()
+    def before_fine_tuning(self, scale: float) -> None:
+        super().before_fine_tuning(scale)
+        norms = self.take_norms()
+        for parameter in (self.W_enc, self.b_enc, self.threshold):
+            parameter.mul_(norms)
+        self.bandwidth.fill_(self.config["bandwidth"] / scale)
 
     def inference_threshold(self) -> Tensor | None:
         return self.threshold.detach()

@@ -29,6 +29,7 @@ class MatchingPursuit(SAE, variant="matching_pursuit"):
 
     saelens = "matching_pursuit"
     scaled = ("b_dec", "residual_stop")
+    tunable = ("norm", "revive_weight")
 
     residual_stop: Tensor
 

@@ -29,6 +29,7 @@ MEMORY = 0.95  # per step, of the running mean of contributions
 class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
     """BatchTopK whose loss is the squared error of every prefix ``recon_m = b_dec + sum_(j < m) z_j d_j``."""
 
+    tunable = ("groups", "prefix_loss")
     contribution: Tensor
 
     def __init__(

@@ -25,6 +25,7 @@ REFIT = 100  # steps between fits of the law
 class MutualChoice(BatchBudgetSAE, variant="mutual_choice"):
     """The ``n * k`` largest of ``ReLU(u)`` in a batch; AuxK also for latents far below the Zipf law's density."""
 
+    tunable = ("zipf_weight", "under_used", "density_window")
     zipf: Tensor
     seen: Tensor
 

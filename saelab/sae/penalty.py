@@ -52,6 +52,10 @@ class PenaltySAE(LinearSAE):
         if self.warmup:
             self.ramp.fill_(min(1.0, step / (self.warmup * n_steps)))
 
+    @torch.no_grad()
+    def before_fine_tuning(self, scale: float) -> None:
+        self.ramp.fill_(0.0 if self.warmup else 1.0)
+
     def aux_latents(self, dead: Int[Tensor, " m"], weight: float) -> dict[str, tuple[float, Tensor]]:
         return {}
 
@@ -61,6 +65,8 @@ class PenaltySAE(LinearSAE):
 
 class L1SAE(PenaltySAE):
     """A penalty SAE whose sparsity term is an L1 norm, of what is for the variant to say."""
+
+    tunable = ("l1", "penalty_warmup", "target_l0", "adapt_rate")
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from saelab.kernels import SelectedPreActs
@@ -16,6 +17,13 @@ class ReLUSAE(L1SAE, variant="relu"):
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         return self.select_above(x, 0.0)
+
+    @torch.no_grad()
+    def before_fine_tuning(self, scale: float) -> None:
+        super().before_fine_tuning(scale)
+        norms = self.take_norms()
+        self.W_enc.mul_(norms)
+        self.b_enc.mul_(norms)
 
     def extra_losses(self, x: Tensor, code: SparseCode, error: Tensor) -> dict[str, Tensor]:
         return {"l1": self.l1 * self.pressure() * code.values.sum() / code.n}

@@ -37,7 +37,7 @@ class Run:
         they do. An SAE of another tool knows neither the norm of its activations nor its latents' maxima, unless it
         was indexed: strengths are then lengths in units of the activations.
         """
-        sae, metadata, path = load_with_metadata(path)
+        sae, metadata, path, _ = load_with_metadata(path)
         hook_name = hook_name or metadata.get("hook_name") or metadata.get("hf_hook_name") or ""
         if not hook_name:
             raise UserError(f"{path} does not record where in the model it belongs; give hook_name (--hook)")

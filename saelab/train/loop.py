@@ -57,13 +57,22 @@ def start(sae: SAE, cache: ActivationCache, config: TrainConfig, centre: Tensor 
     """
     x = _sample(cache, config).to(sae.device)
     sae.initialise(x, losses.geometric_median(x) if centre is None else centre.to(sae.device))
-    state = adopt(sae, cache)
+    state = _first_state(sae, cache)
     state.fold(sae)
     return state
 
 
 def adopt(sae: SAE, cache: ActivationCache) -> TrainState:
-    """The first state of a fine-tuning: ``sae``, trained already and in raw units, stays as it is."""
+    """The first state of a fine-tuning: ``sae``, trained already and in raw units, goes on from where it is.
+
+    Its reconstructions stay as they are. Where its variant allows, the norms of dictionary rows move into the encoder,
+    because training keeps the rows at unit norm.
+    """
+    sae.before_fine_tuning(cache.manifest.scale)
+    return _first_state(sae, cache)
+
+
+def _first_state(sae: SAE, cache: ActivationCache) -> TrainState:
     scale = cache.manifest.scale
     since = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
     return TrainState(make_optimizer(sae), since, scale, cache.manifest.variance * scale**2)

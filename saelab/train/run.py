@@ -19,12 +19,13 @@ from saelab.errors import UserError, damaged
 from saelab.sae import SAE
 from saelab.train.config import TrainConfig, check, n_steps
 from saelab.train.log import JsonLines, Log
-from saelab.train.loop import start, train
+from saelab.train.loop import adopt, start, train
 from saelab.train.state import TrainState
 from saelab.train.stepping import StepMetrics
 from saelab.train.store import Store
 
 RUN = "run.json"
+SOURCE = "fine_tuned_from"  # its entry that names the SAE a run goes on from
 
 
 def fit(
@@ -39,6 +40,7 @@ def fit(
     metadata: Mapping[str, Any] | None = None,
     stream: Iterable[Batch] | None = None,
     centre: Tensor | None = None,
+    source: str | None = None,
     parallel: Parallel = SINGLE,
 ) -> Generator[StepMetrics]:
     """Train ``sae`` into a run folder; yields after every step, like :func:`saelab.train.train`.
@@ -51,13 +53,15 @@ def fit(
     weights, ``metrics.jsonl`` and data order come out bit-identical to those of a run that was never interrupted,
     on the same machine with the same number of threads. With ``stream`` the caller hands in the batches, starting
     after the step of the last checkpoint, and vouches for the cache; ``centre [d_in]`` is that of
-    :func:`saelab.train.start`. With ``parallel`` all processes call this, each with its shard of the SAE, and the
-    run may be resumed with another number of them. Raises UserError if the configuration or the cache changed.
+    :func:`saelab.train.start`. With ``source``, the name of a trained SAE whose weights ``sae`` has, these are
+    fine-tuned (see :func:`saelab.train.adopt`); they become the first checkpoint, so a resumed run takes any SAE of
+    the same kind. With ``parallel`` all processes call this, each with its shard of the SAE, and the run may be resumed
+    with another number of them. Raises UserError if the configuration or the cache changed.
     """
     folder = Path(folder)
     whole = whole_of(sae, parallel)
     check(whole, cache, config := (config or TrainConfig()).resolved(whole, cache), parallel)
-    about = describe(whole, cache, config)
+    about = describe(whole, cache, config, source)
     metadata = {**about, **(metadata or {})}
     if finished(folder):
         raise UserError(f"{folder} holds a finished run; train into another folder")
@@ -66,15 +70,18 @@ def fit(
     if parallel.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        if not resume:
+        if state is None:
             checkpoint.remove_steps(folder)
+    parallel.barrier()
+    if state is None:
+        state = start(sae, cache, config, centre) if source is None else _adopt(store, cache)
+    if parallel.is_main:
         checkpoint.write_json(folder / RUN, about)
     parallel.barrier()
     total = n_steps(cache, config)
     with ExitStack() as stack:
         if parallel.is_main:
-            logs = [stack.enter_context(closing(JsonLines(folder, state.step if state else 0))), *logs]
-        state = state or start(sae, cache, config, centre)
+            logs = [stack.enter_context(closing(JsonLines(folder, state.step))), *logs]
         loop = stack.enter_context(closing(train(sae, cache, config, state, stream, parallel)))
         for metrics in loop:
             for log in logs:
@@ -89,10 +96,11 @@ def fit(
     store.save_final()
 
 
-def describe(sae: SAE, cache: ActivationCache, config: TrainConfig) -> dict[str, Any]:
+def describe(sae: SAE, cache: ActivationCache, config: TrainConfig, source: str | None = None) -> dict[str, Any]:
     """What a run is: the SAE, the training configuration, the data. Kept in ``run.json`` and as provenance."""
     manifest = cache.manifest
     return {
+        **({} if source is None else {SOURCE: source}),
         "variant": sae.variant,
         "config": sae.config,
         "train": asdict(config),
@@ -107,6 +115,15 @@ def describe(sae: SAE, cache: ActivationCache, config: TrainConfig) -> dict[str,
         "cache": str(cache.path),
         "cache_fingerprint": cache.fingerprint,
     }
+
+
+def _adopt(store: Store, cache: ActivationCache) -> TrainState:
+    """The first state of a fine-tuning, on disk before anything else says that the run has begun."""
+    state = adopt(store.sae, cache)
+    state.unfold(store.sae)  # a checkpoint is taken between steps, in units of the scaled data
+    store.save_step(state)
+    state.fold(store.sae)
+    return state
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -142,7 +159,10 @@ def _resume(store: Store, cache: ActivationCache, about: dict[str, Any], verify:
     _same(before, about, store.folder)
     if verify:
         cache.verify()  # the fingerprint vouches for the manifest, this for the activations
-    return store.restore()
+    state = store.restore()
+    if state is None and SOURCE in about:
+        raise UserError(f"{store.folder} has lost the weights it began with; start the run again with --overwrite")
+    return state
 
 
 def _same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
@@ -153,6 +173,9 @@ def _same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
         )
     if before["variant"] != now["variant"]:
         raise UserError(f"{folder} trains a {before['variant']} SAE, not {now['variant']}; start a new run")
+    origins = [run.get(SOURCE, "random weights") for run in (before, now)]
+    if origins[0] != origins[1]:
+        raise UserError(f"{folder} was begun from {origins[0]}, not from {origins[1]}; resume it so or start a new run")
     for part in ("config", "train"):
         for name, value in json.loads(json.dumps(now[part])).items():
             if before[part].get(name) != value:
