@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache
+from saelab.data.cache.claim import held
 from saelab.distributed import SINGLE, Parallel, bench, start_world
 from saelab.distributed.dictionary import build_shard
 from saelab.distributed.files import read_slices, slices, split_dim
@@ -248,6 +249,12 @@ def test_torchrun_a_rank_that_dies_ends_the_others_and_the_run_resumes(cache: Ac
     assert "SIGKILL" in output and "rank" in output, output
     done = int(checkpoint.latest_step(tmp_path / "run").name.removeprefix("step_"))
     assert done >= 20
+    with held(tmp_path / "run"):
+        other = torchrun(*args)
+        output, _ = other.communicate(timeout=120)
+    # The main process says so once; the other one ends with it, without waiting for its time limit.
+    assert other.returncode != 0 and output.count("error: another process is writing") == 1, output
+    assert output.count("Traceback") == 1, output  # torchrun's own
     output, _ = torchrun(*args, "--json").communicate(timeout=120)
     result = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
     assert result["step"] == 6 * (810 // 32) and result["fvu"] < 0.5

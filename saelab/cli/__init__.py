@@ -48,17 +48,20 @@ def main(args: Sequence[str] | None = None) -> None:
     console = Console(stderr=True, highlight=False)
     try:
         _dispatch(args)
-    except UserError as error:
-        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `saelab ... | head`: nobody reads on, nothing is wrong
-            sys.exit(141)
-        console.print(f"[bold red]error:[/] {_escape(_reason(error))}", soft_wrap=True)
+    except BrokenPipeError:  # `saelab ... | head`: nobody reads on, nothing is wrong
+        sys.exit(141)
+    except (UserError, OSError) as error:
+        report(error)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)
+
+
+def report(error: UserError | OSError) -> None:
+    """Say on stderr, in one line, what is wrong."""
+    text = _reason(error) if isinstance(error, OSError) else str(error)
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True)
 
 
 def _dispatch(args: list[str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,14 +37,23 @@ def parse(
     return tyro.cli(options, prog=f"saelab {command}", args=list(args), description=description or None, **keywords)
 
 
-def prepare_output(folder: Path, overwrite: bool = False, resume: bool = False) -> None:
-    """Make sure an output folder may be written; an existing one needs ``--overwrite`` or ``--resume``."""
+@contextlib.contextmanager
+def output_folder(folder: Path, overwrite: bool = False, resume: bool = False) -> Iterator[None]:
+    """An output folder that no other process writes while the block lasts.
+
+    One that holds anything needs ``--resume``, or ``--overwrite``, which empties it.
+    """
+    from saelab.data.cache.claim import held
+
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder")
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        if not overwrite:
-            raise UserError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or name another")
-        shutil.rmtree(folder)
+    with held(folder):
+        if any(folder.iterdir()) and not resume:
+            if not overwrite:
+                raise UserError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or name another")
+            for path in folder.iterdir():  # the folder itself carries the lock
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        yield
 
 
 def quiet(yes: bool) -> None:

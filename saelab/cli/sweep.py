@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
 
-from saelab.cli.common import console, out, parse, prepare_output, print_json, progress_bar
+from saelab.cli.common import console, out, output_folder, parse, print_json, progress_bar
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.train import pick_device
 from saelab.data.cache import ActivationCache
@@ -62,17 +62,17 @@ def main(args: Sequence[str]) -> None:
     if options.lm_tokens and not cache.manifest.model:
         raise UserError("lm_tokens is set but the cache does not name its language model; leave it at 0")
     # Last, so that a mistake in the options never costs the old sweep.
-    prepare_output(options.out, options.overwrite, options.resume)
-    with stop_on_signals() as stop:
-        members = train(grid, cache, options, device, stop)
-    if members is None:
-        assert stop.signal is not None
-        console.print(f"{stop.signal.name}: all SAEs saved; go on with --resume")
-        sys.exit(stop.exit_code)
-    rows = evaluate(members, cache, options)
-    path = save_results(rows, options.out)
-    report = options.out / "report.html"
-    report.write_text(sweep_report(rows, title=options.out.name))
+    with output_folder(options.out, options.overwrite, options.resume):
+        with stop_on_signals() as stop:
+            members = train(grid, cache, options, device, stop)
+        if members is None:
+            assert stop.signal is not None
+            console.print(f"{stop.signal.name}: all SAEs saved; go on with --resume")
+            sys.exit(stop.exit_code)
+        rows = evaluate(members, cache, options)
+        path = save_results(rows, options.out)
+        report = options.out / "report.html"
+        report.write_text(sweep_report(rows, title=options.out.name))
     if options.json:
         print_json(rows)
     else:

@@ -15,7 +15,8 @@ import torch
 import tyro
 
 from saelab import checkpoint, kernels
-from saelab.cli.common import console, out, parse, prepare_output, print_json, progress_bar, quiet
+from saelab.cli import report
+from saelab.cli.common import console, out, output_folder, parse, print_json, progress_bar, quiet
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.source import Source, announce, open_source, origin
 from saelab.cli.variants import option_fields, value_of, variant_in
@@ -119,10 +120,7 @@ def run(options: Any, config: dict[str, Any], source: Source | None = None) -> S
         sae.load_state_dict(slices(source.sae.state_dict(), parallel))
         announce(source, cache)
     # Last, so that a mistake in the options never costs the old run.
-    if parallel.is_main:
-        prepare_output(options.out, options.overwrite, options.resume)
-    parallel.barrier()
-    with stop_on_signals() as stop:
+    with claim(options, parallel), stop_on_signals() as stop:
         last = drive(sae, cache, train_config, options, stop, parallel)
     end_world()
     if last is not None and last.step < n_steps(cache, train_config):
@@ -136,6 +134,23 @@ def run(options: Any, config: dict[str, Any], source: Source | None = None) -> S
     if not options.json:
         out.print(f"saved to {options.out}", markup=False, soft_wrap=True)
     return last
+
+
+def claim(options: Any, parallel: Parallel) -> contextlib.ExitStack:
+    """The run folder, held by the main process for all; where it may not be written, all processes end at once."""
+    stack, refused = contextlib.ExitStack(), False
+    if parallel.is_main:
+        try:
+            stack.enter_context(output_folder(options.out, options.overwrite, options.resume))
+        except (UserError, OSError) as error:
+            if parallel.size == 1:
+                raise
+            report(error)  # before the others know: the launcher ends all processes when one has ended
+            refused = True
+    if parallel.any(refused):
+        end_world()
+        sys.exit(2)
+    return stack
 
 
 def drive(

@@ -13,6 +13,7 @@ import torch
 
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache, Batch
+from saelab.data.cache.claim import held
 from saelab.errors import UserError
 from saelab.sae import VARIANTS
 from saelab.sweep.grid import Entry, Grid, check_grid
@@ -53,10 +54,16 @@ def run_sweep(
     optimizer, schedule and checkpoints. One whose loss is not finite is stopped and reported in its ``message``, and
     the others go on. Closing the generator saves all; after a kill at any moment ``resume=True`` continues, with the
     guarantee of :func:`saelab.train.fit`. Raises UserError before anything trains if an entry is impossible, or the
-    grid or the cache is not the one that was begun.
+    grid or the cache is not the one that was begun, or another process is writing the folder.
     """
-    folder = Path(folder)
     check_grid(grid, cache)
+    with held(folder):
+        yield from _run(grid, cache, Path(folder), resume, checkpoint_steps, device)
+
+
+def _run(
+    grid: Grid, cache: ActivationCache, folder: Path, resume: bool, checkpoint_steps: int, device: torch.device | str
+) -> Generator[list[Member]]:
     record = _open_record(folder, grid, cache, resume)
     shared = grid.entries[0].train
     total = n_steps(cache, shared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache, Batch
+from saelab.data.cache.claim import held
 from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.dictionary import whole as whole_of
 from saelab.errors import UserError, damaged
@@ -56,7 +57,8 @@ def fit(
     :func:`saelab.train.start`. With ``source``, the name of a trained SAE whose weights ``sae`` has, these are
     fine-tuned (see :func:`saelab.train.adopt`); they become the first checkpoint, so a resumed run takes any SAE of
     the same kind. With ``parallel`` all processes call this, each with its shard of the SAE, and the run may be resumed
-    with another number of them. Raises UserError if the configuration or the cache changed.
+    with another number of them. Raises UserError if the configuration or the cache changed, or another process is
+    writing the folder.
     """
     folder = Path(folder)
     whole = whole_of(sae, parallel)
@@ -65,35 +67,34 @@ def fit(
     metadata = {**about, **(metadata or {})}
     if finished(folder):
         raise UserError(f"{folder} holds a finished run; train into another folder")
-    store = Store(folder, sae, whole, metadata, parallel)
-    state = _resume(store, cache, about, verify=stream is None) if resume else None
-    if parallel.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        if state is None:
-            checkpoint.remove_steps(folder)
-    parallel.barrier()
-    if state is None:
-        state = start(sae, cache, config, centre) if source is None else _adopt(store, cache)
-    if parallel.is_main:
-        checkpoint.write_json(folder / RUN, about)
-    parallel.barrier()
-    total = n_steps(cache, config)
-    with ExitStack() as stack:
+    store, total = Store(folder, sae, whole, metadata, parallel), n_steps(cache, config)
+    with held(folder) if parallel.is_main else nullcontext():
+        state = _resume(store, cache, about, verify=stream is None) if resume else None
         if parallel.is_main:
-            logs = [stack.enter_context(closing(JsonLines(folder, state.step))), *logs]
-        loop = stack.enter_context(closing(train(sae, cache, config, state, stream, parallel)))
-        for metrics in loop:
-            for log in logs:
-                log.write(metrics.row())
-            if metrics.step % checkpoint_steps == 0 and metrics.step < total:
-                store.save_step(state)
-            try:
-                yield metrics
-            except GeneratorExit:
-                store.save_step(state)
-                raise
-    store.save_final()
+            remove_leftovers(folder)
+            if state is None:
+                checkpoint.remove_steps(folder)
+        parallel.barrier()
+        if state is None:
+            state = start(sae, cache, config, centre) if source is None else _adopt(store, cache)
+        if parallel.is_main:
+            checkpoint.write_json(folder / RUN, about)
+        parallel.barrier()
+        with ExitStack() as stack:
+            if parallel.is_main:
+                logs = [stack.enter_context(closing(JsonLines(folder, state.step))), *logs]
+            loop = stack.enter_context(closing(train(sae, cache, config, state, stream, parallel)))
+            for metrics in loop:
+                for log in logs:
+                    log.write(metrics.row())
+                if metrics.step % checkpoint_steps == 0 and metrics.step < total:
+                    store.save_step(state)
+                try:
+                    yield metrics
+                except GeneratorExit:
+                    store.save_step(state)
+                    raise
+        store.save_final()
 
 
 def describe(sae: SAE, cache: ActivationCache, config: TrainConfig, source: str | None = None) -> dict[str, Any]:

@@ -1,12 +1,18 @@
-"""One process at a time writes a cache: a lock on its folder, and what to remove where the writing failed."""
+"""One process at a time writes a folder: a lock on it, and what to remove of a cache where the writing failed."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 
 from saelab.data.cache.manifest import MANIFEST, PARTIAL, VOCABULARY
 from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
+
+# What network file systems say that have no such lock.
+NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 _held: dict[str, int] = {}  # folder -> open handle; a writer in the same process takes over from the one before
 
@@ -14,7 +20,8 @@ _held: dict[str, int] = {}  # folder -> open handle; a writer in the same proces
 def hold(folder: Folder) -> None:
     """Claim a local folder for this process, until :func:`release` or its end, even by a kill.
 
-    Raises UserError while another process holds it. Folders behind a URL, and systems without ``flock``, have no lock.
+    Raises UserError while another process holds it. Folders behind a URL, and systems and file systems without
+    ``flock``, have no lock.
     """
     try:
         import fcntl
@@ -27,9 +34,13 @@ def hold(folder: Folder) -> None:
     handle = os.open(folder.local, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(handle)
-        raise UserError(f"another process is writing {folder.url}; wait for it, or choose another folder") from None
+        if isinstance(error, BlockingIOError):
+            raise UserError(f"another process is writing {folder.url}; wait for it, or choose another folder") from None
+        if error.errno in NO_LOCKS:
+            return
+        raise
     _held[str(folder.local.resolve())] = handle
 
 
@@ -37,6 +48,20 @@ def release(folder: Folder) -> None:
     """Let others write; does nothing where this process does not hold the folder."""
     if folder.local is not None and (handle := _held.pop(str(folder.local.resolve()), None)) is not None:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def held(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a folder for the time of a block; where this process holds it already, it goes on doing so afterwards."""
+    folder = Folder(path)
+    if folder.local is not None and str(folder.local.resolve()) in _held:
+        yield
+        return
+    hold(folder)
+    try:
+        yield
+    finally:
+        release(folder)
 
 
 def discard(folder: Folder) -> None:
