@@ -78,7 +78,6 @@ def sidebar() -> None:
         if st.session_state["run"] not in names:
             st.session_state["run"] = names[0]
         st.selectbox("SAE", names, key="run", format_func=lambda name: viz.visible(describe(found.runs[name])))
-        show_link(run=st.session_state["run"])
 
 
 def describe(run: Run) -> str:
@@ -88,6 +87,9 @@ def describe(run: Run) -> str:
 
 def run_page(page: Any) -> None:
     """Run a page; a mistake the user can mend is shown as one line."""
+    if page.title != "Latent" and "run" in st.session_state:
+        # That page's address says more, and one that changes twice would add to the browser's history.
+        show_link(run=st.session_state["run"])
     try:
         page.run()
     except UserError as error:

@@ -1,87 +1,19 @@
-"""Journeys in a real browser: find a latent and steer with it; see why latents are dead; hostile tokens stay inert."""
+"""Journeys in a real browser: find and steer, dead latents and why, hostile tokens, two tabs side by side."""
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from small_workspace import make_cache, make_index, make_model, make_run
-from users import serve
+from seen import redraw, settle, visible
 
-from saelab import checkpoint
 from saelab.workspace import Workspace
 
 pytestmark = pytest.mark.browser
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-SWITCHES = (  # noqa: SIM905
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two small SAEs; one of them with three latents killed in three ways."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("browser")
-    cache = make_cache(root, make_model(root / "model"))
-    make_run(root / "signed", "abs_topk", cache)
-    run = make_run(root / "sick", "topk", cache, k=4)
-    sae = checkpoint.load_sae(run)
-    with torch.no_grad():
-        sae.W_enc[:, 0] *= 1e-3
-        sae.b_enc[0] = 0.0
-        sae.W_dec[1] = sae.W_dec[2]
-        sae.b_enc[1] = sae.b_enc[3] = -100.0
-    checkpoint.save_sae(sae, run, checkpoint.load_metadata(run))
-    for path in (root / "signed", run):
-        make_index(path, cache)
-    return root
-
-
-@pytest.fixture(scope="module")
-def address(workspace: Path) -> Iterator[str]:
-    """The app as a user starts it, on a free port."""
-    with serve(workspace) as (port, _):
-        yield f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium found on PATH; install Debian's chromium to run the browser journeys")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser: Any, address: str) -> Iterator[Any]:
-    page = browser.new_page(viewport={"width": 1440, "height": 1000})
-    page.set_default_timeout(60_000)
-    page.dialogs = []
-    page.on("dialog", lambda dialog: (page.dialogs.append(dialog.message), dialog.dismiss()))
-    page.outside = []
-    page.on("request", lambda request: None if address in request.url else page.outside.append(request.url))
-    yield page
-    assert not page.dialogs, "a token ran as a script"
-    assert page.locator("[data-testid=stException]").count() == 0
-    page.close()
-
-
-def settle(page: Any) -> None:
-    page.wait_for_timeout(300)
-    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')")
-    page.wait_for_timeout(300)
 
 
 def test_find_a_latent_by_text_look_at_it_and_steer_with_it(page: Any, address: str) -> None:
@@ -108,13 +40,13 @@ def test_find_a_latent_by_text_look_at_it_and_steer_with_it(page: Any, address: 
     assert len(texts) == 3 and all(text.strip() for text in texts)
 
 
-def test_which_latents_are_dead_and_why(page: Any, address: str, workspace: Path) -> None:
+def test_which_latents_are_dead_and_why(page: Any, address: str, sick_folder: Path) -> None:
     page.goto(f"{address}/health?run=sick")
     page.get_by_role("tab", name=re.compile("Dead")).click()
     settle(page)
     facts = page.locator(".sl-facts").first.inner_text()
     assert "encoder collapsed" in facts and "duplicate" in facts and "bias too low" in facts
-    assert Workspace.scan(workspace).run("sick").load().d_sae == 48
+    assert Workspace.scan(sick_folder).run("sick").load().d_sae == 48
 
 
 def test_hostile_tokens_are_shown_and_do_nothing(page: Any, address: str) -> None:
@@ -153,75 +85,78 @@ def test_pages_can_be_walked_with_the_keyboard(page: Any, address: str) -> None:
     assert any("Search" in name for name in seen)
 
 
-# Every visible text that stands out too little from what lies behind it: [text, colour, background, ratio].
-FAINT = """() => {
-  const parts = (colour) => {
-    const found = colour.match(/[\\d.]+/g).map(Number);
-    const unit = colour.startsWith('color(') ? 255 : 1;
-    return [found[0] * unit, found[1] * unit, found[2] * unit, found.length > 3 ? found[3] : 1];
-  };
-  const over = (top, below) => [0, 1, 2].map(i => top[3] * top[i] + (1 - top[3]) * below[i]);
-  const behind = (element) => {
-    const layers = [];
-    for (let e = element; e; e = e.parentElement) {
-      const layer = parts(getComputedStyle(e).backgroundColor);
-      if (layer[3] > 0) layers.push(layer);
-      if (layer[3] === 1) break;
-    }
-    const paper = parts(getComputedStyle(document.querySelector('.stApp')).backgroundColor);
-    return layers.reverse().reduce((below, layer) => over(layer, below), paper.slice(0, 3));
-  };
-  const light = (colour) => {
-    const [r, g, b] = colour.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const faint = [];
-  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (texts.nextNode()) {
-    const text = texts.currentNode.textContent.trim(), element = texts.currentNode.parentElement;
-    if (!text || !element.getClientRects().length) continue;
-    // What is switched off may be faint; charts have their own test, canvases hold no text.
-    const off = 'script, style, noscript, svg, canvas, [disabled], [aria-disabled=true], [aria-hidden=true]';
-    if (element.closest(off)) continue;
-    const style = getComputedStyle(element);
-    if (style.visibility === 'hidden') continue;
-    const colour = parts(style.color), back = behind(element);
-    for (let e = element; e; e = e.parentElement) colour[3] *= Number(getComputedStyle(e).opacity);
-    if (colour[3] === 0) continue;
-    const [a, b] = [light(over(colour, back)), light(back)].sort((x, y) => y - x);
-    const size = parseFloat(style.fontSize), icon = element.closest('[data-testid=stIconMaterial]');
-    const large = icon || size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
-    const ratio = (a + 0.05) / (b + 0.05);
-    if (ratio < (large ? 3 : 4.5)) faint.push([text.slice(0, 30), style.color, back.map(Math.round).join(), ratio]);
-  }
-  return faint;
-}"""
-PAGES = ("", "training", "compare", "features", "latent", "health", "prompt", "steering")
+@pytest.fixture
+def tabs(browser: Any, address: str) -> Iterator[list[Any]]:
+    """Two tabs of one window, on latents of two SAEs."""
+    window = browser.new_context(viewport={"width": 1440, "height": 1000})
+    found = [window.new_page() for _ in range(2)]
+    for tab, where in zip(found, ("run=signed&latent=5&pole=-1", "run=sick&latent=9&pole=1")):
+        tab.set_default_timeout(60_000)
+        tab.goto(f"{address}/latent?{where}")
+        tab.get_by_label("latent", exact=True).wait_for()
+        settle(tab)
+    yield found
+    window.close()
 
 
-def faint(page: Any) -> list[Any]:
-    """What stays below level AA once the page is drawn: styles may arrive a moment after the text."""
-    found = page.evaluate(FAINT)
-    for _ in range(20):
-        if not found:
-            break
-        page.wait_for_timeout(250)
-        found = page.evaluate(FAINT)
-    return found
+@contextmanager
+def only_in(tabs: list[Any], acting: int) -> Iterator[Any]:
+    """Act in one tab: the other shows what it showed, also when the server draws it anew."""
+    tab, other = tabs[acting], tabs[1 - acting]
+    mine, before = visible(tab), visible(other)
+    yield tab
+    settle(tab)
+    assert visible(tab) != mine, "nothing happened, so nothing was tested"
+    assert visible(other) == before
+    redraw(other)
+    assert visible(other) == before
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_all_text_has_the_contrast_of_level_aa(browser: Any, address: str, theme: str) -> None:
-    page = browser.new_page(viewport={"width": 1440, "height": 1000}, color_scheme=theme)
-    page.set_default_timeout(60_000)
-    for name in PAGES:
-        page.goto(f"{address}/{name}?run=sick")
-        page.locator("h1").first.wait_for()
-        settle(page)
-        ground = page.evaluate("getComputedStyle(document.querySelector('.stApp')).backgroundColor")
-        assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(15, 18, 22)"}[theme]
-        assert faint(page) == [], name
-    # The test can see: a title half as strong is found.
-    page.evaluate("document.querySelector('h1').style.opacity = 0.3")
-    assert [found[0] for found in page.evaluate(FAINT)] == ["Steering"]
-    page.close()
+def enter(tab: Any, field: str, text: str) -> None:
+    tab.get_by_label(field, exact=True).fill(text)
+    tab.keyboard.press("Enter")
+
+
+def turn_to(tabs: list[Any], page: str, sign: str) -> None:
+    """Go to a page by the menu, which keeps the session, in both tabs."""
+    for tab in tabs:
+        tab.get_by_role("link", name=page).click()
+        tab.get_by_text(sign).first.wait_for()
+        settle(tab)
+
+
+def test_latents_filters_and_saes_of_two_tabs_are_their_own(tabs: list[Any]) -> None:
+    assert [tab.locator("h1").inner_text()[:9] for tab in tabs] == ["Latent #5", "Latent #9"]
+    for acting, latent in ((0, "6"), (1, "11")):
+        with only_in(tabs, acting) as tab:
+            enter(tab, "latent", latent)
+    turn_to(tabs, "Features", "Search by text")
+    for acting, word in ((0, "river"), (1, "mill")):
+        with only_in(tabs, acting) as tab:
+            enter(tab, "Search", word)
+    with only_in(tabs, 1) as tab:
+        tab.get_by_role("radio", name="dense", exact=True).click()
+    turn_to(tabs, "Latent", "Closest directions")
+    assert [tab.locator("h1").inner_text()[:10] for tab in tabs] == ["Latent #6 ", "Latent #11"]
+    with only_in(tabs, 0) as tab:
+        tab.get_by_role("combobox", name="SAE").click()
+        tab.get_by_role("option", name="sick").click()
+    assert "run=sick&latent=6" in tabs[0].url and "run=sick&latent=11" in tabs[1].url
+
+
+def test_steering_drafts_of_two_tabs_are_their_own(tabs: list[Any]) -> None:
+    turn_to(tabs, "Steering", "What the model says")
+    for acting, latent in ((0, "7"), (1, "12"), (0, "8")):
+        with only_in(tabs, acting) as tab:
+            tab.get_by_label("latent", exact=True).fill(latent)
+            tab.get_by_role("button", name="Add", exact=True).click()
+    with only_in(tabs, 0) as tab:
+        tab.get_by_role("slider").first.press("ArrowLeft")
+    with only_in(tabs, 1) as tab:
+        tab.get_by_label("Prompt", exact=True).fill("old bridges near")
+    with only_in(tabs, 0) as tab:
+        tab.get_by_role("button", name="Remove").first.click()
+    with only_in(tabs, 1) as tab:
+        tab.get_by_role("button", name="Generate").click()
+        tab.get_by_text("random control").wait_for()
+    assert [tab.locator(".sl-strip").count() for tab in tabs] == [0, 3]
