@@ -20,20 +20,9 @@ import torch
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from tests import tiny_lm
+from tests.planted import GRID, activations
 
 HOOK = "blocks.2.hook_resid_post"
-GRID = """
-[train]
-epochs = 6
-batch_size = 64
-[[grid]]
-variant = ["topk", "batch_topk"]
-d_sae = 20
-k = 2
-lr = [1e-2, 1e-3]
-[halving]
-at = [0.4]
-"""
 PATIENCE = 120.0  # seconds for one command on a busy machine
 
 
@@ -63,11 +52,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_lm.save_llama(root / "llama")
     (root / "text.txt").write_text(tiny_lm.sentences(1500))
     (root / "grid.toml").write_text(GRID)
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.rand(960, 16, generator=generator) * (torch.rand(960, 16, generator=generator) < 0.2)
-    acts = 5 * codes @ torch.randn(16, 8, generator=generator) + 3
-    tokens = torch.randint(0, 50, (960,), generator=generator)
-    ActivationCache.from_tensors(root / "cache", acts, tokens, context_length=20, held_out=0.1)
+    tokens = torch.randint(0, 50, (960,), generator=torch.Generator().manual_seed(1))
+    ActivationCache.from_tensors(root / "cache", activations(960, 8), tokens, context_length=20, held_out=0.1)
     main([*train(root, root / "run"), "--epochs", "2"])
     return root
 

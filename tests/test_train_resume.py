@@ -22,6 +22,7 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.sae import VARIANTS, build
 from saelab.train import TrainConfig, TrainState, fit, start, train
+from tests.planted import activations, contents
 
 D_IN, D_SAE = 8, 20
 SMALL = {"k": 3, "n_steps": 3, "target_l0": 3.0}
@@ -30,22 +31,15 @@ CONFIG = TrainConfig(epochs=2, batch_size=128, lr=1e-2, dead_after=200, ema=0.9)
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.rand(900, 16, generator=generator) * (torch.rand(900, 16, generator=generator) < 0.2)
-    acts = 5 * codes @ torch.randn(16, D_IN, generator=generator) + 3
-    grads = torch.randn(900, D_IN, generator=generator)
-    return ActivationCache.from_tensors(tmp_path_factory.mktemp("resume") / "cache", acts, grads=grads, held_out=0.1)
+    grads = torch.randn(900, D_IN, generator=torch.Generator().manual_seed(1))
+    path = tmp_path_factory.mktemp("resume") / "cache"
+    return ActivationCache.from_tensors(path, activations(900, D_IN), grads=grads, held_out=0.1)
 
 
 def fresh(variant: str = "topk"):
     torch.manual_seed(0)
     options = inspect.signature(VARIANTS[variant]).parameters
     return build(variant, D_IN, D_SAE, **{name: value for name, value in SMALL.items() if name in options})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a finished run, by name."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def run(cache: ActivationCache, folder: Path, variant: str = "topk", stop: int | None = None, **options) -> None:
@@ -118,7 +112,8 @@ def test_the_last_good_checkpoint_survives_a_crash_in_the_middle_of_saving(
             real(path, *args)
 
         run(cache, folder, stop=good, resume=at > 0)
-        monkeypatch.setattr(checkpoint, "write_tensors", crash)
+        for module in ("weights", "steps"):
+            monkeypatch.setattr(f"saelab.checkpoint.{module}.write_tensors", crash)
         if broken == "rename":
             monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -271,7 +266,8 @@ def test_what_a_kill_left_half_written_is_removed(cache: ActivationCache, tmp_pa
     whole, folder = tmp_path / "whole", tmp_path / "run"
     main(command(cache, whole))
     folder.mkdir()
-    for name in (".run.json.abc12345", ".sae_weights.safetensors.abc12345"):
+    # The last is how several processes call it while they write it together.
+    for name in (".run.json.abc12345", ".sae_weights.safetensors.abc12345", ".sae_weights.safetensors"):
         (folder / name).write_text("half")
     (folder / ".mine").write_text("not ours")
     main(command(cache, folder, "--resume"))

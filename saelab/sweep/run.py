@@ -19,7 +19,6 @@ from saelab.sae import VARIANTS
 from saelab.sweep.grid import Entry, Grid, check_grid
 from saelab.sweep.halving import losers
 from saelab.train import Diverged, StepMetrics, batches, centre_of, finished, fit, n_steps
-from saelab.train.run import remove_leftovers
 
 SWEEP = "sweep.json"
 Status = Literal["running", "finished", "halted", "diverged"]
@@ -180,7 +179,7 @@ def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool)
     path = folder / SWEEP
     if resume and path.is_file():
         for run in (folder, *(folder / entry.name for entry in grid.entries)):
-            remove_leftovers(run)
+            checkpoint.remove_leftovers(run)
         record = json.loads(path.read_text())
         for part, remedy in (("cache_fingerprint", "restore the cache"), ("grid", "use the grid it was begun with")):
             if record[part] != about[part]:

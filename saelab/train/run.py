@@ -71,7 +71,7 @@ def fit(
     with held(folder) if parallel.is_main else nullcontext():
         state = _resume(store, cache, about, verify=stream is None) if resume else None
         if parallel.is_main:
-            remove_leftovers(folder)
+            checkpoint.remove_leftovers(folder)
             if state is None:
                 checkpoint.remove_steps(folder)
         parallel.barrier()
@@ -125,13 +125,6 @@ def _adopt(store: Store, cache: ActivationCache) -> TrainState:
     store.save_step(state)
     state.fold(store.sae)
     return state
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half-written under a temporary name; only one run writes a run folder."""
-    for pattern in (".*.json.*", ".*.safetensors.*"):
-        for path in folder.glob(pattern):
-            path.unlink()
 
 
 def finished(folder: Path | str) -> bool:

@@ -40,8 +40,7 @@ class Store:
         state.unfold(self.sae)
 
     def _save_sharded_step(self, step: int, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-        unfinished = checkpoint.step_path(self.folder, step)
-        unfinished = unfinished.with_name(f".{unfinished.name}")
+        unfinished = checkpoint.unfinished_path(self.folder, step)
         if self.parallel.is_main:
             checkpoint.begin_step(self.folder, step)
             checkpoint.save_config(self.whole, unfinished, self.metadata)
