@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from saelab.sweep.grid import check_grid, make_grid
 from saelab.sweep.halving import losers, recent_fvu
 from saelab.sweep.run import Member
 from saelab.train import TrainConfig, fit
-from tests import tiny_lm
+from tests import planted, tiny_lm
+from tests.planted import activations, contents
 
 D_IN = 8
 TRAIN = {"epochs": 2, "batch_size": 64, "dead_after": 200}  # 2 x 13 steps
@@ -42,14 +44,8 @@ GRID = {
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.rand(960, 16, generator=generator) * (torch.rand(960, 16, generator=generator) < 0.2)
-    acts = 5 * codes @ torch.randn(16, D_IN, generator=generator) + 3
-    return ActivationCache.from_tensors(tmp_path_factory.mktemp("sweep") / "cache", acts, held_out=0.1)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    path = tmp_path_factory.mktemp("sweep") / "cache"
+    return ActivationCache.from_tensors(path, activations(960, D_IN), held_out=0.1)
 
 
 def run(grid: dict, cache: ActivationCache, folder: Path, stop: int | None = None, **options) -> list[Member]:
@@ -97,6 +93,20 @@ def test_the_grid_is_multiplied_out_and_named() -> None:
         ({"train": {"epochs": 1, "batch_size": 5000}}, "entry 1 .*batch_size=5000 exceeds the 864"),
         ({"halving": {"at": [0.5, 0.2]}}, "must be increasing shares"),
         ({"halving": {"keep": 0.5}}, "needs at ="),
+        ({"train": 3}, r"\[train\] must be a table of settings, not 3"),
+        ({"grid": [3]}, r"\[\[grid\]\] must be a table of settings, not 3"),
+        ({"halving": [0.5]}, r"\[halving\] must be a table"),
+        ({"halving": {"at": 0.5}}, r"\[halving\]: at=0.5 must be"),
+        ({"train": {"epochs": 1.5}}, "entry 1 .*epochs=1.5 must be int"),
+        ({"train": {"epochs": True}}, "entry 1 .*epochs=True must be int"),
+        ({"train": {"decay": "never"}}, "entry 1 .*decay='never' must be Literal"),
+        ({"grid": [{"variant": "topk", "d_sae": 20.0, "k": 2}]}, "entry 1 .*d_sae=20.0 must be int"),
+        ({"grid": [{"variant": "topk", "d_sae": 20, "k": 2.5}]}, "entry 1 .*k=2.5 must be int"),
+        ({"grid": [{"variant": "topk", "d_sae": 20, "k": "2"}]}, "entry 1 .*k='2' must be int"),
+        (
+            {"grid": [{"variant": "matryoshka", "d_sae": 20, "k": 2, "groups": [["half"]]}]},
+            "entry 1 .*groups=.*must be",
+        ),
         ({"halvings": {}}, "unknown table .halvings. in the grid: did you mean halving"),
     ],
 )
@@ -173,11 +183,7 @@ def test_recent_fvu_is_a_mean_over_the_end_of_the_window(tmp_path: Path) -> None
 
 
 def test_a_sweep_stopped_anywhere_resumes_to_the_same_bytes(cache: ActivationCache, tmp_path: Path) -> None:
-    grid = {
-        "train": TRAIN,
-        "grid": [{"variant": ["topk", "batch_topk"], "d_sae": 20, "k": 2, "lr": [1e-2, 1e-4]}],
-        "halving": {"at": [0.4]},
-    }
+    grid = tomllib.loads(planted.GRID) | {"train": TRAIN}
     run(grid, cache, tmp_path / "whole", checkpoint_steps=5)
     for stop in (2, 9, 7):  # in the middle, after and before a rung
         run(grid, cache, tmp_path / "parts", stop=stop, resume=True, checkpoint_steps=5)
@@ -252,6 +258,30 @@ def test_grid_files_that_are_none(tmp_path: Path, cache: ActivationCache) -> Non
         read_grid(tmp_path / "bad.toml")
     check_grid(make_grid(GRID), cache)
     assert math.isfinite(make_grid(GRID).entries[0].train.lr or 0)
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_trains(
+    tmp_path: Path, cache: ActivationCache, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "grid.toml").write_text(TOML)
+    bare = ActivationCache.from_tensors(tmp_path / "bare", torch.randn(200, D_IN), held_out=0.0)
+    for path, more, message in (
+        (bare.path, [], "no held-out rows"),
+        (cache.path, ["--lm-tokens", "-1"], "lm_tokens=-1 must not be negative"),
+        (cache.path, ["--lm-tokens", "64"], "lm_tokens=64 needs the language model"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["sweep", str(path), str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), *more])
+        assert stop.value.code == 2 and message in capsys.readouterr().err.replace("\n", " ")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rungs": {}, "stopped": {}}'])
+def test_a_damaged_record_is_named(content: str, cache: ActivationCache, tmp_path: Path) -> None:
+    run(GRID, cache, tmp_path / "sweep", stop=3)
+    (tmp_path / "sweep" / "sweep.json").write_text(content)
+    with pytest.raises(UserError, match=r"sweep\.json is damaged .* start the sweep again with --overwrite"):
+        run(GRID, cache, tmp_path / "sweep", resume=True)
 
 
 def test_a_sweep_reports_the_loss_recovered_in_the_language_model(

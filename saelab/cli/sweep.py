@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
 
+from saelab import checkpoint
 from saelab.cli.common import console, out, output_folder, parse, print_json, progress_bar
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.train import pick_device
@@ -59,8 +60,13 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
     cache, grid, device = ActivationCache(options.cache), read_grid(options.grid), pick_device(options.device)
     check_grid(grid, cache)
+    config = EvaluateConfig(lm_tokens=options.lm_tokens)
+    if not cache.n_split("held_out"):
+        raise UserError(f"{cache.path} has no held-out rows to measure the SAEs on; harvest it with --held-out above 0")
     if options.lm_tokens and not cache.manifest.model:
-        raise UserError("lm_tokens is set but the cache does not name its language model; leave it at 0")
+        raise UserError(
+            f"lm_tokens={options.lm_tokens} needs the language model, which {cache.path} does not name; leave it at 0"
+        )
     # Last, so that a mistake in the options never costs the old sweep.
     with output_folder(options.out, options.overwrite, options.resume):
         with stop_on_signals() as stop:
@@ -69,10 +75,11 @@ def main(args: Sequence[str]) -> None:
             assert stop.signal is not None
             console.print(f"{stop.signal.name}: all SAEs saved; go on with --resume")
             sys.exit(stop.exit_code)
-        rows = evaluate(members, cache, options)
+        rows = evaluate(members, cache, config)
         path = save_results(rows, options.out)
         report = options.out / "report.html"
-        report.write_text(sweep_report(rows, title=options.out.name))
+        page = sweep_report(rows, title=options.out.name)
+        checkpoint.replace(report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     if options.json:
         print_json(rows)
     else:
@@ -119,16 +126,11 @@ def view(members: Sequence[Member], bar: Progress) -> Group:
     return Group(table, bar)
 
 
-def evaluate(members: Sequence[Member], cache: ActivationCache, options: Options) -> list[dict[str, Any]]:
+def evaluate(members: Sequence[Member], cache: ActivationCache, config: EvaluateConfig) -> list[dict[str, Any]]:
     """Measure the finished SAEs on held-out tokens, under a progress bar."""
-    if not cache.n_split("held_out"):
-        raise UserError(f"{cache.path} has no held-out rows to measure the SAEs on; each is saved in its folder")
-    model = None
-    if options.lm_tokens:
-        model = load_hf_model(cache.manifest.model)
+    model = load_hf_model(cache.manifest.model) if config.lm_tokens else None
     with progress_bar() as bar:
         task = bar.add_task("measuring", total=len(members))
-        config = EvaluateConfig(lm_tokens=options.lm_tokens)
         return measure(members, cache, model, config, lambda _: bar.advance(task))
 
 

@@ -30,13 +30,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, near_matches
-from saelab.sae import SAE, build
+from saelab.sae import SAE, VARIANTS, build
 from saelab.train import TrainConfig, check
 
 # What all SAEs of a sweep share, because they see the same batches.
@@ -98,7 +99,7 @@ def read_grid(path: Path | str) -> Grid:
     """Parse a grid file; UserError where it is not one."""
     path = Path(path)
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the grid {path} ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -117,7 +118,9 @@ def make_grid(content: Mapping[str, Any]) -> Grid:
     blocks = content.get("grid")
     if not isinstance(blocks, list) or not blocks:
         raise UserError("the grid has no [[grid]] block; add one with at least a variant and d_sae")
-    shared = content.get("train", {})
+    for block in blocks:
+        _table(block, "[[grid]]")
+    shared = _table(content.get("train", {}), "[train]")
     _known(shared, TRAIN, "[train]")
     combinations = [keys for block in blocks for keys in _product(block)]
     varying = [key for key in dict.fromkeys(itertools.chain(*combinations)) if _varies(key, combinations)]
@@ -126,13 +129,14 @@ def make_grid(content: Mapping[str, Any]) -> Grid:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"the grid lists {name} {names.count(name)} times; remove the duplicate")
-    halving = content.get("halving")
-    if halving is None:
+    if "halving" not in content:
         return Grid(entries)
+    halving = _table(content["halving"], "[halving]")
     _known(halving, [field.name for field in fields(Halving)], "[halving]")
     if "at" not in halving:
         raise UserError("[halving] needs at = [...], the shares of the steps at which to stop the worse SAEs")
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in halving.items()}
+    _check_types(values, get_type_hints(Halving), "[halving]: ")
     return Grid(entries, Halving(**values))
 
 
@@ -157,8 +161,11 @@ def _entry(number: int, keys: dict[str, Any], shared: Mapping[str, Any], varying
     own = {name: value for name, value in keys.items() if name in TRAIN}
     options = {name: value for name, value in keys.items() if name not in {*TRAIN, "variant", "d_sae"}}
     try:
+        _check_types({"d_sae": keys["d_sae"], **shared, **own}, {"d_sae": int, **get_type_hints(TrainConfig)})
+        if keys["variant"] in VARIANTS:  # another one is refused where the SAE is built
+            _check_types(options, get_type_hints(VARIANTS[keys["variant"]].__init__))
         train = TrainConfig(**{**shared, **own})
-    except (UserError, TypeError) as error:
+    except UserError as error:
         raise _blame(number, keys, error) from error
     named = [
         key for key in ("variant", "k", "d_sae", "lr", "seed") if key in keys and (key in varying or key == "variant")
@@ -189,6 +196,34 @@ def _word(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}"
     return "".join(c if c.isalnum() or c in "._-+" else "-" for c in str(value))
+
+
+def _table(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name} must be a table of settings, not {value!r}")
+    return value
+
+
+def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "") -> None:
+    """Refuse a value that an option cannot have; the command line does so for its own."""
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", None) or str(hints[name]).replace("typing.", "")
+            raise UserError(f"{where}{name}={value!r} must be {wanted}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin in {Union, UnionType}:
+        return any(_fits(value, one) for one in inner)
+    if origin is not None:
+        return isinstance(value, origin) and all(_fits(one, inner[0]) for one in value)
+    if hint in {int, float}:
+        # A whole number will do for a float, and True is no number.
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def _known(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import nn
 
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 from saelab.evaluate import EvaluateConfig, evaluate
 from saelab.sweep.run import Member
+from saelab.train import read_run
 
 RESULTS = "sweep.parquet"
 MEASURED = ("fvu", "l0", "dead_fraction", "ce_loss_recovered_zero")
@@ -47,10 +48,10 @@ def measure(
     """One row per SAE. Finished ones are evaluated on held-out tokens, which leaves their ``evaluation.json``."""
     config = config or EvaluateConfig(lm_tokens=0)
     rows = []
-    for member, sae in zip(members, _finished(members)):
+    for member in members:
         values: dict[str, float | None] = dict.fromkeys(MEASURED)
-        if sae is not None:
-            evaluation = evaluate(sae, cache, model, config)
+        if member.status == "finished":
+            evaluation = evaluate(checkpoint.load_sae(member.folder), cache, model, config)
             evaluation.save(member.folder)
             values |= {name: evaluation.metrics[name].value for name in MEASURED if name in evaluation.metrics}
         entry = member.entry
@@ -76,10 +77,9 @@ def measure(
 
 def save_results(rows: Sequence[dict[str, Any]], folder: Path | str) -> Path:
     """Write ``sweep.parquet``."""
-    path = Path(folder) / RESULTS
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), temporary)
-    return temporary.rename(path)
+    path, table = Path(folder) / RESULTS, pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    checkpoint.replace(path, lambda temporary: pq.write_table(table, temporary))
+    return path
 
 
 def load_results(folder: Path | str) -> list[dict[str, Any]]:
@@ -87,15 +87,11 @@ def load_results(folder: Path | str) -> list[dict[str, Any]]:
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise UserError(f"{folder} has no {RESULTS}; finish the sweep with `saelab sweep ... --resume`")
-    return pq.read_table(path).to_pylist()
-
-
-def _finished(members: Sequence[Member]) -> Iterator[Any]:
-    for member in members:
-        yield checkpoint.load_sae(member.folder) if member.status == "finished" else None
+    with damaged(path, "finish the sweep again with `saelab sweep ... --resume`", pa.ArrowException, OSError):
+        return pq.read_table(path).to_pylist()
 
 
 def _lr(member: Member) -> dict[str, float | None]:
     # The resolved rate, default rule included, stands in the run's own description.
-    run = json.loads((member.folder / "run.json").read_text())
-    return {"lr": run["train"]["lr"]}
+    run = read_run(member.folder)
+    return {"lr": None if run is None else run["train"]["lr"]}

@@ -14,7 +14,7 @@ import torch
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache, Batch
 from saelab.data.cache.claim import held
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 from saelab.sae import VARIANTS
 from saelab.sweep.grid import Entry, Grid, check_grid
 from saelab.sweep.halving import losers
@@ -180,9 +180,13 @@ def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool)
     if resume and path.is_file():
         for run in (folder, *(folder / entry.name for entry in grid.entries)):
             checkpoint.remove_leftovers(run)
-        record = json.loads(path.read_text())
+        with damaged(path, "start the sweep again with --overwrite"):
+            record = json.loads(path.read_bytes())
+            before = {name: record[name] for name in about}
+            if not isinstance(record["rungs"], dict) or not isinstance(record["stopped"], dict):
+                raise TypeError("rungs and stopped are no tables")
         for part, remedy in (("cache_fingerprint", "restore the cache"), ("grid", "use the grid it was begun with")):
-            if record[part] != about[part]:
+            if before[part] != about[part]:
                 raise UserError(f"{folder} was begun with another {part.split('_')[0]}; {remedy} or start a new sweep")
         cache.verify()
         return record
