@@ -35,7 +35,7 @@ def damaged(where: object, remedy: str, *also: type[Exception]) -> Iterator[None
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for a message that stays on one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def near_matches(name: str, known: Iterable[str], limit: int = 5) -> str:

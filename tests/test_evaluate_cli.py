@@ -159,7 +159,11 @@ BAD = {
         ["--tasks", "tpp", "--columns", "a"],
         "three classes",
     ),
-    "an empty document": (['{"text": "1", "a": 1}', '{"text": "  ", "a": 0}'], ["--tasks", "probing"], "line 2"),
+    "an empty document": (
+        ['{"text": "1", "a": 1}', '{"text": "  ", "a": 0}'],
+        ["--tasks", "probing"],
+        "labels.jsonl:2",
+    ),
     "one label for scr": ([f'{{"text": "1", "a": {i % 2}}}' for i in range(60)], ["--tasks", "scr"], "two labels"),
     "an unknown label": (['{"text": "1", "a": 1}'], ["--tasks", "probing", "--columns", "c"], "no label 'c'"),
     "an unknown task": (['{"text": "1", "a": 1}'], ["--tasks", "probbing"], "did you mean"),

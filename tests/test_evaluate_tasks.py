@@ -216,9 +216,10 @@ def test_built_in_sets_come_from_the_cached_text(tmp_path):
 def test_jsonl_is_checked(tmp_path):
     path = tmp_path / "set.jsonl"
     cases = {
-        '{"text": "a", "label": 1}\n\n{"text": "", "label": 2}': "line 3 has an empty document",
-        '{"text": "a"}': "line 1 needs",
-        "{": "line 1 is not JSON",
+        '{"text": "a", "label": 1}\n\n{"text": "", "label": 2}': "set.jsonl:3 has an empty document",
+        '{"text": "a"}': "set.jsonl:1 needs",
+        "{": "set.jsonl:1 is not valid JSON",
+        "[1]": "set.jsonl:1 is not a JSON object",
         "": "no examples",
     }
     for content, message in cases.items():
@@ -227,9 +228,10 @@ def test_jsonl_is_checked(tmp_path):
             read_jsonl(path)
     with pytest.raises(UserError, match="does not exist"):
         read_jsonl(tmp_path / "none")
-    path.write_text('{"text": "a b", "label": 1, "odd": 2}\n{"text": "c", "label": 1}')
+    # JSON lets these two stand in a string as they are, and so do many corpora.
+    path.write_text('{"text": "a\u2028b\x85c", "label": 1, "odd": 2}\n{"text": "d", "label": 1}', encoding="utf-8")
     texts, labels = read_jsonl(path)
-    assert (texts, labels) == (["a b", "c"], {"label": ["1", "1"]})
+    assert (texts, labels) == (["a\u2028b\x85c", "d"], {"label": ["1", "1"]})
     with pytest.raises(UserError, match="one class only"):
         Passages(torch.randn(2, 3), torch.arange(2), labels, str(path)).column("label")
     with pytest.raises(UserError, match="has no label"):

@@ -87,11 +87,20 @@ def test_bad_text_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError, match=r"bad\.jsonl:2 is not valid JSON"):
         list(open_text(tmp_path / "bad.jsonl").documents())
     (tmp_path / "bad.parquet").write_text("not parquet at all")
-    with pytest.raises(UserError, match=r"bad\.parquet is not a Parquet file"):
+    with pytest.raises(UserError, match=r"bad\.parquet is damaged"):
         list(open_text(tmp_path / "bad.parquet").documents())
-    (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8"):
-        list(open_text(tmp_path / "latin.txt").documents())
+    for name in ("latin.txt", "latin.jsonl"):
+        (tmp_path / name).write_bytes('{"text": "déjà"}'.encode("latin-1"))
+        with pytest.raises(UserError, match=f"{name} is not UTF-8"):
+            list(open_text(tmp_path / name).documents())
+    whole = write(tmp_path, "parquet").read_bytes()
+    (tmp_path / "torn.parquet").write_bytes(whole[:8] + bytes(len(whole) // 2) + whole[8 + len(whole) // 2 :])
+    with pytest.raises(UserError, match=r"torn\.parquet is damaged"):
+        list(open_text(tmp_path / "torn.parquet").documents())
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="saved cannot be read as a saved dataset"):
+        open_text(tmp_path / "saved")
     (tmp_path / "pic.png").write_bytes(b"")
     with pytest.raises(UserError, match="text comes as"):
         open_text(tmp_path / "pic.png")

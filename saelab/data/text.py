@@ -7,6 +7,7 @@ has to fit in memory.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -15,9 +16,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged, first_line
 
 WIKI_SAMPLE = "wiki-sample"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -59,14 +60,15 @@ def open_text(source: str | Path, *, split: str = "train", column: str | None = 
     if path.is_file():
         return _files(str(path), [path], column)
     if path.is_dir():
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return _saved_dataset(path, split, column)
+        if is_saved_dataset(path):
+            data = load_saved_dataset(path, split)
+            return TextSource(str(path), data._fingerprint, lambda: _rows(data, column, str(path)))
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
         if not files:
             raise UserError(f"{path} holds no {', '.join(SUFFIXES)} files")
         return _files(str(path), files, column)
     if path.is_absolute() or path.suffix in SUFFIXES or str(source).startswith((".", "~")):
-        raise UserError(f"text {source} does not exist")
+        raise UserError(f"text {source} does not exist; give {WIKI_SAMPLE}, a file or folder that does, or a hub id")
     return _hub_dataset(str(source), split, column)
 
 
@@ -121,56 +123,78 @@ def _files(name: str, files: list[Path], column: str | None) -> TextSource:
     return TextSource(name, _digest(files), pieces)
 
 
-def _txt(path: Path, column: str | None) -> Pieces:
-    starts = True
+@contextlib.contextmanager
+def _utf8(path: Path) -> Iterator[IO[str]]:
     try:
         with path.open(encoding="utf-8") as file:
-            # Pieces end at line ends: a tokenizer sees no word cut in two.
-            while chunk := file.read(_PIECE):
-                yield starts, chunk + file.readline()
-                starts = False
+            yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
 
 
-def _jsonl(path: Path, column: str | None) -> Pieces:
-    with path.open(encoding="utf-8") as file:
+def _txt(path: Path, column: str | None) -> Pieces:
+    starts = True
+    with _utf8(path) as file:
+        # Pieces end at line ends: a tokenizer sees no word cut in two.
+        while chunk := file.read(_PIECE):
+            yield starts, chunk + file.readline()
+            starts = False
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a ``.jsonl``, each with the place it stands at (``path:line``); empty lines are passed over."""
+    with _utf8(path) as file:
+        # A file's own lines: a string in JSON may hold other characters that end lines elsewhere.
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is not valid JSON: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path}:{number} is not valid JSON ({first_line(error)}); mend or remove the line"
+                ) from error
             if not isinstance(record, dict):
-                raise UserError(f"{path}:{number} is not a JSON object with a text field")
-            yield True, _field(record, column, f"{path}:{number}")
+                raise UserError(f"{path}:{number} is not a JSON object; mend or remove the line")
+            yield f"{path}:{number}", record
+
+
+def _jsonl(path: Path, column: str | None) -> Pieces:
+    for where, record in json_lines(path):
+        yield True, _field(record, column, where)
 
 
 def _parquet(path: Path, column: str | None) -> Pieces:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file: {error}") from error
-    with table:
+    # Arrow reports damage as an invalid value, or as an error of the system.
+    sound = damaged(path, "give a sound Parquet file", pyarrow.ArrowException, OSError)
+    with sound, pyarrow.parquet.ParquetFile(path) as table:
         texts = [f.name for f in table.schema_arrow if f.type in (pyarrow.string(), pyarrow.large_string())]
         name = _column(texts, column, str(path))
         for batch in table.iter_batches(batch_size=256, columns=[name]):
             yield from ((True, text) for text in batch.column(0).to_pylist() if text)
 
 
-def _saved_dataset(path: Path, split: str, column: str | None) -> TextSource:
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by ``Dataset.save_to_disk``."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def load_saved_dataset(path: Path, split: str) -> Any:
+    """A dataset that was saved to disk, or the split of it where it has splits."""
     import datasets
 
-    data: Any = datasets.load_from_disk(str(path))
+    try:
+        data: Any = datasets.load_from_disk(str(path))
+    except Exception as error:  # arrow's, JSON's and the library's own, some without a common base
+        raise UserError(f"{path} cannot be read as a saved dataset ({first_line(error)}); save it again") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise UserError(f"{path} has no split {split!r}; it has {', '.join(map(str, data))}")
         data = data[split]
-    return TextSource(str(path), data._fingerprint, lambda: _rows(data, column, str(path)))
+    return data
 
 
 def _hub_dataset(source: str, split: str, column: str | None) -> TextSource:
@@ -180,9 +204,9 @@ def _hub_dataset(source: str, split: str, column: str | None) -> TextSource:
     try:
         data: Any = datasets.load_dataset(name, config or None, split=split, streaming=True)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"cannot load the dataset {source!r}: {reason}; give {WIKI_SAMPLE}, a local file or folder, or a hub id"
+            f"cannot load the dataset {source!r} ({first_line(error)}); "
+            f"give {WIKI_SAMPLE}, a local file or folder, or a hub id"
         ) from error
     what = f"{source} {split} {data.info.version} {data.info.dataset_size} {data.info.download_checksums}"
     digest = hashlib.sha256(what.encode()).hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
+from saelab.data.text import json_lines
 from saelab.errors import UserError
 from saelab.evaluate.splice import Site, edited
 from saelab.sae import SAE
@@ -129,17 +129,11 @@ def read_jsonl(path: Path | str) -> tuple[list[str], dict[str, list[str]]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a .jsonl with the keys text and label")
     texts, rows = [], []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error.msg}); mend or remove it") from error
-        if not isinstance(row, dict) or "text" not in row or len(row) < 2:
-            raise UserError(f"{path} line {number} needs the key text and at least one label")
+    for where, row in json_lines(path):
+        if "text" not in row or len(row) < 2:
+            raise UserError(f"{where} needs the key text and at least one label; add them or remove the line")
         if not str(row["text"]).strip():
-            raise UserError(f"{path} line {number} has an empty document; remove it")
+            raise UserError(f"{where} has an empty document; remove the line")
         texts.append(str(row.pop("text")))
         rows.append(row)
     if not rows:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from saelab.errors import UserError, near_matches
+from saelab.errors import UserError, first_line, near_matches
 from saelab.lm.smollm2 import cache_home, quiet_progress, smollm2_folder, smollm2_version
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ def _source(name: str | Path) -> str:
 
 
 def _not_found(source: str, error: OSError) -> UserError:
-    reason = str(error).strip().splitlines()[0]
-    return UserError(f"cannot load model {source!r}: {reason} Give smollm2, a local folder or a hub id")
+    return UserError(f"cannot load model {source!r} ({first_line(error)}); give smollm2, a local folder or a hub id")
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -20,7 +20,8 @@ from saelab.data.cache.manifest import Manifest, check_provenance
 from saelab.data.cache.reader import ActivationCache
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import CacheWriter
-from saelab.errors import UserError, near_matches
+from saelab.data.text import is_saved_dataset, load_saved_dataset
+from saelab.errors import UserError, first_line, near_matches
 
 TOKEN_COLUMNS = ("token_ids", "tokens", "input_ids")
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".csv": "csv"}
@@ -141,8 +142,7 @@ def _array(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0]
-        raise UserError(f"{path} is not a readable .npy file ({reason})") from error
+        raise UserError(f"{path} is not a readable .npy file ({first_line(error)}); save it again") from error
 
 
 def _dataset(path: Path, column: str | None, tokens: str | None, split: str, context_length: int | None) -> Source:
@@ -181,21 +181,14 @@ def _dataset(path: Path, column: str | None, tokens: str | None, split: str, con
 def _load(path: Path, split: str) -> Any:
     import datasets
 
-    saved = path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    if not saved and path.suffix not in LOADERS:
-        raise UserError(f"{path} is no saved dataset (no state.json), nor a {', '.join(LOADERS)} file")
+    if is_saved_dataset(path):
+        return load_saved_dataset(path, split)
+    if path.suffix not in LOADERS:
+        raise UserError(f"{path} is no saved dataset (no state.json), nor a {', '.join(LOADERS)} file; convert it")
     try:
-        if saved:
-            data: Any = datasets.load_from_disk(str(path))
-        else:
-            data = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # arrow, JSON and the library's own errors, some without a common base
-        raise UserError(f"{path} cannot be read as a dataset ({(str(error).splitlines() or [''])[0][:120]})") from error
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise UserError(f"{path} has no split {split!r}; it has {', '.join(map(str, data))}")
-        data = data[split]
-    return data
+        raise UserError(f"{path} cannot be read as a dataset ({first_line(error)}); write it again") from error
 
 
 def _column(path: Path, row: dict[str, Any], column: str | None) -> str:
