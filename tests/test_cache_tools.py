@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from saelab.cli import main
-from saelab.data.cache import ActivationCache
+from saelab.data.cache import ActivationCache, head
 from saelab.data.cache.tools import caches_in, describe, merge
 from saelab.errors import UserError
 
@@ -134,6 +135,31 @@ def test_a_cache_in_an_object_store(bucket: str, tmp_path: Path) -> None:
     remote.folder.remove("shard_00002.safetensors")
     with pytest.raises(UserError, match=r"shard_00002\.safetensors is missing"):
         ActivationCache(bucket)
+
+
+def test_what_a_store_refuses_in_words_of_its_own_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentials(Exception):
+        """As boto's: no error of the system."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise NoCredentials("Unable to locate credentials")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.size", refuse)
+    with pytest.raises(UserError, match=r"memory://c: Unable to locate credentials; check .* the credentials"):
+        ActivationCache("memory://c")
+
+
+def test_head_is_the_beginning_of_a_pass(tmp_path: Path) -> None:
+    cache = make(tmp_path / "c", 130)
+    for split, seed, n in (("all", None, 70), ("train", 0, 33), ("held_out", None, None), ("all", None, 10**6)):
+        rows = torch.cat([b.rows for b in cache.batches(cache.n_split(split), split=split, seed=seed)])
+        parts = list(head(cache, n, 32, split=split, seed=seed))
+        assert torch.equal(torch.cat([p.rows for p in parts]), rows[:n])
+        assert all(len(p.acts) == len(p.tokens) == len(p.rows) <= 32 for p in parts)
+        assert torch.equal(torch.cat([p.acts for p in parts]), cache.read(rows[:n]).acts)
+    with pytest.raises(UserError, match="n=0 are wanted"):
+        next(head(cache, 0))
+    assert not [t for t in threading.enumerate() if t.name == "saelab-read-ahead"]
 
 
 def test_merging_into_one_of_the_caches_keeps_it(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_kept_unembedding_stands_in_for_the_model(
     (tmp_path / "run" / "logit_lens.safetensors").write_bytes(b"torn")
     with pytest.raises(SystemExit):
         main(command)
-    assert "no logit lens" in capsys.readouterr().err.replace("\n", " ")
+    assert "logit_lens.safetensors is damaged" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_cache_of_another_hook_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

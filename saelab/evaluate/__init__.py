@@ -19,6 +19,7 @@ from saelab.evaluate.site import check_same_model, locate
 from saelab.evaluate.splice import Replace, Site, SplicedRun, edited
 from saelab.evaluate.tasks import TaskConfig, run_tasks
 from saelab.sae import SAE
+from saelab.sae.mode import evaluating
 
 __all__ = [
     "EvaluateConfig",
@@ -77,9 +78,7 @@ def evaluate(
     config = config or EvaluateConfig()
     check_pair(sae, cache, config.split)
     started = time.perf_counter()
-    was_training = sae.training
-    sae.eval()
-    try:
+    with evaluating(sae):
         sums, firing = reconstruction(
             sae,
             cache,
@@ -99,8 +98,6 @@ def evaluate(
             run = spliced({"sae": sae}, cache, model, config, progress)
             metrics |= run.sums["sae"].estimates(seed=config.seed)
             timing |= _timing(run, time.perf_counter() - started)
-    finally:
-        sae.train(was_training)
     timing["seconds"] = time.perf_counter() - started
     return Evaluation(metrics, firing.histogram(), _settings(sae, cache, config, timing), timing)
 

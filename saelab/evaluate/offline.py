@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saelab.data.cache import ActivationCache
+from saelab.data.cache import ActivationCache, head
 from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.metrics import FiringCounts, ReconstructionSums
@@ -30,7 +30,10 @@ def context_of_rows(cache: ActivationCache, split: Split, max_rows: int | None =
 def check_pair(sae: SAE, cache: ActivationCache, split: Split) -> None:
     """Refuse an SAE and a cache that do not belong together, or a split without rows."""
     if sae.d_in != cache.d_in:
-        raise UserError(f"the SAE reads width d_in={sae.d_in} but the cache holds width {cache.d_in}")
+        raise UserError(
+            f"the SAE reads width d_in={sae.d_in} but the cache {cache.path} holds width {cache.d_in}; "
+            "use the cache it was trained on"
+        )
     if cache.n_split(split) == 0:
         raise UserError(f"the {split} split of {cache.path} is empty; harvest with a held-out share above 0")
 
@@ -56,21 +59,12 @@ def reconstruction(
     clusters = context_of_rows(cache, split, total)
     sums = ReconstructionSums(int(clusters[-1]) + 1, torch.tensor(cache.manifest.mean, dtype=torch.float64))
     firing, done = FiringCounts(sae.d_sae), 0
-    batches = cache.batches(min(batch_size, total), split=split, seed=None, grads=grads)
-    try:
-        for batch in batches:
-            take = min(batch.acts.shape[0], total - done)
-            own_grads = None if batch.grads is None else batch.grads[:take]
-            measure_batch(sae, batch.acts[:take], own_grads, clusters[done : done + take], sums, firing)
-            done += take
-            if progress is not None:
-                progress("reconstruction", done, total)
-            if done == total:
-                break
-    finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()
+    for batch in head(cache, total, batch_size, split=split, grads=grads):
+        own = clusters[done : done + len(batch.acts)]
+        measure_batch(sae, batch.acts, batch.grads, own, sums, firing)
+        done += len(batch.acts)
+        if progress is not None:
+            progress("reconstruction", done, total)
     return sums, firing
 
 
@@ -99,17 +93,11 @@ def count_firing(
     Whether a latent is dead is a statement about many tokens, more than a held-out split has; no metric of
     reconstruction is taken here.
     """
-    n_tokens = min(n_tokens, cache.n_split("train"))
-    done = 0
+    n_tokens, done = min(n_tokens, cache.n_split("train")), 0
     if n_tokens <= 0:
         return
-    batches = cache.batches(min(batch_size, n_tokens), split="train", seed=0)
-    for batch in batches:
-        take = min(batch.acts.shape[0], n_tokens - done)
-        firing.update(sae.encode(batch.acts[:take].to(sae.device)))
-        done += take
+    for batch in head(cache, n_tokens, batch_size, split="train", seed=0):
+        firing.update(sae.encode(batch.acts.to(sae.device)))
+        done += len(batch.acts)
         if progress is not None:
             progress("firing", done, n_tokens)
-        if done == n_tokens:
-            break
-    batches.close()  # pyright: ignore[reportAttributeAccessIssue]

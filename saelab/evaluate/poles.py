@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache import ActivationCache
+from saelab.data.cache import ActivationCache, head
 from saelab.data.cache.reader import Split
 from saelab.errors import UserError
-from saelab.metrics.dictionary import unit_rows
+from saelab.metrics.dictionary import living_rows
 from saelab.metrics.intervals import Estimate, bootstrap, proportion
 from saelab.sae import SAE
 from saelab.sparse import SparseCode
@@ -45,13 +45,10 @@ def collect(
 ) -> Firings:
     """Encode up to ``max_tokens`` rows in corpus order and keep every non-zero entry."""
     parts, done = [], 0
-    for batch in cache.batches(min(batch_size, cache.n_split(split)), split=split, seed=None):
-        take = min(batch.acts.shape[0], max_tokens - done)
-        code: SparseCode = sae.encode(batch.acts[:take].to(sae.device)).nonzero().to("cpu")
-        parts.append((code.indices, code.values, batch.tokens[:take][code.rows()]))
-        done += take
-        if done >= max_tokens:
-            break
+    for batch in head(cache, max_tokens, batch_size, split=split):
+        code: SparseCode = sae.encode(batch.acts.to(sae.device)).nonzero().to("cpu")
+        parts.append((code.indices, code.values, batch.tokens[code.rows()]))
+        done += code.n
     return Firings(*(torch.cat(column) for column in zip(*parts)), n=done, d_sae=sae.d_sae)
 
 
@@ -84,7 +81,7 @@ def separation(a: Tensor, b: Tensor, rng: np.random.Generator) -> float:
 def opposite_pairs(W_dec: Float[Tensor, "d_sae d_in"], cosine: float = OPPOSITE) -> list[tuple[int, int]]:
     """Pairs of latents, each in at most one, whose directions have the lowest cosines below ``cosine``."""
     alive = (W_dec.detach().norm(dim=1) > 0).nonzero().flatten()
-    W = unit_rows(W_dec)
+    W = living_rows(W_dec)
     low, partner = (W @ W.T).min(dim=1)
     pairs, taken = [], set()
     for i in low.argsort().tolist():

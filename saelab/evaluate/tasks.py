@@ -17,6 +17,7 @@ from saelab.evaluate.offline import Progress, check_pair
 from saelab.evaluate.probing import sparse_probing
 from saelab.evaluate.site import check_same_model, locate
 from saelab.sae import SAE
+from saelab.sae.mode import evaluating
 
 ON_PASSAGES = ("probing", "scr", "tpp")
 
@@ -112,17 +113,13 @@ def run_tasks(
     """
     check_pair(sae, cache, "all")
     bench, results = _Bench(sae, cache, model, config, seed), {}
-    was_training = sae.training
-    sae.eval()
-    try:
+    with evaluating(sae):
         for done, name in enumerate(config.tasks):
             if progress is not None:
                 progress("tasks", done, len(config.tasks))
             results[name] = TASKS[name](bench)
         if progress is not None and config.tasks:
             progress("tasks", len(config.tasks), len(config.tasks))
-    finally:
-        sae.train(was_training)
     return results
 
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saelab.data.cache import ActivationCache
+from saelab.data.cache import ActivationCache, head
 from saelab.data.text import storable
 from saelab.errors import UserError
 from saelab.features import schema
@@ -28,6 +28,7 @@ from saelab.features.index import FeatureIndex
 from saelab.features.latents import Describer
 from saelab.features.postings import Postings, PostingsWriter
 from saelab.sae import SAE
+from saelab.sae.mode import evaluating
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 PRE_ACTS = 1 << 25  # pre-activations computed at once: 128 MiB of them
@@ -60,7 +61,7 @@ def build_index(
         raise UserError(f"the SAE reads d_in={sae.d_in}, {cache.path} holds d_in={cache.d_in}; use the cache it saw")
     if (folder / schema.FOLDER).exists() and not overwrite:
         raise UserError(f"{folder / schema.FOLDER} exists; add --overwrite to replace it")
-    n_rows = min(config.max_tokens or cache.n_rows, cache.n_rows)
+    n_rows = cache.n_rows if config.max_tokens is None else min(config.max_tokens, cache.n_rows)
     with _replacing(folder / schema.FOLDER) as (target, scratch):
         started = time.perf_counter()
         corpus = Corpus(cache, scratch / "corpus", n_rows)
@@ -79,14 +80,13 @@ def _encode(
 ) -> tuple[Postings, float]:
     """The pass over the cache; returns the codes and the seconds spent in ``sae.encode``."""
     writer, done, seconds = PostingsWriter(folder, sae.d_sae, config.run_entries), 0, 0.0
-    training = sae.training
-    sae.eval()
-    try:
-        size = min(config.batch_size, max(PRE_ACTS // sae.d_sae, 256), cache.n_rows)
-        for number, batch in enumerate(cache.batches(size, split="all", seed=None)):
+    size = min(config.batch_size, max(PRE_ACTS // sae.d_sae, 256))
+    with evaluating(sae), ExitStack() as stack:
+        stack.callback(cache.release)
+        for number, batch in enumerate(head(cache, corpus.n_rows, size)):
             if number % RELEASE_EVERY == 0:
                 cache.release()
-            acts = batch.acts[: corpus.n_rows - done].to(sae.device)
+            acts = batch.acts.to(sae.device)
             tick = time.perf_counter()
             code = sae.encode(acts)
             seconds += time.perf_counter() - tick
@@ -94,11 +94,6 @@ def _encode(
             corpus.norms[done : done + len(acts)] = acts.norm(dim=1).cpu().numpy()
             done += len(acts)
             report("encode", done, corpus.n_rows)
-            if done == corpus.n_rows:
-                break
-    finally:
-        sae.train(training)
-        cache.release()
     return writer.finish(), seconds
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelab.checkpoint import write_tensors
-from saelab.errors import UserError
+from saelab.errors import damaged
 
 KEPT = "logit_lens.safetensors"
 ROWS = 64  # directions whose logits are held at once
@@ -49,12 +49,10 @@ class LogitLens:
         """The lens of ``model`` kept in a file; None where there is none, or that of another model."""
         if not path.is_file():
             return None
-        try:
+        with damaged(path, "remove it", SafetensorError, RuntimeError):
             kept = load_file(path)
             same = bytes(kept["model"].tolist()).decode() == model
             return cls(kept["unembed"].float(), kept.get("norm_weight"), bool(kept["centred"])) if same else None
-        except (SafetensorError, KeyError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no logit lens ({error}); remove it") from error
 
     def effects(self, directions: Float[Tensor, "m d_in"]) -> Float[Tensor, "m vocab"]:
         """Logit change per unit of each direction."""
@@ -85,11 +83,6 @@ class LogitLens:
             parts.append((up.values - mean, up.indices, down.values - mean, down.indices))
         high, high_ids, low, low_ids = (torch.cat(column) for column in zip(*parts))
         return (high, high_ids), (low, low_ids)
-
-
-def unit_rows(W: Float[Tensor, "m d_in"]) -> Float[Tensor, "m d_in"]:
-    """Rows scaled to norm 1; zero rows stay zero."""
-    return W / W.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
 
 
 def neighbours(

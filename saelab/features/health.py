@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.data.cache import ActivationCache
-from saelab.features.directions import unit_rows
 from saelab.features.index import FeatureIndex
 from saelab.sae import SAE
+from saelab.sae.base import unit_rows
+from saelab.sae.mode import evaluating
 
 CAUSES = {
     "duplicate": "its decoder row repeats that of a living latent, which wins instead",
@@ -115,22 +116,20 @@ def _examine(sae: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> lis
     best, bare, shortfall = (torch.full((len(dead),), value) for value in (-torch.inf, -torch.inf, torch.inf))
     rows = unit_rows(sae.W_dec.detach().float().cpu())[dead]
     removed, error = torch.zeros(len(dead), dtype=torch.float64), 0.0
-    training = sae.training
-    sae.eval()
-    for acts in _rows(cache, tokens):
-        code = sae.encode(acts.to(sae.device)).to("cpu")
-        smallest = torch.full((code.n,), torch.inf).scatter_reduce(
-            0, code.rows()[code.values != 0], code.values[code.values != 0].abs(), "amin"
-        )
-        raw = (acts - offset.detach().cpu()) @ W if offset is not None else acts @ W
-        size, plain = ((raw + b).abs(), raw.abs()) if sae.signed else (raw + b, raw)
-        best, bare = torch.maximum(best, size.amax(0)), torch.maximum(bare, plain.amax(0))
-        shortfall = torch.minimum(shortfall, (smallest[:, None] - size).amin(0))
-        residual = acts - sae.decode(code.to(sae.device)).float().cpu()
-        along = residual @ rows.T
-        removed += (along if sae.signed else along.clamp_min(0.0)).double().square().sum(0)
-        error += float(residual.double().square().sum())
-    sae.train(training)
+    with evaluating(sae):
+        for acts in _rows(cache, tokens):
+            code = sae.encode(acts.to(sae.device)).to("cpu")
+            smallest = torch.full((code.n,), torch.inf).scatter_reduce(
+                0, code.rows()[code.values != 0], code.values[code.values != 0].abs(), "amin"
+            )
+            raw = (acts - offset.detach().cpu()) @ W if offset is not None else acts @ W
+            size, plain = ((raw + b).abs(), raw.abs()) if sae.signed else (raw + b, raw)
+            best, bare = torch.maximum(best, size.amax(0)), torch.maximum(bare, plain.amax(0))
+            shortfall = torch.minimum(shortfall, (smallest[:, None] - size).amin(0))
+            residual = acts - sae.decode(code.to(sae.device)).float().cpu()
+            along = residual @ rows.T
+            removed += (along if sae.signed else along.clamp_min(0.0)).double().square().sum(0)
+            error += float(residual.double().square().sum())
     gain = removed / error if error else removed
     return [best.numpy(), bare.numpy(), shortfall.numpy(), gain.numpy()]
 

@@ -14,7 +14,7 @@ from saelab.features import schema
 from saelab.features.choose import choose, example_table
 from saelab.features.config import IndexConfig
 from saelab.features.corpus import Corpus
-from saelab.features.directions import LogitLens, neighbours, unit_rows
+from saelab.features.directions import LogitLens, neighbours
 from saelab.features.labels import Labeller
 from saelab.features.partners import Partners
 from saelab.features.postings import Postings
@@ -27,6 +27,7 @@ from saelab.features.summary import (
     token_statistics,
 )
 from saelab.sae import SAE
+from saelab.sae.base import unit_rows
 
 Columns = dict[str, Any]
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-from saelab.data.cache import ActivationCache
+from saelab.data.cache import ActivationCache, head
 from saelab.errors import UserError
-from saelab.features.directions import unit_rows
 from saelab.sae import SAE
+from saelab.sae.base import unit_rows
+from saelab.sae.mode import evaluating
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,12 @@ def _near_pairs(left: SAE, right: SAE, k: int, floor: float, signed: bool) -> pd
 
 def _codes(sae: SAE, cache: ActivationCache, tokens: int) -> sparse.csr_matrix:
     """Activations by token and latent."""
-    parts, done, training = [], 0, sae.training
-    sae.eval()
-    for batch in cache.batches(min(4096, cache.n_rows), split="all", seed=None):
-        code = sae.encode(batch.acts[: tokens - done].to(sae.device)).nonzero().to("cpu")
-        values, indices, ptr = code.values.double().numpy(), code.indices.numpy(), code.row_ptr.numpy()
-        parts.append(sparse.csr_matrix((values, indices, ptr), shape=(code.n, sae.d_sae)))
-        done += code.n
-        if done >= tokens:
-            break
-    sae.train(training)
+    parts = []
+    with evaluating(sae):
+        for batch in head(cache, tokens):
+            code = sae.encode(batch.acts.to(sae.device)).nonzero().to("cpu")
+            values, indices, ptr = code.values.double().numpy(), code.indices.numpy(), code.row_ptr.numpy()
+            parts.append(sparse.csr_matrix((values, indices, ptr), shape=(code.n, sae.d_sae)))
     return sparse.csr_matrix(sparse.vstack(parts))
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from saelab.errors import UserError
 from saelab.features.autointerp import load
-from saelab.features.directions import unit_rows
 from saelab.features.index import FeatureIndex
 from saelab.features.schema import FEATURES
 from saelab.sae import SAE
+from saelab.sae.base import unit_rows
 
 DENSE, ULTRA_DENSE, DYING_FIRINGS = 0.1, 0.5, 5
 STATES = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saelab import checkpoint
-from saelab.data.cache import ActivationCache
+from saelab.data.cache import ActivationCache, head
 from saelab.errors import UserError
 from saelab.interop.detect import detect, is_ours, read
 from saelab.interop.files import read_json, read_tensors
@@ -100,15 +100,13 @@ def _measured(sae: SAE, cache: ActivationCache, max_rows: int, facts: dict[str, 
     fired = torch.zeros(sae.d_sae, dtype=torch.bool)
     error = total = 0.0
     rows, mean = 0, torch.tensor(cache.manifest.mean, dtype=torch.float64)
-    for batch in cache.batches(min(4096, cache.n_rows), split="all", seed=None):
-        x = batch.acts[: max_rows - rows]
+    for batch in head(cache, max_rows):
+        x = batch.acts
         code = sae.encode(x)
         fired[code.indices[code.values != 0].long()] = True
         error += (x - sae.decode(code)).double().square().sum().item()
         total += (x.double() - mean).square().sum().item()
         rows += len(x)
-        if rows >= max_rows:
-            break
     facts["fvu"] = error / total if total else None
     facts["dead_estimate"], facts["dead_estimate_from"] = int((~fired).sum()), f"{rows} rows of {cache.path}"
 

@@ -15,7 +15,7 @@ from saelab.errors import UserError
 from saelab.sparse import SparseCode
 
 
-def unit_rows(W: Float[Tensor, "m d_in"]) -> Float[Tensor, "alive d_in"]:
+def living_rows(W: Float[Tensor, "m d_in"]) -> Float[Tensor, "alive d_in"]:
     """The rows that are not zero, at unit norm, in float64."""
     W = W.detach().double()
     norms = W.norm(dim=1)
@@ -28,7 +28,7 @@ def _blocks(W: Tensor, rows: int = 1024) -> list[Tensor]:
 
 def max_cosines(W_dec: Float[Tensor, "m d_in"], signed: bool = False) -> Float[Tensor, " m"]:
     """For each direction the largest cosine (magnitude when ``signed``) to another one."""
-    W = unit_rows(W_dec)
+    W = living_rows(W_dec)
     if W.shape[0] < 2:
         raise UserError("coherence compares directions, and the dictionary has fewer than two that are not zero")
     out = W.new_empty(W.shape[0])
@@ -42,7 +42,7 @@ def max_cosines(W_dec: Float[Tensor, "m d_in"], signed: bool = False) -> Float[T
 
 def coherence_histogram(W_dec: Float[Tensor, "m d_in"], bins: int = 100) -> tuple[list[float], list[int]]:
     """Edges in -1 .. 1 and counts of all off-diagonal cosines, each pair twice."""
-    W = unit_rows(W_dec)
+    W = living_rows(W_dec)
     counts = torch.zeros(bins, dtype=torch.float64)
     for block in _blocks(W):
         cosines = (W[block] @ W.T).clamp(-1, 1)
@@ -57,7 +57,7 @@ def babel(W_dec: Float[Tensor, "m d_in"], r_max: int) -> Float[Tensor, " r_max"]
 
     Exact: the worst set for a fixed j is made of its r nearest directions, either sign.
     """
-    W = unit_rows(W_dec)
+    W = living_rows(W_dec)
     if not 1 <= r_max < W.shape[0]:
         raise UserError(f"the Babel function of {W.shape[0]} directions is defined for r up to {W.shape[0] - 1}")
     best = W.new_zeros(r_max)

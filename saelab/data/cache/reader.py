@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -169,7 +169,7 @@ class ActivationCache:
         start: int = 0,
         grads: bool = False,
         drop_last: bool = False,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """One pass over a split, read ahead in a thread.
 
         The order is a function of ``(seed, epoch)`` and does not depend on ``batch_size``; ``seed=None`` is corpus

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.errors import UserError
+from saelab.errors import UserError, first_line
 
 _DTYPES = {
     "F64": torch.float64,
@@ -47,16 +47,27 @@ class Folder:
     def _key(self, name: str) -> str:
         return f"{self.root}/{name}"
 
+    def _ask(self, operation: str, *args: Any, **options: Any) -> Any:
+        """An operation of the store. What is no error of the system (no credentials, say) is said in one line."""
+        try:
+            return getattr(self.fs, operation)(*args, **options)
+        except OSError:
+            raise
+        except Exception as error:  # each store has exceptions of its own, without a common base
+            raise UserError(f"{self.url}: {first_line(error)}; check the address and the credentials") from error
+
     def sub(self, name: str) -> Folder:
+        """The folder ``name`` in this one."""
         return Folder(f"{self.url}/{name}")
 
     def exists(self, name: str) -> bool:
-        return (self.local / name).exists() if self.local else self.fs.exists(self._key(name))
+        """Whether there is a file or folder ``name``."""
+        return (self.local / name).exists() if self.local else self._ask("exists", self._key(name))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is none."""
         try:
-            return (self.local / name).stat().st_size if self.local else int(self.fs.size(self._key(name)))
+            return (self.local / name).stat().st_size if self.local else int(self._ask("size", self._key(name)))
         except FileNotFoundError:
             return None
 
@@ -65,19 +76,20 @@ class Folder:
         if self.local:
             return sorted(p.name for p in self.local.iterdir()) if self.local.is_dir() else []
         try:
-            found = self.fs.ls(self.root, detail=False, refresh=True)
+            found = self._ask("ls", self.root, detail=False, refresh=True)
         except FileNotFoundError:
             return []
         return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in found})
 
     def read(self, name: str) -> bytes:
-        return (self.local / name).read_bytes() if self.local else self.fs.cat_file(self._key(name))
+        """A whole file."""
+        return (self.local / name).read_bytes() if self.local else self._ask("cat_file", self._key(name))
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file so that a reader, or a crash at any moment, sees all of it or none."""
         if not self.local:  # object stores publish an object when its upload is complete
-            self.fs.makedirs(self._key(name).rsplit("/", 1)[0], exist_ok=True)
-            self.fs.pipe_file(self._key(name), data)
+            self._ask("makedirs", self._key(name).rsplit("/", 1)[0], exist_ok=True)
+            self._ask("pipe_file", self._key(name), data)
             return
         target = self.local / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,14 +105,16 @@ class Folder:
         partial.replace(target)
 
     def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
         if self.local:
             (self.local / name).unlink(missing_ok=True)
         elif self.exists(name):
-            self.fs.rm_file(self._key(name))
+            self._ask("rm_file", self._key(name))
 
     def sha256(self, name: str) -> str:
+        """Checksum of a file, read piece by piece."""
         digest = hashlib.sha256()
-        with (self.local / name).open("rb") if self.local else self.fs.open(self._key(name), "rb") as file:
+        with (self.local / name).open("rb") if self.local else self._ask("open", self._key(name), "rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
         return digest.hexdigest()
@@ -111,16 +125,16 @@ class Folder:
             return _mapped(self.local / name)
         head = 1 << 16
         key = self._key(name)
-        start = self.fs.cat_file(key, start=0, end=head)
+        start = self._ask("cat_file", key, start=0, end=head)
         length = struct.unpack("<Q", start[:8])[0]
-        header = start[8 : 8 + length] if 8 + length <= head else self.fs.cat_file(key, start=8, end=8 + length)
+        header = start[8 : 8 + length] if 8 + length <= head else self._ask("cat_file", key, start=8, end=8 + length)
         columns: dict[str, Column] = {}
         for tensor, (dtype, shape, offset) in _layout(header, length).items():
             columns[tensor] = RemoteColumn(dtype, shape, offset, lambda spans: self._ranges(key, spans))
         return columns
 
     def _ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        return self.fs.cat_ranges([key] * len(spans), [a for a, _ in spans], [b for _, b in spans])
+        return self._ask("cat_ranges", [key] * len(spans), [a for a, _ in spans], [b for _, b in spans])
 
 
 @dataclass
@@ -135,6 +149,7 @@ class Column:
         raise NotImplementedError
 
     def all(self) -> Tensor:
+        """Every row."""
         return self.slices([(0, self.shape[0])])[0]
 
     def take(self, rows: Int[Tensor, " m"]) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ def _huge(size: int) -> Tensor:
 
 def stream(
     shards: Shards, buffers: Buffers, order: Order, names: Sequence[str], batch_size: int, start: int, end: int
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Rows ``start : end`` of a pass, as batches."""
     size = min(order.window_blocks * BLOCK, order.n) * shards.row_bytes(names)
     with buffers.pair(size) as pair:
