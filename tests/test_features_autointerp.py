@@ -152,6 +152,14 @@ def test_results_are_kept_beside_the_index(index: FeatureIndex, server: FakeServ
         interpret(index, 2, 1, client(server))
 
 
+def test_settings_that_show_nothing_are_refused() -> None:
+    for wrong in ({"shown": 0}, {"score_examples": 0}, {"explain_examples": -1}):
+        with pytest.raises(UserError, match="must be at least 1"):
+            InterpretConfig(**wrong)
+    with pytest.raises(UserError, match="share of the largest activation"):
+        InterpretConfig(threshold=1.0)
+
+
 def test_unreadable_answers_are_counted_not_guessed(index: FeatureIndex, server: FakeServer) -> None:
     server.answer = "I cannot tell."
     firing, silent = index.examples(0, kind="random"), index.examples(0, kind="silent")[:7]

@@ -18,6 +18,7 @@ from torch import Tensor
 from saelab import SAE, ActivationCache, SparseCode, UserError, build
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
 from saelab.features.choose import BANDS
+from saelab.features.config import OPTIONAL
 
 CONTEXT, N_CONTEXTS, D_IN, D_SAE, VOCAB = 16, 20, 6, 12, 11
 # Small runs and chunks, so that merging runs and cutting chunks is exercised.
@@ -274,6 +275,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         FeatureIndex(tmp_path)
     with pytest.raises(UserError, match="d_in=4"):
         build_index(build("topk", 4, 8, k=2), cache, tmp_path / "run", token_strings=strings())
+    for wrong in ({"max_tokens": 0}, {"bins": 0}, {"batch_size": 0}, {"top": -1}):
+        with pytest.raises(UserError, match=r"=-?\d must be at least [01]"):
+            IndexConfig(**wrong)
     with pytest.raises(UserError, match="vocabulary"):
         build_index(sae, cache, tmp_path / "run", token_strings=strings(2))
     assert not (tmp_path / "run" / "features").exists()
@@ -294,6 +298,15 @@ def test_every_column_is_described(built) -> None:
         found = pq.read_schema(index.folder / f"{name}.parquet")
         assert found.names == list(index.meta[key])
     json.dumps(index.latent(0), allow_nan=True)
+
+
+def test_every_optional_part_may_be_left_out(tmp_path: Path) -> None:
+    sae, cache, _ = planted(tmp_path)
+    index = build_index(
+        sae, cache, tmp_path / "run", token_strings=strings(), config=IndexConfig(**dict.fromkeys(OPTIONAL, 0))
+    )
+    assert index.examples(0) == [] and index.latent(0)["count"] > 0
+    assert not any(index.latent(0)[name] for name in ("top_tokens", "neighbours", "partners"))
 
 
 def test_more_examples_than_firings_and_wide_windows(tmp_path: Path) -> None:

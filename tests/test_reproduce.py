@@ -261,6 +261,21 @@ def test_quick_fails_when_a_verdict_changes(monkeypatch, capsys):
     assert error.value.code == 1
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["choise"], "did you mean choice"),
+        (["choice", "--seeds", "2"], "2 seeds give no interval"),
+        (["choice", "--ks", "0"], "ks=0 must be at least 1"),
+    ],
+)
+def test_a_mistake_is_named_before_the_cache_is_opened(wrong, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["reproduce", *wrong, "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_saved_ledgers_become_a_table_and_curves(tmp_path):
     records = [_record("a", seed, l0, 1 / l0 + 0.01 * seed) for seed in range(3) for l0 in (8, 16)]
     measured = {"fvu_difference": {"topk": summary([-0.1, -0.2, -0.3])}, "table": table(records, ("l0", "fvu"))}

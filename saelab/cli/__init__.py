@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from saelab._version import __version__
-from saelab.errors import UserError, near_matches
+from saelab.errors import UserError, first_line, near_matches
 
 # command -> what it does, in one line; the code of `name` is the module saelab.cli.name with a function `main(args)`.
 COMMANDS = {
@@ -35,11 +35,24 @@ COMMANDS = {
 # What to do about what the system refuses to a command.
 _FULL = "free some space or write to another disk, then run the command again"
 _FORBIDDEN = "choose a folder that you may write to"
+_UNREACHED = "check the connection and the address, then run the command again"
+_BROKEN = "check the disk or the share that it lies on, then run the command again"
+_FILES = "raise the number of files a process may open (ulimit -n), then run the command again"
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+    **dict.fromkeys((errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH), _UNREACHED),
+    **dict.fromkeys((errno.ETIMEDOUT, errno.ECONNABORTED), _UNREACHED),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), _BROKEN),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), _FILES),
+    errno.ENOENT: "check the path, or whether something removed it meanwhile",
+    errno.EEXIST: "choose another name, or remove it first",
     errno.ENOTDIR: "a part of the path is a file; choose another",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOMEM: "use smaller batches or another machine",
 }
+_ELSE = "mend that, then run the command again"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -86,11 +99,9 @@ def _overview() -> None:
 
 
 def _reason(error: OSError) -> str:
-    """What the system refused, in one line: a full disk, a read-only folder, a file that went away."""
+    """What the system refused, in one line: a full disk, a read-only folder, a file that went away; and what to do."""
     where = f"{error.filename}: " if error.filename else ""
-    text = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
-    remedy = REMEDIES.get(error.errno or 0)
-    return f"{where}{text}; {remedy}" if remedy else f"{where}{text}"
+    return f"{where}{error.strerror or first_line(error)}; {REMEDIES.get(error.errno or 0, _ELSE)}"
 
 
 def _escape(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from saelab.cli.common import console, out, parse, print_json, progress_bar
+from saelab.cli.common import console, counting, out, parse, print_json, stages
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.imports import import_activations
 from saelab.data.cache.tools import caches_in, describe, merge
@@ -111,10 +112,9 @@ def info(options: Info) -> None:
 
 def verify(options: Verify) -> None:
     caches = caches_in(options.cache)
-    with progress_bar() as bar:
+    with stages() as progress:
         for cache in caches:
-            task = bar.add_task(cache.hook_name or cache.path, total=len(cache.manifest.shards))
-            cache.verify(progress=lambda done, total, task=task: bar.update(task, completed=done))
+            cache.verify(progress=functools.partial(progress, cache.path))
     shards = sum(len(cache.manifest.shards) for cache in caches)
     if options.json:
         print_json({"path": options.cache, "shards": shards, "intact": True})
@@ -133,8 +133,7 @@ def join(options: Merge) -> None:
 
 def take(options: Import) -> None:
     given = {name: getattr(options, name) for name in ("model", "hook_name") if getattr(options, name)}
-    with progress_bar() as bar:
-        task = bar.add_task("rows", total=None)
+    with counting("rows") as progress:
         cache = import_activations(
             options.out,
             options.source,
@@ -146,7 +145,7 @@ def take(options: Import) -> None:
             dtype=options.dtype,
             held_out=options.held_out,
             overwrite=options.overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
             **given,
         )
     if options.json:

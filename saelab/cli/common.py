@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from saelab.errors import UserError
 
@@ -35,6 +36,11 @@ def parse(
     """
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(options, prog=f"saelab {command}", args=list(args), description=description or None, **keywords)
+
+
+def part(cls: type[T], options: Any) -> T:
+    """The fields of the dataclass ``cls`` out of options that hold more."""
+    return cls(**{f.name: getattr(options, f.name) for f in dataclasses.fields(cls)})  # pyright: ignore[reportArgumentType]
 
 
 @contextlib.contextmanager
@@ -72,10 +78,31 @@ def progress_bar(*extra: str) -> Progress:
     """A progress bar on stderr; ``extra`` names task fields shown behind it."""
     fields = [TextColumn("{task.fields[" + name + "]}") for name in extra]
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         *fields,
         TimeRemainingColumn(),
         console=console,
     )
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for one piece of work; yields what moves it: ``(done, total)``."""
+    with stages() as move:
+        yield lambda done, total: move(what, done, total)
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage of a work, once it begins; yields what moves them: ``(stage, done, total)``."""
+    with progress_bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def move(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield move

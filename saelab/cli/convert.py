@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 import tyro
 
-from saelab.cli.common import out, parse, print_json, progress_bar
-from saelab.cli.inspect import told
+from saelab.cli.common import counting, out, parse, print_json
+from saelab.cli.inspect import Told
 from saelab.errors import UserError
 from saelab.interop import export
 from saelab.interop.copy import copy
@@ -21,7 +21,7 @@ from saelab.sae import SAE
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Told):
     """From where to where."""
 
     source: tyro.conf.Positional[str]
@@ -36,12 +36,6 @@ class Options:
     """For saedashboard: the indexed activation cache; adds the corpus and, from its model, logit histograms."""
     latents: int | None = None
     """For saedashboard: write only the first so many latents."""
-    k: int | None = None
-    """For a bare overcomplete state dict: latents per token, or steps of a pursuit."""
-    pursuit: bool = False
-    """For a bare overcomplete state dict: it is a matching pursuit."""
-    threshold: float | None = None
-    """For a bare overcomplete state dict: the running threshold of a BatchTopK SAE, in raw units."""
     json: bool = False
     """Print the proof as JSON."""
 
@@ -51,7 +45,7 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, "convert", args, "Convert an SAE between tools and prove that it computes the same.")
     if options.out.exists():
         raise UserError(f"{options.out} exists; name a new folder")
-    sae, metadata, source, _ = load_with_metadata(options.source, **told(options))
+    sae, metadata, source, _ = load_with_metadata(options.source, **options.told())
     if options.to == "saedashboard":
         dashboard(sae, source, options)
         return
@@ -78,8 +72,7 @@ def dashboard(sae: SAE, run: Path, options: Options) -> None:
     index = FeatureIndex(run)
     cache = ActivationCache(options.cache) if options.cache else None
     lens = load_lens(cache.manifest.model, cache) if cache else None
-    with progress_bar() as bar:
-        task = bar.add_task("features", total=None)
+    with counting("features") as progress:
         write_dashboard(
             index,
             sae,
@@ -87,6 +80,6 @@ def dashboard(sae: SAE, run: Path, options: Options) -> None:
             cache=cache,
             lens=lens,
             max_latents=options.latents,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     out.print(f"{run} -> {options.out} (SAEDashboard's batches, for Neuronpedia)", markup=False)

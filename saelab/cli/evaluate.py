@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tyro
 
 from saelab import checkpoint
-from saelab.cli.common import console, out, parse, print_json, progress_bar
+from saelab.cli.common import console, out, parse, part, print_json, stages
 from saelab.cli.subject import open_subject
 from saelab.errors import UserError
 from saelab.evaluate import EvaluateConfig, Evaluation, TaskConfig, evaluate, run_tasks, saebench
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +60,6 @@ def main(args: Sequence[str]) -> None:
         out.print(f"saved to {options.run / 'evaluation.json'}", markup=False, soft_wrap=True)
 
 
-def part(cls: type[T], options: Any) -> T:
-    """The fields of the dataclass ``cls`` out of options that hold more."""
-    return cls(**{f.name: getattr(options, f.name) for f in dataclasses.fields(cls)})  # pyright: ignore[reportArgumentType]
-
-
 def run(
     folder: Path,
     cache_folder: Path,
@@ -85,14 +78,7 @@ def run(
         from saelab.lm import load_model
 
         model = load_model(name)
-    with progress_bar() as bar:
-        bars: dict[str, int] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = bar.add_task(what, total=total)
-            bar.update(bars[what], completed=done)  # pyright: ignore[reportArgumentType]
-
+    with stages() as progress:
         # The tasks first: what is wrong with labels should not show after minutes of language model.
         found = run_tasks(sae, cache, wanted, model, seed=config.seed, progress=progress)
         result = evaluate(sae, cache, model, config, progress)

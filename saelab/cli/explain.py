@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from saelab.cli.common import console, out, parse, print_json, progress_bar
+from saelab.cli.common import console, counting, out, parse, part, print_json
 from saelab.errors import UserError
 from saelab.features import FeatureIndex
 from saelab.features.autointerp import ChatClient, Explanation, InterpretConfig, interpret_all, load
@@ -44,16 +44,17 @@ ExplainOptions = dataclasses.make_dataclass("ExplainOptions", [], bases=(Interpr
 def main(args: Sequence[str]) -> None:
     """Explain latents one by one; each is saved when it is done."""
     options = parse(ExplainOptions, "explain", args, "Explain latents with a language model, and score it.")
-    config = InterpretConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(InterpretConfig)})
+    config = part(InterpretConfig, options)
     index = FeatureIndex(options.run)
     key = os.environ.get(options.key_variable)
     explainer = ChatClient(options.endpoint, options.model, key)
     judge = ChatClient(options.endpoint, options.judge or options.model, key)
+    if options.count < 1:
+        raise UserError(f"count={options.count} must be at least 1")
     chosen = choose(index, options.latents, options.count)
-    with progress_bar() as bar:
-        task = bar.add_task("explain", total=len(chosen))
+    with counting("explain") as progress:
         done, skipped = interpret_all(
-            index, chosen, explainer, judge, config, lambda number: bar.update(task, completed=number)
+            index, chosen, explainer, judge, config, lambda number: progress(number, len(chosen))
         )
     for reason in skipped:
         console.print(f"skipped: {reason}", markup=False)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from saelab.cli.common import console, out, parse, print_json, progress_bar, quiet
+from saelab.cli.common import console, counting, out, parse, part, print_json, quiet
 from saelab.data.cache.tools import describe
 
 
@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> None:
 
     cls = dataclasses.make_dataclass("HarvestOptions", [], bases=(HarvestConfig, Options), frozen=True)
     options: Any = parse(cls, "harvest", args, "Cache a language model's activations at some hook points.")
-    config = HarvestConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(HarvestConfig)})
+    config = part(HarvestConfig, options)
     try:
         run(options, config)
     except KeyboardInterrupt:
@@ -86,8 +86,7 @@ def run(options: Any, config: Any) -> None:
     with console.status(f"loading {options.model} (converted on first use)"):
         model = load_model(options.model, device=device, dtype=options.model_dtype)
     hooks = options.hook[0] if len(options.hook) == 1 else options.hook
-    with progress_bar() as bar:
-        task = bar.add_task("harvest", total=config.contexts * config.context_length)
+    with counting("harvest") as progress:
         caches = harvest(
             model,
             hooks,
@@ -96,7 +95,7 @@ def run(options: Any, config: Any) -> None:
             config,
             overwrite=options.overwrite,
             resume=options.resume,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
             share=share,
         )
     end_world()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from saelab.cli.common import console, out, parse, print_json, progress_bar
+from saelab.cli.common import console, out, parse, part, print_json, stages
 from saelab.cli.subject import open_subject
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
@@ -44,7 +44,7 @@ IndexOptions = dataclasses.make_dataclass("IndexOptions", [], bases=(IndexConfig
 def main(args: Sequence[str]) -> None:
     """Build ``features/`` of a run folder."""
     options = parse(IndexOptions, "index", args, "Describe every latent of a trained SAE over a corpus.")
-    config = IndexConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(IndexConfig)})
+    config = part(IndexConfig, options)
     index = run(options.run, options.cache, options.model, config, options.overwrite, options.keep_unembedding)
     if options.json:
         print_json(summary(index))
@@ -68,14 +68,7 @@ def run(
     )
     if keep_unembedding and lens is not None:
         lens.save(folder / KEPT, model or cache.manifest.model)
-    with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
+    with stages() as progress:
         return build_index(sae, cache, folder, lens=lens, config=config, progress=progress, overwrite=overwrite)
 
 

@@ -14,20 +14,31 @@ from saelab.data.cache import ActivationCache
 from saelab.interop import inspect
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to look at."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Told:
+    """What the user says about a file that does not say it itself."""
 
-    path: tyro.conf.Positional[Path]
-    """File or folder of an SAE, whichever tool wrote it."""
-    cache: Path | None = None
-    """Activation cache to count dead latents and measure the reconstruction on."""
     k: int | None = None
     """For a bare overcomplete state dict: latents per token, or steps of a pursuit."""
     pursuit: bool = False
     """For a bare overcomplete state dict: it is a matching pursuit."""
     threshold: float | None = None
     """For a bare overcomplete state dict: the running threshold of a BatchTopK SAE, in raw units."""
+
+    def told(self) -> dict[str, Any]:
+        """What was said, as the readers take it."""
+        said = {"k": self.k, "pursuit": self.pursuit or None, "threshold": self.threshold}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Told):
+    """What to look at."""
+
+    path: tyro.conf.Positional[Path]
+    """File or folder of an SAE, whichever tool wrote it."""
+    cache: Path | None = None
+    """Activation cache to count dead latents and measure the reconstruction on."""
     json: bool = False
     """Print one JSON document."""
 
@@ -36,7 +47,7 @@ def main(args: Sequence[str]) -> None:
     """Print the facts, oddities last."""
     options = parse(Options, "inspect", args, "Say what an SAE checkpoint is: format, shapes, norms, hook, oddities.")
     cache = ActivationCache(options.cache) if options.cache else None
-    facts = inspect(options.path, cache, **told(options))
+    facts = inspect(options.path, cache, **options.told())
     if options.json:
         print_json(facts)
         return
@@ -48,12 +59,6 @@ def main(args: Sequence[str]) -> None:
         out.print(f"{name:<22} {_short(value)}", markup=False)
     for note in facts["notes"]:
         out.print(f"note: {note}", markup=False)
-
-
-def told(options: Any) -> dict[str, Any]:
-    """What the user says about a file that does not say it itself."""
-    said = {"k": options.k, "pursuit": options.pursuit or None, "threshold": options.threshold}
-    return {name: value for name, value in said.items() if value is not None}
 
 
 def _short(value: object) -> str:

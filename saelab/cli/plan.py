@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import tyro
@@ -38,6 +39,9 @@ def main(args: Sequence[str]) -> None:
     for name in ("d_in", "d_sae", "k", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)} must be at least 1")
+    for name, value in vars(options.machine).items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{name}={value} must be positive and finite")
     sizes = (options.batch_size, options.d_in, options.d_sae, options.k, options.machine)
     best = []
     for gpus in options.gpus:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import tyro
 
-from saelab.cli.common import console, out, parse, print_json
+from saelab.cli.common import console, out, parse, part, print_json
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.reproduce import PAPERS, Lab, Ledger, Scale, reproduce
+from saelab.reproduce import PAPERS, Lab, Ledger, Scale, check, reproduce
 
 COLOURS = {"reproduced": "green", "not reproduced": "red", "not testable here": "yellow"}
 
@@ -44,7 +44,9 @@ def main(args: Sequence[str]) -> None:
     cls = dataclasses.make_dataclass("ReproduceOptions", [], bases=(Scale, Options), frozen=True)
     options = parse(cls, "reproduce", args, "Run the headline claims of a paper, with seeds, intervals and verdicts.")
     names = list(PAPERS) if options.paper == "all" else [options.paper]
-    scale = Scale(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Scale)})
+    for name in names:
+        check(name, options.seeds)
+    scale = part(Scale, options)
     lab = None if options.quick or options.cache is None else open_lab(options, scale)
     ledgers = []
     for name in names:

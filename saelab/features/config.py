@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from saelab.errors import UserError
+
+# May be 0: then that part of the index stays empty.
+OPTIONAL = (
+    *("top", "band", "random", "silent", "before", "after"),
+    *("tokens", "top_tokens", "neighbours", "partners", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,3 +55,9 @@ class IndexConfig:
     """Firings worked on at once; a latent with more is worked on alone."""
     chunk_latents: int = 512
     """Latents worked on at once."""
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(IndexConfig)):
+            value, least = getattr(self, name), 0 if name in OPTIONAL else 1
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")

@@ -58,7 +58,8 @@ class FeatureIndex:
             self._examples.metadata.row_group(group).column(latent).statistics
             for group in range(self._examples.num_row_groups)
         ]
-        self._example_bounds = [(s.min, s.max) for s in bounds]
+        # A group without rows, of an index that keeps no examples, holds no latent.
+        self._example_bounds = [(0, -1) if s is None or not s.has_min_max else (s.min, s.max) for s in bounds]
         # Walking through neighbouring latents reads each group once.
         self._feature_group = functools.lru_cache(maxsize=2)(self._features.read_row_group)
         self._example_group = functools.lru_cache(maxsize=2)(self._examples.read_row_group)

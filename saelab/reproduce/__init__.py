@@ -23,7 +23,7 @@ PAPERS = {
     "mp-sae": "saelab.reproduce.mp_sae",
 }
 
-__all__ = ["PAPERS", "Lab", "Ledger", "Row", "Scale", "reproduce"]
+__all__ = ["PAPERS", "Lab", "Ledger", "Row", "Scale", "check", "reproduce"]
 
 
 def reproduce(
@@ -33,10 +33,7 @@ def reproduce(
 
     ``quick`` shortens the synthetic rows to seconds each and leaves the others out.
     """
-    if paper not in PAPERS:
-        raise UserError(f"unknown paper {paper!r}: {near_matches(paper, PAPERS)}")
-    if len(seeds) < 3:
-        raise UserError(f"{len(seeds)} seeds give no interval worth the name; name at least three")
+    check(paper, len(seeds))
     module = importlib.import_module(PAPERS[paper])
     ledger = Ledger(paper, quick, list(seeds))
     if synthetic:
@@ -52,6 +49,14 @@ def reproduce(
         ledger.options += f" --seeds {len(seeds)}"
     ledger.seconds = time.time() - ledger.started
     return ledger
+
+
+def check(paper: str, n_seeds: int) -> None:
+    """Refuse what :func:`reproduce` cannot run."""
+    if paper not in PAPERS:
+        raise UserError(f"unknown paper {paper!r}: {near_matches(paper, PAPERS)}")
+    if n_seeds < 3:
+        raise UserError(f"{n_seeds} seeds give no interval worth the name; name at least three")
 
 
 def about(cache: ActivationCache) -> dict[str, Any]:

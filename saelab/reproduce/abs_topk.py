@@ -108,12 +108,8 @@ def _half_width(records: Sequence, setting: str) -> Row:
     )  # fmt: skip
 
 
-def _middle(lab: Lab) -> int:
-    return sorted(lab.scale.ks)[len(lab.scale.ks) // 2]
-
-
 def _two_sided(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
-    k, found = _middle(lab), {}
+    k, found = lab.middle_k, {}
     for label in ("abs_topk", "topk"):
         found[label] = [
             poles.two_sidedness(sae := lab.sae(Spec(label, label, lab.scale.d_sae, {"k": k}, seed)),
@@ -139,7 +135,7 @@ def _two_sided(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
 
 
 def _causal(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
-    k, scores = _middle(lab), {"abs_topk": [], "topk": []}
+    k, scores = lab.middle_k, {"abs_topk": [], "topk": []}
     decode = lab.decode
     data = labelled.from_cache(lab.cache, decode, passage_tokens=lab.scale.passage_tokens)
     for label, into in scores.items():

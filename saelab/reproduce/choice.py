@@ -101,7 +101,7 @@ def real(lab: Lab, seeds: Sequence[int]) -> list[Row]:
 
 
 def _zipf(lab: Lab, records: Sequence[Record], setting: str) -> Row:
-    k = sorted(lab.scale.ks)[len(lab.scale.ks) // 2]
+    k = lab.middle_k
     fits: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         spec = record.spec

@@ -122,12 +122,8 @@ def real(lab: Lab, seeds: Sequence[int]) -> list[Row]:
     ]  # fmt: skip
 
 
-def _middle(lab: Lab) -> int:
-    return sorted(lab.scale.ks)[len(lab.scale.ks) // 2]
-
-
 def _effects(lab: Lab, seeds: Sequence[int], setting: str, n_latents: int = 12) -> Row:
-    k, found = _middle(lab), {"g_sae": [], "topk": []}
+    k, found = lab.middle_k, {"g_sae": [], "topk": []}
     pairs = {s.label: s for s in specs(lab, seeds[:1]) if s.config["k"] == k}
     for seed in seeds:
         for label, into in found.items():
@@ -167,7 +163,7 @@ def direction_effects(lab: Lab, directions: Tensor, n_contexts: int = 6, length:
 
 
 def _leak(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
-    k, found = _middle(lab), {"plain": [], "with_gradients": []}
+    k, found = lab.middle_k, {"plain": [], "with_gradients": []}
     for seed in seeds:
         topk = lab.sae(Spec("topk", "topk", lab.scale.d_sae, {"k": k}, seed))
         for name, sae in (("plain", topk), ("with_gradients", with_gradients(topk))):

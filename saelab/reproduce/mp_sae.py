@@ -107,7 +107,7 @@ def _steps(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
 @torch.no_grad()
 def _geometry(lab: Lab, seeds: Sequence[int], setting: str, r_max: int = 16) -> Row:
     """Babel curves of whole dictionaries and of co-selected sets, and the effective rank of the codes."""
-    x, k, found = _sample(lab, 512), sorted(lab.scale.ks)[len(lab.scale.ks) // 2], {}
+    x, k, found = _sample(lab, 512), lab.middle_k, {}
     for label, variant, config in (("pursuit", "matching_pursuit", {"n_steps": k}), ("topk", "topk", {"k": k})):
         for seed in seeds:
             sae = lab.sae(Spec(label, variant, lab.scale.d_sae, config, seed))

@@ -14,6 +14,7 @@ import torch
 
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
 from saelab.evaluate import EvaluateConfig, evaluate, spliced
 from saelab.reproduce.ledger import summary
 from saelab.sae import SAE, build
@@ -27,14 +28,29 @@ class Scale:
     """The size of a comparison on real activations. Counts are in tokens."""
 
     d_sae: int = 1152
+    """Latents of each SAE."""
     ks: tuple[int, ...] = (16, 48)
+    """Latents per token; one SAE for each, so that curves over L0 can be compared."""
     epochs: int = 1
+    """Passes over the training split of the cache."""
     batch_size: int = 512
+    """Tokens per training step."""
     lr: float | None = None
+    """Adam's learning rate; by default that of `saelab train`."""
     lm_tokens: int = 1024
+    """Tokens run through the language model for cross-entropy and KL."""
     density_tokens: int = 50_000
+    """Training rows added to the window in which dead latents are counted."""
     saes_per_pass: int = 6
+    """SAEs that share one pass of the language model; more take more memory."""
     passage_tokens: int = 32
+    """Tokens of a passage in the probing tasks."""
+
+    def __post_init__(self) -> None:
+        counts = ("d_sae", "epochs", "batch_size", "lm_tokens", "saes_per_pass", "passage_tokens")
+        for name, value in [*((name, getattr(self, name)) for name in counts), *(("ks", k) for k in self.ks or (0,))]:
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,11 @@ class Lab:
     log: Log = lambda text: None
     decode: Callable[[list[int]], str] | None = None  # token ids to text, where the tokenizer is at hand
     seconds: dict[str, float] = field(default_factory=dict)  # that each SAE took to train, here or earlier
+
+    @property
+    def middle_k(self) -> int:
+        """The budget at which SAEs are compared one by one."""
+        return sorted(self.scale.ks)[len(self.scale.ks) // 2]
 
     def sae(self, spec: Spec) -> SAE:
         """Train the SAE of ``spec``, or load it if this folder has it."""

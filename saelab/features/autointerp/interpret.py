@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.checkpoint import write_json
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 from saelab.features.autointerp import prompts
 from saelab.features.autointerp.client import ChatClient
 from saelab.features.autointerp.score import JudgeScore, detection, fuzzing
@@ -33,6 +33,14 @@ class InterpretConfig:
     threshold: float = 0.3
     """Tokens count as active from this share of their window's largest activation on."""
     seed: int = 0
+    """Of the order of the windows, and of the marks that are misplaced for fuzzing."""
+
+    def __post_init__(self) -> None:
+        for name in ("explain_examples", "score_examples", "shown"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.threshold < 1:
+            raise UserError(f"threshold={self.threshold} is a share of the largest activation, from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -115,11 +123,8 @@ def load(run_folder: Path | str) -> dict[tuple[int, int], dict[str, Any]]:
     path = Path(run_folder) / FILE
     if not path.is_file():
         return {}
-    try:
-        rows = json.loads(path.read_text())
-        return {(row["latent"], row["pole"]): row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); repair or delete it") from error
+    with damaged(path, "repair or delete it"):
+        return {(row["latent"], row["pole"]): row for row in json.loads(path.read_bytes())}
 
 
 def save(run_folder: Path, explanation: Explanation) -> None:
