@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.sae import SAE, LinearSAE
+from saelab.sae.penalty import PenaltySAE
 
 
 class Contender(NamedTuple):
@@ -89,22 +90,10 @@ def contest(
 
 def thresholds(sae: LinearSAE) -> Tensor | None:
     """The inference threshold of an SAE, one number or one per latent; None where a budget per token decides."""
-    from saelab.sae.feature_choice import FeatureChoice
-    from saelab.sae.jump_relu import JumpReLU
-    from saelab.sae.penalty import PenaltySAE
-    from saelab.sae.threshold import BatchBudgetSAE
-
-    if isinstance(sae, JumpReLU):
-        cut = sae.threshold.detach()
-    elif isinstance(sae, PenaltySAE):
+    cut = sae.inference_threshold()
+    if cut is None and isinstance(sae, PenaltySAE):
         cut = sae.b_enc.new_zeros(())  # every positive pre-activation fires
-    elif isinstance(sae, FeatureChoice) and sae.choosing:
-        cut = sae.latent_threshold.mean()
-    elif isinstance(sae, BatchBudgetSAE) and sae.config.get("scope", "batch") == "batch":
-        cut = sae.threshold.mean()
-    else:
-        return None
-    return cut.to(sae.W_enc)
+    return None if cut is None else cut.to(sae.W_enc)
 
 
 @torch.no_grad()

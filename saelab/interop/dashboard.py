@@ -21,6 +21,7 @@ import torch
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, LogitLens
+from saelab.lm.sites import layer_of
 from saelab.sae import SAE
 
 BATCH = 128  # features a file, as SAEDashboard writes by default
@@ -58,14 +59,14 @@ def write_dashboard(
     alive = index.table().set_index(["latent", "pole"])["count"]
     wanted = [(j, pole) for pole in index.poles for j in range(shown) if alive.loc[(j, pole)] > 0]
     numbers = [_number(j, pole, index.d_sae) for j, pole in wanted]
-    corpus = _corpus(cache, meta)
+    corpus, layer = _corpus(cache, meta), layer_of(meta["hook_name"]) or 0  # the format has no word for "not known"
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for batch, start in enumerate(range(0, len(wanted), BATCH)):
             part = wanted[start : start + BATCH]
             features = list(_features(index, sae, part, corpus, lens))
-            document = {"model_id": meta["model"], "layer": _layer(meta["hook_name"]), "sae_set": sae_set}
+            document = {"model_id": meta["model"], "layer": layer, "sae_set": sae_set}
             document |= {"sae_id_suffix": None, "features": features}
             (work / f"batch-{batch}.json").write_text(json.dumps(document))
             if progress is not None:
@@ -76,10 +77,10 @@ def write_dashboard(
             "outputs_dir": str(folder),
             **corpus.settings,
         }
-        settings |= {"n_features_at_a_time": BATCH, "model_id": meta["model"], "layer": _layer(meta["hook_name"])}
+        settings |= {"n_features_at_a_time": BATCH, "model_id": meta["model"], "layer": layer}
         (work / "run_settings.json").write_text(json.dumps(settings, indent=2))
         skipped = sorted(set(range(index.d_sae * len(index.poles))) - set(numbers))
-        names = {"model_id": meta["model"], "layer": str(_layer(meta["hook_name"])), "sae_set": sae_set}
+        names = {"model_id": meta["model"], "layer": str(layer), "sae_set": sae_set}
         (work / "skipped_indexes.json").write_text(json.dumps({**names, "skipped_indexes": skipped}))
         work.chmod(0o755)
         work.rename(folder)
@@ -107,11 +108,6 @@ def _corpus(cache: ActivationCache | None, meta: dict[str, Any]) -> Corpus:
     length = int(meta["context_length"])
     stored = max(length - int(meta["skip_first"]), 1)  # rows of a full context
     return Corpus(cache.manifest.text if cache is not None else "", -(-meta["tokens"] // stored), length)
-
-
-def _layer(hook_name: str) -> int:
-    parts = (hook_name or "").split(".")
-    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
 
 
 def _number(latent: int, pole: int, d_sae: int) -> int:

@@ -17,6 +17,7 @@ from saelab._version import __version__
 from saelab.checkpoint import SAELENS_VERSION, save_plain
 from saelab.errors import UserError, near_matches
 from saelab.interop.detect import read
+from saelab.lm.sites import layer_of
 from saelab.sae import SAE
 from saelab.sae.inference import TWO_SIDED, InferenceForm, doubled, inference_form
 
@@ -145,7 +146,7 @@ def _dictionary_learning(form: InferenceForm, folder: Path, metadata: dict[str, 
     (folder / "ae.pt").write_bytes(packed.getbuffer())
     d_sae, d_in = t["W_dec"].shape
     trainer = {"dict_class": name, "activation_dim": d_in, "dict_size": d_sae, "lm_name": metadata.get("model_name")}
-    trainer |= {"k": form.config.get("k"), "layer": _layer(metadata.get("hook_name"))}
+    trainer |= {"k": form.config.get("k"), "layer": layer_of(metadata.get("hook_name") or "")}
     _json({"trainer": trainer, "buffer": {"ctx_len": metadata.get("context_size")}}, folder / "config.json")
 
 
@@ -160,11 +161,6 @@ def _subtracting(form: InferenceForm) -> Tensor:
     """The encoder bias for a tool that always subtracts ``b_dec``."""
     t = form.tensors
     return t["b_enc"] if form.config["apply_b_dec_to_input"] else t["b_enc"] + t["b_dec"] @ t["W_enc"]
-
-
-def _layer(hook_name: str | None) -> int | None:
-    parts = (hook_name or "").split(".")
-    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

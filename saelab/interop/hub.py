@@ -13,9 +13,9 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from saelab import checkpoint
-from saelab.errors import UserError
+from saelab.errors import UserError, first_line
 from saelab.interop.detect import is_ours, load
-from saelab.interop.files import first_line, read_json
+from saelab.interop.files import read_json
 from saelab.sae import SAE
 
 # org/repo, then optionally a folder or file in it; no empty parts, no dots that climb.

@@ -6,7 +6,6 @@ any hooked model, so :func:`core` hands it one. It must be installed beside sael
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from saelab.errors import UserError
 from saelab.interop.export import SIGNED
 from saelab.interop.foreign import Foreign
 from saelab.interop.saelens import ARCHITECTURES
+from saelab.lm.sites import layer_of
 from saelab.sae import SAE
 from saelab.sae.inference import InferenceForm, doubled, inference_form
 
@@ -28,7 +28,7 @@ def as_base_sae(sae: SAE, model_name: str, hook_name: str, context_size: int = 1
     of twice the width. Pass the result as ``(name, adapter)`` to any of its evaluations, or to :func:`core`.
     """
     base = _sae_bench("custom_saes.base_sae").BaseSAE
-    layer = re.search(r"\d+", hook_name)
+    layer = layer_of(hook_name)
     if layer is None:
         raise UserError(
             f"hook {hook_name!r} names no layer, which SAEBench needs; give one such as blocks.9.hook_resid_post"
@@ -41,7 +41,7 @@ def as_base_sae(sae: SAE, model_name: str, hook_name: str, context_size: int = 1
     class Adapter(base):
         def __init__(self) -> None:
             device, dtype = inner.device, inner.W_dec.dtype
-            super().__init__(inner.d_in, inner.d_sae, model_name, int(layer[0]), device, dtype, hook_name)
+            super().__init__(inner.d_in, inner.d_sae, model_name, layer, device, dtype, hook_name)
             self.inner = inner
             self.cfg.architecture, self.cfg.context_size = form.architecture, context_size
             with torch.no_grad():

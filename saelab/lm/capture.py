@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.hooks import HookSite
-from saelab.lm.plain import plain_model
+from saelab.lm.plain import frozen, plain_model
 from saelab.lm.sites import Edit, register
 
 if TYPE_CHECKING:
@@ -116,18 +116,12 @@ class Reader:
 
             return hook
 
-        frozen = [p for p in self.model.original_model.parameters() if p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
+        with frozen(self.model.original_model):
             logits = self._run(tokens, [follow(i) for i in range(len(self.sites))])
             targets = tokens[:, 1:].reshape(-1).to(logits.device)
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
             points = [found[i] for i in range(len(self.sites))]
             grads = torch.autograd.grad(loss, points)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
         return [_flat(x.detach()) for x in points], [_flat(g) for g in grads]
 
     def _run(self, tokens: Int[Tensor, "n_ctx ctx"], hooks: Sequence[Edit]) -> Float[Tensor, "n_ctx ctx d_vocab"]:

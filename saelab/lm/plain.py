@@ -6,7 +6,9 @@ be told from the components.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,3 +68,16 @@ def _join(path: str, key: str, child: nn.Module) -> str:
     name = getattr(child, "name", None) if WRAPPED in child._modules else None
     own = f"{path}.{key}".lstrip(".")
     return own if not name or own == name else f"{path}.{name}".lstrip(".")
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters want no gradient in this block: only what follows an activation that wants one is then recorded."""
+    wanting = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)

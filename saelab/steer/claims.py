@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from saelab.metrics import bootstrap
 from saelab.sae import SAE
 from saelab.steer.effects import Bench
 from saelab.steer.generate import Prompts
@@ -50,9 +51,8 @@ def effect_size(
     """
     source, bench = as_run(run, hook_name), Bench(model, prompts, tokenizer=tokenizer)
     kl = [bench.measure(Add(SteeringVector.from_latent(source, latent, pole), strength)).mean_kl for latent in latents]
-    draws = np.random.default_rng(seed).choice(kl, size=(1000, len(kl)))
-    low, high = np.quantile(draws.mean(axis=1), [0.025, 0.975])
-    return EffectSize(list(latents), str(strength), kl, float(np.mean(kl)), float(low), float(high))
+    low, high = bootstrap(np.array(kl), np.mean, seed=seed)
+    return EffectSize(list(latents), str(strength), kl, float(np.mean(kl)), low, high)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,5 @@ def two_way(
         add = Add(SteeringVector.from_latent(source, latent, pole), strength)
         shifts = [bench.measure(add).logit_shift for bench in benches]
         gap = (shifts[0] - shifts[1]).double().numpy()
-        draws = np.random.default_rng(seed).choice(gap, size=(1000, len(gap)))
-        low, high = np.quantile(draws.mean(axis=1), [0.025, 0.975])
-        ends.append((float(gap.mean()), float(low), float(high)))
+        ends.append((float(gap.mean()), *bootstrap(gap, np.mean, seed=seed)))
     return TwoWay(latent, ends[0], ends[1])

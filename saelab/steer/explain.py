@@ -10,7 +10,6 @@ is reported as ``gap``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.plain import frozen
 from saelab.lm.sites import locate, underlying
 from saelab.sae import SAE
 from saelab.steer.generate import forward, generate_tokens, tokenize, tokenizer_of
@@ -146,7 +146,7 @@ class _Path:
         line = self.x + alphas[:, None, None].to(self.x) * (self.steered_x - self.x)
         line.requires_grad_()
         texts = self.text.expand(steps, -1)
-        with _frozen(self.root), torch.enable_grad():
+        with frozen(self.root), torch.enable_grad():
             handle = self.site.register(lambda x: line)
             try:
                 logits = forward(self.root, texts, torch.ones_like(texts))[0]
@@ -214,16 +214,3 @@ def _centred(logits: Float[Tensor, "... vocabulary"]) -> Float[Tensor, "... voca
 
 def _index(latents: Sequence[int], sae: SAE) -> Int[Tensor, " latents"]:
     return torch.tensor(list(latents), dtype=torch.int64, device=sae.device)
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Parameters want no gradient: nothing below the hook point is then recorded."""
-    wanting = [p for p in module.parameters() if p.requires_grad]
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)

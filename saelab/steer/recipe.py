@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from saelab._version import __version__
 from saelab.checkpoint import load_sae, save_sae, write_json, write_tensors
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 from saelab.steer import interventions as ops
 from saelab.steer.hooks import attach
 from saelab.steer.identity import ModelIdentity
@@ -34,6 +34,7 @@ from saelab.steer.vectors import SteeringVector
 
 FORMAT, VERSION = "saelab-recipe", 1
 RECIPE, VECTORS = "recipe.json", "vectors.safetensors"
+AGAIN = "get the recipe again"
 _OPERATIONS = {name: getattr(ops, name) for name in ("Add", "ProjectOut", "Scale", "Clamp", "MinClamp", "Ablate")}
 
 
@@ -123,19 +124,15 @@ class Recipe:
         """Read a recipe and check its hashes."""
         folder = Path(folder)
         content = _read(folder)
-        try:
+        with damaged(folder / VECTORS, AGAIN, SafetensorError, OSError):
             vectors = load_file(folder / VECTORS)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / VECTORS} cannot be read ({error}); get the recipe again") from error
         if tensors_hash(vectors) != content.get("vectors_sha256"):
-            raise UserError(f"{folder / VECTORS} does not match the hash in {RECIPE}; get the recipe again")
+            raise UserError(f"{folder / VECTORS} does not match the hash in {RECIPE}; {AGAIN}")
         runs: dict[str, Run] = {}
-        try:
+        with damaged(folder / RECIPE, AGAIN):
             interventions = [_intervention(entry, folder, vectors, runs) for entry in content["interventions"]]
             about = {name: content[name] for name in ("name", "description", "provenance")}
             return cls(interventions, ModelIdentity(**content["model"]), **about)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / RECIPE} is damaged ({error}); get the recipe again") from error
 
     def to_gguf(self, path: Path | str) -> Path:
         """Write the vectors in the layout of llama.cpp's ``--control-vector``; see :mod:`saelab.steer.gguf`."""
@@ -163,17 +160,15 @@ def check_parent(path: Path) -> None:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / RECIPE
     if not path.is_file():
-        raise UserError(f"{folder} is not a recipe: it has no {RECIPE}")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); get the recipe again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (it holds no JSON object); get the recipe again")
+        raise UserError(f"{folder} is not a recipe: it has no {RECIPE}; name the folder of a saved one")
+    with damaged(path, AGAIN):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError("it holds no JSON object")
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise UserError(
             f"{path} has format {content.get('format')} version {content.get('version')}; this saelab reads "
-            f"{FORMAT} version {VERSION}"
+            f"{FORMAT} version {VERSION}; save it anew or update saelab"
         )
     return content
 
@@ -213,6 +208,6 @@ def _intervention(
     if name not in runs:
         runs[name] = Run(load_sae(folder / name), entry["hook_name"])
         if runs[name].fingerprint != entry["sae_sha256"]:
-            raise UserError(f"{folder / name} does not match the hash in {RECIPE}; get the recipe again")
+            raise UserError(f"{folder / name} does not match the hash in {RECIPE}; {AGAIN}")
     settings = {key: entry[key] for key in ("factor", "value", "pole", "keep_error") if key in entry}
     return operation(runs[name], entry["latent"], **settings, **common)

@@ -7,17 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-
-if TYPE_CHECKING:
-    from saelab.sae import SAE
-    from saelab.steer.run import Run
+from saelab.sae import SAE
+from saelab.steer.run import Run, as_run
 
 # A strength is a length along the unit direction in units of the activations, or a number with a unit.
 Strength = float | str
@@ -65,8 +63,6 @@ class SteeringVector:
 
         ``run`` is a run folder, an open :class:`~saelab.steer.run.Run`, or an SAE (then name the ``hook_name``).
         """
-        from saelab.steer.run import as_run
-
         source = as_run(run, hook_name)
         row = pole_sign(pole) * source.sae.W_dec[source.check_latent(latent)].detach()
         highest = source.max_activation(latent, pole)
@@ -85,8 +81,6 @@ class SteeringVector:
         cls, run: Run | SAE | Path | str, weights: Mapping[int, float], hook_name: str = ""
     ) -> SteeringVector:
         """A weighted sum of dictionary rows, ``{latent: weight}``; a negative weight takes the other pole."""
-        from saelab.steer.run import as_run
-
         source = as_run(run, hook_name)
         if not weights:
             raise UserError("from_latents needs at least one latent: {latent: weight}")

@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saelab.errors import UserError
+from saelab.errors import MALFORMED, UserError, first_line
 from saelab.steer import Ablate, Add, Clamp, MinClamp, ProjectOut, Recipe, Scale
 from saelab.steer import Run as SteerRun
+from saelab.steer.recipe import RECIPE
 from saelab.steer.vectors import SteeringVector, parse_strength
 from saelab.workspace.bench import Pick, pick_latent, pick_vector
 
-RECIPES, RECIPE = "recipes", "recipe.json"
+RECIPES = "recipes"
 _OPERATIONS = {Scale: "scale", MinClamp: "at least", Clamp: "clamp", Ablate: "ablate"}
 
 
@@ -34,27 +35,27 @@ def saved_recipes(root: Path) -> list[dict[str, Any]]:
         if not path.resolve().is_relative_to(root.resolve()):
             continue
         try:
-            content = json.loads(path.read_text())
-            parts = [_part(entry) for entry in content["interventions"]]
-        except (ValueError, KeyError, TypeError) as error:
-            rows.append({"folder": path.parent.name, "name": path.parent.name, "does": f"damaged: {error}"})
-            continue
-        about = content.get("provenance") or {}
-        rows.append(
-            {
-                "folder": path.parent.name,
-                "name": content.get("name") or path.parent.name,
-                "does": "; ".join(part["does"] for part in parts),
-                "origin": "; ".join(part["origin"] for part in parts),
-                "strength": "; ".join(part["strength"] for part in parts),
-                "norm": parts[0]["norm"] if parts else None,
-                "promotes": " ".join(about.get("promotes", [])),
-                "model": (content.get("model") or {}).get("name"),
-                "verdict": about.get("verdict", ""),
-                "doses": about.get("doses", []),
-            }
-        )
+            rows.append(_row(path.parent.name, json.loads(path.read_bytes())))
+        except MALFORMED as error:
+            # One damaged recipe must not hide the others.
+            rows.append({"folder": path.parent.name, "name": path.parent.name, "does": f"damaged: {first_line(error)}"})
     return rows
+
+
+def _row(folder: str, content: dict[str, Any]) -> dict[str, Any]:
+    parts, about = [_part(entry) for entry in content["interventions"]], content.get("provenance") or {}
+    return {
+        "folder": folder,
+        "name": content.get("name") or folder,
+        "does": "; ".join(part["does"] for part in parts),
+        "origin": "; ".join(part["origin"] for part in parts),
+        "strength": "; ".join(part["strength"] for part in parts),
+        "norm": parts[0]["norm"] if parts else None,
+        "promotes": " ".join(about.get("promotes", [])),
+        "model": (content.get("model") or {}).get("name"),
+        "verdict": about.get("verdict", ""),
+        "doses": about.get("doses", []),
+    }
 
 
 def provenance(picks: Sequence[Pick], prompt: str, promotes: Sequence[str], measured: Any = None) -> dict[str, Any]:

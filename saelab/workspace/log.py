@@ -8,8 +8,6 @@ from typing import Any
 
 from saelab.errors import UserError
 
-METRICS = "metrics.jsonl"
-
 
 def read_metrics(path: Path, tail: int | None = None) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl`` that may be growing: an unfinished last line is left for the next read.

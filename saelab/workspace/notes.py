@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.checkpoint import write_json
-from saelab.errors import UserError
+from saelab.errors import damaged
 
 FILE = "notes.json"
 _lock = threading.Lock()  # two browser tabs may save at once
@@ -19,11 +19,9 @@ def read_notes(run_folder: Path | str) -> dict[int, dict[str, str]]:
     path = Path(run_folder) / FILE
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text())
+    with damaged(path, "mend or remove it"):
+        content = json.loads(path.read_bytes())
         return {int(latent): {k: str(v) for k, v in entry.items()} for latent, entry in content.items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a file of notes ({error}); mend or remove it") from error
 
 
 def write_note(run_folder: Path | str, latent: int, label: str = "", note: str = "") -> None:

@@ -15,13 +15,15 @@ from typing import Any
 
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache
-from saelab.errors import UserError, near_matches
+from saelab.data.cache.manifest import MANIFEST
+from saelab.errors import UserError, damaged, near_matches
 from saelab.sae import SAE
+from saelab.train.log import METRICS
 from saelab.workspace import foreign
-from saelab.workspace.log import METRICS, read_metrics
+from saelab.workspace.log import read_metrics
 
 EVALUATION, INDEX, EXPLANATIONS = "evaluation.json", "features", "explanations.json"
-MANIFEST, RECIPE, SWEEP = "manifest.json", "recipe.json", "sweep.parquet"
+RECIPE, SWEEP = "recipe.json", "sweep.parquet"
 
 
 @dataclass(frozen=True)
@@ -197,11 +199,11 @@ def _walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); write the run again") from error
-    return content if isinstance(content, dict) else {}
+    with damaged(path, "write the run again"):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError("it holds no JSON object")
+        return content
 
 
 def _mtime(path: Path) -> float:

@@ -10,7 +10,7 @@ from small_workspace import make_cache, make_model, make_run
 
 from saelab import workspace
 from saelab.errors import UserError
-from saelab.workspace import Workspace
+from saelab.workspace import Workspace, library
 
 
 def test_finds_runs_and_caches_at_any_depth(folder: Path) -> None:
@@ -77,4 +77,14 @@ def test_numbers_come_from_the_evaluation_where_there_is_one(folder: Path, tmp_p
 def test_a_damaged_configuration_is_one_row_not_a_crash(tmp_path: Path) -> None:
     (tmp_path / "cfg.json").write_text("{")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert "not valid JSON" in workspace.summary(workspace.Run("x", tmp_path))["state"]
+    assert "cfg.json is damaged" in workspace.summary(workspace.Run("x", tmp_path))["state"]
+    (tmp_path / "cfg.json").write_text("[]")
+    assert "holds no JSON object" in workspace.summary(workspace.Run("x", tmp_path))["state"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"interventions": [3]}', '{"interventions": [], "provenance": [1]}'])
+def test_a_damaged_recipe_is_one_row_not_a_crash(content: str, tmp_path: Path) -> None:
+    (tmp_path / "recipes" / "torn").mkdir(parents=True)
+    (tmp_path / "recipes" / "torn" / "recipe.json").write_text(content)
+    (row,) = library.saved_recipes(tmp_path)
+    assert row["name"] == "torn" and row["does"].startswith("damaged: ")
