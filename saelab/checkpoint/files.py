@@ -1,4 +1,7 @@
-"""Files that appear complete or not at all, whatever happens while they are written."""
+"""Files that appear complete or not at all, whatever happens while they are written.
+
+Tensors go by name and may have any shape, ``[...]``.
+"""
 
 from __future__ import annotations
 

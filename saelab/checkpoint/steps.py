@@ -1,4 +1,7 @@
-"""Checkpoints of a run that is under way: weights and training state of one step, in one folder."""
+"""Checkpoints of a run that is under way: weights and training state of one step, in one folder.
+
+Tensors go by name, in the shapes of the parameters they belong to (``W_dec [d_sae, d_in]``).
+"""
 
 from __future__ import annotations
 
