@@ -99,7 +99,7 @@ class User:
             elif isinstance(value, str):
                 widget.string_value = value
             else:
-                widget.double_array_value.data.append(value)
+                widget.double_value = value
         assert self.socket is not None
         self.socket.send(message.SerializeToString())
         self.widgets = {} if not values else self.widgets
