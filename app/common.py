@@ -14,7 +14,7 @@ from saelab.errors import UserError
 from saelab.workspace import Run, Workspace, read_metrics
 
 FOLDER, MODEL = "SAELAB_APP_FOLDER", "SAELAB_APP_MODEL"
-LINKED = ("run", "latent", "pole")
+KEEP: dict[str, Any] = {"persist_state": "session"}  # what is typed and chosen outlives a visit to another page
 
 
 @st.cache_resource(ttl=5, max_entries=4, show_spinner=False)
@@ -81,8 +81,8 @@ def sidebar() -> None:
 
 
 def describe(run: Run) -> str:
-    """``name · variant``, for menus."""
-    return f"{run.name} · {run.variant}" if run.name != "." else run.variant
+    """``name · variant``, for menus; the variant alone where the name says no more."""
+    return run.variant if run.name in {".", run.variant} else f"{run.name} · {run.variant}"
 
 
 def run_page(page: Any) -> None:
@@ -130,7 +130,7 @@ def metrics(run: Run) -> list[dict[str, Any]]:
     return _metrics(str(path), path.stat().st_size)
 
 
-@st.cache_resource(max_entries=6, show_spinner="Opening the feature index …")
+@st.cache_resource(max_entries=16, show_spinner="Opening the feature index …")
 def _index(path: str, stamp: tuple[float, ...]) -> Any:
     from saelab.features import FeatureIndex
 
@@ -236,7 +236,7 @@ def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Any
 
 
 def siblings(run: Run, most: int = 4) -> dict[str, Run]:
-    """Other SAEs of the folder on the same hook point and width, a few of them."""
+    """Other SAEs of the folder on the same hook point and width, a few of them, those most like it first."""
     same = {
         name: other
         for name, other in workspace().runs.items()
@@ -245,7 +245,8 @@ def siblings(run: Run, most: int = 4) -> dict[str, Run]:
         and other.config.get("d_in") == run.config.get("d_in")
         and other.metadata.get("hook_name") == run.metadata.get("hook_name")
     }
-    return dict(list(same.items())[:most])
+    alike = sorted(same.items(), key=lambda item: (item[1].variant != run.variant, item[1].d_sae != run.d_sae))
+    return dict(alike[:most])
 
 
 @st.cache_data(max_entries=8, show_spinner="Matching latents …")

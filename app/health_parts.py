@@ -58,15 +58,17 @@ def cause_summary(found: pd.DataFrame) -> None:
 
 def death_table(run: Run, found: pd.DataFrame) -> pd.Series | None:
     """All dead latents; the chosen one."""
-    causes = st.pills("cause", sorted(found["cause"].unique()), selection_mode="multi", key="health_causes")
+    known = sorted(found["cause"].unique())
+    causes = st.pills("cause", known, selection_mode="multi", key="health_causes") if len(known) > 1 else []
     shown = found[found["cause"].isin(causes)] if causes else found
+    shown = shown.dropna(axis="columns", how="all")
     number = st.column_config.NumberColumn
     config = {
-        "neighbour": number("nearest living", format="%d"),
-        "cosine": number("cosine", format="%+.2f"),
-        "encoder_norm": number("encoder norm", format="%.3f"),
-        "encoder_bias": number("bias", format="%+.3f"),
-        "best": number("best", format="%+.3f", help="largest pre-activation over the tokens examined"),
+        "neighbour": number("nearest living", format="%d", help="the living latent with the closest decoder row"),
+        "cosine": number("cosine", format="%+.2f", help="of the two decoder rows"),
+        "encoder_norm": number("encoder norm", format="%.3f", help="norm of its encoder column"),
+        "encoder_bias": number("bias", format="%+.3f", help="of its encoder, raw units"),
+        "best": number("best", format="%+.3f", help="largest pre-activation over up to 16,384 tokens of the cache"),
         "best_without_bias": number("without bias", format="%+.3f", help="the same without the encoder's bias"),
         "shortfall": number("shortfall", format="%.3f", help="smallest distance to an activation that did win"),
         "gain": number(
@@ -75,6 +77,12 @@ def death_table(run: Run, found: pd.DataFrame) -> pd.Series | None:
             help="share of the reconstruction error it would remove, firing beside the others wherever that helps",
         ),
     }
+    if "not examined" in known:
+        cache = run.metadata.get("cache") or run.metadata.get("cache_fingerprint") or "its own"
+        st.caption(
+            f"Why the others lost shows on activations: put the cache the SAE was trained on "
+            f"({viz.markdown(str(cache))}) into this folder."
+        )
     event = st.dataframe(
         shown,
         hide_index=True,
@@ -88,7 +96,8 @@ def death_table(run: Run, found: pd.DataFrame) -> pd.Series | None:
     if found["gain"].notna().any():
         chance = 1 / ((1 if common.sae(run).signed else 2) * run.config["d_in"])
         st.caption(f"A random direction would gain {chance:.2%}.")
-    rows = [r for r in event.selection.rows if r < len(shown)]
+    # Something to look at before the first click.
+    rows = [r for r in event.selection.rows if r < len(shown)] or ([0] if len(shown) else [])
     return shown.iloc[rows[0]] if rows else None
 
 
@@ -99,9 +108,22 @@ def audit(index: Any, limit: float) -> None:
         st.success(f"No latent fires on more than {limit:.0%} of tokens.", icon=":material/check:")
         return
     st.caption("What a latent that is nearly always on may stand for: the property its magnitude follows most closely.")
-    number = st.column_config.NumberColumn
-    config = {name: number(title, format="%+.2f") for name, title in health.AUDIT.items()}
-    config |= {"strength": number(format="%+.2f"), "mean": number(format="%.2f")}
+    number, meanings = st.column_config.NumberColumn, index.meta["columns"]
+    short = {
+        "first_corr": "first token",
+        "norm_corr": "norm",
+        "frequency_corr": "frequency",
+        "mean_cosine": "mean act.",
+    }
+    config = {
+        name: number(short.get(name, title), format="%+.2f", width=85, help=f"{title}: {meanings[name]}")
+        for name, title in health.AUDIT.items()
+    }
+    config |= {
+        "density": number("density", format="percent", width=75, help=meanings["density"]),
+        "strength": number(format="%+.2f", width=75, help="the correlation, or cosine, with what it follows"),
+        "mean": number(format="%.2f", width=65, help=meanings["mean"] + ", raw units"),
+    }
     picked = tables.simple(tables.shown(found, *found.columns), found, "health_audit", config)
     if picked is not None:
         common.open_latent(*picked)

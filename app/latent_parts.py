@@ -14,6 +14,7 @@ from saelab.workspace import Run
 from saelab.workspace.notes import read_notes, write_note
 
 LONGEST_TITLE = 44
+POSITIVE = ("token_share", "encoder_norm", "decoder_norm")
 FACTS = {
     "position_corr": ("position in the context", "correlation with the magnitude"),
     "frequency_corr": ("frequency of the token", "correlation with the log count in the corpus"),
@@ -21,9 +22,9 @@ FACTS = {
     "norm_corr": ("norm of the activation", "correlation with the magnitude"),
     "mean_cosine": ("mean activation", "cosine with the direction"),
     "token_share": ("most frequent token", "share of its firings"),
-    "encoder_norm": ("encoder", "norm"),
-    "encoder_bias": ("encoder bias", ""),
-    "decoder_norm": ("decoder", "norm"),
+    "encoder_norm": ("encoder", "norm of its column"),
+    "encoder_bias": ("encoder bias", "raw units"),
+    "decoder_norm": ("decoder", "norm of its row"),
 }
 
 
@@ -36,14 +37,21 @@ def title(row: dict[str, Any], signed: bool, notes: dict[int, dict[str, str]] | 
     return f"\\#{row['latent']}{pole}" + (f" · {viz.markdown(label)}" if label else "")
 
 
-def numbers(row: dict[str, Any]) -> None:
-    """The numbers of one pole, in one line."""
+def numbers(row: dict[str, Any], narrow: bool = False) -> None:
+    """The numbers of one pole: in one line of large figures, or of small print where it is narrow."""
+    share, entropy = f"{row['density']:.3%}", f"{row['token_entropy']:.1f} bits"
+    tokens = f"{row['count']:,} tokens of the corpus"
+    if narrow:
+        st.caption(
+            f"fires on {share} · strongest {row['max']:.2f} · mean {row['mean']:.2f} · token entropy {entropy}",
+            help=f"Fires on {tokens}. Magnitudes are in raw units, the mean over the tokens it fires on.",
+        )
+        return
     with st.container(horizontal=True):
-        st.metric("fires on", f"{row['density']:.3%}", help=f"{row['count']:,} tokens of the corpus", width=110)
-        st.metric("strongest", f"{row['max']:.2f}", help="largest magnitude, raw units", width=100)
-        st.metric("mean", f"{row['mean']:.2f}", help="mean magnitude where it fires", width=90)
-        help_text = "bits, of the tokens it fires on; 0 is a single token"
-        st.metric("token entropy", f"{row['token_entropy']:.1f}", help=help_text, width=110)
+        st.metric("fires on", share, help=f"{tokens}; density = count / indexed tokens", width=90)
+        st.metric("strongest", f"{row['max']:.2f}", help="largest magnitude, raw units", width=95)
+        st.metric("mean", f"{row['mean']:.2f}", help="mean magnitude where it fires, raw units", width=75)
+        st.metric("token entropy", entropy, help="of the tokens it fires on; 0 is a single token", width=120)
 
 
 def explanation(run: Run, latent: int, pole: int) -> None:
@@ -69,14 +77,14 @@ def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
     row = index.latent(latent, pole)
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-            st.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(run.path))}")
+            st.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(run.path))}", width="stretch")
             if st.button("Open", key=f"{key}_open", icon=":material/open_in_full:"):
                 common.open_latent(latent, pole, run)
         if not row["count"]:
             silent(index, len(index.poles) > 1)
         else:
             explanation(run, latent, pole)
-            numbers(row)
+            numbers(row, narrow=True)
             examples(index, latent, pole, "top", limit=6)
         logits(row, limit=8)
 
@@ -136,13 +144,14 @@ def facts(rows: dict[int, dict[str, Any]]) -> None:
     for key, (name, what) in FACTS.items():
         values = [row[key] for row in rows.values()]
         if all(v == v for v in values):  # NaN where it has no meaning
-            text = " / ".join(f"{v:+.3f}" for v in values)
+            form = ".3f" if key in POSITIVE else "+.3f"
+            text = " / ".join(format(v, form) for v in values)
             listed.append((name, text, what + (" (+ / −)" if len(values) > 1 else "")))
     common.html(viz.fact_table(listed))
 
 
 def stability(run: Run, latent: int) -> None:
-    """The closest latent in each other SAE of the folder that reads the same activations."""
+    """The closest latent in other SAEs of the folder that read the same activations; a click opens one."""
     others = common.siblings(run)
     if not others:
         return
@@ -151,7 +160,25 @@ def stability(run: Run, latent: int) -> None:
     found = counterparts(
         sae.W_dec[latent].detach(), {name: common.sae(other) for name, other in others.items()}, sae.signed
     )
-    common.html(viz.fact_table([(name, f"{cosine:+.3f}", f"latent {j}") for name, (j, cosine) in found.items()]))
+    rows = []
+    for name, (j, cosine) in found.items():
+        tokens = common.need_index(others[name]).latent(j)["top_tokens"] if others[name].has_index else []
+        shown = " ".join(f"‘{viz.visible(token)}’" for token in tokens)
+        rows.append({"SAE": viz.visible(name), "latent": j, "cosine": cosine, "fires on": shown})
+    event = st.dataframe(
+        rows,
+        hide_index=True,
+        column_config={"cosine": st.column_config.NumberColumn(format="%+.2f", help="of the decoder rows")},
+        on_select="rerun",
+        selection_mode="single-row",
+        key=f"latent_stability_{latent}",
+        alt="The closest latent in other SAEs; choose a row to see it",
+    )
+    if event.selection.rows:
+        name = list(found)[event.selection.rows[0]]
+        j, cosine = found[name]
+        two_poled = common.sae(others[name]).signed
+        common.open_latent(j, -1 if two_poled and cosine < 0 else 1, others[name])
 
 
 def notes_form(run: Run, latent: int) -> None:

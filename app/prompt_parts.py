@@ -28,50 +28,75 @@ def active_table(run: Run, reading: Any, position: int) -> tuple[int, int] | Non
     if run.has_index:
         rows = rows.merge(common.catalogue(run), on=["latent", "pole"], how="left")
         columns += ["label", "top_tokens", "density"] if (rows["label"] != "").any() else ["top_tokens", "density"]
-    extra = {"activation": st.column_config.NumberColumn("activation", format="%+.3f", help="raw units")}
-    return tables.simple(tables.shown(rows, *columns), rows, key=f"prompt_active_{position}", config=extra)
+    extra = {
+        "activation": st.column_config.NumberColumn("activation", format="%+.2f", width=80, help="raw units"),
+        "label": st.column_config.TextColumn("label", width=110),
+        "top_tokens": st.column_config.TextColumn("fires on", width=110, help="tokens it fires on most often"),
+    }
+    view = tables.shown(rows, *columns)
+    return tables.simple(view, rows, key=f"prompt_active_{position}", config=extra, height=480)
 
 
 def names(run: Run, found: list[tuple[int, float]]) -> list[str]:
     """``#12`` and, where the index has one, the start of the label."""
+    return [f"#{latent} {label}".strip() for (latent, _), label in zip(found, labels(run, found))]
+
+
+def labels(run: Run, found: list[tuple[int, float]]) -> list[str]:
+    """The start of each (latent, activation)'s label; empty without an index."""
     if not run.has_index:
-        return [f"#{latent}" for latent, _ in found]
+        return [""] * len(found)
     index = common.need_index(run)
     rows = [index.latent(latent, 1 if value > 0 or len(index.poles) == 1 else -1) for latent, value in found]
-    return [f"#{row['latent']} {(row['label'] or '')[:28]}".strip() for row in rows]
+    return [_short(row["label"] or "") for row in rows]
 
 
-def why(sae: Any, reading: Any, position: int) -> None:
+def _short(label: str, most: int = 28) -> str:
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def why(run: Run, reading: Any, position: int) -> None:
     """The contest for the token, or the replay of the pursuit."""
     st.markdown("**Why these won**")
-    x = reading.acts[position]
+    sae, x = common.sae(run), reading.acts[position]
     if isinstance(sae, MatchingPursuit):
         pursuit(sae, x)
     elif isinstance(sae, LinearSAE):
-        contest(sae, x, None if reading.grads is None else reading.grads[position])
+        contest(run, sae, x, None if reading.grads is None else reading.grads[position])
     else:
         st.caption(f"No account of the selection is known for a {viz.markdown(sae.variant)} SAE.")
 
 
-def contest(sae: LinearSAE, x: Any, grad: Any) -> None:
-    """Scores of winners and of the best losers, and the line between them."""
+def contest(run: Run, sae: LinearSAE, x: Any, grad: Any) -> None:
+    """Scores of winners and of the nearest losers, and what they had to pass."""
     found = explain.contest(sae, x, grad)
-    shown = [*found.winners[:12], *found.losers[:8]]
+    first, last = found.winners, []
     if len(found.winners) > 12:
         # The weakest winners are where the contest was decided.
-        shown = [*found.winners[:6], *found.winners[-6:], *found.losers[:8]]
-    labels = [f"#{c.latent}" for c in shown]
-    won = [c.activation != 0 for c in shown]
-    figure = viz.contest_bars(labels, [c.score for c in shown], won, common.colours(), found.cut)
+        first, last = found.winners[:6], found.winners[-6:]
+    shown = [*first, *last, *found.losers[:8]]
+    left_out = len(found.winners) - len(first) - len(last)
+    names = [f"#{c.latent}" for c in shown]
+    notes = labels(run, [(c.latent, c.pre_act) for c in shown])
+    cut = [c.score - c.margin for c in shown] if found.cut is None else found.cut
+    figure = viz.contest_bars(
+        names,
+        [c.score for c in shown],
+        [c.activation != 0 for c in shown],
+        common.colours(),
+        cut,
+        found.score,
+        notes,
+        (len(first), f"{left_out} more") if left_out else None,
+    )
     common.chart(figure, alt="Scores of winning and losing latents", key="prompt_contest")
-    cut = f" at {found.cut:.4g}" if found.cut is not None else ""
-    st.caption(f"Filled bars won. They had to pass {found.rule}{cut}.")
+    line = f"the dotted line is {found.rule}, {found.cut:.4g}" if found.cut is not None else f"a mark is {found.rule}"
+    said = [f"Filled bars won; {line}, all in raw units."]
     if found.winners:
-        closest = min(found.winners, key=lambda c: c.margin)
-        st.caption(f"Narrowest win: #{closest.latent}, by {closest.margin:.4g}.")
+        said.append(f"Narrowest win: #{found.winners[-1].latent}, by {found.winners[-1].margin:.4g}.")
     if found.losers:
-        nearest = max(found.losers, key=lambda c: c.margin)
-        st.caption(f"Closest loser: #{nearest.latent}, short by {-nearest.margin:.4g}.")
+        said.append(f"Closest loser: #{found.losers[0].latent}, short by {-found.losers[0].margin:.4g}.")
+    st.caption(" ".join(said))
 
 
 def pursuit(sae: MatchingPursuit, x: Any) -> None:
@@ -92,9 +117,14 @@ def pursuit(sae: MatchingPursuit, x: Any) -> None:
     )
 
 
-def effects(sae: Any, reading: Any, position: int) -> None:
+def effects(run: Run, reading: Any, position: int) -> None:
     """Activation x gradient: what each latent does to the loss."""
     st.subheader("Activation × gradient", anchor=False)
+    st.caption(
+        "Effect: activation × (decoder row · gradient of the summed next-token loss), the loss that the latent adds, "
+        "to first order; a negative one lowers it. The gradient knows the next token."
+    )
+    sae = common.sae(run)
     found = explain.effects(sae, reading.acts[position], reading.grads[position])
     if not found:
         st.caption("No latent is active on this token.")
@@ -106,7 +136,7 @@ def effects(sae: Any, reading: Any, position: int) -> None:
         [e.effect for e in found],
         labels,
         common.colours(),
-        "activation",
+        "activation, raw units",
         "effect on the loss, nats",
     )
     with left:
@@ -118,5 +148,9 @@ def effects(sae: Any, reading: Any, position: int) -> None:
             ("Quiet but causal", causal, "lower half by activation, highest quarter by effect"),
         ):
             st.markdown(f"**{title}**", help=help_text)
-            rows = [(f"#{e.latent}", f"{e.effect:+.4g}", f"activation {e.activation:.3g}") for e in some]
+            named = labels(run, [(e.latent, e.activation) for e in some])
+            rows = [
+                (f"#{e.latent}", f"{e.effect:+.4f} nats", f"activation {e.activation:.3g} · {label}".rstrip(" ·"))
+                for e, label in zip(some, named)
+            ]
             common.html(viz.fact_table(rows) if rows else viz.caption("none on this token"))

@@ -56,9 +56,9 @@ def add_latent(run: Run, source: Any) -> None:
 def add_means(run: Run, source: Any, model: Any) -> None:
     """A difference of means of two sets of texts: the baseline every latent is measured against."""
     with st.expander("Vector from two sets of texts"), st.form("steering_means", border=False):
-        name = st.text_input("name", "means", key="steering_means_name")
-        positive = st.text_area("texts with the concept, one a line", key="steering_positive", height=90)
-        negative = st.text_area("texts without it, one a line", key="steering_negative", height=90)
+        name = st.text_input("name", "means", key="steering_means_name", **common.KEEP)
+        positive = st.text_area("texts with the concept, one a line", key="steering_positive", height=90, **common.KEEP)
+        negative = st.text_area("texts without it, one a line", key="steering_negative", height=90, **common.KEEP)
         if st.form_submit_button("Make the vector", icon=":material/add:"):
             with common.model_lock(), st.spinner("Reading the texts …"):
                 vector = difference_of_means(model, source.hook_name, lines(positive), lines(negative))
@@ -103,10 +103,13 @@ def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
                 if number is not None:
                     title, default, most, step = number
                     least = -most if operation == "add" else 0.0
-                    if operation == pick.operation and pick.start is not None:
-                        # A recipe put back on the bench keeps its own amount, and has room beyond it.
-                        default, most = pick.start, max(most, 2 * abs(pick.start))
+                    if pick.start is not None:
+                        # A recipe put back on the bench has room beyond its own amount.
+                        most = max(most, 2 * abs(pick.start))
                         least = -most if operation == "add" else 0.0
+                    if operation == pick.operation:
+                        # What was set outlives a visit to another page.
+                        default = min(max(pick.amount, least), most)
                     amount = st.slider(title, least, most, default, step, key=f"steering_{operation}_{pick.label}")
                     unit = pick.unit
                     if operation != "scale":
@@ -128,11 +131,13 @@ def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
 def generation(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     """The prompt's form and, side by side, what comes of it; returns the prompt."""
     with st.form("steering_form", border=False):
-        prompt = st.text_area("Prompt", "The weather today", key="steering_prompt", height=70)
+        prompt = st.text_area("Prompt", "The weather today", key="steering_prompt", height=70, **common.KEEP)
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            length = st.number_input("new tokens", 1, 400, 40, key="steering_length", width=130)
-            temperature = st.number_input("temperature", 0.0, 2.0, 0.0, 0.1, key="steering_temperature", width=130)
-            seed = st.number_input("seed", 0, 10_000, 0, key="steering_seed", width=110)
+            length = st.number_input("new tokens", 1, 400, 40, key="steering_length", width=130, **common.KEEP)
+            temperature = st.number_input(
+                "temperature", 0.0, 2.0, 0.0, 0.1, key="steering_temperature", width=130, **common.KEEP
+            )
+            seed = st.number_input("seed", 0, 10_000, 0, key="steering_seed", width=110, **common.KEEP)
             asked = st.form_submit_button("Generate", icon=":material/play_arrow:", type="primary", disabled=not picks)
     if not picks:
         st.caption("Pick a latent, or make a vector from two sets of texts.")
@@ -176,12 +181,16 @@ def doses(run: Run, model: Any, found: list[Pick]) -> None:
     """Effect on a concept and damage elsewhere, over strengths, beside a difference of means and random directions."""
     with st.expander("Measure a vector against its controls"), st.form("steering_dose", border=False):
         label = st.selectbox("vector", [p.label for p in found], format_func=viz.visible, key="dose_pick")
-        concept = st.text_input("words whose probability should rise, separated by commas", key="dose_concept")
+        concept = st.text_input(
+            "words whose probability should rise, separated by commas", key="dose_concept", **common.KEEP
+        )
         columns = st.columns(2)
-        targets = columns[0].text_area("prompts where they could come next", "The weather today is", key="dose_targets")
-        neutral = columns[1].text_area("texts that should not change", NEUTRAL, key="dose_neutral")
-        positive = columns[0].text_area("texts with the concept (optional)", key="dose_positive")
-        negative = columns[1].text_area("texts without it (optional)", key="dose_negative")
+        targets = columns[0].text_area(
+            "prompts where they could come next", "The weather today is", key="dose_targets", **common.KEEP
+        )
+        neutral = columns[1].text_area("texts that should not change", NEUTRAL, key="dose_neutral", **common.KEEP)
+        positive = columns[0].text_area("texts with the concept (optional)", key="dose_positive", **common.KEEP)
+        negative = columns[1].text_area("texts without it (optional)", key="dose_negative", **common.KEEP)
         asked = st.form_submit_button("Measure", icon=":material/science:")
     pick = next(p for p in found if p.label == label)
     if asked and pick.vector is not None:

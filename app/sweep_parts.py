@@ -7,12 +7,13 @@ from typing import Any
 
 import common
 import pandas as pd
+import source_parts
 import streamlit as st
 
 from saelab import viz
 from saelab.sweep.results import RESULTS, load_results
 from saelab.viz.sweep import AXES, COLUMNS, pareto_of
-from saelab.workspace import Run, Workspace
+from saelab.workspace import FORMULAS, Run, Workspace
 
 SHORT = {"fvu": "FVU", "dead_fraction": "dead", "ce_loss_recovered_zero": "CE recovered"}
 
@@ -49,20 +50,31 @@ def show(found: Workspace, logged: dict[str, Run]) -> None:
             view[text] = view[text].fillna("").map(viz.visible)
         number = st.column_config.NumberColumn
         config = {
-            "l0": number("L0", format="%.1f", help="on held-out tokens"),
-            "fvu": number("FVU", format="%.4f", help="on held-out tokens"),
-            "dead_fraction": number("dead", format="percent"),
-            "ce_loss_recovered_zero": number("CE recovered", format="percent", help="against zero ablation"),
+            "l0": number("L0", format="%.1f", help=f"{FORMULAS['l0']}, on held-out tokens"),
+            "fvu": number("FVU", format="%.4f", help=f"{FORMULAS['fvu']} on held-out tokens"),
+            "dead_fraction": number("dead", format="percent", help=FORMULAS["dead"]),
+            "ce_loss_recovered_zero": number(
+                "CE recovered", format="percent", help=f"{FORMULAS['ce_recovered']}, against zero ablation"
+            ),
             "lr": number(format="%.1e"),
         }
         view = view.drop(columns=[c for c in view.columns if c in AXES and c not in measured])
         if not (view["message"] != "").any():
             view = view.drop(columns="message")
-        st.dataframe(
+        event = st.dataframe(
             view,
             hide_index=True,
             column_config=config,
+            on_select="rerun",
+            selection_mode="single-row",
             key="training_sweep_table",
             placeholder="–",
             alt="The SAEs of the sweep with their numbers on held-out tokens",
         )
+        picked = [rows[i] for i in event.selection.rows if i < len(rows)]
+        if not picked:
+            st.caption("Choose a row to see where its numbers come from.")
+            return
+        member = found.runs.get((Path(name) / (picked[0]["folder"] or picked[0]["name"])).as_posix())
+        if member is not None:
+            source_parts.of_run(member)

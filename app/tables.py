@@ -24,15 +24,17 @@ DECADES = [0.0, *(m * 10.0**e for e in range(-7, 0) for m in (1, 3)), 0.5, 1.0]
 COLUMNS = {
     "latent": st.column_config.NumberColumn("latent", format="%d", width=70),
     "pole": st.column_config.TextColumn("pole", width=50),
-    "label": st.column_config.TextColumn("label", width="medium"),
+    "label": st.column_config.TextColumn("label", width=140),
     "label_score": st.column_config.NumberColumn(
-        "score", format="%.2f", help="F1 of the label as a detector of firing, on text it was not chosen on"
+        "score", format="%.2f", width=60, help="F1 of the label as a detector of firing, on text it was not chosen on"
     ),
-    "top_tokens": st.column_config.TextColumn("fires on", width="medium", help="tokens it fires on most often"),
-    "promoted": st.column_config.TextColumn("promotes", width="medium", help="tokens whose logits it raises most"),
-    "density": st.column_config.NumberColumn("density", format="%.2e", help="share of tokens it fires on"),
-    "max": st.column_config.NumberColumn("max", format="%.2f", help="largest magnitude, raw units"),
-    "token_entropy": st.column_config.NumberColumn("entropy", format="%.1f", help="bits, of the token it fires on"),
+    "top_tokens": st.column_config.TextColumn("fires on", width=140, help="tokens it fires on most often"),
+    "promoted": st.column_config.TextColumn("promotes", width=150, help="tokens whose logits it raises most"),
+    "density": st.column_config.NumberColumn("density", format="%.1e", width=75, help="share of tokens it fires on"),
+    "max": st.column_config.NumberColumn("max", format="%.1f", width=60, help="largest magnitude, raw units"),
+    "token_entropy": st.column_config.NumberColumn(
+        "entropy", format="%.1f", width=70, help="bits, of the token it fires on"
+    ),
 }
 
 
@@ -104,6 +106,8 @@ def pairs(found: Any, view: str, key: str, known: tuple[pd.DataFrame | None, pd.
         if table is not None:
             tokens = table[table["pole"] == 1].set_index("latent")["top_tokens"]
             rows[f"{side} fires on"] = latents.map(tokens).fillna("").map(viz.visible)
+    if "correlation" in rows and rows["correlation"].isna().all():
+        rows = rows.drop(columns=["correlation", "similarity"])  # without activations the cosine is all there is
     event = st.dataframe(
         rows,
         hide_index=True,
@@ -135,7 +139,7 @@ def neighbours(row: dict[str, Any], table: pd.DataFrame, key: str) -> Chosen | N
         return None
     extra = {"cosine": st.column_config.NumberColumn("cosine", format="%+.2f", help="of the decoder rows")}
     rows["pole"] = rows["pole"].where(rows["pole"].isin(table["pole"].unique()), 1)
-    return _choose(shown(rows, "latent", "cosine", "top_tokens", "label", "density"), rows, key, extra)
+    return _choose(shown(rows, "latent", "cosine", "top_tokens", "label"), rows, key, extra)
 
 
 def partners(row: dict[str, Any], table: pd.DataFrame, key: str) -> Chosen | None:
@@ -160,9 +164,15 @@ def partners(row: dict[str, Any], table: pd.DataFrame, key: str) -> Chosen | Non
     return _choose(shown(rows, *columns), rows, key, extra)
 
 
-def simple(view: pd.DataFrame, poles: pd.DataFrame, key: str, config: dict[str, Any] | None = None) -> Chosen | None:
+def simple(
+    view: pd.DataFrame,
+    poles: pd.DataFrame,
+    key: str,
+    config: dict[str, Any] | None = None,
+    height: int | None = None,
+) -> Chosen | None:
     """Any table whose rows stand for latents; ``poles`` holds the columns latent and pole, row for row."""
-    return _choose(view, poles, key, config)
+    return _choose(view, poles, key, config, height)
 
 
 def _choose(

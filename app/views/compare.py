@@ -28,19 +28,23 @@ if not others:
 with st.container(horizontal=True, vertical_alignment="center"):
     st.markdown(f"Left **{viz.markdown(common.describe(run))}**, right", width="content")
     label = {"format_func": viz.visible, "label_visibility": "collapsed"}
-    name = st.selectbox("right", list(others), key="compare_right", **label)
+    name = st.selectbox("right", list(others), key="compare_right", **common.KEEP, **label)
 other = others[name]
 found = common.matching(run, other)
 counts = found.counts()
-for column, (side, number) in zip(st.columns(2, gap="medium"), counts.items()):
-    with column, st.container(horizontal=True):
-        for status in MEANINGS:
-            if status in number:
-                st.metric(f"{side}: {status}", f"{number[status]:,}", help=MEANINGS[status], width=130)
+for column, (side, number), named in zip(st.columns(2, gap="medium"), counts.items(), (run, other)):
+    with column:
+        st.markdown(f"**{side.capitalize()}**: {viz.markdown(common.describe(named))}, {named.d_sae:,} latents")
+        with st.container(horizontal=True):
+            for status in MEANINGS:
+                if status in number:
+                    st.metric(status, f"{number[status]:,}", help=MEANINGS[status], width=85)
 st.caption(
-    f"Similarity: the mean of decoder cosine and activation correlation over {found.tokens:,} tokens."
+    f"Similarity: the mean of decoder cosine and activation correlation over {found.tokens:,} tokens of their cache; "
+    "pairs by the Hungarian method."
     if found.tokens
-    else "Similarity: decoder cosine. With the cache of both in this folder, activations would be compared as well."
+    else "Similarity: decoder cosine; pairs by the Hungarian method. With the cache of both in this folder, "
+    "activations would be compared as well."
 )
 view = st.segmented_control(
     "show",
@@ -49,6 +53,7 @@ view = st.segmented_control(
     required=True,
     key="compare_view",
     label_visibility="collapsed",
+    **common.KEEP,
 )
 known = tuple(common.catalogue(side) if side.has_index else None for side in (run, other))
 pair = tables.pairs(found, view, "compare_table", known)

@@ -2,6 +2,7 @@
 
 import common
 import latent_parts
+import source_parts
 import streamlit as st
 import tables
 import torch
@@ -29,14 +30,26 @@ signed = len(index.poles) > 1
 by_text, by_example = st.tabs(["Search by text", "Search by example"])
 with by_text:
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        text = st.text_input("Search", key="features_text", placeholder="a token or a label", icon=":material/search:")
-        where = st.selectbox("in", ["anything", *search.TEXT_COLUMNS], key="features_where", width=140)
-        sort = st.selectbox("sort by", list(SORTS), format_func=SORTS.get, key="features_sort", width=180)
+        text = st.text_input(
+            "Search",
+            key="features_text",
+            placeholder="a token or a label",
+            icon=":material/search:",
+            **common.KEEP,
+        )
+        where = st.selectbox("in", ["anything", *search.TEXT_COLUMNS], key="features_where", width=140, **common.KEEP)
+        sort = st.selectbox(
+            "sort by", list(SORTS), format_func=SORTS.get, key="features_sort", width=180, **common.KEEP
+        )
     with st.container(horizontal=True, vertical_alignment="center"):
-        state = st.pills("state", list(search.STATES), key="features_state", label_visibility="collapsed")
+        state = st.pills(
+            "state", list(search.STATES), key="features_state", label_visibility="collapsed", **common.KEEP
+        )
         pole = None
         if signed:
-            pole = st.pills("pole", ["+ pole", "− pole"], key="features_pole", label_visibility="collapsed")
+            pole = st.pills(
+                "pole", ["+ pole", "− pole"], key="features_pole", label_visibility="collapsed", **common.KEEP
+            )
         with st.popover("More filters", icon=":material/filter_alt:"):
             density = st.select_slider(
                 "share of tokens it fires on",
@@ -44,8 +57,20 @@ with by_text:
                 value=(0.0, 1.0),
                 format_func=tables.decade,
                 key="features_density",
+                **common.KEEP,
             )
-            entropy = st.slider("entropy of its tokens, bits", 0.0, 16.0, (0.0, 16.0), 0.5, key="features_entropy")
+            entropy = st.slider(
+                "entropy of its tokens, bits",
+                0.0,
+                16.0,
+                (0.0, 16.0),
+                0.5,
+                key="features_entropy",
+                **common.KEEP,
+            )
+        source_parts.of_index(
+            run, index, ("density", "max", "token_entropy", "label", "label_score", "promoted_logits")
+        )
     found = search.find(table, text, where)
     found = search.narrow(
         found,
@@ -63,6 +88,12 @@ with by_text:
     with left:
         st.caption(note)
         picked = tables.latents(found.head(SHOWN), signed, read_notes(run.path), key="features_table")
+    last = st.session_state.get("features_last")
+    if picked is not None:
+        st.session_state["features_last"] = ((run.name, text), picked)
+    elif last is not None and last[0] == (run.name, text):
+        # Who comes back from a latent's page finds the one looked at last.
+        picked = last[1]
     with right:
         if picked is None and len(found):
             # Something to look at before the first click.
@@ -78,8 +109,12 @@ with by_example:
     )
     with st.form("example", border=False):
         columns = st.columns(2)
-        example = columns[0].text_area("Example", key="features_example", placeholder="The [[river]] runs past a mill.")
-        contrast = columns[1].text_area("Contrast (optional)", key="features_contrast", placeholder="The road is dry.")
+        example = columns[0].text_area(
+            "Example", key="features_example", placeholder="The [[river]] runs past a mill.", **common.KEEP
+        )
+        contrast = columns[1].text_area(
+            "Contrast (optional)", key="features_contrast", placeholder="The road is dry.", **common.KEEP
+        )
         asked = st.form_submit_button("Find latents", icon=":material/search:")
     if asked:
         plain, spans = search.marked(example)

@@ -3,9 +3,11 @@
 import common
 import health_parts
 import latent_parts
+import source_parts
 import streamlit as st
 
 from saelab import viz
+from saelab.features.health import AUDIT
 from saelab.features.search import STATES, count_states
 
 st.title("Health", anchor=False)
@@ -17,15 +19,23 @@ with st.container(horizontal=True):
     for name, help_text in STATES.items():
         share = counts[name] / index.d_sae
         st.metric(
-            name, f"{counts[name]:,}", f"{share:.1%}", delta_color="off", delta_arrow="off", help=help_text, width=130
+            name, f"{counts[name]:,}", f"{share:.1%}", delta_color="off", delta_arrow="off", help=help_text, width=100
         )
-    st.metric("latents", f"{index.d_sae:,}", width=130)
-    st.metric("tokens counted", f"{index.meta['tokens']:,}", width=150)
+    st.metric("latents", f"{index.d_sae:,}", width=80)
+    st.metric("tokens counted", f"{index.meta['tokens']:,}", width=115)
+    source_parts.of_index(run, index, ("count", "density", *AUDIT))
 
 density_tab, dead_tab, dense_tab = st.tabs(["Firing densities", f"Dead ({counts['dead']:,})", "Always on"])
 with density_tab:
     others = [name for name, other in common.workspace().runs.items() if other.has_index and name != run.name]
-    beside = st.multiselect("beside", others, key="health_beside", format_func=viz.visible, placeholder="other SAEs")
+    beside = st.multiselect(
+        "beside",
+        others,
+        key="health_beside",
+        format_func=viz.visible,
+        placeholder="other SAEs",
+        **common.KEEP,
+    )
     health_parts.densities(run, beside)
 
 with dead_tab:
@@ -38,14 +48,18 @@ with dead_tab:
         with left:
             chosen = health_parts.death_table(run, deaths)
         with right:
-            if chosen is None:
-                st.caption("Choose a row to see its nearest living neighbour.")
-            elif chosen["neighbour"] >= 0:
+            if chosen is not None and chosen["neighbour"] >= 0:
                 st.markdown(f"Nearest living neighbour of **#{chosen['latent']}**, cosine {chosen['cosine']:+.2f}")
                 latent_parts.preview(run, index, int(chosen["neighbour"]), 1, key="health_neighbour")
 
 with dense_tab:
     limit = st.select_slider(
-        "denser than", [0.02, 0.05, 0.1, 0.2, 0.5], value=0.1, format_func=lambda v: f"{v:.0%}", key="health_limit"
+        "denser than",
+        [0.02, 0.05, 0.1, 0.2, 0.5],
+        value=0.1,
+        format_func=lambda v: f"{v:.0%}",
+        key="health_limit",
+        width=420,
+        **common.KEEP,
     )
     health_parts.audit(index, limit)

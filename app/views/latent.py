@@ -2,12 +2,17 @@
 
 import common
 import latent_parts
+import source_parts
 import streamlit as st
 import tables
 
 from saelab.workspace.notes import read_notes
 
-KINDS = {"top": "strongest", "q75": "75–100 %", "q50": "50–75 %", "q25": "25–50 %", "q00": "0–25 %", "random": "random"}
+KINDS = {"top": "top", "q75": "75–100 %", "q50": "50–75 %", "q25": "25–50 %", "q00": "0–25 %", "random": "random"}
+SOURCES = (
+    *("density", "max", "mean", "token_entropy", "histogram", "promoted_logits", "neighbour_cosines"),
+    *("partner_jaccard", "partner_pmi", "label", "label_score"),
+)
 
 run = common.need_run()
 index = common.need_index(run)
@@ -26,6 +31,7 @@ with st.container(horizontal=True, vertical_alignment="bottom", horizontal_align
         if st.button("Steer with it", icon=":material/tune:", key="latent_steer"):
             common.steer_with(run, latent, pole if pole in index.poles else 1)
         latent_parts.downloads(run, index, latent, rows)
+        source_parts.of_index(run, index, SOURCES)
 common.show_link(run=run.name, latent=latent, pole=pole)
 
 if signed:
@@ -40,14 +46,16 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
         else:
             latent_parts.explanation(run, latent, side)
             latent_parts.numbers(row)
+            known = {example.kind for example in index.examples(latent, side)}
             kind = st.segmented_control(
                 "examples",
-                list(KINDS),
+                [name for name in KINDS if name in known] or ["top"],
                 default="top",
                 required=True,
                 format_func=KINDS.get,
                 key=f"latent_kind_{side}",
                 label_visibility="collapsed",
+                **common.KEEP,
             )
             latent_parts.examples(index, latent, side, kind)
             latent_parts.histogram(row, index, key=f"latent_histogram_{side}")

@@ -2,6 +2,7 @@
 
 import common
 import pandas as pd
+import source_parts
 import streamlit as st
 
 from saelab import viz, workspace
@@ -20,15 +21,17 @@ if not found.runs:
 
 rows = pd.DataFrame([workspace.summary(run) for run in found.runs.values()])
 rows["run"] = rows["run"].map(viz.visible)
+for share in {"ce_recovered", "dead"}.intersection(rows.columns):
+    rows[share] = 100 * rows[share].astype(float)
 config = {
     "run": st.column_config.TextColumn("run", pinned=True),
     "d_sae": st.column_config.NumberColumn("latents", format="localized"),
     "l0": st.column_config.NumberColumn("L0", format="%.1f", help=workspace.FORMULAS["l0"]),
     "fvu": st.column_config.NumberColumn("FVU", format="%.4f", help=workspace.FORMULAS["fvu"]),
     "ce_recovered": st.column_config.NumberColumn(
-        "CE recovered", format="percent", help=workspace.FORMULAS["ce_recovered"]
+        "CE recovered", format="%.1f %%", help=f"{workspace.FORMULAS['ce_recovered']}; ablation to zero"
     ),
-    "dead": st.column_config.NumberColumn("dead", format="percent", help=workspace.FORMULAS["dead"]),
+    "dead": st.column_config.NumberColumn("dead", format="%.1f %%", help=workspace.FORMULAS["dead"]),
     "measured": st.column_config.TextColumn("measured on", help="Held-out text, or the last training batch"),
     "index": st.column_config.CheckboxColumn("index", help="Whether the feature index is complete"),
 }
@@ -39,6 +42,7 @@ picked = st.dataframe(
     on_select="rerun",
     selection_mode="single-row",
     key="overview_table",
+    height="content" if len(rows) <= 20 else 620,
     placeholder="–",
     alt="The runs below the folder with their numbers",
 )
@@ -55,6 +59,7 @@ with left:
         format_func=workspace.TITLES.get,
         label_visibility="collapsed",
         key="overview_fidelity",
+        **common.KEEP,
     )
     points = workspace.pareto_points(found.runs.values(), y)
     if points:
@@ -67,17 +72,11 @@ with left:
 with right:
     st.subheader("Where the numbers come from", anchor=False)
     st.markdown(f"**{viz.markdown(common.describe(chosen))}**")
-    known = workspace.numbers(chosen)
-    with st.container(horizontal=True):
-        for name, n in known.items():
-            st.metric(workspace.TITLES[name], n.text(), help=viz.markdown(n.provenance()), width=110)
-    if known:
-        with st.expander("In full"):
-            common.html(viz.fact_table([(workspace.TITLES[k], n.text(), n.provenance()) for k, n in known.items()]))
-    else:
-        st.caption("Nothing was measured yet; `saelab evaluate RUN --cache CACHE` does.")
+    st.caption("Choose a row of the table to see another's.")
+    source_parts.of_run(chosen)
     settings = {k: v for k, v in chosen.settings.items() if isinstance(v, str | int | float | bool)}
-    with st.expander("Settings"):
+    with st.expander("Settings and training"):
+        source_parts.commands(workspace.train_command(chosen))
         trained = chosen.metadata.get("train") or {}
         common.html(viz.fact_table([(name, f"{value}", "") for name, value in {**settings, **trained}.items()]))
 

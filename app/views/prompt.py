@@ -11,18 +11,21 @@ EXAMPLE = "The river runs past the old mill, and the weather today is grey."
 st.title("Prompt", anchor=False)
 run = common.need_run()
 with st.form("prompt_form", border=False):
-    text = st.text_area("Text", EXAMPLE, key="prompt_text", height=80)
+    text = st.text_area("Text", EXAMPLE, key="prompt_text", height=80, **common.KEEP)
     with st.container(horizontal=True, vertical_alignment="center"):
         asked = st.form_submit_button("Read", icon=":material/play_arrow:", type="primary")
         gradients = st.toggle(
             "with gradients",
             key="prompt_gradients",
             help="Also compute the loss's gradient: which latents matter to the next token, not only which are active",
+            **common.KEEP,
         )
-if asked:
-    st.session_state["prompt_reading"] = (run.name, common.read_text(run, text, "Reading a prompt", gradients))
 name, reading = st.session_state.get("prompt_reading", (None, None))
-if name != run.name:
+if asked or (reading is not None and name != run.name):
+    # Another SAE is shown the same text at once: that is how they are compared.
+    reading = common.read_text(run, text, "Reading a prompt", gradients)
+    st.session_state["prompt_reading"] = (run.name, reading)
+if reading is None:
     common.need_model(run, "Reading a prompt")
     st.caption("Type a text and press Read.")
     st.stop()
@@ -35,6 +38,7 @@ layer = st.segmented_control(
     default="unexplained",
     required=True,
     key="prompt_layer",
+    **common.KEEP,
 )
 if layer == "one latent":
     strongest = [latent for latent, _ in reading.strongest(30)]
@@ -46,8 +50,12 @@ if layer == "one latent":
 elif layer == "active latents":
     common.html(viz.token_strip(reading.strings, [float(c) for c in counts], colours, unit="active latents"))
 else:
-    common.html(viz.token_strip(reading.strings, lost, colours, scale=1.0, unit="share of squared norm lost"))
-    st.caption("‖x − x̂‖² / ‖x‖² per token: 0 is a perfect reconstruction, 1 is as good as nothing.")
+    counted = lost[reading.first :] or lost
+    common.html(viz.token_strip(reading.strings, lost, colours, scale=max(counted), unit="share of squared norm lost"))
+    st.caption(
+        f"‖x − x̂‖² / ‖x‖² per token: 0 is a perfect reconstruction, 1 is as good as nothing. Here from "
+        f"{min(counted):.1%} to {max(counted):.1%}, the full tint; point at a token to read its own."
+    )
 
 best = reading.strongest(14)
 if best:
@@ -73,8 +81,8 @@ left, right = st.columns([1, 1], gap="large")
 with left:
     chosen = prompt_parts.active_table(run, reading, position)
 with right:
-    prompt_parts.why(common.sae(run), reading, position)
+    prompt_parts.why(run, reading, position)
 if chosen is not None and st.button(f"Open latent #{chosen[0]}", icon=":material/open_in_full:", key="prompt_open"):
     common.open_latent(*chosen)
 if reading.grads is not None:
-    prompt_parts.effects(common.sae(run), reading, position)
+    prompt_parts.effects(run, reading, position)

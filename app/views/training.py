@@ -1,6 +1,7 @@
 """Curves of runs that are training or have finished; they redraw themselves while a log grows."""
 
 import common
+import source_parts
 import streamlit as st
 import sweep_parts
 
@@ -31,7 +32,9 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
     chosen = [name for name in st.session_state.get("training_runs", default) if name in logged]
     st.session_state["training_runs"] = chosen
     names = st.multiselect("runs", list(logged), key="training_runs", format_func=viz.visible)
-    axis = st.segmented_control("x axis", ["tokens", "step"], default="tokens", required=True, key="training_axis")
+    axis = st.segmented_control(
+        "x axis", ["tokens", "step"], default="tokens", required=True, key="training_axis", **common.KEEP
+    )
     live = st.toggle(
         "follow",
         value=any(not run.has_weights for run in logged.values()),
@@ -66,5 +69,12 @@ if names:
             f"step {last['step']:,} · {state}",
             delta_color="off",
             delta_arrow="off",
+            help=f"{workspace.FORMULAS['fvu']} of the last training batch; held-out numbers stand on the Overview",
         )
+    st.caption(
+        "A point is one training batch. FVU: its squared error over the variance of the whole cache; loss: FVU and the "
+        "variant's weighted extra terms; gradient norm: before clipping; dead latents: silent for `dead_after` tokens."
+    )
     curves()
+    with st.expander("Commands"):
+        source_parts.commands(*(workspace.train_command(logged[name]) for name in names))

@@ -24,12 +24,13 @@ class Contender(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """Winners by score, then the best losers. ``rule`` says in words what the cut is."""
+    """Winners and the losers that came nearest, both by margin. ``rule`` says in words what the cut is."""
 
     winners: list[Contender]
     losers: list[Contender]
-    cut: float | None  # None where every latent has its own
+    cut: float | None  # None where every latent has its own: score - margin
     rule: str
+    score: str  # in words
 
 
 class Effect(NamedTuple):
@@ -57,15 +58,16 @@ def contest(
 ) -> Contest:
     """Who won the token ``x`` (raw units, inference rule), by how much, and who came close.
 
-    A latent's score is what selection compares: its pre-activation, or the magnitude in a signed SAE. With a
-    threshold the margin is the distance to it; with a budget per token, the distance between a winner and the best
-    loser, or between a loser and the weakest winner. ``grad`` matters only to an SAE that selects by gradients at
-    inference.
+    A latent's score is what selection compares: its pre-activation, or the magnitude in a signed SAE, weighted by
+    the gradient ``grad`` where an SAE selects by gradients at inference. With a threshold the margin is the distance
+    to it; with a budget per token, the distance between a winner and the best loser, or between a loser and the
+    weakest winner.
     """
     row = x[None].to(sae.device)
     u = sae.pre_acts(row, slice(0, sae.d_sae))[0]
-    score = u.abs() if sae.signed else u
-    code = sae.encode(row, None if grad is None else grad[None].to(row)).nonzero()
+    grads = None if grad is None else grad[None].to(row)
+    score, what = _score(sae, u, grads)
+    code = sae.encode(row, grads).nonzero()
     value = torch.zeros_like(u)
     value[code.indices] = code.values
     won = value != 0
@@ -82,10 +84,24 @@ def contest(
         cut_value = float(cut) if cut.ndim == 0 else None
         rule = rule if cut.ndim == 0 else "each latent's own threshold"
     fields = [t.tolist() for t in (u, score, value, margin)]
-    order = score.argsort(descending=True).tolist()
-    made = [Contender(j, *(column[j] for column in fields)) for j in order if value[j] != 0]
-    lost = [Contender(j, *(column[j] for column in fields)) for j in order[: losers + len(made)] if value[j] == 0]
-    return Contest(made, lost[:losers], cut_value, rule)
+    # By margin: where every latent has its own threshold, a high score says nothing of how close it came.
+    order = margin.argsort(descending=True, stable=True).tolist()
+    contenders = [Contender(j, *(column[j] for column in fields)) for j in order]
+    made, lost = ([c for c in contenders if (c.activation != 0) == side] for side in (True, False))
+    return Contest(made, lost[:losers], cut_value, rule, what)
+
+
+def _score(sae: LinearSAE, u: Tensor, grads: Tensor | None) -> tuple[Tensor, str]:
+    """What selection compares, and its name."""
+    from saelab.sae.gated import GatedSAE
+    from saelab.sae.gradient_topk import GradientTopK
+
+    score, what = (u.abs(), "magnitude of the pre-activation") if sae.signed else (u, "pre-activation")
+    if isinstance(sae, GatedSAE):
+        return score, "pre-activation of the gate"
+    if grads is None or not isinstance(sae, GradientTopK) or sae.grad_select == "train_only":
+        return score, what
+    return score * sae.score_weights(grads)[0], f"{what} × (1 + β |gradient along the latent|)"
 
 
 def thresholds(sae: LinearSAE) -> Tensor | None:

@@ -76,6 +76,11 @@ class GradientTopK(LinearSAE, variant="gradient_topk"):
             x, grads, self.W_enc, self.b_enc, self.b_in, self.W_dec, self.k, beta, grad_norm, self.signed
         )
 
+    def score_weights(self, grads: Tensor) -> Tensor:
+        """What multiplies each latent's magnitude in eval mode, ``[n, d_sae]``."""
+        effect, beta = (grads @ self.W_dec.T).abs(), self._fixed_beta()
+        return effect if math.isinf(beta) else 1 + beta * effect
+
     def _fixed_beta(self) -> float:
         gain = self.gain.mean().item()
         if gain == 0 and self.beta > 0:

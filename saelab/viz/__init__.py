@@ -2,19 +2,17 @@
 
 from saelab.viz.charts import (
     activation_histogram,
-    contest_bars,
     density_histogram,
     dose_response,
     firing_rank,
-    heatmap,
     lines,
     logit_effects,
     pareto,
     scatter,
-    steps,
 )
 from saelab.viz.escape import label, markdown, plain, visible
 from saelab.viz.export import latent_json, latent_page
+from saelab.viz.reading import contest_bars, heatmap, steps
 from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
 from saelab.viz.tokens import caption, example_list, fact_table, style_sheet, token_chips, token_strip
 

@@ -23,8 +23,8 @@ def base(colours: Palette, height: int = 300, x: str = "", y: str = "", **layout
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": colours.text, "size": 12.5, "family": '"Source Sans", "Source Sans Pro", sans-serif'},
         colorway=list(colours.series),
-        xaxis={"title": {"text": x}, **axis},
-        yaxis={"title": {"text": y}, **axis},
+        xaxis={"title": {"text": x, "standoff": 8}, **axis},
+        yaxis={"title": {"text": y, "standoff": 10}, **axis},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": colours.text}},
         hoverlabel={"bgcolor": colours.surface, "font": {"color": colours.text}, "align": "left"},
         bargap=0.06,
@@ -40,12 +40,30 @@ def log_axis(values: Sequence[float], most: int = 8) -> dict[str, Any]:
     positive = [v for v in values if v > 0]
     if not positive or max(positive) < 1.5 * min(positive):
         return {"type": "linear"}
-    low, high = 0.95 * min(positive), 1.05 * max(positive)
+    ticks = round_ticks(0.95 * min(positive), 1.05 * max(positive), most)
+    return {"type": "log", "tickvals": ticks, "ticktext": [written(tick) for tick in ticks]}
+
+
+def round_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """At most ``most`` round numbers from ``low`` to ``high``, evenly spread on a log scale; ``low`` above 0."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     ticks: list[float] = []
     for digits in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,)):
         ticks = [m * 10.0**e for e in decades for m in digits if low <= m * 10.0**e <= high]
         if len(ticks) <= most:
             break
-    ticks = ticks[:: -(-len(ticks) // most)] if ticks else []
-    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return ticks[:: -(-len(ticks) // most)] if ticks else []
+
+
+def written(tick: float) -> str:
+    """A round number as an axis shows it: 0.01, 500, 20k, 3M, 10⁻⁴."""
+    if tick >= 1000:
+        power = min(3, int(np.log10(tick) + 1e-9) // 3)
+        return f"{tick / 1000**power:g}{'kMG'[power - 1]}"
+    if tick >= 0.001:
+        return f"{tick:g}"
+    digit, exponent = f"{tick:.0e}".split("e")
+    return ("" if digit == "1" else f"{digit}×") + "10" + str(int(exponent)).translate(_RAISED)
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

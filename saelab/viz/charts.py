@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from saelab.viz.axes import base, log_axis
+from saelab.viz.axes import base, log_axis, round_ticks, written
 from saelab.viz.escape import label as safe
 from saelab.viz.theme import SYMBOLS, Palette
 
@@ -52,9 +53,12 @@ def lines(
     for i, (name, (xs, ys)) in enumerate(series.items()):
         dash = dashes[i // len(colours.series) % 4] if len(series) > len(colours.series) else dashes[i % 4]
         fig.add_scatter(x=list(xs), y=list(ys), name=safe(name), mode="lines", line={"width": 2, "dash": dash})
+    fig.update_xaxes(tickformat="~s")
+    values = [y for _, ys in series.values() for y in ys]
     if log_y:
-        return fig.update_yaxes(log_axis([y for _, ys in series.values() for y in ys]))
-    return fig.update_yaxes(rangemode="tozero")
+        return fig.update_yaxes(log_axis(values))
+    # Nothing but zeros would be drawn on an axis of small fractions.
+    return fig.update_yaxes(rangemode="tozero") if any(values) else fig.update_yaxes(range=[0, 1], tickvals=[0, 1])
 
 
 def density_histogram(
@@ -95,7 +99,7 @@ def activation_histogram(
     bounds, at = np.asarray(edges, dtype=float), np.arange(len(counts)) + 0.5
     texts = [f"{a:.3g} to {b:.3g}" for a, b in itertools.pairwise(bounds)]
     tint = colours.positive if pole > 0 else colours.negative
-    fig = base(colours, 200, "magnitude of the activation", "tokens", showlegend=False)
+    fig = base(colours, 200, "magnitude of the activation, raw units", "tokens", showlegend=False)
     hover = "%{text}: %{y:,} tokens<extra></extra>"
     fig.add_bar(x=at, y=list(counts), text=texts, textposition="none", marker_color=tint, hovertemplate=hover)
     for name, value in (quantiles or {}).items():
@@ -104,9 +108,19 @@ def activation_histogram(
         label = {"size": 11, "color": colours.muted}
         fig.add_annotation(x=x, y=1, yref="paper", yanchor="bottom", text=name, showarrow=False, font=label)
     fig.update_layout(margin_t=22)
-    ticks = np.unique(np.linspace(0, len(bounds) - 1, 7).round().astype(int))
-    fig.update_xaxes(tickvals=ticks.tolist(), ticktext=[f"{bounds[i]:.3g}" for i in ticks], showgrid=False)
-    return fig.update_yaxes(type="log", dtick=1)
+    ticks = round_ticks(bounds[bounds > 0][0], bounds[-1]) if bounds.size and bounds[-1] > 0 else []
+    places = np.interp(ticks, bounds, np.arange(len(bounds))).tolist() if ticks else []
+    fig.update_xaxes(tickvals=places, ticktext=[written(tick) for tick in ticks], showgrid=False)
+    fig.update_xaxes(range=[0, len(counts)])
+    return fig.update_yaxes(_counts_axis(counts))
+
+
+def _counts_axis(counts: Sequence[int]) -> dict[str, Any]:
+    """A log axis for bars of counts, on which a single one still has some height."""
+    most = max([10, *counts])
+    ticks = [10.0**e for e in range(int(np.log10(most)) + 1)]
+    ends = [np.log10(0.7), np.log10(1.2 * most)]
+    return {"type": "log", "range": ends, "tickvals": ticks, "ticktext": [written(tick) for tick in ticks]}
 
 
 def logit_effects(
@@ -144,8 +158,9 @@ def firing_rank(
             line = {"width": 1.5, "dash": "dash", "color": colour}
             label = f"{safe(name)}: Zipf s = {exponent:.2f}"
             fig.add_scatter(x=rank, y=np.exp(log_scale) * rank**-exponent, name=label, mode="lines", line=line)
-    fig.update_xaxes(type="log", dtick=1)
-    return fig.update_yaxes(type="log", dtick=1)
+    fig.update_xaxes(log_axis([1, *(len(counts) for counts in ranked.values())], 6))
+    drawn = [value for counts in ranked.values() for value in np.asarray(counts, dtype=float).tolist()]
+    return fig.update_yaxes(log_axis(drawn))
 
 
 def scatter(
@@ -163,26 +178,6 @@ def scatter(
     return fig
 
 
-def steps(values: Sequence[float], selected: int, colours: Palette, x: str = "", y: str = "") -> go.Figure:
-    """A curve over steps with one step marked: the matching-pursuit replay."""
-    fig = base(colours, 240, x, y, showlegend=False)
-    fig.add_scatter(x=list(range(len(values))), y=list(values), mode="lines+markers", line={"width": 2})
-    marker = {"size": 14, "color": colours.positive, "line": {"width": 2, "color": colours.text}}
-    fig.add_scatter(x=[selected], y=[values[selected]], mode="markers", marker=marker)
-    return fig
-
-
-def heatmap(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], colours: Palette) -> go.Figure:
-    """Signed values on the diverging scale, zero at the page's background."""
-    end = float(np.abs(values).max()) or 1.0 if np.size(values) else 1.0
-    scale = [[0.0, colours.negative], [0.5, colours.background], [1.0, colours.positive]]
-    fig = base(colours, 80 + 22 * len(rows))
-    fig.add_heatmap(z=values, zmin=-end, zmax=end, colorscale=scale, hovertemplate="%{z:+.3f}<extra></extra>")
-    fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=[safe(c) for c in columns], showgrid=False)
-    ticks = [safe(r) for r in rows]
-    return fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=ticks, autorange="reversed", showgrid=False)
-
-
 def dose_response(
     strengths: Sequence[float],
     curves: Mapping[str, Sequence[float]],
@@ -196,23 +191,3 @@ def dose_response(
     if chosen is not None:
         fig.add_vline(x=chosen, line={"color": colours.muted, "dash": "dot"})
     return fig
-
-
-def contest_bars(
-    labels: Sequence[str], scores: Sequence[float], won: Sequence[bool], colours: Palette, cut: float | None = None
-) -> go.Figure:
-    """Scores of the latents that contended for a token, winners filled, with the line they had to pass."""
-    fig = base(colours, 60 + 19 * max(1, len(scores)), "score", showlegend=False)
-    fill = [colours.primary if w else "rgba(0,0,0,0)" for w in won]
-    marker = {"color": fill, "line": {"width": 1.5, "color": colours.primary}}
-    fig.add_bar(
-        x=list(scores),
-        y=list(range(len(scores))),
-        orientation="h",
-        marker=marker,
-        hovertemplate="%{x:.4f}<extra></extra>",
-    )
-    if cut is not None:
-        fig.add_vline(x=cut, line={"color": colours.text, "width": 1.5, "dash": "dot"})
-    texts = [safe(label) for label in labels]
-    return fig.update_yaxes(tickvals=list(range(len(texts))), ticktext=texts, autorange="reversed", showgrid=False)

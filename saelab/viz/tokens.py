@@ -26,7 +26,7 @@ def style_sheet(colours: Palette) -> str:
 .sl-strip span {{ border-radius: 3px; padding: 1px 0; unicode-bidi: isolate; }}
 .sl-pos {{ border-bottom: 2px solid {colours.positive}; }}
 .sl-neg {{ border-bottom: 2px dotted {colours.negative}; }}
-.sl-focus {{ outline: 1.5px solid {colours.text}; outline-offset: 1px; font-weight: 600; }}
+.sl-focus {{ box-shadow: inset 0 0 0 1.5px {colours.text}; font-weight: 600; }}
 .sl-example {{ display: flex; gap: 0.75rem; padding: 0.35rem 0; border-bottom: 1px solid {colours.grid}; }}
 .sl-example:last-child {{ border-bottom: none; }}
 .sl-value {{ flex: 0 0 4.2rem; text-align: right; font-variant-numeric: tabular-nums; color: {colours.muted};
@@ -97,4 +97,7 @@ def _span(token: str, strength: float, value: float, focus: bool, colours: Palet
     classes += ["sl-focus"] if focus else []
     attributes = f' class="{" ".join(classes)}"' if classes else ""
     attributes += f' style="background:{colours.tint(strength)}"' if strength else ""
-    return f'<span{attributes} title="{plain(token)} · {unit} {value:+.3f}">{plain(token)}</span>'
+    # A space that a token begins with stays outside: where the line breaks there, a mark on it would stand alone.
+    word = token.lstrip(" ") or token
+    space = token[: len(token) - len(word)]
+    return f'{space}<span{attributes} title="{plain(token)} · {unit} {value:+.3f}">{plain(word)}</span>'

@@ -1,5 +1,6 @@
 """A folder of runs and caches as the app and the notebooks see it."""
 
+from saelab.workspace.commands import evaluate_command, index_command, train_command
 from saelab.workspace.log import measured, read_metrics, series, thin
 from saelab.workspace.numbers import FORMULAS, TITLES, Number, numbers, pareto_points, summary
 from saelab.workspace.runs import Run, Workspace
@@ -10,6 +11,8 @@ __all__ = [
     "Number",
     "Run",
     "Workspace",
+    "evaluate_command",
+    "index_command",
     "measured",
     "numbers",
     "pareto_points",
@@ -17,4 +20,5 @@ __all__ = [
     "series",
     "summary",
     "thin",
+    "train_command",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saelab.errors import UserError
+from saelab.workspace.commands import evaluate_command, train_command
 from saelab.workspace.runs import Run
 
 FORMULAS = {
@@ -44,11 +45,15 @@ class Number:
 
     def provenance(self) -> str:
         """One line: formula, tokens, seed, command."""
+        return f"{self.sample()} · {self.command}"
+
+    def sample(self) -> str:
+        """One line: formula, tokens, seed, interval."""
         sample = [self.source]
         sample += [] if self.tokens is None else [f"{self.tokens:,} tokens"]
         sample += [] if self.seed is None else [f"seed {self.seed}"]
         interval = "" if self.low is None else f" · 95 % interval {self.low:.4g} to {self.high:.4g}"
-        return f"{self.formula} · {', '.join(sample)}{interval} · {self.command}"
+        return f"{self.formula} · {', '.join(sample)}{interval}"
 
 
 def numbers(run: Run) -> dict[str, Number]:
@@ -98,7 +103,7 @@ def _training(run: Run) -> dict[str, Number]:
             tokens=step.get("tokens") if name == "dead" else train.get("batch_size"),
             seed=train.get("seed"),
             source="last training batch" if name != "dead" else "whole training run so far",
-            command=run.metadata.get("command") or f"saelab train --variant {run.variant}",
+            command=train_command(run) or "another tool's training",
         )
         for name, value in values.items()
         if value is not None
@@ -119,7 +124,7 @@ def _evaluation(run: Run) -> dict[str, Number]:
             tokens=row.get("n") if row.get("unit") == "token" else None,
             seed=settings.get("seed"),
             source=f"{settings.get('split', 'held_out')} split".replace("_", "-"),
-            command=f"saelab evaluate {run.name} --cache CACHE",
+            command=evaluate_command(run),
             low=row.get("low"),
             high=row.get("high"),
         )

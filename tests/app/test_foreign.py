@@ -93,4 +93,4 @@ def test_what_cannot_be_read_is_one_row(monkeypatch: pytest.MonkeyPatch, folder:
     assert app.selectbox(key="run").options == ["good · topk"]
     states = dict(zip(app.dataframe[0].value["run"], app.dataframe[0].value["state"]))
     assert states["good"] == "from sparsify"
-    assert "torn" in states["torn"] and "not valid JSON" in states["broken"]
+    assert "torn" in states["torn"] and "cfg.json is damaged" in states["broken"]

@@ -89,6 +89,39 @@ def test_the_margin_of_topk_is_what_it_takes_to_lose() -> None:
     assert weakest.latent not in {c.latent for c in why.contest(sae, x).winners}
 
 
+@pytest.mark.parametrize("variant", ["jump_relu", "feature_choice"])
+def test_with_thresholds_of_their_own_the_nearest_losers_are_named(variant: str) -> None:
+    sae = build(variant, D_IN, D_SAE, **({"k": 4} if variant == "feature_choice" else {})).eval()
+    with torch.no_grad():
+        cuts = torch.rand(D_SAE) * 3 + 0.05
+        if variant == "jump_relu":
+            sae.threshold.copy_(cuts)
+        else:
+            sae.choose(0)
+            sae.latent_threshold.set_(cuts)
+    x = torch.randn(D_IN)
+    near, everyone = (why.contest(sae, x, losers=losers) for losers in (4, D_SAE))
+    contenders = [*everyone.winners, *everyone.losers]
+    assert everyone.cut is None and len(contenders) == D_SAE
+    for c in contenders:
+        assert c.score - c.margin == pytest.approx(float(cuts[c.latent]), rel=1e-4)
+    nearest = sorted(everyone.losers, key=lambda c: -c.margin)[:4]
+    assert [c.latent for c in near.losers] == [c.latent for c in nearest]
+    assert near.losers != sorted(everyone.losers, key=lambda c: -c.score)[:4], "or nothing was tested"
+
+
+def test_a_selection_by_gradients_is_explained_by_its_own_score() -> None:
+    sae = build("gradient_topk", D_IN, D_SAE, k=3, beta=4.0, grad_norm="none", grad_select="train_and_eval").eval()
+    x, grad = torch.randn(D_IN), torch.randn(D_IN)
+    found = why.contest(sae, x, grad, losers=D_SAE)
+    assert "gradient" in found.score
+    assert min(c.score for c in found.winners) >= max(c.score for c in found.losers)
+    assert all(c.margin >= 0 for c in found.winners) and all(c.margin <= 0 for c in found.losers)
+    # By pre-activations alone the winners would be others, so the score above is what decided.
+    largest = sae.pre_acts(x[None], slice(0, D_SAE))[0].topk(3).indices.tolist()
+    assert {c.latent for c in found.winners} != set(largest)
+
+
 def test_effects_predict_the_change_of_a_linear_loss() -> None:
     sae = build("topk", D_IN, D_SAE, k=6).eval()
     x, grad = torch.randn(D_IN), torch.randn(D_IN)

@@ -9,7 +9,7 @@ import pytest
 from small_workspace import HOSTILE
 
 from saelab import viz
-from saelab.viz.axes import log_axis
+from saelab.viz.axes import log_axis, round_ticks, written
 from saelab.viz.theme import DARK, LIGHT, contrast
 
 BIDI_AND_CONTROL = "\u202e\u2066\u200f\u061c\u200b\ufeff\x00\x07\x1b\x85\u2028"
@@ -41,6 +41,43 @@ def test_tokens_are_inert(colours: viz.Palette) -> None:
         assert seen.attributes <= {"class", "style", "title"}
         assert "<script>alert(1)</script>" in seen.text
         assert not set(BIDI_AND_CONTROL) & set(seen.text)
+
+
+def test_the_space_before_a_word_is_not_marked() -> None:
+    fragment = viz.token_strip([" river", "  ", "s"], [1.0, 2.0, 0.0], LIGHT, focus=0)
+    assert Tags(fragment).text == " river  s"
+    assert '> <span class="sl-pos sl-focus"' in fragment and ">river</span>" in fragment
+    assert ">  </span>" in fragment, "a token of nothing but spaces is marked all the same"
+
+
+def test_log_axes_name_round_numbers_once_each() -> None:
+    assert round_ticks(0.854, 230) == [1, 2, 5, 10, 20, 50, 100, 200]
+    assert [written(tick) for tick in (0.00001, 0.0003, 0.02, 5, 200, 1000, 2e6)] == [
+        *("10⁻⁵", "3×10⁻⁴", "0.02", "5", "200", "1k", "2M")
+    ]
+    edges = [0.5, 1.0, 2.0, 4.0, 8.0]
+    axis = viz.activation_histogram(edges, [1, 2, 30, 0], LIGHT).layout.xaxis
+    assert dict(zip(axis.ticktext, axis.tickvals)) == {"0.5": 0, "1": 1, "2": 2, "5": 3.25} | {
+        text: at for text, at in zip(axis.ticktext, axis.tickvals) if text not in {"0.5", "1", "2", "5"}
+    }
+    assert tuple(axis.range) == (0, 4)
+    zeros = viz.lines({"run": ([0, 1], [0, 0])}, LIGHT).layout.yaxis
+    assert tuple(zeros.range) == (0, 1)
+
+
+def test_a_heatmap_without_negative_values_uses_one_colour() -> None:
+    for values, low in (([[0.0, 3.0]], 0.0), ([[-1.0, 3.0]], -3.0)):
+        (drawn,) = viz.heatmap(np.array(values), ["<b>"], ["a", "b"], LIGHT).data
+        assert (drawn.zmin, drawn.zmax) == (low, 3.0)
+        assert (drawn.colorscale[0][1] == LIGHT.negative) == (low < 0)
+        assert drawn.customdata[0][1] == "&lt;b&gt;<br>b"
+
+
+def test_bars_left_out_leave_a_gap_that_says_so() -> None:
+    figure = viz.contest_bars(["#1", "#2", "#3"], [3, 2, 1], [True, True, False], LIGHT, [1, 1, 2], gap=(1, "7 more"))
+    bars, marks = figure.data
+    assert list(bars.y) == list(marks.y) == [0, 2, 3] and list(marks.x) == [1, 1, 2]
+    assert figure.layout.annotations[0].text == "7 more" and figure.layout.annotations[0].y == 1
 
 
 def test_visible_shows_what_cannot_be_seen() -> None:
@@ -112,6 +149,18 @@ def test_plotly_labels_are_escaped() -> None:
     assert list(viz.logit_effects([("\"'", 1.0)], [], DARK).layout.yaxis.ticktext) == ["\"'"]
 
 
+def value_of(label: str) -> float:
+    """The number that a label of an axis stands for."""
+    for mark, factor in {"k": 1e3, "M": 1e6, "G": 1e9}.items():
+        if label.endswith(mark):
+            return factor * float(label.removesuffix(mark))
+    mantissa, ten, power = label.rpartition("10") if not label.isascii() else (label, "", "")
+    if not ten:
+        return float(label)
+    raised = power.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))
+    return float(mantissa.removesuffix("×") or 1) * 10.0 ** int(raised)
+
+
 @pytest.mark.parametrize("values", [[16, 32], [3e-5, 0.7], [1e-9, 1e9], [0, 2, 90], [2, 2.1], [0.0], []])
 def test_a_log_axis_has_few_round_labels(values: list[float]) -> None:
     axis = log_axis(values)
@@ -120,5 +169,5 @@ def test_a_log_axis_has_few_round_labels(values: list[float]) -> None:
         assert axis["type"] == "linear"
         return
     assert 2 <= len(axis["tickvals"]) <= 8
-    assert [float(text) for text in axis["ticktext"]] == pytest.approx(axis["tickvals"])
+    assert [value_of(text) for text in axis["ticktext"]] == pytest.approx(axis["tickvals"])
     assert min(positive) * 0.9 <= axis["tickvals"][0] and axis["tickvals"][-1] <= max(positive) * 1.1

@@ -1,0 +1,69 @@
+"""The commands that make a run and its numbers again, spelled from what its files record."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from saelab.evaluate import EvaluateConfig
+from saelab.features import IndexConfig
+from saelab.sae import VARIANTS
+from saelab.train import TrainConfig
+from saelab.train.run import SOURCE
+from saelab.workspace.runs import Run
+
+CACHE = "CACHE"  # where nothing recorded which
+
+
+def train_command(run: Run) -> str | None:
+    """How the run was trained; None for an SAE of another tool. Resolved defaults are spelled out."""
+    own = run.metadata.get("saelab") or {}
+    if run.is_foreign or own.get("variant") not in VARIANTS:
+        return None
+    known = inspect.signature(VARIANTS[own["variant"]].__init__).parameters
+    config = {name: value for name, value in (own.get("config") or {}).items() if name in known and name != "d_in"}
+    kept = {name: value for name, value in config.items() if name in {"d_sae", "k"} or _differs(value, known[name])}
+    kept |= _changed(TrainConfig, run.metadata.get("train") or {})
+    if source := run.metadata.get(SOURCE):
+        kept = {"from": source} | kept
+    cache = run.metadata.get("cache") or CACHE
+    return _spell("train", cache, {"variant": own["variant"], **kept, "out": run.name})
+
+
+def evaluate_command(run: Run) -> str:
+    """How ``evaluation.json`` was made, or would be."""
+    settings = run.evaluation.get("settings") or {}
+    cache = settings.get("cache") or run.metadata.get("cache") or CACHE
+    return _spell("evaluate", run.name, {"cache": cache, **_changed(EvaluateConfig, settings)})
+
+
+def index_command(run_name: str, meta: Mapping[str, Any]) -> str:
+    """How a feature index was made, from its own ``meta``."""
+    return _spell("index", run_name, {"cache": meta["cache"], **_changed(IndexConfig, meta["config"])})
+
+
+def _differs(value: Any, parameter: inspect.Parameter) -> bool:
+    """Whether a value read from JSON is not the parameter's default; there, sequences are lists."""
+    default = parameter.default
+    return value != (list(default) if isinstance(default, tuple) else default)
+
+
+def _changed(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded values that are options and not their defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: values[name] for name in defaults if name in values and values[name] != defaults[name]}
+
+
+def _spell(command: str, subject: str, options: Mapping[str, Any]) -> str:
+    words = ["saelab", command, shlex.quote(subject)]
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            parts = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{option}", *(shlex.quote(str(part)) for part in parts)]
+    return " ".join(words)
