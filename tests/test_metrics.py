@@ -22,6 +22,7 @@ from saelab.metrics import (
     correlation_errors,
     detection,
     effective_rank,
+    intervals,
     match_dictionary,
     max_cosines,
     mcc,
@@ -30,7 +31,7 @@ from saelab.metrics import (
     t_interval,
     zipf_fit,
 )
-from saelab.metrics.intervals import from_resamples
+from saelab.metrics.intervals import from_resamples, resampled_sums
 from saelab.sparse import SparseCode
 
 
@@ -131,7 +132,18 @@ def test_reports_never_hold_nan():
     assert all(math.isfinite(e.value) for e in got.values())
     assert got["nmse"].value == pytest.approx(1.0)  # the two zero tokens have no ratio and are left out
     with pytest.raises(ValueError, match="finite"):
-        from_resamples(np.array([np.nan, 1.0]), 1, "token", "f", 1, "context")
+        from_resamples(np.array([np.nan, 1.0]), 1, "token", "f", 1)
+
+
+def test_the_bootstrap_does_not_depend_on_how_much_of_it_is_held(monkeypatch):
+    columns = np.random.default_rng(0).random((40, 3)), np.random.default_rng(1).random(40)
+    at_once = resampled_sums(*columns, seed=5)
+    monkeypatch.setattr(intervals, "HELD", 40 * 7)
+    few = resampled_sums(*columns, seed=5)
+    assert [part.shape for part in few] == [(1001, 3), (1001,)]
+    for a, b in zip(at_once, few):
+        np.testing.assert_allclose(a, b, rtol=1e-12)  # sums of 40 numbers, in another order at most
+    np.testing.assert_allclose(few[0][0], columns[0].sum(0), rtol=1e-12)
 
 
 def test_firing_counts_see_negative_values():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.sites import register
-from saelab.metrics.intervals import Array, Estimate, cluster_weights, from_resamples
+from saelab.metrics.intervals import Array, Estimate, from_resamples, resampled_sums
 
 FORMULAS = {
     "ce_loss_without_sae": "mean next-token cross-entropy of the untouched model, nats, at replaced positions",
@@ -67,18 +67,18 @@ class LossSums:
     ce: list[list[float]] = field(default_factory=list)  # clean, sae, zero, mean
     kl: list[list[float]] = field(default_factory=list)  # sae, zero, mean
 
-    def estimates(self, cluster: str = "context", seed: int = 0) -> dict[str, Estimate]:
+    def estimates(self, seed: int = 0) -> dict[str, Estimate]:
         """Every loss and share of ``FORMULAS`` with its interval over contexts."""
         total = sum(self.n)
         if total == 0:
             raise UserError("no held-out position was replaced, so there is no loss to compare; harvest more text")
-        weights = cluster_weights(len(self.n), seed=seed)
-        n = weights @ np.array(self.n, dtype=np.float64)
-        ce, kl = weights @ np.array(self.ce) / n[:, None], weights @ np.array(self.kl) / n[:, None]
+        columns = (np.array(column, dtype=np.float64) for column in (self.n, self.ce, self.kl))
+        n, ce, kl = resampled_sums(*columns, seed=seed)
+        ce, kl = ce / n[:, None], kl / n[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             values = _shares(ce, kl)
         return {
-            name: from_resamples(values[name], total, "token", formula, len(self.n), cluster)
+            name: from_resamples(values[name], total, "token", formula, len(self.n))
             for name, formula in FORMULAS.items()
             if np.isfinite(values[name][0])
         }

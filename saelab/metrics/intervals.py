@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 LEVEL = 0.95  # of every interval in a report
+RESAMPLES = 1000
+HELD = 1 << 24  # drawn multiplicities held at once: 128 MiB of them, twice
 
 
 @dataclass(frozen=True)
@@ -39,28 +41,34 @@ class Estimate:
         return asdict(self)
 
 
-def cluster_weights(n_clusters: int, n_resamples: int = 1000, seed: int = 0) -> Array:
-    """How often each cluster is drawn in each resample of the bootstrap, ``[n_resamples + 1, n_clusters]``.
+def resampled_sums(*columns: Array, seed: int = 0) -> list[Array]:
+    """Sums of each column over the contexts of the sample itself, and of each of 1,000 resamples of the bootstrap.
 
-    The first row is all ones: the sample itself.
+    A column ``[n_contexts, ...]`` gives ``[1001, ...]``. What is drawn is held for a few resamples at a time, since a
+    cache may have millions of contexts.
     """
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_resamples)
-    return np.concatenate([np.ones((1, n_clusters)), drawn.astype(np.float64)])
+    n, rng = len(columns[0]), np.random.default_rng(seed)
+    parts = [[np.ones((1, n)) @ column] for column in columns]
+    for start in range(0, RESAMPLES, step := max(HELD // n, 1)):
+        size = min(step, RESAMPLES - start)
+        drawn = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
+        for part, column in zip(parts, columns):
+            part.append(drawn @ column)
+    return [np.concatenate(part) for part in parts]
 
 
-def from_resamples(values: Array, n: int, unit: str, formula: str, n_clusters: int, cluster: str) -> Estimate:
-    """The estimate of ``values[0]`` with the percentile interval of ``values[1:]``.
+def from_resamples(values: Array, n: int, unit: str, formula: str, n_contexts: int) -> Estimate:
+    """The estimate of ``values[0]`` with the percentile interval of ``values[1:]``, resamples of contexts.
 
-    Resamples in which the ratio is undefined (no spread left, say) are left out; fewer than two clusters, or less
+    Resamples in which the ratio is undefined (no spread left, say) are left out; fewer than two contexts, or less
     than half of the resamples defined, give no interval.
     """
     finite = values[1:][np.isfinite(values[1:])]
-    if n_clusters < 2 or finite.size < 0.5 * (values.size - 1):
-        why = f"none: {n_clusters} {cluster}s are too few to resample"
+    if n_contexts < 2 or finite.size < 0.5 * (values.size - 1):
+        why = f"none: {n_contexts} contexts are too few to resample"
         return Estimate(float(values[0]), None, None, n, unit, formula, why)
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    how = f"95 % percentile bootstrap over {n_clusters} {cluster}s"
+    how = f"95 % percentile bootstrap over {n_contexts} contexts"
     return Estimate(float(values[0]), float(low), float(high), n, unit, formula, how)
 
 
@@ -74,12 +82,10 @@ def proportion(count: int, n: int, unit: str, formula: str) -> Estimate:
     return Estimate(share, low, high, n, unit, formula, f"95 % Wilson interval over {n} {unit}s")
 
 
-def bootstrap(
-    sample: Array, statistic: Callable[[Array], float], n_resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(sample: Array, statistic: Callable[[Array], float], seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of ``statistic`` of a one-dimensional sample."""
     rng = np.random.default_rng(seed)
-    drawn = sample[rng.integers(sample.size, size=(n_resamples, sample.size))]
+    drawn = sample[rng.integers(sample.size, size=(RESAMPLES, sample.size))]
     low, high = np.quantile([statistic(row) for row in drawn], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 

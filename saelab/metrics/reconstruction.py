@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.metrics.intervals import Array, Estimate, cluster_weights, from_resamples
+from saelab.metrics.intervals import Array, Estimate, from_resamples, resampled_sums
 from saelab.sparse import SparseCode
 
 # name -> formula; t runs over the n tokens of the set, e = x - recon, mu = mean of x over the set, d = d_in
@@ -40,7 +38,7 @@ _COLUMNS = ("n", "sse", "xx", "rr", "xr", "yy", "l0", "l1", "n_ratio", "nmse", "
 
 
 class ReconstructionSums:
-    """Sums per cluster (context or document) from which every metric and its bootstrap follow.
+    """Sums per cluster (context) from which every metric and its bootstrap follow.
 
     Deviations are taken from ``centre`` (the cache's mean) before they are squared, so that a large common offset
     costs no digits; the result does not depend on it, except where a formula says so.
@@ -86,26 +84,21 @@ class ReconstructionSums:
         """Tokens seen."""
         return int(self.columns[:, 0].sum())
 
-    def estimates(self, cluster: str = "context", legacy: bool = True, seed: int = 0) -> dict[str, Estimate]:
-        """Every metric of ``FORMULAS`` (and of ``LEGACY``), with intervals over clusters."""
+    def estimates(self, seed: int = 0) -> dict[str, Estimate]:
+        """Every metric of ``FORMULAS`` and of ``LEGACY``, with intervals over contexts."""
         filled = self.columns[:, 0] > 0
-        n_clusters = int(filled.sum())
-        if n_clusters == 0:
+        n_contexts = int(filled.sum())
+        if n_contexts == 0:
             raise UserError("there are no tokens to evaluate; the split is empty: harvest more text")
-        weights = cluster_weights(n_clusters, seed=seed)
+        sums = (part[filled].numpy() for part in (self.columns, self.sum_y, self.sum_e))
+        columns, sum_y, sum_e = resampled_sums(*sums, seed=seed)
         with np.errstate(divide="ignore", invalid="ignore"):
-            values = _ratios(
-                dict(zip(_COLUMNS, (weights @ self.columns[filled].numpy()).T)),
-                weights @ self.sum_y[filled].numpy(),
-                weights @ self.sum_e[filled].numpy(),
-                self.centre.numpy(),
-            )
+            values = _ratios(dict(zip(_COLUMNS, columns.T)), sum_y, sum_e, self.centre.numpy())
         if not np.isfinite(values["fvu"][0]):
             raise UserError("all evaluated activations are equal, so no share of variance exists; evaluate more tokens")
-        formulas = {**FORMULAS, **(LEGACY if legacy else {})}
         return {
-            name: from_resamples(values[name], self.n, "token", formula, n_clusters, cluster)
-            for name, formula in formulas.items()
+            name: from_resamples(values[name], self.n, "token", formula, n_contexts)
+            for name, formula in {**FORMULAS, **LEGACY}.items()
             if np.isfinite(values[name][0])
         }
 
@@ -137,11 +130,3 @@ def _ratios(s: dict[str, Array], sum_y: Array, sum_e: Array, centre: Array) -> d
 
 def _above_rounding(difference: Array, scale: Array) -> Array:
     return np.where(difference > 1e-12 * scale, difference, np.nan)
-
-
-@torch.no_grad()
-def fvu_of(encode_decode: Callable[[Tensor], Tensor], x: Float[Tensor, "n d_in"]) -> float:
-    """FVU of a function on one tensor that fits in memory, float64 sums."""
-    recon = encode_decode(x).double()
-    x = x.double()
-    return float((x - recon).square().sum() / (x - x.mean(dim=0)).square().sum())
