@@ -121,14 +121,12 @@ def test_dense_latents_are_told_by_what_they_follow(tmp_path: Path) -> None:
     code[:, 3] = torch.rand(n) + 1
     code[:5, 4] = 1.0
     index = make(tmp_path, code, torch.randint(0, 50, (n,)), acts)
-    audit = audit_dense(index, density=0.5).set_index("latent")
+    audit = audit_dense(index, density=0.5, strength=0.5).set_index("latent")
     assert sorted(audit.index) == [0, 1, 2, 3]
     assert audit["follows"][0] == "position" and audit["strength"][0] == pytest.approx(1.0, abs=1e-4)
     assert audit["follows"][1] == "first token of the context"
     assert audit["follows"][2] == "norm of the activation"
-    found = index.latent(3)
-    if max(abs(found[name]) for name in ("mean_cosine", "position_corr", "norm_corr")) < 0.3:
-        assert audit["follows"][3] == "nothing tested"
+    assert audit["follows"][3] == "nothing tested"
 
 
 def test_search_ranks_what_fires_on_the_span_alone(tmp_path: Path) -> None:

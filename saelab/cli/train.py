@@ -16,7 +16,7 @@ import tyro
 
 from saelab import checkpoint, kernels
 from saelab.cli import report
-from saelab.cli.common import console, out, output_folder, parse, print_json, progress_bar, quiet
+from saelab.cli.common import console, out, output_folder, parse, part, print_json, progress_bar, quiet
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.source import Source, announce, open_source, origin
 from saelab.cli.variants import option_fields, value_of, variant_in
@@ -113,8 +113,7 @@ def run(options: Any, config: dict[str, Any], source: Source | None = None) -> S
     d_in = cache.d_in if source is None else source.sae.d_in
     sae = build_shard(options.variant, d_in, options.d_sae, options.seed, parallel, **config).to(device)
     whole = whole_of(sae, parallel)
-    train_config = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
-    train_config = train_config.resolved(whole, cache)
+    train_config = part(TrainConfig, options).resolved(whole, cache)
     check(whole, cache, train_config, parallel)
     if source is not None:
         sae.load_state_dict(slices(source.sae.state_dict(), parallel))

@@ -126,7 +126,6 @@ def document(
     *,
     config: dict[str, Any],
     run: Path | str,
-    details: list[dict[str, Any]] | None = None,
     unstructured: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One SAEBench result: ``eval_type`` is core, sparse_probing, scr, tpp or absorption_first_letter."""
@@ -138,7 +137,7 @@ def document(
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
         "eval_result_metrics": metrics,
-        "eval_result_details": details or [],
+        "eval_result_details": [],
         "eval_result_unstructured": unstructured or {},
         "sae_bench_commit_hash": f"saelab {__version__}",
         "sae_lens_id": "custom_sae",

@@ -2,7 +2,7 @@
 
 from saelab.lm.config import HarvestConfig
 from saelab.lm.fill import Share
-from saelab.lm.fingerprint import check_same_model, weights_fingerprint
+from saelab.lm.fingerprint import weights_fingerprint
 from saelab.lm.harvest import harvest
 from saelab.lm.hooks import HookSite, find_hook
 from saelab.lm.loading import load_hf_model, load_model, model_name
@@ -16,7 +16,6 @@ __all__ = [
     "Share",
     "Site",
     "Unembedding",
-    "check_same_model",
     "find_hook",
     "harvest",
     "load_hf_model",

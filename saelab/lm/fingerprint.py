@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from saelab.errors import UserError
 from saelab.lm.plain import hf_tensors, plain_skeleton
 
 if TYPE_CHECKING:
@@ -35,14 +34,6 @@ def weights_fingerprint(model: TransformerBridge | nn.Module) -> str:
         values = flat[picks.to(flat.device)].float().cpu().numpy().tobytes()
         digest.update(f"{name} {tuple(parameter.shape)} ".encode() + values)
     return digest.hexdigest()[:16]
-
-
-def check_same_model(fingerprint: str, model: TransformerBridge, what: str) -> None:
-    """UserError unless ``model`` has the weights that ``what`` (a cache, a run) was made from."""
-    if fingerprint and fingerprint != weights_fingerprint(model):
-        raise UserError(
-            f"{what} was made with other weights than those of {model.cfg.model_name}; load the model it names"
-        )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

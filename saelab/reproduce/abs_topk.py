@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from saelab import losses
 from saelab.data.synthetic import Planted
 from saelab.evaluate import labelled, perturb, poles
 from saelab.evaluate.probing import sparse_probing
@@ -26,8 +27,7 @@ def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
         world = World.make(folder / f"signed-{seed}", planted, 40_000 if quick else 50_000, seed)
         for label, variant, width in (("abs_topk", "abs_topk", n), ("topk", "topk", n), ("topk_double", "topk", 2 * n)):
             sae = fit(Spec(label, variant, width, {"k": k}, seed), world.cache, scale)
-            recon = sae(world.x).detach()
-            fvu = float((world.x - recon).square().sum() / (world.x - world.x.mean(0)).square().sum())
+            fvu = float(losses.fvu(world.x, sae(world.x).detach()))
             l0 = float(sae.encode(world.x).l0().double().mean())
             results[label].append({"fvu": fvu, "l0": l0, **world.recovery(sae)})
     fvu = {label: [r["fvu"] for r in rows] for label, rows in results.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from saelab import losses
 from saelab.data.synthetic import Planted
 from saelab.evaluate.offline import count_firing
 from saelab.metrics import FiringCounts, zipf_fit
@@ -43,8 +44,7 @@ def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
             recon = sae.decode(code).detach()
             dead[variant].append(counts.estimates()["dead_fraction"].value)
             l0[variant].append(float(code.l0().double().mean()))
-            error = (world.x - recon).square().sum() / (world.x - world.x.mean(0)).square().sum()
-            fvu[variant].append(float(error))
+            fvu[variant].append(float(losses.fvu(world.x, recon)))
     measured = {name: {v: summary(x) for v, x in values.items()}
                 for name, values in (("dead_fraction", dead), ("fvu", fvu), ("l0", l0))}  # fmt: skip
     setting = (

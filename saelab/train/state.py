@@ -35,10 +35,6 @@ class TrainState:
     ema: dict[str, Tensor] = field(default_factory=dict)  # running sums of the weights, not yet bias-corrected
     exact: dict[str, Tensor] = field(default_factory=dict)  # see fold()
 
-    def n_dead(self, dead_after: int) -> int:
-        """Latents that have not fired for more than ``dead_after`` tokens."""
-        return int((self.tokens_since_fired > dead_after).sum())
-
     @torch.no_grad()
     def fold(self, sae: SAE, keep_all: bool = False) -> None:
         """Put ``sae`` into units of the raw data.
