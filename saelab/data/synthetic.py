@@ -42,7 +42,9 @@ class Planted:
         seed: int = 0,
     ) -> None:
         if 2 * (correlated + anticorrelated) > n_features or signed > n_features:
-            raise UserError(f"n_features={n_features} is too few for the pairs and signed features asked for")
+            raise UserError(
+                f"n_features={n_features} is too few for the pairs and signed features asked for; plant more"
+            )
         if not abs(coupling) < 1:
             raise UserError(f"coupling={coupling} must lie between -1 and 1")
         generator = torch.Generator().manual_seed(seed)

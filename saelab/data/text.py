@@ -65,7 +65,7 @@ def open_text(source: str | Path, *, split: str = "train", column: str | None = 
             return TextSource(str(path), data._fingerprint, lambda: _rows(data, column, str(path)))
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
         if not files:
-            raise UserError(f"{path} holds no {', '.join(SUFFIXES)} files")
+            raise UserError(f"{path} holds no {', '.join(SUFFIXES)} files; name a folder that does")
         return _files(str(path), files, column)
     if path.is_absolute() or path.suffix in SUFFIXES or str(source).startswith((".", "~")):
         raise UserError(f"text {source} does not exist; give {WIKI_SAMPLE}, a file or folder that does, or a hub id")
@@ -113,7 +113,7 @@ def _digest(files: list[Path]) -> str:
 def _files(name: str, files: list[Path], column: str | None) -> TextSource:
     unreadable = [file for file in files if file.suffix not in SUFFIXES]
     if unreadable:
-        raise UserError(f"cannot read {unreadable[0]}: text comes as {', '.join(SUFFIXES)}")
+        raise UserError(f"cannot read {unreadable[0]}: text comes as {', '.join(SUFFIXES)}; convert it")
     readers = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}
 
     def pieces() -> Pieces:

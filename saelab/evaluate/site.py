@@ -37,7 +37,9 @@ def locate(model: Any, cache: ActivationCache) -> tuple[nn.Module, Site]:
     try:
         return model, Site(model.get_submodule(path), side)
     except AttributeError as error:
-        raise UserError(f"the model has no module {path!r}, where the cache was harvested") from error
+        raise UserError(
+            f"the model has no module {path!r}, where the cache was harvested; pass its own model"
+        ) from error
 
 
 @torch.no_grad()
@@ -53,7 +55,9 @@ def check_same_model(model: nn.Module, site: Site, cache: ActivationCache, token
         model(input_ids=tokens[None], use_cache=False)
     stored = cache.read(rows[rows >= 0]).acts
     if seen[0].shape[-1] != stored.shape[1]:
-        raise UserError(f"the model's activations have width {seen[0].shape[-1]}, the cache's {stored.shape[1]}")
+        raise UserError(
+            f"the model's activations have width {seen[0].shape[-1]}, the cache's {stored.shape[1]}; pass its own model"
+        )
     live = seen[0][rows >= 0].float()
     if not (live - stored).norm() <= AGREEMENT * stored.norm():
         raise UserError(

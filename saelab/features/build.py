@@ -153,7 +153,10 @@ def _vocabulary(corpus: Corpus, cache: Any, strings: Sequence[str] | None) -> pa
     largest = int(corpus.text.max())
     known = list(cache.token_strings(list(range(largest + 1))) if strings is None else strings)
     if len(known) <= largest:
-        raise UserError(f"token id {largest} of the cache has no text: the vocabulary has {len(known)} entries")
+        raise UserError(
+            f"token id {largest} of the cache has no text: the vocabulary has {len(known)} entries; "
+            "give token_strings for all"
+        )
     return pa.array([storable(text) for text in known], pa.string())
 
 

@@ -36,7 +36,9 @@ class FeatureIndex:
             self._examples = pq.ParquetFile(self.folder / EXAMPLES, memory_map=True)
         meta = (self._features.metadata.metadata or {}).get(META_KEY)
         if meta is None:
-            raise UserError(f"{self.folder / FEATURES} is not a feature index of saelab")
+            raise UserError(
+                f"{self.folder / FEATURES} is not a feature index of saelab; run `saelab index` with --overwrite"
+            )
         with self._sound():
             self.meta: dict[str, Any] = json.loads(meta)
         if self.meta.get("version") != VERSION:

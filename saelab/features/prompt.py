@@ -98,7 +98,9 @@ def read(
         (acts,), grads = reader.activations(torch.tensor([ids])), None
     x = acts[0].float().to(sae.device)
     if x.shape[1] != sae.d_in:
-        raise UserError(f"{hook_name} has width {x.shape[1]}, the SAE reads d_in={sae.d_in}: it is another model's")
+        raise UserError(
+            f"{hook_name} has width {x.shape[1]}, the SAE reads d_in={sae.d_in}; load the model it belongs to"
+        )
     with torch.no_grad():
         code = sae.encode(x, grads)
         recon = sae.decode(code)

@@ -64,7 +64,9 @@ def read_llama_scope(path: Path) -> Foreign:
         norm = float(config["dataset_average_activation_norm"]["in"])
         threshold = float(config["jump_relu_threshold"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / 'hyperparams.json'} lacks the threshold or the average norm ({error})") from error
+        raise UserError(
+            f"{path / 'hyperparams.json'} lacks the threshold or the average norm ({error}); get it again"
+        ) from error
     scale = d_in**0.5 / norm
     # Published weights act on scaled inputs; SAELens scales the threshold, so it is stored for raw units times scale.
     return Foreign(

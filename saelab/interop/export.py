@@ -140,7 +140,7 @@ def _dictionary_learning(form: InferenceForm, folder: Path, metadata: dict[str, 
         state = encoder | {"decoder_bias": t["b_dec"], "gate_bias": t["b_gate"], "r_mag": t["r_mag"]}
         state["mag_bias"] = t["b_mag"]
     else:
-        raise UserError(f"dictionary_learning has no class for {form.architecture}")
+        raise UserError(f"dictionary_learning has no class for {form.architecture}; write it for saelens")
     packed = io.BytesIO()  # torch reports a full disk as an internal error; Path says what it is
     torch.save({key: value.detach().contiguous() for key, value in state.items()}, packed)
     (folder / "ae.pt").write_bytes(packed.getbuffer())

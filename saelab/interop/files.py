@@ -20,6 +20,7 @@ from saelab.errors import UserError, first_line
 
 MAX_NUMBERS = 2**33  # tensors of one SAE: 32 GiB in float32, above any published SAE
 MAX_JSON = 16 * 2**20  # bytes
+AGAIN = "get the file again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
+        raise UserError(f"{path} is not valid JSON ({first_line(error)}); {AGAIN}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not an object")
     return content
@@ -41,7 +42,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Torch files are read with ``weights_only=True``: one that would run code is refused.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist or is not a file")
+        raise UserError(f"{path} does not exist or is not a file; name a checkpoint")
     reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix, _torch)
     return reader(path)
 
@@ -69,11 +70,11 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
         if length > min(size - 8, 100 * 2**20):
-            raise UserError(f"{path} is not a safetensors file, or it is truncated")
+            raise UserError(f"{path} is not a safetensors file, or it is truncated; {AGAIN}")
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} has a damaged safetensors header") from error
+            raise UserError(f"{path} has a damaged safetensors header; {AGAIN}") from error
     return header if isinstance(header, dict) else {}
 
 
@@ -82,7 +83,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)})") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}); {AGAIN}") from error
 
 
 def _npz(path: Path) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _npz(path: Path) -> dict[str, Any]:
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError, KeyError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is not a readable npz file ({first_line(error)})") from error
+        raise UserError(f"{path} is not a readable npz file ({first_line(error)}); {AGAIN}") from error
 
 
 def _torch(path: Path) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _torch(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} would run code when loaded; refused (ask its author for safetensors)") from error
     except Exception as error:  # the restricted unpickler fails in a dozen ways on bytes that are no torch file
-        raise UserError(f"{path} is not a readable torch file ({first_line(error)})") from error
+        raise UserError(f"{path} is not a readable torch file ({first_line(error)}); {AGAIN}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     numbers = sum(value.numel() for value in content.values() if isinstance(value, Tensor))

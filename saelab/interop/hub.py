@@ -20,6 +20,7 @@ from saelab.sae import SAE
 
 # org/repo, then optionally a folder or file in it; no empty parts, no dots that climb.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(/[\w.-]+)*")
+REACH = "check its name, the connection and your token"
 WANTED = ("cfg.json", "config.json", "hyperparams.json", "*.safetensors", "*.npz", "*.pt", "*.pth", "README.md")
 
 
@@ -38,7 +39,7 @@ def download(hub_id: str, revision: str | None = None) -> Path:
     try:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, endpoint=_endpoint()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{repo} could not be fetched from the hub: {first_line(error)}") from error
+        raise UserError(f"{repo} could not be fetched from the hub ({first_line(error)}); {REACH}") from error
     found = root / inside
     if not found.exists():
         raise UserError(f"{repo} has nothing at {inside!r}; look at its files on the hub")
@@ -75,7 +76,7 @@ def push_to_hub(run: Path | str, repo: str, path: str | None = None, private: bo
         keep = [checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.EXTRA, "evaluation.json"]
         commit = api.upload_folder(folder_path=run, path_in_repo=path, repo_id=repo, allow_patterns=keep)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"{repo} could not be written on the hub: {first_line(error)}") from error
+        raise UserError(f"{repo} could not be written on the hub ({first_line(error)}); {REACH}") from error
     return str(commit.commit_url)
 
 

@@ -90,10 +90,12 @@ def _source(name: str | Path) -> str:
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no model: config.json is missing")
+            raise UserError(
+                f"{folder} holds no model: config.json is missing; give a folder that save_pretrained wrote"
+            )
         return str(folder.resolve())
     if folder.is_absolute() or source.startswith((".", "~")):
-        raise UserError(f"model folder {folder} does not exist")
+        raise UserError(f"model folder {folder} does not exist; give one that does, or smollm2")
     return source
 
 

@@ -45,7 +45,7 @@ def export(recipe: Recipe, path: Path) -> Path:
         shift = intervention.vector.direction.float() * intervention.length
         layers[layer] = layers.get(layer, torch.zeros_like(shift)) + shift
     if not layers:
-        raise UserError("the recipe holds no vector to export")
+        raise UserError("the recipe holds no vector to export; give it an Add")
     hint = _ARCHITECTURES.get(recipe.model.architecture, recipe.model.architecture)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")

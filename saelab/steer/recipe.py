@@ -195,7 +195,9 @@ def _intervention(
 ) -> Intervention:
     operation = _OPERATIONS.get(entry["op"])
     if operation is None:
-        raise UserError(f"{folder / RECIPE} uses the operation {entry['op']!r}, which this saelab does not know")
+        raise UserError(
+            f"{folder / RECIPE} uses the operation {entry['op']!r}, which this saelab does not know; update saelab"
+        )
     where = entry["where"] if isinstance(entry["where"], str) else tuple(entry["where"])
     common = {"where": where, "skip_first": entry["skip_first"], "hook_name": entry["hook_name"]}
     if "vectors" in entry:

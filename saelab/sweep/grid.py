@@ -36,7 +36,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from saelab.data.cache import ActivationCache
-from saelab.errors import UserError, near_matches
+from saelab.errors import UserError, first_line, near_matches
 from saelab.sae import SAE, VARIANTS, build
 from saelab.train import TrainConfig, check
 
@@ -101,9 +101,9 @@ def read_grid(path: Path | str) -> Grid:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the grid {path} ({error.strerror})") from error
+        raise UserError(f"cannot read the grid {path} ({error.strerror}); name a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+        raise UserError(f"{path} is not valid TOML ({first_line(error)}); mend it") from error
     try:
         return make_grid(content)
     except UserError as error:

@@ -86,11 +86,18 @@ class TrainConfig:
 def check(sae: SAE, cache: ActivationCache, config: TrainConfig, parallel: Parallel = SINGLE) -> None:
     """Refuse a run that cannot work, before anything is computed."""
     if config.batch_size % parallel.data_size:
-        raise UserError(f"batch_size={config.batch_size} does not divide over {parallel.data_size} data ranks")
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide over {parallel.data_size} data ranks; choose a multiple"
+        )
     if cache.d_in != sae.d_in:
-        raise UserError(f"the SAE reads width d_in={sae.d_in} but the cache holds width {cache.d_in}")
+        raise UserError(
+            f"the SAE reads width d_in={sae.d_in} but the cache holds width {cache.d_in}; "
+            "use a cache of its own hook point"
+        )
     if cache.manifest.variance == 0:
-        raise UserError(f"all activations of {cache.path} are the same (variance zero): there is nothing to learn")
+        raise UserError(
+            f"all activations of {cache.path} are the same (variance zero): there is nothing to learn; harvest others"
+        )
     if sae.needs_grads and not cache.has_grads:
         raise UserError(f"{sae.variant} needs gradients and the cache has none; harvest it with --gradients")
     if config.batch_size > cache.n_split("train"):

@@ -66,9 +66,9 @@ def import_activations(
     check_provenance(provenance)
     found = _open(Path(source), column, tokens, split, context_length)
     if found.n_rows == 0:
-        raise UserError(f"{source} holds no activations")
+        raise UserError(f"{source} holds no activations; give a file that holds some")
     if not 0 <= skip_first < found.length:
-        raise UserError(f"skip_first={skip_first} leaves nothing of contexts of {found.length} positions")
+        raise UserError(f"skip_first={skip_first} leaves nothing of contexts of {found.length} positions; lower it")
     if found.hook_name:
         provenance.setdefault("hook_name", found.hook_name)
     provenance.setdefault("text", found.name)
@@ -138,7 +138,7 @@ def _npy(path: Path, tokens: str | None, context_length: int | None) -> Source:
 
 def _array(path: Path) -> np.ndarray:
     if not path.is_file():
-        raise UserError(f"{path} does not exist or is not a file")
+        raise UserError(f"{path} does not exist or is not a file; name a .npy file")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
@@ -148,7 +148,7 @@ def _array(path: Path) -> np.ndarray:
 def _dataset(path: Path, column: str | None, tokens: str | None, split: str, context_length: int | None) -> Source:
     data = _load(path, split).with_format("numpy")
     if len(data) == 0:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{path} holds no rows; give a dataset that has some")
     first = data[0]
     column = _column(path, first, column)
     shape = np.shape(first[column])
@@ -209,4 +209,6 @@ def _column(path: Path, row: dict[str, Any], column: str | None) -> str:
 
 def _whole(rows: int, length: int, path: Path) -> None:
     if rows % length:
-        raise UserError(f"{path} has {rows} rows, which are no whole number of contexts of {length}")
+        raise UserError(
+            f"{path} has {rows} rows, which are no whole number of contexts of {length}; give another length"
+        )

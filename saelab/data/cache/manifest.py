@@ -122,7 +122,7 @@ class Manifest:
         with damaged(f"{where}/{MANIFEST}", REMEDY):
             data = json.loads(text)
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise UserError(f"{where}/{MANIFEST} is not the manifest of an activation cache")
+            raise UserError(f"{where}/{MANIFEST} is not the manifest of an activation cache; name the folder of one")
         if (version := data.pop("version", None)) != VERSION:
             raise UserError(f"{where} has cache format {version}, this saelab reads {VERSION}; harvest it again")
         known = {f.name for f in fields(cls)}

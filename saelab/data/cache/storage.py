@@ -42,7 +42,9 @@ class Folder:
             try:
                 self.fs, self.root = fsspec.core.url_to_fs(self.url)
             except (ImportError, ValueError) as error:
-                raise UserError(f"cannot open {self.url}: {error}") from error
+                raise UserError(
+                    f"cannot open {self.url} ({first_line(error)}); check the address, or install what it needs"
+                ) from error
 
     def _key(self, name: str) -> str:
         return f"{self.root}/{name}"

@@ -48,8 +48,11 @@ class ChatClient:
                 return _content(self._post(body))
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED or attempt == self.retries:
-                    detail = error.read().decode(errors="replace").strip()[:200]
-                    raise UserError(f"{self.base_url} answered {error.code} {error.reason}: {detail}") from error
+                    detail = " ".join(error.read().decode(errors="replace").split())[:200]
+                    raise UserError(
+                        f"{self.base_url} answered {error.code} {error.reason}: {detail}; "
+                        "check the model's name and the key"
+                    ) from error
             except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
                 if attempt == self.retries:
                     reason = getattr(error, "reason", error)
@@ -71,7 +74,9 @@ def _content(raw: bytes) -> str:
     try:
         content = json.loads(raw)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"the endpoint's answer is not a chat completion: {raw[:120]!r}") from error
+        raise UserError(
+            f"the endpoint's answer is not a chat completion: {raw[:120]!r}; give its address up to /v1"
+        ) from error
     if not isinstance(content, str):
-        raise UserError(f"the endpoint's answer holds no text: {raw[:120]!r}")
+        raise UserError(f"the endpoint's answer holds no text: {raw[:120]!r}; try another model")
     return content
