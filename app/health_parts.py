@@ -16,6 +16,8 @@ from saelab.features.search import per_latent
 from saelab.metrics import zipf_fit
 from saelab.workspace import Run
 
+ZIPF_SHARE = 0.8
+
 
 def densities(run: Run, beside: list[str]) -> None:
     """Density histograms and ranks of several SAEs, with the Zipf law fitted to each."""
@@ -28,7 +30,7 @@ def densities(run: Run, beside: list[str]) -> None:
     fits, notes = {}, []
     for name, density in found.items():
         try:
-            fit = zipf_fit(density, offset=False)
+            fit = zipf_fit(density, ZIPF_SHARE, offset=False)
         except UserError as error:
             notes.append(f"{name}: {error}")
             continue
@@ -37,7 +39,8 @@ def densities(run: Run, beside: list[str]) -> None:
     with right:
         figure = viz.firing_rank(found, common.colours(), fits)
         common.chart(figure, alt="Firing density by rank with the fitted Zipf law", key="health_rank")
-    st.caption(viz.markdown(" · ".join(notes)))
+    law = f"Zipf's law: density = C rank⁻ˢ, fitted to the {ZIPF_SHARE:.0%} of living latents that fire most"
+    st.caption(viz.markdown(". ".join([law, *notes])))
 
 
 @st.cache_data(max_entries=8, show_spinner="Looking for causes of death …")
@@ -80,7 +83,7 @@ def death_table(run: Run, found: pd.DataFrame) -> pd.Series | None:
     if "not examined" in known:
         cache = run.metadata.get("cache") or run.metadata.get("cache_fingerprint") or "its own"
         st.caption(
-            f"Why the others lost shows on activations: put the cache the SAE was trained on "
+            f"What else keeps a latent silent shows on activations: put the cache the SAE was trained on "
             f"({viz.markdown(str(cache))}) into this folder."
         )
     event = st.dataframe(
@@ -116,13 +119,14 @@ def audit(index: Any, limit: float) -> None:
         "mean_cosine": "mean act.",
     }
     config = {
-        name: number(short.get(name, title), format="%+.2f", width=85, help=f"{title}: {meanings[name]}")
+        name: number(short.get(name, title), format="%+.2f", width=78, help=f"{title}: {meanings[name]}")
         for name, title in health.AUDIT.items()
     }
     config |= {
         "density": number("density", format="percent", width=75, help=meanings["density"]),
         "strength": number(format="%+.2f", width=75, help="the correlation, or cosine, with what it follows"),
-        "mean": number(format="%.2f", width=65, help=meanings["mean"] + ", raw units"),
+        "mean": number(format="%.2f", width=60, help=meanings["mean"] + ", raw units"),
+        "label": st.column_config.TextColumn("label", width=110),
     }
     picked = tables.simple(tables.shown(found, *found.columns), found, "health_audit", config)
     if picked is not None:

@@ -76,10 +76,10 @@ def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
     """A latent beside a table: what it is, its evidence, a button to its page."""
     row = index.latent(latent, pole)
     with st.container(border=True):
-        with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-            st.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(run.path))}", width="stretch")
-            if st.button("Open", key=f"{key}_open", icon=":material/open_in_full:"):
-                common.open_latent(latent, pole, run)
+        name, button = st.columns([7, 2], vertical_alignment="center")
+        name.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(run.path))}")
+        if button.button("Open", key=f"{key}_open", width="stretch"):
+            common.open_latent(latent, pole, run)
         if not row["count"]:
             silent(index, len(index.poles) > 1)
         else:

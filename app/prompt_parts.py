@@ -60,7 +60,7 @@ def why(run: Run, reading: Any, position: int) -> None:
     st.markdown("**Why these won**")
     sae, x = common.sae(run), reading.acts[position]
     if isinstance(sae, MatchingPursuit):
-        pursuit(sae, x)
+        pursuit(run, sae, x)
     elif isinstance(sae, LinearSAE):
         contest(run, sae, x, None if reading.grads is None else reading.grads[position])
     else:
@@ -99,7 +99,7 @@ def contest(run: Run, sae: LinearSAE, x: Any, grad: Any) -> None:
     st.caption(" ".join(said))
 
 
-def pursuit(sae: MatchingPursuit, x: Any) -> None:
+def pursuit(run: Run, sae: MatchingPursuit, x: Any) -> None:
     """The replay of matching pursuit with a slider over its steps."""
     steps, start = explain.replay(sae, x, sae.n_steps, float(sae.residual_stop), sae.stop_on_repeat)
     if not steps:
@@ -110,11 +110,13 @@ def pursuit(sae: MatchingPursuit, x: Any) -> None:
     figure = viz.steps(norms, at, common.colours(), "step", "norm of the residual")
     common.chart(figure, alt="Norm of the residual after each step of the pursuit", key="prompt_pursuit")
     step = steps[at - 1]
+    winner, runner_up = names(run, [(step.latent, 1.0), (step.runner_up, 1.0)])
     st.markdown(
-        f"Step {at} takes **#{step.latent}** with coefficient {step.coefficient:.4g} "
-        f"and leaves a residual of norm {step.residual_norm:.4g}. "
-        f"Runner-up: #{step.runner_up} with product {step.runner_up_product:.4g}."
+        f"Step {at} takes **{viz.markdown(winner)}** with coefficient {step.coefficient:.4g} "
+        f"and leaves a residual of norm {step.residual_norm:.4g}, {step.residual_norm / start:.1%} of the first. "
+        f"Runner-up: {viz.markdown(runner_up)} with product {step.runner_up_product:.4g}."
     )
+    st.caption("Each step takes the largest product ⟨residual, decoder row⟩ and subtracts that part; raw units.")
 
 
 def effects(run: Run, reading: Any, position: int) -> None:
@@ -130,11 +132,11 @@ def effects(run: Run, reading: Any, position: int) -> None:
         st.caption("No latent is active on this token.")
         return
     left, right = st.columns([3, 2], gap="large")
-    labels = [f"#{e.latent}: effect {e.effect:+.4g}" for e in found]
+    hovers = [f"#{e.latent}: effect {e.effect:+.4g}" for e in found]
     figure = viz.scatter(
         [e.activation for e in found],
         [e.effect for e in found],
-        labels,
+        hovers,
         common.colours(),
         "activation, raw units",
         "effect on the loss, nats",

@@ -20,6 +20,12 @@ NEUTRAL = (
     "The museum holds a large collection of early maps."
 )
 
+CONTINUATIONS = {
+    "unsteered": "the model as it is, with the same seed",
+    "steered": "with everything on the bench",
+    "random control": "the same changes along random directions: vectors of equal length added, or projected out",
+}
+
 
 def picks(run: Run, source: Any) -> list[Pick]:
     """The bench of this session for this run; a latent sent from another page is put on it."""
@@ -116,7 +122,7 @@ def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
                         known = bench.units(pick)
                         at = known.index(pick.unit)
                         unit = st.selectbox(
-                            "times",
+                            "unit",
                             known,
                             at,
                             format_func=bench.UNITS.get,
@@ -124,7 +130,10 @@ def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
                             width=200,
                         )
                     pick = pick.changed(amount=amount, unit=unit)
-            found[i] = pick.changed(operation=operation)
+            pick = pick.changed(operation=operation)
+            if size := bench.size(pick):
+                common.html(viz.caption(size))
+            found[i] = pick
     return found
 
 
@@ -172,9 +181,10 @@ def show(result: dict[str, Any]) -> None:
     before = result["unsteered"].tokens
     for column, (name, text) in zip(st.columns(len(result)), result.items()):
         with column, st.container(border=True, height="stretch"):
-            st.markdown(f"**{name}**")
+            st.markdown(f"**{name}**", help=CONTINUATIONS[name])
             marks = [0.0] * len(text.tokens) if name == "unsteered" else bench.changed(before, text.tokens)
             common.html(viz.token_strip(text.strings, [0.55 * m for m in marks], common.colours(), 1.0, unit="changed"))
+    st.caption("Marked: tokens that are not in the longest runs shared with the unsteered continuation.")
 
 
 def doses(run: Run, model: Any, found: list[Pick]) -> None:

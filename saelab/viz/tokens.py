@@ -26,7 +26,7 @@ def style_sheet(colours: Palette) -> str:
 .sl-strip span {{ border-radius: 3px; padding: 1px 0; unicode-bidi: isolate; }}
 .sl-pos {{ border-bottom: 2px solid {colours.positive}; }}
 .sl-neg {{ border-bottom: 2px dotted {colours.negative}; }}
-.sl-focus {{ box-shadow: inset 0 0 0 1.5px {colours.text}; font-weight: 600; }}
+.sl-focus {{ outline: 1.5px solid {colours.text}; margin: 0 2px; font-weight: 600; }}
 .sl-example {{ display: flex; gap: 0.75rem; padding: 0.35rem 0; border-bottom: 1px solid {colours.grid}; }}
 .sl-example:last-child {{ border-bottom: none; }}
 .sl-value {{ flex: 0 0 4.2rem; text-align: right; font-variant-numeric: tabular-nums; color: {colours.muted};

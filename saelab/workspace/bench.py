@@ -106,6 +106,16 @@ def intervention(pick: Pick, source: SteerRun) -> Intervention:
     return kind(source, pick.latent, value, pole=pole)
 
 
+def size(pick: Pick) -> str:
+    """What the amount comes to, where a length is added: in raw units and beside the activations' norm."""
+    if pick.operation != "add" or pick.vector is None:
+        return ""
+    length = pick.vector.length(f"{pick.amount}{pick.unit}")
+    rms = pick.vector.rms_norm
+    beside = f", {abs(length) / rms:.0%} of the activations' root mean square norm" if rms else ""
+    return f"adds a vector of length {abs(length):.4g} in raw units{beside}"
+
+
 def control(pick: Pick, seed: int) -> Intervention:
     """The same kind of change along a random direction: added at equal length, or projected out."""
     assert pick.vector is not None

@@ -113,6 +113,17 @@ def test_a_recipe_comes_back_to_the_bench_as_it_was(workplace: Path, folder: Pat
         library.reopen(workplace, "all", other)
 
 
+def test_an_added_length_is_told_in_raw_units_and_beside_the_norm(folder: Path) -> None:
+    run = Workspace.scan(folder).run(RUN)
+    source = bench.open_run(run, run.load())
+    direction = bench.SteeringVector.from_tensor(torch.tensor([3.0, 4.0] + 30 * [0.0]), source.hook_name)
+    pick = bench.pick_vector(direction, "means").changed(amount=-2.0)
+    assert bench.size(pick) == "adds a vector of length 10 in raw units"
+    known = pick.changed(vector=direction.with_units(rms_norm=40.0))
+    assert bench.size(known).endswith("10 in raw units, 25% of the activations' root mean square norm")
+    assert bench.size(known.changed(operation="project out")) == ""
+
+
 def test_a_damaged_recipe_is_one_row(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
     (workplace / "recipes" / "torn").mkdir(parents=True)
     (workplace / "recipes" / "torn" / "recipe.json").write_text('{"interventions": 3}')
