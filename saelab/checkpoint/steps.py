@@ -22,8 +22,8 @@ from saelab.sae import SAE
 
 STATE, STATE_JSON = "train_state.safetensors", "train_state.json"
 CHECKPOINTS = "checkpoints"
-# Names under which the files of a run folder are written: by one process, and by many together.
-UNFINISHED = (".*.json.*", ".*.safetensors.*", f".{WEIGHTS}", f".{EXTRA}")
+# Names under which the files of a run's or a sweep's folder are written: by one process, and by many together.
+UNFINISHED = (".*.json.*", ".*.safetensors.*", ".*.parquet.*", ".*.html.*", f".{WEIGHTS}", f".{EXTRA}")
 
 
 def save_step(

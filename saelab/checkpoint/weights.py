@@ -107,6 +107,9 @@ def load_sae(folder: Path | str, device: str | torch.device = "cpu") -> SAE:
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} does not hold the SAE that its {CONFIG} describes ({reason}); {REMEDY}") from error
+    for name, value in sae.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{folder}: {name} has NaN or infinite entries; {REMEDY}")
     return sae.to(device).eval()
 
 

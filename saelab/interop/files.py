@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def _npz(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} would unpack to {total:,} bytes from {path.stat().st_size:,}; refused")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, OSError, EOFError, TypeError, KeyError) as error:
+        # RuntimeError: a wrong bit declares an archive's entry encrypted, or packed in an unknown way.
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not a readable npz file ({first_line(error)}); {AGAIN}") from error

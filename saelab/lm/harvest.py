@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from saelab.data.cache import ActivationCache, CacheWriter, Manifest
+from saelab.data.cache.claim import release
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import prepare
 from saelab.data.packing import Contexts, pack, resolve_bos
@@ -103,12 +104,17 @@ def harvest(
         pairs = zip(folders, manifests)
         return [CacheWriter(*pair, overwrite=overwrite, resume=resume, rank=share.rank) for pair in pairs]
 
-    opened = open_writers(writers, reader, first, share)
-    fill(reader, opened, itertools.chain([first], batches), config.contexts * config.context_length, progress, share)
-    share.wait()
-    if share.rank == 0:
-        finish(opened, token_strings(bridge.tokenizer))
-    share.wait()
+    total = config.contexts * config.context_length
+    try:
+        opened = open_writers(writers, reader, first, share)
+        fill(reader, opened, itertools.chain([first], batches), total, progress, share)
+        share.wait()
+        if share.rank == 0:
+            finish(opened, token_strings(bridge.tokenizer))
+        share.wait()
+    finally:  # a harvest that failed is for any process to go on with
+        for folder in folders:
+            release(folder)
     caches = [ActivationCache(folder.url) for folder in folders]
     return caches[0] if isinstance(hooks, str) else dict(zip(names, caches))
 

@@ -84,6 +84,8 @@ class MatchingPursuit(SAE, variant="matching_pursuit"):
         """See :meth:`SAE.encode`. ``n_steps`` and ``residual_stop`` may differ from those of training."""
         steps = self.n_steps if n_steps is None else n_steps
         stop = self.residual_stop.item() if residual_stop is None else residual_stop
+        if not stop >= 0:
+            raise UserError(f"residual_stop={stop} must be 0 or more")
         b_dec = self.b_dec if self.use_b_dec else None
         return SparseCode(*kernels.pursuit(x, self.W_dec, b_dec, steps, stop, self.stop_on_repeat), self.d_sae)
 

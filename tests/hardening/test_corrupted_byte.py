@@ -45,6 +45,10 @@ READERS: dict[str, list[Callable[[Place], list[str]]]] = {
     "run/run.json": [lambda p: [*train(p, p.run), "--resume"]],
     "run/features/features.parquet": [lambda p: ["convert", str(p.run), str(p.folder / "new"), "--to", "saedashboard"]],
     "run/features/examples.parquet": [lambda p: ["convert", str(p.run), str(p.folder / "new"), "--to", "saedashboard"]],
+    "budget/saelab_extra.safetensors": [
+        lambda p: ["inspect", str(p.folder / "budget")],
+        lambda p: evaluate(p._replace(run=p.folder / "budget")),
+    ],
     "stopped/run.json": [resume],
     "stopped/metrics.jsonl": [resume],
     "stopped/checkpoints/step/train_state.json": [resume],
@@ -60,7 +64,7 @@ READERS: dict[str, list[Callable[[Place], list[str]]]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _more(place: Place) -> None:
-    """Files that only other commands make: a stopped training, exports, a grid."""
+    """Files that only other commands make: a stopped training, a file beside the weights, exports, a grid."""
     from saelab import ActivationCache, build, checkpoint
     from saelab.train import TrainConfig, fit
 
@@ -74,6 +78,7 @@ def _more(place: Place) -> None:
     assert newest is not None
     for to in ("sparsify", "dictionary-learning"):
         assert call(["convert", str(place.run), str(place.folder / to), "--to", to]) == 0
+    assert call([*train(place, place.folder / "budget"), "--variant", "batch_topk"]) == 0
     (place.folder / "grid.toml").write_text('[train]\nepochs = 1\n[[grid]]\nvariant = "topk"\nd_sae = 24\nk = [2, 3]\n')
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.claim import hold, release
+from saelab.data.cache.claim import discard, hold, release
 from saelab.data.cache.manifest import DTYPES, MANIFEST, OTHERS, PARTIAL, VOCABULARY, Manifest, ShardInfo, partial_name
 from saelab.data.cache.storage import Folder
 from saelab.data.text import storable
@@ -48,7 +48,11 @@ class CacheWriter:
             text = folder.read(MANIFEST if self.complete else PARTIAL).decode()
             self._continue(Manifest.from_json(text, folder.url))
         elif rank == 0:
-            self._save()
+            try:
+                self._save()
+            except OSError:
+                discard(folder)
+                raise
         self.done = {shard.number for shard in self.manifest.shards}
         if rank > 0:
             self.manifest = replace(self.manifest, shards=[])  # what rank 0 has noted already, it goes on noting
