@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from saelab import checkpoint
+from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.claim import held
 from saelab.distributed import SINGLE, Parallel, bench, start_world
@@ -27,6 +28,7 @@ from saelab.distributed.plan import traffic_per_step
 from saelab.errors import UserError
 from saelab.sae import build, mutual_choice
 from saelab.train import TrainConfig, fit, n_steps
+from tests import tiny_lm
 
 D_IN, D_SAE, K = 16, 64, 2
 CONFIG = TrainConfig(epochs=2, batch_size=64, lr=3e-3, dead_after=70, k_aux=4, ema=0.9, grad_clip=0.05)
@@ -275,3 +277,25 @@ def test_the_benchmark_counts_what_the_formula_says(tmp_path: Path) -> None:
         # The interface also carries headers, and whatever else runs on the machine.
         assert result["wire"] > sum(result["formula"].values())
     assert bench.table(results, 2).row_count > len(results)
+
+
+@pytest.mark.slow
+def test_torchrun_harvests_the_files_of_one_process(tmp_path: Path) -> None:
+    tiny_lm.save_llama(tmp_path / "llama")
+    texts = [json.dumps({"text": tiny_lm.sentences(200, seed)}) + "\n" for seed in range(3)]
+    (tmp_path / "text.jsonl").write_text("".join(texts))
+    source = ["--model", str(tmp_path / "llama"), "--text", str(tmp_path / "text.jsonl"), "--device", "cpu"]
+    size = ["--tokens", "600", "--context-length", "16", "--pass-tokens", "32", "--shard-bytes", "8192"]
+    hooks = ["--hook", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post", "--gradients"]
+    command = ["harvest", *source, *size, *hooks]
+    many = torchrun(*command, "--out", str(tmp_path / "many"))
+    main([*command, "--out", str(tmp_path / "one")])
+    output, _ = many.communicate(timeout=120)
+    assert many.returncode == 0, output
+    assert output.count("saved to") == 2, output  # a line a hook, by the main process alone
+    files = [
+        {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        for folder in (tmp_path / "many", tmp_path / "one")
+    ]
+    assert sum("shard" in name for name in files[0]) > 4
+    assert files[0] == files[1]
