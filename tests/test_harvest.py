@@ -249,6 +249,7 @@ def test_the_command(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([*options, "--out", str(tmp_path / "c")], "already exists"),
         ([*options, "--hook", "blocks.7.resid", "--out", str(tmp_path / "d")], "no hook point 'blocks.7.resid'"),
         ([*options, "--tokens", "0", "--out", str(tmp_path / "d")], "tokens=0 must be at least 1"),
+        ([*options, "--device", "meta", "--out", str(tmp_path / "d")], "device 'meta' is not available here"),
     ]:
         with pytest.raises(SystemExit) as stopped:
             main(["harvest", *bad])

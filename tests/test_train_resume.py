@@ -238,6 +238,7 @@ def test_the_command_leaves_nothing_behind_after_a_mistake(
         (command(cache, tmp_path / "new", "--batch-size", "5000"), "batch_size=5000 exceeds the 810 training rows"),
         (command(cache, tmp_path / "new", "--k", "21"), "k=21 is outside 1..d_sae=20"),
         (command(cache, tmp_path / "new", "--device", "cuda:7"), "device 'cuda:7' is not available here"),
+        (command(cache, tmp_path / "new", "--device", "meta"), "device 'meta' is not available here"),
         (command(cache, tmp_path / "new", "--checkpoint-steps", "0"), "checkpoint_steps=0 must be at least 1"),
         (command(cache, done, "--overwrite", "--batch-size", "5000"), "batch_size=5000 exceeds"),
         (command(cache, done), "exists; add --overwrite"),

@@ -58,18 +58,19 @@ def main(args: Sequence[str]) -> None:
         sys.exit(130)
 
 
-def place(options: Any) -> tuple[Any, str | None]:
+def place(options: Any) -> tuple[Any, Any]:
     """This process' share of the harvest and its device; under torchrun, one process of many."""
     import torch
 
+    from saelab.cli.device import pick_device
     from saelab.distributed import launched, start_world
     from saelab.lm import Share
 
+    device = None if options.device is None else pick_device(options.device)
     if not launched():
-        return Share(), options.device
+        return Share(), device
     parallel = start_world(timeout_s=options.timeout_s)
     quiet(not parallel.is_main)
-    device = options.device
     if device is None and (cards := torch.cuda.device_count()):
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % cards}"
     return Share(parallel.data_rank, parallel.data_size, parallel.barrier), device

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from saelab import checkpoint
 from saelab.cli.common import console, out, output_folder, parse, print_json, progress_bar
+from saelab.cli.device import pick_device
 from saelab.cli.signals import Stop, stop_on_signals
-from saelab.cli.train import pick_device
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluate import EvaluateConfig

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import tyro
 from saelab import checkpoint, kernels
 from saelab.cli import report
 from saelab.cli.common import console, out, output_folder, parse, part, print_json, progress_bar, quiet
+from saelab.cli.device import pick_device
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.source import Source, announce, open_source, origin
 from saelab.cli.variants import option_fields, value_of, variant_in
@@ -31,8 +31,6 @@ from saelab.sae import SAE, VARIANTS
 from saelab.train import StepMetrics, TrainConfig, check, finished, fit, n_steps, read_run
 from saelab.train.log import Log, TensorBoard, Wandb
 from saelab.train.run import RUN, SOURCE
-
-CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,15 +198,3 @@ def loggers(options: Any, config: TrainConfig, parallel: Parallel) -> list[Log]:
     if options.wandb is not None:
         logs.append(Wandb(options.out, options.wandb, dataclasses.asdict(config)))
     return logs
-
-
-def pick_device(name: str) -> torch.device:
-    """The device a name stands for; ``auto`` is the GPU of this process' number on its machine, or the CPU."""
-    if name == "auto":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use cpu") from error
-    return device
