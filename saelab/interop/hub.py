@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from saelab import checkpoint
-from saelab.errors import UserError, first_line
+from saelab.errors import UserError, damaged, first_line
 from saelab.interop.detect import is_ours, load
 from saelab.interop.files import read_json
 from saelab.sae import SAE
@@ -91,12 +91,10 @@ def card_of(run: Path | str, repo: str | None = None, path: str | None = None) -
         calls = f'saelab.load("{run.name}")', f'SAE.load_from_disk("{run.name}")'
     else:
         calls = f'saelab.from_pretrained("{repo}", "{path}")', f'SAE.from_pretrained("{repo}", "{path}")'
-    return _model_card(repo or run.name, calls, config, _evaluation(run))
+    return _model_card(repo or run.name, calls, config, _measured(run / "evaluation.json"))
 
 
-def _model_card(
-    title: str, calls: tuple[str, str], config: Mapping[str, Any], evaluation: Mapping[str, Any] | None
-) -> str:
+def _model_card(title: str, calls: tuple[str, str], config: Mapping[str, Any], measured: str) -> str:
     metadata = config["metadata"]
     rows = [
         ("variant", metadata["saelab"]["variant"]),
@@ -109,7 +107,6 @@ def _model_card(
         ("saelab", metadata.get("saelab_version")),
     ]
     facts = "\n".join(f"| {name} | {value} |" for name, value in rows if value is not None)
-    measured = _measured(evaluation)
     return f"""---
 library_name: saelens
 tags: [saelens, saelab, sparse-autoencoder]
@@ -140,17 +137,26 @@ sae = {calls[1]}
 """
 
 
-def _measured(evaluation: Mapping[str, Any] | None) -> str:
-    if not evaluation:
+def _measured(file: Path) -> str:
+    if not file.is_file():
         return "\nNot evaluated yet.\n"
-    numbers = {name: entry for name, entry in evaluation.get("metrics", {}).items() if isinstance(entry, dict)}
-    lines = [f"| {name} | {entry['value']:.4g} | {entry.get('n_tokens', '')} |" for name, entry in numbers.items()]
-    return "\n## Held-out metrics\n\n| metric | value | tokens |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+    with damaged(file, "evaluate the run again"):
+        return _metrics(read_json(file))
 
 
-def _evaluation(run: Path) -> Mapping[str, Any] | None:
-    file = run / "evaluation.json"
-    return read_json(file) if file.is_file() else None
+def _metrics(evaluation: Mapping[str, Any]) -> str:
+    split = evaluation["settings"]["split"].replace("_", "-")
+    window = evaluation["density_histogram"]["tokens"]
+    lines = [
+        f"\n## Metrics\n\nOn the {split} split; shares of latents are counted over a window of {window:,} tokens.\n",
+        "| metric | value | 95 % interval | measured on |",
+        "|---|---|---|---|",
+    ]
+    for name, entry in evaluation["metrics"].items():
+        low, high = entry["low"], entry["high"]
+        interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+        lines.append(f"| {name} | {entry['value']:.4g} | {interval} | {entry['n']:,} {entry['unit']}s |")
+    return "\n".join(lines) + "\n"
 
 
 def _endpoint() -> str | None:

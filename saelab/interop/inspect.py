@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saelab import checkpoint
 from saelab.data.cache import ActivationCache, head
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 from saelab.interop.detect import detect, is_ours, read
 from saelab.interop.files import read_json, read_tensors
 from saelab.sae import SAE
@@ -86,28 +86,32 @@ def _recorded(path: Path, sae: SAE, facts: dict[str, Any]) -> None:
         rates = read_tensors(path / SPARSITY).get("sparsity")
         if isinstance(rates, Tensor) and rates.shape == (sae.d_sae,):
             facts["dead_estimate"], facts["dead_estimate_from"] = int((rates < SILENT).sum()), SPARSITY
-    elif (path / "evaluation.json").is_file():
-        metrics = read_json(path / "evaluation.json").get("metrics")
-        entry = metrics.get("dead_fraction") if isinstance(metrics, dict) else None
-        if isinstance(entry, dict) and isinstance(entry.get("value"), float):
-            facts["dead_estimate"] = round(entry["value"] * sae.d_sae)
-            facts["dead_estimate_from"] = f"its evaluation on {entry.get('n_tokens')} tokens"
+        return
+    file = path / "evaluation.json"
+    evaluation = read_json(file) if file.is_file() else {}
+    if "saelab_version" in evaluation:  # another tool may call its own results so
+        with damaged(file, "evaluate it again"):
+            facts["dead_estimate"] = round(evaluation["metrics"]["dead_fraction"]["value"] * sae.d_sae)
+            facts["dead_estimate_from"] = f"its evaluation on {evaluation['density_histogram']['tokens']:,} tokens"
 
 
 def _measured(sae: SAE, cache: ActivationCache, max_rows: int, facts: dict[str, Any]) -> None:
     if cache.d_in != sae.d_in:
         raise UserError(f"the SAE reads d_in={sae.d_in}, {cache.path} holds d_in={cache.d_in}; use the cache it saw")
     fired = torch.zeros(sae.d_sae, dtype=torch.bool)
-    error = total = 0.0
+    error = square = 0.0
     rows, mean = 0, torch.tensor(cache.manifest.mean, dtype=torch.float64)
+    shift = torch.zeros_like(mean)
     for batch in head(cache, max_rows):
         x = batch.acts
         code = sae.encode(x)
         fired[code.indices[code.values != 0].long()] = True
         error += (x - sae.decode(code)).double().square().sum().item()
-        total += (x.double() - mean).square().sum().item()
+        y = x.double() - mean  # of the whole cache: near enough to lose no digits, and exchanged below
+        square, shift = square + y.square().sum().item(), shift + y.sum(dim=0)
         rows += len(x)
-    facts["fvu"] = error / total if total else None
+    total = square - shift.square().sum().item() / rows
+    facts["fvu"] = error / total if total > 1e-12 * square else None
     facts["dead_estimate"], facts["dead_estimate_from"] = int((~fired).sum()), f"{rows} rows of {cache.path}"
 
 

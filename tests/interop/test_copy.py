@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,13 @@ from safetensors.torch import load_file
 
 from saelab import build, checkpoint
 from saelab.cli import main
+from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
+from saelab.evaluate import EvaluateConfig, evaluate
 from saelab.interop import load
 from saelab.interop.copy import CURVE_LINES, copy, rounded, thinned
+from saelab.interop.hub import card_of
+from saelab.interop.inspect import inspect
 from saelab.sae import VARIANTS
 
 
@@ -102,5 +107,34 @@ def test_card_says_what_the_run_is_and_how_to_load_it(tmp_path: Path) -> None:
     assert "blocks.1.hook_resid_post" in card
     assert 'saelab.load("run")' in card
     assert "Not evaluated yet" in card
+    cache = ActivationCache.from_tensors(tmp_path / "cache", torch.randn(1000, 12))
+    evaluate(load(run), cache, config=EvaluateConfig(density_tokens=150)).save(run)
+    main(["card", str(run)])
+    fvu, dead = (re.findall(rf"\| {name} \|.*", (run / "README.md").read_text()) for name in ("fvu", "dead_fraction"))
+    said = "On the held-out split; shares of latents are counted over a window of 200 tokens."
+    assert said in (run / "README.md").read_text()
+    assert fvu[0].endswith(" | 50 tokens |") and " to " in fvu[0]
+    assert dead[0].endswith(" | 40 latents |")
     main(["card", str(run), "--repo", "org/name"])
     assert 'from_pretrained("org/name", "blocks.1.hook_resid_post")' in (run / "README.md").read_text()
+
+
+def test_inspection_agrees_with_the_evaluation(tmp_path: Path) -> None:
+    run = made("topk", tmp_path / "run")
+    acts = torch.randn(1000, 12) + torch.arange(1000)[:, None] / 300  # the first rows have another mean than all
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts, held_out=0.0)
+    config = EvaluateConfig(split="train", max_tokens=200)
+    found = evaluate(load(run), cache, config=config)
+    found.save(run)
+    facts = inspect(run)
+    assert facts["dead_estimate"] == round(found["dead_fraction"] * 40)
+    assert facts["dead_estimate_from"] == f"its evaluation on {found.histogram['tokens']:,} tokens"
+    measured = inspect(run, cache, max_rows=200)
+    assert measured["fvu"] == pytest.approx(found["fvu"], rel=1e-6)
+    assert measured["dead_estimate_from"].startswith("200 rows of")
+    (run / "evaluation.json").write_text('{"saelab_version": "0", "metrics": []}')
+    for read in (lambda: inspect(run), lambda: card_of(run)):
+        with pytest.raises(UserError, match=r"evaluation.json is damaged .*evaluate"):
+            read()
+    (run / "evaluation.json").write_text('{"another": "tool"}')
+    assert "dead_estimate_from" in inspect(run)
