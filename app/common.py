@@ -235,6 +235,11 @@ def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Any
         )
 
 
+def _distance(run: Run, other: Run) -> tuple[bool, ...]:
+    """How unlike two SAEs are, for sorting: another variant, another width, nothing known of its latents."""
+    return other.variant != run.variant, other.d_sae != run.d_sae, not other.has_index
+
+
 def siblings(run: Run, most: int = 4) -> dict[str, Run]:
     """Other SAEs of the folder on the same hook point and width, a few of them, those most like it first."""
     same = {
@@ -245,7 +250,7 @@ def siblings(run: Run, most: int = 4) -> dict[str, Run]:
         and other.config.get("d_in") == run.config.get("d_in")
         and other.metadata.get("hook_name") == run.metadata.get("hook_name")
     }
-    alike = sorted(same.items(), key=lambda item: (item[1].variant != run.variant, item[1].d_sae != run.d_sae))
+    alike = sorted(same.items(), key=lambda item: _distance(run, item[1]))
     return dict(alike[:most])
 
 

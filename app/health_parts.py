@@ -17,6 +17,7 @@ from saelab.metrics import zipf_fit
 from saelab.workspace import Run
 
 ZIPF_SHARE = 0.8
+SHORTFALL = "smallest distance to its own threshold, where each latent has one; else to an activation that did win"
 
 
 def densities(run: Run, beside: list[str]) -> None:
@@ -65,18 +66,20 @@ def death_table(run: Run, found: pd.DataFrame) -> pd.Series | None:
     causes = st.pills("cause", known, selection_mode="multi", key="health_causes") if len(known) > 1 else []
     shown = found[found["cause"].isin(causes)] if causes else found
     shown = shown.dropna(axis="columns", how="all")
+    view = shown.assign(gain=100 * shown["gain"]) if "gain" in shown else shown
     number = st.column_config.NumberColumn
     config = {
+        "cause": st.column_config.TextColumn("cause", help="the first that applies, as listed above"),
         "neighbour": number("nearest living", format="%d", help="the living latent with the closest decoder row"),
         "cosine": number("cosine", format="%+.2f", help="of the two decoder rows"),
         "encoder_norm": number("encoder norm", format="%.3f", help="norm of its encoder column"),
         "encoder_bias": number("bias", format="%+.3f", help="of its encoder, raw units"),
         "best": number("best", format="%+.3f", help="largest pre-activation over up to 16,384 tokens of the cache"),
         "best_without_bias": number("without bias", format="%+.3f", help="the same without the encoder's bias"),
-        "shortfall": number("shortfall", format="%.3f", help="smallest distance to an activation that did win"),
+        "shortfall": number("shortfall", format="%.3f", help=SHORTFALL),
         "gain": number(
             "gain if revived",
-            format="percent",
+            format="%.2f %%",
             help="share of the reconstruction error it would remove, firing beside the others wherever that helps",
         ),
     }
@@ -87,7 +90,7 @@ def death_table(run: Run, found: pd.DataFrame) -> pd.Series | None:
             f"({viz.markdown(str(cache))}) into this folder."
         )
     event = st.dataframe(
-        shown,
+        view,
         hide_index=True,
         column_config=config,
         on_select="rerun",

@@ -71,11 +71,12 @@ def latents(table: pd.DataFrame, signed: bool, notes: dict[int, dict[str, str]],
     return _choose(view, table, key, height=620)
 
 
-def matches(found: pd.DataFrame, table: pd.DataFrame, key: str) -> Chosen | None:
-    """Latents found by example, with what the index knows of them."""
+def matches(found: pd.DataFrame, table: pd.DataFrame, key: str) -> Chosen:
+    """Latents found by example, with what the index knows of them; the chosen one, first the best."""
     rows = found.merge(table[["latent", "pole", "top_tokens"]], on=["latent", "pole"], how="left")
     number = st.column_config.NumberColumn
-    names = ["latent", "pole", "specificity", "low", "high", "on_span", "off_span", "density", "label", "top_tokens"]
+    poles = ["pole"] if (table["pole"] < 0).any() else []
+    names = ["latent", *poles, "specificity", "low", "high", "on_span", "off_span", "density", "label", "top_tokens"]
     extra = {
         "specificity": number(format="%.2f", help="(mean on the span − mean elsewhere) × −log₂ density, in maxima"),
         "low": number(format="%.2f", help="5 % quantile over bootstrap samples of the tokens"),
@@ -83,7 +84,8 @@ def matches(found: pd.DataFrame, table: pd.DataFrame, key: str) -> Chosen | None
         "on_span": number("on the span", format="percent", help="share of marked tokens it fires on"),
         "off_span": number("elsewhere", format="percent", help="share of all other tokens it fires on"),
     }
-    return _choose(shown(rows, *names), rows, key, extra, height=320)
+    first = int(rows["latent"].iloc[0]), int(rows["pole"].iloc[0])
+    return _choose(shown(rows, *names), rows, key, extra, height=320) or first
 
 
 def pairs(found: Any, view: str, key: str, known: tuple[pd.DataFrame | None, pd.DataFrame | None]) -> Pair | None:

@@ -74,6 +74,21 @@ def test_each_cause_of_death_is_told(tmp_path: Path) -> None:
     assert table["shortfall"].to_numpy() == pytest.approx(expected.numpy(), rel=1e-5)
 
 
+def test_where_each_latent_has_a_threshold_that_is_the_cause(tmp_path: Path) -> None:
+    sae, acts = build("jump_relu", 6, 8).eval(), torch.randn(200, 6)
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts)
+    cuts = torch.tensor([0.0] * 5 + [50.0, 60.0, 0.0])
+    parameters = dict(sae.named_parameters())
+    with torch.no_grad():
+        parameters["threshold"].copy_(cuts)
+        parameters["b_enc"][7] = -100.0
+    counts = np.array([9] * 5 + [0] * 3)
+    table = causes_of_death(sae, counts, cache)
+    assert table["cause"].tolist() == [*["threshold too high"] * 2, "bias too low"]
+    best = sae.pre_acts(acts, slice(0, 8))[:, 5:].amax(0).detach()
+    assert table["shortfall"].to_numpy() == pytest.approx((cuts[5:] - best).numpy(), rel=1e-4)
+
+
 @pytest.mark.parametrize("variant", ["topk", "abs_topk"])
 def test_the_gain_of_reviving_is_that_of_the_best_activation(tmp_path: Path, variant: str) -> None:
     sae, acts = build(variant, 6, 12, k=2).eval(), torch.randn(200, 6)

@@ -128,7 +128,7 @@ with by_example:
     name, matches = st.session_state.get("features_matches", (None, None))
     if name == run.name and len(matches):
         chosen = tables.matches(matches, table, key="features_match_table")
-        if chosen is not None:
+        with st.container(width=620):
             latent_parts.preview(run, index, *chosen, key="features_match")
     elif name == run.name:
         st.caption("No latent fires on the marked tokens.")

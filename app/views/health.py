@@ -44,10 +44,8 @@ with dead_tab:
     else:
         deaths = health_parts.deaths(run, table)
         health_parts.cause_summary(deaths)
-        left, right = st.columns([3, 2], gap="medium")
-        with left:
-            chosen = health_parts.death_table(run, deaths)
-        with right:
+        chosen = health_parts.death_table(run, deaths)
+        with st.container(width=620):
             if chosen is not None and chosen["neighbour"] >= 0:
                 st.markdown(f"Nearest living neighbour of **#{chosen['latent']}**, cosine {chosen['cosine']:+.2f}")
                 latent_parts.preview(run, index, int(chosen["neighbour"]), 1, key="health_neighbour")

@@ -9,7 +9,8 @@ from saelab import viz, workspace
 
 found = common.workspace()
 st.title("Overview", anchor=False)
-st.caption(f"{len(found.runs)} runs and {len(found.caches)} caches below {viz.markdown(found.root.name)}")
+counts = [f"{n} {name}{'' if n == 1 else 's'}" for name, n in (("run", len(found.runs)), ("cache", len(found.caches)))]
+st.caption(f"{' and '.join(counts)} below {viz.markdown(found.root.name)}")
 if not found.runs:
     st.info(
         "This folder holds no run yet. Two commands fill it:\n\n"
@@ -24,7 +25,7 @@ rows["run"] = rows["run"].map(viz.visible)
 for share in {"ce_recovered", "dead"}.intersection(rows.columns):
     rows[share] = 100 * rows[share].astype(float)
 config = {
-    "run": st.column_config.TextColumn("run", pinned=True),
+    "run": st.column_config.TextColumn("run", pinned=True, width=150),
     "d_sae": st.column_config.NumberColumn("latents", format="localized"),
     "l0": st.column_config.NumberColumn("L0", format="%.1f", help=workspace.FORMULAS["l0"]),
     "fvu": st.column_config.NumberColumn("FVU", format="%.4f", help=workspace.FORMULAS["fvu"]),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelab.data.cache import ActivationCache
 from saelab.features.index import FeatureIndex
-from saelab.sae import SAE
+from saelab.sae import SAE, LinearSAE
 from saelab.sae.base import unit_rows
 from saelab.sae.mode import evaluating
 
@@ -21,6 +21,7 @@ CAUSES = {
     "duplicate": "its decoder row repeats that of a living latent, which wins instead",
     "encoder collapsed": "its encoder vector is too short to win",
     "bias too low": "without its encoder bias it would have fired",
+    "threshold too high": "its pre-activation was positive, but never above its own threshold",
     "out-competed": "its pre-activation was positive, but others were larger every time",
     "never fired": "its pre-activation was never positive, with or without its bias",
     "not examined": "no cause in the weights; give activations to look further",
@@ -47,7 +48,8 @@ def causes_of_death(
 
     Columns: latent, cause, neighbour (nearest living latent, -1 if none lives), cosine, encoder_norm, encoder_bias,
     best (largest pre-activation, or magnitude), best_without_bias, shortfall (smallest distance, over the tokens, to
-    the smallest activation that did win), gain. The last four are NaN where not examined.
+    the smallest activation that did win; to its own threshold in an SAE that has one per latent), gain. The last four
+    are NaN where not examined.
 
     ``gain`` is what reviving the latent could bring at most: the share of the squared reconstruction error that its
     decoder row removes when it fires, beside the others, with the best non-negative (signed SAEs: any) activation on
@@ -71,13 +73,17 @@ def causes_of_death(
     )
     typical = float(norms[alive].median()) if len(alive) else float(norms.median())
     examined = None if cache is None or not len(dead) else _examine(sae, dead, cache, tokens)
+    cut = sae.inference_threshold() if isinstance(sae, LinearSAE) else None
+    own = None if cut is None or cut.ndim == 0 else cut[dead.to(cut.device)].float().cpu().numpy()
+    if own is not None and examined is not None:
+        examined[2] = own - examined[0]  # nobody competes: each latent has a threshold of its own
     for name, values in zip(EVIDENCE, examined or [np.full(len(dead), np.nan)] * len(EVIDENCE)):
         table[name] = values
     similarity = np.abs(cosine.numpy()) if sae.signed else cosine.numpy()
     rules = [
         ("duplicate", similarity >= duplicate),
         ("encoder collapsed", norms[dead].numpy() < collapsed * typical),
-        ("out-competed", table["best"].to_numpy() > 0),
+        ("out-competed" if own is None else "threshold too high", table["best"].to_numpy() > 0),
         ("bias too low", table["best_without_bias"].to_numpy() > 0),
         ("never fired", table["best_without_bias"].to_numpy() <= 0),
     ]

@@ -23,7 +23,7 @@ def pareto(
 
     The hover text is taken as HTML already (escape names with ``viz.label``). ``customdata`` holds (variant, position).
     """
-    fig = base(colours, 360, x, y)
+    fig = base(colours, 320 + 20 * -(-len(points) // 3), x, y)  # the legend has about three names a row
     for i, (name, rows) in enumerate(points.items()):
         rows = sorted(rows)
         fig.add_scatter(

@@ -22,12 +22,14 @@ COLUMNS = ("name", "status", "step", "l0", "fvu", "dead_fraction", "ce_loss_reco
 
 
 def pareto_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = LIGHT) -> go.Figure:
-    """L0 against one measured column of a sweep's table, one series per variant; rows without it are left out."""
+    """L0 against one measured column of a sweep's table, one series per variant and width; rows without it left out."""
     points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    several = len({row["d_sae"] for row in rows}) > 1
     for row in rows:
         if row["l0"] is not None and row[value] is not None:
             text = f"{safe(row['name'])}<br>L0 {row['l0']:.1f}<br>{value} {row[value]:.4f}"
-            points[row["variant"]].append((row["l0"], row[value], text))
+            series = f"{row['variant']} {row['d_sae']}" if several else row["variant"]
+            points[series].append((row["l0"], row[value], text))
     return pareto(points, colours, "L0 on held-out tokens", AXES[value])
 
 

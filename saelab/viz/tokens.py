@@ -33,6 +33,7 @@ def style_sheet(colours: Palette) -> str:
   font-size: 0.85rem; line-height: 1.75; }}
 .sl-chip {{ display: inline-block; font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 0.8rem;
   white-space: pre; padding: 1px 6px; margin: 2px 4px 2px 0; border-radius: 4px; color: {colours.text};
+  max-width: 100%; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom;
   border: 1px solid {colours.grid}; unicode-bidi: isolate; }}
 .sl-muted {{ color: {colours.muted}; font-size: 0.85rem; }}
 </style>"""

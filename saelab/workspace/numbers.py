@@ -132,7 +132,14 @@ def _evaluation(run: Run) -> dict[str, Number]:
 
 
 def pareto_points(runs: Iterable[Run], fidelity: str) -> dict[str, list[tuple[float, float, str]]]:
-    """What :func:`saelab.viz.pareto` draws: ``{variant: [(L0, fidelity, provenance as safe HTML)]}``."""
+    """What :func:`saelab.viz.pareto` draws: ``{variant: [(L0, fidelity, provenance as safe HTML)]}``.
+
+    A variant of several widths is a series for each of them: a line between two widths is no trade-off.
+    """
+    runs = list(runs)
+    widths: dict[str, set[int | None]] = {}
+    for run in runs:
+        widths.setdefault(run.variant, set()).add(run.d_sae)
     points: dict[str, list[tuple[float, float, str]]] = {}
     for run in runs:
         found = numbers(run)
@@ -142,5 +149,6 @@ def pareto_points(runs: Iterable[Run], fidelity: str) -> dict[str, list[tuple[fl
         for name in ("l0", fidelity):
             lines.append(f"{TITLES[name]} = {found[name].text()}")
             lines += [html.escape(part, quote=False) for part in found[name].provenance().split(" · ")]
-        points.setdefault(run.variant, []).append((found["l0"].value, found[fidelity].value, "<br>".join(lines)))
+        series = run.variant if len(widths[run.variant]) == 1 else f"{run.variant} {run.d_sae or '?'}"
+        points.setdefault(series, []).append((found["l0"].value, found[fidelity].value, "<br>".join(lines)))
     return points

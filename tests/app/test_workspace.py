@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,12 @@ def test_numbers_come_from_the_evaluation_where_there_is_one(folder: Path, tmp_p
     assert after["fvu"] == before["fvu"]
     points = workspace.pareto_points([workspace.Run("<b>", tmp_path)], "ce_recovered")
     assert "&lt;b&gt;" in points["topk"][0][2]
+    # Two widths of a variant are two series: a line between them would be no trade-off.
+    shutil.copytree(tmp_path, tmp_path / "wide")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "wide" / "cfg.json").write_text(json.dumps({**config, "d_sae": 96}))
+    both = [workspace.Run("narrow", tmp_path), workspace.Run("wide", tmp_path / "wide")]
+    assert set(workspace.pareto_points(both, "ce_recovered")) == {"topk 48", "topk 96"}
 
 
 def test_a_damaged_configuration_is_one_row_not_a_crash(tmp_path: Path) -> None:
