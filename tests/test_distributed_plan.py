@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +48,17 @@ def test_the_command(capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit) as caught:
             main(["plan", *wrong])
         assert caught.value.code == 2
+
+
+def test_the_table_of_the_how_to_is_what_plan_says() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "how-to" / "many-gpus.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    for gpus, layout, memory, sent, time, tokens, limit in rows[1:]:
+        best = layouts(int(gpus), 131_072, 4096, 2**20, 64, Machine())[0]
+        assert layout == f"{best.data_size} x {best.dict_size}"
+        assert memory == f"{best.total_memory_gb:.1f} GB"
+        assert sent == f"{sum(best.traffic_mb.values()):,.0f} MB"
+        assert time == f"{1e3 * sum(best.seconds.values()):.0f} ms"
+        assert tokens == f"{best.tokens_per_second:,.0f}"
+        assert limit == best.bottleneck
+    assert len(rows) == 4
