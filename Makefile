@@ -48,7 +48,7 @@ $(PEERS)/.installed: constraints-interop.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt torch
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
-		sae-lens numba scipy scikit-learn tyro pytest beartype hypothesis gguf gensim \
+		sae-lens numba scipy scikit-learn tyro pytest pytest-xdist beartype hypothesis gguf gensim \
 		simple-parsing natsort schedulefree nnsight tabulate dataclasses-json matplotlib opencv-python-headless
 	@# Their own pins would fight over torch, transformers and transformer-lens.
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
@@ -56,9 +56,9 @@ $(PEERS)/.installed: constraints-interop.txt
 	@touch $@
 
 test-interop: $(PEERS)/.installed
-	$(PEERS)/bin/python -m pytest tests/interop tests/test_variants_saelens.py \
-		tests/test_lm.py tests/test_sites.py tests/test_harvest.py tests/test_cache.py tests/test_evaluate.py \
-		tests/test_train.py tests/test_features_index.py tests/test_steer.py tests/test_steer_imported.py
+	@# The app, the notebooks and Triton want packages that these tools know nothing of.
+	$(PEERS)/bin/python -m pytest -n auto --dist loadfile tests \
+		--ignore tests/app --ignore tests/test_notebooks.py --ignore tests/kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from saelab import kernels
-from saelab.kernels.cases import CASES, Case
+from saelab.kernels.cases import CASES, Case, random_case
+
+
+def large() -> Case:
+    """Large enough for what only large selections do."""
+    return random_case(256, 64, 16_384, 16)
 
 
 def red_cases(backend: str, device: str) -> list[str]:
     """Names and reasons of the cases on which ``backend`` differs from float64 beyond rounding."""
     found = []
-    for name, make in CASES.items():
+    for name, make in {**CASES, "large": large}.items():
         for signed in (False, True):
             reason = _difference(make(), backend, device, signed)
             if reason:

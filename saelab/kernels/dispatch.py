@@ -89,7 +89,10 @@ def describe(dtype: torch.dtype = torch.float32) -> str:
         return f"none ({named} is asked for, but {reason})"
     name = _choose(_device(), dtype)
     if name == "numba":
-        return f"numba {_version('numba')} on {torch.get_num_threads()} CPU threads"
+        from saelab.kernels.numba_screen import supported
+
+        screened = ", screened in bfloat16" if supported() else ""
+        return f"numba {_version('numba')} on {torch.get_num_threads()} CPU threads{screened}"
     if name == "triton":
         return f"triton {_version('triton')} on {_card()}"
     if named:

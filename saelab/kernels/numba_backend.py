@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.kernels import numba_screen as screen
 from saelab.kernels import numba_select as select
 from saelab.kernels.chunks import blocks, centred, products
 from saelab.kernels.numba_code import by_column, decode, decode_error, latent_grad, latent_sum, value_grad  # noqa: F401
@@ -30,6 +31,32 @@ def topk(
     k: int,
     signed: bool,
     effect: Effect | None = None,
+) -> Ragged:
+    if effect is None and screen.pays(*x.shape, W_enc.shape[1], k):
+        return _screened_topk(x, W_enc, b_enc, b_dec, k, signed)
+    return _whole_topk(x, W_enc, b_enc, b_dec, k, signed, effect)
+
+
+def _screened_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, signed: bool
+) -> Ragged:
+    operands = screen.Screen(x, W_enc, _bias(b_enc, W_enc.shape[1]), b_dec, signed)
+    values, columns, left = screen.topk(operands, k)
+    if left.numel():
+        rest = _whole_topk(x[left], W_enc, b_enc, b_dec, k, signed, None)
+        values[left], columns[left] = rest[0].view(-1, k), rest[1].view(-1, k)
+    values = values.flatten()
+    return values if signed else values.relu_(), columns.flatten(), torch.arange(0, values.numel() + 1, k)
+
+
+def _whole_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    signed: bool,
+    effect: Effect | None,
 ) -> Ragged:
     n, bias, mode, weights, effects = x.shape[0], _bias(b_enc, W_enc.shape[1]), MODES[signed], UNWEIGHTED, None
     if effect is not None:
@@ -70,7 +97,20 @@ class Staged:
 
 
 def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budget: int, signed: bool) -> Ragged:
-    n, d_sae = x.shape[0], W_enc.shape[1]
+    n, d_sae, found = x.shape[0], W_enc.shape[1], None
+    if budget and screen.pays(*x.shape, d_sae, -(-budget // n)):
+        found = screen.batch(screen.Screen(x, W_enc, _bias(b_enc, d_sae), b_dec, signed), budget)
+    _, values, flat = found or _whole_batch(x, W_enc, b_enc, b_dec, budget, signed)
+    rows, columns = np.divmod(flat, d_sae)
+    order, row_ptr, _ = by_column(rows, np.array([0, rows.size]), n)
+    values = torch.from_numpy(values[order])
+    return values if signed else values.relu_(), torch.from_numpy(columns[order]), torch.from_numpy(row_ptr)
+
+
+def _whole_batch(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budget: int, signed: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    d_sae = W_enc.shape[1]
     mode, bias = MODES[signed], _bias(b_enc, d_sae)
     keys, values, flat, bound = empty(0), empty(0), np.empty(0, np.int64), -np.inf
     for row, column, z in blocks(centred(x, b_dec), W_enc):
@@ -85,10 +125,7 @@ def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, 
         keys, values, flat = keys[:kept], values[:kept], flat[:kept]
         # Once the budget is full, what stays below its smallest key cannot enter: later blocks yield less and less.
         bound = float(keys.min()) if kept == budget else -np.inf
-    rows, columns = np.divmod(flat, d_sae)
-    order, row_ptr, _ = by_column(rows, np.array([0, rows.size]), n)
-    values = torch.from_numpy(values[order])
-    return values if signed else values.relu_(), torch.from_numpy(columns[order]), torch.from_numpy(row_ptr)
+    return keys, values, flat
 
 
 def _first_bound(z: Tensor, bias: np.ndarray, mode: int, budget: int) -> float:
