@@ -89,9 +89,7 @@ def describe(dtype: torch.dtype = torch.float32) -> str:
         return f"none ({named} is asked for, but {reason})"
     name = _choose(_device(), dtype)
     if name == "numba":
-        from saelab.kernels.numba_screen import supported
-
-        screened = ", screened in bfloat16" if supported() else ""
+        screened = ", screened in bfloat16" if multiplies_bfloat16() else ""
         return f"numba {_version('numba')} on {torch.get_num_threads()} CPU threads{screened}"
     if name == "triton":
         return f"triton {_version('triton')} on {_card()}"
@@ -99,6 +97,12 @@ def describe(dtype: torch.dtype = torch.float32) -> str:
         return f"reference (plain PyTorch {torch.__version__}, as asked for)"
     wanted = "triton" if _device() == "cuda" else "numba"
     return f"reference (plain PyTorch {torch.__version__}; {wanted} is not used: {obstacle(wanted, _device(), dtype)})"
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for bfloat16 products (others emulate them, slowly)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def implementation(x: Tensor) -> ModuleType:

@@ -10,12 +10,12 @@ input; a token with too many left to compute, or with numbers that are not finit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.kernels import dispatch
 from saelab.kernels.chunks import centred, products
 from saelab.kernels.numba_bounds import (
     low_driver,
@@ -38,15 +38,9 @@ STAGED = 64  # entries kept ready per row where a row's number of winners is not
 ROOM, MARGIN = 8, 128  # a row may leave ROOM * k + MARGIN latents to compute
 
 
-@cache
-def supported() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def pays(n: int, d_in: int, d_sae: int, k: int) -> bool:
     """Whether a selection of this size is worth screening here."""
-    return supported() and n >= 128 and 16 * k <= d_sae and n * d_in * d_sae >= LEAST_WORK
+    return dispatch.multiplies_bfloat16() and n >= 128 and 16 * k <= d_sae and n * d_in * d_sae >= LEAST_WORK
 
 
 class Screen:

@@ -149,10 +149,10 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
 
 
 def test_what_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numba_screen, "supported", lambda: True)
+    monkeypatch.setattr(dispatch, "multiplies_bfloat16", lambda: True)
     with kernels.use_backend("numba"):
         assert dispatch.describe().endswith("screened in bfloat16")
-    monkeypatch.setattr(numba_screen, "supported", lambda: False)
+    monkeypatch.setattr(dispatch, "multiplies_bfloat16", lambda: False)
     with kernels.use_backend("numba"):
         assert "bfloat16" not in dispatch.describe()
     assert not numba_screen.pays(4096, 576, 16_384, 32)
