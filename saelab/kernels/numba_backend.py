@@ -32,7 +32,7 @@ def topk(
     signed: bool,
     effect: Effect | None = None,
 ) -> Ragged:
-    if effect is None and screen.pays(*x.shape, W_enc.shape[1], k):
+    if effect is None and screen.pays(x.shape[0], x.shape[1], W_enc.shape[1], k):
         return _screened_topk(x, W_enc, b_enc, b_dec, k, signed)
     return _whole_topk(x, W_enc, b_enc, b_dec, k, signed, effect)
 
@@ -98,7 +98,7 @@ class Staged:
 
 def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budget: int, signed: bool) -> Ragged:
     n, d_sae, found = x.shape[0], W_enc.shape[1], None
-    if budget and screen.pays(*x.shape, d_sae, -(-budget // n)):
+    if budget and screen.pays(x.shape[0], x.shape[1], d_sae, -(-budget // n)):
         found = screen.batch(screen.Screen(x, W_enc, _bias(b_enc, d_sae), b_dec, signed), budget)
     _, values, flat = found or _whole_batch(x, W_enc, b_enc, b_dec, budget, signed)
     rows, columns = np.divmod(flat, d_sae)
