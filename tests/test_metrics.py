@@ -27,6 +27,7 @@ from saelab.metrics import (
     max_cosines,
     mcc,
     proportion,
+    reconstruction,
     stability,
     t_interval,
     zipf_fit,
@@ -118,6 +119,17 @@ def test_bootstrap_interval_matches_resampling_by_hand():
         values.append(float((x - recon)[rows].square().sum() / (x[rows] - x[rows].mean(0)).square().sum()))
     low, high = np.quantile(values, [0.025, 0.975])
     assert (got.low, got.high) == (pytest.approx(low, rel=1e-9), pytest.approx(high, rel=1e-9))
+
+
+def test_neighbours_are_resampled_together_where_contexts_are_too_many_to_hold(monkeypatch):
+    x, recon, code, _ = _data(n=90)
+    alone, by_hand = (_sums(x, recon, code, torch.arange(90) // part).estimates() for part in (1, 9))
+    monkeypatch.setattr(reconstruction, "HELD", 10 * x.shape[1])
+    got = _sums(x, recon, code, torch.arange(90)).estimates()
+    assert got["fvu"].value == pytest.approx(alone["fvu"].value, rel=1e-12)
+    assert (got["fvu"].low, got["fvu"].high) == pytest.approx((by_hand["fvu"].low, by_hand["fvu"].high), rel=1e-12)
+    assert got["fvu"].interval == "95 % percentile bootstrap over 10 groups of 9 contexts"
+    assert by_hand["fvu"].interval == "95 % percentile bootstrap over 10 contexts"
 
 
 def test_reports_never_hold_nan():

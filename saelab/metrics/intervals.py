@@ -57,18 +57,20 @@ def resampled_sums(*columns: Array, seed: int = 0) -> list[Array]:
     return [np.concatenate(part) for part in parts]
 
 
-def from_resamples(values: Array, n: int, unit: str, formula: str, n_contexts: int) -> Estimate:
-    """The estimate of ``values[0]`` with the percentile interval of ``values[1:]``, resamples of contexts.
+def from_resamples(
+    values: Array, n: int, unit: str, formula: str, n_resampled: int, over: str = "contexts"
+) -> Estimate:
+    """The estimate of ``values[0]`` with the percentile interval of ``values[1:]``, ``n_resampled`` ``over`` resampled.
 
     Resamples in which the ratio is undefined (no spread left, say) are left out; fewer than two contexts, or less
     than half of the resamples defined, give no interval.
     """
     finite = values[1:][np.isfinite(values[1:])]
-    if n_contexts < 2 or finite.size < 0.5 * (values.size - 1):
-        why = f"none: {n_contexts} contexts are too few to resample"
+    if n_resampled < 2 or finite.size < 0.5 * (values.size - 1):
+        why = f"none: {n_resampled} {over} are too few to resample"
         return Estimate(float(values[0]), None, None, n, unit, formula, why)
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    how = f"95 % percentile bootstrap over {n_contexts} contexts"
+    how = f"95 % percentile bootstrap over {n_resampled} {over}"
     return Estimate(float(values[0]), float(low), float(high), n, unit, formula, how)
 
 
