@@ -24,6 +24,7 @@ from saelab import kernels
 from saelab.kernels import bench_steps as steps
 from saelab.kernels.bench_memory import peak_megabytes
 from saelab.kernels.bench_parity import red_cases
+from saelab.kernels.dispatch import multiplies_bfloat16
 
 Rounds = dict[str, list[float]]
 GEMM, OURS = "encode GEMM alone", "step, topk"
@@ -65,7 +66,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _step_report(n: int, d_in: int, d_sae: int, k: int, options: argparse.Namespace, device: str) -> dict[str, object]:
     x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(1)).to(device)
     p = steps.Parameters(d_in, d_sae, device)
-    buffer = torch.empty(n, d_sae, device=device)
+    buffer, buffer16 = (torch.empty(n, d_sae, dtype=t, device=device) for t in (torch.float32, torch.bfloat16))
     candidates: dict[str, Callable[[], object]] = {
         GEMM: lambda: torch.mm(x, p.W_enc.detach(), out=buffer),
         OURS: steps.ours(p, x, k),
@@ -77,6 +78,9 @@ def _step_report(n: int, d_in: int, d_sae: int, k: int, options: argparse.Namesp
         candidates["dense autograd, default Adam"] = steps.dense(
             steps.Parameters(d_in, d_sae, device, column_major=False, fused=False), x, k
         )
+    if device == "cpu" and multiplies_bfloat16():  # what screening has in place of the encode GEMM
+        x16, W16 = x.bfloat16(), p.W_enc.detach().bfloat16()
+        candidates["bfloat16 product alone"] = lambda: torch.mm(x16, W16, out=buffer16)
     candidates |= _parts(p, x, buffer, k)
     rounds = _interleaved(candidates, options.rounds, device)
     _say(f"\nn={n} d_in={d_in} d_sae={d_sae} k={k}, median of {options.rounds} rounds", _floor(n, d_in, d_sae, k))
