@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saelab.kernels import dispatch
-from saelab.kernels.chunks import centred, products
+from saelab.kernels.chunks import products, recycled
 from saelab.kernels.numba_bounds import (
     low_driver,
     low_rows,
@@ -32,7 +32,7 @@ from saelab.kernels.numba_order import kth_largest, merge_best
 
 LEAST_WORK = 1 << 28  # multiplications from which rounding the weights pays
 SURE = 1.01  # on norms, for their own rounding
-TINY = 1e-15  # norms below this may have parts that a bfloat16 product takes for zero
+TINY = 1e-12  # norms below this may have parts that a bfloat16 product, or a square, takes for zero
 FEW_LANES = 128  # per row, where the lower bounds of all rows are compared with one another
 STAGED = 64  # entries kept ready per row where a row's number of winners is not known beforehand
 ROOM, MARGIN = 8, 128  # a row may leave ROOM * k + MARGIN latents to compute
@@ -50,7 +50,8 @@ class Screen:
     """
 
     def __init__(self, x: Tensor, W_enc: Tensor, bias: np.ndarray, b_dec: Tensor | None, signed: bool) -> None:
-        self.x, self.W, self.bias, self.signed = array(centred(x, b_dec)), array(W_enc.T), bias, signed
+        centred = x if b_dec is None else torch.sub(x, b_dec, out=recycled(*x.shape))
+        self.x, self.W, self.bias, self.signed = array(centred), array(W_enc.T), bias, signed
         self.x16, x_size, x_lost = rounded(self.x)
         self.W16, size, lost = rounded(self.W)
         self.size = np.maximum(size, np.float32(TINY))
@@ -126,10 +127,12 @@ def _reaching(screen: Screen, z: np.ndarray, known: tuple, level: np.float32) ->
 
 def rounded(rows: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """``rows [m, d]`` in bfloat16, the norm of each, and the norm of its difference from the original."""
-    out = torch.empty(rows.shape, dtype=torch.bfloat16)
-    size, lost = empty(rows.shape[0]), empty(rows.shape[0])
+    m, d = rows.shape
+    # On memory of an earlier call, in which two of these numbers take the place of one.
+    out = torch.empty(m, d, dtype=torch.bfloat16) if d % 2 else recycled(m, d // 2).view(torch.bfloat16)
+    size, lost = empty(m), empty(m)
     bits = out.view(torch.int16).numpy().view(np.uint16)
-    launch(round_rows, round_driver, rows.shape[0], rows, rows.view(np.uint32), bits, size, lost)
+    launch(round_rows, round_driver, m, rows, rows.view(np.uint32), bits, size, lost)
     return out, size, lost
 
 
