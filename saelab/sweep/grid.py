@@ -11,6 +11,11 @@ k = [16, 32, 64]
 seed = [0, 1]
 
 [[grid]]
+variant = "matryoshka"
+d_sae = 4608
+groups = [[0.25, 0.75], [0.5, 0.5]]   # where one value is a list, a list of lists
+
+[[grid]]
 variant = "batch_topk"
 d_sae = 4608
 k = 32
@@ -43,6 +48,7 @@ from saelab.train import TrainConfig, check
 # What all SAEs of a sweep share, because they see the same batches.
 SHARED = ("epochs", "batch_size", "data_seed")
 TRAIN = tuple(field.name for field in fields(TrainConfig))
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 @dataclass(frozen=True)
@@ -208,8 +214,18 @@ def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str
     """Refuse a value that an option cannot have; the command line does so for its own."""
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", None) or str(hints[name]).replace("typing.", "")
-            raise UserError(f"{where}{name}={value!r} must be {wanted}")
+            raise UserError(f"{where}{name}={value!r} must be {_words(hints[name])}")
+
+
+def _words(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if origin in {Union, UnionType}:
+        return " or ".join(_words(one) for one in inner if one is not int or float not in inner)
+    if origin is not None:
+        return "a list (a list of lists under [[grid]], where lists are multiplied out)"
+    return WORDS.get(hint, str(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:
