@@ -229,7 +229,7 @@ def dose_charts(found: list[dict[str, Any]], key: str = "dose") -> None:
     """Effect and damage over strength for every direction."""
     names = list(dict.fromkeys(dose["direction"] for dose in found))
     strengths = sorted({dose["strength"] for dose in found})
-    titles = (("logit_shift", "logit shift of the concept"), ("kl", "off-target KL, nats per token"))
+    titles = (("logit_shift", "logit shift of the concept"), ("kl", "off-target KL, nats/token"))
     for column, (what, title) in zip(st.columns(2, gap="large"), titles):
         curves = {
             n: [d[what] for d in sorted(found, key=lambda d: d["strength"]) if d["direction"] == n] for n in names
@@ -237,3 +237,8 @@ def dose_charts(found: list[dict[str, Any]], key: str = "dose") -> None:
         with column:
             figure = viz.dose_response(strengths, curves, common.colours(), title)
             common.chart(figure, alt=f"{title} over strength", key=f"{key}_{what}")
+    st.caption(
+        "Logit shift: mean logit of the words minus that of all tokens, after the prompts where they could come next, "
+        "steered − unsteered. Off-target KL: of the next-token distribution, unsteered against steered, on the texts "
+        "that should not change. Random directions (seeds 0, 1, …) have the vector's length."
+    )

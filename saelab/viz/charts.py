@@ -186,7 +186,9 @@ def dose_response(
     chosen: float | None = None,
 ) -> go.Figure:
     """What each direction does as its strength grows; the chosen strength is marked."""
-    fig = lines({name: (strengths, ys) for name, ys in curves.items()}, colours, "strength", y, height=260)
+    fig = lines(
+        {name: (strengths, ys) for name, ys in curves.items()}, colours, "length added, raw units", y, height=260
+    )
     fig.update_traces(mode="lines+markers")
     if chosen is not None:
         fig.add_vline(x=chosen, line={"color": colours.muted, "dash": "dot"})

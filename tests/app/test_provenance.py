@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from small_workspace import make_cache, make_model
+from test_pages import launch
 
 from saelab import workspace
 from saelab.cli import evaluate as evaluate_cli
@@ -88,3 +89,20 @@ def test_the_commands_of_metrics_and_index_give_the_recorded_settings(
     index_cli.main(words(workspace.index_command("runs/topk", index.meta), "index"))
     assert tuple(map(str, parsed[1][:3])) == ("runs/topk", str(cache.path), "None")
     assert parsed[1][3] == IndexConfig(bins=20)
+
+
+def test_the_pages_show_the_commands_beside_their_numbers(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    app = launch(monkeypatch, folder, model="none")
+    app.selectbox(key="run").select("runs/topk").run()
+    run = workspace.Workspace.scan(folder).run("runs/topk")
+    train, index = workspace.train_command(run), workspace.index_command(run.name, FeatureIndex(run.path).meta)
+    for view, commands in {
+        "overview": {workspace.train_command(workspace.Workspace.scan(folder).run("runs/abs_topk"))},
+        "training": {train},
+        "features": {index},
+        "latent": {index},
+        "health": {index},
+    }.items():
+        app.switch_page(f"views/{view}.py").run()
+        assert not app.exception, (view, app.exception)
+        assert {item.value for item in app.code} == commands, view
