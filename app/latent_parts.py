@@ -76,7 +76,7 @@ def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
     """A latent beside a table: what it is, its evidence, a button to its page."""
     row = index.latent(latent, pole)
     with st.container(border=True):
-        name, button = st.columns([7, 2], vertical_alignment="center")
+        name, button = st.columns([5, 2], vertical_alignment="center")
         name.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(run.path))}")
         if button.button("Open", key=f"{key}_open", width="stretch"):
             common.open_latent(latent, pole, run)

@@ -79,8 +79,8 @@ def matches(found: pd.DataFrame, table: pd.DataFrame, key: str) -> Chosen:
     names = ["latent", *poles, "specificity", "low", "high", "on_span", "off_span", "density", "label", "top_tokens"]
     extra = {
         "specificity": number(format="%.2f", help="(mean on the span − mean elsewhere) × −log₂ density, in maxima"),
-        "low": number(format="%.2f", help="5 % quantile over bootstrap samples of the tokens"),
-        "high": number(format="%.2f", help="95 % quantile over bootstrap samples of the tokens"),
+        "low": number(format="%.2f", help="5 % quantile over 200 bootstrap samples of the tokens, seed 0"),
+        "high": number(format="%.2f", help="95 % quantile over 200 bootstrap samples of the tokens, seed 0"),
         "on_span": number("on the span", format="percent", help="share of marked tokens it fires on"),
         "off_span": number("elsewhere", format="percent", help="share of all other tokens it fires on"),
     }

@@ -9,11 +9,15 @@ from saelab import viz
 
 MEANINGS = {
     "shared": "matched one to one with a similarity of at least 0.7",
-    "split": "several latents of the other side fire where it fires and together cover it",
-    "absorbed": "one latent of the other side fires on most of its tokens",
+    "split": "latents of the other side have half of their firings where it fires, and together cover half of its own",
+    "absorbed": "one latent of the other side fires on at least half of its tokens",
     "only-left": "nothing on the right comes near",
     "only-right": "nothing on the left comes near",
     "dead": "it never fires on the tokens compared",
+}
+BY_COSINE = {
+    "split": "two or more latents of the other side have a decoder cosine of at least 0.5 with it",
+    "absorbed": "one latent of the other side has a decoder cosine of at least 0.5 with it",
 }
 
 st.title("Compare", anchor=False)
@@ -32,19 +36,20 @@ with st.container(horizontal=True, vertical_alignment="center"):
 other = others[name]
 found = common.matching(run, other)
 counts = found.counts()
+meanings = MEANINGS if found.tokens else {**MEANINGS, **BY_COSINE}
 for column, (side, number), named in zip(st.columns(2, gap="medium"), counts.items(), (run, other)):
     with column:
         st.markdown(f"**{side.capitalize()}**: {viz.markdown(common.describe(named))}, {named.d_sae:,} latents")
         with st.container(horizontal=True):
             for status in MEANINGS:
                 if status in number:
-                    st.metric(status, f"{number[status]:,}", help=MEANINGS[status], width=85)
+                    st.metric(status, f"{number[status]:,}", help=meanings[status], width=85)
 st.caption(
-    f"Similarity: the mean of decoder cosine and activation correlation over {found.tokens:,} tokens of their cache; "
-    "pairs by the Hungarian method."
+    f"Similarity: the mean of decoder cosine and activation correlation over the first {found.tokens:,} tokens of "
+    "their cache; pairs by the Hungarian method. In Python: `saelab.features.match.match_saes`."
     if found.tokens
     else "Similarity: decoder cosine; pairs by the Hungarian method. With the cache of both in this folder, "
-    "activations would be compared as well."
+    "activations would be compared as well. In Python: `saelab.features.match.match_saes`."
 )
 view = st.segmented_control(
     "show",
