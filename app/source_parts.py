@@ -24,7 +24,7 @@ def of_run(run: Run) -> None:
 def commands(*found: str | None) -> None:
     """Commands to copy, each once."""
     lines = [line for line in dict.fromkeys(found) if line]
-    st.code("\n".join(viz.visible(line) for line in lines), language="bash", wrap_lines=True)
+    st.code("\n".join(viz.visible(line) for line in lines), language=None, wrap_lines=True)
 
 
 def of_index(run: Run, index: Any, columns: tuple[str, ...]) -> None:
