@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latents", type=int, default=16_384)
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--width", type=int, default=256, help="d_in")
+    parser.add_argument("--width", type=int, default=576, help="d_in; the default is that of SmolLM2")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--variant", default="topk")
     parser.add_argument("--rows", type=int, default=65_536, help="latents of the table that is filtered")
