@@ -44,7 +44,7 @@ def test_the_command(capsys: pytest.CaptureFixture) -> None:
     assert [p["gpus"] for p in plans] == [8, 64] and plans[0]["bottleneck"] == "encode"
     main(["plan", "--d-sae", "16384", "--d-in", "768", "--gpus", "1"])
     assert "tokens per second" in capsys.readouterr().out
-    for wrong in (["--gpus", "0"], ["--matmul-tflops", "0"], ["--slow-gbs", "-1"], ["--memory-tbs", "nan"]):
+    for wrong in (["--gpus", "0"], ["--gpus"], ["--matmul-tflops", "0"], ["--slow-gbs", "-1"], ["--memory-tbs", "nan"]):
         with pytest.raises(SystemExit) as caught:
             main(["plan", *wrong])
         assert caught.value.code == 2

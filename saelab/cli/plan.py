@@ -39,6 +39,8 @@ def main(args: Sequence[str]) -> None:
     for name in ("d_in", "d_sae", "k", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)} must be at least 1")
+    if not options.gpus:
+        raise UserError("gpus names no number of GPUs; give one or more, such as --gpus 8 64")
     for name, value in vars(options.machine).items():
         if not 0 < value < math.inf:
             raise UserError(f"{name}={value} must be positive and finite")
