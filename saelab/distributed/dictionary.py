@@ -43,7 +43,7 @@ def build_shard(variant: str, d_in: int, d_sae: int, seed: int, parallel: Parall
     if parallel.dict_size == 1:
         return build(variant, d_in, d_sae, **config)
     if d_sae % parallel.dict_size:
-        raise UserError(f"d_sae={d_sae} does not divide over {parallel.dict_size} dictionary ranks; use a multiple of it")
+        raise UserError(f"d_sae={d_sae} does not divide over {parallel.dict_size} dictionary ranks; take a multiple")
     part = d_sae // parallel.dict_size
     if config.get("k", 1) > part:
         raise UserError(f"k={config['k']} exceeds the {part} latents of a rank; use fewer dictionary ranks")
