@@ -10,6 +10,7 @@ from saelab.kernels.numba_order import below_kth, trim
 from saelab.kernels.numba_select import LANES
 
 ROUNDED = np.float32(2.0**-7)  # of a bfloat16 result, however its last digit was found
+BLOCK = 64
 ADDED = np.float32(2.0**-22)  # of a sum of two float32 numbers, and of its comparison
 
 
@@ -72,6 +73,25 @@ def bounds(z, reach, size, bias, signed, high, best):
 
 
 @compiled()
+def reaching(high, level, columns):
+    """The columns, in order, whose upper bound reaches ``level``; returns how many.
+
+    Counting a block is vectorised and most blocks hold none. ``columns`` has room for one more than there are.
+    """
+    found = 0
+    for start in range(0, high.size, BLOCK):
+        part = high[start : start + BLOCK]
+        hits = 0
+        for i in range(part.size):
+            hits += 1 if part[i] >= level else 0
+        if hits > 0:
+            for i in range(part.size):
+                columns[found] = start + i
+                found += 1 if part[i] >= level else 0
+    return found
+
+
+@compiled()
 def screen_rows(lo, hi, z, first, reach, size, bias, signed, x, W, k, room, values, columns, left):
     """The ``k`` best of each row of a chunk that begins with row ``first``; ``left[r]`` where it cannot tell."""
     width = z.shape[1]
@@ -87,10 +107,8 @@ def screen_rows(lo, hi, z, first, reach, size, bias, signed, x, W, k, room, valu
         if not reach[r] < np.inf:
             continue
         bounds(z[r - first], reach[r], size, bias, signed, high, best)
-        level, found = below_kth(best, k, work), 0
-        for c in range(width):
-            open_columns[found] = c
-            found += 1 if high[c] >= level else 0
+        level = below_kth(best, k, work)
+        found = reaching(high, level, open_columns)
         if level == -np.inf or found < k or found > room:
             continue
         for i in range(found):
@@ -131,11 +149,8 @@ def reach_rows(lo, hi, z, first, reach, size, bias, signed, x, W, level, keys, v
     high, best, open_columns = np.empty(width, np.float32), np.empty(LANES, np.float32), np.empty(width + 1, np.int64)
     for r in range(lo, hi):
         bounds(z[r], reach[first + r], size, bias, signed, high, best)
-        found, kept = 0, 0
-        for c in range(width):
-            open_columns[found] = c
-            found += 1 if high[c] >= level else 0
-        for i in range(found):
+        kept = 0
+        for i in range(reaching(high, level, open_columns)):
             v = dot(x[first + r], W[open_columns[i]]) + bias[open_columns[i]]
             key = abs(v) if signed else v
             if key >= level:

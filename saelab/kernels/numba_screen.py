@@ -9,6 +9,7 @@ input; a token with too many left to compute, or with numbers that are not finit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,7 +35,8 @@ LEAST_WORK = 1 << 28  # multiplications from which rounding the weights pays
 SURE = 1.01  # on norms, for their own rounding
 TINY = 1e-12  # norms below this may have parts that a bfloat16 product, or a square, takes for zero
 FEW_LANES = 128  # per row, where the lower bounds of all rows are compared with one another
-STAGED = 64  # entries kept ready per row where a row's number of winners is not known beforehand
+MORE = 1.02  # keys collected beyond the budget, so that weaker rows later on do not leave it unspent
+SPREAD, STAGED = 4, 64  # room for SPREAD times a row's share of a batch's budget, and STAGED more
 ROOM, MARGIN = 8, 128  # a row may leave ROOM * k + MARGIN latents to compute
 
 
@@ -83,16 +85,19 @@ def topk(screen: Screen, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def batch(screen: Screen, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Keys, values and places (row * d_sae + column) of the ``budget`` best of all rows; None where it cannot tell."""
+    """Keys, values and places (row * d_sae + column) of the ``budget`` best of all rows; None where it cannot tell.
+
+    The first rows say from which level on keys are collected. When at least ``budget`` keys reach it, none of the
+    ``budget`` best was missed; when the other rows turn out so much weaker that they do not, it cannot tell.
+    """
     if not np.isfinite(screen.reach).all():
         return None
-    keys, values, flat, level = empty(0), empty(0), np.empty(0, np.int64), -np.inf
+    keys, values, flat, level = empty(0), empty(0), np.empty(0, np.int64), None
     for first, z, known in screen.chunks():
-        if level == -np.inf:
-            level = _first_level(z, known, budget)
+        level = _level(z, known, budget / screen.x.shape[0]) if level is None else level
         if level == -np.inf:
             return None
-        found = _reaching(screen, z, known, np.float32(level))
+        found = _reaching(screen, z, known, level, SPREAD * -(-budget // screen.x.shape[0]) + STAGED)
         keys, values = np.concatenate([keys, found[0]]), np.concatenate([values, found[1]])
         flat = np.concatenate([flat, first * z.shape[1] + found[2]])
         kept = merge_best(keys, values, flat, budget)
@@ -101,18 +106,19 @@ def batch(screen: Screen, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return (keys, values, flat) if keys.size == budget else None
 
 
-def _first_level(z: np.ndarray, known: tuple, budget: int) -> float:
-    """A value that at least ``budget`` keys of this chunk reach, or ``-inf``."""
+def _level(z: np.ndarray, known: tuple, budget: float) -> np.float32:
+    """A value that about ``budget`` keys per row of this chunk reach, and some more; ``-inf`` if that is all."""
     maxima = np.empty((z.shape[0], min(FEW_LANES, z.shape[1])), np.float32)
-    if budget > maxima.size:
-        return -np.inf
+    wanted = math.ceil(MORE * budget * z.shape[0])
+    if wanted > maxima.size:
+        return np.float32(-np.inf)
     launch(low_rows, low_driver, z.shape[0], *known, maxima)
-    return float(kth_largest(maxima.reshape(-1), maxima.size, budget))
+    return np.float32(kth_largest(maxima.reshape(-1), maxima.size, wanted))
 
 
-def _reaching(screen: Screen, z: np.ndarray, known: tuple, level: np.float32) -> tuple[np.ndarray, ...]:
-    """Keys, values and places within the chunk of all that reach ``level``, in order."""
-    n, room = z.shape[0], STAGED
+def _reaching(screen: Screen, z: np.ndarray, known: tuple, level: np.float32, room: int) -> tuple[np.ndarray, ...]:
+    """Keys, values and places within the chunk of all that reach ``level``, in order; ``room`` per row at first."""
+    n = z.shape[0]
     while True:
         keys, values = np.empty((n, room), np.float32), np.empty((n, room), np.float32)
         columns, counts = np.empty((n, room), np.int64), np.empty(n, np.int64)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saelab import kernels
-from saelab.kernels import cases, dispatch
+from saelab.kernels import cases, chunks, dispatch
 from saelab.kernels.dispatch import obstacle
 from tests.kernels import oracle, test_parity
 from tests.kernels.backends import gap
@@ -162,3 +162,17 @@ def test_small_selections_are_not_screened() -> None:
     assert not numba_screen.pays(64, 576, 16_384, 32)  # few rows
     assert not numba_screen.pays(4096, 16, 512, 8)  # little work
     assert not numba_screen.pays(4096, 576, 256, 32)  # k is a large part of the width
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("weaker", [1.0, 0.01])
+def test_a_batch_in_pieces_whose_later_rows_are_weaker(weaker: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * 512 * 128)  # 128 rows of bfloat16 at a time
+    case = cases.random_case(300, 24, 512, 6)
+    case = case._replace(x=torch.cat([case.x[:128], weaker * case.x[128:]]), b_enc=None, b_dec=None)
+    assert (numba_screen.batch(screen_of(case, False), 1800) is None) == (weaker < 1)
+    selected = kernels.select_batch(*case.encoder, budget=1800)
+    z = oracle.pre_acts(*case.to(torch.float64).encoder)
+    found = oracle.to_mask(selected.indices, selected.row_ptr, 512).reshape(1, -1)
+    expected = torch.zeros(1, z.numel(), dtype=torch.bool).scatter_(1, z.reshape(1, -1).topk(1800).indices, True)
+    oracle.check_selection(found, expected, z.reshape(1, -1), gap(case, z))
