@@ -10,8 +10,8 @@ from saelab.kernels.numba_order import below_kth, trim
 from saelab.kernels.numba_select import LANES
 
 ROUNDED = np.float32(2.0**-7)  # of a bfloat16 result, however its last digit was found
-BLOCK = 64
 ADDED = np.float32(2.0**-22)  # of a sum of two float32 numbers, and of its comparison
+BLOCK = 64  # columns that are looked at one by one where any of them may win
 
 
 @compiled(contract=True, reassoc=True)
