@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from saelab.kernels.numba_code import dot
 from saelab.kernels.numba_launch import compiled
 from saelab.kernels.numba_order import below_kth, trim
 from saelab.kernels.numba_select import LANES
@@ -40,14 +41,6 @@ def round_driver(parts, count, source, source_bits, out, size, lost):
     for part in prange(parts):
         lo, hi = part * count // parts, (part + 1) * count // parts
         round_rows(lo, hi, source, source_bits, out, size, lost)
-
-
-@compiled(contract=True, reassoc=True)
-def dot(a, b):
-    total = np.float32(0)
-    for i in range(a.size):
-        total += a[i] * b[i]
-    return total
 
 
 @compiled()

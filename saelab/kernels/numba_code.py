@@ -51,6 +51,14 @@ def gather_driver(parts, count, values, indices, ptr, data, offset, fresh, out):
 
 
 @compiled(contract=True, reassoc=True)
+def dot(a, b):
+    total = np.float32(0)
+    for i in range(a.size):
+        total += a[i] * b[i]
+    return total
+
+
+@compiled(contract=True, reassoc=True)
 def dot_rows(lo, hi, grad, indices, ptr, data, out):
     """``out[e] = grad[row] . data[index]``."""
     width = data.shape[1]

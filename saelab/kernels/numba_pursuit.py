@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelab.kernels import pursuit_reference
 from saelab.kernels.chunks import on_release, products, recycled
-from saelab.kernels.numba_code import NONE, by_column, gather_driver, gather_rows
+from saelab.kernels.numba_code import NONE, by_column, dot, gather_driver, gather_rows
 from saelab.kernels.numba_launch import array, compiled, launch
 from saelab.kernels.pursuit_reference import Trace
 
@@ -54,14 +54,6 @@ def subtract_and_maximise(c, row, v, maxima):
                     position = min(position, i)
                     break
     return position
-
-
-@compiled(contract=True, reassoc=True)
-def dot(a, b):
-    total = np.float32(0)
-    for i in range(a.size):
-        total += a[i] * b[i]
-    return total
 
 
 @compiled(contract=True)
