@@ -66,7 +66,7 @@ class Screen:
             self.reach = np.full(x.shape[0], np.inf, np.float32)
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray, tuple]]:
-        """First row, the product's bits, and what :func:`saelab.kernels.numba_bounds.bounds` needs besides, for consecutive rows."""
+        """For consecutive rows: the first, the product's bits, and the arguments that all kernels begin with."""
         for first, z in products(self.x16, self.W16.T):
             bits = z.view(torch.int16).numpy().view(np.uint16)
             yield first, bits, (bits, first, self.reach, self.size, self.bias, self.signed)
