@@ -10,7 +10,7 @@ from saelab.kernels import numba_screen as screen
 from saelab.kernels import numba_select as select
 from saelab.kernels.chunks import blocks, centred, products
 from saelab.kernels.numba_code import by_column, decode, decode_error, latent_grad, latent_sum, value_grad  # noqa: F401
-from saelab.kernels.numba_launch import array, launch
+from saelab.kernels.numba_launch import array, empty, launch
 from saelab.kernels.numba_order import kth_largest, merge_best, pack
 from saelab.kernels.numba_pursuit import pursue, pursue_backward  # noqa: F401
 from saelab.kernels.numba_rows import gather_rows  # noqa: F401
@@ -19,7 +19,6 @@ from saelab.kernels.reference import Effect, Ragged, pointers
 NOTHING = np.zeros((1, 1), np.float32)
 UNWEIGHTED = (1.0, 0.0)
 MODES = {False: select.PLAIN, True: select.MAGNITUDE}
-FEW_LANES = 128  # per row, where the maxima of all rows are compared with one another
 STAGED = 64  # entries kept ready per row where a row's number of winners is not known beforehand
 
 
@@ -130,7 +129,7 @@ def _whole_batch(
 
 def _first_bound(z: Tensor, bias: np.ndarray, mode: int, budget: int) -> float:
     """A value that at least ``budget`` keys of this block reach, or ``-inf``: the budget-th largest lane maximum."""
-    lanes = min(FEW_LANES, z.shape[1])
+    lanes = min(select.FEW_LANES, z.shape[1])
     if budget > z.shape[0] * lanes:
         return -np.inf
     maxima = np.empty((z.shape[0], lanes), np.float32)
@@ -182,7 +181,3 @@ def threshold(
 
 def _bias(b_enc: Tensor | None, width: int) -> np.ndarray:
     return np.zeros(width, np.float32) if b_enc is None else array(b_enc)
-
-
-def empty(size: int) -> np.ndarray:
-    return np.empty(size, np.float32)

@@ -65,3 +65,8 @@ def launch(kernel: Callable[..., Any], driver: Callable[..., Any], count: int, *
 def array(tensor: Tensor) -> np.ndarray:
     """A C-contiguous view (or copy) of a CPU tensor; one layout keeps one compiled version of each kernel."""
     return tensor.detach().contiguous().numpy()
+
+
+def empty(size: int) -> np.ndarray:
+    """A float32 vector with undefined content."""
+    return np.empty(size, np.float32)

@@ -28,13 +28,13 @@ from saelab.kernels.numba_bounds import (
     screen_driver,
     screen_rows,
 )
-from saelab.kernels.numba_launch import array, launch
+from saelab.kernels.numba_launch import array, empty, launch
 from saelab.kernels.numba_order import kth_largest, merge_best
+from saelab.kernels.numba_select import FEW_LANES
 
 LEAST_WORK = 1 << 28  # multiplications from which rounding the weights pays
 SURE = 1.01  # on norms, for their own rounding
 TINY = 1e-12  # norms below this may have parts that a bfloat16 product, or a square, takes for zero
-FEW_LANES = 128  # per row, where the lower bounds of all rows are compared with one another
 MORE = 1.02  # keys collected beyond the budget, so that weaker rows later on do not leave it unspent
 SPREAD, STAGED = 4, 64  # room for SPREAD times a row's share of a batch's budget, and STAGED more
 ROOM, MARGIN = 8, 128  # a row may leave ROOM * k + MARGIN latents to compute
@@ -140,7 +140,3 @@ def rounded(rows: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
     bits = out.view(torch.int16).numpy().view(np.uint16)
     launch(round_rows, round_driver, m, rows, rows.view(np.uint32), bits, size, lost)
     return out, size, lost
-
-
-def empty(size: int) -> np.ndarray:
-    return np.empty(size, np.float32)

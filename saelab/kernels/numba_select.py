@@ -14,6 +14,7 @@ from saelab.kernels.numba_launch import compiled
 from saelab.kernels.numba_order import below_kth, trim
 
 LANES = 256
+FEW_LANES = 128  # per row, where the maxima of all rows are compared with one another
 PLAIN, MAGNITUDE, GRADIENT, ABOVE, MAGNITUDE_ABOVE, MAGNITUDE_GRADIENT = range(6)
 
 
