@@ -58,7 +58,7 @@ $(PEERS)/.installed: constraints-interop.txt
 test-interop: $(PEERS)/.installed
 	@# The app, the notebooks and Triton want packages that these tools know nothing of.
 	$(PEERS)/bin/python -m pytest -n auto --dist loadfile tests \
-		--ignore tests/app --ignore tests/test_notebooks.py --ignore tests/kernels
+		--ignore tests/app --ignore tests/docs/test_notebooks.py --ignore tests/kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -70,7 +70,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	$(BIN)/python -m saelab.kernels.bench
+	$(BIN)/python -m saelab.bench.kernels
 
 docs: $(STAMP)
 	$(BIN)/python docs/reference.py

@@ -225,7 +225,7 @@ def promoted(run: Run, model: Any, direction: Any, count: int) -> list[str]:
 
 def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Any:
     """A text inside the model and the run's SAE; needs the model and holds its lock."""
-    from saelab.features.prompt import read
+    from saelab.prompt.reading import read
 
     model = need_model(run, purpose)
     meta = run.metadata
@@ -256,7 +256,7 @@ def siblings(run: Run, most: int = 4) -> dict[str, Run]:
 
 @st.cache_data(max_entries=8, show_spinner="Matching latents …")
 def _matching(key: tuple[Any, ...], _left: Run, _right: Run) -> Any:
-    from saelab.features.match import match_saes
+    from saelab.comparison import match_saes
 
     cache = workspace().cache_of(_left)
     if cache is not None and cache.fingerprint != _right.metadata.get("cache_fingerprint"):
@@ -271,7 +271,7 @@ def matching(left: Run, right: Run) -> Any:
 
 @st.cache_data(max_entries=512, show_spinner="Comparing the poles …")
 def _axis(path: str, stamp: tuple[float, ...], latent: int, _index: Any) -> Any:
-    from saelab.features.axis import axis_score
+    from saelab.features.poles import axis_score
 
     return axis_score(_index, latent)
 

@@ -18,16 +18,17 @@ import saelab
 
 OUTPUT = Path(__file__).parent / "api"
 NAMED = (
-    "saelab.checkpoint",
+    "saelab.files",
+    "saelab.sae.weights",
     "saelab.data.synthetic",
     "saelab.data.text",
     "saelab.errors",
     "saelab.interop.hub",
-    "saelab.kernels.reference",
+    "saelab.kernels.reference.backend",
     "saelab.losses",
     "saelab.sparse",
-    "saelab.steer.contrast",
-    "saelab.steer.vectors",
+    "saelab.steering.directions",
+    "saelab.steering.vectors",
 )
 
 
@@ -51,7 +52,7 @@ def walk() -> Iterator[str]:
 
 def exports(name: str) -> list[str]:
     """``__all__`` of a module that runs on this machine; nothing where it has none."""
-    if ".triton" in name or ".numba" in name or name.endswith("bench"):
+    if ".triton" in name or ".numba" in name or name.startswith("saelab.bench"):
         return []
     return list(getattr(importlib.import_module(name), "__all__", []))
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from saelab import ActivationCache, FeatureIndex, TrainConfig, build, build_index, load_model
-from saelab.checkpoint import load_sae
+from saelab.sae.weights import load_sae
 from saelab.features import LogitLens
 from saelab.lm import unembedding
-from saelab.train import finished, fit
+from saelab.training import finished, fit
 from saelab.viz import LIGHT as COLOURS  # noqa: F401
 
 QUICK = os.environ.get("SAELAB_NOTEBOOK_QUICK") == "1"
@@ -40,7 +40,7 @@ def demo_cache(gradients: bool = False) -> ActivationCache:
     """Activations of the demo model on the sample text; with gradients of its loss on request."""
     path = FOLDER / ("cache_gradients" if gradients else "cache")
     if not path.exists():
-        from saelab.lm import HarvestConfig, harvest
+        from saelab.harvesting import HarvestConfig, harvest
 
         tokens = GRADIENT_TOKENS if gradients else TOKENS
         config = HarvestConfig(tokens=tokens, context_length=CONTEXT, gradients=gradients)

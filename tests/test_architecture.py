@@ -1,8 +1,11 @@
-"""The rules of the house: imports point down, heavy dependencies have one gateway, files stay readable."""
+"""The structure of the package: imports point down, no circles, one gateway per heavy dependency, readable sizes."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,73 +15,177 @@ PACKAGE = ROOT / "saelab"
 
 # From the bottom up: a module may import its own layer and those below it.
 LAYERS = [
-    {"_version", "errors", "shipped"},
+    {"_version", "errors", "files", "shipped"},
     {"kernels"},
     {"sparse"},
     {"sae"},
     {"losses", "metrics", "lm", "data"},
-    {"train", "distributed", "checkpoint"},
-    {"reproduce", "interop", "features", "steer", "evaluate", "sweep", "workspace"},
-    {"viz", "cli", "__main__"},
+    {"harvesting", "distributed"},
+    {"training"},
+    {"interop"},
+    {"runs"},
+    {"evaluation", "features", "steering", "sweep"},
+    {"comparison", "prompt", "reproduce", "workspace"},
+    {"viz"},
+    {"bench", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 GATEWAYS = {
-    "transformer_lens": {"lm"},
-    "transformers": {"lm"},
+    "transformer_lens": {"lm", "harvesting"},
+    "transformers": {"lm", "bench"},
     "triton": {"kernels"},
     "numba": {"kernels"},
     "plotly": {"viz"},
     "streamlit": set(),
     "datasets": {"data"},
 }
-MAX_FILE, MAX_FUNCTION = 250, 50
-FILES = sorted(PACKAGE.rglob("*.py"))
+# Pairs on one layer that must not know each other.
+STRANGERS = {("lm", "sae"), ("data", "sae"), ("lm", "data"), ("data", "lm")}
+MAX_FILE, MAX_FUNCTION, MAX_SAME_PREFIX = 400, 50, 3
 
 
-def room(path: Path) -> str:
-    """The layer name a file belongs to: its folder or module directly below the package."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def modules(package: Path) -> dict[str, Path]:
+    """Every module of a package by its dotted name."""
+    return {name_of(path, package): path for path in sorted(package.rglob("*.py"))}
 
 
-def imported(path: Path) -> list[str]:
-    names = []
+def name_of(path: Path, package: Path) -> str:
+    return ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path, package: Path) -> Iterator[str]:
+    """The dotted names that a file imports, relative imports resolved, wherever in the file they stand."""
+    parts = path.relative_to(package.parent).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return names
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*parts[: len(parts) - node.level], *filter(None, [node.module])]) if node.level else None
+            yield from (f"{base or node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_down(path: Path) -> None:
-    if room(path) == "__init__":
-        return
-    own = LEVEL[room(path)]
-    for name in imported(path):
-        parts = name.split(".")
-        if parts[0] != "saelab" or len(parts) < 2:
+def room(name: str) -> str:
+    """The folder or module directly below the package that a dotted name belongs to; empty for the package itself."""
+    return [*name.split("."), ""][1]
+
+
+def violations(package: Path) -> list[str]:
+    """Imports that point up, to strangers, or to and from rooms that ``LAYERS`` does not know."""
+    found = []
+    rooms = {room(name) for name in modules(package)} - {""}
+    for name, path in modules(package).items():
+        own = room(name)
+        if own == "":
+            continue  # the package's own file names what it exports
+        if own not in LEVEL:
+            found.append(f"{name}: the room {own!r} has no layer")
             continue
-        assert LEVEL.get(parts[1], 0) <= own, f"{path.name} is on layer {own} and imports {name}"
-        if room(path) in {"lm", "data"}:
-            assert parts[1] != "sae", f"{path.name} must not know SAEs"
-        if room(path) == "kernels":
-            assert parts[1] == "kernels", f"{path.name} must import nothing of ours, found {name}"
+        for target in imported(path, package):
+            other = room(target)
+            if not target.startswith(f"{package.name}.") or other not in rooms:
+                continue
+            if LEVEL.get(other, len(LAYERS)) > LEVEL[own]:
+                found.append(f"{name} imports {target}, which lies above it")
+            if (own, other) in STRANGERS or (own == "kernels" and other != "kernels"):
+                found.append(f"{name} must not know {target}")
+    return found
+
+
+def circle(package: Path) -> list[str] | None:
+    """The modules of an import circle, if there is one; imports inside functions count."""
+    found = modules(package)
+    graph = {}
+    for name, path in found.items():
+        targets = {t if t in found else t.rpartition(".")[0] for t in imported(path, package)}
+        graph[name] = {t for t in targets if t in found and t != name}
+    graph[package.name] = set()  # names its exports lazily
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return None
+
+
+def same_prefix(names: Iterable[str]) -> list[str]:
+    """Prefixes (up to the first underscore) that more than ``MAX_SAME_PREFIX`` files of one folder share."""
+    counts = Counter(name.split("_")[0] for name in names if "_" in name.strip("_"))
+    return [prefix for prefix, count in counts.items() if count > MAX_SAME_PREFIX]
+
+
+def long_functions(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            if length > MAX_FUNCTION:
+                found.append(f"{path.name}:{node.name} has {length} lines")
+    return found
+
+
+FILES = list(modules(PACKAGE).values())
+
+
+def test_imports_point_down() -> None:
+    assert violations(PACKAGE) == []
+
+
+def test_there_is_no_import_circle() -> None:
+    assert circle(PACKAGE) is None
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_heavy_dependencies_have_one_gateway(path: Path) -> None:
-    for name in imported(path):
+    own = room(name_of(path, PACKAGE))
+    for name in imported(path, PACKAGE):
         allowed = GATEWAYS.get(name.split(".")[0])
-        assert allowed is None or room(path) in allowed, f"{name} is imported by {path.name}, not by {allowed}"
+        assert allowed is None or own in allowed, f"{name} is imported by {path.name}, not by {allowed}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_and_functions_stay_small(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= MAX_FILE, f"{path.name} has outgrown its room: split it"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) else node.body
-            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-            assert length <= MAX_FUNCTION, f"{path.name}:{node.name} has {length} lines"
+def test_files_and_functions_stay_readable() -> None:
+    files = [*FILES, *sorted((ROOT / "app").rglob("*.py"))]
+    assert [path.name for path in files if path.read_text().count("\n") > MAX_FILE] == []
+    assert [found for path in files for found in long_functions(path)] == []
+
+
+@pytest.mark.parametrize("top", ["saelab", "app", "tests"])
+def test_folders_stand_where_prefixes_would(top: str) -> None:
+    folders: dict[Path, list[str]] = {}
+    for path in (ROOT / top).rglob("*.py"):
+        folders.setdefault(path.parent, []).append(path.stem.removeprefix("test_"))
+    assert {str(folder.name): same_prefix(names) for folder, names in folders.items() if same_prefix(names)} == {}
+
+
+def test_tests_mirror_the_package() -> None:
+    """Every folder of tests is a room of the package, or named here for what it tests across rooms."""
+    across = {"app", "docs", "hardening"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders - across <= set(LEVEL)
+
+
+def small_package(folder: Path, files: dict[str, str]) -> Path:
+    package = folder / "saelab"
+    for name, text in files.items():
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return package
+
+
+def test_the_rules_find_what_they_forbid(tmp_path: Path) -> None:
+    """Each rule sees an offence, also one that hides behind a relative import or inside a function."""
+    up = {"__init__.py": "", "sae/__init__.py": "", "sae/a.py": "def f():\n    from ..training import loop\n"}
+    package = small_package(tmp_path / "up", up | {"training/__init__.py": "", "training/loop.py": ""})
+    assert violations(package) == ["saelab.sae.a imports saelab.training.loop, which lies above it"]
+    unknown = small_package(
+        tmp_path / "unknown", {"__init__.py": "", "attic.py": "", "sae.py": "from . import attic\n"}
+    )
+    assert len(violations(unknown)) == 2
+    ring = {
+        "__init__.py": "",
+        "sae/__init__.py": "",
+        "sae/a.py": "from .b import x\n",
+        "sae/b.py": "import saelab.sae.a\n",
+    }
+    assert set(circle(small_package(tmp_path / "ring", ring)) or ()) == {"saelab.sae.a", "saelab.sae.b"}
+    assert same_prefix(["steer", "steer_a", "steer_b", "steer_c", "steer_d"]) == ["steer"]

@@ -1,9 +1,9 @@
 """Two SAEs of one hook point: what they share, what one splits or absorbs, what only one of them has."""
 
 import common
-import latent_parts
 import streamlit as st
-import tables
+from parts import latent as latent_parts
+from parts import tables
 
 from saelab import viz
 
@@ -46,10 +46,10 @@ for column, (side, number), named in zip(st.columns(2, gap="medium"), counts.ite
                     st.metric(status, f"{number[status]:,}", help=meanings[status], width=85)
 st.caption(
     f"Similarity: the mean of decoder cosine and activation correlation over the first {found.tokens:,} tokens of "
-    "their cache; pairs by the Hungarian method. In Python: `saelab.features.match.match_saes`."
+    "their cache; pairs by the Hungarian method. In Python: `saelab.comparison.match_saes`."
     if found.tokens
     else "Similarity: decoder cosine; pairs by the Hungarian method. With the cache of both in this folder, "
-    "activations would be compared as well. In Python: `saelab.features.match.match_saes`."
+    "activations would be compared as well. In Python: `saelab.comparison.match_saes`."
 )
 view = st.segmented_control(
     "show",

@@ -1,14 +1,14 @@
 """All latents of an SAE: search by text or by example, filter, look at one without leaving the table."""
 
 import common
-import latent_parts
-import source_parts
 import streamlit as st
-import tables
 import torch
+from parts import latent as latent_parts
+from parts import source as source_parts
+from parts import tables
 
 from saelab.features import search
-from saelab.features.find import find_by_example
+from saelab.features.by_example import find_by_example
 from saelab.workspace.notes import read_notes
 
 SHOWN = 1000

@@ -1,10 +1,10 @@
 """Which latents are dead, dying or always on, and why."""
 
 import common
-import health_parts
-import latent_parts
-import source_parts
 import streamlit as st
+from parts import health as health_parts
+from parts import latent as latent_parts
+from parts import source as source_parts
 
 from saelab import viz
 from saelab.features.health import AUDIT

@@ -1,10 +1,10 @@
 """One latent: each pole with its examples, strengths and logit effects; its neighbours, partners and notes."""
 
 import common
-import latent_parts
-import source_parts
 import streamlit as st
-import tables
+from parts import latent as latent_parts
+from parts import source as source_parts
+from parts import tables
 
 from saelab.workspace.notes import read_notes
 

@@ -2,8 +2,8 @@
 
 import common
 import pandas as pd
-import source_parts
 import streamlit as st
+from parts import source as source_parts
 
 from saelab import viz, workspace
 

@@ -1,8 +1,8 @@
 """A text seen through the SAE: active latents per token, what is lost, and why each latent won."""
 
 import common
-import prompt_parts
 import streamlit as st
+from parts import prompt as prompt_parts
 
 from saelab import viz
 

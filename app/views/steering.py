@@ -1,18 +1,18 @@
 """The steering bench: latents and vectors, what to do with each, and what the model then says."""
 
 import common
-import library_parts
-import steering_parts
 import streamlit as st
+from parts import recipes as recipe_parts
+from parts import steering as steering_parts
 
-from saelab.workspace import bench
+from saelab.workspace import steering as bench
 
 st.title("Steering", anchor=False)
 run = common.need_run()
 bench_tab, library_tab = st.tabs(["Bench", "Library"])
 with library_tab:
     # First, because a page without a language model ends below.
-    library_parts.show(run)
+    recipe_parts.show(run)
 
 with bench_tab:
     model = common.need_model(run, "Steering")
@@ -30,4 +30,4 @@ with bench_tab:
     if picks:
         st.subheader("Dose and response", anchor=False)
         steering_parts.doses(run, model, picks)
-        library_parts.save(run, source, model, picks, prompt)
+        recipe_parts.save(run, source, model, picks, prompt)

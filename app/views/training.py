@@ -1,9 +1,9 @@
 """Curves of runs that are training or have finished; they redraw themselves while a log grows."""
 
 import common
-import source_parts
 import streamlit as st
-import sweep_parts
+from parts import source as source_parts
+from parts import sweep as sweep_parts
 
 from saelab import viz, workspace
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from saelab._version import __version__
 from saelab.errors import UserError, first_line, near_matches
 
-# command -> what it does, in one line; the code of `name` is the module saelab.cli.name with a function `main(args)`.
+# command -> what it does, in one line; its code is `main(args)` in the module of that name in saelab.cli.commands.
 COMMANDS = {
     "demo": "text, language model, cache, SAE, metrics and feature index in one go",
     "harvest": "cache a language model's activations",
@@ -87,7 +87,7 @@ def _dispatch(args: list[str]) -> None:
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: {near_matches(name, COMMANDS)}")
-    importlib.import_module(f"saelab.cli.{name}").main(rest)
+    importlib.import_module(f"saelab.cli.commands.{name}").main(rest)
 
 
 def _overview() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saelab.cli.common import console
+from saelab.cli.console import console
 from saelab.cli.variants import option_fields
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.interop.detect import load_with_metadata
+from saelab.interop.detection import load_with_metadata
 from saelab.sae import SAE, VARIANTS
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.interop.detect import is_ours, load_with_metadata
+from saelab.interop.detection import is_ours, load_with_metadata
 from saelab.sae import SAE
 
 

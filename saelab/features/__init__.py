@@ -1,8 +1,8 @@
 """The feature index: every latent of an SAE described from one pass over a cache of activations."""
 
-from saelab.features.build import build_index
-from saelab.features.config import IndexConfig
-from saelab.features.directions import LogitLens
+from saelab.features.build.builder import build_index
+from saelab.features.build.config import IndexConfig
+from saelab.features.build.logit_lens import LogitLens
 from saelab.features.index import FeatureIndex
 from saelab.features.schema import Example
 

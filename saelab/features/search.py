@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.features.autointerp import load
+from saelab.features.explanations import load
 from saelab.features.index import FeatureIndex
 from saelab.features.schema import FEATURES
 from saelab.sae import SAE

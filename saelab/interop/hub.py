@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from saelab import checkpoint
 from saelab.errors import UserError, damaged, first_line
-from saelab.interop.detect import is_ours, load
-from saelab.interop.files import read_json
+from saelab.interop.detection import is_ours, load
+from saelab.interop.fetch import REACH, download, endpoint, split_id
+from saelab.interop.reading import read_json
 from saelab.sae import SAE
-
-# org/repo, then optionally a folder or file in it; no empty parts, no dots that climb.
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(/[\w.-]+)*")
-REACH = "check its name, the connection and your token"
-WANTED = ("cfg.json", "config.json", "hyperparams.json", "*.safetensors", "*.npz", "*.pt", "*.pth", "README.md")
-
-
-def split_id(hub_id: str) -> tuple[str, str]:
-    """Repository and path in it of ``org/repo/path``."""
-    if not HUB_ID.fullmatch(hub_id) or ".." in hub_id:
-        raise UserError(f"{hub_id!r} is neither a file here nor a hub id such as org/repo or org/repo/folder")
-    parts = hub_id.split("/")
-    return "/".join(parts[:2]), "/".join(parts[2:])
-
-
-def download(hub_id: str, revision: str | None = None) -> Path:
-    """Fetch the folder or file ``org/repo/path`` (only formats that hold weights) and return where it lies."""
-    repo, inside = split_id(hub_id)
-    patterns: list[str] = [f"{inside}/{name}" for name in WANTED] + [inside] if inside else [*WANTED]
-    try:
-        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, endpoint=_endpoint()))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{repo} could not be fetched from the hub ({first_line(error)}); {REACH}") from error
-    found = root / inside
-    if not found.exists():
-        raise UserError(f"{repo} has nothing at {inside!r}; look at its files on the hub")
-    return found
+from saelab.sae.weights import CONFIG, EXTRA, WEIGHTS, load_config, load_metadata
 
 
 def from_pretrained(repo: str, path: str = "", revision: str | None = None) -> SAE:
@@ -61,19 +33,19 @@ def push_to_hub(run: Path | str, repo: str, path: str | None = None, private: bo
     run = Path(run)
     if not is_ours(run):
         raise UserError(f"{run} is not a run folder; convert it first")
-    metadata = checkpoint.load_metadata(run)
+    metadata = load_metadata(run)
     path = path or metadata.get("hook_name")
     if not path:
         raise UserError(f"{run} records no hook name; say with path= where in the repository it belongs")
     split_id(f"{repo}/{path}")
-    api = HfApi(endpoint=_endpoint())
+    api = HfApi(endpoint=endpoint())
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             card = Path(folder) / "README.md"
             card.write_text(card_of(run, repo, path))
             api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo)
-        keep = [checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.EXTRA, "evaluation.json"]
+        keep = [WEIGHTS, CONFIG, EXTRA, "evaluation.json"]
         commit = api.upload_folder(folder_path=run, path_in_repo=path, repo_id=repo, allow_patterns=keep)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"{repo} could not be written on the hub ({first_line(error)}); {REACH}") from error
@@ -85,7 +57,7 @@ def card_of(run: Path | str, repo: str | None = None, path: str | None = None) -
     run = Path(run)
     if not is_ours(run):
         raise UserError(f"{run} is not a run folder; convert it first")
-    config = checkpoint.load_config(run)
+    config = load_config(run)
     path = path or config["metadata"].get("hook_name")
     if repo is None or not path:
         calls = f'saelab.load("{run.name}")', f'SAE.load_from_disk("{run.name}")'
@@ -157,8 +129,3 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
         interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
         lines.append(f"| {name} | {entry['value']:.4g} | {interval} | {entry['n']:,} {entry['unit']}s |")
     return "\n".join(lines) + "\n"
-
-
-def _endpoint() -> str | None:
-    """Another hub than the public one, as huggingface_hub's own variable says."""
-    return os.environ.get("HF_ENDPOINT") or None

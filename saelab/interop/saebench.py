@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.interop.export import SIGNED
+from saelab.interop.exporting import SIGNED
 from saelab.interop.foreign import Foreign
-from saelab.interop.saelens import ARCHITECTURES
+from saelab.interop.formats.saelens import ARCHITECTURES
 from saelab.lm.sites import layer_of
 from saelab.sae import SAE
 from saelab.sae.inference import InferenceForm, doubled, inference_form

@@ -107,17 +107,14 @@ def multiplies_bfloat16() -> bool:
 
 def implementation(x: Tensor) -> ModuleType:
     """The module whose functions run the ops on ``x``."""
-    name = backend(x)
-    return importlib.import_module(
-        {"reference": "saelab.kernels.reference"}.get(name, f"saelab.kernels.{name}_backend")
-    )
+    return importlib.import_module(f"saelab.kernels.{backend(x)}.backend")
 
 
 @cache
 def _missing(name: str) -> str | None:
     if name == "reference":
         return None
-    if importlib.util.find_spec(name) is None or importlib.util.find_spec(f"saelab.kernels.{name}_backend") is None:
+    if importlib.util.find_spec(name) is None or importlib.util.find_spec(f"saelab.kernels.{name}.backend") is None:
         return f"{name} is not installed"
     return None
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saelab.kernels import pursuit_reference
 from saelab.kernels.dispatch import implementation
+from saelab.kernels.reference import pursuit as pursuit_reference
 
 
 class PreActsAt(torch.autograd.Function):
@@ -99,7 +99,7 @@ class SquaredError(torch.autograd.Function):
 
 
 class Pursuit(torch.autograd.Function):
-    """Matching pursuit; see :mod:`saelab.kernels.pursuit_reference` for the equations."""
+    """Matching pursuit; see :mod:`saelab.kernels.reference.pursuit` for the equations."""
 
     @staticmethod
     def forward(ctx, x, W_dec, b_dec, n_steps, residual_stop, stop_on_repeat):  # pyright: ignore

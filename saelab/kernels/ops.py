@@ -16,7 +16,7 @@ from torch import Tensor
 from saelab.kernels import checks, gradients
 from saelab.kernels.dispatch import implementation
 from saelab.kernels.gradients import detached
-from saelab.kernels.reference import Effect
+from saelab.kernels.reference.backend import Effect
 
 
 class SelectedPreActs(NamedTuple):

@@ -1,9 +1,6 @@
-"""The gateway to language models: loading, hook names, and harvesting activations into a cache."""
+"""The gateway to language models: loading, hook points, fingerprints and unembeddings."""
 
-from saelab.lm.config import HarvestConfig
-from saelab.lm.fill import Share
 from saelab.lm.fingerprint import weights_fingerprint
-from saelab.lm.harvest import harvest
 from saelab.lm.hooks import HookSite, find_hook
 from saelab.lm.loading import load_hf_model, load_model, model_name
 from saelab.lm.sites import Site, locate
@@ -11,13 +8,10 @@ from saelab.lm.smollm2 import smollm2_folder
 from saelab.lm.unembed import Unembedding, unembedding
 
 __all__ = [
-    "HarvestConfig",
     "HookSite",
-    "Share",
     "Site",
     "Unembedding",
     "find_hook",
-    "harvest",
     "load_hf_model",
     "load_model",
     "locate",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from saelab.lm.plain import hf_tensors, plain_skeleton
+from saelab.lm.unwrapped import hf_tensors, plain_skeleton
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

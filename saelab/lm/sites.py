@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from saelab.errors import UserError, near_matches
 from saelab.lm.hooks import below_base, find_hook
-from saelab.lm.plain import WRAPPED
+from saelab.lm.unwrapped import WRAPPED
 
 _BLOCK_LISTS = ("layers", "h", "blocks", "block", "layer")
 # Point of a block -> the names its module has in the families of models; "" is the block itself.

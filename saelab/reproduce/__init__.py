@@ -12,8 +12,8 @@ from typing import Any
 
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, near_matches
+from saelab.reproduce.lab import Lab, Scale
 from saelab.reproduce.ledger import Ledger, Row
-from saelab.reproduce.runs import Lab, Scale
 
 # Each module has synthetic(folder, seeds, quick) -> rows and real(lab, seeds) -> rows.
 PAPERS = {

@@ -8,11 +8,12 @@ from typing import Any
 
 from saelab import losses
 from saelab.data.synthetic import Planted
-from saelab.evaluate import labelled, perturb, poles
-from saelab.evaluate.probing import sparse_probing
+from saelab.evaluation.tasks import passages as labelled
+from saelab.evaluation.tasks import scr_tpp, two_sided
+from saelab.evaluation.tasks.probing import sparse_probing
+from saelab.reproduce.lab import Lab, Scale, Spec, at_equal_l0, fit, table
 from saelab.reproduce.ledger import Row, above, all_of, below, paired, summary
-from saelab.reproduce.planted import World
-from saelab.reproduce.runs import Lab, Scale, Spec, at_equal_l0, fit, table
+from saelab.reproduce.planted_worlds import World
 
 PAPER = "abs-topk"
 
@@ -112,8 +113,8 @@ def _two_sided(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
     k, found = lab.middle_k, {}
     for label in ("abs_topk", "topk"):
         found[label] = [
-            poles.two_sidedness(sae := lab.sae(Spec(label, label, lab.scale.d_sae, {"k": k}, seed)),
-                                poles.collect(sae, lab.cache, lab.scale.density_tokens), seed)
+            two_sided.two_sidedness(sae := lab.sae(Spec(label, label, lab.scale.d_sae, {"k": k}, seed)),
+                                two_sided.collect(sae, lab.cache, lab.scale.density_tokens), seed)
             for seed in seeds
         ]  # fmt: skip
     share = {label: [r["two_sided_fraction"].value for r in rows] for label, rows in found.items()}
@@ -141,7 +142,7 @@ def _causal(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
     for label, into in scores.items():
         for seed in seeds:
             pooled = labelled.pool(lab.sae(Spec(label, label, lab.scale.d_sae, {"k": k}, seed)), data)
-            tpp = perturb.tpp(pooled, data, "article", seed=seed)
+            tpp = scr_tpp.tpp(pooled, data, "article", seed=seed)
             probing = sparse_probing(pooled, data, "article", seed=seed)
             result = {"tpp_20": tpp["score"][20], "tpp_20_random": tpp["score_random_latents"][20],
                       "probe_top_5": probing["sae_top_5_test_accuracy"].value,
@@ -166,7 +167,7 @@ def _causal(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
 
 
 def _scr(pooled: labelled.Pooled, data: labelled.Passages, seed: int) -> dict[str, float]:
-    found = perturb.scr_over_classes(pooled, data.column("article"), data.column("year"), seed=seed)
+    found = scr_tpp.scr_over_classes(pooled, data.column("article"), data.column("year"), seed=seed)
     return {
         "scr_20": found["score"][20],
         "scr_20_random": found["score_random_latents"][20],

@@ -14,11 +14,11 @@ import numpy as np
 
 from saelab import losses
 from saelab.data.synthetic import Planted
-from saelab.evaluate.offline import count_firing
+from saelab.evaluation.reconstruction import count_firing
 from saelab.metrics import FiringCounts, zipf_fit
+from saelab.reproduce.lab import Lab, Record, Scale, Spec, at_equal_l0, difference, fit, table, values
 from saelab.reproduce.ledger import Row, Verdict, below, fewer, paired, summary
-from saelab.reproduce.planted import World
-from saelab.reproduce.runs import Lab, Record, Scale, Spec, at_equal_l0, difference, fit, table, values
+from saelab.reproduce.planted_worlds import World
 from saelab.sae import SAE
 
 PAPER = "choice"

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from saelab.data.cache import ActivationCache
 from saelab.data.synthetic import Planted
-from saelab.evaluate import EvaluateConfig, edited, locate, spliced
+from saelab.evaluation import EvaluateConfig, edited, locate, spliced
+from saelab.reproduce.lab import Lab, Scale, Spec, at_equal_l0, difference, fit, table, values
 from saelab.reproduce.ledger import Row, above, below, fewer, paired, summary
-from saelab.reproduce.planted import Readout
-from saelab.reproduce.runs import Lab, Scale, Spec, at_equal_l0, difference, fit, table, values
+from saelab.reproduce.planted_worlds import Readout
 from saelab.sae import SAE, build
 
 PAPER = "g-sae"

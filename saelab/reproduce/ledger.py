@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from saelab._version import __version__
-from saelab.checkpoint import write_json
+from saelab.files import write_json
 from saelab.metrics import t_interval
 
 Verdict = Literal["reproduced", "not reproduced", "not testable here"]

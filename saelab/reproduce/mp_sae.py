@@ -13,8 +13,8 @@ import torch
 from saelab.data.synthetic import Tree
 from saelab.metrics import babel, babel_co_selected, effective_rank
 from saelab.reproduce.absorption import absorption
+from saelab.reproduce.lab import Lab, Spec, at_equal_l0, table
 from saelab.reproduce.ledger import Row, Verdict, below, paired, summary
-from saelab.reproduce.runs import Lab, Spec, at_equal_l0, table
 from saelab.reproduce.toys import STEPS
 from saelab.reproduce.tree import TreeScore, run_toys
 

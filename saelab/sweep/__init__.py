@@ -1,8 +1,9 @@
 """Many SAEs from one reading of one cache: the grid, the run, and its table of results."""
 
 from saelab.sweep.grid import Entry, Grid, Halving, read_grid
+from saelab.sweep.member import Member
 from saelab.sweep.results import load_results, measure, save_results
-from saelab.sweep.run import Member, run_sweep
+from saelab.sweep.runner import run_sweep
 
 __all__ = [
     "Entry",

@@ -43,7 +43,7 @@ import torch
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, first_line, near_matches
 from saelab.sae import SAE, VARIANTS, build
-from saelab.train import TrainConfig, check
+from saelab.training import TrainConfig, check
 
 # What all SAEs of a sweep share, because they see the same batches.
 SHARED = ("epochs", "batch_size", "data_seed")

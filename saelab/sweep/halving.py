@@ -7,13 +7,10 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from saelab.sweep.grid import Halving
-from saelab.train.log import METRICS
-
-if TYPE_CHECKING:
-    from saelab.sweep.run import Member
+from saelab.sweep.member import Member
+from saelab.training.log import METRICS
 
 
 def losers(halving: Halving, members: Sequence[Member], rung: int, total: int) -> list[Member]:

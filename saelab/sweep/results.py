@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import nn
 
-from saelab import checkpoint
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, damaged
-from saelab.evaluate import EvaluateConfig, evaluate
-from saelab.sweep.run import Member
-from saelab.train import read_run
+from saelab.evaluation import EvaluateConfig, evaluate
+from saelab.files import replace
+from saelab.sae.weights import load_sae
+from saelab.sweep.member import Member
+from saelab.training import read_run
 
 RESULTS = "sweep.parquet"
 MEASURED = ("fvu", "l0", "dead_fraction", "ce_loss_recovered_zero")
@@ -51,7 +52,7 @@ def measure(
     for member in members:
         values: dict[str, float | None] = dict.fromkeys(MEASURED)
         if member.status == "finished":
-            evaluation = evaluate(checkpoint.load_sae(member.folder), cache, model, config)
+            evaluation = evaluate(load_sae(member.folder), cache, model, config)
             evaluation.save(member.folder)
             values |= {name: evaluation.metrics[name].value for name in MEASURED if name in evaluation.metrics}
         entry = member.entry
@@ -78,7 +79,7 @@ def measure(
 def save_results(rows: Sequence[dict[str, Any]], folder: Path | str) -> Path:
     """Write ``sweep.parquet``."""
     path, table = Path(folder) / RESULTS, pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    checkpoint.replace(path, lambda temporary: pq.write_table(table, temporary))
+    replace(path, lambda temporary: pq.write_table(table, temporary))
     return path
 
 

@@ -12,7 +12,7 @@ from saelab.viz.charts import (
 )
 from saelab.viz.escape import label, markdown, plain, visible
 from saelab.viz.export import latent_json, latent_page
-from saelab.viz.reading import contest_bars, heatmap, steps
+from saelab.viz.prompt import contest_bars, heatmap, steps
 from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
 from saelab.viz.tokens import caption, example_list, fact_table, style_sheet, token_chips, token_strip
 

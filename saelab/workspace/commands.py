@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from saelab.evaluate import EvaluateConfig
+from saelab.evaluation import EvaluateConfig
 from saelab.features import IndexConfig
 from saelab.sae import VARIANTS
-from saelab.train import TrainConfig
-from saelab.train.run import SOURCE
-from saelab.workspace.runs import Run
+from saelab.training import TrainConfig
+from saelab.training.fitting import SOURCE
+from saelab.workspace.scan import Run
 
 CACHE = "CACHE"  # where nothing recorded which
 

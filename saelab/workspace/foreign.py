@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from saelab import checkpoint
 from saelab.errors import UserError
+from saelab.sae.weights import WEIGHTS
 
 # The file that tells: SAELens, sparsify, dictionary_learning, Gemma Scope (twice), Llama Scope.
 TELLING = (
-    checkpoint.WEIGHTS,
+    WEIGHTS,
     "sae.safetensors",
     "ae.pt",
     "params.npz",

@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from saelab.checkpoint import write_json
 from saelab.errors import damaged
+from saelab.files import write_json
 
 FILE = "notes.json"
 _lock = threading.Lock()  # two browser tabs may save at once

@@ -9,7 +9,7 @@ from typing import Any
 
 from saelab.errors import UserError
 from saelab.workspace.commands import evaluate_command, train_command
-from saelab.workspace.runs import Run
+from saelab.workspace.scan import Run
 
 FORMULAS = {
     "l0": "mean number of latents with a non-zero value per token",

@@ -12,8 +12,8 @@ from seen import CHROMIUM, SWITCHES
 from small_workspace import make_cache, make_index, make_model, make_run, make_workspace
 from users import serve
 
-from saelab import checkpoint
 from saelab.sae import VARIANTS
+from saelab.sae.weights import load_metadata, load_sae, save_sae
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +30,13 @@ def sick_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = make_cache(root, make_model(root / "model"))
     make_run(root / "signed", "abs_topk", cache)
     run = make_run(root / "sick", "topk", cache, k=4)
-    sae = checkpoint.load_sae(run)
+    sae = load_sae(run)
     with torch.no_grad():
         sae.W_enc[:, 0] *= 1e-3
         sae.b_enc[0] = 0.0
         sae.W_dec[1] = sae.W_dec[2]
         sae.b_enc[1] = sae.b_enc[3] = -100.0
-    checkpoint.save_sae(sae, run, checkpoint.load_metadata(run))
+    save_sae(sae, run, load_metadata(run))
     for path in (root / "signed", run):
         make_index(path, cache)
     return root

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from saelab import checkpoint
 from saelab.data.cache import ActivationCache
 from saelab.sae import build
-from saelab.train import TrainConfig, train
+from saelab.sae.weights import load_sae, save_sae
+from saelab.training import TrainConfig, train
 
 D_MODEL, D_SAE, CONTEXT = 32, 48, 16
 # What a corpus can hold: markup, markdown, control and bidirectional characters.
@@ -85,7 +85,7 @@ def make_run(path: Path, variant: str, cache: ActivationCache, steps: int = 24, 
     with (path / "metrics.jsonl").open("w") as log:
         for row in train(sae, cache, settings):
             log.write(json.dumps(row.row()) + "\n")
-    checkpoint.save_sae(
+    save_sae(
         sae,
         path,
         {
@@ -110,4 +110,4 @@ def make_index(path: Path, cache: ActivationCache) -> None:
     strings = [tokenizer.decode([i]) for i in range(lm.config.vocab_size)]
     lens = LogitLens(lm.lm_head.weight.detach().T, lm.transformer.ln_f.weight.detach(), centred=True)
     config = IndexConfig(bins=20)
-    build_index(checkpoint.load_sae(path), cache, path, lens=lens, token_strings=strings, config=config)
+    build_index(load_sae(path), cache, path, lens=lens, token_strings=strings, config=config)

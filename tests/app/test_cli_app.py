@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from saelab import shipped
-from saelab.cli.app import Options, default_folder, prepare
+from saelab.cli.commands.app import Options, default_folder, prepare
 from saelab.errors import UserError
 from saelab.shipped import app_script
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_pages import VIEWS, launch
 
-from saelab import checkpoint
 from saelab.cli import main
 from saelab.interop import export
+from saelab.sae.weights import load_metadata, load_sae
 from saelab.workspace import Workspace
 
 FORMATS = {"saelens": "topk", "sparsify": "abs_topk", "dictionary-learning": "topk"}
@@ -27,9 +27,9 @@ def strangers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, variant in FORMATS.items():
         run = folder / "runs" / variant
         # Only SAELens' files say where in the model the SAE belongs.
-        metadata = checkpoint.load_metadata(run)
+        metadata = load_metadata(run)
         about = {key: metadata[key] for key in ("model_name", "hook_name")} if name == "saelens" else {}
-        export(checkpoint.load_sae(run), root / name, name, about)
+        export(load_sae(run), root / name, name, about)
         main(["index", str(root / name), "--cache", str(root / "cache"), "--model", "none"])
     return root
 
@@ -41,7 +41,7 @@ def test_each_tool_is_recognised(strangers: Path, folder: Path) -> None:
         run = found.run(name)
         assert run.is_foreign and run.has_weights and run.has_index
         acts = torch.randn(5, 32)
-        ours = checkpoint.load_sae(folder / "runs" / variant)
+        ours = load_sae(folder / "runs" / variant)
         assert torch.allclose(run.load()(acts), ours(acts), atol=1e-4)
         # What the tool did not record is known from the cache the index was made on.
         assert run.metadata["hook_name"] == "blocks.0.hook_resid_post"
@@ -71,7 +71,7 @@ def test_a_text_is_read_with_another_tools_sae(monkeypatch: pytest.MonkeyPatch, 
 def test_an_sae_of_unknown_origin_says_what_it_lacks(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
-    export(checkpoint.load_sae(folder / "runs" / "topk"), tmp_path / "plain", "sparsify", {})
+    export(load_sae(folder / "runs" / "topk"), tmp_path / "plain", "sparsify", {})
     app = launch(monkeypatch, tmp_path, model=str(folder / "model"))
     for view in ("prompt", "steering"):
         app.switch_page(f"views/{view}.py").run()
@@ -81,7 +81,7 @@ def test_an_sae_of_unknown_origin_says_what_it_lacks(
 
 
 def test_what_cannot_be_read_is_one_row(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
-    export(checkpoint.load_sae(folder / "runs" / "topk"), tmp_path / "good", "sparsify", {})
+    export(load_sae(folder / "runs" / "topk"), tmp_path / "good", "sparsify", {})
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "sae.safetensors").write_bytes(b"not safetensors")
     (tmp_path / "torn" / "cfg.json").write_text(json.dumps({"k": 4}))

@@ -12,7 +12,8 @@ import torch
 from saelab import viz
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.features import FeatureIndex, search, why
+from saelab.features import FeatureIndex, search
+from saelab.prompt import contest as why
 from saelab.sae import VARIANTS, LinearSAE, build
 from saelab.workspace import Workspace
 from saelab.workspace.notes import read_notes, write_note

@@ -13,14 +13,14 @@ from small_workspace import make_cache, make_model
 from test_pages import launch
 
 from saelab import workspace
-from saelab.cli import evaluate as evaluate_cli
-from saelab.cli import index as index_cli
-from saelab.cli import train as train_cli
-from saelab.evaluate import EvaluateConfig, evaluate
+from saelab.cli.commands import evaluate as evaluate_cli
+from saelab.cli.commands import index as index_cli
+from saelab.cli.commands import train as train_cli
+from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.features import FeatureIndex, IndexConfig
 from saelab.sae import VARIANTS, build
-from saelab.train import TrainConfig, fit
-from saelab.train.run import SOURCE
+from saelab.training import TrainConfig, fit
+from saelab.training.fitting import SOURCE
 
 OTHER = {"k": 7, "signed": True, "beta": 0.25, "n_steps": 5, "stop_on_repeat": True, "groups": (0.25, 0.75)}
 

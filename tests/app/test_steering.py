@@ -15,8 +15,10 @@ from test_pages import launch
 from saelab.errors import UserError
 from saelab.features import FeatureIndex
 from saelab.lm import load_model
-from saelab.steer import Recipe
-from saelab.workspace import Workspace, bench, library
+from saelab.steering import Recipe
+from saelab.workspace import Workspace
+from saelab.workspace import recipes as library
+from saelab.workspace import steering as bench
 
 RUN = "runs/topk"
 

@@ -11,7 +11,8 @@ from small_workspace import make_cache, make_model, make_run
 
 from saelab import workspace
 from saelab.errors import UserError
-from saelab.workspace import Workspace, library
+from saelab.workspace import Workspace
+from saelab.workspace import recipes as library
 
 
 def test_finds_runs_and_caches_at_any_depth(folder: Path) -> None:

@@ -48,14 +48,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def cut(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """No long work, no models, no server; relative paths are inside the place."""
     for name in ("train.drive", "sweep.train", "evaluate.evaluate", "index.build_index", "explain.interpret_all"):
-        monkeypatch.setattr(f"saelab.cli.{name}", began)
+        monkeypatch.setattr(f"saelab.cli.commands.{name}", began)
     for name in ("reproduce.reproduce", "steer.load_model", "convert.export", "convert.copy"):
-        monkeypatch.setattr(f"saelab.cli.{name}", began)
-    for name in ("saelab.lm.load_model", "saelab.lm.load_hf_model", "saelab.cli.index.unembedding"):
+        monkeypatch.setattr(f"saelab.cli.commands.{name}", began)
+    for name in ("saelab.lm.load_model", "saelab.lm.load_hf_model", "saelab.cli.commands.index.unembedding"):
         monkeypatch.setattr(name, no_model)
     monkeypatch.setattr("saelab.data.text.open_text", no_model)
-    monkeypatch.setattr("saelab.interop.hub.download", no_model)
-    monkeypatch.setattr("saelab.cli.demo.stages", lambda options: began())
+    monkeypatch.setattr("saelab.interop.fetch.download", no_model)
+    monkeypatch.setattr("saelab.cli.commands.demo.stages", lambda options: began())
     monkeypatch.setattr("os.execve", began)
     monkeypatch.chdir(place.folder)
 

@@ -65,8 +65,9 @@ READERS: dict[str, list[Callable[[Place], list[str]]]] = {
 @pytest.fixture(scope="module", autouse=True)
 def _more(place: Place) -> None:
     """Files that only other commands make: a stopped training, a file beside the weights, exports, a grid."""
-    from saelab import ActivationCache, build, checkpoint
-    from saelab.train import TrainConfig, fit
+    from saelab import ActivationCache, build
+    from saelab.training import TrainConfig, fit
+    from saelab.training.checkpoints import latest_step
 
     cache, folder = ActivationCache(place.cache), place.folder / "stopped"
     config = TrainConfig(batch_size=100, epochs=8)
@@ -74,7 +75,7 @@ def _more(place: Place) -> None:
     for _ in range(6):
         next(steps)
     steps.close()
-    newest = checkpoint.latest_step(folder)
+    newest = latest_step(folder)
     assert newest is not None
     for to in ("sparsify", "dictionary-learning"):
         assert call(["convert", str(place.run), str(place.folder / to), "--to", to]) == 0

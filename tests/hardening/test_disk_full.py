@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from saelab import ActivationCache, checkpoint
+from saelab import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex
 from saelab.interop import load
-from saelab.steer import Recipe
+from saelab.sae.weights import WEIGHTS, load_sae
+from saelab.steering import Recipe
 from saelab.sweep import load_results
 from tests import tiny_lm
 from tests.hardening.place import Place, call, evaluate, index, make, refused, train
@@ -85,12 +86,12 @@ def recipe(place: Place, out: Path) -> list[str]:
 
 # writer -> its command, and how its product is opened
 WRITERS: dict[str, tuple[Callable[[Place, Path], list[str]], Callable[[Path], object]]] = {
-    "train": (train, checkpoint.load_sae),
+    "train": (train, load_sae),
     "merge": (merge, ActivationCache),
     "saelens": (convert("saelens"), load),
     "sparsify": (convert("sparsify"), load),
     "dictionary-learning": (convert("dictionary-learning"), load),
-    "saelab": (convert("saelab"), checkpoint.load_sae),
+    "saelab": (convert("saelab"), load_sae),
     "sweep": (sweep, load_results),
     "harvest": (harvest, ActivationCache),
     "import": (import_cache, ActivationCache),
@@ -159,13 +160,13 @@ def test_training_goes_on_from_its_checkpoint(place: Place, tmp_path: Path, caps
     steps = ["--epochs", "8", "--checkpoint-steps", "10"]
     assert call([*train(place, tmp_path / "whole"), *steps]) == 0
     size = (tmp_path / "whole" / "metrics.jsonl").stat().st_size
-    weights = (tmp_path / "whole" / checkpoint.WEIGHTS).stat().st_size
+    weights = (tmp_path / "whole" / WEIGHTS).stat().st_size
     assert size // 2 > 4 * weights // 3, "the log, not a checkpoint, should reach the limit"
     with files_at_most(size // 2):
         refused([*train(place, tmp_path / "out"), *steps], capsys)
     assert call([*train(place, tmp_path / "out"), *steps, "--resume"]) == 0
-    for name, value in checkpoint.load_sae(tmp_path / "whole").state_dict().items():
-        assert torch.equal(checkpoint.load_sae(tmp_path / "out").state_dict()[name], value), name
+    for name, value in load_sae(tmp_path / "whole").state_dict().items():
+        assert torch.equal(load_sae(tmp_path / "out").state_dict()[name], value), name
 
 
 def test_cache_from_tensors(tmp_path: Path) -> None:

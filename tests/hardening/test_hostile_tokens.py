@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelab import ActivationCache, build, checkpoint
+from saelab import ActivationCache, build
 from saelab.features import FeatureIndex, build_index
-from saelab.interop.dashboard import write_dashboard
+from saelab.features.saedashboard import write_dashboard
+from saelab.sae.weights import load_sae, save_sae
 from saelab.viz.theme import LIGHT
 from saelab.viz.tokens import example_list, token_chips
 from tests.hardening.place import call
@@ -62,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     acts = torch.nn.functional.one_hot(tokens, len(HOSTILE)).float() @ torch.randn(len(HOSTILE), 12)
     cache = ActivationCache.from_tensors(folder / "cache", acts, tokens, context_length=21, vocabulary=HOSTILE)
     sae = build("abs_topk", 12, 40, k=2).eval()
-    checkpoint.save_sae(sae, folder / "run", {})
+    save_sae(sae, folder / "run", {})
     build_index(sae, cache, folder / "run")
     return folder / "run"
 
@@ -97,7 +98,7 @@ def test_html_holds_no_markup_of_theirs(run: Path) -> None:
 
 def test_bundle_and_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = FeatureIndex(run)
-    folder = write_dashboard(index, checkpoint.load_sae(run), tmp_path / "bundle")
+    folder = write_dashboard(index, load_sae(run), tmp_path / "bundle")
     for path in folder.glob("batch-*.json"):
         json.loads(path.read_text())
     assert call(["index", str(run), "--cache", str(run.parent / "cache"), "--overwrite"]) == 0

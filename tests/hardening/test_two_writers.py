@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelab import ActivationCache, checkpoint
+from saelab import ActivationCache
 from saelab.data.cache.claim import held
 from saelab.errors import UserError
+from saelab.sae.weights import load_sae
 from tests.hardening.place import call, refused
 
 ROWS = 400
@@ -135,7 +136,7 @@ def test_a_second_training_is_refused_and_a_killed_one_holds_nothing(
     assert call([*line(command, tmp_path, 1), "--overwrite"]) == 0
     done = {path.parent for path in out.rglob("cfg.json")}
     assert len(done) == (1 if command == "train" else 2)
-    assert all(checkpoint.load_sae(folder).d_sae == 24 for folder in done)
+    assert all(load_sae(folder).d_sae == 24 for folder in done)
 
 
 def test_one_process_may_hold_a_folder_twice(tmp_path: Path) -> None:

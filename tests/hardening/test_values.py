@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelab import ActivationCache, build, checkpoint
+from saelab import ActivationCache, build
 from saelab.errors import UserError
 from saelab.features import FeatureIndex
+from saelab.sae.weights import load_sae
 from tests.hardening.place import D_IN, TRAIN, call, refused
 
 BAD = [float("nan"), float("inf"), float("-inf")]
@@ -48,7 +49,7 @@ def test_training_stops_with_the_rows_named(value: float, tmp_path: Path, capsys
     said = refused(["train", str(cache), "--out", str(tmp_path / "run"), *TRAIN], capsys)
     assert "shard_00000" in said or "finite" in said, said
     with pytest.raises(UserError):
-        checkpoint.load_sae(tmp_path / "run")
+        load_sae(tmp_path / "run")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "index"])

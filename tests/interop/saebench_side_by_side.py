@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from saelab import load_model
-from saelab.checkpoint import load_sae
 from saelab.data.cache import ActivationCache
 from saelab.interop.saebench import as_base_sae, core
+from saelab.sae.weights import load_sae
 
 # saelab's name, and where SAEBench keeps its own.
 PAIRS = {

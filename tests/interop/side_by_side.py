@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saelab.data.cache import ActivationCache
 from saelab.sae import build
-from saelab.train import TrainConfig, n_steps, train
+from saelab.training import TrainConfig, n_steps, train
 
 
 def held_out_fvu(recon, cache: ActivationCache) -> float:

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from saelab import checkpoint
 from saelab.errors import UserError
 from saelab.interop import WRITERS, export, inspect, load
-from saelab.interop.hub import split_id
+from saelab.interop.fetch import split_id
+from saelab.sae.weights import WEIGHTS, save_sae
 from tests.interop.examples import D_IN, D_SAE, example
 
 # One folder serves all examples of a test: each overwrites the file before it reads it.
@@ -56,14 +56,14 @@ def test_code_in_a_pickle_does_not_run(protocol: str, tmp_path: Path) -> None:
 
 
 def run_folder(tmp_path: Path) -> Path:
-    checkpoint.save_sae(example("topk"), tmp_path / "run", {})
+    save_sae(example("topk"), tmp_path / "run", {})
     return tmp_path / "run"
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 3000])
 def test_truncated_weights(keep: int, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
-    weights = run / checkpoint.WEIGHTS
+    weights = run / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:keep])
     refused(run, "truncated|damaged|does not hold")
 
@@ -155,7 +155,7 @@ def test_inspect_points_at_oddities(tmp_path: Path) -> None:
     with torch.no_grad():
         sae.W_dec.mul_(2)
         sae.W_enc[:, 3] = 0
-    checkpoint.save_sae(sae, tmp_path / "run", {})
+    save_sae(sae, tmp_path / "run", {})
     facts = inspect(tmp_path / "run")
     assert (facts["d_in"], facts["d_sae"], facts["dead_estimate"]) == (D_IN, D_SAE, 1)
     assert facts["notes"] == [

@@ -9,16 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saelab import build, checkpoint
+from saelab import build
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.evaluate import EvaluateConfig, evaluate
+from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.interop import load
-from saelab.interop.copy import CURVE_LINES, copy, rounded, thinned
 from saelab.interop.hub import card_of
-from saelab.interop.inspect import inspect
+from saelab.interop.inspection import inspect
+from saelab.interop.resaving import CURVE_LINES, copy, rounded, thinned
 from saelab.sae import VARIANTS
+from saelab.sae.weights import WEIGHTS, save_sae
 
 
 def made(variant: str, folder: Path) -> Path:
@@ -27,7 +28,7 @@ def made(variant: str, folder: Path) -> Path:
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    checkpoint.save_sae(sae, folder, {"hook_name": "blocks.1.hook_resid_post", "model_name": "tiny"})
+    save_sae(sae, folder, {"hook_name": "blocks.1.hook_resid_post", "model_name": "tiny"})
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     return folder
 
@@ -36,7 +37,7 @@ def made(variant: str, folder: Path) -> Path:
 def test_the_matrices_take_half_the_bytes_and_lose_only_their_rounding(variant: str, tmp_path: Path) -> None:
     source = made(variant, tmp_path / "run")
     main(["convert", str(source), str(tmp_path / "half"), "--to", "saelab", "--dtype", "float16"])
-    saved = load_file(tmp_path / "half" / checkpoint.WEIGHTS)
+    saved = load_file(tmp_path / "half" / WEIGHTS)
     assert {value.dtype for value in saved.values() if value.ndim == 2} == {torch.float16}
     assert {value.dtype for value in saved.values() if value.ndim == 1} == {torch.float32}
 
@@ -53,7 +54,7 @@ def test_a_copy_that_is_not_the_sae_is_not_kept(tmp_path: Path, monkeypatch: pyt
     sae, other = load(source), load(source)
     with torch.no_grad():
         other.W_dec.mul_(2)
-    monkeypatch.setattr("saelab.interop.copy.rounded", lambda sae, dtype: other)
+    monkeypatch.setattr("saelab.interop.resaving.rounded", lambda sae, dtype: other)
     with pytest.raises(UserError, match="nothing was written"):
         copy(sae, source, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

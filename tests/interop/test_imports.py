@@ -11,7 +11,7 @@ import torch
 
 from saelab import ActivationCache, load_model
 from saelab.cli import main
-from saelab.data.cache.imports import import_activations
+from saelab.data.cache.importing import import_activations
 from saelab.errors import UserError
 from tests.tiny_lm import save_llama, sentences
 

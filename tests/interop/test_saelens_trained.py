@@ -12,7 +12,7 @@ from saelab import ActivationCache, load
 from saelab.cli import main
 from saelab.features import FeatureIndex
 from saelab.interop import inspect
-from saelab.workspace.runs import Workspace
+from saelab.workspace.scan import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other tools' warnings are theirs
 D_IN, D_SAE, HOOK = 12, 32, "blocks.1.hook_resid_post"

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from saelab.kernels import triton_code, triton_pursuit, triton_select
-from saelab.kernels import triton_shapes as shapes
+from saelab.kernels.triton import code, select, shapes
+from saelab.kernels.triton import pursuit as triton_pursuit
 
 INTEGERS = {"indices", "begin", "end", "target", "row_ptr", "groups", "budgets", "start", "counts", "steps"}
 INDICES = {"select_kernel": {"indices"}, "select_streamed_kernel": {"indices"}, "reach_kernel": {"indices"}}
@@ -56,26 +56,26 @@ def configurations(loads: list[str]):
         found = [
             (
                 "whole",
-                triton_select.select_kernel,
+                select.select_kernel,
                 {"MODE": 0, "SIZE": 0, **shapes.whole_shape(n, min(n_groups, 4096))},
             ),
-            ("latent", triton_select.select_kernel, {"MODE": 1, "SIZE": 0, **shapes.whole_shape(4096, 4096)}),
-            ("gathered", triton_select.select_kernel, {"MODE": 0, "SIZE": size, **shapes.whole_shape(n, k * size)}),
-            ("gathered", triton_select.select_kernel, {"MODE": 2, "SIZE": size, **shapes.whole_shape(n, k * size)}),
-            ("streamed", triton_select.select_streamed_kernel, {"MODE": 0, **shapes.streamed_block(d_sae)}),
+            ("latent", select.select_kernel, {"MODE": 1, "SIZE": 0, **shapes.whole_shape(4096, 4096)}),
+            ("gathered", select.select_kernel, {"MODE": 0, "SIZE": size, **shapes.whole_shape(n, k * size)}),
+            ("gathered", select.select_kernel, {"MODE": 2, "SIZE": size, **shapes.whole_shape(n, k * size)}),
+            ("streamed", select.select_streamed_kernel, {"MODE": 0, **shapes.streamed_block(d_sae)}),
             ("pursuit", triton_pursuit.chain_kernel, shapes.chain_shape(d_in)),
         ]
         for mode in MODES.values():
             maxima = {"MODE": mode, **shapes.maxima_shape(n, n_groups, size)}
-            found.append(("maxima", triton_select.group_maxima_kernel, maxima))
+            found.append(("maxima", select.group_maxima_kernel, maxima))
         for fill in (False, True):
             reach = {"MODE": 3, "FILL": fill, **shapes.whole_shape(n, 1024)}
-            found.append(("reach", triton_select.reach_kernel, reach))
+            found.append(("reach", select.reach_kernel, reach))
         for centred in (False, True):
-            found.append(("gather", triton_code.gather_kernel, {"CENTRED": centred, **shapes.gather_shape(d_in)}))
+            found.append(("gather", code.gather_kernel, {"CENTRED": centred, **shapes.gather_shape(d_in)}))
         found += [
-            ("dot", triton_code.dot_kernel, shapes.gather_shape(d_in)),
-            ("error", triton_code.error_kernel, shapes.token_shape(d_in)),
+            ("dot", code.dot_kernel, shapes.gather_shape(d_in)),
+            ("error", code.error_kernel, shapes.token_shape(d_in)),
         ]
         if d_sae <= 16384:
             pursuit = {"STOP_ON_REPEAT": False, **shapes.pursuit_shape(d_sae, d_in, k)}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from saelab import kernels
-from saelab.kernels import bench, bench_parity
+from saelab.bench.kernels import __main__ as bench
+from saelab.bench.kernels import parity as bench_parity
 
 SMALL = ["--shape", "32x8x64x4", "--pursuit", "16x8x32x3", "--rounds", "1"]
 

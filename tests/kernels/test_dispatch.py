@@ -53,14 +53,14 @@ def test_two_runs_agree_to_the_bit() -> None:
 @needs_numba
 def test_a_forked_child_stays_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenMP may not be entered after a fork, so a process that is not the importing one runs the kernel itself."""
-    from saelab.kernels import numba_launch
+    from saelab.kernels.numba import launch
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     calls: list[tuple] = []
     kernel, driver = (lambda lo, hi: calls.append((lo, hi))), (lambda *_: calls.append(("driver",)))
-    numba_launch.launch(kernel, driver, 10)
-    monkeypatch.setattr(numba_launch.os, "getpid", lambda: -1)
-    numba_launch.launch(kernel, driver, 10)
+    launch.launch(kernel, driver, 10)
+    monkeypatch.setattr(launch.os, "getpid", lambda: -1)
+    launch.launch(kernel, driver, 10)
     assert calls == [("driver",), (0, 10)]
 
 
@@ -99,17 +99,17 @@ def test_the_variable_and_the_context_name_the_backend(monkeypatch: pytest.Monke
 
 @needs_numba
 def test_kernels_run_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    from saelab.kernels import numba_launch
+    from saelab.kernels.numba import launch
 
-    real = numba_launch.numba.njit
+    real = launch.numba.njit
 
     def njit(*args, **options):
         if options.get("cache"):
             raise RuntimeError("cannot cache function 'double': no locator available for file 'x.py'")
         return real(*args, **options)
 
-    monkeypatch.setattr(numba_launch.numba, "njit", njit)
-    double = numba_launch.compiled()(lambda x: 2 * x)
+    monkeypatch.setattr(launch.numba, "njit", njit)
+    double = launch.compiled()(lambda x: 2 * x)
     assert double(3) == 6
 
 
@@ -182,14 +182,14 @@ def test_a_changed_dictionary_is_never_pursued_with_an_old_gram_matrix() -> None
 
 @needs_numba
 def test_release_also_gives_back_the_gram_matrix() -> None:
-    from saelab.kernels import numba_pursuit
+    from saelab.kernels.numba import pursuit
 
     case = random_case(40, 8, 30, 1)
     with kernels.use_backend("numba"):
         kernels.pursuit(case.x, case.W_dec, None, 4)
-        assert numba_pursuit._kept
+        assert pursuit._kept
         chunks.release()
-        assert not numba_pursuit._kept
+        assert not pursuit._kept
 
 
 @needs_numba

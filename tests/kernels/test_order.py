@@ -10,7 +10,7 @@ from saelab.kernels.dispatch import obstacle
 if obstacle("numba") is not None:
     pytest.skip(str(obstacle("numba")), allow_module_level=True)
 
-from saelab.kernels.numba_order import SLACK, below_kth, kth_largest, trim
+from saelab.kernels.numba.order import SLACK, below_kth, kth_largest, trim
 
 NORMAL = np.random.default_rng(0).standard_normal(300).astype(np.float32)
 ROWS = {

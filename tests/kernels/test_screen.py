@@ -15,7 +15,9 @@ from tests.kernels.backends import gap
 if obstacle("numba", "cpu", torch.float32) is not None:
     pytest.skip("numba is not installed here", allow_module_level=True)
 
-from saelab.kernels import numba_backend, numba_bounds, numba_screen
+from saelab.kernels.numba import backend
+from saelab.kernels.numba import bounds as numba_bounds
+from saelab.kernels.numba import screen as numba_screen
 
 SIGNS = pytest.mark.parametrize("signed", [False, True], ids=["relu", "signed"])
 
@@ -27,7 +29,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def screen_of(case: cases.Case, signed: bool) -> numba_screen.Screen:
-    bias = numba_backend._bias(case.b_enc, case.W_enc.shape[1])
+    bias = backend._bias(case.b_enc, case.W_enc.shape[1])
     return numba_screen.Screen(case.x, case.W_enc, bias, case.b_dec, signed)
 
 

@@ -14,7 +14,8 @@ from tests.kernels.backends import gap, tolerance
 if obstacle("triton", "cpu") is not None:
     pytest.skip(f"triton: {obstacle('triton', 'cpu')}", allow_module_level=True)
 
-from saelab.kernels import triton_backend, triton_ragged, triton_select
+from saelab.kernels.triton import backend
+from saelab.kernels.triton import ragged as triton_ragged
 
 FORMS = {  # columns held by one program, and a width and budget that then take this form
     "whole": (4096, 300, 7),
@@ -43,8 +44,8 @@ def test_selection_is_exact_in_every_form_and_dtype(form: tuple[int, int], dtype
     n, bias = z.shape[0], torch.zeros(width, dtype=dtype)
     values, indices = torch.empty(n * k), torch.empty(n * k, dtype=torch.int64)
     budgets, start = torch.full((n,), k), torch.arange(n) * k
-    mode = triton_backend.MODES[signed]
-    triton_backend.choose(z, z, bias, mode, (1.0, 0.0), budgets, k, start, values, indices)
+    mode = backend.MODES[signed]
+    backend.choose(z, z, bias, mode, (1.0, 0.0), budgets, k, start, values, indices)
     expected = oracle.topk_mask(oracle.key(z.double(), signed), k)
     assert torch.equal(oracle.to_mask(indices, torch.arange(n + 1) * k, width), expected)
     torch.testing.assert_close(values.view(n, k), z.float().gather(1, indices.view(n, k)), equal_nan=True)
@@ -55,7 +56,7 @@ def test_rows_may_have_budgets_of_their_own(form: tuple[int, int]) -> None:
     z, budgets = torch.randn(4, width), torch.tensor([0, k, 1, 0])
     ptr = torch.cat([torch.zeros(1, dtype=torch.int64), budgets.cumsum(0)])
     values, indices = torch.full((k + 1,), 7.0), torch.full((k + 1,), -1)
-    triton_backend.choose(z, z, torch.zeros(width), 0, (1.0, 0.0), budgets, k, ptr, values, indices)
+    backend.choose(z, z, torch.zeros(width), 0, (1.0, 0.0), budgets, k, ptr, values, indices)
     found = oracle.to_mask(indices, ptr, width)
     assert torch.equal(found[1:3], torch.cat([oracle.topk_mask(z[1:2], k), oracle.topk_mask(z[2:3], 1)]))
     assert found.sum().item() == k + 1
@@ -66,7 +67,7 @@ def test_a_batch_budget_that_gathers_on_few_rows_is_still_exact(monkeypatch: pyt
     case = random_case(20, 12, 200, 2)
     case.x[3] *= 30
     read_again = []
-    original = triton_backend._reaching
+    original = backend._reaching
     monkeypatch.setattr(triton_backend, "_reaching", lambda x, *rest: read_again.append(len(x)) or original(x, *rest))
     with kernels.use_backend("triton"):
         selected = kernels.select_batch(*case.encoder, budget=40)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import closing
 
+from saelab.data.cache.batches import Batch
 from saelab.data.cache.reader import ActivationCache, Split
-from saelab.data.cache.stream import Batch
 from saelab.errors import UserError
 
 

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.data.cache.batches import Batch, Buffers, make_batch, stream
 from saelab.data.cache.manifest import MANIFEST, PARTIAL, REMEDY, VOCABULARY, Manifest, check_provenance
 from saelab.data.cache.order import BLOCK, Order
 from saelab.data.cache.shards import Shards
 from saelab.data.cache.storage import Folder
-from saelab.data.cache.stream import Batch, Buffers, make_batch, stream
 from saelab.data.cache.writer import CacheWriter
 from saelab.errors import UserError, damaged
 

@@ -1,0 +1,136 @@
+"""Pieces of the Health page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import common
+import pandas as pd
+import streamlit as st
+
+from parts import tables
+from saelab import viz
+from saelab.errors import UserError
+from saelab.features import health
+from saelab.features.search import per_latent
+from saelab.metrics import zipf_fit
+from saelab.workspace import Run
+
+ZIPF_SHARE = 0.8
+SHORTFALL = "smallest distance to its own threshold, where each latent has one; else to an activation that did win"
+
+
+def densities(run: Run, beside: list[str]) -> None:
+    """Density histograms and ranks of several SAEs, with the Zipf law fitted to each."""
+    runs = [run, *(common.workspace().run(name) for name in beside)]
+    found = {r.name: per_latent(common.catalogue(r), "density") for r in runs}
+    left, right = st.columns(2, gap="large")
+    with left:
+        figure = viz.density_histogram(found, common.colours(), height=320)
+        common.chart(figure, alt="Histogram of firing densities, dead latents at -10", key="health_density")
+    fits, notes = {}, []
+    for name, density in found.items():
+        try:
+            fit = zipf_fit(density, ZIPF_SHARE, offset=False)
+        except UserError as error:
+            notes.append(f"{name}: {error}")
+            continue
+        fits[name] = (fit.log_C, fit.s)
+        notes.append(f"{name}: Zipf exponent {fit.s:.2f}, R² {fit.r2:.3f} over the first {fit.last_rank:,} ranks")
+    with right:
+        figure = viz.firing_rank(found, common.colours(), fits)
+        common.chart(figure, alt="Firing density by rank with the fitted Zipf law", key="health_rank")
+    law = f"Zipf's law: density = C rank⁻ˢ, fitted to the {ZIPF_SHARE:.0%} of living latents that fire most"
+    st.caption(viz.markdown(". ".join([law, *notes])))
+
+
+@st.cache_data(max_entries=8, show_spinner="Looking for causes of death …")
+def _deaths(path: str, stamp: tuple[float, ...], _run: Run, _table: pd.DataFrame) -> pd.DataFrame:
+    return health.causes_of_death(common.sae(_run), per_latent(_table, "count"), common.workspace().cache_of(_run))
+
+
+def deaths(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """Cause of death of every dead latent, examined on the run's cache when that lies in the folder."""
+    return _deaths(str(run.path), run.stamp, run, table)
+
+
+def cause_summary(found: pd.DataFrame) -> None:
+    """How many died of what."""
+    rows = [(cause, f"{count:,}", health.CAUSES[cause]) for cause, count in found["cause"].value_counts().items()]
+    common.html(viz.fact_table(rows))
+
+
+def death_table(run: Run, found: pd.DataFrame) -> pd.Series | None:
+    """All dead latents; the chosen one."""
+    known = sorted(found["cause"].unique())
+    causes = st.pills("cause", known, selection_mode="multi", key="health_causes") if len(known) > 1 else []
+    shown = found[found["cause"].isin(causes)] if causes else found
+    shown = shown.dropna(axis="columns", how="all")
+    view = shown.assign(gain=100 * shown["gain"]) if "gain" in shown else shown
+    number = st.column_config.NumberColumn
+    config = {
+        "cause": st.column_config.TextColumn("cause", help="the first that applies, as listed above"),
+        "neighbour": number("nearest living", format="%d", help="the living latent with the closest decoder row"),
+        "cosine": number("cosine", format="%+.2f", help="of the two decoder rows"),
+        "encoder_norm": number("encoder norm", format="%.3f", help="norm of its encoder column"),
+        "encoder_bias": number("bias", format="%+.3f", help="of its encoder, raw units"),
+        "best": number("best", format="%+.3f", help="largest pre-activation over up to 16,384 tokens of the cache"),
+        "best_without_bias": number("without bias", format="%+.3f", help="the same without the encoder's bias"),
+        "shortfall": number("shortfall", format="%.3f", help=SHORTFALL),
+        "gain": number(
+            "gain if revived",
+            format="%.2f %%",
+            help="share of the reconstruction error it would remove, firing beside the others wherever that helps",
+        ),
+    }
+    if "not examined" in known:
+        cache = run.metadata.get("cache") or run.metadata.get("cache_fingerprint") or "its own"
+        st.caption(
+            f"What else keeps a latent silent shows on activations: put the cache the SAE was trained on "
+            f"({viz.markdown(str(cache))}) into this folder."
+        )
+    event = st.dataframe(
+        view,
+        hide_index=True,
+        column_config=config,
+        on_select="rerun",
+        selection_mode="single-row",
+        key="health_deaths",
+        placeholder="–",
+        alt="Dead latents with the cause of death",
+    )
+    if found["gain"].notna().any():
+        chance = 1 / ((1 if common.sae(run).signed else 2) * run.config["d_in"])
+        st.caption(f"A random direction would gain {chance:.2%}.")
+    # Something to look at before the first click.
+    rows = [r for r in event.selection.rows if r < len(shown)] or ([0] if len(shown) else [])
+    return shown.iloc[rows[0]] if rows else None
+
+
+def audit(index: Any, limit: float) -> None:
+    """Latents that are nearly always on, and the covariate each follows best."""
+    found = health.audit_dense(index, limit)
+    if found.empty:
+        st.success(f"No latent fires on more than {limit:.0%} of tokens.", icon=":material/check:")
+        return
+    st.caption("What a latent that is nearly always on may stand for: the property its magnitude follows most closely.")
+    number, meanings = st.column_config.NumberColumn, index.meta["columns"]
+    short = {
+        "first_corr": "first token",
+        "norm_corr": "norm",
+        "frequency_corr": "frequency",
+        "mean_cosine": "mean act.",
+    }
+    config = {
+        name: number(short.get(name, title), format="%+.2f", width=78, help=f"{title}: {meanings[name]}")
+        for name, title in health.AUDIT.items()
+    }
+    config |= {
+        "density": number("density", format="percent", width=75, help=meanings["density"]),
+        "strength": number(format="%+.2f", width=75, help="the correlation, or cosine, with what it follows"),
+        "mean": number(format="%.2f", width=60, help=meanings["mean"] + ", raw units"),
+        "label": st.column_config.TextColumn("label", width=110),
+    }
+    picked = tables.simple(tables.shown(found, *found.columns), found, "health_audit", config)
+    if picked is not None:
+        common.open_latent(*picked)

@@ -1,0 +1,205 @@
+"""Pieces of a latent's page that other pages show too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import common
+import streamlit as st
+
+from saelab import viz
+from saelab.features.explanations import load
+from saelab.features.search import counterparts
+from saelab.workspace import Run
+from saelab.workspace.notes import read_notes, write_note
+
+LONGEST_TITLE = 44
+POSITIVE = ("token_share", "encoder_norm", "decoder_norm")
+FACTS = {
+    "position_corr": ("position in the context", "correlation with the magnitude"),
+    "frequency_corr": ("frequency of the token", "correlation with the log count in the corpus"),
+    "first_corr": ("first token of a context", "correlation with the magnitude"),
+    "norm_corr": ("norm of the activation", "correlation with the magnitude"),
+    "mean_cosine": ("mean activation", "cosine with the direction"),
+    "token_share": ("most frequent token", "share of its firings"),
+    "encoder_norm": ("encoder", "norm of its column"),
+    "encoder_bias": ("encoder bias", "raw units"),
+    "decoder_norm": ("decoder", "norm of its row"),
+}
+
+
+def title(row: dict[str, Any], signed: bool, notes: dict[int, dict[str, str]] | None = None) -> str:
+    """``#12 −`` and the label: the researcher's own before the index's."""
+    pole = "" if not signed else (" +" if row["pole"] > 0 else " −")
+    label = (notes or {}).get(row["latent"], {}).get("label") or row.get("label")
+    if label and len(label) > LONGEST_TITLE:
+        label = label[: LONGEST_TITLE - 1] + "…"
+    return f"\\#{row['latent']}{pole}" + (f" · {viz.markdown(label)}" if label else "")
+
+
+def numbers(row: dict[str, Any], narrow: bool = False) -> None:
+    """The numbers of one pole: in one line of large figures, or of small print where it is narrow."""
+    share, entropy = f"{row['density']:.3%}", f"{row['token_entropy']:.1f} bits"
+    tokens = f"{row['count']:,} tokens of the corpus"
+    if narrow:
+        st.caption(
+            f"fires on {share} · strongest {row['max']:.2f} · mean {row['mean']:.2f} · token entropy {entropy}",
+            help=f"Fires on {tokens}. Magnitudes are in raw units, the mean over the tokens it fires on.",
+        )
+        return
+    with st.container(horizontal=True):
+        st.metric("fires on", share, help=f"{tokens}; density = count / indexed tokens", width=90)
+        st.metric("strongest", f"{row['max']:.2f}", help="largest magnitude, raw units", width=95)
+        st.metric("mean", f"{row['mean']:.2f}", help="mean magnitude where it fires, raw units", width=75)
+        st.metric("token entropy", entropy, help="of the tokens it fires on; 0 is a single token", width=120)
+
+
+def explanation(run: Run, latent: int, pole: int) -> None:
+    """What a language model said of it, with its scores beside what guessing would reach."""
+    found = load(run.path).get((latent, pole))
+    if found is None:
+        return
+    st.markdown(f":material/smart_toy: {viz.markdown(found['text'])}")
+    scores = [f"{name} {_share(found[name]['balanced_accuracy'])}" for name in ("detection", "fuzzing")]
+    st.caption(
+        f"by {viz.markdown(found['explainer'])} · balanced accuracy: {', '.join(scores)} (guessing reaches 50 %) · "
+        f"accuracy of detection {_share(found['detection']['accuracy'])}, "
+        f"of saying no to everything {_share(found['detection']['guess_nothing'])}"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
+    """A latent beside a table: what it is, its evidence, a button to its page."""
+    row = index.latent(latent, pole)
+    with st.container(border=True):
+        name, button = st.columns([5, 2], vertical_alignment="center")
+        name.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(run.path))}")
+        if button.button("Open", key=f"{key}_open", width="stretch"):
+            common.open_latent(latent, pole, run)
+        if not row["count"]:
+            silent(index, len(index.poles) > 1)
+        else:
+            explanation(run, latent, pole)
+            numbers(row, narrow=True)
+            examples(index, latent, pole, "top", limit=6)
+        logits(row, limit=8)
+
+
+def silent(index: Any, one_side: bool) -> None:
+    """What to say of a latent, or a pole, that never fired."""
+    side = " on this side" if one_side else ""
+    st.info(f"It never fired{side} in {index.meta['tokens']:,} tokens.", icon=":material/bedtime:")
+
+
+def examples(index: Any, latent: int, pole: int, kind: str, limit: int = 10) -> None:
+    """Token windows of one kind, on the latent's own scale."""
+    found = index.examples(latent, pole, kind)[:limit]
+    common.html(viz.example_list(found, common.colours(), scale=index.max_activation(latent, pole) or None))
+
+
+def logits(row: dict[str, Any], limit: int = 10) -> None:
+    """Tokens the direction promotes and suppresses, as chips."""
+    colours = common.colours()
+    if not row["promoted"]:
+        st.caption("The index was built without a language model, so it has no logit effects.")
+        return
+    for name, word in (("promoted", "promotes"), ("suppressed", "suppresses")):
+        values = [float(v) for v in row[f"{name}_logits"]][:limit]
+        common.html(viz.caption(word) + viz.token_chips(row[name][:limit], values, colours))
+
+
+def histogram(row: dict[str, Any], index: Any, key: str) -> None:
+    """Magnitudes over the tokens it fires on, with quantiles."""
+    marks = {"median": row["q50"], "95 %": row["q95"]} if row["count"] else {}
+    figure = viz.activation_histogram(index.histogram_edges, row["histogram"], common.colours(), row["pole"], marks)
+    common.chart(figure, alt="Histogram of the latent's activations", key=key)
+
+
+def axis(run: Run, latent: int) -> None:
+    """One axis or two features?"""
+    score = common.axis(run, latent)
+    icons = {"one axis": ":material/swap_horiz:", "two features": ":material/call_split:"}
+    texts = {
+        "one axis": "its poles share their contexts: opposite values of one variable",
+        "two features": "its poles share a direction, not their contexts",
+        "mixed": "its poles share some of their contexts",
+        "one-sided": "one side fires too rarely to compare the poles",
+        "diffuse": "contexts of one pole are no more alike than those of different latents, so nothing can be said",
+    }
+    number = f" (score {score.score:.2f})" if score.score == score.score else ""
+    st.markdown(
+        f"{icons.get(score.verdict, ':material/help:')} **{score.verdict}**{number}: {texts[score.verdict]}",
+        help="Similarity of windows across the poles over that within one, both less that of unrelated "
+        f"windows: between {score.between:.3f}, within {score.within:.3f}, unrelated {score.unrelated:.3f}.",
+    )
+
+
+def facts(rows: dict[int, dict[str, Any]]) -> None:
+    """Correlations and weights of each pole."""
+    listed = []
+    for key, (name, what) in FACTS.items():
+        values = [row[key] for row in rows.values()]
+        if all(v == v for v in values):  # NaN where it has no meaning
+            form = ".3f" if key in POSITIVE else "+.3f"
+            text = " / ".join(format(v, form) for v in values)
+            listed.append((name, text, what + (" (+ / −)" if len(values) > 1 else "")))
+    common.html(viz.fact_table(listed))
+
+
+def stability(run: Run, latent: int) -> None:
+    """The closest latent in other SAEs of the folder that read the same activations; a click opens one."""
+    others = common.siblings(run)
+    if not others:
+        return
+    st.subheader("The same direction in other SAEs", anchor=False)
+    sae = common.sae(run)
+    found = counterparts(
+        sae.W_dec[latent].detach(), {name: common.sae(other) for name, other in others.items()}, sae.signed
+    )
+    rows = []
+    for name, (j, cosine) in found.items():
+        tokens = common.need_index(others[name]).latent(j)["top_tokens"] if others[name].has_index else []
+        shown = " ".join(f"‘{viz.visible(token)}’" for token in tokens)
+        rows.append({"SAE": viz.visible(name), "latent": j, "cosine": cosine, "fires on": shown})
+    event = st.dataframe(
+        rows,
+        hide_index=True,
+        column_config={"cosine": st.column_config.NumberColumn(format="%+.2f", help="of the decoder rows")},
+        on_select="rerun",
+        selection_mode="single-row",
+        key=f"latent_stability_{latent}",
+        alt="The closest latent in other SAEs; choose a row to see it",
+    )
+    if event.selection.rows:
+        name = list(found)[event.selection.rows[0]]
+        j, cosine = found[name]
+        two_poled = common.sae(others[name]).signed
+        common.open_latent(j, -1 if two_poled and cosine < 0 else 1, others[name])
+
+
+def notes_form(run: Run, latent: int) -> None:
+    """The researcher's label and note, saved to ``notes.json`` of the run."""
+    saved = read_notes(run.path).get(latent, {})
+    with st.form(f"notes_{latent}", border=False):
+        label = st.text_input("My label", value=saved.get("label", ""), key=f"note_label_{latent}")
+        note = st.text_area("Note", value=saved.get("note", ""), key=f"note_text_{latent}", height=90)
+        if st.form_submit_button("Save", icon=":material/save:"):
+            write_note(run.path, latent, label, note)
+            st.toast("Saved", icon=":material/check:")
+
+
+def downloads(run: Run, index: Any, latent: int, rows: dict[int, dict[str, Any]]) -> None:
+    """The latent as a page or as data."""
+    found = {pole: index.examples(latent, pole) for pole in rows}
+    name = f"latent_{latent}"
+    page = viz.latent_page(
+        f"Latent {latent} of {run.name}", rows, {p: [e for e in es if e.kind == "top"] for p, es in found.items()}
+    )
+    data = viz.latent_json(rows, found, run=run.name, latent=latent, index=index.meta.get("cache_fingerprint"))
+    with st.popover("Export", icon=":material/download:"):
+        st.download_button("HTML", page, f"{name}.html", "text/html", key="export_html", on_click="ignore")
+        st.download_button("JSON", data, f"{name}.json", "application/json", key="export_json", on_click="ignore")

@@ -1,0 +1,85 @@
+"""The table of a sweep on the Training page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import common
+import pandas as pd
+import streamlit as st
+
+from parts import source as source_parts
+from saelab import viz
+from saelab.sweep.results import RESULTS, load_results
+from saelab.viz.sweep import AXES, COLUMNS, pareto_of
+from saelab.workspace import FORMULAS, Run, Workspace
+
+SHORT = {"fvu": "FVU", "dead_fraction": "dead", "ce_loss_recovered_zero": "CE recovered"}
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def _rows(folder: str, stamp: float) -> list[dict[str, Any]]:
+    return load_results(folder)
+
+
+def show(found: Workspace, logged: dict[str, Run]) -> None:
+    """One sweep: its members on held-out tokens, and the way to their curves."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        name = st.selectbox("sweep", list(found.sweeps), key="training_sweep", format_func=viz.visible, width=320)
+        folder: Path = found.sweeps[name]
+        rows = _rows(str(folder), (folder / RESULTS).stat().st_mtime)
+        measured = [value for value in AXES if any(row[value] is not None for row in rows)]
+        if measured:
+            value = st.segmented_control(
+                "fidelity", measured, default=measured[0], required=True, format_func=SHORT.get, key="training_fidelity"
+            )
+        members = [run for run in logged if Path(run).parent == Path(name)]
+        if members and st.button("Show all their curves", key="training_members", icon=":material/show_chart:"):
+            st.session_state["training_runs"] = members
+    left, right = st.columns([3, 4], gap="large")
+    with left:
+        if measured:
+            figure = pareto_of(rows, value, common.colours())
+            common.chart(figure, alt=f"{AXES[value]} against L0 for every SAE of the sweep", key="training_pareto")
+        else:
+            st.caption("No SAE of this sweep was measured.")
+    with right:
+        event = _table(rows, measured)
+        picked = [rows[i] for i in event.selection.rows if i < len(rows)]
+        if not picked:
+            st.caption("Choose a row to see where its numbers come from.")
+            return
+        member = found.runs.get((Path(name) / (picked[0]["folder"] or picked[0]["name"])).as_posix())
+        if member is not None:
+            source_parts.of_run(member)
+
+
+def _table(rows: list[dict[str, Any]], measured: list[str]) -> Any:
+    """The SAEs of a sweep as a table; returns the selection."""
+    view = pd.DataFrame(rows, columns=COLUMNS)
+    for text in ("name", "message"):
+        view[text] = view[text].fillna("").map(viz.visible)
+    number = st.column_config.NumberColumn
+    config = {
+        "l0": number("L0", format="%.1f", help=f"{FORMULAS['l0']}, on held-out tokens"),
+        "fvu": number("FVU", format="%.4f", help=f"{FORMULAS['fvu']} on held-out tokens"),
+        "dead_fraction": number("dead", format="percent", help=FORMULAS["dead"]),
+        "ce_loss_recovered_zero": number(
+            "CE recovered", format="percent", help=f"{FORMULAS['ce_recovered']}, against zero ablation"
+        ),
+        "lr": number(format="%.1e"),
+    }
+    view = view.drop(columns=[c for c in view.columns if c in AXES and c not in measured])
+    if not (view["message"] != "").any():
+        view = view.drop(columns="message")
+    return st.dataframe(
+        view,
+        hide_index=True,
+        column_config=config,
+        on_select="rerun",
+        selection_mode="single-row",
+        key="training_sweep_table",
+        placeholder="–",
+        alt="The SAEs of the sweep with their numbers on held-out tokens",
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m saelab.bench.NAME`` prints each figure that the documentation quotes."""

@@ -1,0 +1,109 @@
+"""How fast evaluation is: ``python -m saelab.bench.evaluation RUN --cache CACHE``.
+
+Two ratios. Of the metrics without a language model to encoding alone: batch by batch in turns over the same rows, so
+that a busy machine slows both alike. And of a whole evaluation with cross-entropy and KL to the passes of the language
+model inside it, whose layers below the hook run once per context.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from saelab.data.cache import ActivationCache
+from saelab.evaluation import EvaluateConfig, evaluate
+from saelab.evaluation.reconstruction import context_of_rows, measure_batch
+from saelab.metrics import FiringCounts, ReconstructionSums
+from saelab.sae import SAE
+from saelab.sae.weights import load_sae
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to time."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of the SAE."""
+    cache: Path
+    """Activation cache; its rows are read before the clock starts."""
+    rows: int = 65_536
+    """Rows that the metrics are timed on."""
+    batch_size: int = 4096
+    """Rows per batch."""
+    lm_tokens: int = 50_000
+    """Tokens of the whole evaluation; 0 leaves it out."""
+    json: bool = False
+    """Print JSON."""
+
+
+@torch.no_grad()
+def metrics_ratio(sae: SAE, cache: ActivationCache, rows: int, batch_size: int) -> dict[str, float]:
+    """Rows per second of encoding alone and of encoding, decoding and all metrics, and the median ratio of a turn.
+
+    The ratio of processor time holds also where other programs compete for the cores.
+    """
+    rows = min(rows, cache.n_split("all"))
+    clusters = context_of_rows(cache, "all", rows)
+    sums = ReconstructionSums(int(clusters[-1]) + 1, torch.tensor(cache.manifest.mean, dtype=torch.float64))
+    firing = FiringCounts(sae.d_sae)
+    alone, whole, processor = [], [], []
+    for start in range(0, rows, batch_size):
+        x = cache.read(range(start, min(start + batch_size, rows))).acts
+        own = clusters[start : start + batch_size]
+        started = _clocks()
+        sae.encode(x)
+        between = _clocks()
+        measure_batch(sae, x, None, own, sums, firing)
+        ended = _clocks()
+        if start:  # the first batch warms up
+            alone.append((between[0] - started[0]) / len(x))
+            whole.append((ended[0] - between[0]) / len(x))
+            processor.append((between[1] - started[1]) / (ended[1] - between[1]))
+    return {
+        "encode_rows_per_second": 1 / statistics.median(alone),
+        "metrics_rows_per_second": 1 / statistics.median(whole),
+        "metrics_to_encode": statistics.median(a / b for a, b in zip(alone, whole)),
+        "metrics_to_encode_processor": statistics.median(processor),
+    }
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def whole_ratio(sae: SAE, cache: ActivationCache, model: Any, tokens: int) -> dict[str, float]:
+    """Seconds of an evaluation with cross-entropy and KL on ``tokens`` rows, and their ratio to those in the model."""
+    config = EvaluateConfig(split="all", max_tokens=tokens, lm_tokens=tokens)
+    timing = evaluate(sae, cache, model, config).timing
+    return {name: timing[name] for name in ("seconds", "seconds_language_model", "ratio_to_language_model")}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    settings = tyro.cli(Settings, prog="python -m saelab.bench.evaluation", args=args)
+    console = Console(highlight=False)
+    sae, cache = load_sae(settings.run), ActivationCache(settings.cache)
+    found = metrics_ratio(sae, cache, settings.rows, settings.batch_size)
+    if settings.lm_tokens:
+        from saelab.lm import load_model
+
+        found |= whole_ratio(sae, cache, load_model(cache.manifest.model), settings.lm_tokens)
+    if settings.json:
+        console.print_json(data=found)
+        return
+    console.print(f"{sae.variant}, d_in {sae.d_in}, d_sae {sae.d_sae}, {torch.get_num_threads()} threads")
+    goals = {"metrics_to_encode": "at least 0.8", "ratio_to_language_model": "at most 1.3"}
+    for name, value in found.items():
+        console.print(f"{name:<28} {value:>12,.3f}   {goals.get(name, '')}".rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Does a sweep cost more than its parts? ``python -m saelab.bench.sweep`` trains eight SAEs both ways and compares.
+
+Both ways run in one process, a few steps of each in turn, so that a busy machine slows both; what is printed are
+ratios of sums, in wall time and in this process' CPU time. The compute of an SAE alone is measured on batches that
+are already in memory; reading is measured on its own, and how long the sweep waits for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import tyro
+from rich.console import Console
+
+from saelab.data.cache import ActivationCache, Batch
+from saelab.sweep import run_sweep
+from saelab.sweep.grid import Entry, Grid, make_grid
+from saelab.training import batches, train
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes of the comparison; the defaults are those of the README."""
+
+    d_in: int = 576
+    """Width of the activations."""
+    d_sae: int = 4608
+    """Latents of each SAE."""
+    batch_size: int = 2048
+    """Tokens per step."""
+    rounds: int = 6
+    """Turns; each way takes two steps in each."""
+    threads: int | None = None
+    """Threads; by default all."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+class Clock:
+    """Sums of wall and CPU seconds by name."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = defaultdict(float)
+        self.cpu: dict[str, float] = defaultdict(float)
+
+    def time(self, name: str, work: Callable[[], T]) -> T:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = work()
+        self.wall[name] += time.perf_counter() - wall
+        self.cpu[name] += time.process_time() - cpu
+        return result
+
+
+def compare(options: Options, folder: Path) -> dict[str, Any]:
+    """Run both ways in ``folder`` and return the ratios."""
+    steps = 2 * options.rounds + 2  # the first two warm up
+    cache = make_cache(options, folder / "cache", (steps + 1) * options.batch_size)
+    grid, clock = eight(options), Clock()
+    alone = [_alone(entry, cache) for entry in grid.entries]
+    waits = _timed_stream(cache, clock)
+    sweep = run_sweep(grid, waits, folder / "sweep")  # pyright: ignore[reportArgumentType]
+    reading = batches(cache, grid.entries[0].train, 0, False)
+    for work in (lambda: [next(run) for run in alone], lambda: next(sweep), lambda: next(reading)):
+        work()
+        work()
+    clock.wall.clear()
+    clock.cpu.clear()
+    for _ in range(options.rounds):
+        for _ in range(2):
+            clock.time("alone", lambda: [next(run) for run in alone])
+        for _ in range(2):
+            clock.time("sweep", lambda: next(sweep))
+        for _ in range(2):
+            clock.time("reading", lambda: next(reading))
+    sweep.close()
+    for run in alone:
+        run.close()
+    reading.close()
+    per_step = {name: clock.wall[name] / (2 * options.rounds) for name in ("alone", "sweep", "reading", "wait")}
+    ratios = {
+        "sweep over sum of its parts, wall": clock.wall["sweep"] / (clock.wall["alone"] + clock.wall["reading"]),
+        "sweep over sum of its parts, cpu": clock.cpu["sweep"] / (clock.cpu["alone"] + clock.cpu["reading"]),
+        "share of the sweep's time spent waiting for the loader": clock.wall["wait"] / clock.wall["sweep"],
+        "loader's cpu over one SAE's step, cpu": clock.cpu["reading"] / (clock.cpu["alone"] / len(alone)),
+    }
+    return {"saes": len(alone), "threads": torch.get_num_threads(), "seconds per step": per_step, "ratios": ratios}
+
+
+def eight(options: Options) -> Grid:
+    """Two variants, two sparsities, two seeds."""
+    block = {"variant": ["topk", "abs_topk"], "d_sae": options.d_sae, "k": [16, 32], "seed": [0, 1]}
+    return make_grid({"train": {"epochs": 1, "batch_size": options.batch_size}, "grid": [block]})
+
+
+def make_cache(options: Options, path: Path, rows: int) -> ActivationCache:
+    """Activations with a planted dictionary."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(2 * options.d_in, options.d_in, generator=generator)
+    codes = torch.rand(rows, 2 * options.d_in, generator=generator)
+    acts = (codes * (codes > 0.98)) @ directions
+    return ActivationCache.from_tensors(path, acts, held_out=0.0, dtype="bfloat16")
+
+
+def _alone(entry: Entry, cache: ActivationCache) -> Generator[Any]:
+    held = list(itertools.islice(batches(cache, entry.train, 0, False), 4))
+    return train(entry.build(cache.d_in), cache, entry.train, stream=itertools.cycle(held))
+
+
+def _timed_stream(cache: ActivationCache, clock: Clock) -> ActivationCache:
+    """The same cache, whose training batches are timed while the reader waits for them."""
+    plain = cache.batches
+
+    def timed(*args: Any, **options: Any) -> Iterator[Batch]:
+        stream = plain(*args, **options)
+        while (batch := clock.time("wait", lambda: next(stream, None))) is not None:
+            yield batch
+
+    other = ActivationCache(cache.path)
+    other.batches = timed  # pyright: ignore[reportAttributeAccessIssue]
+    return other
+
+
+def main() -> None:
+    """Print the comparison."""
+    options = tyro.cli(Options, prog="python -m saelab.bench.sweep", description=__doc__)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        result = compare(options, folder)
+    finally:
+        shutil.rmtree(folder)
+    console = Console(highlight=False)
+    for name, seconds in result["seconds per step"].items():
+        console.print(f"{name:<10} {1e3 * seconds:9.1f} ms a step")
+    for name, ratio in result["ratios"].items():
+        console.print(f"{name:<60} {ratio:.3f}")
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

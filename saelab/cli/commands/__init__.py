@@ -1,0 +1,1 @@
+"""The subcommands of ``saelab``, one module each, imported when called."""

@@ -1,0 +1,73 @@
+"""``saelab app``: the feature browser on a folder of runs, on this machine only."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from saelab import shipped
+from saelab.cli.console import console, parse
+from saelab.errors import UserError
+
+DEMO = Path("demo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to browse, and where to serve it."""
+
+    folder: tyro.conf.Positional[Path | None] = None
+    """Folder that holds runs and caches, at any depth; nothing outside it is opened. By default `demo`, and where there
+    is none yet, the trained SAEs that come with saelab."""
+    model: str | None = None
+    """Language model for the pages that need one: smollm2, a hub id or a local folder; none for no model.
+    By default the one the run names, if that is smollm2 or lies inside the folder."""
+    port: int = 8501
+    """TCP port on 127.0.0.1."""
+    browser: bool = True
+    """Open the page in the default browser."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Become the server, so that whoever stops this process stops it."""
+    options = parse(Options, "app", args, "Browse latents, explain prompts, steer: the web app on a folder of runs.")
+    if options.folder is None:
+        options = dataclasses.replace(options, folder=default_folder())
+    command, environment = prepare(options)
+    console.print(f"saelab app on {options.folder}: http://127.0.0.1:{options.port}", markup=False)
+    if os.name == "posix":
+        os.execve(command[0], command, environment)
+    sys.exit(subprocess.call(command, env=environment))
+
+
+def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
+    """The server's command line and environment; refuses a folder that is none."""
+    if options.folder is None or not options.folder.is_dir():
+        raise UserError(f"{options.folder} is no folder; name the one that holds your runs, or run `saelab demo` first")
+    if importlib.util.find_spec("streamlit") is None:
+        raise UserError("the app needs streamlit; install it with: pip install 'saelab[app]'")
+    command = [
+        *(sys.executable, "-m", "streamlit", "run", str(shipped.app_script())),
+        "--server.address=127.0.0.1",
+        f"--server.port={options.port}",
+        f"--server.headless={'false' if options.browser else 'true'}",
+        "--server.fileWatcherType=none",
+        "--browser.gatherUsageStats=false",
+    ]
+    environment = {**os.environ, "SAELAB_APP_FOLDER": str(options.folder.resolve())}
+    environment.pop("SAELAB_APP_MODEL", None)
+    if options.model:
+        environment["SAELAB_APP_MODEL"] = options.model
+    return command, environment
+
+
+def default_folder() -> Path:
+    """What the user made, else what is shipped."""
+    return DEMO if DEMO.is_dir() else shipped.checkpoints()

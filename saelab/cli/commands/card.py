@@ -1,0 +1,30 @@
+"""``saelab card``: the model card of a run folder, as it would stand on the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from saelab.cli.console import out, parse
+from saelab.interop.hub import card_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which run."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder; its README.md is written, from cfg.json and evaluation.json."""
+    repo: str | None = None
+    """Hub repository named in the loading snippet (org/repo); by default the snippet loads the folder."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Write README.md into the run."""
+    options = parse(Options, "card", args, "Write a run's model card: what it is, its metrics, how to load it.")
+    path = options.run / "README.md"
+    path.write_text(card_of(options.run, options.repo), encoding="utf-8")
+    out.print(f"saved to {path}", markup=False, soft_wrap=True)

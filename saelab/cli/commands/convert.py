@@ -1,0 +1,85 @@
+"""``saelab convert``: an SAE of one tool as a checkpoint of another, with a numerical proof."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from saelab.cli.commands.inspect import Told
+from saelab.cli.console import counting, out, parse, print_json
+from saelab.errors import UserError
+from saelab.interop import export
+from saelab.interop.detection import load_with_metadata
+from saelab.interop.exporting import TOLERANCE
+from saelab.interop.resaving import copy
+from saelab.sae import SAE
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Told):
+    """From where to where."""
+
+    source: tyro.conf.Positional[str]
+    """File, folder or hub id of an SAE, whichever tool wrote it."""
+    out: tyro.conf.Positional[Path]
+    """New folder to write."""
+    to: Literal["saelens", "sparsify", "dictionary-learning", "saelab", "saedashboard"] = "saelens"
+    """Format of the new folder. saedashboard writes the run's feature index as files that Neuronpedia imports."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the matrices in a saelab run folder (`--to saelab`); 16 bits halve it."""
+    cache: Path | None = None
+    """For saedashboard: the indexed activation cache; adds the corpus and, from its model, logit histograms."""
+    latents: int | None = None
+    """For saedashboard: write only the first so many latents."""
+    json: bool = False
+    """Print the proof as JSON."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Convert, prove, and only then keep the result."""
+    options = parse(Options, "convert", args, "Convert an SAE between tools and prove that it computes the same.")
+    if options.out.exists():
+        raise UserError(f"{options.out} exists; name a new folder")
+    sae, metadata, source, _ = load_with_metadata(options.source, **options.told())
+    if options.to == "saedashboard":
+        dashboard(sae, source, options)
+        return
+    if options.to == "saelab":
+        proof = copy(sae, source, options.out, metadata, getattr(torch, options.dtype))
+    elif options.dtype != "float32":
+        raise UserError(f"--dtype {options.dtype} is for --to saelab; {options.to} folders are written in float32")
+    else:
+        proof = export(sae, options.out, options.to, metadata)
+    if options.json:
+        print_json({"max_relative_encode": proof.encode, "max_relative_decode": proof.decode, "tolerance": TOLERANCE})
+        return
+    out.print(f"max |Δ encode| {proof.encode:.1e}, max |Δ decode| {proof.decode:.1e} (relative, limit {TOLERANCE:.0e})")
+    out.print(f"{options.source} -> {options.out} ({options.to})", markup=False, soft_wrap=True)
+
+
+def dashboard(sae: SAE, run: Path, options: Options) -> None:
+    """Write the feature index of a run as SAEDashboard's batches."""
+    from saelab.cli.commands.index import load_lens
+    from saelab.data.cache import ActivationCache
+    from saelab.features import FeatureIndex
+    from saelab.features.saedashboard import write_dashboard
+
+    index = FeatureIndex(run)
+    cache = ActivationCache(options.cache) if options.cache else None
+    lens = load_lens(cache.manifest.model, cache) if cache else None
+    with counting("features") as progress:
+        write_dashboard(
+            index,
+            sae,
+            options.out,
+            cache=cache,
+            lens=lens,
+            max_latents=options.latents,
+            progress=progress,
+        )
+    out.print(f"{run} -> {options.out} (SAEDashboard's batches, for Neuronpedia)", markup=False)

@@ -1,0 +1,131 @@
+"""``saelab evaluate``: reconstruction, sparsity, dead latents, and the language model with the SAE spliced in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from saelab.cli.console import console, out, parse, part, print_json, stages
+from saelab.cli.subject import open_subject
+from saelab.errors import UserError
+from saelab.evaluation import EvaluateConfig, Evaluation, TaskConfig, evaluate, run_tasks, saebench_json
+from saelab.files import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which run, and on what."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run, or of another tool's SAE; evaluation.json is written into it."""
+    cache: Path
+    """Folder of the activation cache; its held-out rows are evaluated."""
+    model: str | None = None
+    """Language model for cross-entropy and KL; by default the one the cache was harvested from."""
+    saebench: Path | None = None
+    """Also write SAEBench's JSON: a folder, which gets one file per evaluation in the folders of SAEBench's plots, or
+    the name of a .json file for the core evaluation alone."""
+    json: bool = False
+    """Print the evaluation as JSON on stdout."""
+
+
+# The evaluation's options come after ours in the list of fields, so they are the first base.
+EvaluateOptions = dataclasses.make_dataclass(
+    "EvaluateOptions", [], bases=(TaskConfig, EvaluateConfig, Options), frozen=True
+)
+SHOWN = (
+    *("fvu", "l0", "cosine", "relative_reconstruction_bias", "dead_fraction", "dense_fraction"),
+    *("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_recovered_zero", "ce_loss_recovered_mean"),
+    *("kl_div_with_sae", "kl_recovered_zero"),
+)
+
+
+def main(args: Sequence[str]) -> None:
+    """Evaluate a run and write ``evaluation.json``."""
+    options = parse(EvaluateOptions, "evaluate", args, "Measure a trained SAE on held-out activations.")
+    config, tasks = part(EvaluateConfig, options), part(TaskConfig, options)
+    if options.saebench is not None and options.saebench.suffix == ".json" and tasks.tasks:
+        raise UserError(f"--saebench {options.saebench} holds one result, tasks give several; name a folder")
+    result = run(options.run, options.cache, options.model, config, tasks)
+    if options.saebench is not None:
+        write_saebench(result, options.run, options.saebench, tasks)
+    if options.json:
+        print_json(result.content())
+    else:
+        show(result)
+        out.print(f"saved to {options.run / 'evaluation.json'}", markup=False, soft_wrap=True)
+
+
+def run(
+    folder: Path,
+    cache_folder: Path,
+    model_name: str | None,
+    config: EvaluateConfig,
+    tasks: TaskConfig | None = None,
+) -> Evaluation:
+    """Load everything, evaluate with a progress bar, save."""
+    (sae, cache, folder), wanted = open_subject(folder, cache_folder), tasks or TaskConfig()
+    model, name = None, model_name or cache.manifest.model
+    if config.lm_tokens and not name:
+        console.print("the cache names no model: cross-entropy and KL are left out; give one with --model")
+    elif config.lm_tokens or wanted.labels is not None:
+        if not name:
+            raise UserError(f"{wanted.labels} must run through the language model; the cache names none, add --model")
+        from saelab.lm import load_model
+
+        model = load_model(name)
+    with stages() as progress:
+        # The tasks first: what is wrong with labels should not show after minutes of language model.
+        found = run_tasks(sae, cache, wanted, model, seed=config.seed, progress=progress)
+        result = evaluate(sae, cache, model, config, progress)
+        result.tasks = found
+    result.save(folder)
+    return result
+
+
+def write_saebench(result: Evaluation, run: Path, path: Path, tasks: TaskConfig) -> None:
+    """SAEBench's JSON of a result, as one file or in the folders that its plots read."""
+    about = {**dataclasses.asdict(tasks), "labels": str(tasks.labels or "the text of the cache"), **result.settings}
+    contents = saebench_json.documents(result, run, about)
+    if path.suffix == ".json":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, contents[0])
+        return
+    for content in contents:
+        console.print(f"saved {saebench_json.save(content, path)}", markup=False)
+
+
+def show(result: Evaluation) -> None:
+    """The main numbers, one a line, each with its interval and sample."""
+    for name in SHOWN:
+        if name not in result.metrics:
+            continue
+        e = result.metrics[name]
+        interval = f"{e.low:.4f} .. {e.high:.4f}" if e.low is not None else "no interval"
+        out.print(f"{name:<30} {e.value:>9.4f}   [dim]{interval}, {e.n:,} {e.unit}s[/]")
+    for task, numbers in result.tasks.items():
+        for name, value in headline(task, numbers):
+            out.print(f"{task + ' ' + name:<40} {value:>9.4f}")
+    window = result.histogram["tokens"]
+    out.print(f"[dim]dead and dense latents counted over {window:,} tokens; intervals are 95 %[/]")
+
+
+def headline(task: str, found: dict[str, Any]) -> list[tuple[str, float]]:
+    """The numbers of a task worth a line; ``evaluation.json`` has them all."""
+    rows: list[tuple[str, float]] = []
+    if task == "probing":
+        for label, metrics in found.items():
+            rows += [(f"{label}: {name.removesuffix('_test_accuracy')}", e["value"]) for name, e in metrics.items()]
+    elif task in ("scr", "tpp"):
+        for label, metrics in found.items():
+            rows += [(f"{label}: {n} ablated", score) for n, score in metrics["score"].items()]
+            rows += [(f"{label}: {n} random", score) for n, score in metrics["score_random_latents"].items() if n == 20]
+    elif task == "two-sided":
+        rows = [(name, e["value"]) for name, e in found.items()]
+    else:
+        rows = list(found.items())
+    return rows

@@ -1,0 +1,115 @@
+"""``saelab harvest``: text through a language model into an activation cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from saelab.cli.console import console, counting, out, parse, part, print_json, quiet
+from saelab.data.cache.merge import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which model, where in it, on which text."""
+
+    out: str
+    """Folder or URL of the cache; with several hooks, each gets a sub-folder."""
+    hook: tuple[str, ...] = ("blocks.9.hook_resid_post",)
+    """Hook points: TransformerLens names or Hugging Face module paths."""
+    model: str = "smollm2"
+    """Language model: `smollm2`, a hub id or a local folder."""
+    text: str = "wiki-sample"
+    """Text: `wiki-sample`, a .txt, .jsonl or .parquet file, a folder of them, or a dataset's hub id."""
+    text_split: str = "train"
+    """Split of a dataset."""
+    text_column: str | None = None
+    """Field with the text; by default `text`, or the only text field."""
+    device: str | None = None
+    """Where the model runs; by default an accelerator if there is one, under torchrun each process' own."""
+    model_dtype: str = "float32"
+    """Precision the model runs in."""
+    overwrite: bool = False
+    """Replace an existing cache."""
+    resume: bool = False
+    """Go on with an interrupted harvest of the same settings; a finished one is left as it is."""
+    timeout_s: float = 3600.0
+    """Seconds that processes under torchrun wait for one another before all give up: more than one takes for a
+    shard."""
+    json: bool = False
+    """Print a description of the caches as JSON on stdout."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse, load the model, harvest with a progress bar, say what came out."""
+    # Imported here: the settings belong to the gateway of the language models.
+    from saelab.harvesting import HarvestConfig
+
+    cls = dataclasses.make_dataclass("HarvestOptions", [], bases=(HarvestConfig, Options), frozen=True)
+    options: Any = parse(cls, "harvest", args, "Cache a language model's activations at some hook points.")
+    config = part(HarvestConfig, options)
+    try:
+        run(options, config)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command with --resume goes on after the last complete shard")
+        sys.exit(130)
+
+
+def place(options: Any) -> tuple[Any, Any]:
+    """This process' share of the harvest and its device; under torchrun, one process of many."""
+    import torch
+
+    from saelab.cli.device import pick_device
+    from saelab.distributed import launched, start_world
+    from saelab.harvesting import Share
+
+    device = None if options.device is None else pick_device(options.device)
+    if not launched():
+        return Share(), device
+    parallel = start_world(timeout_s=options.timeout_s)
+    quiet(not parallel.is_main)
+    if device is None and (cards := torch.cuda.device_count()):
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % cards}"
+    return Share(parallel.data_rank, parallel.data_size, parallel.barrier), device
+
+
+def run(options: Any, config: Any) -> None:
+    """Harvest as the options say."""
+    from saelab.data.text import open_text
+    from saelab.distributed.world import end_world
+    from saelab.harvesting import harvest
+    from saelab.lm import load_model
+
+    share, device = place(options)
+    source = open_text(options.text, split=options.text_split, column=options.text_column)
+    with console.status(f"loading {options.model} (converted on first use)"):
+        model = load_model(options.model, device=device, dtype=options.model_dtype)
+    hooks = options.hook[0] if len(options.hook) == 1 else options.hook
+    with counting("harvest") as progress:
+        caches = harvest(
+            model,
+            hooks,
+            source,
+            options.out,
+            config,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            progress=progress,
+            share=share,
+        )
+    end_world()
+    found = [describe(cache) for cache in (caches.values() if isinstance(caches, dict) else [caches])]
+    if options.json:
+        print_json(found[0] if len(found) == 1 else found)
+        return
+    for cache in found:
+        out.print(
+            f"{cache['rows']:,} activations of {cache['hook_name']} (d_in {cache['d_in']}, {cache['dtype']}, "
+            f"mean norm {cache['mean_norm']:.4g}) from {cache['documents']} documents of {cache['text']}"
+        )
+        out.print(f"saved to {cache['path']}", markup=False, soft_wrap=True)
+    if found[0]["tokens"] < config.tokens:
+        console.print(f"{options.text} ended after {found[0]['tokens']:,} of {config.tokens:,} tokens", markup=False)

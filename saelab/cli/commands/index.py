@@ -1,0 +1,121 @@
+"""``saelab index``: describe every latent of a run over an activation cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from saelab.cli.console import console, out, parse, part, print_json, stages
+from saelab.cli.subject import open_subject
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
+from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
+from saelab.features.build.logit_lens import KEPT
+from saelab.lm import unembedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which run, and on what."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run, or of another tool's SAE; features/ is written into it."""
+    cache: Path
+    """Folder of the activation cache."""
+    model: str | None = None
+    """Language model of the logit lens; by default the one the cache was harvested from. "none" leaves it out."""
+    keep_unembedding: bool = False
+    """Keep the model's unembedding in the run folder (half precision): the next index needs no model."""
+    overwrite: bool = False
+    """Replace an existing index; the old one stays until the new one is complete."""
+    json: bool = False
+    """Print a summary as JSON on stdout."""
+
+
+# The index's options come after ours in the list of fields, so they are the first base.
+IndexOptions = dataclasses.make_dataclass("IndexOptions", [], bases=(IndexConfig, Options), frozen=True)
+
+
+def main(args: Sequence[str]) -> None:
+    """Build ``features/`` of a run folder."""
+    options = parse(IndexOptions, "index", args, "Describe every latent of a trained SAE over a corpus.")
+    config = part(IndexConfig, options)
+    index = run(options.run, options.cache, options.model, config, options.overwrite, options.keep_unembedding)
+    if options.json:
+        print_json(summary(index))
+    else:
+        show(index)
+
+
+def run(
+    folder: Path,
+    cache_folder: Path,
+    model: str | None,
+    config: IndexConfig,
+    overwrite: bool = False,
+    keep_unembedding: bool = False,
+) -> FeatureIndex:
+    """Load everything and build the index with a progress bar."""
+    sae, cache, folder = open_subject(folder, cache_folder)
+    # What the run keeps answers for its own model; a model that is named is asked itself.
+    lens = (None if model else LogitLens.open(folder / KEPT, cache.manifest.model)) or load_lens(
+        model or cache.manifest.model, cache
+    )
+    if keep_unembedding and lens is not None:
+        lens.save(folder / KEPT, model or cache.manifest.model)
+    with stages() as progress:
+        return build_index(sae, cache, folder, lens=lens, config=config, progress=progress, overwrite=overwrite)
+
+
+def load_lens(model: str, cache: ActivationCache) -> LogitLens | None:
+    """The unembedding of a model by name; None, with a remark, where there is none to ask."""
+    if model == "none":
+        return None
+    if not model:
+        console.print("the cache names no model: the logit lens is left out; give one with --model")
+        return None
+    weights = unembedding(model)
+    if weights.weight.shape[0] != cache.d_in:
+        raise UserError(
+            f"{model} unembeds d_in={weights.weight.shape[0]}, {cache.path} holds d_in={cache.d_in}; "
+            "give its own model with --model, or --model none"
+        )
+    return LogitLens(weights.weight, weights.norm_weight, weights.centred)
+
+
+def summary(index: FeatureIndex) -> dict[str, Any]:
+    """What an index holds, in numbers."""
+    table = index.table()
+    count, density = table["count"].to_numpy(), table["density"].to_numpy()
+    fired = count.reshape(index.d_sae, -1).sum(1)
+    return {
+        "latents": index.d_sae,
+        "poles": list(index.poles),
+        "tokens": index.meta["tokens"],
+        "never_fired": int(np.count_nonzero(fired == 0)),
+        "denser_than_0.1": int(np.count_nonzero(density > 0.1)),
+        "labelled": int(np.count_nonzero(table["label"].to_numpy() != "")),
+        "logit_lens": index.meta["logit_lens"],
+        "seconds": index.meta["seconds"],
+        "encode_seconds": index.meta["encode_seconds"],
+        "tokens_per_second": index.meta["tokens_per_second"],
+    }
+
+
+def show(index: FeatureIndex) -> None:
+    """The same for people."""
+    found = summary(index)
+    out.print(
+        f"{found['latents']:,} latents over {found['tokens']:,} tokens in {found['seconds']:.1f} s "
+        f"({found['tokens_per_second']:,.0f} tokens/s)"
+    )
+    out.print(
+        f"{found['never_fired']:,} never fired, {found['denser_than_0.1']:,} fire on more than 10 % of tokens, "
+        f"{found['labelled']:,} labelled; logit lens: {'yes' if found['logit_lens'] else 'no'}"
+    )
+    out.print(f"saved to {index.folder}", markup=False, soft_wrap=True)

@@ -1,0 +1,65 @@
+"""``saelab inspect``: what a checkpoint of any tool is, and what is odd about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from saelab.cli.console import out, parse, print_json
+from saelab.data.cache import ActivationCache
+from saelab.interop import inspect
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Told:
+    """What the user says about a file that does not say it itself."""
+
+    k: int | None = None
+    """For a bare overcomplete state dict: latents per token, or steps of a pursuit."""
+    pursuit: bool = False
+    """For a bare overcomplete state dict: it is a matching pursuit."""
+    threshold: float | None = None
+    """For a bare overcomplete state dict: the running threshold of a BatchTopK SAE, in raw units."""
+
+    def told(self) -> dict[str, Any]:
+        """What was said, as the readers take it."""
+        said = {"k": self.k, "pursuit": self.pursuit or None, "threshold": self.threshold}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Told):
+    """What to look at."""
+
+    path: tyro.conf.Positional[Path]
+    """File or folder of an SAE, whichever tool wrote it."""
+    cache: Path | None = None
+    """Activation cache to count dead latents and measure the reconstruction on."""
+    json: bool = False
+    """Print one JSON document."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Print the facts, oddities last."""
+    options = parse(Options, "inspect", args, "Say what an SAE checkpoint is: format, shapes, norms, hook, oddities.")
+    cache = ActivationCache(options.cache) if options.cache else None
+    facts = inspect(options.path, cache, **options.told())
+    if options.json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        if name == "notes":
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {_short(entry)}" for key, entry in value.items()) or "-"
+        out.print(f"{name:<22} {_short(value)}", markup=False)
+    for note in facts["notes"]:
+        out.print(f"note: {note}", markup=False)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,0 +1,144 @@
+"""``saelab sweep``: a grid of SAEs from one reading of one cache, with a live table and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Group
+from rich.live import Live
+from rich.progress import Progress
+from rich.table import Table
+
+from saelab.cli.console import console, out, output_folder, parse, print_json, progress_bar
+from saelab.cli.device import pick_device
+from saelab.cli.signals import Stop, stop_on_signals
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
+from saelab.evaluation import EvaluateConfig
+from saelab.files import replace
+from saelab.lm import load_hf_model
+from saelab.sweep import Grid, Member, measure, read_grid, run_sweep, save_results
+from saelab.sweep.grid import check_grid
+from saelab.training import n_steps
+from saelab.viz.sweep import report as sweep_report
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to train on what."""
+
+    cache: tyro.conf.Positional[Path]
+    """Folder of the activation cache; it is read once for all SAEs."""
+    grid: tyro.conf.Positional[Path]
+    """TOML file with [train], [[grid]] and [halving]; see the README."""
+    out: Path
+    """Folder to write: one run folder per SAE, sweep.parquet and report.html."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    resume: bool = False
+    """Go on with the sweep in the folder; the result is bit-identical to that of an uninterrupted one."""
+    checkpoint_steps: int = 500
+    """Steps between checkpoints; SIGINT and SIGTERM save one of each SAE and stop."""
+    lm_tokens: int = 0
+    """Tokens run through the language model per SAE, for the CE loss recovered; 0 leaves it out."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+    json: bool = False
+    """Print the table as JSON on stdout."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Check the grid, train it, measure every SAE on held-out tokens, write table and report."""
+    options = parse(Options, "sweep", args, "Train a grid of SAEs from one reading of a cache.")
+    if options.checkpoint_steps < 1:
+        raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
+    cache, grid, device = ActivationCache(options.cache), read_grid(options.grid), pick_device(options.device)
+    check_grid(grid, cache)
+    config = EvaluateConfig(lm_tokens=options.lm_tokens)
+    if not cache.n_split("held_out"):
+        raise UserError(f"{cache.path} has no held-out rows to measure the SAEs on; harvest it with --held-out above 0")
+    if options.lm_tokens and not cache.manifest.model:
+        raise UserError(
+            f"lm_tokens={options.lm_tokens} needs the language model, which {cache.path} does not name; leave it at 0"
+        )
+    # Last, so that a mistake in the options never costs the old sweep.
+    with output_folder(options.out, options.overwrite, options.resume):
+        with stop_on_signals() as stop:
+            members = train(grid, cache, options, device, stop)
+        if members is None:
+            assert stop.signal is not None
+            console.print(f"{stop.signal.name}: all SAEs saved; go on with --resume")
+            sys.exit(stop.exit_code)
+        rows = evaluate(members, cache, config)
+        path = save_results(rows, options.out)
+        report = options.out / "report.html"
+        page = sweep_report(rows, title=options.out.name)
+        replace(report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    if options.json:
+        print_json(rows)
+    else:
+        out.print(results_table(rows))
+        for row in rows:
+            if row["message"]:
+                out.print(f"{row['name']}: {row['message']}", markup=False)
+        out.print(f"saved to {path} and {report}", markup=False, soft_wrap=True)
+
+
+def train(grid: Grid, cache: ActivationCache, options: Options, device: Any, stop: Stop) -> list[Member] | None:
+    """Drive the sweep under a live table; None if a signal stopped it."""
+    total, members, shown = n_steps(cache, grid.entries[0].train), [], 0.0
+    console.print(f"{len(grid.entries)} SAEs, {total} steps of {grid.entries[0].train.batch_size} tokens")
+    sweep = run_sweep(
+        grid, cache, options.out, resume=options.resume, checkpoint_steps=options.checkpoint_steps, device=device
+    )
+    bar = progress_bar("speed")
+    task, started, begun = bar.add_task("sweep", total=total, speed=""), time.perf_counter(), None
+    with Live(console=console, refresh_per_second=2) as live:
+        for members in sweep:
+            step = max((m.step for m in members if m.status == "running"), default=total)
+            begun = step - 1 if begun is None else begun
+            if time.perf_counter() - shown > 0.5:
+                shown = time.perf_counter()
+                tokens = (step - begun) * grid.entries[0].train.batch_size
+                bar.update(task, completed=step, speed=f"{tokens / (shown - started):,.0f} tokens/s")
+                live.update(view(members, bar))
+            if stop.signal is not None and any(m.status == "running" for m in members):
+                sweep.close()
+                return None
+        bar.update(task, completed=total)
+        live.update(view(members, bar))
+    return members
+
+
+def view(members: Sequence[Member], bar: Progress) -> Group:
+    """The live table, one line per SAE, over the progress bar."""
+    table = Table("SAE", "status", "step", "L0", "FVU", "dead", box=None, pad_edge=False)
+    for member in members:
+        last = member.last
+        numbers = ("", "", "") if last is None else (f"{last.l0:.1f}", f"{last.fvu:.4f}", str(last.dead))
+        table.add_row(member.entry.name, member.status, str(member.step), *numbers)
+    return Group(table, bar)
+
+
+def evaluate(members: Sequence[Member], cache: ActivationCache, config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Measure the finished SAEs on held-out tokens, under a progress bar."""
+    model = load_hf_model(cache.manifest.model) if config.lm_tokens else None
+    with progress_bar() as bar:
+        task = bar.add_task("measuring", total=len(members))
+        return measure(members, cache, model, config, lambda _: bar.advance(task))
+
+
+def results_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The results, best FVU first within each sparsity."""
+    table = Table("SAE", "status", "L0", "FVU", "dead", "CE recovered", box=None, pad_edge=False)
+    for row in sorted(rows, key=lambda r: (r["l0"] is None, r["l0"] or 0.0)):
+        numbers = [row["l0"], row["fvu"], row["dead_fraction"], row["ce_loss_recovered_zero"]]
+        cells = ["" if n is None else f"{n:.{d}f}" for n, d in zip(numbers, (1, 4, 3, 4))]
+        table.add_row(row["name"], row["status"], *cells)
+    return table

@@ -1,0 +1,201 @@
+"""``saelab train``: one SAE on an activation cache, whatever the variant, with the variant's own options."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from saelab import kernels
+from saelab.cli import report
+from saelab.cli.console import console, out, output_folder, parse, part, print_json, progress_bar, quiet
+from saelab.cli.device import pick_device
+from saelab.cli.signals import Stop, stop_on_signals
+from saelab.cli.source import Source, announce, open_source, origin
+from saelab.cli.variants import option_fields, value_of, variant_in
+from saelab.data.cache import ActivationCache
+from saelab.distributed import SINGLE, Parallel, launched, start_world
+from saelab.distributed.sharding import build_shard
+from saelab.distributed.sharding import whole as whole_of
+from saelab.distributed.slices import slices
+from saelab.distributed.world import end_world
+from saelab.errors import UserError, damaged
+from saelab.sae import SAE, VARIANTS
+from saelab.training import StepMetrics, TrainConfig, check, finished, fit, n_steps, read_run
+from saelab.training.checkpoints import latest_step, number_of
+from saelab.training.fitting import RUN, SOURCE
+from saelab.training.log import Log, TensorBoard, Wandb
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where to read, where to write, and which SAE."""
+
+    cache: tyro.conf.Positional[Path]
+    """Folder of the activation cache."""
+    out: Path
+    """Run folder to write."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Go on from the weights of this SAE: a run, or a file, a folder or a hub id of any tool. It says its variant, its
+    size and what its codes depend on; options that contradict it are refused."""
+    variant: str = "topk"
+    """Which SAE; the variant's own options are listed with it."""
+    d_sae: int = 4608
+    """Latents."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    dict_ranks: int = 1
+    """Processes that share one copy of the dictionary, each holding d-sae / dict-ranks latents; the others divide
+    every batch. Start several with `torchrun --nproc-per-node 4 -m saelab train ...`."""
+    timeout_s: float = 60.0
+    """Seconds after which a process that waits in vain for another ends the run."""
+    resume: bool = False
+    """Go on with the run in the folder, if one was begun there, with its settings; the result is bit-identical to
+    that of an uninterrupted run."""
+    checkpoint_steps: int = 500
+    """Steps between checkpoints; SIGINT and SIGTERM save one and stop."""
+    overwrite: bool = False
+    """Replace an existing run folder."""
+    tensorboard: bool = False
+    """Also write TensorBoard files into the run folder."""
+    wandb: str | None = None
+    """Also log to this wandb project."""
+    json: bool = False
+    """Print the final metrics as JSON on stdout."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse, train with a progress bar, save the run folder."""
+    folder = value_of(args, "--out")
+    saved = read_run(folder) if "--resume" in args and folder is not None else None
+    name, source = value_of(args, "--from"), None
+    if name is not None and saved is None:  # a run that has begun keeps the weights it began with
+        source = open_source(name, value_of(args, "--variant"))
+    variant = source.sae.variant if source else variant_in(args, default=saved["variant"] if saved else "topk")
+    # The training options come after ours in the list of fields, so they are the first base.
+    cls = dataclasses.make_dataclass("TrainOptions", option_fields(variant), bases=(TrainConfig, Options), frozen=True)
+    default = None
+    if saved:
+        same_variant = saved["config"] if variant == saved["variant"] else {}
+        known = {key: value for key, value in same_variant.items() if key != "d_in"}
+        with damaged(f"{folder}/{RUN}", "start the run again with --overwrite"):
+            known = {**known, **saved["train"], "variant": variant, "from_": saved.get(SOURCE)}
+            default = cls(cache=tyro.MISSING, out=tyro.MISSING, **known)
+    elif source:
+        default = cls(cache=tyro.MISSING, out=tyro.MISSING, **source.settings())
+    options = parse(cls, "train", args, f"Train a {variant} SAE: {VARIANTS[variant].__doc__}", default)
+    if source:
+        source.check(options, default)
+    run(options, {name: getattr(options, name) for name, *_ in option_fields(variant)}, source)
+
+
+def run(options: Any, config: dict[str, Any], source: Source | None = None) -> StepMetrics | None:
+    """Train as the options say, from ``source`` or from scratch; returns the last step's metrics."""
+    if options.resume and finished(options.out):
+        console.print(f"{options.out} is finished; nothing to resume", markup=False)
+        return None
+    if options.checkpoint_steps < 1:
+        raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
+    device = pick_device(options.device)
+    parallel = start_world(options.dict_ranks, device, options.timeout_s) if launched() else SINGLE
+    if options.dict_ranks > 1 and parallel.size == 1:
+        raise UserError(f"dict_ranks={options.dict_ranks} needs several processes; start them with torchrun")
+    quiet(not parallel.is_main)
+    cache = ActivationCache(options.cache)
+    d_in = cache.d_in if source is None else source.sae.d_in
+    sae = build_shard(options.variant, d_in, options.d_sae, options.seed, parallel, **config).to(device)
+    whole = whole_of(sae, parallel)
+    train_config = part(TrainConfig, options).resolved(whole, cache)
+    check(whole, cache, train_config, parallel)
+    if source is not None:
+        sae.load_state_dict(slices(source.sae.state_dict(), parallel))
+        announce(source, cache)
+    # Last, so that a mistake in the options never costs the old run.
+    with claim(options, parallel), stop_on_signals() as stop:
+        last = drive(sae, cache, train_config, options, stop, parallel)
+    end_world()
+    if last is not None and last.step < n_steps(cache, train_config):
+        name = stop.signal.name if stop.signal is not None else "another process was told to stop"
+        console.print(f"{name}: saved at step {last.step}; go on with --resume")
+        sys.exit(stop.exit_code)
+    if options.json and last is not None:
+        print_json(last.row())
+    elif last is not None:
+        out.print(f"{options.variant}: FVU {last.fvu:.4f}, L0 {last.l0:.1f}, {last.dead} dead latents")
+    if not options.json:
+        out.print(f"saved to {options.out}", markup=False, soft_wrap=True)
+    return last
+
+
+def claim(options: Any, parallel: Parallel) -> contextlib.ExitStack:
+    """The run folder, held by the main process for all; where it may not be written, all processes end at once."""
+    stack, refused = contextlib.ExitStack(), False
+    if parallel.is_main:
+        try:
+            stack.enter_context(output_folder(options.out, options.overwrite, options.resume))
+        except (UserError, OSError) as error:
+            if parallel.size == 1:
+                raise
+            report(error)  # before the others know: the launcher ends all processes when one has ended
+            refused = True
+    if parallel.any(refused):
+        end_world()
+        sys.exit(2)
+    return stack
+
+
+def drive(
+    sae: SAE, cache: ActivationCache, config: TrainConfig, options: Any, stop: Stop, parallel: Parallel
+) -> StepMetrics | None:
+    """Run the training generator under a progress bar until it ends or a signal asks to stop."""
+    total, last = n_steps(cache, config), None
+    console.print(
+        f"training {sae.variant}: d_in {sae.d_in}, d_sae {options.d_sae}, {total} steps of {config.batch_size} tokens, "
+        f"lr {config.lr:.2g}, dead after {config.dead_after} tokens"
+        + (f", {parallel.data_size} data x {parallel.dict_size} dictionary ranks" if parallel.size > 1 else "")
+    )
+    bf16 = f"; selection in bf16 by {kernels.describe(torch.bfloat16)}" if config.precision == "bf16" else ""
+    console.print(f"kernels: {kernels.describe()}{bf16}")
+    with contextlib.ExitStack() as stack, progress_bar("state") as bar:
+        logs = [stack.enter_context(contextlib.closing(log)) for log in loggers(options, config, parallel)]
+        steps = fit(
+            sae,
+            cache,
+            config,
+            options.out,
+            resume=options.resume,
+            checkpoint_steps=options.checkpoint_steps,
+            logs=logs,
+            source=None if options.from_ is None else origin(options.from_),
+            parallel=parallel,
+        )
+        task = bar.add_task("train", total=total, state="")
+        started, first = time.perf_counter(), None
+        for last in steps:
+            first = first or last.tokens - config.batch_size
+            speed = (last.tokens - first) / (time.perf_counter() - started)
+            text = f"FVU {last.fvu:.3f}  L0 {last.l0:.0f}  dead {last.dead}  {speed:,.0f} tokens/s"
+            bar.update(task, completed=last.step, state=text)
+            if last.step < total and parallel.any(stop.signal is not None):
+                steps.close()
+    return last
+
+
+def loggers(options: Any, config: TrainConfig, parallel: Parallel) -> list[Log]:
+    """The optional loggers that were asked for, in the process that logs."""
+    logs: list[Log] = []
+    if not parallel.is_main:
+        return logs
+    if options.tensorboard:
+        newest = latest_step(options.out)
+        logs.append(TensorBoard(options.out, number_of(newest) if newest else 0))
+    if options.wandb is not None:
+        logs.append(Wandb(options.out, options.wandb, dataclasses.asdict(config)))
+    return logs

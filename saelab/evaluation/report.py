@@ -1,0 +1,54 @@
+"""The evaluation of a run as one object: numbers with formula, sample and interval; written to ``evaluation.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saelab._version import __version__
+from saelab.files import write_json
+from saelab.metrics import LEGACY, Estimate
+
+FILE = "evaluation.json"
+
+
+@dataclass
+class Evaluation:
+    """What :func:`saelab.evaluation.evaluate` measured.
+
+    Attributes:
+        metrics: name -> estimate; FVU first. Other tools' formulas are under ``legacy`` in the file.
+        histogram: latents over log10(density).
+        settings: what was evaluated on what, and how special positions were treated.
+        timing: seconds, and the ratio to the language model's own passes where one ran.
+        tasks: results of :func:`saelab.evaluation.run_tasks` by task, where any ran.
+    """
+
+    metrics: dict[str, Estimate]
+    histogram: dict[str, Any]
+    settings: dict[str, Any]
+    timing: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        """The value of a metric."""
+        return self.metrics[name].value
+
+    def content(self) -> dict[str, Any]:
+        """The content of ``evaluation.json``."""
+        return {
+            "saelab_version": __version__,
+            "metrics": {name: e.row() for name, e in self.metrics.items() if name not in LEGACY},
+            "legacy": {name: e.row() for name, e in self.metrics.items() if name in LEGACY},
+            **({"tasks": self.tasks} if self.tasks else {}),
+            "density_histogram": self.histogram,
+            "settings": self.settings,
+            "timing": self.timing,
+        }
+
+    def save(self, folder: Path | str) -> Path:
+        """Write ``evaluation.json`` into a run folder."""
+        path = Path(folder) / FILE
+        write_json(path, self.content())
+        return path

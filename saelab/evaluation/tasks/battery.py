@@ -1,0 +1,189 @@
+"""The tasks of ``saelab evaluate --tasks``: probing, causal tasks, absorption and two-sidedness, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError, near_matches
+from saelab.evaluation.reconstruction import Progress, check_pair
+from saelab.evaluation.same_model import check_same_model, locate
+from saelab.evaluation.tasks import passages as labelled
+from saelab.evaluation.tasks import scr_tpp, two_sided
+from saelab.evaluation.tasks.absorption import absorption, words_by_letter
+from saelab.evaluation.tasks.probing import sparse_probing
+from saelab.sae import SAE
+from saelab.sae.mode import evaluating
+
+ON_PASSAGES = ("probing", "scr", "tpp")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which tasks, and on what."""
+
+    tasks: tuple[str, ...] = ()
+    """Any of probing, scr, tpp, absorption and two-sided."""
+    labels: Path | None = None
+    """Labelled .jsonl (a key text and one or more labels a line) for probing, scr and tpp. By default passages of the
+    cache's own text, labelled by article and by whether a year is written in them."""
+    columns: tuple[str, ...] = ()
+    """Labels to use, by default all; scr takes the first two."""
+    passage_tokens: int = 32
+    """Tokens of a passage cut from the cache's own text."""
+    task_tokens: int = 100_000
+    """Rows of the cache that two-sidedness is judged on."""
+
+    def __post_init__(self) -> None:
+        names = tuple(name for entry in self.tasks for name in entry.split(",") if name)
+        object.__setattr__(self, "tasks", names)
+        object.__setattr__(self, "columns", tuple(n for entry in self.columns for n in entry.split(",") if n))
+        for name in names:
+            if name not in TASKS:
+                raise UserError(f"unknown task {name!r}: {near_matches(name, TASKS)}")
+        for name in ("passage_tokens", "task_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.labels is not None and not set(names) & set(ON_PASSAGES):
+            raise UserError(f"labels serve the tasks {', '.join(ON_PASSAGES)}; add one of them to tasks")
+
+
+@dataclass
+class _Bench:
+    """What the tasks share; passages are read and encoded once."""
+
+    sae: SAE
+    cache: ActivationCache
+    model: Any
+    config: TaskConfig
+    seed: int
+    passages: labelled.Passages | None = None
+    pooled: labelled.Pooled | None = None
+
+    def labelled(self) -> tuple[labelled.Pooled, labelled.Passages, list[str]]:
+        if self.passages is None or self.pooled is None:
+            self.passages = self._read()
+            self.pooled = labelled.pool(self.sae, self.passages)
+        columns = list(self.config.columns) or list(self.passages.labels)
+        for name in columns:
+            self.passages.column(name)
+        return self.pooled, self.passages, columns
+
+    def _read(self) -> labelled.Passages:
+        if self.config.labels is None:
+            return labelled.from_cache(self.cache, _decoder(self.cache), passage_tokens=self.config.passage_tokens)
+        texts, labels = labelled.read_jsonl(self.config.labels)
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if tokenizer is None:
+            raise UserError(
+                f"{self.config.labels} needs the language model and its tokenizer to run through; give the model, or "
+                "leave labels out to use the cache's own text"
+            )
+        plain, site = locate(self.model, self.cache)
+        check_same_model(plain, site, self.cache, *next(iter(self.cache.contexts("all"))))
+        start = [tokenizer.bos_token_id] if self.cache.manifest.bos != "none" else []
+
+        def encode(text: str) -> list[int]:
+            return [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+        return labelled.from_texts(
+            plain, site, encode, texts, labels, source=str(self.config.labels),
+            max_tokens=max(self.cache.manifest.context_length, 2),
+            skip_first=max(self.cache.manifest.skip_first, len(start)),
+        )  # fmt: skip
+
+
+def run_tasks(
+    sae: SAE,
+    cache: ActivationCache,
+    config: TaskConfig,
+    model: Any = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Each named task's results, ready for JSON.
+
+    ``model`` is the language model of the cache, as :func:`saelab.load_model` gives it; a labelled file needs it.
+    Raises UserError, which says what to do, where labels or text do not suffice for a task.
+    """
+    check_pair(sae, cache, "all")
+    bench, results = _Bench(sae, cache, model, config, seed), {}
+    with evaluating(sae):
+        for done, name in enumerate(config.tasks):
+            if progress is not None:
+                progress("tasks", done, len(config.tasks))
+            results[name] = TASKS[name](bench)
+        if progress is not None and config.tasks:
+            progress("tasks", len(config.tasks), len(config.tasks))
+    return results
+
+
+def _probing(bench: _Bench) -> dict[str, Any]:
+    pooled, passages, columns = bench.labelled()
+    found = {name: sparse_probing(pooled, passages, name, seed=bench.seed) for name in columns}
+    return {name: {metric: e.row() for metric, e in rows.items()} for name, rows in found.items()}
+
+
+def _tpp(bench: _Bench) -> dict[str, Any]:
+    pooled, passages, columns = bench.labelled()
+    several = [name for name in columns if bench.config.columns or len(set(passages.labels[name])) > 2]
+    if not several:
+        raise UserError(f"tpp needs a label of three classes or more; {passages.source} has {', '.join(columns)}")
+    return {name: scr_tpp.tpp(pooled, passages, name, seed=bench.seed) for name in several}
+
+
+def _scr(bench: _Bench) -> dict[str, Any]:
+    pooled, passages, columns = bench.labelled()
+    if len(columns) < 2:
+        raise UserError(f"scr needs two labels; {passages.source} offers {', '.join(columns)}: add a second label")
+    a, b = columns[:2]
+    found = scr_tpp.scr_over_classes(pooled, passages.column(a), passages.column(b), seed=bench.seed)
+    return {f"{a} / {b}": found}
+
+
+def _absorption(bench: _Bench) -> dict[str, Any]:
+    strings = _vocabulary(bench.cache)
+    acts, letters = words_by_letter(bench.cache, strings)
+    return absorption(bench.sae, acts, letters, seed=bench.seed)
+
+
+def _two_sided(bench: _Bench) -> dict[str, Any]:
+    firings = two_sided.collect(bench.sae, bench.cache, bench.config.task_tokens)
+    found = two_sided.two_sidedness(bench.sae, firings, bench.seed, readout=_readout(bench.model))
+    return {name: e.row() for name, e in found.items()}
+
+
+TASKS: dict[str, Callable[[_Bench], dict[str, Any]]] = {
+    "probing": _probing,
+    "scr": _scr,
+    "tpp": _tpp,
+    "absorption": _absorption,
+    "two-sided": _two_sided,
+}
+
+
+def _decoder(cache: ActivationCache) -> Callable[[list[int]], str] | None:
+    """Token ids to text by the vocabulary that lies with the cache; None without one."""
+    return (lambda ids: "".join(cache.token_strings(ids))) if cache.n_vocabulary else None
+
+
+def _vocabulary(cache: ActivationCache) -> list[str]:
+    if not cache.n_vocabulary:
+        raise UserError(f"{cache.path} has no vocabulary, so its words are unknown; harvest it from a language model")
+    return cache.token_strings(range(cache.n_vocabulary))
+
+
+def _readout(model: Any) -> torch.Tensor | None:
+    """What turns a direction at the hook into logits, up to the norm's division; None without a loaded model."""
+    if not hasattr(model, "original_model"):
+        return None
+    from saelab.lm.unembed import unembedding
+
+    found = unembedding(model)
+    return found.weight if found.norm_weight is None else found.norm_weight[:, None] * found.weight

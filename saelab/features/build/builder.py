@@ -1,0 +1,192 @@
+"""Building a feature index: one pass over the cache for all latents, then every latent from its own firings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from saelab.data.cache import ActivationCache, head
+from saelab.data.text import storable
+from saelab.errors import UserError
+from saelab.features import schema
+from saelab.features.build.config import IndexConfig
+from saelab.features.build.corpus import Corpus
+from saelab.features.build.logit_lens import LogitLens
+from saelab.features.index import FeatureIndex
+from saelab.features.build.columns import Describer
+from saelab.features.build.postings import Postings, PostingsWriter
+from saelab.sae import SAE
+from saelab.sae.mode import evaluating
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+PRE_ACTS = 1 << 25  # pre-activations computed at once: 128 MiB of them
+RELEASE_EVERY = 32  # batches after which the pages of the cache that were read are let go of
+
+
+def build_index(
+    sae: SAE,
+    cache: ActivationCache,
+    folder: Path | str,
+    *,
+    lens: LogitLens | None = None,
+    token_strings: Sequence[str] | None = None,
+    config: IndexConfig | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> FeatureIndex:
+    """Index all latents of ``sae`` (raw units) over ``cache`` into ``folder/features``.
+
+    The cache is encoded once, in corpus order; the codes go to a temporary folder beside the index (about 16 bytes
+    per active latent and token) and memory stays bounded whatever the length of the corpus. Without ``lens`` the
+    logit columns are empty, and the metadata say so; ``token_strings[id]`` is the text of a token id, by default
+    asked of the cache. The index appears at once, at the end: a build that is killed leaves the old one, or none.
+
+    Raises UserError when an index exists and ``overwrite`` is not set, or the cache does not fit the SAE.
+    """
+    config, folder = config or IndexConfig(), Path(folder)
+    report = progress or (lambda stage, done, total: None)
+    if cache.d_in != sae.d_in:
+        raise UserError(f"the SAE reads d_in={sae.d_in}, {cache.path} holds d_in={cache.d_in}; use the cache it saw")
+    if (folder / schema.FOLDER).exists() and not overwrite:
+        raise UserError(f"{folder / schema.FOLDER} exists; add --overwrite to replace it")
+    n_rows = cache.n_rows if config.max_tokens is None else min(config.max_tokens, cache.n_rows)
+    with _replacing(folder / schema.FOLDER) as (target, scratch):
+        started = time.perf_counter()
+        corpus = Corpus(cache, scratch / "corpus", n_rows)
+        postings, encode_seconds = _encode(sae, cache, corpus, scratch / "codes", config, report)
+        describer = Describer(sae, cache, corpus, postings, config, lens, _vocabulary(corpus, cache, token_strings))
+        meta = _meta(sae, cache, config, describer, n_rows)
+        meta["encode_seconds"] = encode_seconds
+        _write(target, describer, postings, config, meta, report, started)
+        del corpus, postings, describer
+    return FeatureIndex(folder)
+
+
+@torch.no_grad()
+def _encode(
+    sae: SAE, cache: ActivationCache, corpus: Corpus, folder: Path, config: IndexConfig, report: Progress
+) -> tuple[Postings, float]:
+    """The pass over the cache; returns the codes and the seconds spent in ``sae.encode``."""
+    writer, done, seconds = PostingsWriter(folder, sae.d_sae, config.run_entries), 0, 0.0
+    size = min(config.batch_size, max(PRE_ACTS // sae.d_sae, 256))
+    with evaluating(sae), ExitStack() as stack:
+        stack.callback(cache.release)
+        for number, batch in enumerate(head(cache, corpus.n_rows, size)):
+            if number % RELEASE_EVERY == 0:
+                cache.release()
+            acts = batch.acts.to(sae.device)
+            tick = time.perf_counter()
+            code = sae.encode(acts)
+            seconds += time.perf_counter() - tick
+            writer.add(code)
+            corpus.norms[done : done + len(acts)] = acts.norm(dim=1).cpu().numpy()
+            done += len(acts)
+            report("encode", done, corpus.n_rows)
+    return writer.finish(), seconds
+
+
+def _write(
+    target: Path,
+    describer: Describer,
+    postings: Postings,
+    config: IndexConfig,
+    meta: dict[str, Any],
+    report: Progress,
+    started: float,
+) -> None:
+    features, examples = schema.arrow_schema(schema.FEATURE_COLUMNS), schema.arrow_schema(schema.EXAMPLE_COLUMNS)
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 1}
+    total = postings.n_slots // 2
+    with (
+        pq.ParquetWriter(target / schema.FEATURES, features, **options) as feature_file,
+        pq.ParquetWriter(target / schema.EXAMPLES, examples, **options) as example_file,
+    ):
+        for start, stop in postings.slot_ranges(config.chunk_entries, 2 * config.chunk_latents):
+            columns, windows = describer.describe(start, stop)
+            feature_file.write_table(columns)
+            # Small row groups: a latent's page reads one of them.
+            example_file.write_table(windows, row_group_size=4096)
+            report("describe", stop // 2, total)
+        meta["seconds"] = time.perf_counter() - started
+        meta["tokens_per_second"] = meta["tokens"] / meta["seconds"]
+        for file in (feature_file, example_file):
+            file.add_key_value_metadata({schema.META_KEY: json.dumps(meta)})
+
+
+def _meta(sae: SAE, cache: ActivationCache, config: IndexConfig, describer: Describer, n_rows: int) -> dict[str, Any]:
+    manifest = cache.manifest
+    return {
+        "version": schema.VERSION,
+        "variant": sae.variant,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "poles": list(describer.poles),
+        "tokens": n_rows,
+        "cache": str(cache.path),
+        "cache_fingerprint": cache.fingerprint,
+        "model": manifest.model,
+        "hook_name": manifest.hook_name,
+        "context_length": manifest.context_length,
+        "skip_first": manifest.skip_first,
+        "histogram_edges": describer.edges.tolist(),
+        "logit_lens": describer.lens is not None,
+        "config": asdict(config),
+        "columns": {name: text for name, (_, text) in schema.FEATURE_COLUMNS.items()},
+        "example_columns": {name: text for name, (_, text) in schema.EXAMPLE_COLUMNS.items()},
+    }
+
+
+def _vocabulary(corpus: Corpus, cache: Any, strings: Sequence[str] | None) -> pa.Array:
+    """Text of every token id up to the largest in the corpus."""
+    largest = int(corpus.text.max())
+    known = list(cache.token_strings(list(range(largest + 1))) if strings is None else strings)
+    if len(known) <= largest:
+        raise UserError(
+            f"token id {largest} of the cache has no text: the vocabulary has {len(known)} entries; "
+            "give token_strings for all"
+        )
+    return pa.array([storable(text) for text in known], pa.string())
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder to fill that becomes ``folder`` when the block succeeds, and a scratch folder that goes away."""
+    parent = folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}-"
+    for stale in parent.glob(f"{prefix}*"):
+        if not _alive(int(stale.name.removeprefix(prefix).split("-")[0])):
+            shutil.rmtree(stale)
+    work = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
+    try:
+        new, scratch = work / "new", work / "scratch"
+        new.mkdir()
+        scratch.mkdir()
+        yield new, scratch
+        if folder.exists():
+            folder.rename(work / "old")
+        new.rename(folder)
+    finally:
+        shutil.rmtree(work)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,130 @@
+"""All columns of both tables for a range of latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from saelab.data.cache import ActivationCache
+from saelab.features import schema
+from saelab.features.build.examples import choose, example_table
+from saelab.features.build.config import IndexConfig
+from saelab.features.build.corpus import Corpus
+from saelab.features.build.logit_lens import LogitLens, neighbours
+from saelab.features.build.labels import Labeller
+from saelab.features.build.partners import Partners
+from saelab.features.build.postings import Postings
+from saelab.features.build.statistics import (
+    Covariates,
+    count_tokens,
+    histogram_edges,
+    magnitude_statistics,
+    rank,
+    token_statistics,
+)
+from saelab.sae import SAE
+from saelab.sae.base import unit_rows
+
+Columns = dict[str, Any]
+
+
+class Describer:
+    """Knows the corpus, the codes and the SAE; describes any range of slots from its firings."""
+
+    def __init__(
+        self,
+        sae: SAE,
+        cache: ActivationCache,
+        corpus: Corpus,
+        postings: Postings,
+        config: IndexConfig,
+        lens: LogitLens | None,
+        vocabulary: pa.Array,
+    ) -> None:
+        self.corpus, self.postings, self.config = corpus, postings, config
+        self.lens, self.vocabulary = lens, vocabulary
+        negative = sae.signed or bool(postings.counts[1::2].any())
+        self.poles = (1, -1) if negative else (1,)
+        self.edges = histogram_edges(*postings.magnitude_range(), config.bins)
+        self.covariates = Covariates(corpus)
+        self.labeller = Labeller(corpus, vocabulary.to_pylist(), config.label_sample, config.seed)
+        self.partners = Partners(postings, config.partner_sample, config.partners)
+        self.W_dec = sae.W_dec.detach().float().cpu()
+        self.unit = unit_rows(self.W_dec)
+        self.weights = _weights(sae)
+        self.mean = torch.tensor(cache.manifest.mean, dtype=torch.float32)
+        self.lens_strings = None if lens is None else _pad(vocabulary, lens.unembed.shape[1])
+
+    def describe(self, start: int, stop: int) -> tuple[pa.Table, pa.Table]:
+        """``features.parquet`` and ``examples.parquet`` rows of slots ``start .. stop`` (whole latents)."""
+        entries, rng = self.postings.entries(start, stop), np.random.default_rng([self.config.seed, start])
+        slots, n = entries.slots(), stop - start
+        ranked = rank(entries, slots)
+        columns: Columns = {
+            "latent": np.arange(start, stop) // 2,
+            "pole": 1 - 2 * (np.arange(start, stop) % 2),
+            **magnitude_statistics(entries, slots, ranked, self.corpus.n_rows, self.edges),
+            **self._tokens(entries.rows, slots, n),
+            **self.covariates.correlate(entries, slots),
+            **self._directions(start // 2, stop // 2),
+            **self.labeller.describe(entries, rng),
+            **self.partners.describe(entries, start, rng),
+        }
+        chosen = choose(entries, slots, ranked, self.corpus, len(self.poles), self.config, rng)
+        windows = example_table(chosen, entries, self.corpus, start, self.vocabulary, self.config)
+        kinds = {name: kind for name, (kind, _) in schema.FEATURE_COLUMNS.items()}
+        keep = np.arange(0, n, 3 - len(self.poles))
+        arrays = [pa.array(columns[name], kind).take(pa.array(keep)) for name, kind in kinds.items()]
+        table = pa.table(arrays, names=list(kinds))
+        if len(self.poles) == 1:
+            windows = windows.filter(pa.array(windows["pole"].to_numpy() == 1))
+        return table, windows.cast(schema.arrow_schema(schema.EXAMPLE_COLUMNS))
+
+    def _tokens(self, rows: NDArray[np.int64], slots: NDArray[np.int64], n: int) -> Columns:
+        pairs = count_tokens(slots, self.corpus.tokens(rows), len(self.vocabulary))
+        columns = token_statistics(pairs, n, self.config.top_tokens)
+        columns["top_tokens"] = [self.vocabulary.take(pa.array(ids)).to_pylist() for ids in columns["top_tokens"]]
+        return columns
+
+    def _directions(self, first: int, last: int) -> Columns:
+        """Columns that come from the weights: norms, logit effects, neighbours. One row per pole of each latent."""
+        W = self.W_dec[first:last]
+        columns: Columns = {name: np.repeat(values[first:last], 2) for name, values in self.weights.items()}
+        cosine = self.unit[first:last] @ (self.mean / self.mean.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        columns["mean_cosine"] = (cosine[:, None] * torch.tensor([1.0, -1.0])).reshape(-1).numpy()
+        cosines, close = neighbours(self.unit, first, last, self.config.neighbours, len(self.poles) == 2)
+        columns["neighbours"] = list(np.repeat(close.numpy(), 2, axis=0))
+        columns["neighbour_cosines"] = list(np.repeat(cosines.numpy(), 2, axis=0))
+        names = [f"{side}{part}" for side in ("promoted", "suppressed") for part in ("", "_ids", "_logits")]
+        if self.lens is None:
+            return columns | {name: [[]] * (2 * (last - first)) for name in names}
+        up, down = self.lens.extremes(W, self.config.tokens)
+        for side, (values, ids), (other, other_ids) in (("promoted", up, down), ("suppressed", down, up)):
+            # What a positive activation promotes a negative one suppresses, by as much.
+            logits = torch.stack([values, -other], 1).flatten(0, 1).cpu().numpy()
+            tokens = torch.stack([ids, other_ids], 1).flatten(0, 1).cpu().numpy()
+            columns[f"{side}_logits"], columns[f"{side}_ids"] = list(logits), list(tokens)
+            columns[side] = [self.lens_strings.take(pa.array(row)).to_pylist() for row in tokens]  # pyright: ignore
+        return columns
+
+
+def _weights(sae: SAE) -> dict[str, NDArray[np.float32]]:
+    """Norms and biases per latent; NaN where the variant has no such parameter."""
+    missing = np.full(sae.d_sae, np.nan, np.float32)
+    parameters = dict(sae.named_parameters())
+    encoder, bias = parameters.get("W_enc"), parameters.get("b_enc")
+    return {
+        "encoder_norm": missing if encoder is None else encoder.detach().float().norm(dim=0).cpu().numpy(),
+        "encoder_bias": missing if bias is None else bias.detach().float().cpu().numpy(),
+        "decoder_norm": sae.W_dec.detach().float().norm(dim=1).cpu().numpy(),
+    }
+
+
+def _pad(vocabulary: pa.Array, size: int) -> pa.Array:
+    """The vocabulary lengthened to ``size``: an unembedding may have more rows than the tokenizer has tokens."""
+    extra = [f"<{number}>" for number in range(len(vocabulary), size)]
+    return pa.concat_arrays([vocabulary, pa.array(extra, pa.string())])

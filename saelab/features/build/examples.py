@@ -1,0 +1,145 @@
+"""Which tokens stand for a latent, and the windows around them with the latent's activation on each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from saelab.features.build.config import IndexConfig
+from saelab.features.build.corpus import Corpus
+from saelab.features.build.postings import Entries
+from saelab.features.build.groups import rank_in_group, systematic
+from saelab.features.schema import EXAMPLE_COLUMNS
+from saelab.features.build.statistics import Ranked
+
+BANDS = ("q75", "q50", "q25", "q00")  # quarters of the firings, from the largest magnitudes down
+KINDS = ("top", *BANDS, "random", "silent")
+
+
+@dataclass
+class Chosen:
+    """Focus tokens: slot (counted from the chunk's first), row, kind (number in KINDS), rank within the kind."""
+
+    slots: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    kinds: NDArray[np.int64]
+    ranks: NDArray[np.int64]
+
+    @classmethod
+    def join(cls, parts: list[Chosen]) -> Chosen:
+        """All parts, ordered by slot, kind, rank."""
+        fields = [np.concatenate([getattr(p, name) for p in parts]) for name in ("slots", "rows", "kinds", "ranks")]
+        order = np.lexsort((fields[3], fields[2], fields[0]))
+        return cls(*(f[order] for f in fields))
+
+
+def choose(
+    entries: Entries,
+    slots: NDArray[np.int64],
+    ranked: Ranked,
+    corpus: Corpus,
+    n_poles: int,
+    config: IndexConfig,
+    rng: np.random.Generator,
+) -> Chosen:
+    """Top firings (the best of each context), a sample of each quarter, a sample of all, and silent windows.
+
+    Samples are systematic with a random start: every firing is equally likely to be taken, none twice.
+    """
+    n = len(entries.ptr) - 1
+    parts = [_top(entries, slots, ranked, corpus, config.top)]
+    fired = np.diff(entries.ptr)
+    for number, band in enumerate(BANDS):
+        begin, end = fired * number // len(BANDS), fired * (number + 1) // len(BANDS)
+        s, offset, order = systematic(end - begin, config.band, rng)
+        entry = ranked.order[ranked.ptr[s] + begin[s] + offset]
+        parts.append(Chosen(s, entries.rows[entry], np.full(len(s), KINDS.index(band)), order))
+    s, offset, order = systematic(fired, config.random, rng)
+    rows = entries.rows[entries.ptr[s] + offset]
+    parts.append(Chosen(s, rows, np.full(len(s), KINDS.index("random")), order))
+    # Windows without any firing: draw twice as many as needed, keep the silent ones.
+    drawn = np.repeat(np.arange(0, n, 3 - n_poles), 2 * config.silent)
+    candidates = rng.integers(0, corpus.n_rows, len(drawn))
+    values = window_values(entries, corpus, drawn, candidates, config)[0]
+    silent = (values == 0).all(1)
+    drawn, candidates = drawn[silent], candidates[silent]
+    order = rank_in_group(drawn)
+    keep = order < config.silent
+    kinds = np.full(int(keep.sum()), KINDS.index("silent"))
+    parts.append(Chosen(drawn[keep], candidates[keep], kinds, order[keep]))
+    return Chosen.join(parts)
+
+
+def _top(entries: Entries, slots: NDArray, ranked: Ranked, corpus: Corpus, top: int) -> Chosen:
+    if not len(slots):
+        return Chosen(*(np.empty(0, np.int64) for _ in range(4)))
+    context = corpus.contexts(entries.rows)
+    # A slot's firings come in row order, so those of one context are neighbours and form a group.
+    group = np.cumsum((np.diff(slots, prepend=-1) != 0) | (np.diff(context, prepend=-1) != 0)) - 1
+    first = np.full(group[-1] + 1, -1)
+    backwards = ranked.order[::-1]
+    first[group[backwards]] = backwards  # the last write to a group is its largest magnitude
+    is_best = np.zeros(len(slots), bool)
+    is_best[first] = True
+    order = ranked.order[is_best[ranked.order]]
+    place = rank_in_group(slots[order])
+    order, place = order[place < top], place[place < top]
+    return Chosen(slots[order], entries.rows[order], np.full(len(order), KINDS.index("top")), place)
+
+
+def window_values(
+    entries: Entries, corpus: Corpus, slots: NDArray[np.int64], rows: NDArray[np.int64], config: IndexConfig
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
+    """Signed activations of each slot's latent (both poles) in the window of each row.
+
+    Returns ``values [n, width]``, ``places [n, width]`` and ``inside [n, width]``.
+    """
+    window = corpus.windows(rows, config.before, config.after)
+    at = np.where(window.inside, corpus.row_at[window.places], -1)
+    latents = entries.slots() // 2
+    keys = latents * corpus.n_rows + entries.rows
+    order = None
+    if len(keys) and (np.diff(keys) < 0).any():  # signed: the poles of a latent interleave
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+    wanted = (slots // 2)[:, None] * corpus.n_rows + at
+    found = np.searchsorted(keys, wanted.ravel()).reshape(wanted.shape).clip(0, max(len(keys) - 1, 0))
+    values = np.zeros(wanted.shape, np.float32)
+    if len(keys):
+        hit = (keys[found] == wanted) & (at >= 0)
+        values[hit] = entries.values[found[hit] if order is None else order[found[hit]]]
+    return values, window.places, window.inside
+
+
+def example_table(
+    chosen: Chosen, entries: Entries, corpus: Corpus, first_slot: int, vocabulary: pa.Array, config: IndexConfig
+) -> pa.Table:
+    """The rows of ``examples.parquet`` for the chosen tokens."""
+    values, places, inside = window_values(entries, corpus, chosen.slots, chosen.rows, config)
+    centre = corpus.place_of[chosen.rows]
+    focus_value = values[:, config.before]
+    offsets = pa.array(np.concatenate([[0], np.cumsum(inside.sum(1))]), pa.int32())
+    tokens = pa.array(corpus.text[places[inside]])
+    slots = chosen.slots + first_slot
+    columns: dict[str, Any] = {
+        "latent": slots // 2,
+        "pole": 1 - 2 * (slots % 2),
+        "kind": pa.array(KINDS, pa.string()).take(pa.array(chosen.kinds)),
+        "rank": chosen.ranks,
+        "row": chosen.rows,
+        "document": corpus.documents[centre],
+        "value": focus_value,
+        "tokens": pa.ListArray.from_arrays(offsets, tokens),
+        "strings": pa.ListArray.from_arrays(offsets, vocabulary.take(tokens)),
+        "activations": pa.ListArray.from_arrays(offsets, pa.array(values[inside])),
+        "focus": inside[:, : config.before].sum(1),
+    }
+    arrays = [
+        columns[name] if isinstance(columns[name], pa.Array) else pa.array(np.asarray(columns[name])).cast(kind)
+        for name, (kind, _) in EXAMPLE_COLUMNS.items()
+    ]
+    return pa.table(arrays, names=list(EXAMPLE_COLUMNS))

@@ -1,0 +1,17 @@
+"""Optional: have a language model behind an OpenAI-compatible endpoint describe latents, and score what it says."""
+
+from saelab.features.explanations.client import ChatClient
+from saelab.features.explanations.interpretation import Explanation, InterpretConfig, interpret, interpret_all, load
+from saelab.features.explanations.scores import JudgeScore, detection, fuzzing
+
+__all__ = [
+    "ChatClient",
+    "Explanation",
+    "InterpretConfig",
+    "JudgeScore",
+    "detection",
+    "fuzzing",
+    "interpret",
+    "interpret_all",
+    "load",
+]

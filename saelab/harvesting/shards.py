@@ -1,0 +1,144 @@
+"""Filling caches shard by shard, alone or as one of several processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.data.cache import CacheWriter
+from saelab.data.cache.manifest import power_of_two
+from saelab.data.cache.writer import shard_name
+from saelab.data.packing import Contexts
+from saelab.harvesting.activations import Reader
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process' part of a harvest that ``size`` processes do together: shards ``rank``, ``rank + size``, ...
+
+    Contexts run across the borders of documents, so it is shards that are dealt out: the files are then, byte for
+    byte, those of a single process. Every process tokenises the whole text, which costs little beside the model.
+    ``wait`` returns once all processes have called it; they write to one folder.
+    """
+
+    rank: int = 0
+    size: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+ALONE = Share()
+
+
+def open_writers(
+    writers: Callable[[], list[CacheWriter]], reader: Reader, first: Contexts, share: Share
+) -> list[CacheWriter]:
+    """Rank 0 makes the folders, and notes all that the others have to know, before they look."""
+    if share.rank > 0:
+        share.wait()
+        return writers()
+    opened = writers()
+    # A kill between two hooks' shards leaves one more of the first: all go on with the shards they have in common.
+    unfinished = [writer.done for writer in opened if not writer.complete]
+    common = set.intersection(*unfinished) if unfinished else set()
+    for writer in opened:
+        writer.keep(common)
+    settings = opened[0].manifest.settings
+    if settings["gradients"] and any(writer.manifest.grad_scale is None for writer in opened):
+        for writer, grads in zip(opened, reader.both(first.tokens, True)[1]):
+            writer.set_grad_scale(_grad_scale(grads))
+    share.wait()
+    return opened
+
+
+def fill(
+    reader: Reader,
+    writers: list[CacheWriter],
+    batches: Iterator[Contexts],
+    total: int,
+    progress: Progress | None,
+    share: Share,
+) -> None:
+    """Write this process' missing shards."""
+    unfinished = [writer for writer in writers if not writer.complete]
+    if not unfinished:
+        return
+    settings, covered = writers[0].manifest.settings, 0
+    for number in itertools.count():
+        group = list(itertools.islice(batches, settings["shard_passes"]))
+        if not group:
+            return
+        parts: list[list[Rows]] = [[] for _ in writers]
+        mine = number % share.size == share.rank and not all(number in writer.done for writer in unfinished)
+        for batch in group:
+            covered += batch.tokens.numel()
+            if not mine:
+                continue
+            acts, grads = reader.both(batch.tokens, settings["gradients"])
+            for index, writer in enumerate(writers):
+                parts[index].append(_rows(writer, acts[index], grads[index], shard_name(number), parts[index]))
+            if progress is not None:
+                progress(covered, total)
+        if mine:
+            text, documents = (torch.cat([getattr(b, n).flatten() for b in group]) for n in ("tokens", "documents"))
+            for writer, rows in zip(writers, parts):
+                if not writer.complete:
+                    _write(writer, rows, text, documents, number)
+
+
+def finish(writers: list[CacheWriter], vocabulary: list[str]) -> None:
+    """Turn the folders, all of whose shards are written, into caches."""
+    for writer in writers:
+        if not writer.complete:
+            writer.write_vocabulary(vocabulary)
+            writer.finish()
+
+
+class Rows(NamedTuple):
+    """What one pass adds to a shard."""
+
+    acts: Float[Tensor, "rows d_in"]
+    grads: Float[Tensor, "rows d_in"] | None
+    slots: Int[Tensor, " rows"]  # positions in the pass's text
+    tokens: int  # of text in the pass
+
+
+def _rows(writer: CacheWriter, acts: Tensor, grads: Tensor | None, shard: str, before: list[Rows]) -> Rows:
+    """The positions that get a row, in the cache's dtype; gradients scaled."""
+    manifest, first = writer.manifest, sum(len(part.acts) for part in before)
+    keep = torch.zeros(acts.shape[:2], dtype=torch.bool, device=acts.device)
+    keep[:, manifest.skip_first :] = True
+    if manifest.max_norm is not None:
+        keep &= acts.float().norm(dim=-1) <= manifest.max_norm
+    slots = keep.flatten().nonzero().flatten()
+    scaled = None
+    if grads is not None:
+        scaled = grads.flatten(0, 1)[slots].float() * (manifest.grad_scale or 1.0)
+        scaled = writer.storable(scaled, "gradients", shard, first)
+    stored = writer.storable(acts.flatten(0, 1)[slots], "activations", shard, first)
+    return Rows(stored, scaled, slots.cpu(), keep.numel())
+
+
+def _grad_scale(grads: Tensor | None) -> float:
+    """A power of two for gradients like these, which are those of the first pass.
+
+    The largest entry becomes about 16: a factor 4000 below the end of float16, and what is 2^-18 of it (below
+    float16's normal numbers without scaling) still has full precision.
+    """
+    largest = 0.0 if grads is None else float(grads.abs().max())
+    return power_of_two(16 / largest) if largest > 0 else 1.0
+
+
+def _write(writer: CacheWriter, rows: list[Rows], text: Tensor, documents: Tensor, number: int) -> None:
+    offsets = itertools.accumulate((part.tokens for part in rows), initial=0)
+    slots = torch.cat([part.slots + offset for part, offset in zip(rows, offsets)])
+    grads = [part.grads for part in rows if part.grads is not None]
+    acts = torch.cat([part.acts for part in rows])
+    writer.write_shard(acts, text, slots, documents, torch.cat(grads) if grads else None, number)

@@ -1,0 +1,130 @@
+"""dictionary_learning folders: ``ae.pt`` + ``config.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.errors import UserError
+from saelab.interop.foreign import Foreign
+from saelab.interop.formats.linear import d_of
+from saelab.interop.reading import checked, read_json, read_tensors
+
+BACKUP = {"step", "ae", "optimizer"}  # keys of a mid-run backup, which has the name of the final file
+
+
+def sniff(path: Path) -> bool:
+    """A folder with ``ae.pt``, or such a file."""
+    return (path / "ae.pt").is_file() or (path.is_file() and path.name.startswith("ae") and path.suffix == ".pt")
+
+
+def read(path: Path) -> Foreign:
+    """Any of its classes, recognised by ``dict_class`` in the configuration or, without one, by the tensors."""
+    file = path / "ae.pt" if path.is_dir() else path
+    config = read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else {}
+    trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
+    raw, notes = read_tensors(file), []
+    scale = 1.0
+    if set(raw) >= BACKUP:
+        scale = float(raw.get("norm_factor") or 1.0)
+        raw = raw["ae"]
+        notes.append("a mid-run backup, not the final weights")
+        if scale != 1.0:
+            notes.append(f"its data were divided by {scale:.4g}; the factor is folded in")
+    name = trainer.get("dict_class") or _class_of(raw, file)
+    if name not in READERS:
+        raise UserError(f"{file}: dictionary class {name!r} is not one of {', '.join(READERS)}")
+    foreign = READERS[name](raw, file)
+    foreign.notes = notes + foreign.notes
+    foreign.input_scale = 1 / scale
+    foreign.metadata = {
+        "model_name": trainer.get("lm_name"),
+        "hook_name": f"blocks.{trainer['layer']}.hook_resid_post" if trainer.get("layer") is not None else None,
+        "context_size": buffer.get("ctx_len"),
+    }
+    return foreign
+
+
+def _class_of(raw: dict[str, Any], file: Path) -> str:
+    if "group_sizes" in raw:
+        return "MatryoshkaBatchTopKSAE"
+    if "r_mag" in raw:
+        return "GatedAutoEncoder"
+    if "W_enc" in raw:
+        return "JumpReluAutoEncoder"
+    if "k" in raw:
+        raise UserError(f"{file} is a TopK or a BatchTopK SAE; only its config.json, which is missing, says which")
+    return "AutoEncoderNew" if "decoder.bias" in raw else "AutoEncoder"
+
+
+def _nn_linear(raw: dict[str, Any], file: Path, bias: str, encoder_bias: str | None) -> dict[str, Any]:
+    d_sae, d_in = d_of(raw, "encoder.weight", file)
+    shapes = {"encoder.weight": (d_sae, d_in), "decoder.weight": (d_in, d_sae), bias: (d_in,)}
+    if encoder_bias:
+        shapes[encoder_bias] = (d_sae,)
+    t = checked(raw, shapes, file)
+    b_enc = t[encoder_bias] if encoder_bias else torch.zeros(d_sae)
+    return {"W_enc": t["encoder.weight"].T, "W_dec": t["decoder.weight"].T, "b_dec": t[bias], "b_enc": b_enc}
+
+
+def _standard(raw: dict[str, Any], file: Path) -> Foreign:
+    tensors = _nn_linear(raw, file, "bias", "encoder.bias")
+    return Foreign("dictionary_learning", "relu", **tensors)
+
+
+def _standard_new(raw: dict[str, Any], file: Path) -> Foreign:
+    tensors = _nn_linear(raw, file, "decoder.bias", "encoder.bias")
+    return Foreign("dictionary_learning", "relu", subtracts_b_dec=False, **tensors)
+
+
+def _gated(raw: dict[str, Any], file: Path) -> Foreign:
+    tensors = _nn_linear(raw, file, "decoder_bias", "gate_bias")
+    more = checked(raw, {name: tuple(tensors["b_enc"].shape) for name in ("r_mag", "mag_bias")}, file)
+    return Foreign("dictionary_learning", "gated", r_mag=more["r_mag"], b_mag=more["mag_bias"], **tensors)
+
+
+def _topk(raw: dict[str, Any], file: Path) -> Foreign:
+    tensors = _nn_linear(raw, file, "b_dec", "encoder.bias")
+    return Foreign("dictionary_learning", "topk", k=int(raw["k"]), **tensors)
+
+
+def _batch_topk(raw: dict[str, Any], file: Path) -> Foreign:
+    tensors = _nn_linear(raw, file, "b_dec", "encoder.bias")
+    return Foreign("dictionary_learning", "jump_relu", threshold=_threshold(raw, file, tensors), **tensors)
+
+
+def _own_names(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    d_in, d_sae = d_of(raw, "W_enc", file)
+    return checked(raw, {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}, file)
+
+
+def _matryoshka(raw: dict[str, Any], file: Path) -> Foreign:
+    tensors = _own_names(raw, file)
+    return Foreign("dictionary_learning", "jump_relu", threshold=_threshold(raw, file, tensors), **tensors)
+
+
+def _jump_relu(raw: dict[str, Any], file: Path) -> Foreign:
+    tensors = _own_names(raw, file)
+    threshold = checked(raw, {"threshold": tuple(tensors["b_enc"].shape)}, file)["threshold"]
+    return Foreign("dictionary_learning", "jump_relu", threshold=threshold, subtracts_b_dec=False, **tensors)
+
+
+def _threshold(raw: dict[str, Any], file: Path, tensors: dict[str, Tensor]) -> Tensor:
+    value = float(raw.get("threshold", -1.0))
+    if value < 0:
+        raise UserError(f"{file}: its threshold was never set (training stopped too early), so it cannot be used")
+    return torch.full_like(tensors["b_enc"], value)
+
+
+READERS = {
+    "AutoEncoder": _standard,
+    "AutoEncoderNew": _standard_new,
+    "GatedAutoEncoder": _gated,
+    "AutoEncoderTopK": _topk,
+    "BatchTopKSAE": _batch_topk,
+    "MatryoshkaBatchTopKSAE": _matryoshka,
+    "JumpReluAutoEncoder": _jump_relu,
+}

@@ -1,0 +1,203 @@
+"""What each op computes, in plain PyTorch: the definition, the test oracle and the fallback.
+
+Every other backend is an optimisation of a function in this file. Shapes: ``x [n, d_in]``,
+``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``; a ragged code is the triple
+``values [nnz]``, ``indices [nnz]``, ``row_ptr [n + 1]`` of :class:`saelab.sparse.SparseCode`. Selection compares keys:
+the pre-activation itself, or its magnitude when ``signed``; NaN ranks as ``-inf``, ties go to the lowest index.
+Nothing here builds ``[n, d_sae]``: the product is taken in chunks of rows into one buffer that is used again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saelab.kernels.chunks import centred, pre_act_chunks
+from saelab.kernels.reference.pursuit import pursue, pursue_backward  # noqa: F401
+
+Ragged = tuple[Tensor, Tensor, Tensor]
+
+# Entries whose decoder rows are gathered at a time where the gather is materialised.
+GATHER = 1 << 14
+
+
+class Effect(NamedTuple):
+    """What ranks latents besides their pre-activations: how much each would change the loss.
+
+    The keys become ``a * (w0 + w1 * |grads @ W_dec^T|)``, ``a`` being the rectified or absolute pre-activation.
+    """
+
+    grads: Tensor  # [n, d_in]
+    W_dec: Tensor  # [d_sae, d_in]
+    weights: tuple[float, float]
+
+
+def topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    signed: bool,
+    effect: Effect | None = None,
+) -> Ragged:
+    """Per token the ``k`` latents with the largest keys. Surplus winners that ReLU clips are stored as 0."""
+    values, indices = [], []
+    for start, acts in pre_act_chunks(x, W_enc, b_enc, b_dec):
+        if effect is None:
+            key = ranked(acts, signed)
+        else:
+            size = (effect.grads[start : start + acts.shape[0]] @ effect.W_dec.T).abs_()
+            score = size.mul_(effect.weights[1]).add_(effect.weights[0])
+            key = ranked(score.mul_(acts.abs() if signed else acts.relu()), signed=False)
+        chosen = largest(key, k)
+        values.append(_output(acts.gather(1, chosen), signed))
+        indices.append(chosen)
+    row_ptr = torch.arange(x.shape[0] + 1, device=x.device) * k
+    return torch.cat(values).reshape(-1), torch.cat(indices).reshape(-1), row_ptr
+
+
+def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budget: int, signed: bool) -> Ragged:
+    """The ``budget`` largest pre-activations of the whole batch; ties go to the lowest (token, latent)."""
+    d_sae = W_enc.shape[1]
+    keys, flat, values = x.new_empty(0), torch.empty(0, dtype=torch.int64, device=x.device), x.new_empty(0)
+    for start, acts in pre_act_chunks(x, W_enc, b_enc, b_dec):
+        chunk = acts.reshape(-1)
+        kept = largest_of_row(ranked(chunk, signed), min(budget, chunk.numel()))
+        keys = torch.cat([keys, ranked(chunk[kept], signed)])
+        values = torch.cat([values, _output(chunk[kept], signed)])
+        flat = torch.cat([flat, kept + start * d_sae])
+        best = largest_of_row(keys, min(budget, keys.numel()))
+        keys, values, flat = keys[best], values[best], flat[best]
+    return values, flat % d_sae, pointers(torch.bincount(flat // d_sae, minlength=x.shape[0]))
+
+
+def latent(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budgets: Tensor, signed: bool
+) -> Ragged:
+    """Per latent ``j`` its ``budgets[j]`` largest pre-activations over the batch."""
+    top = int(budgets.max()) if budgets.numel() else 0
+    rows, columns, values = [], [], []
+    for start, acts in pre_act_chunks(W_enc.T, centred(x, b_dec).T, None, None):  # acts [latents, n]
+        stop = start + acts.shape[0]
+        if b_enc is not None:
+            acts += b_enc[start:stop, None]
+        order = _descending(ranked(acts, signed))[:, :top]
+        chosen = torch.arange(top, device=x.device) < budgets[start:stop, None]
+        latents = torch.arange(start, stop, device=x.device)[:, None].expand_as(order)
+        rows.append(order[chosen])
+        columns.append(latents[chosen])
+        values.append(_output(acts.gather(1, order)[chosen], signed))
+    row = torch.cat(rows)
+    by_row = row.argsort(stable=True)
+    return torch.cat(values)[by_row], torch.cat(columns)[by_row], pointers(torch.bincount(row, minlength=x.shape[0]))
+
+
+def threshold(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, cut: Tensor | float, signed: bool
+) -> Ragged:
+    """Pre-activations whose key is strictly above ``cut`` (a number or ``[d_sae]``), unclipped."""
+    values, indices, counts = [], [], []
+    for _, acts in pre_act_chunks(x, W_enc, b_enc, b_dec):
+        mask = (acts.abs() if signed else acts) > cut
+        values.append(acts[mask])
+        indices.append(mask.nonzero(as_tuple=True)[1])
+        counts.append(mask.sum(1))
+    return torch.cat(values), torch.cat(indices), pointers(torch.cat(counts))
+
+
+def decode(values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """``dense(code) @ W_dec + b_dec`` without the dense code. Returns ``[n, d_in]``."""
+    weights = values.to(W_dec.dtype)
+    recon = F.embedding_bag(indices, W_dec, row_ptr, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    return recon if b_dec is None else recon.add_(b_dec)
+
+
+def value_grad(grad: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor) -> Tensor:
+    """The gradient of each stored value: ``grad[row] . W_dec[index]``. Returns ``[nnz]``."""
+    rows, out = row_ids(row_ptr, indices.numel()), grad.new_empty(indices.numel())
+    for start in range(0, indices.numel(), GATHER):
+        part = slice(start, start + GATHER)
+        out[part] = (grad[rows[part]] * W_dec[indices[part]]).sum(1)
+    return out
+
+
+def decode_error(
+    x: Tensor, values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, b_dec: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(sse [n], recon [n, d_in], error = recon - x, error[row] . W_dec[index] [nnz])``."""
+    recon = decode(values, indices, row_ptr, W_dec, b_dec)
+    error = recon - x
+    return error.square().sum(1), recon, error, value_grad(error, indices, row_ptr, W_dec)
+
+
+def latent_grad(
+    weights: Tensor, indices: Tensor, row_ptr: Tensor, data: Tensor, d_sae: int, offset: Tensor | None = None
+) -> Tensor:
+    """``sum over entries of latent j: weight * (data[row] - offset)``, entries in token order. ``[d_sae, d_in]``."""
+    order = indices.argsort(stable=True)
+    rows = row_ids(row_ptr, indices.numel())[order]
+    ptr = pointers(torch.bincount(indices, minlength=d_sae))
+    return decode(weights[order], rows, ptr, data if offset is None else data - offset, None)
+
+
+def latent_sum(weights: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    """``sum of the weights of latent j's entries``, the gradient of an encoder bias. ``[d_sae]``."""
+    return weights.new_zeros(d_sae).index_add_(0, indices, weights)
+
+
+def largest(key: Tensor, k: int) -> Tensor:
+    """Per row the indices ``[n, k]`` of the ``k`` largest keys, none of them NaN; ties go to the lowest index."""
+    # torch.topk leaves the order of ties open, so only its values are trusted: rows whose k-th value also occurs
+    # outside the winners are settled by a stable sort.
+    indices = key.topk(k, dim=1).indices
+    last = key.gather(1, indices[:, -1:])
+    open_rows = (key >= last).sum(1) > k
+    if bool(open_rows.any()):
+        indices[open_rows] = _descending(key[open_rows])[:, :k]
+    return indices
+
+
+def largest_of_row(key: Tensor, count: int) -> Tensor:
+    """Ascending positions of the ``count`` largest entries of ``key [m]``."""
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=key.device)
+    last = key.topk(count).values[-1]
+    above, level = (key > last), (key == last).nonzero().squeeze(1)
+    above[level[: count - int(above.sum())]] = True
+    return above.nonzero().squeeze(1)
+
+
+def _descending(key: Tensor) -> Tensor:
+    return key.sort(dim=1, descending=True, stable=True).indices
+
+
+def ranked(acts: Tensor, signed: bool) -> Tensor:
+    """The comparison key of each pre-activation."""
+    return torch.where(acts.isnan(), float("-inf"), acts.abs() if signed else acts)
+
+
+def _output(acts: Tensor, signed: bool) -> Tensor:
+    return acts if signed else acts.relu()
+
+
+def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> bool:
+    """``out[i] = source[rows[i]]`` in float32, for CPU tensors; whether all of it is finite.
+
+    ``source [m, d]`` is contiguous and float16, bfloat16 or float32, ``rows [n]`` int64 within it, ``out [n, d]``
+    contiguous. Where it is not all finite, what ``out`` holds in place of the non-finite numbers is undefined.
+    """
+    out.copy_(source.index_select(0, rows))
+    return bool(out.isfinite().all())
+
+
+def pointers(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def row_ids(row_ptr: Tensor, nnz: int) -> Tensor:
+    """The row each entry of a ragged code belongs to, ``[nnz]``."""
+    return torch.repeat_interleave(row_ptr.diff(), output_size=nnz)

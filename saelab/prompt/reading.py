@@ -1,0 +1,139 @@
+"""A text inside the model: its tokens, the activations at the SAE's hook point, and the SAE's code for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.errors import UserError
+from saelab.sae import SAE
+from saelab.sparse import SparseCode
+
+MAX_TOKENS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a model and an SAE make of one text.
+
+    ``first`` is the number of leading positions the SAE was not trained on (the BOS token's activation is an
+    attention sink); they are shown, but no ranking counts them.
+    """
+
+    strings: list[str]
+    acts: Float[Tensor, "n d_in"]
+    grads: Float[Tensor, "n d_in"] | None  # of the next-token loss, summed over the text
+    code: SparseCode
+    recon: Float[Tensor, "n d_in"]
+    first: int = 0
+
+    @property
+    def n(self) -> int:
+        return len(self.strings)
+
+    def unexplained(self) -> list[float]:
+        """Per token ``|x - recon|^2 / |x|^2``: the share of its squared norm that the SAE loses."""
+        lost = (self.acts - self.recon).square().sum(1) / self.acts.square().sum(1).clamp_min(1e-30)
+        return lost.tolist()
+
+    def l0(self) -> list[int]:
+        return self.code.l0().tolist()
+
+    def active(self, position: int) -> list[tuple[int, float]]:
+        """(latent, activation) at one position, strongest first."""
+        row = self.code[position : position + 1].nonzero()
+        pairs = zip(row.indices.tolist(), row.values.tolist())
+        return sorted(pairs, key=lambda pair: -abs(pair[1]))
+
+    def trace(self, latent: int) -> list[float]:
+        """A latent's activation at every position."""
+        values = self.acts.new_zeros(self.n)
+        hit = self.code.indices == latent
+        values[self.code.rows()[hit]] = self.code.values[hit]
+        return values.tolist()
+
+    def strongest(self, count: int) -> list[tuple[int, float]]:
+        """(latent, activation of largest magnitude) over the text without its first positions."""
+        counted = self.code[self.first : self.n].nonzero()
+        order = counted.values.abs().argsort(descending=True)
+        best: dict[int, float] = {}
+        for latent, value in zip(counted.indices[order].tolist(), counted.values[order].tolist()):
+            if len(best) == count:
+                break
+            best.setdefault(latent, value)
+        return list(best.items())
+
+
+def read(
+    model: Any,
+    sae: SAE,
+    text: str,
+    hook_name: str,
+    *,
+    bos: bool = True,
+    gradients: bool = False,
+    max_tokens: int = MAX_TOKENS,
+) -> Reading:
+    """Run ``text`` through ``model`` up to ``hook_name`` and encode every position with ``sae`` (raw units).
+
+    ``model`` is what :func:`saelab.lm.load_model` gives.
+    ``bos`` puts the tokenizer's BOS token in front, as the SAE's training data had it. ``gradients`` also computes
+    the gradient of the next-token loss; the code changes only where the SAE selects by gradients at inference.
+    Raises UserError for an empty text, a hook point the model lacks, and a width that does not fit.
+    """
+    from saelab.harvesting.activations import Reader
+    from saelab.lm.hooks import find_hook
+
+    ids, strings = tokenize(model.tokenizer, text, bos, max_tokens)
+    reader = Reader(model, [find_hook(model, hook_name)])
+    if (gradients or selects_by_gradient(sae)) and len(ids) > 1:
+        (acts,), (grads,) = reader.gradients(torch.tensor([ids]))
+        grads = grads[0].float()
+    else:
+        (acts,), grads = reader.activations(torch.tensor([ids])), None
+    x = acts[0].float().to(sae.device)
+    if x.shape[1] != sae.d_in:
+        raise UserError(
+            f"{hook_name} has width {x.shape[1]}, the SAE reads d_in={sae.d_in}; load the model it belongs to"
+        )
+    with torch.no_grad():
+        code = sae.encode(x, grads)
+        recon = sae.decode(code)
+    return Reading(strings, x, grads, code, recon, first=int(bos and len(ids) > 1))
+
+
+def selects_by_gradient(sae: SAE) -> bool:
+    """Whether inference itself needs gradients: then what it shows has seen the next token."""
+    return sae.needs_grads and sae.config.get("grad_select", "train_only") != "train_only"
+
+
+def tokenize(tokenizer: Any, text: str, bos: bool, max_tokens: int = MAX_TOKENS) -> tuple[list[int], list[str]]:
+    """Token ids and how each reads."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise UserError("the text is empty; type at least one word")
+    if bos and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    ids = ids[:max_tokens]
+    return ids, decode_each(tokenizer, ids)
+
+
+def decode_each(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """How each token reads where it stands: the difference it makes to the decoded text before it.
+
+    Tokens that complete a character get it; those before it read as nothing.
+    """
+    strings, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and end < len(ids):
+            strings.append("")
+            continue
+        strings.append(text[len(shown) :])
+        shown = text
+    return strings

@@ -1,0 +1,160 @@
+"""Directions from two sets of texts: difference of means, logistic probe, main axis of pairs.
+
+They are the baselines every latent is measured against (Wu et al., 2025, arXiv 2501.17148: simple supervised
+directions often steer better than latents).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saelab.errors import UserError
+from saelab.lm import model_name
+from saelab.lm.sites import locate, underlying
+from saelab.steering.attachment import attach
+from saelab.steering.generation import forward, tokenize, tokenizer_of
+from saelab.steering.vectors import SteeringVector
+
+
+@torch.no_grad()
+def text_activations(
+    model: nn.Module,
+    hook_name: str,
+    texts: Sequence[str],
+    tokens: str = "mean",
+    tokenizer: Any = None,
+    batch_size: int = 16,
+) -> Float[Tensor, "texts d_in"]:
+    """One row of activations per text: the mean over its tokens, or its ``"last"`` token.
+
+    The first token, an attention sink of huge norm, is left out unless the text has no other.
+    """
+    if tokens not in {"mean", "last"}:
+        raise UserError(f"tokens={tokens!r} is neither mean nor last")
+    if isinstance(texts, str) or not texts:
+        raise UserError("give a list of at least one text")
+    tokenizer = tokenizer_of(model, tokenizer)
+    root, site, rows = underlying(model), locate(model, hook_name), []
+    device = next(root.parameters()).device
+    for start in range(0, len(texts), batch_size):
+        ids, mask = (t.to(device) for t in tokenize(tokenizer, texts[start : start + batch_size]))
+        seen: list[Tensor] = []
+        with attach(model, []):
+            handle = site.register(lambda x, seen=seen: seen.append(x.float()))
+            try:
+                forward(root, ids, mask, last_only=True)
+            finally:
+                handle.remove()
+        if tokens == "last":
+            rows.append(seen[0][:, -1])
+            continue
+        kept = mask.bool() & ((mask.cumsum(dim=1) > 1) | (mask.sum(dim=1, keepdim=True) == 1))
+        rows.append((seen[0] * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True))
+    return torch.cat(rows).cpu()
+
+
+def difference_of_means(
+    model: nn.Module, hook_name: str, positive: Sequence[str], negative: Sequence[str], **options: Any
+) -> SteeringVector:
+    """Mean over ``positive`` texts minus mean over ``negative`` texts; its norm is the distance of the two means."""
+    pos, neg = _both(model, hook_name, positive, negative, options)
+    origin = _origin("difference_of_means", positive, negative, options)
+    return SteeringVector.from_tensor(pos.mean(0) - neg.mean(0), hook_name, origin=origin, **_known(model, pos, neg))
+
+
+def probe(
+    model: nn.Module,
+    hook_name: str,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    penalty: float = 1.0,
+    **options: Any,
+) -> SteeringVector:
+    """The normal of a logistic regression between the two sets, pointing to ``positive``.
+
+    Its norm is the distance of the class means along it. ``origin["accuracy"]`` is cross-validated (5 folds, fewer
+    when a class is smaller; absent when one has a single text). ``penalty`` is the L2 weight on activations scaled
+    to unit mean square.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
+
+    pos, neg = _both(model, hook_name, positive, negative, options)
+    x = torch.cat([pos, neg]).double()
+    x = ((x - x.mean(0)) / x.std()).numpy()
+    y = [1] * len(pos) + [0] * len(neg)
+    model_of_y = LogisticRegression(C=1 / penalty, max_iter=1000)
+    origin = _origin("probe", positive, negative, options)
+    folds = min(5, len(pos), len(neg))
+    if folds > 1:
+        origin["accuracy"] = float(cross_val_score(model_of_y, x, y, cv=folds).mean())
+    direction = torch.from_numpy(model_of_y.fit(x, y).coef_[0]).float()
+    direction /= direction.norm()
+    distance = ((pos.mean(0) - neg.mean(0)) @ direction).abs()
+    return SteeringVector.from_tensor(direction * distance, hook_name, origin=origin, **_known(model, pos, neg))
+
+
+def pca(
+    model: nn.Module, hook_name: str, positive: Sequence[str], negative: Sequence[str], **options: Any
+) -> SteeringVector:
+    """The axis along which the differences ``positive[i] - negative[i]`` are largest, pointing to ``positive``.
+
+    The differences are not centred: what all pairs share is the signal. Its norm is their root-mean-square extent
+    along the axis; ``origin["explained"]`` is the share of their squared length.
+    """
+    if len(positive) != len(negative):
+        raise UserError(f"pca needs pairs, not {len(positive)} positive and {len(negative)} negative texts")
+    pos, neg = _both(model, hook_name, positive, negative, options)
+    differences = (pos - neg).double()
+    _, sizes, axes = torch.linalg.svd(differences, full_matrices=False)
+    along = differences @ axes[0]
+    axis = axes[0] * torch.sign(along.mean() + torch.finfo(torch.double).tiny)
+    origin = _origin("pca", positive, negative, options)
+    origin["explained"] = float(sizes[0] ** 2 / (sizes**2).sum())
+    return SteeringVector.from_tensor(
+        axis * along.square().mean().sqrt(), hook_name, origin=origin, **_known(model, pos, neg)
+    )
+
+
+def random_direction(like: SteeringVector, seed: int) -> SteeringVector:
+    """A direction drawn uniformly, with the norm and the units of another vector: the control of an experiment."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(like.d_in, generator=generator)
+    return SteeringVector.from_tensor(
+        direction / direction.norm() * like.norm,
+        like.hook_name,
+        model=like.model,
+        max_activation=like.max_activation,
+        rms_norm=like.rms_norm,
+        origin={"kind": "random", "seed": seed},
+    )
+
+
+def _both(
+    model: nn.Module, hook_name: str, positive: Sequence[str], negative: Sequence[str], options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    return text_activations(model, hook_name, positive, **options), text_activations(
+        model, hook_name, negative, **options
+    )
+
+
+def _known(model: nn.Module, *acts: Tensor) -> dict[str, Any]:
+    return {"model": model_name(model)[0] or None, "rms_norm": float(torch.cat(acts).square().sum(dim=1).mean().sqrt())}
+
+
+def _origin(kind: str, positive: Sequence[str], negative: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    texts = json.dumps([list(positive), list(negative)]).encode()
+    return {
+        "kind": kind,
+        "positive": len(positive),
+        "negative": len(negative),
+        "tokens": options.get("tokens", "mean"),
+        "texts_sha256": hashlib.sha256(texts).hexdigest(),
+    }

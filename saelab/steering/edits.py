@@ -1,0 +1,87 @@
+"""SAE in the loop: edits of single latents, written back as the difference they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.errors import UserError
+from saelab.sae import SAE
+from saelab.sparse import SparseCode
+from saelab.steering.interventions import LatentIntervention
+from saelab.steering.positions import TokenContext
+
+_PHASES = (["prompt", "generated"], ["generated", "prompt"])  # tokens that two interventions never share
+
+
+class LatentEdits:
+    """Edits of one SAE's code at one hook point, made together on one encoding."""
+
+    def __init__(self, interventions: Sequence[LatentIntervention]) -> None:
+        self.interventions = list(interventions)
+        first = self.interventions[0]
+        self.sae: SAE = first.sae
+        self.keep_error = first.keep_error
+        self.latents = sorted({i.latent for i in self.interventions})
+        self.column = {latent: column for column, latent in enumerate(self.latents)}
+        self._slot = torch.full((self.sae.d_sae,), -1, dtype=torch.int64, device=self.sae.device)
+        self._slot[self.latents] = torch.arange(len(self.latents), device=self.sae.device)
+
+    def activations(self, code: SparseCode) -> Float[Tensor, "n latents"]:
+        """The edited latents' activations in a code, zero where they do not fire."""
+        slot = self._slot[code.indices]
+        hit = slot >= 0
+        values = code.values.new_zeros(code.n, len(self.latents))
+        values[code.rows()[hit], slot[hit]] = code.values[hit]
+        return values
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "batch length d_in"], context: TokenContext) -> Tensor | None:
+        """The edited activations, or None when nothing is selected in this pass."""
+        masks = [context.select(i.where, i.skip_first) for i in self.interventions]
+        if all(mask is False for mask in masks):
+            return None
+        full = [torch.full(x.shape[:2], m, device=x.device) if isinstance(m, bool) else m for m in masks]
+        chosen = torch.stack(full).any(dim=0)
+        rows = x[chosen].to(self.sae.W_dec)
+        if rows.shape[0] == 0:
+            return None
+        code = self.sae.encode(rows)
+        before = self.activations(code)
+        after = before.clone()
+        for intervention, mask in zip(self.interventions, full):
+            column = self.column[intervention.latent]
+            after[:, column] = torch.where(
+                mask[chosen].to(rows.device), intervention.edit(after[:, column]), after[:, column]
+            )
+        change = after - before
+        base = rows if self.keep_error else self.sae.decode(code)
+        new = base + change @ self.sae.W_dec[self.latents]
+        if self.keep_error:  # a token whose code did not change keeps its activations bit for bit
+            new = torch.where((change != 0).any(dim=1, keepdim=True), new, base)
+        return x.clone().masked_scatter_(chosen[..., None], new.to(x))
+
+
+def check_conflicts(interventions: Sequence[LatentIntervention]) -> None:
+    """Refuse two interventions that each decide the activation of one latent on the same tokens."""
+    for i, first in enumerate(interventions):
+        for second in interventions[:i]:
+            same = first.sae is second.sae and first.hook_name == second.hook_name
+            if same and first.keep_error != second.keep_error:
+                raise UserError(f"interventions on one SAE at {first.hook_name} must agree on keep_error")
+            if same and first.latent == second.latent and _overlap(first, second):
+                raise UserError(
+                    f"{type(second).__name__} and {type(first).__name__} conflict on latent {first.latent} at "
+                    f"{first.hook_name}: keep one, or give them different tokens (where) or poles"
+                )
+
+
+def _overlap(first: LatentIntervention, second: LatentIntervention) -> bool:
+    if [w for w in (first.where, second.where) if w in ("prompt", "generated")] in _PHASES:
+        return False
+    # A clamp decides both signs, whatever pole its value lies on.
+    poles = {i.pole if type(i).__name__ in {"Scale", "Ablate"} else 0 for i in (first, second)}
+    return poles != {1, -1}

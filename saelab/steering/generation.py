@@ -1,0 +1,207 @@
+"""Generation with interventions: many prompts at once, token by token, or side by side with the unsteered model."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from saelab.errors import UserError
+from saelab.lm.sites import underlying
+from saelab.steering.attachment import attach
+from saelab.steering.interventions import Intervention
+
+Prompts = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 takes the likeliest."""
+
+    max_new_tokens: int = 40
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0  # the same seed draws with the same random numbers, steered or not
+    use_cache: bool = True
+    stop_at_eos: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} must be 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature} must be 0 (the likeliest token) or more, and finite")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} is a probability, above 0 and at most 1")
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> Int[Tensor, " batch"]:
+        """One token per row of ``logits [batch, vocabulary]``."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        probs = (logits.float() / self.temperature).softmax(dim=-1)
+        ordered, tokens = probs.sort(dim=-1, descending=True)
+        # The token that crosses top_p still belongs to the nucleus, so it is never empty.
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
+        picked = torch.multinomial(ordered.cpu(), 1, generator=generator).to(logits.device)
+        return tokens.gather(-1, picked)[:, 0]
+
+
+def generate(
+    model: nn.Module,
+    prompts: Prompts,
+    interventions: Intervention | Sequence[Intervention] = (),
+    *,
+    tokenizer: Any = None,
+    **sampling: Any,
+) -> str | list[str]:
+    """The model's continuation of each prompt, without the prompt. A single prompt gives a single string.
+
+    ``sampling`` takes the fields of :class:`Sampling`; ``tokenizer`` is needed for a plain Hugging Face model.
+    """
+    tokenizer = tokenizer_of(model, tokenizer)
+    ids, mask = tokenize(tokenizer, prompts)
+    rows = generate_tokens(model, ids, mask, interventions, eos=tokenizer.eos_token_id, **sampling)
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return texts[0] if isinstance(prompts, str) else texts
+
+
+def stream(
+    model: nn.Module,
+    prompt: str,
+    interventions: Intervention | Sequence[Intervention] = (),
+    *,
+    tokenizer: Any = None,
+    **sampling: Any,
+) -> Iterator[str]:
+    """The continuation of one prompt, piece by piece as it is generated."""
+    tokenizer = tokenizer_of(model, tokenizer)
+    ids, mask = tokenize(tokenizer, prompt)
+    written: list[int] = []
+    shown = ""
+    with attach(model, interventions) as positions, positions.generating(ids.shape[1]):
+        for tokens in _steps(model, ids, mask, Sampling(**sampling), tokenizer.eos_token_id):
+            written.append(int(tokens[0]))
+            text = tokenizer.decode(written, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # a character may be spread over several tokens
+                yield text[len(shown) :]
+                shown = text
+
+
+def generate_tokens(
+    model: nn.Module,
+    ids: Int[Tensor, "batch length"],
+    mask: Int[Tensor, "batch length"] | None = None,
+    interventions: Intervention | Sequence[Intervention] = (),
+    *,
+    eos: int | None = None,
+    **sampling: Any,
+) -> list[list[int]]:
+    """Token ids of each row's continuation, up to and without the end-of-text token ``eos``."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    settings = Sampling(**sampling)
+    with attach(model, interventions) as positions, positions.generating(ids.shape[1]):
+        steps = list(_steps(model, ids, mask, settings, eos))
+    rows = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in range(ids.shape[0])]
+    if eos is None or not settings.stop_at_eos:
+        return rows
+    return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same prompt continued with and without interventions."""
+
+    prompt: str
+    unsteered: str
+    steered: str
+
+
+def compare(
+    model: nn.Module,
+    prompts: Prompts,
+    interventions: Intervention | Sequence[Intervention],
+    *,
+    tokenizer: Any = None,
+    **sampling: Any,
+) -> list[Comparison]:
+    """Each prompt continued without and with the interventions, drawn with the same random numbers."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    plain = generate(model, prompts, tokenizer=tokenizer, **sampling)
+    steered = generate(model, prompts, interventions, tokenizer=tokenizer, **sampling)
+    return [Comparison(*texts) for texts in zip(prompts, plain, steered)]
+
+
+@torch.no_grad()
+def _steps(model: nn.Module, ids: Tensor, mask: Tensor, settings: Sampling, eos: int | None) -> Iterator[Tensor]:
+    root = underlying(model)
+    device = next(root.parameters()).device
+    ids, mask = ids.to(device), mask.to(device)
+    generator = torch.Generator().manual_seed(settings.seed)
+    eos = eos if settings.stop_at_eos else None
+    done = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
+    cache, fresh = None, ids
+    for _ in range(settings.max_new_tokens):
+        logits, cache = forward(root, fresh, mask, cache, settings.use_cache, last_only=True)
+        tokens = settings.draw(logits[:, -1], generator)
+        if eos is not None:
+            tokens = torch.where(done, torch.full_like(tokens, eos), tokens)
+            done |= tokens == eos
+        if bool(done.all()):
+            return
+        yield tokens
+        ids = torch.cat([ids, tokens[:, None]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        fresh = ids if cache is None else tokens[:, None]
+
+
+def forward(
+    root: nn.Module, ids: Tensor, mask: Tensor, cache: Any = None, use_cache: bool = False, last_only: bool = False
+) -> tuple[Tensor, Any]:
+    """Logits ``[batch, length, vocabulary]`` and the cache; ``mask`` covers cached tokens too, padding on the left.
+
+    ``last_only`` spares the logits before the last position where the model can.
+    """
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    options: dict[str, Any] = {"use_cache": use_cache}
+    if cache is not None:
+        options["past_key_values"] = cache
+    if last_only and "logits_to_keep" in inspect.signature(root.forward).parameters:
+        options["logits_to_keep"] = 1
+    output = root(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
+    if isinstance(output, Tensor):
+        return output, None
+    return output.logits, getattr(output, "past_key_values", None) if use_cache else None
+
+
+def tokenizer_of(model: nn.Module, tokenizer: Any = None) -> Any:
+    """The tokenizer given, or the model's own."""
+    found = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    if found is None:
+        raise UserError(f"{type(model).__name__} carries no tokenizer; give tokenizer=...")
+    return found
+
+
+def tokenize(tokenizer: Any, prompts: Prompts) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
+    """Token ids and attention mask, padded on the left.
+
+    Each text begins with the tokenizer's BOS token, where it has one, as the contexts of an activation cache do by
+    default; a text that already begins with it (a chat template) gets no second one. To decide it yourself give token
+    ids to :func:`generate_tokens`.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    rows = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    bos = tokenizer.bos_token_id
+    rows = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
+    if not rows or not all(rows):
+        raise UserError("a prompt needs at least one token")
+    # The value is never read, since the mask hides it; a tokenizer without a padding token need not be changed.
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    longest = max(map(len, rows))
+    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask

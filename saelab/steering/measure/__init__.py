@@ -1,0 +1,1 @@
+"""Measuring what an intervention does: effects, calibration, dose-response, effect sizes, attribution."""

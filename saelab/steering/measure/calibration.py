@@ -1,0 +1,93 @@
+"""The strength that spends a given budget of damage, found by bisection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from saelab.errors import UserError
+from saelab.steering.directions import text_activations
+from saelab.steering.generation import Prompts
+from saelab.steering.interventions import Add, Intervention
+from saelab.steering.measure.effects import Bench, Effects
+from saelab.steering.vectors import SteeringVector
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The outcome of :func:`calibrate`; ``trace`` lists every (strength, damage) that was measured."""
+
+    strength: float  # absolute, in units of the activations; of ``make``'s argument where one was given
+    damage: float  # measured at that strength, at most the budget
+    budget: float
+    unit: str  # "kl" in nats per token, or "perplexity" as a ratio
+    reached: bool  # False: even the largest strength tried costs less than the budget
+    trace: list[tuple[float, float]] = field(default_factory=list)
+
+
+def calibrate(
+    vector: SteeringVector | Callable[[float], Intervention],
+    model: nn.Module,
+    prompts: Prompts,
+    *,
+    budget_kl: float | None = None,
+    budget_perplexity: float | None = None,
+    limit: float | None = None,
+    tolerance: float = 0.02,
+    tokenizer: Any = None,
+) -> Calibration:
+    """The largest strength found whose damage on ``prompts`` stays within the budget.
+
+    ``budget_kl`` is the mean KL(unsteered || steered) per token in nats, ``budget_perplexity`` the ratio of
+    perplexities (1.1: ten per cent worse). The strength doubles from ``limit / 128`` until it exceeds the
+    budget, then the bracket is halved until it is narrower than ``tolerance`` of itself: the first crossing, should
+    damage not grow steadily. ``limit`` defaults to four times the root-mean-square norm of the activations.
+    ``vector`` may be a function from a strength to any intervention; then ``limit`` is needed.
+    """
+    if (budget_kl is None) == (budget_perplexity is None):
+        raise UserError("give one budget: budget_kl in nats per token, or budget_perplexity as a ratio above 1")
+    unit = "kl" if budget_kl is not None else "perplexity"
+    budget = budget_kl if budget_kl is not None else budget_perplexity
+    assert budget is not None
+    floor = 0.0 if unit == "kl" else 1.0
+    if not floor < budget < math.inf:
+        raise UserError(f"the budget {budget} is not a finite number above {floor}, the damage of doing nothing")
+    bench = Bench(model, prompts, tokenizer=tokenizer)
+    if isinstance(vector, SteeringVector):
+        limit = limit or 4 * (vector.rms_norm or _rms_norm(model, vector.hook_name, bench))
+    elif limit is None:
+        raise UserError("calibrating a function of strength needs limit, the largest strength to try")
+    trace: list[tuple[float, float]] = []
+
+    def damage(strength: float) -> float:
+        intervention = Add(vector, strength) if isinstance(vector, SteeringVector) else vector(strength)
+        trace.append((strength, damage_of(bench.measure(intervention), unit)))
+        return trace[-1][1]
+
+    low, low_damage, high = 0.0, floor, limit / 128
+    while (found := damage(high)) <= budget:
+        low, low_damage = high, found
+        if high >= limit:
+            return Calibration(low, low_damage, budget, unit, False, trace)
+        high = min(2 * high, limit)
+    while high - low > tolerance * high:
+        middle = (low + high) / 2
+        if (found := damage(middle)) <= budget:
+            low, low_damage = middle, found
+        else:
+            high = middle
+    return Calibration(low, low_damage, budget, unit, True, trace)
+
+
+def damage_of(effects: Effects, unit: str) -> float:
+    """The damage in the unit of a budget."""
+    return effects.mean_kl if unit == "kl" else effects.perplexity_ratio
+
+
+def _rms_norm(model: nn.Module, hook_name: str, bench: Bench) -> float:
+    acts = text_activations(model, hook_name, bench.prompts, tokenizer=bench.tokenizer)
+    return float(acts.square().sum(dim=1).mean().sqrt())

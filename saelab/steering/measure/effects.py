@@ -1,0 +1,125 @@
+"""What an intervention does to a model's predictions: wanted effect, damage to everything else, repetition.
+
+All numbers compare the steered model with the same model unsteered, on the same tokens (teacher forcing), and come
+per prompt, so that whoever aggregates them can put an interval around the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saelab.errors import UserError
+from saelab.lm.sites import underlying
+from saelab.steering.attachment import attach
+from saelab.steering.generation import Prompts, forward, tokenize, tokenizer_of
+from saelab.steering.interventions import Intervention
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Per prompt, over its tokens."""
+
+    kl: Float[Tensor, " prompts"]  # mean KL(unsteered || steered) of the next-token distribution, nats
+    cross_entropy: Float[Tensor, " prompts"]  # steered, of the text's own next tokens, mean, nats
+    cross_entropy_before: Float[Tensor, " prompts"]
+    mass: Float[Tensor, " prompts"]  # steered probability of a concept token next, mean
+    mass_before: Float[Tensor, " prompts"]
+    logit_shift: Float[Tensor, " prompts"]  # mean logit of the concept tokens minus that of all, steered - unsteered
+
+    @property
+    def mean_kl(self) -> float:
+        return float(self.kl.mean())
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Perplexity of the texts under the steered model, divided by that under the unsteered one."""
+        return math.exp(float(self.cross_entropy.mean() - self.cross_entropy_before.mean()))
+
+
+class Bench:
+    """A set of prompts with the unsteered model's predictions on them, computed once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Prompts,
+        concept: Sequence[str] | Sequence[int] = (),
+        *,
+        tokenizer: Any = None,
+        batch_size: int = 8,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer_of(model, tokenizer)
+        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.concept = concept_tokens(self.tokenizer, concept)
+        device = next(underlying(model).parameters()).device
+        self._batches = [
+            tuple(t.to(device) for t in tokenize(self.tokenizer, self.prompts[i : i + batch_size]))
+            for i in range(0, len(self.prompts), batch_size)
+        ]
+        self._before = [self._logits(ids, mask, ()) for ids, mask in self._batches]
+
+    def measure(self, interventions: Intervention | Sequence[Intervention]) -> Effects:
+        """The effects of ``interventions``, one row per prompt."""
+        parts = [
+            self._compare(ids, mask, before, self._logits(ids, mask, interventions))
+            for (ids, mask), before in zip(self._batches, self._before)
+        ]
+        return Effects(*(torch.cat(column) for column in zip(*parts)))
+
+    @torch.no_grad()
+    def _logits(self, ids: Tensor, mask: Tensor, interventions: Intervention | Sequence[Intervention]) -> Tensor:
+        with attach(self.model, interventions):
+            return forward(underlying(self.model), ids, mask)[0]
+
+    @torch.no_grad()
+    def _compare(self, ids: Tensor, mask: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, ...]:
+        real = mask.bool()
+        log_p, log_q = before.float().log_softmax(-1), after.float().log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+        # A token has a known successor where both are real; with padding on the left that is all but the last.
+        known = real[:, :-1]
+        ce_after, ce_before = (
+            _row_mean(-q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0], known) for q in (log_q, log_p)
+        )
+        columns = [_row_mean(kl, real), ce_after, ce_before]
+        tokens = self.concept.to(ids.device)
+        if not tokens.numel():
+            nothing = torch.zeros_like(columns[0])
+            return (*columns, nothing, nothing, nothing)
+        mass_after, mass_before = (_row_mean(q[..., tokens].exp().sum(-1), real) for q in (log_q, log_p))
+        shift = (after - before).float()
+        relative = shift[..., tokens].mean(-1) - shift.mean(-1)
+        return (*columns, mass_after, mass_before, _row_mean(relative, real))
+
+
+def concept_tokens(tokenizer: Any, concept: Sequence[str] | Sequence[int]) -> Int[Tensor, " tokens"]:
+    """Token ids of a concept: ids as they are, words as the first token of each with and without a leading space."""
+    if isinstance(concept, str):
+        raise UserError(f"concept is a list of words or token ids, not the string {concept!r}")
+    found: list[int] = []
+    for item in concept:
+        if isinstance(item, str):
+            pieces = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (item, f" {item}")]
+            found += [row[0] for row in pieces if row]
+        else:
+            found.append(int(item))
+    return torch.tensor(sorted(set(found)), dtype=torch.int64)
+
+
+def repetition(tokens: Sequence[int], n: int = 3) -> float:
+    """Share of a text's ``n``-grams that occurred in it before: 0 for none, near 1 for a loop."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _row_mean(values: Float[Tensor, "batch length"], chosen: Tensor) -> Float[Tensor, " batch"]:
+    total = torch.where(chosen, values, torch.zeros_like(values)).double().sum(dim=1)
+    return (total / chosen.sum(dim=1).clamp(min=1)).float().cpu()

@@ -1,0 +1,210 @@
+"""``Recipe``: interventions as a folder that can be given away.
+
+``recipe.json`` says what is done where, to which model, and where each part came from; ``vectors.safetensors`` holds
+the directions, ``sae_N/`` the SAEs that latent interventions need. Every tensor is covered by a hash, nothing is
+pickled, and a recipe made for another model is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from saelab._version import __version__
+from saelab.errors import UserError, damaged
+from saelab.files import write_json, write_tensors
+from saelab.sae.weights import load_sae, save_sae
+from saelab.steering import interventions as ops
+from saelab.steering.attachment import attach
+from saelab.steering.interventions import Add, Clamp, Intervention, LatentIntervention, ProjectOut, describe
+from saelab.steering.positions import Positions
+from saelab.steering.recipe.model import ModelIdentity
+from saelab.steering.run import Run, tensors_hash
+from saelab.steering.vectors import SteeringVector
+
+FORMAT, VERSION = "saelab-recipe", 1
+RECIPE, VECTORS = "recipe.json", "vectors.safetensors"
+AGAIN = "get the recipe again"
+_OPERATIONS = {name: getattr(ops, name) for name in ("Add", "ProjectOut", "Scale", "Clamp", "MinClamp", "Ablate")}
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Interventions and the model they were made for."""
+
+    interventions: Sequence[Intervention]
+    model: ModelIdentity
+    name: str = ""
+    description: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)  # free: prompts, calibration, measured effects
+
+    @classmethod
+    def of(cls, model: nn.Module, interventions: Intervention | Sequence[Intervention], **about: Any) -> Recipe:
+        """A recipe for ``model``."""
+        interventions = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+        return cls(interventions, ModelIdentity.of(model), **about)
+
+    @contextmanager
+    def attach(self, model: nn.Module, any_weights: bool = False) -> Iterator[Positions]:
+        """Steer ``model``, a bridge or a plain Hugging Face model, while the ``with`` block lasts.
+
+        UserError when the model is not the one the recipe was made for; ``any_weights=True`` lets it act on a
+        fine-tuned, quantised or otherwise rounded relative of the same architecture and sizes.
+        """
+        self.model.check(model, any_weights)
+        with attach(model, self.interventions) as positions:
+            yield positions
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The settings of every intervention, without tensors: what there is to read before applying it."""
+        return [describe(intervention) for intervention in self.interventions]
+
+    def save(self, folder: Path | str, overwrite: bool = False) -> Path:
+        """Write the recipe; the folder appears complete or not at all."""
+        folder = Path(folder)
+        check_free(folder, overwrite)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            self._write(temporary)
+            temporary.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        vectors: dict[str, Tensor] = {}
+        saes: dict[int, str] = {}
+        entries = []
+        for intervention, entry in zip(self.interventions, self.describe()):
+            if callable(intervention.where):
+                raise UserError(
+                    "a token predicate cannot be written to a file; use all, prompt, generated or positions"
+                )
+            if isinstance(intervention, LatentIntervention):
+                entry["sae"] = saes.setdefault(id(intervention.sae), f"sae_{len(saes)}")
+                if not (folder / entry["sae"]).exists():
+                    save_sae(intervention.sae, folder / entry["sae"], {"hook_name": intervention.hook_name})
+                entry["sae_sha256"] = intervention.source.fingerprint
+                entry["source"] = intervention.source.provenance()
+                if isinstance(intervention, Clamp):
+                    entry |= {"given": entry["value"], "value": intervention.target}
+            else:
+                entry["vectors"] = [_vector_entry(v, vectors) for v in _vectors(intervention)]
+            entries.append(entry)
+        write_tensors(folder / VECTORS, vectors)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "saelab_version": __version__,
+            "name": self.name,
+            "description": self.description,
+            "model": asdict(self.model),
+            "interventions": entries,
+            "vectors_sha256": tensors_hash(vectors),
+            "provenance": self.provenance,
+        }
+        write_json(folder / RECIPE, content)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Recipe:
+        """Read a recipe and check its hashes."""
+        folder = Path(folder)
+        content = _read(folder)
+        with damaged(folder / VECTORS, AGAIN, SafetensorError, OSError):
+            vectors = load_file(folder / VECTORS)
+        if tensors_hash(vectors) != content.get("vectors_sha256"):
+            raise UserError(f"{folder / VECTORS} does not match the hash in {RECIPE}; {AGAIN}")
+        runs: dict[str, Run] = {}
+        with damaged(folder / RECIPE, AGAIN):
+            interventions = [_intervention(entry, folder, vectors, runs) for entry in content["interventions"]]
+            about = {name: content[name] for name in ("name", "description", "provenance")}
+            return cls(interventions, ModelIdentity(**content["model"]), **about)
+
+
+def check_free(folder: Path, overwrite: bool = False) -> None:
+    """UserError unless a recipe may be written into ``folder``."""
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists; replace it with overwrite (--overwrite), or give another name")
+    if folder.exists() and not (folder / RECIPE).is_file():
+        raise UserError(f"{folder} is not a recipe and will not be replaced; give another name")
+    check_parent(folder)
+
+
+def check_parent(path: Path) -> None:
+    """UserError where the nearest existing folder above ``path`` is none, or cannot be written."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{path} cannot be written: {above} is {'read-only' if above.is_dir() else 'a file'}")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / RECIPE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a recipe: it has no {RECIPE}; name the folder of a saved one")
+    with damaged(path, AGAIN):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError("it holds no JSON object")
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise UserError(
+            f"{path} has format {content.get('format')} version {content.get('version')}; this saelab reads "
+            f"{FORMAT} version {VERSION}; save it anew or update saelab"
+        )
+    return content
+
+
+def _vectors(intervention: Intervention) -> Sequence[SteeringVector]:
+    if isinstance(intervention, Add):
+        return (intervention.vector,)
+    if isinstance(intervention, ProjectOut):
+        return intervention.directions
+    raise UserError(f"{type(intervention).__name__} cannot be written to a recipe")
+
+
+def _vector_entry(vector: SteeringVector, vectors: dict[str, Tensor]) -> dict[str, Any]:
+    name = f"vector_{len(vectors)}"
+    vectors[name] = vector.direction.clone()  # two steps may share a vector; a file may not
+    known = {
+        key: getattr(vector, key) for key in ("norm", "hook_name", "model", "max_activation", "rms_norm", "origin")
+    }
+    return {"tensor": name, **known}
+
+
+def _intervention(
+    entry: dict[str, Any], folder: Path, vectors: dict[str, Tensor], runs: dict[str, Run]
+) -> Intervention:
+    operation = _OPERATIONS.get(entry["op"])
+    if operation is None:
+        raise UserError(
+            f"{folder / RECIPE} uses the operation {entry['op']!r}, which this saelab does not know; update saelab"
+        )
+    where = entry["where"] if isinstance(entry["where"], str) else tuple(entry["where"])
+    common = {"where": where, "skip_first": entry["skip_first"], "hook_name": entry["hook_name"]}
+    if "vectors" in entry:
+        made = [
+            SteeringVector(vectors[v["tensor"]], **{key: value for key, value in v.items() if key != "tensor"})
+            for v in entry["vectors"]
+        ]
+        return operation(made[0] if operation is Add else made, entry["strength"], **common)
+    name = entry["sae"]
+    if name not in runs:
+        runs[name] = Run(load_sae(folder / name), entry["hook_name"])
+        if runs[name].fingerprint != entry["sae_sha256"]:
+            raise UserError(f"{folder / name} does not match the hash in {RECIPE}; {AGAIN}")
+    settings = {key: entry[key] for key in ("factor", "value", "pole", "keep_error") if key in entry}
+    return operation(runs[name], entry["latent"], **settings, **common)

@@ -1,0 +1,27 @@
+"""One SAE of a sweep while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from saelab.sweep.grid import Entry
+from saelab.training import StepMetrics
+
+Status = Literal["running", "finished", "halted", "diverged"]
+
+
+@dataclass
+class Member:
+    """One SAE of a sweep while it trains."""
+
+    entry: Entry
+    folder: Path
+    step: int = 0
+    stop_at: int | None = None  # the step at which successive halving stops it
+    status: Status = "running"
+    message: str = ""
+    last: StepMetrics | None = None
+    run: Generator[StepMetrics] | None = None

@@ -1,0 +1,181 @@
+"""A run folder: training with checkpoints and metrics on disk, to be killed and resumed at any moment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saelab.data.cache import ActivationCache, Batch
+from saelab.data.cache.claim import held
+from saelab.distributed import SINGLE, Parallel
+from saelab.distributed.sharding import whole as whole_of
+from saelab.errors import UserError, damaged
+from saelab.files import write_json
+from saelab.sae import SAE
+from saelab.sae.weights import CONFIG
+from saelab.training.checkpoints import remove_leftovers, remove_steps
+from saelab.training.config import TrainConfig, check, n_steps
+from saelab.training.log import JsonLines, Log
+from saelab.training.loop import adopt, start, train
+from saelab.training.state import TrainState
+from saelab.training.step import StepMetrics
+from saelab.training.store import Store
+
+RUN = "run.json"
+SOURCE = "fine_tuned_from"  # its entry that names the SAE a run goes on from
+
+
+def fit(
+    sae: SAE,
+    cache: ActivationCache,
+    config: TrainConfig | None,
+    folder: Path | str,
+    *,
+    resume: bool = False,
+    checkpoint_steps: int = 500,
+    logs: Sequence[Log] = (),
+    metadata: Mapping[str, Any] | None = None,
+    stream: Iterable[Batch] | None = None,
+    centre: Tensor | None = None,
+    source: str | None = None,
+    parallel: Parallel = SINGLE,
+) -> Generator[StepMetrics]:
+    """Train ``sae`` into a run folder; yields after every step, like :func:`saelab.training.train`.
+
+    The folder gets ``run.json`` (what is being trained) at once, ``metrics.jsonl`` line by line, a checkpoint every
+    ``checkpoint_steps`` steps, and at the end the folded SAE in place of the checkpoints. Closing the generator
+    early saves a checkpoint.
+
+    Guarantee: kill the process at any moment and call again with ``resume=True`` (``sae`` built as before), and
+    weights, ``metrics.jsonl`` and data order come out bit-identical to those of a run that was never interrupted,
+    on the same machine with the same number of threads. With ``stream`` the caller hands in the batches, starting
+    after the step of the last checkpoint, and vouches for the cache; ``centre [d_in]`` is that of
+    :func:`saelab.training.start`. With ``source``, the name of a trained SAE whose weights ``sae`` has, these are
+    fine-tuned (see :func:`saelab.training.adopt`); they become the first checkpoint, so a resumed run takes any SAE of
+    the same kind. With ``parallel`` all processes call this, each with its shard of the SAE, and the run may be resumed
+    with another number of them. Raises UserError if the configuration or the cache changed, or another process is
+    writing the folder.
+    """
+    folder = Path(folder)
+    whole = whole_of(sae, parallel)
+    check(whole, cache, config := (config or TrainConfig()).resolved(whole, cache), parallel)
+    about = describe(whole, cache, config, source)
+    metadata = {**about, **(metadata or {})}
+    if finished(folder):
+        raise UserError(f"{folder} holds a finished run; train into another folder")
+    store, total = Store(folder, sae, whole, metadata, parallel), n_steps(cache, config)
+    with held(folder) if parallel.is_main else nullcontext():
+        state = _resume(store, cache, about, verify=stream is None) if resume else None
+        if parallel.is_main:
+            remove_leftovers(folder)
+            if state is None:
+                remove_steps(folder)
+        parallel.barrier()
+        if state is None:
+            state = start(sae, cache, config, centre) if source is None else _adopt(store, cache)
+        if parallel.is_main:
+            write_json(folder / RUN, about)
+        parallel.barrier()
+        with ExitStack() as stack:
+            if parallel.is_main:
+                logs = [stack.enter_context(closing(JsonLines(folder, state.step))), *logs]
+            loop = stack.enter_context(closing(train(sae, cache, config, state, stream, parallel)))
+            for metrics in loop:
+                for log in logs:
+                    log.write(metrics.row())
+                if metrics.step % checkpoint_steps == 0 and metrics.step < total:
+                    store.save_step(state)
+                try:
+                    yield metrics
+                except GeneratorExit:
+                    store.save_step(state)
+                    raise
+        store.save_final()
+
+
+def describe(sae: SAE, cache: ActivationCache, config: TrainConfig, source: str | None = None) -> dict[str, Any]:
+    """What a run is: the SAE, the training configuration, the data. Kept in ``run.json`` and as provenance."""
+    manifest = cache.manifest
+    return {
+        **({} if source is None else {SOURCE: source}),
+        "variant": sae.variant,
+        "config": sae.config,
+        "train": asdict(config),
+        "steps": n_steps(cache, config),
+        "model_name": manifest.model,
+        "hook_name": manifest.hook_name,
+        "hf_hook_name": manifest.hf_hook_name,
+        "context_size": manifest.context_length,
+        "prepend_bos": manifest.bos != "none",
+        "dataset_path": manifest.text,
+        "rms_norm": manifest.rms_norm,  # the unit of steering strengths
+        "cache": str(cache.path),
+        "cache_fingerprint": cache.fingerprint,
+    }
+
+
+def _adopt(store: Store, cache: ActivationCache) -> TrainState:
+    """The first state of a fine-tuning, on disk before anything else says that the run has begun."""
+    state = adopt(store.sae, cache)
+    state.unfold(store.sae)  # a checkpoint is taken between steps, in units of the scaled data
+    store.save_step(state)
+    state.fold(store.sae)
+    return state
+
+
+def finished(folder: Path | str) -> bool:
+    """Whether a run folder holds a trained SAE: its configuration is the last thing a run writes."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def read_run(folder: Path | str) -> dict[str, Any] | None:
+    """What :func:`describe` said of the run in a folder, or None if none was begun there."""
+    path = Path(folder) / RUN
+    if not path.is_file():
+        return None
+    with damaged(path, "start the run again with --overwrite"):
+        content = json.loads(path.read_bytes())
+        for name, kind in (("variant", str), ("config", dict), ("train", dict), ("cache_fingerprint", str)):
+            if not isinstance(content[name], kind):
+                raise TypeError(f"{name} is {content[name]!r}")
+        return content
+
+
+def _resume(store: Store, cache: ActivationCache, about: dict[str, Any], verify: bool) -> TrainState | None:
+    """Put the last checkpoint's weights into the SAE; None if the run was killed before its first one."""
+    before = read_run(store.folder)
+    if before is None:
+        return None
+    _same(before, about, store.folder)
+    if verify:
+        cache.verify()  # the fingerprint vouches for the manifest, this for the activations
+    state = store.restore()
+    if state is None and SOURCE in about:
+        raise UserError(f"{store.folder} has lost the weights it began with; start the run again with --overwrite")
+    return state
+
+
+def _same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    if before["cache_fingerprint"] != now["cache_fingerprint"]:
+        raise UserError(
+            f"the cache {now['cache']} is not the one {folder} was trained on (fingerprint {now['cache_fingerprint']}, "
+            f"was {before['cache_fingerprint']}); restore it or start a new run"
+        )
+    if before["variant"] != now["variant"]:
+        raise UserError(f"{folder} trains a {before['variant']} SAE, not {now['variant']}; start a new run")
+    origins = [run.get(SOURCE, "random weights") for run in (before, now)]
+    if origins[0] != origins[1]:
+        raise UserError(f"{folder} was begun from {origins[0]}, not from {origins[1]}; resume it so or start a new run")
+    for part in ("config", "train"):
+        for name, value in json.loads(json.dumps(now[part])).items():
+            if before[part].get(name) != value:
+                raise UserError(
+                    f"{name}={value} differs from {name}={before[part].get(name)} of the run in {folder}; "
+                    "resume with the same settings or start a new run"
+                )

@@ -1,0 +1,117 @@
+"""The training loop, as a generator: the command line prints, the notebook plots, the app draws, all over this."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+
+import torch
+from torch import Tensor
+
+from saelab import losses
+from saelab.data.cache import ActivationCache, Batch
+from saelab.distributed import SINGLE, Parallel
+from saelab.sae import SAE
+from saelab.training.config import TrainConfig, check, n_steps
+from saelab.training.state import TrainState, make_optimizer
+from saelab.training.step import StepMetrics, step
+
+
+def train(
+    sae: SAE,
+    cache: ActivationCache,
+    config: TrainConfig | None = None,
+    state: TrainState | None = None,
+    stream: Iterable[Batch] | None = None,
+    parallel: Parallel = SINGLE,
+) -> Generator[StepMetrics]:
+    """Train ``sae`` in place on the training split of ``cache``; yields after every step.
+
+    While the generator runs, the parameters are in units of the scaled data (see ``TrainState.scale``); when it
+    ends or is closed they are folded back, so that ``sae`` takes raw activations. Pass the ``state`` of an earlier
+    run to go on exactly where it stopped: weights, metrics and data order are then bit-identical to those of a run
+    that was never interrupted, on the same machine with the same number of threads. ``stream`` hands in the batches
+    that the run would read (a sweep reads them once for all its SAEs). ``parallel`` is this process' place among
+    many that run the same generator; ``sae`` is then this process' shard and ``config`` that of the whole SAE.
+    """
+    check(sae, cache, config := (config or TrainConfig()).resolved(sae, cache))
+    state = state or start(sae, cache, config)
+    total = n_steps(cache, config)
+    state.unfold(sae)
+    sae.train()
+    try:
+        for batch in stream or batches(cache, config, state.step, sae.needs_grads):
+            yield step(sae, batch, config, state, total, parallel)
+        finish(sae, cache, config, state)
+    finally:
+        sae.eval()
+        state.fold(sae)
+
+
+SAMPLE = 32_768  # activations that set data-dependent parameters (Gao et al., 2024)
+
+
+def start(sae: SAE, cache: ActivationCache, config: TrainConfig, centre: Tensor | None = None) -> TrainState:
+    """Initialise ``sae`` in place from a sample of the cache and return the first state.
+
+    ``centre [d_in]`` is the sample's geometric median (see :func:`centre_of`), where the caller has it already.
+    """
+    x = _sample(cache, config).to(sae.device)
+    sae.initialise(x, losses.geometric_median(x) if centre is None else centre.to(sae.device))
+    state = _first_state(sae, cache)
+    state.fold(sae)
+    return state
+
+
+def adopt(sae: SAE, cache: ActivationCache) -> TrainState:
+    """The first state of a fine-tuning: ``sae``, trained already and in raw units, goes on from where it is.
+
+    Its reconstructions stay as they are. Where its variant allows, the norms of dictionary rows move into the encoder,
+    because training keeps the rows at unit norm.
+    """
+    sae.before_fine_tuning(cache.manifest.scale)
+    return _first_state(sae, cache)
+
+
+def _first_state(sae: SAE, cache: ActivationCache) -> TrainState:
+    scale = cache.manifest.scale
+    since = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
+    return TrainState(make_optimizer(sae), since, scale, cache.manifest.variance * scale**2)
+
+
+def centre_of(cache: ActivationCache, config: TrainConfig, device: torch.device) -> Tensor:
+    """The geometric median of the sample that :func:`start` takes, in scaled units. ``[d_in]``"""
+    return losses.geometric_median(_sample(cache, config).to(device))
+
+
+def _sample(cache: ActivationCache, config: TrainConfig) -> Tensor:
+    size = min(SAMPLE, cache.n_split("train"))
+    return next(cache.batches(size, split="train", seed=config.data_seed)).acts * cache.manifest.scale
+
+
+def batches(cache: ActivationCache, config: TrainConfig, step: int, grads: bool) -> Generator[Batch]:
+    """The batches of a run from a given step on."""
+    per_epoch = cache.n_batches(config.batch_size, split="train", drop_last=True)
+    first, start_at = divmod(step, per_epoch)
+    for epoch in range(first, config.epochs):
+        yield from cache.batches(
+            config.batch_size,
+            split="train",
+            seed=config.data_seed,
+            epoch=epoch,
+            start=start_at if epoch == first else 0,
+            grads=grads,
+            drop_last=True,
+        )
+
+
+@torch.no_grad()
+def finish(sae: SAE, cache: ActivationCache, config: TrainConfig, state: TrainState) -> None:
+    """Turn the trained weights into those to keep: averaged if asked for, unit-norm decoder, thresholds set."""
+    if state.ema and config.ema is not None:
+        correction = 1 - config.ema**state.step
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(state.ema[name] / correction)
+    sae.normalise_decoder()
+    sae.eval()
+    # On training rows: thresholds fitted to the held-out ones would meet their target there by construction.
+    sae.calibrate([_sample(cache, config).to(sae.device)])

@@ -1,0 +1,139 @@
+"""The library of the folder: recipes saved from the bench, what each is, and how to work on with one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from saelab.errors import MALFORMED, UserError, first_line
+from saelab.steering import Ablate, Add, Clamp, MinClamp, ProjectOut, Recipe, Scale
+from saelab.steering import Run as SteerRun
+from saelab.steering.recipe.recipe import RECIPE
+from saelab.steering.vectors import SteeringVector, parse_strength
+from saelab.workspace.steering import Pick, pick_latent, pick_vector
+
+RECIPES = "recipes"
+_OPERATIONS = {Scale: "scale", MinClamp: "at least", Clamp: "clamp", Ablate: "ablate"}
+
+
+def recipe_folder(root: Path, name: str) -> Path:
+    """Where a recipe of this name is saved; the name may only be a plain word, so it cannot leave the folder."""
+    slug = re.sub(r"[^\w-]+", "-", name.strip()).strip("-_")
+    if not slug:
+        raise UserError("give the recipe a name of letters, digits or dashes")
+    return root / RECIPES / slug[:80]
+
+
+def saved_recipes(root: Path) -> list[dict[str, Any]]:
+    """Name, what it does, where its vectors come from, and its measured doses, for every recipe in the library."""
+    rows = []
+    for path in sorted((root / RECIPES).glob(f"*/{RECIPE}")):
+        if not path.resolve().is_relative_to(root.resolve()):
+            continue
+        try:
+            rows.append(_row(path.parent.name, json.loads(path.read_bytes())))
+        except MALFORMED as error:
+            # One damaged recipe must not hide the others.
+            rows.append({"folder": path.parent.name, "name": path.parent.name, "does": f"damaged: {first_line(error)}"})
+    return rows
+
+
+def _row(folder: str, content: dict[str, Any]) -> dict[str, Any]:
+    parts, about = [_part(entry) for entry in content["interventions"]], content.get("provenance") or {}
+    return {
+        "folder": folder,
+        "name": content.get("name") or folder,
+        "does": "; ".join(part["does"] for part in parts),
+        "origin": "; ".join(part["origin"] for part in parts),
+        "strength": "; ".join(part["strength"] for part in parts),
+        "norm": parts[0]["norm"] if parts else None,
+        "promotes": " ".join(about.get("promotes", [])),
+        "model": (content.get("model") or {}).get("name"),
+        "verdict": about.get("verdict", ""),
+        "doses": about.get("doses", []),
+    }
+
+
+def provenance(picks: Sequence[Pick], prompt: str, promotes: Sequence[str], measured: Any = None) -> dict[str, Any]:
+    """What a saved recipe remembers of the bench: picks, prompt, logit effect, dose and response."""
+    about: dict[str, Any] = {
+        "prompt": prompt,
+        "promotes": list(promotes),
+        "picks": [{"label": p.label, "operation": p.operation, "amount": p.amount, "unit": p.unit} for p in picks],
+    }
+    if measured is not None:
+        about |= {"verdict": measured.verdict, "doses": [asdict(dose) for dose in measured.doses]}
+    return about
+
+
+def reopen(root: Path, folder: str, source: SteerRun) -> list[Pick]:
+    """The picks of a saved recipe, to work on with ``source``.
+
+    Vectors come from the recipe itself; operations on latents need the SAE they were saved with. Raises UserError
+    for another hook point or another SAE.
+    """
+    recipe = Recipe.load(root / RECIPES / folder)
+    told = recipe.provenance.get("picks", [])
+    picks = []
+    for i, step in enumerate(recipe.interventions):
+        if step.hook_name != source.hook_name:
+            raise UserError(
+                f"{folder} acts at {step.hook_name}, this SAE lies at {source.hook_name}; choose another SAE"
+            )
+        label = told[i]["label"] if i < len(told) else f"{folder} {i + 1}"
+        if isinstance(step, Add):
+            picks.append(_sized(_vector_pick(step.vector, label, source), step.strength))
+        elif isinstance(step, ProjectOut):
+            picks.append(_vector_pick(step.directions[0], label, source).changed(operation="project out"))
+        elif isinstance(step, Scale | Ablate | Clamp):
+            if step.source.fingerprint != source.fingerprint:
+                raise UserError(f"{folder} changes latents of another SAE; choose the run it was saved from")
+            pick = pick_latent(source, step.latent, step.pole or 1).changed(operation=_operation(step))
+            if isinstance(step, Scale):
+                pick = pick.changed(amount=step.factor, start=step.factor)
+            elif isinstance(step, Clamp) and pick.vector is not None:
+                amount = round(abs(step.target) * pick.vector.norm / pick.vector.length(f"1{pick.unit}"), 4)
+                pick = pick.changed(amount=amount, start=amount)
+            picks.append(pick)
+    return picks
+
+
+def _vector_pick(vector: SteeringVector, label: str, source: SteerRun) -> Pick:
+    """A vector; a latent again where it is exactly that latent of this SAE."""
+    origin = vector.origin
+    if origin.get("kind") == "latent" and origin.get("sae_sha256") == source.fingerprint:
+        return pick_latent(source, origin["latent"], origin.get("pole", 1))
+    return pick_vector(vector, label)
+
+
+def _sized(pick: Pick, strength: float | str) -> Pick:
+    number, unit = parse_strength(strength)
+    if unit:
+        return pick.changed(amount=number, start=number, unit=unit)
+    assert pick.vector is not None
+    number = number / pick.vector.norm
+    return pick.changed(amount=number, start=number, unit="raw")
+
+
+def _operation(step: Any) -> str:
+    return next(name for kind, name in _OPERATIONS.items() if isinstance(step, kind))
+
+
+def _part(entry: dict[str, Any]) -> dict[str, Any]:
+    vectors = entry.get("vectors") or []
+    amounts = [f"{k} {_short(entry[k])}" for k in ("factor", "value") if entry.get(k) is not None]
+    strength = _short(entry["strength"]) if entry.get("strength") is not None else ", ".join(amounts)
+    latent = f" #{entry['latent']}" if "latent" in entry else ""
+    origins = [v.get("origin") or {} for v in vectors] or [entry.get("source") or {}]
+    named = [f"{o.get('kind', 'latent')} {o.get('latent', '')}".strip() for o in origins]
+    norm = vectors[0].get("norm") if vectors else None
+    does = f"{entry['op']}{latent}"
+    return {"does": does, "strength": strength, "origin": ", ".join(named), "norm": norm}
+
+
+def _short(amount: Any) -> str:
+    return f"{amount:.4g}" if isinstance(amount, float) else str(amount)

@@ -1,0 +1,89 @@
+"""``saelab index`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from saelab import ActivationCache, build
+from saelab.cli import main
+from saelab.features import FeatureIndex
+from saelab.lm import Unembedding
+from saelab.sae.weights import save_sae
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    tokens = torch.randint(0, 50, (400,))
+    ActivationCache.from_tensors(tmp_path / "cache", torch.randn(400, 8), tokens, context_length=20)
+    save_sae(build("topk", 8, 32, k=3), tmp_path / "run", {"hook_name": "blocks.1.hook_resid_post"})
+    return tmp_path / "run"
+
+
+def test_index_prints_one_json_document(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["index", str(run), "--cache", str(run.parent / "cache"), "--json", "--top", "2"])
+    printed = json.loads(capsys.readouterr().out)
+    index = FeatureIndex(run)
+    assert printed["latents"] == 32 and printed["tokens"] == 400
+    assert printed["never_fired"] == (index.table()["count"] == 0).sum()
+    assert max(len(index.examples(j, kind="top")) for j in range(32)) == 2
+
+
+def test_an_existing_index_is_kept_without_overwrite(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["index", str(run), "--cache", str(run.parent / "cache")]
+    main(command)
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 2
+    assert "--overwrite" in capsys.readouterr().err
+    main([*command, "--overwrite", "--max-tokens", "100"])
+    assert FeatureIndex(run).meta["tokens"] == 100
+
+
+def test_a_kept_unembedding_stands_in_for_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = torch.randint(0, 50, (400,))
+    ActivationCache.from_tensors(tmp_path / "cache", torch.randn(400, 8), tokens, context_length=20, model="some-lm")
+    save_sae(build("topk", 8, 32, k=3), tmp_path / "run", {"hook_name": "blocks.1.hook_resid_post"})
+    asked = []
+
+    def ask(name: str) -> Unembedding:
+        asked.append(name)
+        generator = torch.Generator().manual_seed(0)
+        return Unembedding(torch.randn(8, 60, generator=generator), torch.rand(8, generator=generator), True)
+
+    monkeypatch.setattr("saelab.cli.commands.index.unembedding", ask)
+    command = ["index", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--overwrite"]
+    main(command)
+    assert not (tmp_path / "run" / "logit_lens.safetensors").exists()
+    main([*command, "--keep-unembedding"])
+    first = FeatureIndex(tmp_path / "run").latent(3)
+    assert asked == ["some-lm"] * 2
+    main(command)
+    again = FeatureIndex(tmp_path / "run").latent(3)
+    assert asked == ["some-lm"] * 2, "the model was asked although its unembedding is kept"
+    assert again["promoted_ids"][0] == first["promoted_ids"][0]
+    # Half precision: each logit is a sum of 8 products whose factors keep 11 bits.
+    assert again["promoted_logits"] == pytest.approx(first["promoted_logits"], rel=1e-2)
+    main([*command, "--model", "other-lm"])
+    main([*command, "--model", "none"])
+    assert asked == ["some-lm", "some-lm", "other-lm"] and not FeatureIndex(tmp_path / "run").latent(3)["promoted"]
+    (tmp_path / "run" / "logit_lens.safetensors").write_bytes(b"torn")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "logit_lens.safetensors is damaged" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_cache_of_another_hook_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = run.parent / "other"
+    ActivationCache.from_tensors(other, torch.randn(40, 8), hook_name="blocks.0.hook_resid_post")
+    with pytest.raises(SystemExit) as left:
+        main(["index", str(run), "--cache", str(other)])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert "blocks.1.hook_resid_post" in error and "Traceback" not in error
+    assert not (run / "features").exists()

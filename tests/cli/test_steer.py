@@ -1,0 +1,166 @@
+"""``saelab steer`` on a tiny model: what it prints, saves and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from saelab.cli import main
+from saelab.sae.weights import save_sae
+from saelab.steering import Ablate, Add, Clamp, Recipe, SteeringVector, calibrate, generate
+from tests import tiny_lm
+from tests.steering.models import HOOK, folder, llama, tokenizer
+from tests.steering.test_steering import RUN
+
+PROMPT = "w5 w6 w70"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    save_sae(RUN.sae, tmp_path / "run", {"hook_name": HOOK, "model_name": folder(), "rms_norm": 12.0})
+    return str(tmp_path / "run")
+
+
+def steer(*args: str) -> None:
+    main(["steer", *args])
+
+
+def as_json(capsys, *args: str) -> dict:
+    steer(*args, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_writes_what_the_library_writes(run: str, capsys) -> None:
+    args = [run, "--latent", "3", "--pole", "-", "--strength", "0.5norm", "--prompt", PROMPT, "--compare"]
+    result = as_json(capsys, *args, "--max-new-tokens", "6")
+    add = Add(SteeringVector.from_latent(RUN, 3, pole=-1), 6.0)
+    options = {"tokenizer": tokenizer(), "max_new_tokens": 6}
+    expected = {
+        "prompt": PROMPT,
+        "steered": generate(llama(), PROMPT, add, **options),
+        "unsteered": generate(llama(), PROMPT, **options),
+    }
+    assert result["texts"] == [expected]
+    assert expected["steered"] != expected["unsteered"]
+    assert result["interventions"][0]["length"] == pytest.approx(6.0)
+
+
+def test_strength_is_found_at_a_budget(run: str, capsys) -> None:
+    args = [run, "--latent", "3", "--strength", "auto", "--budget-kl", "0.5", "--prompt", PROMPT]
+    result = as_json(capsys, *args, "--max-new-tokens", "2")
+    vector = SteeringVector.from_latent(RUN, 3).with_units(rms_norm=12.0)
+    found = calibrate(vector, llama(), [PROMPT], budget_kl=0.5, tokenizer=tokenizer())
+    assert result["interventions"][0]["length"] == pytest.approx(found.strength, rel=1e-4)
+
+
+@pytest.mark.parametrize("operation", ["scale", "clamp", "min-clamp", "ablate", "project-out"])
+def test_every_operation_runs_and_is_shown(operation: str, run: str, capsys) -> None:
+    steer(
+        run, "--latent", "3", "--operation", operation, "--strength", "9", "--prompt", PROMPT, "--max-new-tokens", "3"
+    )
+    shown = capsys.readouterr().out
+    assert "steered" in shown and PROMPT in shown
+
+
+def test_a_recipe_is_saved_and_applied_again(run: str, tmp_path: Path, capsys) -> None:
+    args = ["--prompt", PROMPT, "--prompt", "w8 w9", "--max-new-tokens", "5"]
+    saved, gguf = str(tmp_path / "recipe"), str(tmp_path / "vector.gguf")
+    first = as_json(capsys, run, "--latent", "3", "--strength", "8", *args, "--save", saved, "--gguf", gguf)
+    again = as_json(capsys, saved, *args)
+    assert again["texts"] == first["texts"] and len(again["texts"]) == 2
+    assert Recipe.load(saved).name == "latent 3"
+    assert Path(gguf).read_bytes()[:4] == b"GGUF"
+
+
+def test_tokens_are_explained(run: str, capsys) -> None:
+    args = [run, "--latent", "3", "--strength", "8", "--prompt", PROMPT, "--max-new-tokens", "3", "--explain"]
+    rows = as_json(capsys, *args)["explanation"]
+    assert len(rows) == 3
+    for row in rows:
+        total = row["steered"] + row["other_latents"] + row["error_term"] + row["gap"]
+        assert total == pytest.approx(row["change"], abs=1e-3)
+    steer(*args)
+    assert "others" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--latent", "64", "--prompt", PROMPT], "latent 64 does not exist: the SAE has latents 0 to 63"),
+        (["--latent", "3", "--strength", "3x", "--prompt", PROMPT], "saelab index"),
+        (["--latent", "3", "--strength", "much", "--prompt", PROMPT], "is not a number"),
+        (["--latent", "3", "--pole", "north", "--strength", "1", "--prompt", PROMPT], "neither + nor -"),
+        (["--prompt", PROMPT], "--latent 12"),
+        (["--latent", "3", "--strength", "1"], "nothing to do"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--chat"], "no chat template"),
+        (["--latent", "3", "--operation", "scale", "--strength", "2norm", "--prompt", PROMPT], "takes a factor"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--model", "./nowhere"], "does not exist"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--hook", "blocks.9.hook_out"], "no hook point"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--hook", "blocks.1.hook_resid_mid"], "in its place"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--temperature", "nan"], "temperature=nan"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--max-new-tokens", "-3"], "max_new_tokens=-3"),
+        (["--latent", "3", "--strength", "auto", "--prompt", PROMPT, "--budget-kl", "nan"], "the budget nan"),
+        (["--latent", "3", "--strength", "1", "--save", "/dev/null/recipe"], "cannot be written: /dev/null is a file"),
+        (["--latent", "3", "--strength", "1", "--gguf", "/dev/null/a.gguf"], "cannot be written: /dev/null is a file"),
+        (["--latent", "3", "--strength", "1", "--gguf", "."], "is a folder; --gguf names a file"),
+        (["--latent", "3", "--operation", "ablate", "--gguf", "never.gguf"], "can only add; Ablate"),
+        (["--latent", "3", "--strength", "1", "--save", "never", "--explain"], "give --prompt"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(args: list[str], message: str, run: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        steer(run, *args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error.replace("\n", " ") and "Traceback" not in error
+    assert not Path("never").exists() and not Path("never.gguf").exists()
+
+
+def test_a_recipe_is_replaced_only_when_asked(run: str, tmp_path: Path, capsys) -> None:
+    args = [run, "--latent", "3", "--strength", "8", "--save", str(tmp_path / "recipe")]
+    steer(*args)
+    with pytest.raises(SystemExit):
+        steer(*args)
+    assert "--overwrite" in capsys.readouterr().err
+    steer(*args[:-3], "5", *args[-2:], "--overwrite")
+    assert Recipe.load(tmp_path / "recipe").interventions[0].length == 5.0
+
+
+@pytest.mark.parametrize("damage", ["strength", "model", "vectors_sha256", "list", "not json"])
+def test_a_damaged_recipe_is_one_line(damage: str, run: str, tmp_path: Path, capsys) -> None:
+    steer(run, "--latent", "3", "--strength", "8", "--save", str(tmp_path / "recipe"))
+    path = tmp_path / "recipe" / "recipe.json"
+    content = json.loads(path.read_text())
+    for part in (content, content["interventions"][0]):
+        part.pop(damage, None)
+    path.write_text({"list": "[1]", "not json": "{"}.get(damage, json.dumps(content)))
+    with pytest.raises(SystemExit) as stop:
+        steer(str(tmp_path / "recipe"), "--prompt", PROMPT)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "get the recipe again" in error and "Traceback" not in error
+
+
+def test_conflicts_and_other_models_in_a_recipe_are_one_line(run: str, tmp_path: Path, capsys) -> None:
+    both = [Clamp(RUN, 3, 1.0, where="prompt"), Ablate(RUN, 3, where="generated")]
+    Recipe.of(llama(), both).save(tmp_path / "recipe")
+    path = tmp_path / "recipe" / "recipe.json"
+    path.write_text(path.read_text().replace('"prompt"', '"all"'))
+    other = str(tiny_lm.save_llama(tmp_path / "other"))
+    for model, message in ((folder(), "Clamp and Ablate conflict on latent 3"), (other, "this model has")):
+        with pytest.raises(SystemExit) as stop:
+            steer(str(tmp_path / "recipe"), "--prompt", PROMPT, "--model", model)
+        error = capsys.readouterr().err.replace("\n", " ")
+        assert stop.value.code == 2 and message in error and "Traceback" not in error
+
+
+def test_an_sae_of_another_width_is_refused(run: str, tmp_path: Path, capsys) -> None:
+    from saelab.sae import build
+
+    torch.manual_seed(0)
+    save_sae(build("topk", d_in=16, d_sae=32, k=4), tmp_path / "wide", {"hook_name": HOOK, "model_name": folder()})
+    with pytest.raises(SystemExit):
+        steer(str(tmp_path / "wide"), "--latent", "3", "--strength", "1", "--prompt", PROMPT)
+    assert "width 16" in capsys.readouterr().err

@@ -1,0 +1,303 @@
+"""Many processes (gloo, on a CPU) do what one does: same weights, same metrics, same files, and they fail together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+
+from saelab.bench import distributed as bench
+from saelab.cli import main
+from saelab.data.cache import ActivationCache
+from saelab.data.cache.claim import held
+from saelab.distributed import SINGLE, Parallel, start_world
+from saelab.distributed.plan import traffic_per_step
+from saelab.distributed.sharding import build_shard
+from saelab.distributed.slices import read_slices, slices, split_dim
+from saelab.errors import UserError
+from saelab.sae import build, mutual_choice
+from saelab.sae.weights import EXTRA, load_sae
+from saelab.training import TrainConfig, fit, n_steps
+from saelab.training.checkpoints import latest_step
+from tests import tiny_lm
+
+D_IN, D_SAE, K = 16, 64, 2
+CONFIG = TrainConfig(epochs=2, batch_size=64, lr=3e-3, dead_after=70, k_aux=4, ema=0.9, grad_clip=0.05)
+# Variant, dictionary ranks of four processes, and what they are compared by.
+CASES = [("topk", 1), ("topk", 2), ("abs_topk", 4), ("batch_topk", 4), ("mutual_choice", 4), ("feature_choice", 4)]
+WITHIN_DATA_RANKS = ("batch_topk", 1)  # each data rank spends its part of the budget
+TIPPED = {"batch_topk": 2, "mutual_choice": 2, "feature_choice": 2}  # of 64 latents
+RESUMED = {"topk": 7, "feature_choice": 15}  # interrupted after so many of 24 steps
+REFIT = 5  # steps between fits of the Zipf law, so that a short run has some
+
+
+def tune_into(folder: Path, cache_path: str, parallel: Parallel) -> None:
+    """Fine-tune one SAE, in shards where it is split."""
+    torch.manual_seed(7)
+    whole = build("topk", D_IN, D_SAE, k=K)
+    sae = build_shard("topk", D_IN, D_SAE, 0, parallel, k=K)
+    sae.load_state_dict(slices(whole.state_dict(), parallel))
+    cache = ActivationCache(cache_path)
+    for _ in fit(sae, cache, CONFIG, folder, source="theirs", parallel=parallel):
+        pass
+
+
+def train_into(folder: Path, cache_path: str, variant: str, parallel: Parallel, stop: int | None = None) -> None:
+    cache = ActivationCache(cache_path)
+    sae = build_shard(variant, D_IN, D_SAE, 0, parallel, k=K)
+    generator = fit(sae, cache, CONFIG, folder, resume=True, checkpoint_steps=5, parallel=parallel)
+    for metrics in generator:
+        if metrics.step == stop:
+            generator.close()
+
+
+def worker(rank: int, world: int, port: int, folder: str, cache_path: str) -> None:
+    """All that four processes are asked, in one start of them."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    root, mutual_choice.REFIT = Path(folder), REFIT
+    for variant, dict_ranks in [*CASES, WITHIN_DATA_RANKS]:
+        # Four processes may all have to compile the CPU kernels first, on few cores.
+        parallel = start_world(dict_ranks, timeout_s=300)
+        train_into(root / f"{variant}-{dict_ranks}", cache_path, variant, parallel)
+        (root / f"traffic-{variant}-{dict_ranks}-{rank}.json").write_text(json.dumps(parallel.traffic))
+    parallel = start_world(4)
+    train_into(root / "topk-four-then-one", cache_path, "topk", parallel, stop=7)
+    for variant in RESUMED:
+        train_into(root / f"{variant}-one-then-four", cache_path, variant, parallel)
+    tune_into(root / "tuned-4", cache_path, parallel)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.rand(900, 32, generator=generator) * (torch.rand(900, 32, generator=generator) < 0.1)
+    acts = 5 * codes @ torch.randn(32, D_IN, generator=generator) + 3
+    return ActivationCache.from_tensors(tmp_path_factory.mktemp("distributed") / "cache", acts, held_out=0.1)
+
+
+@pytest.fixture(scope="module")
+def runs(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders that four processes and one have written."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mutual_choice, "REFIT", REFIT)
+        for variant in {variant for variant, _ in CASES}:
+            train_into(root / f"{variant}-single", cache.path, variant, SINGLE)
+        for variant, step in RESUMED.items():
+            train_into(root / f"{variant}-one-then-four", cache.path, variant, SINGLE, stop=step)
+    tune_into(root / "tuned-single", cache.path, SINGLE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        # A test of the app in the same process leaves the app as __main__, which spawned processes would run again.
+        patch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+        mp.spawn(worker, (4, port, str(root), cache.path), nprocs=4)
+    train_into(root / "topk-four-then-one", cache.path, "topk", SINGLE)
+    return root
+
+
+def compare(left: Path, right: Path, tipped: int = 0) -> None:
+    """Equal up to the order of float32 sums.
+
+    Adam divides a gradient by its own size, so that where it is as small as its rounding error a weight may move
+    the other way: by at most twice the learning rate a step, and only at few places: 1 % of the weights, and as many
+    latents as are said to be ``tipped``.
+    """
+    a, b = load_file(left / "sae_weights.safetensors"), load_file(right / "sae_weights.safetensors")
+    assert set(a) == set(b)
+    for name in a:
+        error = (a[name] - b[name]).abs()
+        usual = error if error.ndim != 1 else error.sort().values[: error.numel() - tipped]
+        assert usual.quantile(0.99) < 2e-5, f"{name}: {usual.quantile(0.99)}"
+        assert error.max() < 2 * CONFIG.lr, f"{name}: {error.max()}"
+    for one, two in zip(*((p / "metrics.jsonl").read_text().splitlines() for p in (left, right)), strict=True):
+        one, two = json.loads(one), json.loads(two)
+        assert one.keys() == two.keys()
+        assert one["dead"] == pytest.approx(two["dead"], abs=1)
+        assert all(one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-6) for name in one if name != "dead")
+    assert (left / "run.json").read_text() == (right / "run.json").read_text()
+    assert (left / "cfg.json").read_text() == (right / "cfg.json").read_text()
+
+
+@pytest.mark.parametrize(("variant", "dict_ranks"), CASES)
+def test_four_processes_train_the_sae_of_one(runs: Path, variant: str, dict_ranks: int) -> None:
+    compare(runs / f"{variant}-{dict_ranks}", runs / f"{variant}-single", TIPPED.get(variant, 0))
+    rows = [json.loads(line) for line in (runs / f"{variant}-single" / "metrics.jsonl").read_text().splitlines()]
+    assert any("auxk" in row and row["dead"] > 4 for row in rows), "the auxiliary loss was not put to the test"
+    assert any(row["grad_norm"] > CONFIG.grad_clip for row in rows)
+
+
+def test_a_batch_budget_is_spent_within_each_data_rank(runs: Path) -> None:
+    one, four = (
+        json.loads((runs / f"batch_topk-{n}" / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("single", 1)
+    )
+    assert four["l0"] == pytest.approx(K, rel=0.1) and four["fvu"] == pytest.approx(one["fvu"], rel=0.1)
+
+
+@pytest.mark.parametrize("folder", ["topk-four-then-one", *(f"{variant}-one-then-four" for variant in RESUMED)])
+def test_a_run_goes_on_with_another_number_of_processes(runs: Path, folder: str) -> None:
+    variant = folder.split("-")[0]
+    compare(runs / folder, runs / f"{variant}-single", TIPPED.get(variant, 0))
+    assert load_sae(runs / folder).d_sae == D_SAE
+
+
+def test_a_fine_tuning_is_split_like_a_training(runs: Path) -> None:
+    compare(runs / "tuned-4", runs / "tuned-single")
+
+
+def test_latents_choose_alike_in_shards_and_alone(runs: Path) -> None:
+    one, four = (load_file(runs / f"feature_choice-{n}" / EXTRA) for n in ("single", 4))
+    assert one.keys() == four.keys() and one["switched"] == four["switched"] == 12
+    assert one["zipf"][1] > 0, "no law was fitted"
+    for name in one:
+        # Where the order of a sum tips a choice, one count in a batch of 64 differs.
+        error = (one[name] - four[name]).double().abs()
+        assert error.quantile(0.99) <= 1e-4 * one[name].abs().max(), name
+
+
+@pytest.mark.parametrize(("variant", "dict_ranks"), CASES[:4])
+def test_traffic_is_what_the_formula_says(runs: Path, cache: ActivationCache, variant: str, dict_ranks: int) -> None:
+    sent = json.loads((runs / f"traffic-{variant}-{dict_ranks}-0.json").read_text())
+    steps = n_steps(cache, CONFIG)
+    expected = traffic_per_step(64, D_IN, D_SAE, K, data_size=4 // dict_ranks, dict_size=dict_ranks)
+    assert sent.get("gradients", 0) == pytest.approx(steps * expected["gradients"], abs=4 * steps)
+    assert sent.get("bias", 0) == pytest.approx(steps * expected["bias"], abs=steps)
+    # AuxK exchanges its own candidates and a second reconstruction while latents are dead.
+    rows = [json.loads(line) for line in (runs / f"{variant}-single" / "metrics.jsonl").read_text().splitlines()]
+    aux = sum("auxk" in row for row in rows)
+    assert sent.get("reconstruction", 0) == pytest.approx((steps + aux) * expected["reconstruction"], abs=steps)
+    assert sent.get("candidates", 0) >= steps * expected["candidates"]
+    # A budget per batch is sent with the number of candidates of each token.
+    counts = steps * (dict_ranks - 1) * 64 * 4 if variant == "batch_topk" else 0
+    assert sent.get("candidates", 0) <= (steps + aux * CONFIG.k_aux / K) * expected["candidates"] + counts + steps
+
+
+def test_a_shard_starts_as_its_part_of_the_whole() -> None:
+    torch.manual_seed(5)
+    for d_in, d_sae in ((24, 64), (1000, 1200), (1001, 1100)):  # the last two need several blocks
+        whole = build_shard("topk", d_in, d_sae, 5, SINGLE, k=3)
+        for rank in range(4):
+            parallel = Parallel(dict_size=4, dict_rank=rank)
+            shard = build_shard("topk", d_in, d_sae, 5, parallel, k=3)
+            assert torch.equal(shard.W_dec, whole.W_dec[parallel.latents(d_sae)])
+            assert torch.equal(shard.W_enc, whole.W_enc[:, parallel.latents(d_sae)])
+
+
+def test_slices_of_a_file(tmp_path: Path) -> None:
+    whole = {
+        "W_enc": torch.randn(3, 8),
+        "optimizer.W_dec.exp_avg": torch.randn(8, 3),
+        "optimizer.W_dec.step": torch.ones(()),
+    }
+    save_file(whole, tmp_path / "file")
+    part = read_slices(tmp_path / "file", Parallel(dict_size=4, dict_rank=2))
+    assert torch.equal(part["W_enc"], whole["W_enc"][:, 4:6])
+    assert torch.equal(part["optimizer.W_dec.exp_avg"], whole["optimizer.W_dec.exp_avg"][4:6])
+    assert part["optimizer.W_dec.step"] == 1
+    assert [split_dim(name, n) for name, n in [("b_dec", 1), ("ema.b_enc", 1), ("optimizer.b_enc.step", 0)]] == [
+        None,
+        0,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variant", "d_sae", "config", "message"),
+    [
+        ("matryoshka", 128, {"k": 3}, "matryoshka cannot be split over dictionary ranks"),
+        ("relu", 64, {}, "relu cannot be split"),
+        ("topk", 64, {"k": 3, "match_norm": True}, "topk with match_norm=True cannot be split"),
+        ("topk", 62, {"k": 3}, "d_sae=62 does not divide over 4 dictionary ranks"),
+        ("topk", 64, {"k": 17}, "k=17 exceeds the 16 latents of a rank"),
+    ],
+)
+def test_impossible_splits_are_refused(variant: str, d_sae: int, config: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_shard(variant, D_IN, d_sae, 0, Parallel(dict_size=4), **config)
+
+
+def torchrun(*args: str, processes: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "-m", "saelab", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_a_rank_that_dies_ends_the_others_and_the_run_resumes(cache: ActivationCache, tmp_path: Path) -> None:
+    options = ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--epochs", "6", "--checkpoint-steps", "10"]
+    args = ["train", cache.path, "--out", str(tmp_path / "run"), "--dict-ranks", "2", "--resume", *options]
+    process = torchrun(*args)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") > 25) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    started = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - started < 60
+    assert "SIGKILL" in output and "rank" in output, output
+    done = int(latest_step(tmp_path / "run").name.removeprefix("step_"))
+    assert done >= 20
+    with held(tmp_path / "run"):
+        other = torchrun(*args)
+        output, _ = other.communicate(timeout=120)
+    # The main process says so once; the other one ends with it, without waiting for its time limit.
+    assert other.returncode != 0 and output.count("error: another process is writing") == 1, output
+    assert output.count("Traceback") == 1, output  # torchrun's own
+    output, _ = torchrun(*args, "--json").communicate(timeout=120)
+    result = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
+    assert result["step"] == 6 * (810 // 32) and result["fvu"] < 0.5
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, result["step"] + 1))
+    assert load_sae(tmp_path / "run").d_sae == D_SAE
+
+
+def test_the_benchmark_counts_what_the_formula_says(tmp_path: Path) -> None:
+    options = bench.Options(d_in=32, d_sae=64, k=4, batch_size=64, steps=2, processes=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # see runs()
+        results = bench.measure(options, tmp_path)
+    assert [result["dict_ranks"] for result in results] == [1, 2]
+    for result in results:
+        for purpose, formula in result["formula"].items():
+            assert result["counted"].get(purpose, 0) == pytest.approx(formula, abs=4), purpose
+        # The interface also carries headers, and whatever else runs on the machine.
+        assert result["wire"] > sum(result["formula"].values())
+    assert bench.table(results, 2).row_count > len(results)
+
+
+@pytest.mark.slow
+def test_torchrun_harvests_the_files_of_one_process(tmp_path: Path) -> None:
+    tiny_lm.save_llama(tmp_path / "llama")
+    texts = [json.dumps({"text": tiny_lm.sentences(200, seed)}) + "\n" for seed in range(3)]
+    (tmp_path / "text.jsonl").write_text("".join(texts))
+    source = ["--model", str(tmp_path / "llama"), "--text", str(tmp_path / "text.jsonl"), "--device", "cpu"]
+    size = ["--tokens", "600", "--context-length", "16", "--pass-tokens", "32", "--shard-bytes", "8192"]
+    hooks = ["--hook", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post", "--gradients"]
+    command = ["harvest", *source, *size, *hooks]
+    many = torchrun(*command, "--out", str(tmp_path / "many"))
+    main([*command, "--out", str(tmp_path / "one")])
+    output, _ = many.communicate(timeout=120)
+    assert many.returncode == 0, output
+    assert output.count("saved to") == 2, output  # a line a hook, by the main process alone
+    files = [
+        {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        for folder in (tmp_path / "many", tmp_path / "one")
+    ]
+    assert sum("shard" in name for name in files[0]) > 4
+    assert files[0] == files[1]

@@ -1,0 +1,54 @@
+"""The notebooks run from top to bottom on a small setting, and are committed without outputs."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+LIMIT = 90  # seconds for a notebook
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all notebooks, so that the cache is harvested once."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
+def test_there_are_nine() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"0{i}" for i in range(1, 10)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_stripped_and_prose_stands_beside_code(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    kinds = [cell.cell_type for cell in notebook.cells]
+    assert kinds[0] == "markdown" and notebook.cells[0].source.startswith("# ")
+    assert kinds.count("markdown") >= kinds.count("code") / 2
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+            assert len(cell.source.splitlines()) <= 22, "logic belongs in the library"
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs(path: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {"SAELAB_NOTEBOOK_QUICK": "1", "SAELAB_NOTEBOOK_FOLDER": str(work), "OMP_NUM_THREADS": "2"}
+    root = str(FOLDER.parent)
+    for name, value in (quick | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}).items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(path, as_version=4)
+    end = time.monotonic() + LIMIT
+    # Each cell may take what the ones before it have left.
+    options = {"timeout_func": lambda cell: max(1, int(end - time.monotonic()))}
+    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}, **options).execute()
+    assert time.monotonic() < end

@@ -1,0 +1,269 @@
+"""Automatic interpretation against a local server that answers like a chat model would."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import torch
+
+from saelab import SAE, ActivationCache, SparseCode, UserError
+from saelab.cli import main
+from saelab.features import Example, FeatureIndex, IndexConfig, build_index
+from saelab.features.explanations import ChatClient, InterpretConfig, detection, fuzzing, interpret, interpret_all, load
+from saelab.features.explanations.prompts import active_places, marked
+from saelab.features.explanations.scores import JudgeScore, parse
+
+CONTEXT = 16
+
+
+class FakeServer:
+    """Explains everything as "the word w3"; judges by looking for it, between marks where there are any."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.failures: list[int] = []  # status codes to answer first
+        self.answer: str | None = None  # overrides everything
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.requests.append(body)
+                fake.headers.append(dict(self.headers))
+                status = fake.failures.pop(0) if fake.failures else 200
+                content = json.dumps({"choices": [{"message": {"content": fake.reply(body)}}], "path": self.path})
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(content.encode() if self.path == "/v1/chat/completions" else b"lost")
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def reply(self, body: dict[str, Any]) -> str:
+        if self.answer is not None:
+            return self.answer
+        system, user = (message["content"] for message in body["messages"])
+        if "Explanation:" in system:
+            return "Let me think.\n**Explanation:** the word w3"
+        texts = re.split(r"Excerpt \d+: ", user)[1:]
+        if "<<" in system:
+            texts = [" ".join(re.findall(r"<<(.*?)>>", text)) for text in texts]
+        verdicts = [int(re.search(r"w3(?!\d)", text) is not None) for text in texts]
+        return f"Sure! {verdicts}"
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    fake = FakeServer()
+    yield fake
+    fake.server.shutdown()
+    fake.server.server_close()
+    fake.thread.join()
+
+
+class Word(SAE):
+    variant = "word"
+
+    def __init__(self, code: torch.Tensor) -> None:
+        super().__init__(4, code.shape[1])
+        self.code = code
+
+    def encode(self, x: torch.Tensor, grads: torch.Tensor | None = None) -> SparseCode:
+        return SparseCode.from_dense(self.code[x[:, 0].long()])
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> FeatureIndex:
+    # Fixtures of a module are made before the seed of a test is set: without their own they depend on earlier tests.
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("interp")
+    n = 200 * CONTEXT
+    tokens = torch.randint(4, 100, (n,))
+    tokens[::50] = 3
+    code = torch.zeros(n, 3)
+    code[:, 0] = (tokens == 3).float() * (1 + torch.rand(n))
+    code[:, 1] = (torch.rand(n) < 0.02).float()  # not the word
+    acts = torch.zeros(n, 4)
+    acts[:, 0] = torch.arange(n)
+    cache = ActivationCache.from_tensors(folder / "cache", acts, tokens, context_length=CONTEXT)
+    config = IndexConfig(silent=20)
+    return build_index(Word(code), cache, folder / "run", token_strings=[f" w{i}" for i in range(100)], config=config)
+
+
+def client(server: FakeServer, **options: Any) -> ChatClient:
+    return ChatClient(server.url, "fake-1", wait=0.0, **options)
+
+
+def test_a_right_explanation_scores_full_marks(index: FeatureIndex, server: FakeServer) -> None:
+    found = interpret(index, 0, 1, client(server))
+    assert found.text == "the word w3"
+    for score in (found.detection, found.fuzzing):
+        assert score.true_positives > 5 and score.true_negatives > 5
+        assert score.accuracy == score.f1 == score.balanced_accuracy == 1.0
+        assert score.unanswered == 0
+        assert score.guess_nothing == pytest.approx(score.true_negatives / score.answered)
+    assert {request["model"] for request in server.requests} == {"fake-1"}
+
+
+def test_a_wrong_explanation_scores_no_better_than_guessing(index: FeatureIndex, server: FakeServer) -> None:
+    found = interpret(index, 1, 1, client(server))
+    assert found.detection.recall < 0.5
+    assert found.fuzzing.true_positives == 0
+    assert found.detection.balanced_accuracy < 0.75
+
+
+def test_the_judge_never_sees_what_the_explainer_saw(index: FeatureIndex, server: FakeServer) -> None:
+    interpret(index, 0, 1, client(server), config=InterpretConfig(shown=3, explain_examples=6))
+    explained, *judged = (request["messages"][1]["content"] for request in server.requests)
+    shown = [re.sub("<<|>>|\nStrengths.*|\n", "", text) for text in re.split(r"Excerpt \d+: ", explained)[1:]]
+    assert len(shown) == 6
+    for text in judged:
+        excerpts = re.split(r"Excerpt \d+: ", text)[1:]
+        assert 1 <= len(excerpts) <= 3
+        for excerpt in excerpts:
+            assert re.sub("<<|>>|\n", "", excerpt) not in shown
+
+
+def test_results_are_kept_beside_the_index(index: FeatureIndex, server: FakeServer) -> None:
+    ticks: list[int] = []
+    done, skipped = interpret_all(index, [(0, 1), (2, 1), (1, 1)], client(server), progress=ticks.append)
+    assert [e.latent for e in done] == [0, 1] and skipped == ["latent 2 (+1) never fires"] and ticks == [1, 2, 3]
+    saved = load(index.run_folder)
+    assert saved[0, 1]["text"] == "the word w3" and saved[0, 1]["detection"]["accuracy"] == 1.0
+    assert not (index.folder / "explanations.json").exists()
+    json.dumps(saved[1, 1], allow_nan=False)
+    (index.run_folder / "explanations.json").write_text("[{}]")
+    with pytest.raises(UserError, match="damaged"):
+        load(index.run_folder)
+    (index.run_folder / "explanations.json").unlink()
+    with pytest.raises(UserError, match="too rarely"):
+        interpret(index, 2, 1, client(server))
+
+
+def test_settings_that_show_nothing_are_refused() -> None:
+    for wrong in ({"shown": 0}, {"score_examples": 0}, {"explain_examples": -1}):
+        with pytest.raises(UserError, match="must be at least 1"):
+            InterpretConfig(**wrong)
+    with pytest.raises(UserError, match="share of the largest activation"):
+        InterpretConfig(threshold=1.0)
+
+
+def test_unreadable_answers_are_counted_not_guessed(index: FeatureIndex, server: FakeServer) -> None:
+    server.answer = "I cannot tell."
+    firing, silent = index.examples(0, kind="random"), index.examples(0, kind="silent")[:7]
+    score = detection(client(server), "x", firing, silent, 5, 0)
+    assert score.answered == 0 and score.unanswered == len(firing) + 7
+    assert score.row()["accuracy"] is None
+
+
+def test_always_answering_nothing_reaches_the_base_rate(index: FeatureIndex, server: FakeServer) -> None:
+    server.answer = "[0, 0, 0, 0, 0]"
+    firing, silent = index.examples(0, kind="random")[:5], index.examples(0, kind="silent")[:15]
+    for score in (
+        detection(client(server), "x", firing, silent, 5, 0),
+        fuzzing(client(server), "x", firing, silent, 5, 0),
+    ):
+        assert score.accuracy == score.guess_nothing == 0.75
+        assert score.balanced_accuracy == 0.5
+        assert score.guess_everything_f1 == pytest.approx(2 * 0.25 / 1.25)
+
+
+def test_a_busy_server_is_asked_again(server: FakeServer) -> None:
+    server.answer, server.failures = "hello", [503, 429]
+    key = {"api_key": "k"}
+    assert client(server, **key).ask([{"role": "user", "content": "hi"}]) == "hello"
+    assert len(server.requests) == 3
+    assert server.headers[0]["Authorization"] == "Bearer k"
+    server.failures = [503] * 9
+    with pytest.raises(UserError, match="503"):
+        client(server, retries=1).ask([])
+    server.failures = [401]
+    with pytest.raises(UserError, match="401"):
+        client(server).ask([])
+    assert len(server.requests) == 6  # a refusal is not retried
+
+
+def test_unreachable_and_odd_endpoints_are_named(server: FakeServer) -> None:
+    with pytest.raises(UserError, match="is the server running"):
+        ChatClient("http://127.0.0.1:9", "m", retries=0, wait=0.0).ask([])
+    server.answer = "x"
+    with pytest.raises(UserError, match="not a chat completion"):
+        ChatClient(server.url + "/other", "m", wait=0.0).ask([])
+    with pytest.raises(UserError, match="not an http"):
+        ChatClient("file:///etc/passwd", "m")
+
+
+def example(activations: list[float], pole: int = 1) -> Example:
+    strings = list("abcdef")[: len(activations)]
+    return Example(0, pole, "top", 0, 0, 0, 1.0, list(range(len(strings))), strings, activations, 0)
+
+
+def test_marks_enclose_runs_of_active_tokens() -> None:
+    window = example([0.0, 2.0, 1.0, 0.0, 0.5])
+    assert marked(window, active_places(window)) == "a<<bc>>d<<e>>"
+    assert marked(window, active_places(window, 0.3)) == "a<<bc>>de"
+    assert active_places(example([-3.0, 2.0, -1.0], pole=-1)) == [0, 2]
+    assert active_places(example([0.0, 0.0])) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("[1, 0, 1]", [True, False, True]),
+        ("First [1,1] then [0, 0, 1].", [False, False, True]),
+        ("[1, 0]", None),
+        ("[1, 0, 2]", None),
+        ('["1", 0, 1]', None),
+        ("no list", None),
+    ],
+)
+def test_answers_are_read_strictly(answer: str, expected: list[bool] | None) -> None:
+    assert parse(answer, 3) == expected
+
+
+def test_rates_follow_their_formulas() -> None:
+    score = JudgeScore(6, 2, 8, 4, 1)
+    assert score.precision == 6 / 8 and score.recall == 6 / 10 and score.specificity == 8 / 10
+    assert score.accuracy == 14 / 20 and score.balanced_accuracy == pytest.approx(0.7)
+    assert score.f1 == pytest.approx(2 * 0.75 * 0.6 / 1.35) and score.guess_nothing == 0.5
+
+
+def test_explain_command_prints_saves_and_goes_on(
+    index: FeatureIndex, server: FakeServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    command = ["explain", str(index.run_folder), "--endpoint", server.url, "--model", "fake-1"]
+    try:
+        main([*command, "--count", "1", "--key-variable", "MY_KEY", "--judge", "fake-2", "--json"])
+        (row,) = json.loads(capsys.readouterr().out)
+        assert (row["latent"], row["text"], row["detection"]["accuracy"]) == (0, "the word w3", 1.0)
+        assert row["detection"]["guess_nothing"] == pytest.approx(0.5, abs=0.2)
+        assert [request["model"] for request in server.requests].count("fake-1") == 1
+        assert {request["model"] for request in server.requests} == {"fake-1", "fake-2"}
+        assert {header["Authorization"] for header in server.headers} == {"Bearer secret"}
+        # Latents without an explanation come next; one that never fires is skipped, and said so.
+        main([*command, "--count", "5"])
+        printed = capsys.readouterr()
+        assert re.search(r"^ +1\+  the word w3$", printed.out, re.MULTILINE) and "saying no" in printed.out
+        assert sorted(load(index.run_folder)) == [(0, 1), (1, 1)]
+        main([*command, "--latents", "2"])
+        assert "latent 2 (+1) never fires" in capsys.readouterr().err.replace("\n", " ")
+        for wrong in (["--latents", "99"], ["--latents", "0", "--endpoint", "http://127.0.0.1:1/v1"]):
+            with pytest.raises(SystemExit) as left:
+                main([*command, *wrong])
+            error = capsys.readouterr().err
+            assert left.value.code == 2 and "Traceback" not in error and ("99" in error or "127.0.0.1:1" in error)
+    finally:
+        (index.run_folder / "explanations.json").unlink(missing_ok=True)

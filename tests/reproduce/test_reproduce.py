@@ -1,0 +1,326 @@
+"""The ledger's arithmetic, the benchmark's pieces, and every paper's rows at toy size."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from saelab.cli import main
+from saelab.data.cache import ActivationCache
+from saelab.data.synthetic import Planted, Tree
+from saelab.errors import UserError
+from saelab.evaluation import Site, edited
+from saelab.reproduce import (
+    PAPERS,
+    Lab,
+    Ledger,
+    Row,
+    Scale,
+    about,
+    abs_topk,
+    absorption,
+    changed,
+    choice,
+    g_sae,
+    mp_sae,
+    reproduce,
+)
+from saelab.reproduce.lab import Record, Spec, at_equal_l0, table
+from saelab.reproduce.ledger import above, below, paired, summary
+from saelab.reproduce.planted_worlds import Readout
+from saelab.reproduce.results import claims, curves, markdown, read
+from saelab.reproduce.toys import PURSUIT_STEPS, RESIDUAL_STOP, STEPS, Toys, clip_each, fit, schedule
+from saelab.reproduce.tree import TreeScore, run_toys, score
+from saelab.sae import build
+
+D, VOCAB, T = 16, 30, 24
+
+
+def test_verdicts_follow_the_interval():
+    assert below(summary([-1.0, -1.1, -0.9])) == "reproduced"
+    assert below(summary([-1.0, 0.5, -0.9])) == "not reproduced"
+    assert above(summary([1.0, 1.1, 0.9])) == "reproduced"
+    assert above(summary([0.1, -0.1, 0.1])) == "not reproduced"
+    assert paired([3.0, 5.0, 7.0], [1.0, 2.0, 3.0])["values"] == [2, 3, 4]
+
+
+def _record(label, seed, l0, fvu):
+    return Record(Spec(label, "topk", 8, {"k": l0}, seed), {"l0": l0, "fvu": fvu})
+
+
+def test_curves_are_compared_at_equal_l0():
+    """Curve b is curve a plus 0.1, measured at other L0s: only interpolation sees it."""
+    records = []
+    for seed in range(3):
+        for l0 in (8, 16, 32, 64):
+            records.append(_record("a", seed, l0, 1 - 0.1 * np.log(l0)))
+        for l0 in (11, 23, 47):
+            records.append(_record("b", seed, l0, 1.1 - 0.1 * np.log(l0) + 0.001 * seed))
+    gap = at_equal_l0(records, "a", "b", "fvu")
+    assert gap["mean"] == pytest.approx(-0.101)
+    assert gap["l0_range"] == [pytest.approx(11), pytest.approx(47)]
+    single = at_equal_l0(
+        [_record(x, s, l0, f) for s in range(2) for x, l0, f in (("a", 8, 0.5), ("b", 9, 0.4))], "a", "b", "fvu"
+    )
+    assert (single["mean"], single["l0_gap"]) == (pytest.approx(0.1), pytest.approx(1))
+
+
+def test_schedule_is_the_published_one():
+    assert schedule(0, STEPS) == pytest.approx(0.01)
+    assert schedule(99, STEPS) == schedule(11_999, STEPS) == 1
+    assert schedule(13_500, STEPS) == pytest.approx(0.55)
+    assert schedule(STEPS, STEPS) == pytest.approx(0.1)
+
+
+def test_toy_replicas_are_independent():
+    """A replica trains alike alone and beside another, gradient clipping included."""
+    trees = [Tree(0.0, seed=s) for s in (0, 1)]
+
+    def sampler(which):
+        generators = [torch.Generator().manual_seed(i) for i in which]
+        return lambda n: torch.stack([trees[i].sample(n, g)[0] for i, g in zip(which, generators)])
+
+    together, alone = Toys("vanilla", 2), Toys("vanilla", 1)
+    with torch.no_grad():
+        for a, b in zip(alone.parameters(), together.parameters()):
+            a.copy_(b[1:])
+    fit(together, sampler([0, 1]), 60)
+    fit(alone, sampler([1]), 60)
+    # Adam divides by small roots: float32 rounding of another batch shape grows over 60 steps
+    torch.testing.assert_close(alone.W_dec[0], together.W_dec[1], atol=1e-3, rtol=1e-3)
+
+
+def test_gradients_are_clipped_per_replica():
+    p = nn.Parameter(torch.zeros(2, 3))
+    p.grad = torch.tensor([[3.0, 4.0, 0.0], [0.1, 0.0, 0.0]])
+    clip_each([p])
+    torch.testing.assert_close(p.grad.norm(dim=1), torch.tensor([1.0, 0.1]), atol=1e-5, rtol=1e-5)
+
+
+def test_batch_topk_toy_keeps_the_published_number():
+    toys = Toys("batch_topk", 2)
+    x = torch.randn(2, 200, 20)
+    for step, k in ((0, 3), (14_000, 1.36)):
+        _, z = toys.loss(x, step, STEPS)
+        assert (z != 0).sum((1, 2)).tolist() == [int(k * 200) + 1] * 2
+
+
+def test_pursuit_toy_is_the_matching_pursuit_of_the_library():
+    """Same dictionaries, same samples: the same codes, and the same gradient through the chain of residuals."""
+    toys = Toys("pursuit", 2)
+    with torch.no_grad():
+        toys.W_dec.mul_(torch.rand(2, 20, 1) + 0.5)  # free norms
+    x = torch.stack([Tree(0.6, seed=s).sample(300, torch.Generator().manual_seed(s))[0] for s in (0, 1)])
+    loss, z = toys.loss(x, 0, 1)
+    loss.sum().backward()
+    assert toys.W_dec.grad is not None
+    for i in (0, 1):
+        sae = build("matching_pursuit", d_in=20, d_sae=20, n_steps=PURSUIT_STEPS, residual_stop=RESIDUAL_STOP,
+                    stop_on_repeat=True, norm="free", revive_weight=0.0, use_b_dec=False)  # fmt: skip
+        with torch.no_grad():
+            sae.W_dec.copy_(toys.W_dec[i])
+        code = sae.encode(x[i])
+        ((x[i] - sae.decode(code)).square().sum() / 300).backward()
+        # float32, up to eight steps of a chain; an atom chosen twice ends a sample in both
+        torch.testing.assert_close(z[i], code.dense(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(toys.W_dec.grad[i], sae.W_dec.grad, atol=1e-5, rtol=1e-4)
+    assert (z != 0).sum(2).max() > 2
+
+
+def test_the_true_dictionary_scores_perfectly_and_pursuit_codes_it():
+    tree = Tree(0.3)
+    toys = Toys("pursuit", 1)
+    with torch.no_grad():
+        toys.W_dec.copy_(tree.directions[None])
+    x, acts = tree.sample(2000, torch.Generator().manual_seed(1))
+    z = toys.codes(x[None])
+    got = score(toys.W_dec[0], (z @ toys.W_dec)[0].detach(), float((z != 0).sum(2).double().mean()), x, tree)
+    assert got.mean_cosine == pytest.approx(1, abs=1e-6)
+    assert got.fvu < 1e-3
+    assert got.l0 == pytest.approx(float((acts != 0).sum(1).double().mean()), abs=0.05)
+
+
+@pytest.mark.slow
+def test_pursuit_recovers_the_tree_and_vanilla_absorbs():
+    """The two synthetic claims of the paper that a short run already shows."""
+    found = run_toys("pursuit", [Tree(0.0, seed=0)], [0], 700)[0]
+    assert found.mean_cosine > 0.95
+    assert abs(found.absorption) < 0.05
+    vanilla = run_toys("vanilla", [Tree(0.0, seed=0)], [0], 1500)[0]
+    assert vanilla.absorption > 0.3
+
+
+def test_readout_gradients_match_autograd():
+    readout = Readout(Planted(12, 8, l0=2, zipf=0.0), torch.arange(4))
+    x = torch.randn(5, 12, requires_grad=True)
+    labels = readout.labels(x.detach(), 0)
+    nn.functional.cross_entropy(x @ readout.W_U, labels, reduction="sum").backward()
+    torch.testing.assert_close(readout.grads(x.detach(), labels), x.grad)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Linear(D, D)
+
+    def forward(self, h):
+        return h + torch.tanh(self.mlp(h.cumsum(1) / torch.arange(1, h.shape[1] + 1)[:, None]))
+
+
+class ToyLM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(VOCAB, D), nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(D, VOCAB, bias=False)
+
+    def forward(self, input_ids, use_cache=False):
+        h = self.embed(input_ids)
+        for layer in self.layers:
+            h = layer(h)
+        return SimpleNamespace(logits=3 * self.head(h))
+
+
+@pytest.fixture
+def lab(tmp_path):
+    model = ToyLM().eval()
+    tokens = torch.zeros(160, 1, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(T - 1):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1].softmax(-1).multinomial(1)], 1)
+    seen = []
+
+    def keep(h):
+        seen.append(h.detach().requires_grad_())
+        return seen[0]
+
+    with edited(Site(model.layers[0]), keep):
+        logits = model(tokens).logits[:, :-1]
+    nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    documents = (torch.arange(160) // 40)[:, None].expand(160, T).contiguous()
+    cache = ActivationCache.from_tensors(
+        tmp_path / "cache", seen[0].detach(), tokens, grads=seen[0].grad, documents=documents, held_out=0.2,
+        model="toy", hook_name="blocks.0.hook_resid_post", hf_hook_name="layers.0",
+    )  # fmt: skip
+    scale = Scale(d_sae=32, ks=(3, 6), epochs=1, batch_size=128, lm_tokens=200, density_tokens=500, passage_tokens=8)
+    return Lab(cache, model, scale, tmp_path / "runs", decode=lambda ids: "in 1984" if ids[0] % 2 else "no")
+
+
+@pytest.mark.parametrize("module", [abs_topk, g_sae, choice, mp_sae])
+def test_rows_on_a_language_model(lab, module, monkeypatch):
+    """Every claim gets a row with finite numbers, and a second run trains nothing."""
+    rows = module.real(lab, (0, 1, 2))
+    assert {row.verdict for row in rows} <= {"reproduced", "not reproduced", "not testable here"}
+    content = [row.content() for row in rows]
+    json.dumps(content, allow_nan=False)
+    assert all(row.measured for row in rows if row.verdict != "not testable here")
+    monkeypatch.setattr("saelab.reproduce.lab.fit", lambda *a: pytest.fail("trained again"))
+    again = [row.content() for row in module.real(lab, (0, 1, 2))]
+    assert [r["verdict"] for r in again] == [r["verdict"] for r in content]
+
+
+def test_gradient_rows_need_gradients(lab, tmp_path):
+    cache = ActivationCache.from_tensors(tmp_path / "plain", torch.randn(300, D))
+    rows = g_sae.real(Lab(cache, lab.model, lab.scale, tmp_path), (0, 1, 2))
+    assert {row.verdict for row in rows} == {"not testable here"}
+    assert all("--gradients" in row.reason for row in rows)
+
+
+def test_ledger_file_says_where_its_numbers_come_from(tmp_path, monkeypatch):
+    fake = SimpleNamespace(
+        synthetic=lambda folder, seeds, quick: [Row("choice", "c", "s", {}, "reproduced", "r", True)]
+    )
+    monkeypatch.setattr("saelab.reproduce.importlib.import_module", lambda name: fake)
+    ledger = reproduce("choice", quick=True)
+    ledger.save(tmp_path / "x" / "choice.json")
+    content = json.loads((tmp_path / "x" / "choice.json").read_text())
+    assert content["command"] == "saelab reproduce choice --quick"
+    assert content["seeds"] == [0, 1, 2]
+    assert content["hardware"]["cores"] >= 1
+    assert content["rows"][0]["verdict"] == "reproduced"
+    with pytest.raises(UserError, match="three"):
+        reproduce("choice", (0,))
+    with pytest.raises(UserError, match="did you mean"):
+        reproduce("choise")
+
+
+def test_quick_fails_when_a_verdict_changes(monkeypatch, capsys):
+    def ledger(verdict):
+        return lambda name, seeds, **kwargs: Ledger(name, True, [0], [Row(name, "c", "s", {}, verdict, "r", True)])
+
+    monkeypatch.setattr("saelab.cli.commands.reproduce.reproduce", ledger("reproduced"))
+    main(["reproduce", "all", "--quick", "--json"])
+    assert [doc["paper"] for doc in json.loads(capsys.readouterr().out)] == list(PAPERS)
+    monkeypatch.setattr("saelab.cli.commands.reproduce.reproduce", ledger("not reproduced"))
+    with pytest.raises(SystemExit) as error:
+        main(["reproduce", "choice", "--quick"])
+    assert error.value.code == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["choise"], "did you mean choice"),
+        (["choice", "--seeds", "2"], "2 seeds give no interval"),
+        (["choice", "--ks", "0"], "ks=0 must be at least 1"),
+    ],
+)
+def test_a_mistake_is_named_before_the_cache_is_opened(wrong, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["reproduce", *wrong, "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_saved_ledgers_become_a_table_and_curves(tmp_path):
+    records = [_record("a", seed, l0, 1 / l0 + 0.01 * seed) for seed in range(3) for l0 in (8, 16)]
+    measured = {"fvu_difference": {"topk": summary([-0.1, -0.2, -0.3])}, "table": table(records, ("l0", "fvu"))}
+    rows = [
+        Row("choice", "lower FVU", "s", measured, "reproduced", "r"),
+        Row("choice", "exact", "s", {"median_cosine": 0.995, "fvu": summary([0.1, 0.2])}, "reproduced", "r", True,
+            shows="median_cosine"),
+        Row("choice", "steering", "s", {}, "not testable here", "needs a judge"),
+    ]  # fmt: skip
+    Ledger("choice", False, [0, 1, 2], rows).save(tmp_path / "choice.json")
+    ledgers = read(tmp_path)
+    found = claims(ledgers)
+    assert [row["activations"] for row in found] == ["real", "planted", "real"]
+    assert found[0]["measured"] == "fvu difference topk -0.2 (-0.448 to +0.0484)"
+    assert [row["measured"] for row in found[1:]] == ["median cosine 0.995", ""]
+    assert markdown(ledgers).count("\n") == 5
+    curve = curves(ledgers[0], "fvu")["a"]
+    assert [(l0, round(value, 4)) for l0, value, _ in curve] == [(8, 0.135), (16, 0.0725)]
+    assert "sd over seeds 0.0100" in curve[0][2]
+    with pytest.raises(UserError, match="holds no ledger"):
+        read(tmp_path / "none")
+
+
+def test_a_ledger_names_the_options_that_repeat_it(lab):
+    assert changed(Scale(ks=(3, 6), epochs=2)) == " --ks 3 6 --epochs 2"
+    assert changed(Scale()) == ""
+    assert about(lab.cache)["fingerprint"] == lab.cache.fingerprint
+    assert about(lab.cache)["held_out_rows"] == lab.cache.n_split("held_out")
+
+
+def test_the_absorption_table_puts_every_score_in_its_place(monkeypatch):
+    """Scores that say which tree they come from: 100 mean + sd, and the seed as the share of children found."""
+
+    def scores(kind, trees, seeds, steps):
+        sizes = [100 * t.magnitudes.child_mean + t.magnitudes.child_sd for t in trees]
+        return [TreeScore(1.0, a, float(s), 0.0, 0.0, 0.0, 1.0) for a, s in zip(sizes, seeds)]
+
+    monkeypatch.setattr(absorption, "run_toys", scores)
+    rows = absorption.absorption([3, 5], 10, quick=False)
+    sd = sum(absorption.SDS) / 3
+    assert [row.measured["absorption"]["pursuit"]["values"] for row in rows] == [
+        pytest.approx([100 * mean + sd] * 2) for mean in (1.0, 1.0, 0.5, 0.1)
+    ]
+    assert rows[3].measured["children_recovered"]["vanilla"]["values"] == [3, 5]
+    assert [len(by_sd) for by_sd in rows[0].measured["by_sd"]["matryoshka"]] == [2, 2, 2]
+    assert all(row.verdict == "not reproduced" for row in rows)
+    quick = absorption.absorption([3, 5], 10, quick=True)
+    assert len(quick) == 1 and quick[0].measured["absorption"]["pursuit"]["values"] == pytest.approx([100.25] * 2)

@@ -1,0 +1,225 @@
+"""The training loop: schedules, statistics, averages, refusals, and whether it finds a planted dictionary."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
+from saelab.sae import build
+from saelab.training import Diverged, TrainConfig, check, n_steps, start, train
+from saelab.training.schedule import learning_rate, set_warmups
+
+D_IN, D_SAE = 16, 32
+
+
+def planted(n: int, d_in: int = D_IN, d_sae: int = D_SAE, density: float = 0.06, seed: int = 0):
+    """Activations that are sparse non-negative combinations of unit directions; returns them and the directions."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+    active = torch.rand(n, d_sae, generator=generator) < density
+    values = (1 + torch.rand(n, d_sae, generator=generator)) * active
+    return 9 * values @ directions + torch.arange(d_in), directions
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    acts, _ = planted(1100)
+    return ActivationCache.from_tensors(tmp_path_factory.mktemp("train") / "cache", acts)
+
+
+def sae_of(variant: str = "topk", seed: int = 0, **config):
+    torch.manual_seed(seed)
+    return build(variant, d_in=D_IN, d_sae=D_SAE, **({"k": 3} | config))
+
+
+CONFIG = TrainConfig(epochs=2, batch_size=64, lr=3e-3, dead_after=128)
+
+
+def test_it_finds_a_planted_dictionary(tmp_path: Path) -> None:
+    acts, directions = planted(8_000, d_in=24, d_sae=32, density=0.05)
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts)
+    sae = build("topk", d_in=24, d_sae=48, k=3)
+    metrics = list(train(sae, cache, TrainConfig(epochs=8, batch_size=256, lr=8e-3)))
+    assert metrics[-1].fvu < 0.1 < metrics[0].fvu
+    assert metrics[-1].step == n_steps(cache, TrainConfig(epochs=8, batch_size=256)) == 8 * (7_600 // 256)
+    best = (directions @ sae.W_dec.detach().T).max(dim=1).values
+    assert (best > 0.9).float().mean() > 0.9
+
+    # Outside the generator the SAE takes raw activations: its error there is the one it reported.
+    held_out = torch.cat([batch.acts for batch in cache.batches(100, split="held_out", seed=None)])
+    with torch.no_grad():
+        error = (held_out - sae(held_out)).square().sum(1).mean()
+    assert error / cache.manifest.variance < 0.15
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(48), atol=1e-6)
+    assert not sae.training
+
+
+def test_the_same_seed_gives_the_same_run(cache: ActivationCache) -> None:
+    def run(config: TrainConfig, noise: int):
+        sae = sae_of()
+        torch.manual_seed(noise)  # what the caller does with the global generator is no business of the run
+        return [m.row() for m in train(sae, cache, config)], sae.state_dict()
+
+    rows, weights = run(CONFIG, noise=1)
+    again_rows, again = run(CONFIG, noise=2)
+    assert rows == again_rows
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    other, _ = run(TrainConfig(epochs=2, batch_size=64, lr=3e-3, dead_after=128, data_seed=1), noise=1)
+    assert other != rows
+
+
+def test_randomness_inside_a_step_follows_seed_and_step_only(cache: ActivationCache) -> None:
+    def draws(seed: int) -> list[float]:
+        sae, seen = sae_of(), []
+        sae.extra_losses = lambda x, code, error: seen.append(torch.rand(()).item()) or {}
+        list(train(sae, cache, TrainConfig(epochs=1, batch_size=256, seed=seed)))
+        return seen
+
+    before = torch.get_rng_state()
+    first = draws(0)
+    torch.set_rng_state(before)
+    torch.rand(7)
+    assert draws(0) == first != draws(1)
+    assert len(set(first)) == len(first) == 4
+
+
+def test_dead_latents_are_counted_in_tokens_and_revived(cache: ActivationCache) -> None:
+    sae = sae_of()
+    config = CONFIG.resolved(sae, cache)
+    state = start(sae, cache, config)
+    with torch.no_grad():
+        sae.b_enc[:20] = -1e6
+    metrics = list(itertools.islice(train(sae, cache, config, state), 3))
+    assert [m.dead for m in metrics] == [0, 0, 20]  # dead after more than 128 tokens: at 192
+    assert "auxk" in metrics[2].terms and "auxk" not in metrics[1].terms
+    assert int((state.tokens_since_fired > 128).sum()) == 20
+    assert state.tokens_since_fired[:20].tolist() == [192] * 20
+
+
+def test_the_first_steps_match_a_plain_dense_implementation(cache: ActivationCache) -> None:
+    """Dense autograd in float64, Adam, norm constraint and clipping written out: same losses, same weights."""
+    sae = sae_of()
+    config = TrainConfig(epochs=1, batch_size=64, lr=1e-2, grad_clip=0.05, aux_weight=0.0).resolved(sae, cache)
+    state = start(sae, cache, config)
+    scale, variance = state.scale, cache.manifest.variance * state.scale**2
+    W_enc, W_dec = (w.detach().double().requires_grad_() for w in (sae.W_enc, sae.W_dec))
+    b_enc, b_dec = ((b.detach().double() * scale).requires_grad_() for b in (sae.b_enc, sae.b_dec))
+    parameters = [W_dec, b_dec, W_enc, b_enc]
+    adam = torch.optim.Adam(parameters, eps=6.25e-10)
+    total = n_steps(cache, config)
+    batches = [b.acts.double() * scale for b in itertools.islice(cache.batches(64, seed=0), 4)]
+    expected, norms = [], []
+    for step, x in enumerate(batches):
+        pre = (x - b_dec) @ W_enc + b_enc
+        kept = pre.topk(3, dim=1)
+        recon = torch.zeros_like(pre).scatter(1, kept.indices, kept.values.relu()) @ W_dec + b_dec
+        loss = (x - recon).square().sum() / (64 * variance)
+        adam.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
+            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+            norm = math.sqrt(sum(p.grad.square().sum() for p in parameters))
+            for p in parameters:
+                p.grad *= min(1, 0.05 / norm)
+        adam.param_groups[0]["lr"] = learning_rate(config, step, total)
+        adam.step()
+        expected.append(loss.item())
+        norms.append(norm)
+    generator = train(sae, cache, config, state)
+    got = list(itertools.islice(generator, 4))
+    assert [m.loss for m in got] == pytest.approx(expected, rel=1e-5)
+    assert [m.grad_norm for m in got] == pytest.approx(norms, rel=1e-4)
+    # Adam divides by the gradient's own size: float32 noise of a small gradient shows at the size of one step.
+    assert torch.allclose(sae.W_dec.double(), W_dec, atol=1e-3)
+    assert torch.allclose(sae.W_enc.double(), W_enc, atol=1e-3)
+
+
+def test_the_average_is_the_bias_corrected_mean_of_the_weights_before_each_step(cache: ActivationCache) -> None:
+    config = TrainConfig(epochs=1, batch_size=128, ema=0.8, lr=1e-2).resolved(sae := sae_of(), cache)
+    state = start(sae, cache, config)
+    seen, generator = [sae.b_enc.detach().clone() * state.scale], train(sae, cache, config, state)
+    total = n_steps(cache, config)
+    for metrics in generator:
+        if metrics.step < total:
+            seen.append(sae.b_enc.detach().clone())
+    weights = torch.tensor([0.8 ** (total - 1 - i) for i in range(total)])
+    mean = (weights[:, None] * torch.stack(seen)).sum(0) / weights.sum()
+    assert torch.allclose(sae.b_enc * state.scale, mean, rtol=1e-4, atol=1e-8)
+
+
+def test_schedules() -> None:
+    config = TrainConfig(lr=1.0, warmup=0.1, decay="linear", decay_share=0.2)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert rates[10:81] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+    cosine = TrainConfig(lr=1.0, warmup=0, decay="cosine", decay_share=0.5)
+    assert learning_rate(cosine, 75, 100) == pytest.approx(0.5)
+    assert learning_rate(TrainConfig(lr=1.0, decay="none"), 99, 100) == 1.0
+
+
+def test_k_warms_up_and_ends_where_it_was_configured(cache: ActivationCache) -> None:
+    sae = sae_of(k=2)
+    config = TrainConfig(epochs=1, batch_size=64, k_warmup=0.5, aux_weight=0.0)
+    l0 = [m.l0 for m in train(sae, cache, config)]
+    assert l0[0] > 4 and l0[-1] <= 2 and sae.k == 2 == sae.config["k"]
+    assert config.resolved(sae, cache).k_start == 8
+    for step, k in [(0, 8), (4, 5), (8, 2), (15, 2)]:
+        set_warmups(sae, config.resolved(sae, cache), step, 16)
+        assert sae.k == k
+
+
+def test_bf16_keeps_weights_statistics_and_codes_in_fp32(cache: ActivationCache) -> None:
+    config = TrainConfig(epochs=1, batch_size=64, lr=3e-3, precision="bf16", dead_after=128)
+    exact = TrainConfig(epochs=1, batch_size=64, lr=3e-3, dead_after=128)
+    sae, plain = sae_of(), sae_of()
+    last, reference = list(train(sae, cache, config))[-1], list(train(plain, cache, exact))[-1]
+    assert all(value.dtype in (torch.float32, torch.float64, torch.int64) for value in sae.state_dict().values())
+    assert last.fvu == pytest.approx(reference.fvu, rel=0.05) and last.fvu != reference.fvu
+
+
+def test_a_diverging_run_stops_and_names_the_step(cache: ActivationCache) -> None:
+    sae = sae_of()
+    config = CONFIG.resolved(sae, cache)
+    generator = train(sae, cache, config)
+    next(generator)
+    with torch.no_grad():
+        sae.b_dec[0] = math.nan
+    with pytest.raises(Diverged, match=r"loss is not finite at step 2 .*lower lr=0.003"):
+        next(generator)
+    assert not sae.training
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"lr": math.nan}, "lr=nan must be positive"),
+        ({"grad_clip": -1.0}, "grad_clip=-1.0 must be positive"),
+        ({"warmup": 0.9, "decay_share": 0.2}, "add up to at most 1"),
+        ({"ema": 1.0}, "strictly between 0 and 1"),
+        ({"k_warmup": 1.5}, "between 0 and 1"),
+        ({"dead_after": 0}, "dead_after=0 must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**changes)
+
+
+def test_runs_that_cannot_work_are_refused_before_they_start(cache: ActivationCache) -> None:
+    with pytest.raises(UserError, match="batch_size=4096 exceeds the 1045 training rows"):
+        check(sae_of(), cache, TrainConfig(batch_size=4096))
+    with pytest.raises(UserError, match="d_in=8 but the cache holds width 16"):
+        check(build("topk", d_in=8, d_sae=32, k=2), cache, CONFIG)
+    with pytest.raises(UserError, match="beta_warmup is set but the variant topk has no beta"):
+        check(sae_of(), cache, TrainConfig(batch_size=64, beta_warmup=0.1))
+    with pytest.raises(UserError, match="k_start=99 exceeds the 32 latents"):
+        check(sae_of(), cache, TrainConfig(batch_size=64, k_start=99, k_warmup=0.1))
