@@ -1,0 +1,38 @@
+"""Names of the files and folders that saelab writes, for everyone who writes, reads or looks for one.
+
+The names inside other tools' folders, which may coincide, stand with their formats in :mod:`saelab.interop.formats`.
+"""
+
+from __future__ import annotations
+
+# A run folder
+WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"  # as SAELens calls them
+EXTRA = "saelab_extra.safetensors"  # running statistics, training thresholds: what SAELens does not know
+RUN = "run.json"  # what is trained on what; there from the first step on
+METRICS = "metrics.jsonl"  # one line per training step
+TENSORBOARD = "tensorboard"  # a folder
+EVALUATION = "evaluation.json"
+EXPLANATIONS = "explanations.json"  # outside the index, so that building it again keeps them
+NOTES = "notes.json"
+LOGIT_LENS = "logit_lens.safetensors"
+CARD = "README.md"  # the model card
+
+# In a run folder: checkpoints while it is being trained
+CHECKPOINTS = "checkpoints"
+TRAIN_STATE, TRAIN_SCALARS = "train_state.safetensors", "train_state.json"
+
+# In a run folder: the feature index
+INDEX = "features"
+FEATURES, EXAMPLES = "features.parquet", "examples.parquet"
+
+# A sweep's folder, beside one run folder per SAE
+SWEEP = "sweep.json"  # what was begun, and which runs were stopped
+SWEEP_TABLE = "sweep.parquet"  # there once the sweep is finished
+SWEEP_REPORT = "report.html"
+
+# A steering recipe
+RECIPE, VECTORS = "recipe.json", "vectors.safetensors"
+
+# An activation cache
+MANIFEST = "manifest.json"  # there once the cache is complete
+TOKENS = "tokens.json"  # the vocabulary's strings
