@@ -11,6 +11,7 @@ import streamlit as st
 
 from saelab import viz
 from saelab.errors import UserError
+from saelab.layout import METRICS
 from saelab.workspace import Run, Workspace, read_metrics
 
 FOLDER, MODEL = "SAELAB_APP_FOLDER", "SAELAB_APP_MODEL"
@@ -126,7 +127,7 @@ def _metrics(path: str, size: int) -> list[dict[str, Any]]:
 
 def metrics(run: Run) -> list[dict[str, Any]]:
     """The run's log, read again when it has grown."""
-    path = run.path / "metrics.jsonl"
+    path = run.path / METRICS
     return _metrics(str(path), path.stat().st_size)
 
 

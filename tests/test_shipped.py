@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 import saelab
 from saelab import shipped
 from saelab.features import FeatureIndex
+from saelab.layout import WEIGHTS
 from saelab.sae import VARIANTS
-from saelab.sae.weights import WEIGHTS, load_metadata
+from saelab.sae.weights import load_metadata
 
 FOLDER = shipped.checkpoints()
 RUNS = sorted(path.parent for path in FOLDER.glob("*/cfg.json"))

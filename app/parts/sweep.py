@@ -11,7 +11,8 @@ import streamlit as st
 
 from parts import source as source_parts
 from saelab import viz
-from saelab.sweep.results import RESULTS, load_results
+from saelab.layout import SWEEP_TABLE
+from saelab.sweep.results import load_results
 from saelab.viz.sweep import AXES, COLUMNS, pareto_of
 from saelab.workspace import FORMULAS, Run, Workspace
 
@@ -28,7 +29,7 @@ def show(found: Workspace, logged: dict[str, Run]) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.selectbox("sweep", list(found.sweeps), key="training_sweep", format_func=viz.visible, width=320)
         folder: Path = found.sweeps[name]
-        rows = _rows(str(folder), (folder / RESULTS).stat().st_mtime)
+        rows = _rows(str(folder), (folder / SWEEP_TABLE).stat().st_mtime)
         measured = [value for value in AXES if any(row[value] is not None for row in rows)]
         if measured:
             value = st.segmented_control(

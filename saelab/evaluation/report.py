@@ -8,9 +8,8 @@ from typing import Any
 
 from saelab._version import __version__
 from saelab.files import write_json
+from saelab.layout import EVALUATION
 from saelab.metrics import LEGACY, Estimate
-
-FILE = "evaluation.json"
 
 
 @dataclass
@@ -49,6 +48,6 @@ class Evaluation:
 
     def save(self, folder: Path | str) -> Path:
         """Write ``evaluation.json`` into a run folder."""
-        path = Path(folder) / FILE
+        path = Path(folder) / EVALUATION
         write_json(path, self.content())
         return path

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saelab.errors import UserError, damaged
-from saelab.features.schema import EXAMPLES, FEATURES, FOLDER, META_KEY, VERSION, Example
+from saelab.features.schema import META_KEY, VERSION, Example
+from saelab.layout import EXAMPLES, FEATURES, INDEX
 
 
 class FeatureIndex:
@@ -25,7 +26,7 @@ class FeatureIndex:
 
     def __init__(self, run_folder: Path | str) -> None:
         self.run_folder = Path(run_folder)
-        self.folder = self.run_folder / FOLDER
+        self.folder = self.run_folder / INDEX
         for name in (FEATURES, EXAMPLES):
             if not (self.folder / name).is_file():
                 raise UserError(

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 
 VERSION = 1
-FOLDER, FEATURES, EXAMPLES = "features", "features.parquet", "examples.parquet"
 META_KEY = b"saelab.features"
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 

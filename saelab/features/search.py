@@ -17,7 +17,7 @@ from torch import Tensor
 from saelab.errors import UserError
 from saelab.features.explanations import load
 from saelab.features.index import FeatureIndex
-from saelab.features.schema import FEATURES
+from saelab.layout import FEATURES
 from saelab.sae import SAE
 from saelab.sae.base import unit_rows
 

@@ -14,8 +14,9 @@ from saelab.errors import UserError, damaged, first_line
 from saelab.interop.detection import is_ours, load
 from saelab.interop.fetch import REACH, download, endpoint, split_id
 from saelab.interop.reading import read_json
+from saelab.layout import CARD, CONFIG, EVALUATION, EXTRA, WEIGHTS
 from saelab.sae import SAE
-from saelab.sae.weights import CONFIG, EXTRA, WEIGHTS, load_config, load_metadata
+from saelab.sae.weights import load_config, load_metadata
 
 
 def from_pretrained(repo: str, path: str = "", revision: str | None = None) -> SAE:
@@ -42,10 +43,10 @@ def push_to_hub(run: Path | str, repo: str, path: str | None = None, private: bo
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            card = Path(folder) / "README.md"
+            card = Path(folder) / CARD
             card.write_text(card_of(run, repo, path))
-            api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo)
-        keep = [WEIGHTS, CONFIG, EXTRA, "evaluation.json"]
+            api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repo)
+        keep = [WEIGHTS, CONFIG, EXTRA, EVALUATION]
         commit = api.upload_folder(folder_path=run, path_in_repo=path, repo_id=repo, allow_patterns=keep)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"{repo} could not be written on the hub ({first_line(error)}); {REACH}") from error
@@ -63,7 +64,7 @@ def card_of(run: Path | str, repo: str | None = None, path: str | None = None) -
         calls = f'saelab.load("{run.name}")', f'SAE.load_from_disk("{run.name}")'
     else:
         calls = f'saelab.from_pretrained("{repo}", "{path}")', f'SAE.from_pretrained("{repo}", "{path}")'
-    return _model_card(repo or run.name, calls, config, _measured(run / "evaluation.json"))
+    return _model_card(repo or run.name, calls, config, _measured(run / EVALUATION))
 
 
 def _model_card(title: str, calls: tuple[str, str], config: Mapping[str, Any], measured: str) -> str:

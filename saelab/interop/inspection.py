@@ -12,6 +12,7 @@ from saelab.data.cache import ActivationCache, head
 from saelab.errors import UserError, damaged
 from saelab.interop.detection import detect, is_ours, read
 from saelab.interop.reading import read_json, read_tensors
+from saelab.layout import EVALUATION
 from saelab.sae import SAE
 from saelab.sae.weights import load_metadata, load_sae
 
@@ -87,7 +88,7 @@ def _recorded(path: Path, sae: SAE, facts: dict[str, Any]) -> None:
         if isinstance(rates, Tensor) and rates.shape == (sae.d_sae,):
             facts["dead_estimate"], facts["dead_estimate_from"] = int((rates < SILENT).sum()), SPARSITY
         return
-    file = path / "evaluation.json"
+    file = path / EVALUATION
     evaluation = read_json(file) if file.is_file() else {}
     if "saelab_version" in evaluation:  # another tool may call its own results so
         with damaged(file, "evaluate it again"):

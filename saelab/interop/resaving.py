@@ -13,6 +13,7 @@ import torch
 
 from saelab.errors import UserError
 from saelab.interop.exporting import TOLERANCE, Proof, prove, random_probe
+from saelab.layout import METRICS, RUN
 from saelab.sae import SAE
 from saelab.sae.weights import load_sae, save_sae
 
@@ -57,10 +58,10 @@ def _companions(source: Path, folder: Path) -> None:
 
     Metrics and the feature index do not: rounding changes them a little, so they are measured again on the copy.
     """
-    if (source / "run.json").is_file():
-        shutil.copyfile(source / "run.json", folder / "run.json")
-    if (source / "metrics.jsonl").is_file():
-        (folder / "metrics.jsonl").write_text("".join(thinned((source / "metrics.jsonl").read_text().splitlines(True))))
+    if (source / RUN).is_file():
+        shutil.copyfile(source / RUN, folder / RUN)
+    if (source / METRICS).is_file():
+        (folder / METRICS).write_text("".join(thinned((source / METRICS).read_text().splitlines(True))))
 
 
 def thinned(lines: Sequence[str]) -> list[str]:

@@ -15,11 +15,10 @@ from torch import Tensor
 from saelab._version import __version__
 from saelab.errors import UserError, damaged
 from saelab.files import write_json, write_tensors
+from saelab.layout import CONFIG, EXTRA, WEIGHTS
 from saelab.sae import SAE, restore
 from saelab.sae.inference import inference_form
 
-WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
-EXTRA = "saelab_extra.safetensors"  # running statistics, training thresholds: what SAELens does not know
 SAELENS_VERSION = "6.54.12"  # the release whose format is written; SAELens parses by this number
 REMEDY = "restore it or train again"
 

@@ -12,6 +12,7 @@ import torch
 
 from saelab.errors import UserError
 from saelab.interop.detection import load_with_metadata
+from saelab.layout import FEATURES, INDEX
 from saelab.sae import SAE
 
 
@@ -48,7 +49,7 @@ class Run:
     @cached_property
     def index(self) -> Any | None:
         """The feature index of the run folder, or None where there is none."""
-        if self.folder is None or not (self.folder / "features" / "features.parquet").is_file():
+        if self.folder is None or not (self.folder / INDEX / FEATURES).is_file():
             return None
         from saelab.features import FeatureIndex
 

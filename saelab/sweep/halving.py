@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from saelab.layout import METRICS
 from saelab.sweep.grid import Halving
 from saelab.sweep.member import Member
-from saelab.training.log import METRICS
 
 
 def losers(halving: Halving, members: Sequence[Member], rung: int, total: int) -> list[Member]:

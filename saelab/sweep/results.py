@@ -15,11 +15,11 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, damaged
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.files import replace
+from saelab.layout import SWEEP_TABLE
 from saelab.sae.weights import load_sae
 from saelab.sweep.member import Member
 from saelab.training import read_run
 
-RESULTS = "sweep.parquet"
 MEASURED = ("fvu", "l0", "dead_fraction", "ce_loss_recovered_zero")
 SCHEMA = pa.schema(
     [
@@ -78,16 +78,16 @@ def measure(
 
 def save_results(rows: Sequence[dict[str, Any]], folder: Path | str) -> Path:
     """Write ``sweep.parquet``."""
-    path, table = Path(folder) / RESULTS, pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    path, table = Path(folder) / SWEEP_TABLE, pa.Table.from_pylist(list(rows), schema=SCHEMA)
     replace(path, lambda temporary: pq.write_table(table, temporary))
     return path
 
 
 def load_results(folder: Path | str) -> list[dict[str, Any]]:
     """The rows of a sweep's table."""
-    path = Path(folder) / RESULTS
+    path = Path(folder) / SWEEP_TABLE
     if not path.is_file():
-        raise UserError(f"{folder} has no {RESULTS}; finish the sweep with `saelab sweep ... --resume`")
+        raise UserError(f"{folder} has no {SWEEP_TABLE}; finish the sweep with `saelab sweep ... --resume`")
     with damaged(path, "finish the sweep again with `saelab sweep ... --resume`", pa.ArrowException, OSError):
         return pq.read_table(path).to_pylist()
 

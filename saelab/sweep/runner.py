@@ -14,14 +14,13 @@ from saelab.data.cache import ActivationCache, Batch
 from saelab.data.cache.claim import held
 from saelab.errors import UserError, damaged
 from saelab.files import write_json
+from saelab.layout import SWEEP
 from saelab.sae import VARIANTS
 from saelab.sweep.grid import Entry, Grid, check_grid
 from saelab.sweep.halving import losers
 from saelab.sweep.member import Member
 from saelab.training import Diverged, batches, centre_of, finished, fit, n_steps
 from saelab.training.checkpoints import latest_step, number_of, remove_leftovers
-
-SWEEP = "sweep.json"
 
 
 def run_sweep(

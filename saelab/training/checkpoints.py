@@ -17,11 +17,10 @@ from torch import Tensor
 
 from saelab.errors import damaged
 from saelab.files import sync, write_json, write_tensors
+from saelab.layout import CHECKPOINTS, EXTRA, TRAIN_SCALARS, TRAIN_STATE, WEIGHTS
 from saelab.sae import SAE
-from saelab.sae.weights import EXTRA, WEIGHTS, read_state, save_sae
+from saelab.sae.weights import read_state, save_sae
 
-STATE, STATE_JSON = "train_state.safetensors", "train_state.json"
-CHECKPOINTS = "checkpoints"
 # Names under which the files of a run's or a sweep's folder are written: by one process, and by many together.
 UNFINISHED = (".*.json.*", ".*.safetensors.*", ".*.parquet.*", ".*.html.*", f".{WEIGHTS}", f".{EXTRA}")
 
@@ -39,8 +38,8 @@ def save_step(
         return
     unfinished = begin_step(folder, step)
     save_sae(sae, unfinished, metadata)
-    write_tensors(unfinished / STATE, tensors)
-    write_json(unfinished / STATE_JSON, dict(scalars))
+    write_tensors(unfinished / TRAIN_STATE, tensors)
+    write_json(unfinished / TRAIN_SCALARS, dict(scalars))
     commit_step(folder, step)
 
 
@@ -95,7 +94,7 @@ def load_step(
     ``load`` reads one file of tensors: all of them, or the slices that a process holds.
     """
     with damaged(path, "remove it and start the run again", OSError, SafetensorError, RuntimeError):
-        return read_state(path, sae, load), load(path / STATE), json.loads((path / STATE_JSON).read_bytes())
+        return read_state(path, sae, load), load(path / TRAIN_STATE), json.loads((path / TRAIN_SCALARS).read_bytes())
 
 
 def remove_steps(folder: Path | str) -> None:

@@ -17,8 +17,8 @@ from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.sharding import whole as whole_of
 from saelab.errors import UserError, damaged
 from saelab.files import write_json
+from saelab.layout import CONFIG, RUN
 from saelab.sae import SAE
-from saelab.sae.weights import CONFIG
 from saelab.training.checkpoints import remove_leftovers, remove_steps
 from saelab.training.config import TrainConfig, check, n_steps
 from saelab.training.log import JsonLines, Log
@@ -27,7 +27,6 @@ from saelab.training.state import TrainState
 from saelab.training.step import StepMetrics
 from saelab.training.store import Store
 
-RUN = "run.json"
 SOURCE = "fine_tuned_from"  # its entry that names the SAE a run goes on from
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from saelab.errors import UserError, damaged
-
-METRICS = "metrics.jsonl"
+from saelab.layout import METRICS, TENSORBOARD
 
 
 class Log(Protocol):
@@ -54,7 +53,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError("--tensorboard needs `pip install saelab[tensorboard]`") from error
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         for name, value in row.items():

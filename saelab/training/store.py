@@ -12,11 +12,10 @@ from torch import Tensor
 from saelab.distributed import Parallel
 from saelab.distributed.slices import read_slices, write_sharded
 from saelab.files import write_json
+from saelab.layout import EXTRA, TRAIN_SCALARS, TRAIN_STATE, WEIGHTS
 from saelab.sae import SAE
-from saelab.sae.weights import EXTRA, WEIGHTS, save_config, save_sae, saved_tensors
+from saelab.sae.weights import save_config, save_sae, saved_tensors
 from saelab.training.checkpoints import (
-    STATE,
-    STATE_JSON,
     begin_step,
     commit_step,
     latest_step,
@@ -57,10 +56,10 @@ class Store:
         if self.parallel.is_main:
             begin_step(self.folder, step)
             save_config(self.whole, unfinished, self.metadata)
-            write_json(unfinished / STATE_JSON, scalars)
+            write_json(unfinished / TRAIN_SCALARS, scalars)
         self.parallel.barrier()
         self._write_weights(unfinished)
-        write_sharded(unfinished / STATE, tensors, self.parallel)
+        write_sharded(unfinished / TRAIN_STATE, tensors, self.parallel)
         if self.parallel.is_main:
             commit_step(self.folder, step)
         self.parallel.barrier()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import UserError
-from saelab.sae.weights import WEIGHTS
+from saelab.layout import WEIGHTS
 
 # The file that tells: SAELens, sparsify, dictionary_learning, Gemma Scope (twice), Llama Scope.
 TELLING = (

@@ -9,14 +9,14 @@ from typing import Any
 
 from saelab.errors import damaged
 from saelab.files import write_json
+from saelab.layout import NOTES
 
-FILE = "notes.json"
 _lock = threading.Lock()  # two browser tabs may save at once
 
 
 def read_notes(run_folder: Path | str) -> dict[int, dict[str, str]]:
     """Latent number -> ``{"label": ..., "note": ...}``; empty where nothing was written yet."""
-    path = Path(run_folder) / FILE
+    path = Path(run_folder) / NOTES
     if not path.is_file():
         return {}
     with damaged(path, "mend or remove it"):
@@ -31,4 +31,4 @@ def write_note(run_folder: Path | str, latent: int, label: str = "", note: str =
         notes.pop(latent, None)
         if label.strip() or note.strip():
             notes[latent] = {"label": label.strip(), "note": note.strip()}
-        write_json(Path(run_folder) / FILE, {str(key): notes[key] for key in sorted(notes)})
+        write_json(Path(run_folder) / NOTES, {str(key): notes[key] for key in sorted(notes)})

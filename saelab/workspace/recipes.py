@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import MALFORMED, UserError, first_line
+from saelab.layout import RECIPE
 from saelab.steering import Ablate, Add, Clamp, MinClamp, ProjectOut, Recipe, Scale
 from saelab.steering import Run as SteerRun
-from saelab.steering.recipe.recipe import RECIPE
 from saelab.steering.vectors import SteeringVector, parse_strength
 from saelab.workspace.steering import Pick, pick_latent, pick_vector
 

@@ -14,16 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from saelab.data.cache import ActivationCache
-from saelab.data.cache.manifest import MANIFEST
 from saelab.errors import UserError, damaged, near_matches
+from saelab.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATION,
+    EXAMPLES,
+    EXPLANATIONS,
+    FEATURES,
+    INDEX,
+    MANIFEST,
+    METRICS,
+    RECIPE,
+    RUN,
+    SWEEP_TABLE,
+    WEIGHTS,
+)
 from saelab.sae import SAE
-from saelab.sae.weights import CONFIG, WEIGHTS, load_sae
-from saelab.training.log import METRICS
+from saelab.sae.weights import load_sae
 from saelab.workspace import foreign
 from saelab.workspace.metrics_log import read_metrics
-
-EVALUATION, INDEX, EXPLANATIONS = "evaluation.json", "features", "explanations.json"
-RECIPE, SWEEP = "recipe.json", "sweep.parquet"
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Run:
     @property
     def stamp(self) -> tuple[float, ...]:
         """Modification times of what a reader caches; changes when the run does."""
-        files = (CONFIG, *foreign.TELLING, METRICS, EVALUATION, f"{INDEX}/features.parquet", EXPLANATIONS)
+        files = (CONFIG, *foreign.TELLING, METRICS, EVALUATION, f"{INDEX}/{FEATURES}", EXPLANATIONS)
         return tuple(_mtime(self.path / name) for name in files)
 
     @cached_property
@@ -95,7 +105,7 @@ class Run:
     def has_index(self) -> bool:
         """Whether the index is complete: its two tables exist."""
         folder = self.path / INDEX
-        return all((folder / name).is_file() for name in ("features.parquet", "examples.parquet"))
+        return all((folder / name).is_file() for name in (FEATURES, EXAMPLES))
 
     @property
     def variant(self) -> str:
@@ -142,7 +152,7 @@ class Workspace:
             name = folder.relative_to(root).as_posix()
             if RECIPE in {*files, *(p.name for p in folder.parent.glob(RECIPE))}:
                 continue  # the SAEs inside a recipe belong to it
-            if SWEEP in files:
+            if SWEEP_TABLE in files:
                 sweeps[name] = folder
             if foreign.looks_foreign(files) or METRICS in files:
                 runs[name] = Run(name, folder)
@@ -191,7 +201,7 @@ class Workspace:
 def _walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
     for folder, folders, files in os.walk(root, followlinks=False):
         # Intermediate checkpoints are states of their run, not runs; a folder of that name elsewhere is one of many.
-        inner = {INDEX, "checkpoints"} if {METRICS, "run.json", "hyperparams.json"} & {*files} else {INDEX}
+        inner = {INDEX, CHECKPOINTS} if {METRICS, RUN, "hyperparams.json"} & {*files} else {INDEX}
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in inner)
         yield Path(folder), {name for name in files if not (Path(folder) / name).is_symlink()}
 

@@ -26,8 +26,9 @@ from saelab.distributed.plan import traffic_per_step
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.slices import read_slices, slices, split_dim
 from saelab.errors import UserError
+from saelab.layout import EXTRA
 from saelab.sae import build, mutual_choice
-from saelab.sae.weights import EXTRA, load_sae
+from saelab.sae.weights import load_sae
 from saelab.training import TrainConfig, fit, n_steps
 from saelab.training.checkpoints import latest_step
 from tests import tiny_lm

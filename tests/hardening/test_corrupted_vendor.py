@@ -11,8 +11,9 @@ import torch
 
 from saelab.errors import UserError
 from saelab.interop import inspect, load
+from saelab.layout import CONFIG, EXTRA, WEIGHTS
 from saelab.sae import SAE, build
-from saelab.sae.weights import CONFIG, EXTRA, WEIGHTS, save_sae
+from saelab.sae.weights import save_sae
 from saelab.steering import Add, Clamp, ProjectOut, Recipe
 from tests.hardening.vendors import D_IN, D_SAE, VENDORS
 from tests.steering.models import llama

@@ -22,7 +22,8 @@ from saelab import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex
 from saelab.interop import load
-from saelab.sae.weights import WEIGHTS, load_sae
+from saelab.layout import WEIGHTS
+from saelab.sae.weights import load_sae
 from saelab.steering import Recipe
 from saelab.sweep import load_results
 from tests import tiny_lm

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from saelab.errors import UserError
 from saelab.interop import WRITERS, export, inspect, load
 from saelab.interop.fetch import split_id
-from saelab.sae.weights import WEIGHTS, save_sae
+from saelab.layout import WEIGHTS
+from saelab.sae.weights import save_sae
 from tests.interop.examples import D_IN, D_SAE, example
 
 # One folder serves all examples of a test: each overwrites the file before it reads it.

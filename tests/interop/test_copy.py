@@ -18,8 +18,9 @@ from saelab.interop import load
 from saelab.interop.hub import card_of
 from saelab.interop.inspection import inspect
 from saelab.interop.resaving import CURVE_LINES, copy, rounded, thinned
+from saelab.layout import WEIGHTS
 from saelab.sae import VARIANTS
-from saelab.sae.weights import WEIGHTS, save_sae
+from saelab.sae.weights import save_sae
 
 
 def made(variant: str, folder: Path) -> Path:

@@ -10,6 +10,7 @@ import tyro
 
 from saelab.cli.console import out, parse
 from saelab.interop.hub import card_of
+from saelab.layout import CARD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,6 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Write README.md into the run."""
     options = parse(Options, "card", args, "Write a run's model card: what it is, its metrics, how to load it.")
-    path = options.run / "README.md"
+    path = options.run / CARD
     path.write_text(card_of(options.run, options.repo), encoding="utf-8")
     out.print(f"saved to {path}", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from saelab.cli.console import console, out, parse
 from saelab.data.cache import ActivationCache
+from saelab.layout import CONFIG, EVALUATION, FEATURES, INDEX, MANIFEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +78,8 @@ def stages(options: Options) -> list[Stage]:
     harvest = [*source, "--tokens", str(options.tokens), "--out", str(cache), "--resume"]
     train = [str(cache), "--variant", "topk", *size, "--out", str(run), "--resume"]
     return [
-        Stage("cache the activations", "harvest", harvest, cache / "manifest.json"),
-        Stage("train a TopK SAE", "train", train, run / "cfg.json"),
-        Stage("evaluate it", "evaluate", [str(run), "--cache", str(cache)], run / "evaluation.json"),
-        Stage("index its features", "index", [str(run), "--cache", str(cache)], run / "features" / "features.parquet"),
+        Stage("cache the activations", "harvest", harvest, cache / MANIFEST),
+        Stage("train a TopK SAE", "train", train, run / CONFIG),
+        Stage("evaluate it", "evaluate", [str(run), "--cache", str(cache)], run / EVALUATION),
+        Stage("index its features", "index", [str(run), "--cache", str(cache)], run / INDEX / FEATURES),
     ]

@@ -15,7 +15,7 @@ from saelab.cli.subject import open_subject
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
-from saelab.features.build.logit_lens import KEPT
+from saelab.layout import LOGIT_LENS
 from saelab.lm import unembedding
 
 
@@ -63,11 +63,11 @@ def run(
     """Load everything and build the index with a progress bar."""
     sae, cache, folder = open_subject(folder, cache_folder)
     # What the run keeps answers for its own model; a model that is named is asked itself.
-    lens = (None if model else LogitLens.open(folder / KEPT, cache.manifest.model)) or load_lens(
+    lens = (None if model else LogitLens.open(folder / LOGIT_LENS, cache.manifest.model)) or load_lens(
         model or cache.manifest.model, cache
     )
     if keep_unembedding and lens is not None:
-        lens.save(folder / KEPT, model or cache.manifest.model)
+        lens.save(folder / LOGIT_LENS, model or cache.manifest.model)
     with stages() as progress:
         return build_index(sae, cache, folder, lens=lens, config=config, progress=progress, overwrite=overwrite)
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from saelab.cli.console import console, out, parse, print_json
 from saelab.errors import UserError
+from saelab.layout import RECIPE
 from saelab.lm import load_model
 from saelab.steering import (
     Ablate,
@@ -30,7 +31,7 @@ from saelab.steering import (
     explain,
     generate,
 )
-from saelab.steering.recipe import RECIPE, check_free, check_parent, export_gguf
+from saelab.steering.recipe import check_free, check_parent, export_gguf
 from saelab.steering.vectors import parse_strength, pole_sign
 
 Operation = Literal["add", "scale", "clamp", "min-clamp", "ablate", "project-out"]

@@ -22,6 +22,7 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig
 from saelab.files import replace
+from saelab.layout import SWEEP_REPORT
 from saelab.lm import load_hf_model
 from saelab.sweep import Grid, Member, measure, read_grid, run_sweep, save_results
 from saelab.sweep.grid import check_grid
@@ -77,7 +78,7 @@ def main(args: Sequence[str]) -> None:
             sys.exit(stop.exit_code)
         rows = evaluate(members, cache, config)
         path = save_results(rows, options.out)
-        report = options.out / "report.html"
+        report = options.out / SWEEP_REPORT
         page = sweep_report(rows, title=options.out.name)
         replace(report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     if options.json:

@@ -27,10 +27,11 @@ from saelab.distributed.sharding import whole as whole_of
 from saelab.distributed.slices import slices
 from saelab.distributed.world import end_world
 from saelab.errors import UserError, damaged
+from saelab.layout import RUN
 from saelab.sae import SAE, VARIANTS
 from saelab.training import StepMetrics, TrainConfig, check, finished, fit, n_steps, read_run
 from saelab.training.checkpoints import latest_step, number_of
-from saelab.training.fitting import RUN, SOURCE
+from saelab.training.fitting import SOURCE
 from saelab.training.log import Log, TensorBoard, Wandb
 
 

@@ -7,9 +7,10 @@ import errno
 import os
 from collections.abc import Iterator
 
-from saelab.data.cache.manifest import MANIFEST, PARTIAL, VOCABULARY
+from saelab.data.cache.manifest import PARTIAL
 from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
+from saelab.layout import MANIFEST, TOKENS
 
 # What network file systems say that have no such lock.
 NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -68,7 +69,7 @@ def discard(folder: Folder) -> None:
     """Remove a cache that will not be finished, and its folder if nothing else is in it."""
     release(folder)
     for name in folder.names():
-        if name in {MANIFEST, PARTIAL, VOCABULARY} or name.startswith(("shard_", ".shard_", f".{PARTIAL}")):
+        if name in {MANIFEST, PARTIAL, TOKENS} or name.startswith(("shard_", ".shard_", f".{PARTIAL}")):
             folder.remove(name)
     if folder.local is not None and folder.local.is_dir() and not any(folder.local.iterdir()):
         folder.local.rmdir()

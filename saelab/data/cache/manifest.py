@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import UserError, damaged, near_matches
+from saelab.layout import MANIFEST
 
 FORMAT = "saelab.activations"
 VERSION = 1
-MANIFEST = "manifest.json"  # there once the cache is complete
 PARTIAL = "manifest.partial.json"  # there while it is being written; see partial_name
 OTHERS = "manifest.partial-"  # start of the names of what the other processes note meanwhile
-VOCABULARY = "tokens.json"
 REMEDY = "restore it or harvest the cache again"
 DTYPES = ("float32", "float16", "bfloat16")
 

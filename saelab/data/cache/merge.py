@@ -12,11 +12,12 @@ from typing import Any
 import safetensors.torch
 
 from saelab.data.cache.claim import discard, hold, release
-from saelab.data.cache.manifest import MANIFEST, PARTIAL, VOCABULARY, Manifest, ShardInfo
+from saelab.data.cache.manifest import PARTIAL, Manifest, ShardInfo
 from saelab.data.cache.reader import ActivationCache
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import finish, prepare, publish
 from saelab.errors import UserError
+from saelab.layout import MANIFEST, TOKENS
 
 # Rows of caches that differ in one of these do not belong together.
 _ALIKE = (
@@ -110,8 +111,8 @@ def merge(
         for cache in caches:
             _append(folder, manifest, cache)
         finish(folder, manifest)
-        if caches[0].folder.exists(VOCABULARY):
-            folder.write(VOCABULARY, caches[0].folder.read(VOCABULARY))
+        if caches[0].folder.exists(TOKENS):
+            folder.write(TOKENS, caches[0].folder.read(TOKENS))
         publish(folder, manifest)
         release(folder)
     except BaseException:

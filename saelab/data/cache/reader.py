@@ -13,12 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.data.cache.batches import Batch, Buffers, make_batch, stream
-from saelab.data.cache.manifest import MANIFEST, PARTIAL, REMEDY, VOCABULARY, Manifest, check_provenance
+from saelab.data.cache.manifest import PARTIAL, REMEDY, Manifest, check_provenance
 from saelab.data.cache.order import BLOCK, Order
 from saelab.data.cache.shards import Shards
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import CacheWriter
 from saelab.errors import UserError, damaged
+from saelab.layout import MANIFEST, TOKENS
 
 Split = Literal["train", "held_out", "all"]
 WINDOW_BYTES = 256 << 20
@@ -230,10 +231,10 @@ class ActivationCache:
         return [known[i] if i < len(known) else f"<{i}>" for i in ids]
 
     def _read_vocabulary(self) -> list[str]:
-        if not self.folder.exists(VOCABULARY):
+        if not self.folder.exists(TOKENS):
             return []
-        with damaged(f"{self.path}/{VOCABULARY}", REMEDY):
-            return [str(text) for text in json.loads(self.folder.read(VOCABULARY))]
+        with damaged(f"{self.path}/{TOKENS}", REMEDY):
+            return [str(text) for text in json.loads(self.folder.read(TOKENS))]
 
     def contexts(self, split: Split = "train") -> Iterator[tuple[Int[Tensor, " m"], Int[Tensor, " m"]]]:
         """For each context of a split: its token ids, and the cache row of each token (-1 where none is stored)."""

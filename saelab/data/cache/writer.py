@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.data.cache.claim import discard, hold, release
-from saelab.data.cache.manifest import DTYPES, MANIFEST, OTHERS, PARTIAL, VOCABULARY, Manifest, ShardInfo, partial_name
+from saelab.data.cache.manifest import DTYPES, OTHERS, PARTIAL, Manifest, ShardInfo, partial_name
 from saelab.data.cache.storage import Folder
 from saelab.data.text import storable
 from saelab.errors import UserError
+from saelab.layout import MANIFEST, TOKENS
 
 _CHUNK = 8192  # rows per float64 chunk of the statistics
 
@@ -141,7 +142,7 @@ class CacheWriter:
 
     def write_vocabulary(self, strings: list[str]) -> None:
         """How each token id reads, so that the cache can be shown without its model."""
-        self.folder.write(VOCABULARY, json.dumps([storable(s) for s in strings], ensure_ascii=False).encode())
+        self.folder.write(TOKENS, json.dumps([storable(s) for s in strings], ensure_ascii=False).encode())
 
     def set_grad_scale(self, scale: float) -> None:
         """Note, for whoever goes on writing, what gradients are multiplied by; a scale that is set stays."""
@@ -187,7 +188,7 @@ def prepare(folder: Folder, *, overwrite: bool, resume: bool, dry: bool = False)
         raise UserError(f"{folder.url} is not an activation cache and is not overwritten; choose another folder")
     if dry:
         return
-    for name in (MANIFEST, PARTIAL, VOCABULARY):
+    for name in (MANIFEST, PARTIAL, TOKENS):
         folder.remove(name)
     for name in names:
         if name.startswith(("shard_", ".shard_", OTHERS)):

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from saelab.layout import EXAMPLES, FEATURES, INDEX
 from saelab.data.cache import ActivationCache, head
 from saelab.data.text import storable
 from saelab.errors import UserError
@@ -59,10 +60,10 @@ def build_index(
     report = progress or (lambda stage, done, total: None)
     if cache.d_in != sae.d_in:
         raise UserError(f"the SAE reads d_in={sae.d_in}, {cache.path} holds d_in={cache.d_in}; use the cache it saw")
-    if (folder / schema.FOLDER).exists() and not overwrite:
-        raise UserError(f"{folder / schema.FOLDER} exists; add --overwrite to replace it")
+    if (folder / INDEX).exists() and not overwrite:
+        raise UserError(f"{folder / INDEX} exists; add --overwrite to replace it")
     n_rows = cache.n_rows if config.max_tokens is None else min(config.max_tokens, cache.n_rows)
-    with _replacing(folder / schema.FOLDER) as (target, scratch):
+    with _replacing(folder / INDEX) as (target, scratch):
         started = time.perf_counter()
         corpus = Corpus(cache, scratch / "corpus", n_rows)
         postings, encode_seconds = _encode(sae, cache, corpus, scratch / "codes", config, report)
@@ -110,8 +111,8 @@ def _write(
     options: dict[str, Any] = {"compression": "zstd", "compression_level": 1}
     total = postings.n_slots // 2
     with (
-        pq.ParquetWriter(target / schema.FEATURES, features, **options) as feature_file,
-        pq.ParquetWriter(target / schema.EXAMPLES, examples, **options) as example_file,
+        pq.ParquetWriter(target / FEATURES, features, **options) as feature_file,
+        pq.ParquetWriter(target / EXAMPLES, examples, **options) as example_file,
     ):
         for start, stop in postings.slot_ranges(config.chunk_entries, 2 * config.chunk_latents):
             columns, windows = describer.describe(start, stop)

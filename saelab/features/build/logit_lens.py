@@ -15,7 +15,6 @@ from torch import Tensor
 from saelab.files import write_tensors
 from saelab.errors import damaged
 
-KEPT = "logit_lens.safetensors"
 ROWS = 64  # directions whose logits are held at once
 
 

@@ -15,8 +15,8 @@ from saelab.features.explanations.scores import JudgeScore, detection, fuzzing
 from saelab.features.index import FeatureIndex
 from saelab.features.schema import Example
 from saelab.files import write_json
+from saelab.layout import EXPLANATIONS
 
-FILE = "explanations.json"  # in the run folder, so that rebuilding the index keeps it
 BANDS = ("q75", "q50", "q25", "q00")
 
 
@@ -120,7 +120,7 @@ def interpret_all(
 
 def load(run_folder: Path | str) -> dict[tuple[int, int], dict[str, Any]]:
     """Saved explanations of a run by (latent, pole); empty where none were made."""
-    path = Path(run_folder) / FILE
+    path = Path(run_folder) / EXPLANATIONS
     if not path.is_file():
         return {}
     with damaged(path, "repair or delete it"):
@@ -131,7 +131,7 @@ def save(run_folder: Path, explanation: Explanation) -> None:
     """Add or replace one explanation."""
     known = load(run_folder)
     known[explanation.latent, explanation.pole] = explanation.row()
-    write_json(Path(run_folder) / FILE, [known[key] for key in sorted(known)])
+    write_json(Path(run_folder) / EXPLANATIONS, [known[key] for key in sorted(known)])
 
 
 def _divide(

@@ -1,6 +1,6 @@
 """Recipes: interventions as a folder that can be given away, the model they belong to, and their export to GGUF."""
 
 from saelab.steering.recipe.gguf import export_gguf
-from saelab.steering.recipe.recipe import RECIPE, Recipe, check_free, check_parent
+from saelab.steering.recipe.recipe import Recipe, check_free, check_parent
 
-__all__ = ["RECIPE", "Recipe", "check_free", "check_parent", "export_gguf"]
+__all__ = ["Recipe", "check_free", "check_parent", "export_gguf"]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from saelab._version import __version__
 from saelab.errors import UserError, damaged
 from saelab.files import write_json, write_tensors
+from saelab.layout import RECIPE, VECTORS
 from saelab.sae.weights import load_sae, save_sae
 from saelab.steering import interventions as ops
 from saelab.steering.attachment import attach
@@ -34,7 +35,6 @@ from saelab.steering.run import Run, tensors_hash
 from saelab.steering.vectors import SteeringVector
 
 FORMAT, VERSION = "saelab-recipe", 1
-RECIPE, VECTORS = "recipe.json", "vectors.safetensors"
 AGAIN = "get the recipe again"
 _OPERATIONS = {name: getattr(ops, name) for name in ("Add", "ProjectOut", "Scale", "Clamp", "MinClamp", "Ablate")}
 
