@@ -16,7 +16,7 @@ from saelab import ActivationCache, FeatureIndex, TrainConfig, build, build_inde
 from saelab.sae.weights import load_sae
 from saelab.features import LogitLens
 from saelab.lm import unembedding
-from saelab.training import finished, fit
+from saelab.training import finished, train
 from saelab.viz import LIGHT as COLOURS  # noqa: F401
 
 QUICK = os.environ.get("SAELAB_NOTEBOOK_QUICK") == "1"
@@ -58,8 +58,7 @@ def demo_run(variant: str = "topk") -> Path:
         cache = demo_cache()
         torch.manual_seed(TRAIN.seed)
         sae = build(variant, d_in=cache.d_in, d_sae=D_SAE, k=K)
-        for _ in fit(sae, cache, TRAIN, folder, resume=folder.exists()):
-            pass
+        train(sae, cache, TRAIN, folder, resume=folder.exists())
     return folder
 
 

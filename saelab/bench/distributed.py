@@ -28,7 +28,7 @@ from saelab.data.cache import ActivationCache
 from saelab.distributed.plan import traffic_per_step
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.world import end_world, start_world
-from saelab.training import TrainConfig, train
+from saelab.training import TrainConfig, train_steps
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _layout(options: Options, dict_ranks: int, folder: Path) -> None:
     sae = build_shard("topk", options.d_in, options.d_sae, 0, parallel, k=options.k)
     # AuxK sends more, and how much depends on how many latents are dead.
     config = TrainConfig(epochs=1, batch_size=options.batch_size, aux_weight=0.0)
-    run = train(sae, ActivationCache(folder / "cache"), config, parallel=parallel)
+    run = train_steps(sae, ActivationCache(folder / "cache"), config, parallel=parallel)
     next(run)
     parallel.barrier()
     before, sent = Counter(parallel.traffic), _loopback()

@@ -25,7 +25,7 @@ from rich.console import Console
 from saelab.data.cache import ActivationCache, Batch
 from saelab.sweep import run_sweep
 from saelab.sweep.grid import Entry, Grid, make_grid
-from saelab.training import batches, train
+from saelab.training import batches, train_steps
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ def make_cache(options: Options, path: Path, rows: int) -> ActivationCache:
 
 def _alone(entry: Entry, cache: ActivationCache) -> Generator[Any]:
     held = list(itertools.islice(batches(cache, entry.train, 0, False), 4))
-    return train(entry.build(cache.d_in), cache, entry.train, stream=itertools.cycle(held))
+    return train_steps(entry.build(cache.d_in), cache, entry.train, stream=itertools.cycle(held))
 
 
 def _timed_stream(cache: ActivationCache, clock: Clock) -> ActivationCache:

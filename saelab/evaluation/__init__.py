@@ -69,7 +69,7 @@ def evaluate(
     config: EvaluateConfig | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure ``sae`` (in raw units, as :func:`saelab.checkpoint.load_sae` gives it) on a cache.
+    """Measure ``sae`` (in raw units, as :func:`saelab.sae.weights.load_sae` gives it) on a cache.
 
     ``model`` is the language model that the cache was harvested from, as :func:`saelab.load_model` gives it or as a
     plain Hugging Face causal model; without it, or with ``lm_tokens=0``, cross-entropy and KL are left out. The SAE is

@@ -15,7 +15,7 @@ from saelab.errors import UserError
 from saelab.interop.exporting import TOLERANCE, Proof, prove, random_probe
 from saelab.layout import METRICS, RUN
 from saelab.sae import SAE
-from saelab.sae.weights import load_sae, save_sae
+from saelab.sae.weights import load_sae, save
 
 CURVE_LINES = 256  # of the training curve that go along; more than a chart has pixels for is of no use
 
@@ -38,7 +38,7 @@ def copy(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        save_sae(sae, temporary, metadata, dtype)
+        save(sae, temporary, metadata, dtype)
         proof = prove(rounded(sae, dtype), load_sae(temporary), random_probe(sae))
         if max(proof) > TOLERANCE:
             raise UserError(

@@ -18,7 +18,7 @@ from saelab.evaluation import EvaluateConfig, evaluate, spliced
 from saelab.files import write_json
 from saelab.reproduce.ledger import summary
 from saelab.sae import SAE, build
-from saelab.sae.weights import CONFIG, load_metadata, load_sae, save_sae
+from saelab.sae.weights import CONFIG, load_metadata, load_sae, save
 from saelab.training import TrainConfig, train
 
 Log = Callable[[str], None]
@@ -109,7 +109,7 @@ class Lab:
         sae = fit(spec, self.cache, self.scale)
         self.seconds[spec.name] = time.time() - started
         self.log(f"trained {spec.name} in {self.seconds[spec.name]:.0f} s")
-        save_sae(sae, folder, {"train": {"seed": spec.seed}, "seconds": self.seconds[spec.name]})
+        save(sae, folder, {"train": {"seed": spec.seed}, "seconds": self.seconds[spec.name]})
         return sae
 
     def measure(self, specs: Sequence[Spec]) -> list[Record]:
@@ -150,8 +150,7 @@ def fit(spec: Spec, cache: ActivationCache, scale: Scale) -> SAE:
     config = TrainConfig(
         epochs=scale.epochs, batch_size=scale.batch_size, lr=scale.lr, seed=spec.seed, data_seed=spec.seed
     )
-    for _ in train(sae, cache, config):
-        pass
+    train(sae, cache, config)
     return sae.eval()
 
 

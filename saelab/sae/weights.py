@@ -23,7 +23,7 @@ SAELENS_VERSION = "6.54.12"  # the release whose format is written; SAELens pars
 REMEDY = "restore it or train again"
 
 
-def save_sae(
+def save(
     sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Write weights and configuration. ``metadata`` is provenance: model, hook, cache, seed, command.

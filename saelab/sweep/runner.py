@@ -19,7 +19,7 @@ from saelab.sae import VARIANTS
 from saelab.sweep.grid import Entry, Grid, check_grid
 from saelab.sweep.halving import losers
 from saelab.sweep.member import Member
-from saelab.training import Diverged, batches, centre_of, finished, fit, n_steps
+from saelab.training import Diverged, batches, centre_of, finished, fit_steps, n_steps
 from saelab.training.checkpoints import latest_step, number_of, remove_leftovers
 
 
@@ -34,11 +34,11 @@ def run_sweep(
 ) -> Generator[list[Member]]:
     """Train every entry of ``grid`` into ``folder/NAME``; yields the members after every batch.
 
-    Each SAE ends in the very bytes that :func:`saelab.training.fit` would have given it alone: it has its own
+    Each SAE ends in the very bytes that :func:`saelab.training.fit_steps` would have given it alone: it has its own
     optimizer, schedule and checkpoints. One whose loss is not finite is stopped and reported in its ``message``, and
     the others go on. Closing the generator saves all; after a kill at any moment ``resume=True`` continues, with the
-    guarantee of :func:`saelab.training.fit`. Raises UserError before anything trains if an entry is impossible, or the
-    grid or the cache is not the one that was begun, or another process is writing the folder.
+    guarantee of :func:`saelab.training.fit_steps`. Raises UserError before anything trains if an entry is impossible,
+    or the grid or the cache is not the one that was begun, or another process is writing the folder.
     """
     check_grid(grid, cache)
     with held(folder):
@@ -63,7 +63,7 @@ def _run(
 
     for member in active:
         sae = member.entry.build(cache.d_in).to(device)
-        member.run = fit(
+        member.run = fit_steps(
             sae,
             cache,
             member.entry.train,

@@ -1,10 +1,10 @@
 """Training: one flat loop as a generator, its configuration, its resumable state, and the run folder it fills."""
 
-from saelab.training.config import TrainConfig, check, n_steps
-from saelab.training.fitting import finished, fit, read_run
-from saelab.training.loop import adopt, batches, centre_of, finish, start, train
+from saelab.training.config import TrainConfig, check, n_steps, prepared
+from saelab.training.fitting import finished, fit_steps, read_run, train
+from saelab.training.loop import adopt, batches, centre_of, finish, start, train_steps
 from saelab.training.state import TrainState
-from saelab.training.step import Diverged, StepMetrics, step
+from saelab.training.step import Diverged, StepMetrics, train_step
 
 __all__ = [
     "Diverged",
@@ -17,10 +17,12 @@ __all__ = [
     "check",
     "finish",
     "finished",
-    "fit",
+    "fit_steps",
     "n_steps",
+    "prepared",
     "read_run",
     "start",
-    "step",
     "train",
+    "train_step",
+    "train_steps",
 ]

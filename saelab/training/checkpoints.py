@@ -1,6 +1,7 @@
 """Checkpoints of a run that is under way: weights and training state of one step, in one folder.
 
-Tensors go by name, in the shapes of the parameters they belong to (``W_dec [d_sae, d_in]``).
+One process writes them, or many that hold the latents in shards (:class:`Store`). Tensors go by name, in the shapes of
+the parameters they belong to (``W_dec [d_sae, d_in]``).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saelab.distributed import Parallel
+from saelab.distributed.slices import read_slices, write_sharded
 from saelab.errors import damaged
 from saelab.files import sync, write_json, write_tensors
 from saelab.layout import CHECKPOINTS, EXTRA, TRAIN_SCALARS, TRAIN_STATE, WEIGHTS
 from saelab.sae import SAE
-from saelab.sae.weights import read_state, save_sae
+from saelab.sae.weights import read_state, save, save_config, saved_tensors
+from saelab.training.state import TrainState
 
 # Names under which the files of a run's or a sweep's folder are written: by one process, and by many together.
 UNFINISHED = (".*.json.*", ".*.safetensors.*", ".*.parquet.*", ".*.html.*", f".{WEIGHTS}", f".{EXTRA}")
@@ -37,7 +42,7 @@ def save_step(
     if step_path(folder, step).exists():
         return
     unfinished = begin_step(folder, step)
-    save_sae(sae, unfinished, metadata)
+    save(sae, unfinished, metadata)
     write_tensors(unfinished / TRAIN_STATE, tensors)
     write_json(unfinished / TRAIN_SCALARS, dict(scalars))
     commit_step(folder, step)
@@ -107,3 +112,68 @@ def remove_leftovers(folder: Path | str) -> None:
     for pattern in UNFINISHED:
         for path in Path(folder).glob(pattern):
             path.unlink()
+
+
+@dataclass(frozen=True)
+class Store:
+    """The run folder of an SAE. ``sae`` is this process' shard of ``whole``, or the same where nothing is split."""
+
+    folder: Path
+    sae: SAE
+    whole: SAE
+    metadata: Mapping[str, Any]
+    parallel: Parallel
+
+    def save_step(self, state: TrainState) -> None:
+        """Write a checkpoint between two steps; every process calls it."""
+        # Ranks must write the same tensors, whether or not their own values came back exactly.
+        state.fold(self.sae, keep_all=self.parallel.dict_size > 1)
+        tensors, scalars = state.tensors(self.sae), state.scalars()
+        if self.parallel.dict_size == 1:
+            if self.parallel.is_main:
+                save_step(self.folder, state.step, self.sae, tensors, scalars, self.metadata)
+            self.parallel.barrier()
+        elif not step_path(self.folder, state.step).exists():
+            self._save_sharded_step(state.step, tensors, scalars)
+        state.unfold(self.sae)
+
+    def _save_sharded_step(self, step: int, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+        unfinished = unfinished_path(self.folder, step)
+        if self.parallel.is_main:
+            begin_step(self.folder, step)
+            save_config(self.whole, unfinished, self.metadata)
+            write_json(unfinished / TRAIN_SCALARS, scalars)
+        self.parallel.barrier()
+        self._write_weights(unfinished)
+        write_sharded(unfinished / TRAIN_STATE, tensors, self.parallel)
+        if self.parallel.is_main:
+            commit_step(self.folder, step)
+        self.parallel.barrier()
+
+    def restore(self) -> TrainState | None:
+        """Load the newest checkpoint into ``sae`` and return its state; None if there is none."""
+        path = latest_step(self.folder)
+        if path is None:
+            return None
+        weights, tensors, scalars = load_step(path, self.sae, lambda file: read_slices(file, self.parallel))
+        self.sae.load_state_dict(weights)
+        return TrainState.restore(self.sae, tensors, scalars)
+
+    def save_final(self) -> None:
+        """Write the folded SAE in place of the checkpoints; every process calls it."""
+        split = self.parallel.dict_size > 1
+        if split:
+            self._write_weights(self.folder)
+        if self.parallel.is_main:
+            if split:
+                save_config(self.whole, self.folder, self.metadata)
+            else:
+                save(self.sae, self.folder, self.metadata)
+            remove_steps(self.folder)
+        self.parallel.barrier()
+
+    def _write_weights(self, folder: Path) -> None:
+        weights, rest = saved_tensors(self.sae)
+        write_sharded(folder / WEIGHTS, weights, self.parallel)
+        if rest:
+            write_sharded(folder / EXTRA, rest, self.parallel)

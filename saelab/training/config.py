@@ -83,6 +83,18 @@ class TrainConfig:
         return TrainConfig(**values)
 
 
+def prepared(
+    sae: SAE, cache: ActivationCache, config: TrainConfig | None = None, parallel: Parallel = SINGLE
+) -> TrainConfig:
+    """``config`` with every default written out, once it is clear that the run can work; UserError where it cannot.
+
+    ``sae`` is the whole SAE, also where processes hold it in shards.
+    """
+    config = (config or TrainConfig()).resolved(sae, cache)
+    check(sae, cache, config, parallel)
+    return config
+
+
 def check(sae: SAE, cache: ActivationCache, config: TrainConfig, parallel: Parallel = SINGLE) -> None:
     """Refuse a run that cannot work, before anything is computed."""
     if config.batch_size % parallel.data_size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,18 +19,51 @@ from saelab.errors import UserError, damaged
 from saelab.files import write_json
 from saelab.layout import CONFIG, RUN
 from saelab.sae import SAE
-from saelab.training.checkpoints import remove_leftovers, remove_steps
-from saelab.training.config import TrainConfig, check, n_steps
+from saelab.training.checkpoints import Store, remove_leftovers, remove_steps
+from saelab.training.config import TrainConfig, n_steps, prepared
 from saelab.training.log import JsonLines, Log
-from saelab.training.loop import adopt, start, train
+from saelab.training.loop import adopt, run_steps, start, train_steps
 from saelab.training.state import TrainState
 from saelab.training.step import StepMetrics
-from saelab.training.store import Store
 
 SOURCE = "fine_tuned_from"  # its entry that names the SAE a run goes on from
 
 
-def fit(
+def train(
+    sae: SAE,
+    cache: ActivationCache,
+    config: TrainConfig | None = None,
+    out: Path | str | None = None,
+    *,
+    resume: bool = False,
+    checkpoint_steps: int = 500,
+    source: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Callable[[StepMetrics], object] | None = None,
+) -> StepMetrics | None:
+    """Train ``sae`` in place on the training split of ``cache``, to the end; returns the last step's metrics.
+
+    With ``out`` the run also fills that folder, from which it can be resumed after a kill (``resume=True``, ``sae``
+    built as before). With ``source``, the name of a trained SAE whose weights ``sae`` has, these are fine-tuned.
+    ``progress`` is called after every step. The result is None only where a resumed run has no step left.
+    :func:`train_steps` and :func:`fit_steps` are the same as generators, for loops of one's own. Raises UserError,
+    before anything is computed, where the run cannot work, and :class:`Diverged` where the loss is not finite.
+    """
+    if out is not None:
+        options: dict[str, Any] = {"resume": resume, "checkpoint_steps": checkpoint_steps, "source": source}
+        steps = fit_steps(sae, cache, config, out, metadata=metadata, **options)
+    elif resume:
+        raise UserError("resume=True needs the folder of the run; give out")
+    else:
+        steps = train_steps(sae, cache, config, None if source is None else adopt(sae, cache))
+    last = None
+    for last in steps:
+        if progress is not None:
+            progress(last)
+    return last
+
+
+def fit_steps(
     sae: SAE,
     cache: ActivationCache,
     config: TrainConfig | None,
@@ -45,7 +78,7 @@ def fit(
     source: str | None = None,
     parallel: Parallel = SINGLE,
 ) -> Generator[StepMetrics]:
-    """Train ``sae`` into a run folder; yields after every step, like :func:`saelab.training.train`.
+    """Train ``sae`` into a run folder, one step each time the generator is advanced (see :func:`train_steps`).
 
     The folder gets ``run.json`` (what is being trained) at once, ``metrics.jsonl`` line by line, a checkpoint every
     ``checkpoint_steps`` steps, and at the end the folded SAE in place of the checkpoints. Closing the generator
@@ -61,14 +94,27 @@ def fit(
     with another number of them. Raises UserError if the configuration or the cache changed, or another process is
     writing the folder.
     """
-    folder = Path(folder)
     whole = whole_of(sae, parallel)
-    check(whole, cache, config := (config or TrainConfig()).resolved(whole, cache), parallel)
+    config = prepared(whole, cache, config, parallel)
     about = describe(whole, cache, config, source)
-    metadata = {**about, **(metadata or {})}
+    store = Store(Path(folder), sae, whole, {**about, **(metadata or {})}, parallel)
+    return _fit(store, cache, config, about, resume, checkpoint_steps, logs, stream, centre)
+
+
+def _fit(
+    store: Store,
+    cache: ActivationCache,
+    config: TrainConfig,
+    about: dict[str, Any],
+    resume: bool,
+    checkpoint_steps: int,
+    logs: Sequence[Log],
+    stream: Iterable[Batch] | None,
+    centre: Tensor | None,
+) -> Generator[StepMetrics]:
+    sae, folder, parallel, total = store.sae, store.folder, store.parallel, n_steps(cache, config)
     if finished(folder):
         raise UserError(f"{folder} holds a finished run; train into another folder")
-    store, total = Store(folder, sae, whole, metadata, parallel), n_steps(cache, config)
     with held(folder) if parallel.is_main else nullcontext():
         state = _resume(store, cache, about, verify=stream is None) if resume else None
         if parallel.is_main:
@@ -77,14 +123,14 @@ def fit(
                 remove_steps(folder)
         parallel.barrier()
         if state is None:
-            state = start(sae, cache, config, centre) if source is None else _adopt(store, cache)
+            state = _adopt(store, cache) if SOURCE in about else start(sae, cache, config, centre)
         if parallel.is_main:
             write_json(folder / RUN, about)
         parallel.barrier()
         with ExitStack() as stack:
             if parallel.is_main:
                 logs = [stack.enter_context(closing(JsonLines(folder, state.step))), *logs]
-            loop = stack.enter_context(closing(train(sae, cache, config, state, stream, parallel)))
+            loop = stack.enter_context(closing(run_steps(sae, cache, config, state, stream, parallel)))
             for metrics in loop:
                 for log in logs:
                     log.write(metrics.row())

@@ -10,13 +10,15 @@ from torch import Tensor
 from saelab import losses
 from saelab.data.cache import ActivationCache, Batch
 from saelab.distributed import SINGLE, Parallel
+from saelab.distributed.sharding import whole as whole_of
+from saelab.errors import UserError
 from saelab.sae import SAE
-from saelab.training.config import TrainConfig, check, n_steps
+from saelab.training.config import TrainConfig, n_steps, prepared
 from saelab.training.state import TrainState, make_optimizer
-from saelab.training.step import StepMetrics, step
+from saelab.training.step import StepMetrics, train_step
 
 
-def train(
+def train_steps(
     sae: SAE,
     cache: ActivationCache,
     config: TrainConfig | None = None,
@@ -24,23 +26,39 @@ def train(
     stream: Iterable[Batch] | None = None,
     parallel: Parallel = SINGLE,
 ) -> Generator[StepMetrics]:
-    """Train ``sae`` in place on the training split of ``cache``; yields after every step.
+    """Train ``sae`` in place on the training split of ``cache``, one step each time the generator is advanced.
 
+    A run that cannot work raises UserError at once; nothing is computed before the first ``next()``.
     While the generator runs, the parameters are in units of the scaled data (see ``TrainState.scale``); when it
     ends or is closed they are folded back, so that ``sae`` takes raw activations. Pass the ``state`` of an earlier
     run to go on exactly where it stopped: weights, metrics and data order are then bit-identical to those of a run
     that was never interrupted, on the same machine with the same number of threads. ``stream`` hands in the batches
     that the run would read (a sweep reads them once for all its SAEs). ``parallel`` is this process' place among
     many that run the same generator; ``sae`` is then this process' shard and ``config`` that of the whole SAE.
+    :func:`saelab.training.train` runs it to the end.
     """
-    check(sae, cache, config := (config or TrainConfig()).resolved(sae, cache))
+    config = prepared(whole_of(sae, parallel), cache, config, parallel)
+    return run_steps(sae, cache, config, state, stream, parallel)
+
+
+def run_steps(
+    sae: SAE,
+    cache: ActivationCache,
+    config: TrainConfig,
+    state: TrainState | None,
+    stream: Iterable[Batch] | None,
+    parallel: Parallel,
+) -> Generator[StepMetrics]:
+    """The steps of :func:`train_steps`, for a configuration that is prepared already."""
     state = state or start(sae, cache, config)
     total = n_steps(cache, config)
     state.unfold(sae)
     sae.train()
     try:
-        for batch in stream or batches(cache, config, state.step, sae.needs_grads):
-            yield step(sae, batch, config, state, total, parallel)
+        for batch in batches(cache, config, state.step, sae.needs_grads) if stream is None else stream:
+            yield train_step(sae, batch, config, state, total, parallel)
+        if state.step < total:
+            raise UserError(f"the stream ended after step {state.step} of {total}; hand in every batch of the run")
         finish(sae, cache, config, state)
     finally:
         sae.eval()

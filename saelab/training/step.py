@@ -47,7 +47,7 @@ class StepMetrics:
         return {**row, **terms, **diagnostics}
 
 
-def step(
+def train_step(
     sae: SAE, batch: Batch, config: TrainConfig, state: TrainState, total: int, parallel: Parallel = SINGLE
 ) -> StepMetrics:
     """One step: forward, statistics, backward, constraint on the decoder, clip, average, Adam (in this order)."""

@@ -13,7 +13,7 @@ from small_workspace import make_cache, make_index, make_model, make_run, make_w
 from users import serve
 
 from saelab.sae import VARIANTS
-from saelab.sae.weights import load_metadata, load_sae, save_sae
+from saelab.sae.weights import load_metadata, load_sae, save
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,7 @@ def sick_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sae.b_enc[0] = 0.0
         sae.W_dec[1] = sae.W_dec[2]
         sae.b_enc[1] = sae.b_enc[3] = -100.0
-    save_sae(sae, run, load_metadata(run))
+    save(sae, run, load_metadata(run))
     for path in (root / "signed", run):
         make_index(path, cache)
     return root

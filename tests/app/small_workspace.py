@@ -9,8 +9,8 @@ import torch
 
 from saelab.data.cache import ActivationCache
 from saelab.sae import build
-from saelab.sae.weights import load_sae, save_sae
-from saelab.training import TrainConfig, train
+from saelab.sae.weights import load_sae, save
+from saelab.training import TrainConfig, train_steps
 
 D_MODEL, D_SAE, CONTEXT = 32, 48, 16
 # What a corpus can hold: markup, markdown, control and bidirectional characters.
@@ -83,9 +83,9 @@ def make_run(path: Path, variant: str, cache: ActivationCache, steps: int = 24, 
     settings = TrainConfig(epochs=4, batch_size=128, lr=2e-3)
     path.mkdir(parents=True)
     with (path / "metrics.jsonl").open("w") as log:
-        for row in train(sae, cache, settings):
+        for row in train_steps(sae, cache, settings):
             log.write(json.dumps(row.row()) + "\n")
-    save_sae(
+    save(
         sae,
         path,
         {

@@ -19,7 +19,7 @@ from saelab.cli.commands import train as train_cli
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.features import FeatureIndex, IndexConfig
 from saelab.sae import VARIANTS, build
-from saelab.training import TrainConfig, fit
+from saelab.training import TrainConfig, fit_steps
 from saelab.training.fitting import SOURCE
 
 OTHER = {"k": 7, "signed": True, "beta": 0.25, "n_steps": 5, "stop_on_repeat": True, "groups": (0.25, 0.75)}
@@ -39,7 +39,7 @@ def test_the_training_command_gives_the_recorded_settings(
     options = {name: value for name, value in OTHER.items() if name in build(variant, 32, 48).config}
     sae = build(variant, 32, 48, **options)
     config = TrainConfig(epochs=1, batch_size=64, decay="cosine", grad_clip=None, seed=5)
-    list(fit(sae, cache, config, tmp_path / "a run"))
+    list(fit_steps(sae, cache, config, tmp_path / "a run"))
     parsed: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr(train_cli, "run", lambda options, config, source: parsed.append((options, config)))
     run = workspace.Workspace.scan(tmp_path).run("a run")

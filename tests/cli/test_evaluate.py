@@ -16,7 +16,7 @@ from saelab.errors import UserError
 from saelab.evaluation import TaskConfig, run_tasks, saebench_json
 from saelab.evaluation.tasks.two_sided import Firings, two_sidedness
 from saelab.sae import build
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 
 D, VOCAB, T = 16, 104, 16
 
@@ -73,7 +73,7 @@ def world(tmp_path, monkeypatch):
         sae.W_dec.copy_(torch.eye(D))
         sae.W_enc.copy_(torch.eye(D))
         sae.b_dec.zero_()
-    save_sae(sae, tmp_path / "run", {"model_name": "toy", "hook_name": cache.hook_name})
+    save(sae, tmp_path / "run", {"model_name": "toy", "hook_name": cache.hook_name})
     monkeypatch.setattr("saelab.lm.load_model", lambda name: model)
     return SimpleNamespace(model=model, cache=cache, sae=sae, path=tmp_path)
 

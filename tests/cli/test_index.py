@@ -12,14 +12,14 @@ from saelab import ActivationCache, build
 from saelab.cli import main
 from saelab.features import FeatureIndex
 from saelab.lm import Unembedding
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     tokens = torch.randint(0, 50, (400,))
     ActivationCache.from_tensors(tmp_path / "cache", torch.randn(400, 8), tokens, context_length=20)
-    save_sae(build("topk", 8, 32, k=3), tmp_path / "run", {"hook_name": "blocks.1.hook_resid_post"})
+    save(build("topk", 8, 32, k=3), tmp_path / "run", {"hook_name": "blocks.1.hook_resid_post"})
     return tmp_path / "run"
 
 
@@ -48,7 +48,7 @@ def test_a_kept_unembedding_stands_in_for_the_model(
 ) -> None:
     tokens = torch.randint(0, 50, (400,))
     ActivationCache.from_tensors(tmp_path / "cache", torch.randn(400, 8), tokens, context_length=20, model="some-lm")
-    save_sae(build("topk", 8, 32, k=3), tmp_path / "run", {"hook_name": "blocks.1.hook_resid_post"})
+    save(build("topk", 8, 32, k=3), tmp_path / "run", {"hook_name": "blocks.1.hook_resid_post"})
     asked = []
 
     def ask(name: str) -> Unembedding:

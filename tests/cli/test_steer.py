@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saelab.cli import main
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 from saelab.steering import Ablate, Add, Clamp, Recipe, SteeringVector, calibrate, generate
 from tests import tiny_lm
 from tests.steering.models import HOOK, folder, llama, tokenizer
@@ -20,7 +20,7 @@ PROMPT = "w5 w6 w70"
 
 @pytest.fixture
 def run(tmp_path: Path) -> str:
-    save_sae(RUN.sae, tmp_path / "run", {"hook_name": HOOK, "model_name": folder(), "rms_norm": 12.0})
+    save(RUN.sae, tmp_path / "run", {"hook_name": HOOK, "model_name": folder(), "rms_norm": 12.0})
     return str(tmp_path / "run")
 
 
@@ -160,7 +160,7 @@ def test_an_sae_of_another_width_is_refused(run: str, tmp_path: Path, capsys) ->
     from saelab.sae import build
 
     torch.manual_seed(0)
-    save_sae(build("topk", d_in=16, d_sae=32, k=4), tmp_path / "wide", {"hook_name": HOOK, "model_name": folder()})
+    save(build("topk", d_in=16, d_sae=32, k=4), tmp_path / "wide", {"hook_name": HOOK, "model_name": folder()})
     with pytest.raises(SystemExit):
         steer(str(tmp_path / "wide"), "--latent", "3", "--strength", "1", "--prompt", PROMPT)
     assert "width 16" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from saelab.errors import UserError
 from saelab.layout import EXTRA
 from saelab.sae import build, mutual_choice
 from saelab.sae.weights import load_sae
-from saelab.training import TrainConfig, fit, n_steps
+from saelab.training import TrainConfig, fit_steps, n_steps
 from saelab.training.checkpoints import latest_step
 from tests import tiny_lm
 
@@ -50,14 +50,14 @@ def tune_into(folder: Path, cache_path: str, parallel: Parallel) -> None:
     sae = build_shard("topk", D_IN, D_SAE, 0, parallel, k=K)
     sae.load_state_dict(slices(whole.state_dict(), parallel))
     cache = ActivationCache(cache_path)
-    for _ in fit(sae, cache, CONFIG, folder, source="theirs", parallel=parallel):
+    for _ in fit_steps(sae, cache, CONFIG, folder, source="theirs", parallel=parallel):
         pass
 
 
 def train_into(folder: Path, cache_path: str, variant: str, parallel: Parallel, stop: int | None = None) -> None:
     cache = ActivationCache(cache_path)
     sae = build_shard(variant, D_IN, D_SAE, 0, parallel, k=K)
-    generator = fit(sae, cache, CONFIG, folder, resume=True, checkpoint_steps=5, parallel=parallel)
+    generator = fit_steps(sae, cache, CONFIG, folder, resume=True, checkpoint_steps=5, parallel=parallel)
     for metrics in generator:
         if metrics.step == stop:
             generator.close()

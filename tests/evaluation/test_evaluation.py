@@ -16,7 +16,7 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, Site, edited, evaluate, spliced
 from saelab.sae import build
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 
 D, VOCAB, T = 12, 40, 16
 
@@ -191,14 +191,14 @@ def test_bad_pairs_are_refused(world):
 
 
 def test_command_writes_evaluation_json(world, capsys):
-    save_sae(world.sae, world.path / "run", {"model_name": "toy", "hook_name": world.cache.hook_name})
+    save(world.sae, world.path / "run", {"model_name": "toy", "hook_name": world.cache.hook_name})
     main(["evaluate", str(world.path / "run"), "--cache", str(world.path / "cache"), "--lm-tokens", "0", "--json"])
     printed = json.loads(capsys.readouterr().out)
     saved = json.loads((world.path / "run" / "evaluation.json").read_text())
     assert printed == saved
     assert saved["metrics"]["l0"]["value"] <= 6
     assert all(math.isfinite(m["value"]) and m["formula"] and m["n"] for m in saved["metrics"].values())
-    save_sae(world.sae, world.path / "other", {"model_name": "gpt2"})
+    save(world.sae, world.path / "other", {"model_name": "gpt2"})
     with pytest.raises(SystemExit) as error:
         main(["evaluate", str(world.path / "other"), "--cache", str(world.path / "cache")])
     assert error.value.code == 2
@@ -228,7 +228,7 @@ def test_the_input_of_a_module_can_be_replaced(world):
 def test_benchmark_prints_both_ratios(world, monkeypatch, capsys):
     from saelab.bench import evaluation as bench
 
-    save_sae(world.sae, world.path / "run", {"model_name": "toy", "hook_name": world.cache.hook_name})
+    save(world.sae, world.path / "run", {"model_name": "toy", "hook_name": world.cache.hook_name})
     monkeypatch.setattr("saelab.lm.load_model", lambda name: world.model)
     options = ["--rows", "200", "--batch-size", "50", "--lm-tokens", "100", "--json"]
     bench.main([str(world.path / "run"), "--cache", str(world.path / "cache"), *options])

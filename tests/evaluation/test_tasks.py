@@ -19,7 +19,7 @@ from saelab.evaluation.tasks.probing import Standardised, sparse_probing, tasks
 from saelab.evaluation.tasks.scr_tpp import ablate, scr, tpp
 from saelab.evaluation.tasks.two_sided import Firings, collect, jensen_shannon, opposite_pairs, two_sidedness
 from saelab.sae import build
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 
 D, N = 16, 240
 
@@ -267,7 +267,7 @@ def test_saebench_document_has_the_shape_its_plots_read(tmp_path):
     x = torch.randn(300, D)
     cache = ActivationCache.from_tensors(tmp_path / "c", x, held_out=0.5)
     sae = planted_sae()
-    save_sae(sae, tmp_path / "run", {"model_name": "toy", "hook_name": "h"})
+    save(sae, tmp_path / "run", {"model_name": "toy", "hook_name": "h"})
     metrics = saebench_json.core(evaluate(sae, cache, config=EvaluateConfig(density_tokens=0)))
     content = saebench_json.document("core", metrics, config={"n": 1}, run=tmp_path / "run")
     path = saebench_json.save(content, tmp_path / "results")

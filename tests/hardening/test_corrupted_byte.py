@@ -66,12 +66,12 @@ READERS: dict[str, list[Callable[[Place], list[str]]]] = {
 def _more(place: Place) -> None:
     """Files that only other commands make: a stopped training, a file beside the weights, exports, a grid."""
     from saelab import ActivationCache, build
-    from saelab.training import TrainConfig, fit
+    from saelab.training import TrainConfig, fit_steps
     from saelab.training.checkpoints import latest_step
 
     cache, folder = ActivationCache(place.cache), place.folder / "stopped"
     config = TrainConfig(batch_size=100, epochs=8)
-    steps = fit(build("topk", cache.d_in, 24, k=3), cache, config, folder)
+    steps = fit_steps(build("topk", cache.d_in, 24, k=3), cache, config, folder)
     for _ in range(6):
         next(steps)
     steps.close()

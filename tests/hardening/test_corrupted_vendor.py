@@ -13,7 +13,7 @@ from saelab.errors import UserError
 from saelab.interop import inspect, load
 from saelab.layout import CONFIG, EXTRA, WEIGHTS
 from saelab.sae import SAE, build
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 from saelab.steering import Add, Clamp, ProjectOut, Recipe
 from tests.hardening.vendors import D_IN, D_SAE, VENDORS
 from tests.steering.models import llama
@@ -68,7 +68,7 @@ def test_a_flipped_byte_in_another_tools_sae(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["batch_topk", "feature_choice", "gated", "jump_relu", "matching_pursuit"])
 def test_a_flipped_byte_in_what_lies_beside_the_weights(variant: str, tmp_path: Path) -> None:
     size = {"batch_topk": {"k": 2}, "feature_choice": {"k": 2}, "matching_pursuit": {"n_steps": 2}}
-    save_sae(build(variant, D_IN, D_SAE, **size.get(variant, {})), tmp_path)
+    save(build(variant, D_IN, D_SAE, **size.get(variant, {})), tmp_path)
     for name in (EXTRA, CONFIG, WEIGHTS):
         survives(tmp_path, tmp_path / name, f"{variant}/{name}")
 
@@ -77,7 +77,7 @@ def test_a_flipped_byte_in_what_lies_beside_the_weights(variant: str, tmp_path: 
 def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
     sae = build("topk", D_IN, D_SAE, k=2)
     sae.b_dec.data[1] = value
-    save_sae(sae, tmp_path)
+    save(sae, tmp_path)
     with pytest.raises(UserError, match="b_dec has NaN or infinite entries"):
         load(tmp_path)
 
@@ -85,7 +85,7 @@ def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
 def test_a_pursuit_that_would_never_stop_is_refused(tmp_path: Path) -> None:
     sae = build("matching_pursuit", D_IN, D_SAE, n_steps=2)
     sae.residual_stop.fill_(-1)
-    save_sae(sae, tmp_path)
+    save(sae, tmp_path)
     with pytest.raises(UserError, match=r"residual_stop=-1\.0 must be 0 or more"):
         load(tmp_path)(torch.ones(2, D_IN))
 

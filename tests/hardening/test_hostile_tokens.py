@@ -11,7 +11,7 @@ import torch
 from saelab import ActivationCache, build
 from saelab.features import FeatureIndex, build_index
 from saelab.features.saedashboard import write_dashboard
-from saelab.sae.weights import load_sae, save_sae
+from saelab.sae.weights import load_sae, save
 from saelab.viz.theme import LIGHT
 from saelab.viz.tokens import example_list, token_chips
 from tests.hardening.place import call
@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     acts = torch.nn.functional.one_hot(tokens, len(HOSTILE)).float() @ torch.randn(len(HOSTILE), 12)
     cache = ActivationCache.from_tensors(folder / "cache", acts, tokens, context_length=21, vocabulary=HOSTILE)
     sae = build("abs_topk", 12, 40, k=2).eval()
-    save_sae(sae, folder / "run", {})
+    save(sae, folder / "run", {})
     build_index(sae, cache, folder / "run")
     return folder / "run"
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saelab.data.cache import ActivationCache
 from saelab.sae import build
-from saelab.training import TrainConfig, n_steps, train
+from saelab.training import TrainConfig, n_steps, train_steps
 
 
 def held_out_fvu(recon, cache: ActivationCache) -> float:
@@ -56,7 +56,7 @@ def saelens(cache: ActivationCache, config: TrainConfig, d_sae: int, k: int) -> 
 def ours(cache: ActivationCache, config: TrainConfig, d_sae: int, k: int) -> float:
     """Held-out FVU of saelab's TopK."""
     sae = build("topk", cache.d_in, d_sae, k=k)
-    for _ in train(sae, cache, config):
+    for _ in train_steps(sae, cache, config):
         pass
     return held_out_fvu(sae, cache)
 

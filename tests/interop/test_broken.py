@@ -18,7 +18,7 @@ from saelab.errors import UserError
 from saelab.interop import WRITERS, export, inspect, load
 from saelab.interop.fetch import split_id
 from saelab.layout import WEIGHTS
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 from tests.interop.examples import D_IN, D_SAE, example
 
 # One folder serves all examples of a test: each overwrites the file before it reads it.
@@ -57,7 +57,7 @@ def test_code_in_a_pickle_does_not_run(protocol: str, tmp_path: Path) -> None:
 
 
 def run_folder(tmp_path: Path) -> Path:
-    save_sae(example("topk"), tmp_path / "run", {})
+    save(example("topk"), tmp_path / "run", {})
     return tmp_path / "run"
 
 
@@ -156,7 +156,7 @@ def test_inspect_points_at_oddities(tmp_path: Path) -> None:
     with torch.no_grad():
         sae.W_dec.mul_(2)
         sae.W_enc[:, 3] = 0
-    save_sae(sae, tmp_path / "run", {})
+    save(sae, tmp_path / "run", {})
     facts = inspect(tmp_path / "run")
     assert (facts["d_in"], facts["d_sae"], facts["dead_estimate"]) == (D_IN, D_SAE, 1)
     assert facts["notes"] == [

@@ -17,7 +17,7 @@ import torch
 from saelab.errors import UserError
 from saelab.interop import export, load
 from saelab.sae import VARIANTS
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 from tests.interop.examples import example, probe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other tools' warnings are theirs
@@ -34,7 +34,7 @@ def sae_lens():
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_run_folders_load_in_saelens_with_equal_codes(sae_lens, variant: str, tmp_path: Path) -> None:
     sae = example(variant)
-    save_sae(sae, tmp_path / "run", {"hook_name": "blocks.1.hook_resid_post", "model_name": "tiny"})
+    save(sae, tmp_path / "run", {"hook_name": "blocks.1.hook_resid_post", "model_name": "tiny"})
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "run")
     x = probe()
     torch.testing.assert_close(theirs.encode(x), sae.encode(x).dense(), **EXACT)

@@ -20,7 +20,7 @@ from saelab.interop.inspection import inspect
 from saelab.interop.resaving import CURVE_LINES, copy, rounded, thinned
 from saelab.layout import WEIGHTS
 from saelab.sae import VARIANTS
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 
 
 def made(variant: str, folder: Path) -> Path:
@@ -29,7 +29,7 @@ def made(variant: str, folder: Path) -> Path:
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    save_sae(sae, folder, {"hook_name": "blocks.1.hook_resid_post", "model_name": "tiny"})
+    save(sae, folder, {"hook_name": "blocks.1.hook_resid_post", "model_name": "tiny"})
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     return folder
 

@@ -15,7 +15,7 @@ import torch
 
 from saelab.errors import UserError
 from saelab.interop.hub import from_pretrained, push_to_hub
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 from tests.interop.examples import example, probe
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -96,7 +96,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, b
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 def test_push_then_pull_gives_the_same_sae(hub: dict[str, bytes], tmp_path: Path) -> None:
     sae = example("batch_topk")
-    save_sae(sae, tmp_path / "run", {"hook_name": HOOK, "model_name": "tiny"})
+    save(sae, tmp_path / "run", {"hook_name": HOOK, "model_name": "tiny"})
     push_to_hub(tmp_path / "run", "org/repo")
     assert {f"{HOOK}/cfg.json", f"{HOOK}/sae_weights.safetensors", "README.md"} <= set(hub)
     card = hub["README.md"].decode()

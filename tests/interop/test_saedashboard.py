@@ -14,7 +14,7 @@ from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
 from saelab.features.saedashboard import write_dashboard
 from saelab.sae import SAE
-from saelab.sae.weights import save_sae
+from saelab.sae.weights import save
 
 D_IN, D_SAE = 8, 160
 
@@ -29,7 +29,7 @@ def made(tmp_path: Path) -> tuple[FeatureIndex, SAE, ActivationCache, LogitLens]
         tmp_path / "cache", torch.randn(1200, D_IN), tokens, context_length=20, vocabulary=words, **where
     )
     sae = build("abs_topk", D_IN, D_SAE, k=3).eval()
-    save_sae(sae, tmp_path / "run", {"hook_name": where["hook_name"], "model_name": "tiny"})
+    save(sae, tmp_path / "run", {"hook_name": where["hook_name"], "model_name": "tiny"})
     lens = LogitLens(torch.randn(D_IN, 30))
     index = build_index(sae, cache, tmp_path / "run", lens=lens, config=IndexConfig(top=4))
     return index, sae, cache, lens

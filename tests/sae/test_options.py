@@ -9,7 +9,7 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.sae import build
 from saelab.sae.matryoshka import MEMORY
-from saelab.training import TrainConfig, train
+from saelab.training import TrainConfig, train_steps
 
 D_IN, D_SAE, N = 10, 15, 40
 
@@ -75,7 +75,7 @@ def test_random_prefixes_do_not_depend_on_what_was_drawn_before(tmp_path) -> Non
         torch.manual_seed(1)
         sae = build("matryoshka", D_IN, D_SAE, k=4, random_prefixes=2)
         torch.rand(shift)
-        for _ in train(sae, cache, TrainConfig(epochs=2, batch_size=64)):
+        for _ in train_steps(sae, cache, TrainConfig(epochs=2, batch_size=64)):
             pass
         weights.append(sae.W_dec.detach().clone())
     assert torch.equal(*weights)
@@ -110,7 +110,7 @@ def test_thresholds_do_not_see_held_out_rows(name: str, tmp_path) -> None:
         cache = ActivationCache.from_tensors(tmp_path / f"{factor}", acts, held_out=0.1)
         torch.manual_seed(0)
         sae = build(name, D_IN, D_SAE, k=3)
-        for _ in train(sae, cache, TrainConfig(epochs=1, batch_size=64)):
+        for _ in train_steps(sae, cache, TrainConfig(epochs=1, batch_size=64)):
             pass
         states.append(sae.state_dict())
     for key, value in states[0].items():

@@ -10,7 +10,7 @@ import torch
 from saelab.data.cache import ActivationCache
 from saelab.data.synthetic import Planted
 from saelab.sae import VARIANTS, build
-from saelab.training import TrainConfig, train
+from saelab.training import TrainConfig, train_steps
 
 D_IN, FEATURES, D_SAE, L0 = 20, 24, 32, 2
 
@@ -36,7 +36,7 @@ def test_planted_directions_are_recovered(name: str, planted: Planted, tmp_path:
     x, _ = data.sample(10_000, seed=2)
     cache = ActivationCache.from_tensors(tmp_path, x, grads=torch.randn(x.shape))
     sae = build(name, D_IN, D_SAE, **CONFIG.get(name, {"k": L0}))
-    for step in train(sae, cache, TrainConfig(epochs=8, batch_size=256, lr=5e-3, dead_after=3000)):
+    for step in train_steps(sae, cache, TrainConfig(epochs=8, batch_size=256, lr=5e-3, dead_after=3000)):
         assert step.fvu < 10
     cosines = data.directions @ torch.nn.functional.normalize(sae.W_dec.detach(), dim=1).T
     if sae.signed:

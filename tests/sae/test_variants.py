@@ -16,9 +16,9 @@ from saelab.cli.variants import option_fields
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.sae import SAE, VARIANTS, LinearSAE, build
-from saelab.sae.weights import load_sae, save_sae
+from saelab.sae.weights import load_sae, save
 from saelab.sparse import SparseCode
-from saelab.training import TrainConfig, n_steps, start, train
+from saelab.training import TrainConfig, n_steps, start, train_steps
 
 D_IN, D_SAE, N = 8, 20, 24
 SMALL = {"k": 3, "n_steps": 3, "target_l0": 3.0, "bandwidth": 0.5}  # options that depend on the size of the toy
@@ -145,7 +145,7 @@ def test_gradients_match_dense_autograd(name: str) -> None:
 @every_variant
 def test_eval_code_does_not_depend_on_neighbours(name: str, tmp_path: Path) -> None:
     sae = small(name)
-    for _ in train(sae, tiny_cache(tmp_path), TrainConfig(epochs=1, batch_size=64)):
+    for _ in train_steps(sae, tiny_cache(tmp_path), TrainConfig(epochs=1, batch_size=64)):
         pass
     assert not sae.training
     x, grads = data()
@@ -160,7 +160,7 @@ def test_eval_code_does_not_depend_on_neighbours(name: str, tmp_path: Path) -> N
 @every_variant
 def test_rescaling_by_a_power_of_two_is_exact(name: str, tmp_path: Path) -> None:
     sae = small(name)
-    for _ in islice(train(sae, tiny_cache(tmp_path), TrainConfig(epochs=1, batch_size=64)), 4):
+    for _ in islice(train_steps(sae, tiny_cache(tmp_path), TrainConfig(epochs=1, batch_size=64)), 4):
         pass
     x, grads = data()
     code, recon = sae.encode(x, grads), sae(x, grads)
@@ -173,9 +173,9 @@ def test_rescaling_by_a_power_of_two_is_exact(name: str, tmp_path: Path) -> None
 @every_variant
 def test_checkpoint_round_trip_is_bit_exact(name: str, tmp_path: Path) -> None:
     sae = small(name)
-    for _ in train(sae, tiny_cache(tmp_path / "cache"), TrainConfig(epochs=1, batch_size=64)):
+    for _ in train_steps(sae, tiny_cache(tmp_path / "cache"), TrainConfig(epochs=1, batch_size=64)):
         pass
-    save_sae(sae, tmp_path / "run")
+    save(sae, tmp_path / "run")
     loaded = load_sae(tmp_path / "run")
     assert type(loaded) is type(sae) and loaded.config == sae.config == json.loads(json.dumps(sae.config))
     for key, value in sae.state_dict().items():
@@ -187,7 +187,7 @@ def test_checkpoint_round_trip_is_bit_exact(name: str, tmp_path: Path) -> None:
 @every_variant
 def test_training_lowers_fvu(name: str, tmp_path: Path) -> None:
     cache = tiny_cache(tmp_path)
-    steps = list(train(small(name), cache, TrainConfig(epochs=12, batch_size=64, lr=5e-3, dead_after=300)))
+    steps = list(train_steps(small(name), cache, TrainConfig(epochs=12, batch_size=64, lr=5e-3, dead_after=300)))
     assert all(torch.tensor([s.loss, s.fvu, s.grad_norm]).isfinite().all() for s in steps)
     assert steps[-1].fvu < 0.6 * steps[0].fvu
     assert steps[-1].l0 > 0
@@ -198,19 +198,19 @@ def test_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
     cache, config = tiny_cache(tmp_path), TrainConfig(epochs=3, batch_size=64, lr=5e-3, dead_after=128)
     sae = small(name)
     whole, first = copy.deepcopy(sae), copy.deepcopy(sae)
-    log = list(train(whole, cache, config))
+    log = list(train_steps(whole, cache, config))
 
     config = config.resolved(first, cache)
     half = n_steps(cache, config) // 2 + 2  # past the middle, where phases change
     state = start(first, cache, config)
-    run = train(first, cache, config, state)
+    run = train_steps(first, cache, config, state)
     first_rows = [step.row() for step in islice(run, half)]
     run.close()
     second = build(sae.variant, **sae.config)
     second.load_state_dict(first.state_dict())
     saved, state.optimizer = state.optimizer.state_dict(), torch.optim.Adam(second.parameters(), fused=True)
     state.optimizer.load_state_dict(copy.deepcopy(saved))
-    rows = first_rows + [step.row() for step in train(second, cache, config, state)]
+    rows = first_rows + [step.row() for step in train_steps(second, cache, config, state)]
 
     assert rows == [step.row() for step in log]
     for key, value in whole.state_dict().items():

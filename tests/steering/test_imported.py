@@ -15,7 +15,7 @@ from saelab.errors import UserError
 from saelab.files import write_json
 from saelab.interop import load
 from saelab.sae import LayerNormed
-from saelab.sae.weights import load_sae, save_sae
+from saelab.sae.weights import load_sae, save
 from saelab.steering import Add, Clamp, Recipe, Run, SteeringVector
 from tests.steering.models import D_MODEL, HOOK, bridge, folder, llama
 from tests.steering.test_steering import plain
@@ -87,7 +87,7 @@ def test_a_recipe_may_hold_a_layer_normed_sae(openai: Path, tmp_path: Path) -> N
 
 def test_a_layer_normed_sae_survives_its_own_folder(openai: Path, tmp_path: Path) -> None:
     sae, x = load(openai), torch.randn(20, D_MODEL)
-    save_sae(sae, tmp_path / "again")
+    save(sae, tmp_path / "again")
     for again in (load_sae(tmp_path / "again"), load(tmp_path / "again")):
         assert torch.equal(again.encode(x).dense(), sae.encode(x).dense())
         assert torch.equal(again(x), sae(x))

@@ -27,7 +27,7 @@ from saelab.sweep import load_results, read_grid, run_sweep
 from saelab.sweep.grid import check_grid, make_grid
 from saelab.sweep.halving import losers, recent_fvu
 from saelab.sweep.runner import Member
-from saelab.training import TrainConfig, fit
+from saelab.training import TrainConfig, fit_steps
 from saelab.training.checkpoints import latest_step
 from tests import planted, tiny_lm
 from tests.planted import activations, contents
@@ -123,7 +123,7 @@ def test_every_sae_is_the_one_a_run_of_its_own_gives(cache: ActivationCache, tmp
     members = run(GRID, cache, tmp_path / "sweep")
     assert [m.status for m in members] == ["finished"] * 5
     for entry in make_grid(GRID).entries:
-        for _ in fit(entry.build(D_IN), cache, entry.train, tmp_path / "solo" / entry.name):
+        for _ in fit_steps(entry.build(D_IN), cache, entry.train, tmp_path / "solo" / entry.name):
             pass
         assert contents(tmp_path / "sweep" / entry.name) == contents(tmp_path / "solo" / entry.name)
     of_the_grid = make_grid(GRID).entries[4].build(D_IN)

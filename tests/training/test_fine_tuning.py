@@ -15,8 +15,8 @@ from saelab.distributed import Parallel
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.slices import slices
 from saelab.sae import SAE, LayerNormed
-from saelab.sae.weights import load_metadata, load_sae, save_sae
-from saelab.training import TrainConfig, adopt, fit, train
+from saelab.sae.weights import load_metadata, load_sae, save
+from saelab.training import TrainConfig, adopt, fit_steps, train_steps
 from tests.hardening.place import call, refused
 
 
@@ -26,11 +26,11 @@ def test_fine_tuning_starts_where_the_sae_is(tmp_path: Path) -> None:
     cache = ActivationCache.from_tensors(tmp_path / "cache", 20 * active @ truth)
     config = TrainConfig(epochs=10, batch_size=128, lr=3e-3)
     sae = build("topk", d_in=8, d_sae=12, k=3)
-    trained = list(train(sae, cache, config))[-1]
+    trained = list(train_steps(sae, cache, config))[-1]
     weights = {name: value.clone() for name, value in sae.state_dict().items()}
     state = adopt(sae, cache)
     assert all(torch.equal(value, weights[name]) for name, value in sae.state_dict().items())
-    again = list(train(sae, cache, TrainConfig(epochs=1, batch_size=128, lr=1e-4, warmup=0.0), state))
+    again = list(train_steps(sae, cache, TrainConfig(epochs=1, batch_size=128, lr=1e-4, warmup=0.0), state))
     # From scratch the first step has an FVU near 1.
     assert abs(again[0].fvu - trained.fvu) < 0.1
     assert again[-1].fvu < again[0].fvu + 0.05
@@ -60,7 +60,7 @@ def test_the_loss_starts_where_the_imported_sae_ends(form: str, size: float, tmp
     config = TrainConfig(epochs=1, batch_size=256, lr=1e-4, warmup=0.0)
     weights = {name: value.clone() for name, value in sae.state_dict().items()}
     expected = fvu_of(sae, cache, next(cache.batches(256, seed=config.data_seed)).acts)
-    steps = list(train(sae, cache, config, adopt(sae, cache)))
+    steps = list(train_steps(sae, cache, config, adopt(sae, cache)))
     # float32 sums of 8 x 256 squares, and a threshold's pre-activations on its edge.
     assert steps[0].fvu == pytest.approx(expected, rel=1e-4)
     assert steps[-1].fvu < expected
@@ -202,7 +202,7 @@ def test_impossible_beginnings_are_refused(
     if case == "width":
         cache = ActivationCache.from_tensors(tmp_path / "wide", torch.randn(600, 9))
     elif case == "layer-normed":
-        save_sae(LayerNormed(load(theirs)), theirs := tmp_path / "normed")
+        save(LayerNormed(load(theirs)), theirs := tmp_path / "normed")
     elif case == "missing":
         theirs = tmp_path / "nowhere"
     else:
@@ -222,7 +222,7 @@ def test_another_hook_point_is_remarked_on(
     cache: ActivationCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours = build("topk", d_in=8, d_sae=12, k=3)
-    save_sae(ours, tmp_path / "ours", {"hook_name": "blocks.1.hook_mlp_out"})
+    save(ours, tmp_path / "ours", {"hook_name": "blocks.1.hook_mlp_out"})
     moved = ActivationCache.from_tensors(tmp_path / "moved", torch.randn(600, 8), hook_name="blocks.2.hook_mlp_out")
     assert call(tune(moved, tmp_path / "ours", tmp_path / "run")) == 0
     said = capsys.readouterr().err
@@ -242,7 +242,7 @@ def test_a_killed_fine_tuning_goes_on_without_its_source(
     theirs = foreign(form, 30.0, tmp_path / "theirs")
     assert call(tune(cache, theirs, tmp_path / "whole")) == 0
     config = TrainConfig(epochs=1, batch_size=256, lr=1e-4, warmup=0.0)
-    running = fit(load(theirs), cache, config, tmp_path / "run", source=str(theirs), checkpoint_steps=2)
+    running = fit_steps(load(theirs), cache, config, tmp_path / "run", source=str(theirs), checkpoint_steps=2)
     for _ in range(steps):
         next(running)
     shutil.copytree(tmp_path / "run", tmp_path / "killed")  # what a kill at this moment leaves
@@ -260,7 +260,7 @@ def test_without_its_first_weights_it_does_not_start_from_others(
 ) -> None:
     theirs = foreign("sparsify", 30.0, tmp_path / "theirs")
     config = TrainConfig(epochs=1, batch_size=256, lr=1e-4, warmup=0.0)
-    running = fit(load(theirs), cache, config, tmp_path / "run", source=str(theirs))
+    running = fit_steps(load(theirs), cache, config, tmp_path / "run", source=str(theirs))
     next(running)
     shutil.copytree(tmp_path / "run", tmp_path / "killed")
     running.close()

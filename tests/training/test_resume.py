@@ -22,7 +22,7 @@ from saelab.errors import UserError
 from saelab.files import write_tensors
 from saelab.sae import VARIANTS, build
 from saelab.sae.weights import load_metadata, load_sae
-from saelab.training import TrainConfig, TrainState, fit, start, train
+from saelab.training import TrainConfig, TrainState, fit_steps, start, train_steps
 from saelab.training.checkpoints import latest_step
 from tests.planted import activations, contents
 
@@ -45,7 +45,7 @@ def fresh(variant: str = "topk"):
 
 
 def run(cache: ActivationCache, folder: Path, variant: str = "topk", stop: int | None = None, **options) -> None:
-    generator = fit(fresh(variant), cache, CONFIG, folder, **options)
+    generator = fit_steps(fresh(variant), cache, CONFIG, folder, **options)
     for metrics in generator:
         if metrics.step == stop:
             generator.close()
@@ -74,7 +74,7 @@ def test_a_state_passed_on_in_memory_continues_exactly(cache: ActivationCache, v
         sae, logged = fresh(variant), []
         state = start(sae, cache, config := CONFIG.resolved(sae, cache))
         for stop in stops:
-            for metrics in train(sae, cache, config, state):
+            for metrics in train_steps(sae, cache, config, state):
                 logged.append(metrics.row())
                 if metrics.step == stop:
                     break
@@ -87,7 +87,7 @@ def test_a_state_passed_on_in_memory_continues_exactly(cache: ActivationCache, v
 
 
 def test_a_checkpoint_is_usable_on_its_own(cache: ActivationCache, tmp_path: Path) -> None:
-    generator = fit(sae := fresh(), cache, CONFIG, tmp_path / "run", checkpoint_steps=5)
+    generator = fit_steps(sae := fresh(), cache, CONFIG, tmp_path / "run", checkpoint_steps=5)
     for _ in range(7):
         next(generator)
     path = latest_step(tmp_path / "run")
@@ -114,8 +114,8 @@ def test_the_last_good_checkpoint_survives_a_crash_in_the_middle_of_saving(
             real(path, *args)
 
         run(cache, folder, stop=good, resume=at > 0)
-        for module in ("weights", "steps"):
-            monkeypatch.setattr(f"saelab.checkpoint.{module}.write_tensors", crash)
+        for module in ("sae.weights", "training.checkpoints"):
+            monkeypatch.setattr(f"saelab.{module}.write_tensors", crash)
         if broken == "rename":
             monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -129,7 +129,7 @@ def test_the_last_good_checkpoint_survives_a_crash_in_the_middle_of_saving(
 def test_state_round_trip_keeps_strides_and_bits(cache: ActivationCache) -> None:
     sae = fresh()
     state = start(sae, cache, config := CONFIG.resolved(sae, cache))
-    generator = train(sae, cache, config, state)
+    generator = train_steps(sae, cache, config, state)
     for _ in range(3):
         next(generator)
     generator.close()
@@ -210,9 +210,9 @@ def test_a_resumed_run_refuses_another_cache_and_other_settings(
     run(cache, tmp_path / "run", stop=3)
     other = ActivationCache.from_tensors(tmp_path / "other", torch.randn(900, D_IN), held_out=0.1)
     with pytest.raises(UserError, match=r"is not the one .* was trained on"):
-        next(fit(fresh(), other, CONFIG, tmp_path / "run", resume=True))
+        next(fit_steps(fresh(), other, CONFIG, tmp_path / "run", resume=True))
     with pytest.raises(UserError, match="trains a topk SAE, not abs_topk"):
-        next(fit(fresh("abs_topk"), cache, CONFIG, tmp_path / "run", resume=True))
+        next(fit_steps(fresh("abs_topk"), cache, CONFIG, tmp_path / "run", resume=True))
     with pytest.raises(SystemExit) as caught:
         main(["train", str(cache.path), "--out", str(tmp_path / "run"), "--resume", "--lr", "0.5"])
     assert caught.value.code == 2

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import saelab
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.sae import build
-from saelab.training import Diverged, TrainConfig, check, n_steps, start, train
+from saelab.sae.weights import load_sae
+from saelab.training import Diverged, TrainConfig, check, fit_steps, n_steps, start, train, train_steps
 from saelab.training.schedule import learning_rate, set_warmups
 
 D_IN, D_SAE = 16, 32
@@ -45,7 +47,7 @@ def test_it_finds_a_planted_dictionary(tmp_path: Path) -> None:
     acts, directions = planted(8_000, d_in=24, d_sae=32, density=0.05)
     cache = ActivationCache.from_tensors(tmp_path / "cache", acts)
     sae = build("topk", d_in=24, d_sae=48, k=3)
-    metrics = list(train(sae, cache, TrainConfig(epochs=8, batch_size=256, lr=8e-3)))
+    metrics = list(train_steps(sae, cache, TrainConfig(epochs=8, batch_size=256, lr=8e-3)))
     assert metrics[-1].fvu < 0.1 < metrics[0].fvu
     assert metrics[-1].step == n_steps(cache, TrainConfig(epochs=8, batch_size=256)) == 8 * (7_600 // 256)
     best = (directions @ sae.W_dec.detach().T).max(dim=1).values
@@ -64,7 +66,7 @@ def test_the_same_seed_gives_the_same_run(cache: ActivationCache) -> None:
     def run(config: TrainConfig, noise: int):
         sae = sae_of()
         torch.manual_seed(noise)  # what the caller does with the global generator is no business of the run
-        return [m.row() for m in train(sae, cache, config)], sae.state_dict()
+        return [m.row() for m in train_steps(sae, cache, config)], sae.state_dict()
 
     rows, weights = run(CONFIG, noise=1)
     again_rows, again = run(CONFIG, noise=2)
@@ -78,7 +80,7 @@ def test_randomness_inside_a_step_follows_seed_and_step_only(cache: ActivationCa
     def draws(seed: int) -> list[float]:
         sae, seen = sae_of(), []
         sae.extra_losses = lambda x, code, error: seen.append(torch.rand(()).item()) or {}
-        list(train(sae, cache, TrainConfig(epochs=1, batch_size=256, seed=seed)))
+        list(train_steps(sae, cache, TrainConfig(epochs=1, batch_size=256, seed=seed)))
         return seen
 
     before = torch.get_rng_state()
@@ -95,7 +97,7 @@ def test_dead_latents_are_counted_in_tokens_and_revived(cache: ActivationCache) 
     state = start(sae, cache, config)
     with torch.no_grad():
         sae.b_enc[:20] = -1e6
-    metrics = list(itertools.islice(train(sae, cache, config, state), 3))
+    metrics = list(itertools.islice(train_steps(sae, cache, config, state), 3))
     assert [m.dead for m in metrics] == [0, 0, 20]  # dead after more than 128 tokens: at 192
     assert "auxk" in metrics[2].terms and "auxk" not in metrics[1].terms
     assert int((state.tokens_since_fired > 128).sum()) == 20
@@ -132,7 +134,7 @@ def test_the_first_steps_match_a_plain_dense_implementation(cache: ActivationCac
         adam.step()
         expected.append(loss.item())
         norms.append(norm)
-    generator = train(sae, cache, config, state)
+    generator = train_steps(sae, cache, config, state)
     got = list(itertools.islice(generator, 4))
     assert [m.loss for m in got] == pytest.approx(expected, rel=1e-5)
     assert [m.grad_norm for m in got] == pytest.approx(norms, rel=1e-4)
@@ -144,7 +146,7 @@ def test_the_first_steps_match_a_plain_dense_implementation(cache: ActivationCac
 def test_the_average_is_the_bias_corrected_mean_of_the_weights_before_each_step(cache: ActivationCache) -> None:
     config = TrainConfig(epochs=1, batch_size=128, ema=0.8, lr=1e-2).resolved(sae := sae_of(), cache)
     state = start(sae, cache, config)
-    seen, generator = [sae.b_enc.detach().clone() * state.scale], train(sae, cache, config, state)
+    seen, generator = [sae.b_enc.detach().clone() * state.scale], train_steps(sae, cache, config, state)
     total = n_steps(cache, config)
     for metrics in generator:
         if metrics.step < total:
@@ -168,7 +170,7 @@ def test_schedules() -> None:
 def test_k_warms_up_and_ends_where_it_was_configured(cache: ActivationCache) -> None:
     sae = sae_of(k=2)
     config = TrainConfig(epochs=1, batch_size=64, k_warmup=0.5, aux_weight=0.0)
-    l0 = [m.l0 for m in train(sae, cache, config)]
+    l0 = [m.l0 for m in train_steps(sae, cache, config)]
     assert l0[0] > 4 and l0[-1] <= 2 and sae.k == 2 == sae.config["k"]
     assert config.resolved(sae, cache).k_start == 8
     for step, k in [(0, 8), (4, 5), (8, 2), (15, 2)]:
@@ -180,7 +182,7 @@ def test_bf16_keeps_weights_statistics_and_codes_in_fp32(cache: ActivationCache)
     config = TrainConfig(epochs=1, batch_size=64, lr=3e-3, precision="bf16", dead_after=128)
     exact = TrainConfig(epochs=1, batch_size=64, lr=3e-3, dead_after=128)
     sae, plain = sae_of(), sae_of()
-    last, reference = list(train(sae, cache, config))[-1], list(train(plain, cache, exact))[-1]
+    last, reference = list(train_steps(sae, cache, config))[-1], list(train_steps(plain, cache, exact))[-1]
     assert all(value.dtype in (torch.float32, torch.float64, torch.int64) for value in sae.state_dict().values())
     assert last.fvu == pytest.approx(reference.fvu, rel=0.05) and last.fvu != reference.fvu
 
@@ -188,7 +190,7 @@ def test_bf16_keeps_weights_statistics_and_codes_in_fp32(cache: ActivationCache)
 def test_a_diverging_run_stops_and_names_the_step(cache: ActivationCache) -> None:
     sae = sae_of()
     config = CONFIG.resolved(sae, cache)
-    generator = train(sae, cache, config)
+    generator = train_steps(sae, cache, config)
     next(generator)
     with torch.no_grad():
         sae.b_dec[0] = math.nan
@@ -223,3 +225,38 @@ def test_runs_that_cannot_work_are_refused_before_they_start(cache: ActivationCa
         check(sae_of(), cache, TrainConfig(batch_size=64, beta_warmup=0.1))
     with pytest.raises(UserError, match="k_start=99 exceeds the 32 latents"):
         check(sae_of(), cache, TrainConfig(batch_size=64, k_start=99, k_warmup=0.1))
+
+
+def test_train_runs_to_the_end_and_fills_a_folder_where_one_is_named(cache: ActivationCache, tmp_path: Path) -> None:
+    by_steps = sae_of()
+    rows = [metrics.row() for metrics in train_steps(by_steps, cache, CONFIG)]
+    in_memory, seen = sae_of(), []
+    last = saelab.train(in_memory, cache, CONFIG, progress=seen.append)
+    assert last is not None and last.row() == rows[-1] and [metrics.row() for metrics in seen] == rows
+    on_disk = train(sae_of(), cache, CONFIG, tmp_path / "run", metadata={"model_name": "toy"})
+    assert on_disk == last
+    loaded = load_sae(tmp_path / "run")
+    for name, value in by_steps.state_dict().items():
+        assert torch.equal(value, in_memory.state_dict()[name]) and torch.equal(value, loaded.state_dict()[name]), name
+    with pytest.raises(UserError, match="holds a finished run"):
+        train(sae_of(), cache, CONFIG, tmp_path / "run")
+    with pytest.raises(UserError, match=r"resume=True needs the folder .*give out"):
+        train(sae_of(), cache, CONFIG, resume=True)
+
+
+def test_a_run_that_cannot_work_is_refused_when_it_is_made(cache: ActivationCache, tmp_path: Path) -> None:
+    """Not at the first step, which a caller who forgets to iterate never takes."""
+    narrow = build("topk", d_in=8, d_sae=32, k=2)
+    with pytest.raises(UserError, match="d_in=8 but the cache holds width 16"):
+        train_steps(narrow, cache, CONFIG)
+    with pytest.raises(UserError, match="d_in=8 but the cache holds width 16"):
+        fit_steps(narrow, cache, CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("batches", [0, 3])
+def test_a_stream_that_ends_early_is_no_run(cache: ActivationCache, batches: int) -> None:
+    """An empty one, too: the batches of the cache must not stand in for it."""
+    stream = list(itertools.islice(cache.batches(64, split="train", drop_last=True), batches))
+    with pytest.raises(UserError, match=rf"the stream ended after step {batches} of 32"):
+        list(train_steps(sae_of(), cache, CONFIG, stream=stream))

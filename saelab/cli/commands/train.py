@@ -29,7 +29,7 @@ from saelab.distributed.world import end_world
 from saelab.errors import UserError, damaged
 from saelab.layout import RUN
 from saelab.sae import SAE, VARIANTS
-from saelab.training import StepMetrics, TrainConfig, check, finished, fit, n_steps, read_run
+from saelab.training import StepMetrics, TrainConfig, finished, fit_steps, n_steps, prepared, read_run
 from saelab.training.checkpoints import latest_step, number_of
 from saelab.training.fitting import SOURCE
 from saelab.training.log import Log, TensorBoard, Wandb
@@ -112,9 +112,7 @@ def run(options: Any, config: dict[str, Any], source: Source | None = None) -> S
     cache = ActivationCache(options.cache)
     d_in = cache.d_in if source is None else source.sae.d_in
     sae = build_shard(options.variant, d_in, options.d_sae, options.seed, parallel, **config).to(device)
-    whole = whole_of(sae, parallel)
-    train_config = part(TrainConfig, options).resolved(whole, cache)
-    check(whole, cache, train_config, parallel)
+    train_config = prepared(whole_of(sae, parallel), cache, part(TrainConfig, options), parallel)
     if source is not None:
         sae.load_state_dict(slices(source.sae.state_dict(), parallel))
         announce(source, cache)
@@ -166,7 +164,7 @@ def drive(
     console.print(f"kernels: {kernels.describe()}{bf16}")
     with contextlib.ExitStack() as stack, progress_bar("state") as bar:
         logs = [stack.enter_context(contextlib.closing(log)) for log in loggers(options, config, parallel)]
-        steps = fit(
+        steps = fit_steps(
             sae,
             cache,
             config,

@@ -25,7 +25,7 @@ from saelab._version import __version__
 from saelab.errors import UserError, damaged
 from saelab.files import write_json, write_tensors
 from saelab.layout import RECIPE, VECTORS
-from saelab.sae.weights import load_sae, save_sae
+from saelab.sae.weights import load_sae, save
 from saelab.steering import interventions as ops
 from saelab.steering.attachment import attach
 from saelab.steering.interventions import Add, Clamp, Intervention, LatentIntervention, ProjectOut, describe
@@ -98,7 +98,7 @@ class Recipe:
             if isinstance(intervention, LatentIntervention):
                 entry["sae"] = saes.setdefault(id(intervention.sae), f"sae_{len(saes)}")
                 if not (folder / entry["sae"]).exists():
-                    save_sae(intervention.sae, folder / entry["sae"], {"hook_name": intervention.hook_name})
+                    save(intervention.sae, folder / entry["sae"], {"hook_name": intervention.hook_name})
                 entry["sae_sha256"] = intervention.source.fingerprint
                 entry["source"] = intervention.source.provenance()
                 if isinstance(intervention, Clamp):
