@@ -14,8 +14,7 @@ from tests.kernels.backends import gap, tolerance
 if obstacle("triton", "cpu") is not None:
     pytest.skip(f"triton: {obstacle('triton', 'cpu')}", allow_module_level=True)
 
-from saelab.kernels.triton import backend
-from saelab.kernels.triton import ragged as triton_ragged
+from saelab.kernels.triton import backend, ragged, select
 
 FORMS = {  # columns held by one program, and a width and budget that then take this form
     "whole": (4096, 300, 7),
@@ -29,7 +28,7 @@ FORMS = {  # columns held by one program, and a width and budget that then take 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     held, width, k = FORMS[request.param]
-    monkeypatch.setattr(triton_select, "WHOLE", held)
+    monkeypatch.setattr(select, "WHOLE", held)
     return width, k
 
 
@@ -68,7 +67,7 @@ def test_a_batch_budget_that_gathers_on_few_rows_is_still_exact(monkeypatch: pyt
     case.x[3] *= 30
     read_again = []
     original = backend._reaching
-    monkeypatch.setattr(triton_backend, "_reaching", lambda x, *rest: read_again.append(len(x)) or original(x, *rest))
+    monkeypatch.setattr(backend, "_reaching", lambda x, *rest: read_again.append(len(x)) or original(x, *rest))
     with kernels.use_backend("triton"):
         selected = kernels.select_batch(*case.encoder, budget=40)
     assert read_again == [1]
@@ -79,18 +78,18 @@ def test_a_batch_budget_that_gathers_on_few_rows_is_still_exact(monkeypatch: pyt
 
 
 def test_popular_latents_are_summed_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_ragged, "SEGMENT", 3)
+    monkeypatch.setattr(ragged, "SEGMENT", 3)
     counts = torch.tensor([0, 3, 4, 20, 0, 1, 9])
     indices = torch.repeat_interleave(torch.arange(7), counts)[torch.randperm(37)]
     row_ptr, weights, data = torch.arange(38), torch.randn(37), torch.randn(37, 10)
-    found = triton_ragged.latent_grad(weights, indices, row_ptr, data, 7, offset=torch.ones(10))
+    found = ragged.latent_grad(weights, indices, row_ptr, data, 7, offset=torch.ones(10))
     expected = torch.zeros(7, 10, dtype=torch.float64)
     expected.index_add_(0, indices, weights.double()[:, None] * (data.double() - 1))
     torch.testing.assert_close(found.double(), expected, **tolerance(random_case(37, 10, 7, 1), expected))
 
 
 def test_a_wide_token_takes_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_ragged, "WIDEST", 8)
+    monkeypatch.setattr(ragged, "WIDEST", 8)
     case = random_case(4, 12, 30, 3)
     with kernels.use_backend("triton"):
         selected = kernels.select_topk(*case.encoder, k=3)
