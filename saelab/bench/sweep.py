@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """Sizes of the comparison; the defaults are those of the README."""
+    """Sizes of the comparison; the defaults are those of docs/benchmarks.md."""
 
     d_in: int = 576
     """Width of the activations."""

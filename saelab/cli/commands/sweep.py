@@ -37,7 +37,7 @@ class Options:
     cache: tyro.conf.Positional[Path]
     """Folder of the activation cache; it is read once for all SAEs."""
     grid: tyro.conf.Positional[Path]
-    """TOML file with [train], [[grid]] and [halving]; see the README."""
+    """TOML file with [train], [[grid]] and [halving]; its format is described in docs/how-to/sweep.md."""
     out: Path
     """Folder to write: one run folder per SAE, sweep.parquet and report.html."""
     device: str = "auto"
