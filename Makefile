@@ -16,7 +16,7 @@ help:
 	@echo "make claims  check the papers' claims on planted data (under 5 minutes)"
 	@echo "make test-interop   run SAELens, SAEBench and other tools on our files, and saelab under transformer-lens 3"
 	@echo "make lint    format check, lint, types"
-	@echo "make docs    write the reference of the Python interface into docs/api"
+	@echo "make docs    build the documentation site into docs/_build; a warning is an error"
 	@echo "make bench   time the kernels against what other tools do"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -73,7 +73,7 @@ bench: $(STAMP)
 	$(BIN)/python -m saelab.bench.kernels
 
 docs: $(STAMP)
-	$(BIN)/python docs/reference.py
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo docs/api
+	rm -rf $(VENV) $(PEERS) demo docs/_build docs/_generated

@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 
+from saelab.features import schema
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
-reference = pytest.importorskip("reference", reason="needs the docs extra")
-MODULES = reference.public_modules()
+import generate  # noqa: E402  docs/generate.py
+
+MODULES = generate.public_modules()
 ROLE = re.compile(r":(?:class|func|mod|meth|data|attr):`~?([^`]+)`")
 
 
@@ -27,7 +30,7 @@ def exported() -> Iterator[tuple[str, Any]]:
     """Every exported function and class once, by its qualified name."""
     seen: set[int] = set()
     for module in MODULES:
-        for name in reference.exports(module):
+        for name in generate.exports(module):
             value = getattr(importlib.import_module(module), name)
             if (inspect.isfunction(value) or inspect.isclass(value)) and id(value) not in seen:
                 seen.add(id(value))
@@ -124,11 +127,34 @@ def resolves(target: str) -> bool:
 
 
 @pytest.mark.slow
-def test_the_reference_is_built_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "docs" / "reference.py"), str(tmp_path)]
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="needs the docs extra")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    page = (tmp_path / "saelab" / "steer.html").read_text()
+    page = (tmp_path / "_generated" / "reference" / "saelab.steering.html").read_text()
     assert "calibrate" in page and ":class:" not in page
     assert len(list(tmp_path.rglob("*.html"))) > len(MODULES)
+    columns = (tmp_path / "feature-index.html").read_text()
+    assert "partner_jaccard" in columns and "position of the focus token in the window" in columns
+
+
+@pytest.mark.parametrize("table", [schema.FEATURE_COLUMNS, schema.EXAMPLE_COLUMNS], ids=["features", "examples"])
+def test_every_column_of_the_index_is_described(table: dict[str, tuple[Any, str]]) -> None:
+    assert [name for name, (_, text) in table.items() if len(text.split()) < 2] == []
+    page = generate.columns(table)
+    assert all(f"| `{name}` | {kind} | {text} |" in page for name, (kind, text) in table.items())
+
+
+def test_every_public_object_has_one_entry_in_the_reference() -> None:
+    pages = "\n".join(generate.reference(MODULES).values())
+    entries = re.findall(r"^\.\. auto(?:class|exception|function):: (\S+)$", pages, flags=re.M)
+    objects = [id(resolved(entry)) for entry in entries]
+    assert len(objects) == len(set(objects))
+    assert {id(value) for value in EXPORTED.values()} <= set(objects)
+
+
+def resolved(name: str) -> Any:
+    module, _, member = name.rpartition(".")
+    return getattr(importlib.import_module(module), member)
