@@ -47,7 +47,8 @@ def train(
     built as before). With ``source``, the name of a trained SAE whose weights ``sae`` has, these are fine-tuned.
     ``progress`` is called after every step. The result is None only where a resumed run has no step left.
     :func:`train_steps` and :func:`fit_steps` are the same as generators, for loops of one's own. Raises UserError,
-    before anything is computed, where the run cannot work, and :class:`saelab.training.Diverged` where the loss is not finite.
+    before anything is computed, where the run cannot work, and :class:`saelab.training.Diverged` where the loss is
+    not finite.
     """
     if out is not None:
         options: dict[str, Any] = {"resume": resume, "checkpoint_steps": checkpoint_steps, "source": source}
