@@ -21,8 +21,8 @@ import torch
 from saelab.errors import UserError
 from saelab.harvesting.config import HarvestConfig
 from saelab.harvesting.pipeline import harvest
-from saelab.lm.hooks import find_hook
 from saelab.lm.loading import load_model
+from saelab.lm.sites import locate
 from saelab.lm.smollm2 import quiet_progress
 
 
@@ -39,7 +39,7 @@ def truncated_model(folder: str, n_layers: int) -> Any:
 def compare(model_name: str, layer: int, text: str, tokens: int, context_length: int) -> dict[str, float]:
     """Tokens per second of harvest and of the plain model, and how they compare (above 1: harvest is faster)."""
     bridge = load_model(model_name, device="cpu")
-    hook = find_hook(bridge, f"blocks.{layer}.hook_resid_post").hook_name
+    hook = locate(bridge, f"blocks.{layer}.hook_resid_post").hook_name
     plain = truncated_model(str(bridge.cfg.model_name), layer + 1)
     config = HarvestConfig(tokens=tokens, context_length=context_length)
     inputs = torch.randint(0, bridge.cfg.d_vocab, (config.pass_contexts, context_length))

@@ -15,8 +15,8 @@ from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.evaluation.reconstruction import Progress, check_pair, count_firing, reconstruction
 from saelab.evaluation.report import Evaluation
-from saelab.evaluation.same_model import check_same_model, locate
-from saelab.evaluation.splice import Replace, Site, SplicedRun, edited
+from saelab.evaluation.same_model import check_same_model, plain_site
+from saelab.evaluation.splice import Replace, SplicedRun
 from saelab.evaluation.tasks.battery import TaskConfig, run_tasks
 from saelab.sae import SAE
 from saelab.sae.mode import evaluating
@@ -24,11 +24,8 @@ from saelab.sae.mode import evaluating
 __all__ = [
     "EvaluateConfig",
     "Evaluation",
-    "Site",
     "TaskConfig",
-    "edited",
     "evaluate",
-    "locate",
     "run_tasks",
     "spliced",
 ]
@@ -119,7 +116,7 @@ def spliced(
 
         return replace
 
-    plain, site = locate(model, cache)
+    plain, site = plain_site(model, cache)
     mean = torch.tensor(manifest.mean, dtype=torch.float32)
     replace = {name: replacing(sae) for name, sae in saes.items()}
     run = SplicedRun(plain, site, mean, replace, residual="hook_resid" in manifest.hook_name)

@@ -1,4 +1,4 @@
-"""Finding in a language model the point that a cache was harvested at, and making sure that it is the same model."""
+"""The place in a language model that a cache was harvested at, and whether the model is the one of the cache."""
 
 from __future__ import annotations
 
@@ -8,59 +8,61 @@ import torch
 from torch import Tensor, nn
 
 from saelab.data.cache import ActivationCache
+from saelab.data.cache.manifest import Manifest
 from saelab.errors import UserError
-from saelab.evaluation.splice import Site, edited
+from saelab.lm.fingerprint import SAME_MODEL, relative_gap
+from saelab.lm.hook_names import side_of
+from saelab.lm.sites import Site, check_replaceable, device_of, locate, underlying
+from saelab.lm.unwrapped import plain_model
 
-AGREEMENT = 0.02  # of the norm: stored values are rounded to the cache's dtype, attention kernels sum in another order
+
+def plain_site(model: Any, cache: ActivationCache) -> tuple[nn.Module, Site]:
+    """The plain Hugging Face model behind ``model``, and the cache's place in it.
+
+    UserError where the model has no such place, or one whose replacement the later layers would not see in full.
+    """
+    manifest = cache.manifest
+    if underlying(model) is model:
+        return model, _splice_site(_recorded(model, manifest))
+    site, plain = locate(model, manifest.hook_name), plain_model(model)
+    if plain is None:
+        raise UserError("this bridge's weights fit no plain model to splice into; load it without weight processing")
+    return plain, _splice_site(site)
 
 
-def locate(model: Any, cache: ActivationCache) -> tuple[nn.Module, Site]:
-    """The plain Hugging Face model behind ``model`` and the cache's point in it."""
-    hook_name, path = cache.manifest.hook_name, cache.manifest.hf_hook_name
-    side = "out"
-    if hasattr(model, "original_model"):  # a TransformerBridge
-        from saelab.lm import find_hook
-        from saelab.lm.unwrapped import plain_model
+def _recorded(model: nn.Module, manifest: Manifest) -> Site:
+    """The place that the manifest names, if the plain ``model`` has such a module; else found by its hook name."""
+    path = manifest.hf_hook_name
+    if path in dict(model.named_modules()):
+        return Site(manifest.hook_name, path, manifest.side or side_of(manifest.hook_name or path))
+    return locate(model, manifest.hook_name or path)
 
-        found = find_hook(model, hook_name)
-        side, path, model = found.side, found.module, plain_model(model)
-        if model is None:
-            raise UserError(
-                "this bridge's weights fit no plain model to splice into; load it without weight processing"
-            )
-    whole_input = hook_name.endswith("hook_resid_pre") or side == "out"
-    if side == "inner" or not whole_input:
-        raise UserError(
-            f"{hook_name} is not a place where a module's output can be replaced, so cross-entropy with the SAE "
-            "spliced in is not defined; pass --lm-tokens 0, or use a residual stream, attention or MLP output"
-        )
+
+def _splice_site(site: Site) -> Site:
     try:
-        return model, Site(model.get_submodule(path), side)
-    except AttributeError as error:
-        raise UserError(
-            f"the model has no module {path!r}, where the cache was harvested; pass its own model"
-        ) from error
+        return check_replaceable(site)
+    except UserError as error:
+        raise UserError(f"cross-entropy with the SAE spliced in is undefined: {error}; or pass --lm-tokens 0") from None
 
 
 @torch.no_grad()
 def check_same_model(model: nn.Module, site: Site, cache: ActivationCache, tokens: Tensor, rows: Tensor) -> None:
-    """Refuse a model that does not produce what the cache holds, judged on one context."""
+    """Refuse a model that does not produce what the cache holds, judged on one context.
+
+    ``tokens`` and ``rows`` are as :meth:`ActivationCache.contexts` gives them; ``model`` is on any device.
+    """
     seen: list[Tensor] = []
-
-    def look(acts: Tensor) -> Tensor:
-        seen.append(acts[0])
-        return acts
-
-    with edited(site, look):
-        model(input_ids=tokens[None], use_cache=False)
-    stored = cache.read(rows[rows >= 0]).acts
-    if seen[0].shape[-1] != stored.shape[1]:
+    with site.register(model, lambda acts: seen.append(acts[0])):
+        model(input_ids=tokens[None].to(device_of(model)), use_cache=False)
+    live, stored = seen[0].cpu(), cache.read(rows[rows >= 0]).acts
+    if live.shape[-1] != stored.shape[1]:
         raise UserError(
-            f"the model's activations have width {seen[0].shape[-1]}, the cache's {stored.shape[1]}; pass its own model"
+            f"the model's activations have width {live.shape[-1]}, the cache's {stored.shape[1]}; pass its own model"
         )
-    live = seen[0][rows >= 0].float()
-    if not (live - stored).norm() <= AGREEMENT * stored.norm():
+    gap = relative_gap(live[rows >= 0], stored)
+    if not gap <= SAME_MODEL:
         raise UserError(
             f"{cache.path} was harvested from another model than the one given "
-            f"({cache.manifest.model or 'unnamed'} at {cache.hook_name}); pass that model"
+            f"({cache.manifest.model or 'unnamed'} at {cache.hook_name}; activations differ by {gap:.2g} of their "
+            "norm); pass that model"
         )

@@ -9,8 +9,7 @@ grows by one copy per variant, and only the layers above see them all.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm.sites import register
+from saelab.lm.sites import Site, device_of
 from saelab.metrics.intervals import Array, Estimate, from_resamples, resampled_sums
 
 FORMULAS = {
@@ -39,24 +38,6 @@ FORMULAS = {
 ABLATIONS = ("zero", "mean")
 ROWS = 8
 Replace = Callable[[Float[Tensor, "n d_in"], Int[Tensor, " n"]], Float[Tensor, "n d_in"]]
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where activations are read and replaced: the output of ``module``, or its first input (``side="in"``)."""
-
-    module: nn.Module
-    side: str = "out"
-
-
-@contextmanager
-def edited(site: Site, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Pass the activations ``[batch, position, d_in]`` at ``site`` through ``edit`` while active."""
-    handle = register(site.module, site.side, edit)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @dataclass
@@ -134,13 +115,14 @@ class SplicedRun:
 
     @torch.no_grad()
     def add(self, tokens: Int[Tensor, " t"], rows: Int[Tensor, " t"]) -> None:
-        """One context: its token ids, and the cache row of each (-1: left untouched)."""
+        """One context: its token ids, and the cache row of each (-1: left untouched), both on the CPU."""
         logits = self._logits(tokens, rows)
         # The last position predicts nothing that is known.
         at = (rows[:-1] >= 0).nonzero().flatten()
         if at.numel() == 0:
             return
-        ce, kl = self._losses(logits, at, tokens[1:])
+        device = logits["clean"].device
+        ce, kl = self._losses(logits, at.to(device), tokens[1:].to(device))
         for name, sums in self.sums.items():
             sums.n.append(at.numel())
             sums.ce.append([ce["clean"], ce[name], ce["zero"], ce["mean"]])
@@ -179,8 +161,8 @@ class SplicedRun:
             return stacked
 
         started = time.perf_counter()
-        with edited(self.site, edit):
-            out = self.model(input_ids=tokens[None], use_cache=False).logits
+        with self.site.register(self.model, edit):
+            out = self.model(input_ids=tokens[None].to(device_of(self.model)), use_cache=False).logits
         self.seconds_lm += time.perf_counter() - started - seconds_edit
         logits = dict(zip(hidden, out))
         for name in ABLATIONS:
@@ -192,12 +174,13 @@ class SplicedRun:
         return logits
 
     def _variants(self, acts: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        stored = rows >= 0
-        x, own = acts[stored].float(), rows[stored]
+        own = rows[rows >= 0]
+        stored, mean = (rows >= 0).to(acts.device), self.mean.to(acts.device)
+        x = acts[stored].float()
         made = {"clean": acts}
         for name, replace in self.replace.items():
             made[name] = acts.index_put((stored,), replace(x, own).to(acts.dtype))
-        for name, value in zip(ABLATIONS, (torch.zeros_like(self.mean), self.mean)):
+        for name, value in zip(ABLATIONS, (torch.zeros_like(mean), mean)):
             ablated = torch.where(stored[:, None], value.to(acts.dtype), acts)
             before = self.reused.get(name)
             if before is None or not torch.equal(before[0], ablated):

@@ -21,7 +21,7 @@ import torch
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, LogitLens
-from saelab.lm.sites import layer_of
+from saelab.lm.hook_names import layer_of
 from saelab.sae import SAE
 
 BATCH = 128  # features a file, as SAEDashboard writes by default

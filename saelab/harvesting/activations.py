@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,18 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm.hooks import HookSite
-from saelab.lm.sites import Edit, register
+from saelab.lm.fingerprint import relative_gap, same_activations
+from saelab.lm.sites import Edit, Site, device_of
 from saelab.lm.unwrapped import frozen, plain_model
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _log = logging.getLogger(__name__)
-# Attention kernels sum in another order; over ten layers the difference was 2e-5 of the activation's norm in float32.
-# 16-bit models get what a few roundings of 2^-8 give.
-_TOLERANCE = {torch.float32: 1e-3}
-_LOOSE = 5e-2
 
 
 class _Stop(Exception):
@@ -39,9 +35,9 @@ class _Stop(Exception):
 class Reader:
     """Activations, and on request gradients, of a model at some hook points."""
 
-    def __init__(self, model: TransformerBridge, sites: Sequence[HookSite]) -> None:
+    def __init__(self, model: TransformerBridge, sites: Sequence[Site]) -> None:
         self.model, self.sites = model, list(sites)
-        self.device = next(model.original_model.parameters()).device
+        self.device = device_of(model)
         self.plain: nn.Module | None = None
 
     def widths(self, tokens: Int[Tensor, "n_ctx ctx"]) -> list[int]:
@@ -66,8 +62,8 @@ class Reader:
         fast = self.activations(tokens)
         self.plain = None
         for site, a, b in zip(self.sites, fast, self.activations(tokens)):
-            gap = float((a - b).norm() / b.norm()) if a.shape == b.shape else float("inf")
-            if not gap <= _TOLERANCE.get(a.dtype, _LOOSE):
+            if not same_activations(a, b):
+                gap = relative_gap(a, b)
                 _log.warning("reading through the bridge: the plain model differs by %.2g at %s", gap, site.hook_name)
                 return False
         self.plain = plain
@@ -130,18 +126,10 @@ class Reader:
         if self.plain is None:
             pairs: Any = [(site.canonical, _bridge_hook(hook)) for site, hook in zip(self.sites, hooks)]
             return self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=pairs)
-        with _hooked(self.plain, self.sites, hooks):
+        with contextlib.ExitStack() as stack:
+            for site, hook in zip(self.sites, hooks):
+                stack.enter_context(site.register(self.plain, hook))
             return self.plain(input_ids=tokens, use_cache=False).logits
-
-
-@contextlib.contextmanager
-def _hooked(plain: nn.Module, sites: Sequence[HookSite], hooks: Sequence[Edit]) -> Iterator[None]:
-    handles = [register(plain.get_submodule(site.module), site.side, hook) for site, hook in zip(sites, hooks)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _bridge_hook(read: Edit) -> Callable[..., Any]:

@@ -18,8 +18,8 @@ from saelab.harvesting.activations import Reader
 from saelab.harvesting.config import HarvestConfig
 from saelab.harvesting.shards import ALONE, Progress, Share, fill, finish, open_writers
 from saelab.lm.fingerprint import token_strings, tokenizer_hash, weights_fingerprint
-from saelab.lm.hooks import find_hook
 from saelab.lm.loading import load_model, model_name
+from saelab.lm.sites import locate
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -82,7 +82,7 @@ def harvest(
         prepare(folder, overwrite=overwrite, resume=resume, dry=True)
     bridge = load_model(model) if isinstance(model, str) else model
     names = [hooks] if isinstance(hooks, str) else list(hooks)
-    sites = [find_hook(bridge, name) for name in names]
+    sites = [locate(bridge, name) for name in names]
     source = text if isinstance(text, TextSource) else open_text(text)
     bos = resolve_bos(config.bos, bridge.tokenizer)
     packed = pack(source, bridge.tokenizer, config.context_length, bos, config.pass_contexts)
@@ -96,7 +96,7 @@ def harvest(
     shared: dict[str, Any] = _provenance(bridge, source, config) | {"bos": bos}
     shared["settings"]["shard_passes"] = config.shard_passes(max(widths))
     manifests = [
-        Manifest(d_in=d_in, hook_name=site.hook_name, hf_hook_name=site.module, **shared)
+        Manifest(d_in=d_in, hook_name=site.hook_name, hf_hook_name=site.path, side=site.side, **shared)
         for site, d_in in zip(sites, widths)
     ]
 

@@ -17,7 +17,7 @@ from saelab._version import __version__
 from saelab.errors import UserError, near_matches
 from saelab.files import save_plain
 from saelab.interop.detection import read
-from saelab.lm.sites import layer_of
+from saelab.lm.hook_names import layer_of
 from saelab.sae import SAE
 from saelab.sae.inference import TWO_SIDED, InferenceForm, doubled, inference_form
 from saelab.sae.weights import SAELENS_VERSION

@@ -16,7 +16,7 @@ from saelab.errors import UserError
 from saelab.interop.exporting import SIGNED
 from saelab.interop.foreign import Foreign
 from saelab.interop.formats.saelens import ARCHITECTURES
-from saelab.lm.sites import layer_of
+from saelab.lm.hook_names import layer_of
 from saelab.sae import SAE
 from saelab.sae.inference import InferenceForm, doubled, inference_form
 

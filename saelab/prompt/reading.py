@@ -87,10 +87,10 @@ def read(
     Raises UserError for an empty text, a hook point the model lacks, and a width that does not fit.
     """
     from saelab.harvesting.activations import Reader
-    from saelab.lm.hooks import find_hook
+    from saelab.lm.sites import locate
 
     ids, strings = tokenize(model.tokenizer, text, bos, max_tokens)
-    reader = Reader(model, [find_hook(model, hook_name)])
+    reader = Reader(model, [locate(model, hook_name)])
     if (gradients or selects_by_gradient(sae)) and len(ids) > 1:
         (acts,), (grads,) = reader.gradients(torch.tensor([ids]))
         grads = grads[0].float()

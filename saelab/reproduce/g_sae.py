@@ -17,7 +17,9 @@ from torch import Tensor
 
 from saelab.data.cache import ActivationCache
 from saelab.data.synthetic import Planted
-from saelab.evaluation import EvaluateConfig, edited, locate, spliced
+from saelab.evaluation import EvaluateConfig, spliced
+from saelab.evaluation.same_model import plain_site
+from saelab.lm.sites import device_of
 from saelab.reproduce.lab import Lab, Scale, Spec, at_equal_l0, difference, fit, table, values
 from saelab.reproduce.ledger import Row, above, below, fewer, paired, summary
 from saelab.reproduce.planted_worlds import Readout
@@ -145,19 +147,20 @@ def _effects(lab: Lab, seeds: Sequence[int], setting: str, n_latents: int = 12) 
 @torch.no_grad()
 def direction_effects(lab: Lab, directions: Tensor, n_contexts: int = 6, length: int = 24) -> Tensor:
     """Mean KL that each direction causes, at equal strength, in contexts that have nothing to do with it."""
-    plain, site = locate(lab.model, lab.cache)
+    plain, site = plain_site(lab.model, lab.cache)
     steps = 0.5 * lab.cache.manifest.rms_norm * directions / directions.norm(dim=1, keepdim=True)
-    total = torch.zeros(len(directions))
+    total, device = torch.zeros(len(directions)), device_of(plain)
     contexts = list(itertools.islice(lab.cache.contexts("held_out"), n_contexts))
     for tokens, rows in contexts:
         stored = (rows[:length] >= 0).float()[:, None]
-        shifts = torch.cat([torch.zeros(1, steps.shape[1]), steps])[:, None] * stored
+        shifts = torch.cat([torch.zeros(1, steps.shape[1]), steps.cpu()])[:, None] * stored
 
         def edit(acts: Tensor, shifts: Tensor = shifts) -> Tensor:
-            return acts + shifts
+            return acts + shifts.to(acts)
 
-        with edited(site, edit):
-            logp = plain(input_ids=tokens[None, :length], use_cache=False).logits[:, -1].float().log_softmax(-1)
+        with site.register(plain, edit):
+            logits = plain(input_ids=tokens[None, :length].to(device), use_cache=False).logits[:, -1]
+        logp = logits.cpu().float().log_softmax(-1)
         total += (logp[0].exp() * (logp[0] - logp[1:])).sum(-1)
     return total / len(contexts)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm.sites import locate, width
+from saelab.lm.sites import Site, check_replaceable, locate
 from saelab.steering.edits import LatentEdits, check_conflicts
 from saelab.steering.interventions import Add, Intervention, LatentIntervention, ProjectOut
 from saelab.steering.positions import Positions, TokenContext
@@ -29,9 +29,9 @@ def attach(model: nn.Module, interventions: Intervention | Sequence[Intervention
     """
     interventions = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     check_conflicts([i for i in interventions if isinstance(i, LatentIntervention)])
-    _check_widths(model, interventions)
     # An unknown name is refused even when it would change nothing.
-    sites = {name: locate(model, name) for name in {i.hook_name: None for i in interventions}}
+    sites = {name: check_replaceable(locate(model, name)) for name in {i.hook_name: None for i in interventions}}
+    _check_widths(model, sites, interventions)
     by_place: dict[tuple[str, str], list[Intervention]] = defaultdict(list)  # a place may go by several names
     for intervention in interventions:
         site = sites[intervention.hook_name]
@@ -41,7 +41,7 @@ def attach(model: nn.Module, interventions: Intervention | Sequence[Intervention
         positions = stack.enter_context(Positions().follow(model))
         for group in by_place.values():
             site, hook = sites[group[0].hook_name], _hook(_edits(group), positions)
-            stack.callback(site.register(hook).remove)
+            stack.enter_context(site.register(model, hook))
         yield positions
 
 
@@ -91,13 +91,12 @@ def _vector_edit(intervention: Add | ProjectOut) -> Edit:
     return edit
 
 
-def _check_widths(model: nn.Module, interventions: Sequence[Intervention]) -> None:
-    d_model = width(model)
+def _check_widths(model: nn.Module, sites: dict[str, Site], interventions: Sequence[Intervention]) -> None:
     for intervention in interventions:
-        d_in = intervention.d_in
+        width, d_in = sites[intervention.hook_name].width(model), intervention.d_in
         what = "the SAE" if isinstance(intervention, LatentIntervention) else "the vector"
-        if d_model is not None and d_in != d_model:
+        if width is not None and d_in != width:
             raise UserError(
-                f"{what} for {intervention.hook_name} has width {d_in}, the model's activations {d_model}: "
+                f"{what} for {intervention.hook_name} has width {d_in}, the model's activations {width}: "
                 "it belongs to another model"
             )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm import model_name
-from saelab.lm.sites import locate, underlying
+from saelab.lm.sites import check_replaceable, device_of, locate, underlying
 from saelab.steering.attachment import attach
 from saelab.steering.generation import forward, tokenize, tokenizer_of
 from saelab.steering.vectors import SteeringVector
@@ -41,17 +41,13 @@ def text_activations(
     if isinstance(texts, str) or not texts:
         raise UserError("give a list of at least one text")
     tokenizer = tokenizer_of(model, tokenizer)
-    root, site, rows = underlying(model), locate(model, hook_name), []
-    device = next(root.parameters()).device
+    root, device, site = underlying(model), device_of(model), check_replaceable(locate(model, hook_name))
+    rows = []
     for start in range(0, len(texts), batch_size):
         ids, mask = (t.to(device) for t in tokenize(tokenizer, texts[start : start + batch_size]))
         seen: list[Tensor] = []
-        with attach(model, []):
-            handle = site.register(lambda x, seen=seen: seen.append(x.float()))
-            try:
-                forward(root, ids, mask, last_only=True)
-            finally:
-                handle.remove()
+        with attach(model, []), site.register(model, lambda x, seen=seen: seen.append(x.float())):
+            forward(root, ids, mask, last_only=True)
         if tokens == "last":
             rows.append(seen[0][:, -1])
             continue

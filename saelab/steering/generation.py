@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm.sites import underlying
+from saelab.lm.sites import device_of, underlying
 from saelab.steering.attachment import attach
 from saelab.steering.interventions import Intervention
 
@@ -138,8 +138,7 @@ def compare(
 
 @torch.no_grad()
 def _steps(model: nn.Module, ids: Tensor, mask: Tensor, settings: Sampling, eos: int | None) -> Iterator[Tensor]:
-    root = underlying(model)
-    device = next(root.parameters()).device
+    root, device = underlying(model), device_of(model)
     ids, mask = ids.to(device), mask.to(device)
     generator = torch.Generator().manual_seed(settings.seed)
     eos = eos if settings.stop_at_eos else None

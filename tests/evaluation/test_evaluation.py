@@ -14,11 +14,13 @@ from torch import nn
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.evaluation import EvaluateConfig, Site, edited, evaluate, spliced
+from saelab.evaluation import EvaluateConfig, evaluate, spliced
+from saelab.lm import Site
 from saelab.sae import build
 from saelab.sae.weights import save
 
 D, VOCAB, T = 12, 40, 16
+SITE = Site("blocks.1.hook_resid_post", "layers.1", "out")
 
 
 class Block(nn.Module):
@@ -59,7 +61,7 @@ def world(tmp_path):
         for _ in range(T - 1):  # text that the model itself wrote, so that ablations cost something
             tokens = torch.cat([tokens, model(tokens).logits[:, -1].softmax(-1).multinomial(1)], 1)
     seen = []
-    with torch.no_grad(), edited(Site(model.layers[1]), lambda h: seen.append(h) or h):
+    with torch.no_grad(), SITE.register(model, seen.append):
         model(tokens)
     cache = ActivationCache.from_tensors(
         tmp_path / "cache", seen[0], tokens, held_out=0.25, model="toy", hook_name="blocks.1.hook_resid_post",
@@ -75,7 +77,7 @@ def _plain_losses(world, edit, contexts):
     """CE and log-probabilities by one full forward pass per context and variant."""
     ce, logps = [], []
     for tokens in contexts:
-        with torch.no_grad(), edited(Site(world.model.layers[1]), edit):
+        with torch.no_grad(), SITE.register(world.model, edit):
             logits = world.model(tokens[None]).logits[0, :-1].double()
         ce.append(F.cross_entropy(logits, tokens[1:], reduction="none"))
         logps.append(logits.log_softmax(-1))
@@ -144,7 +146,7 @@ def test_untouched_positions_stay_untouched_and_ablations_are_reused(world):
 
 
 def _logits(world, tokens, edit):
-    with torch.no_grad(), edited(Site(world.model.layers[1]), edit):
+    with torch.no_grad(), SITE.register(world.model, edit):
         return world.model(tokens[None]).logits[0]
 
 
@@ -219,9 +221,9 @@ def test_several_saes_share_one_pass(world):
 
 def test_the_input_of_a_module_can_be_replaced(world):
     tokens = world.tokens[:2]
-    with torch.no_grad(), edited(Site(world.model.layers[2], "in"), torch.zeros_like):
+    with torch.no_grad(), Site("blocks.2.hook_resid_pre", "layers.2", "in").register(world.model, torch.zeros_like):
         by_input = world.model(tokens).logits
-    with torch.no_grad(), edited(Site(world.model.layers[1]), torch.zeros_like):
+    with torch.no_grad(), SITE.register(world.model, torch.zeros_like):
         torch.testing.assert_close(world.model(tokens).logits, by_input)
 
 

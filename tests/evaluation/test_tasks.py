@@ -12,12 +12,13 @@ from torch import nn
 
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.evaluation import EvaluateConfig, Site, evaluate, saebench_json
+from saelab.evaluation import EvaluateConfig, evaluate, saebench_json
 from saelab.evaluation.tasks.absorption import absorbed, absorption, split_latents, words_by_letter
 from saelab.evaluation.tasks.passages import Passages, Pooled, from_cache, from_texts, pool, read_jsonl
 from saelab.evaluation.tasks.probing import Standardised, sparse_probing, tasks
 from saelab.evaluation.tasks.scr_tpp import ablate, scr, tpp
 from saelab.evaluation.tasks.two_sided import Firings, collect, jensen_shannon, opposite_pairs, two_sidedness
+from saelab.lm import Site
 from saelab.sae import build
 from saelab.sae.weights import save
 
@@ -256,11 +257,11 @@ def test_texts_run_to_the_hook_and_no_further():
     def encode(text):
         return [0, *[int(word) for word in text.split()]]
 
-    got = from_texts(model, Site(model.embed), encode, ["3 4", "5"], {"y": ["a", "b"]}, source="set")
+    got = from_texts(model, Site("hook_embed", "embed", "out"), encode, ["3 4", "5"], {"y": ["a", "b"]}, source="set")
     assert got.owner.tolist() == [0, 0, 1]
     torch.testing.assert_close(got.acts, model.embed.weight[[3, 4, 5]].detach())
     with pytest.raises(UserError, match="example 2"):
-        from_texts(model, Site(model.embed), encode, ["3", ""], {"y": ["a", "b"]}, source="set")
+        from_texts(model, Site("hook_embed", "embed", "out"), encode, ["3", ""], {"y": ["a", "b"]}, source="set")
 
 
 def test_saebench_document_has_the_shape_its_plots_read(tmp_path):

@@ -22,7 +22,7 @@ from saelab.data.text import from_documents
 from saelab.errors import UserError
 from saelab.harvesting import HarvestConfig, Share, harvest
 from saelab.harvesting.activations import Reader
-from saelab.lm import find_hook, load_model
+from saelab.lm import load_model, locate
 from tests import tiny_lm
 
 HOOK = "blocks.2.hook_resid_post"
@@ -177,7 +177,7 @@ def test_gradients_are_stored_scaled_and_read_back(model: Any, tmp_path: Path) -
     tokens, rows = next(iter(cache.contexts("all")))
     got = next(cache.batches(16, split="all", seed=None, grads=True))
     assert torch.equal(got.rows, rows)
-    expected = Reader(model, [find_hook(model, HOOK)]).gradients(tokens[None])[1][0][0]
+    expected = Reader(model, [locate(model, HOOK)]).gradients(tokens[None])[1][0][0]
     assert got.grads is not None
     # float16 rounding is 2^-11 of each value; what is 2^-20 of the largest is a subnormal.
     torch.testing.assert_close(got.grads, expected, rtol=2e-3, atol=2e-5 * float(expected.abs().max()))

@@ -10,7 +10,7 @@ import torch
 
 from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
-from saelab.lm import find_hook, load_model, loading, model_name, smollm2, weights_fingerprint
+from saelab.lm import load_model, loading, locate, model_name, smollm2, weights_fingerprint
 from tests import tiny_lm
 
 
@@ -62,14 +62,14 @@ def test_a_local_folder_is_loaded_without_the_network(tmp_path: Path, monkeypatc
     ],
 )
 def test_hook_names(llama: Any, name: str, canonical: str, module: str, side: str) -> None:
-    site = find_hook(llama, name)
-    assert (site.hook_name, site.canonical, site.module, site.side) == (name, canonical, module, side)
+    site = locate(llama, name)
+    assert (site.hook_name, site.canonical, site.path, site.side) == (name, canonical, module, side)
 
 
 def test_hugging_face_paths_are_hook_names_too(llama: Any, gpt2: Any) -> None:
-    assert find_hook(llama, "model.layers.2").hook_name == "blocks.2.hook_resid_post"
-    assert find_hook(llama, "model.layers.2.mlp").canonical == "blocks.2.mlp.hook_out"
-    assert find_hook(gpt2, "transformer.h.1").hook_name == "blocks.1.hook_resid_post"
+    assert locate(llama, "model.layers.2").hook_name == "blocks.2.hook_resid_post"
+    assert locate(llama, "model.layers.2.mlp").canonical == "blocks.2.mlp.hook_out"
+    assert locate(gpt2, "transformer.h.1").hook_name == "blocks.1.hook_resid_post"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_hugging_face_paths_are_hook_names_too(llama: Any, gpt2: Any) -> None:
 )
 def test_unknown_hooks_come_with_near_matches(llama: Any, name: str, near: str) -> None:
     with pytest.raises(UserError, match=rf"no hook point '{name}': did you mean .*{near}"):
-        find_hook(llama, name)
+        locate(llama, name)
 
 
 POINTS = [
@@ -97,7 +97,7 @@ POINTS = [
 def test_activations_are_those_of_the_bridge(family: str, name: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(family)
     tokens = torch.randint(2, 320, (3, 20))
-    reader = Reader(model, [find_hook(model, name)])
+    reader = Reader(model, [locate(model, name)])
     assert reader.use_plain_model(tokens[:1])
     found = reader.activations(tokens)[0]
     expected = model.run_with_cache(tokens)[1][name].flatten(2)
@@ -107,7 +107,7 @@ def test_activations_are_those_of_the_bridge(family: str, name: str, request: py
 
 def test_reading_stops_at_the_last_hook(llama: Any) -> None:
     tokens = torch.randint(2, 320, (1, 5))
-    reader = Reader(llama, [find_hook(llama, "blocks.0.hook_resid_post"), find_hook(llama, "blocks.1.hook_mlp_out")])
+    reader = Reader(llama, [locate(llama, "blocks.0.hook_resid_post"), locate(llama, "blocks.1.hook_mlp_out")])
     assert reader.use_plain_model(tokens)
     assert reader.plain is not None
     ran = []
@@ -119,19 +119,19 @@ def test_reading_stops_at_the_last_hook(llama: Any) -> None:
 
 def test_a_point_inside_a_module_is_read_through_the_bridge(llama: Any) -> None:
     tokens = torch.randint(2, 320, (1, 5))
-    reader = Reader(llama, [find_hook(llama, "blocks.1.ln1.hook_normalized")])
+    reader = Reader(llama, [locate(llama, "blocks.1.ln1.hook_normalized")])
     assert not reader.use_plain_model(tokens)
     expected = llama.run_with_cache(tokens)[1]["blocks.1.ln1.hook_normalized"]
     assert torch.equal(reader.activations(tokens)[0], expected)
     with pytest.raises(UserError, match="not one vector per token"):
-        Reader(llama, [find_hook(llama, "blocks.0.attn.hook_pattern")]).widths(tokens)
+        Reader(llama, [locate(llama, "blocks.0.attn.hook_pattern")]).widths(tokens)
 
 
 def test_a_bridge_with_folded_weights_is_read_through_the_bridge(tmp_path: Path) -> None:
     model = load_model(tiny_lm.save_gpt2(tmp_path / "m"), device="cpu")
     model.enable_compatibility_mode()
     tokens = torch.randint(2, 320, (2, 12))
-    reader = Reader(model, [find_hook(model, "blocks.1.hook_resid_post")])
+    reader = Reader(model, [locate(model, "blocks.1.hook_resid_post")])
     reader.use_plain_model(tokens[:1])
     expected = model.run_with_cache(tokens)[1]["blocks.1.hook_resid_post"]
     torch.testing.assert_close(reader.activations(tokens)[0], expected, rtol=1e-4, atol=1e-4)
@@ -141,7 +141,7 @@ def test_a_bridge_with_folded_weights_is_read_through_the_bridge(tmp_path: Path)
 def test_gradients_agree_with_finite_differences(hook: str) -> None:
     model = native()
     tokens = torch.randint(0, 11, (2, 6))
-    site = find_hook(model, hook)
+    site = locate(model, hook)
     grads = Reader(model, [site]).gradients(tokens)[1][0]
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ def test_gradients_agree_with_finite_differences(hook: str) -> None:
 
 def test_plain_and_bridge_gradients_agree(llama: Any) -> None:
     tokens = torch.randint(2, 320, (2, 10))
-    reader = Reader(llama, [find_hook(llama, n) for n in ("blocks.1.hook_resid_post", "blocks.2.hook_mlp_out")])
+    reader = Reader(llama, [locate(llama, n) for n in ("blocks.1.hook_resid_post", "blocks.2.hook_mlp_out")])
     slow_acts, slow = reader.gradients(tokens)
     assert reader.use_plain_model(tokens)
     fast_acts, fast = reader.gradients(tokens)
@@ -173,7 +173,7 @@ def test_plain_and_bridge_gradients_agree(llama: Any) -> None:
 
 def test_summed_loss_makes_gradients_independent_of_the_batch(llama: Any) -> None:
     tokens = torch.randint(2, 320, (4, 10))
-    reader = Reader(llama, [find_hook(llama, "blocks.1.hook_resid_post")])
+    reader = Reader(llama, [locate(llama, "blocks.1.hook_resid_post")])
     together = reader.gradients(tokens)[1][0]
     alone = torch.cat([reader.gradients(row[None])[1][0] for row in tokens])
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-5 * float(alone.abs().max()))
@@ -215,7 +215,7 @@ def test_the_demo_model_is_converted_once_and_predicts_english() -> None:
     tokens = model.to_tokens("The capital of France is the city of", prepend_bos=False)
     with torch.no_grad():
         assert model.tokenizer.decode(model(tokens)[0, -1].argmax()) == " Paris"
-    reader = Reader(model, [find_hook(model, "blocks.9.hook_resid_post")])
+    reader = Reader(model, [locate(model, "blocks.9.hook_resid_post")])
     assert reader.use_plain_model(tokens)
     expected = model.run_with_cache(tokens, names_filter="blocks.9.hook_resid_post")[1]["blocks.9.hook_resid_post"]
     gap = (reader.activations(tokens)[0] - expected).norm() / expected.norm()

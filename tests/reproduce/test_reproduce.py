@@ -14,7 +14,7 @@ from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.data.synthetic import Planted, Tree
 from saelab.errors import UserError
-from saelab.evaluation import Site, edited
+from saelab.lm import Site
 from saelab.reproduce import (
     PAPERS,
     Lab,
@@ -198,7 +198,7 @@ def lab(tmp_path):
         seen.append(h.detach().requires_grad_())
         return seen[0]
 
-    with edited(Site(model.layers[0]), keep):
+    with Site("blocks.0.hook_resid_post", "layers.0", "out").register(model, keep):
         logits = model(tokens).logits[:, :-1]
     nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
     documents = (torch.arange(160) // 40)[:, None].expand(160, T).contiguous()

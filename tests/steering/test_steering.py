@@ -105,12 +105,8 @@ def test_the_models_own_generate_is_steered_alike(name: str) -> None:
 def captured(model, interventions, hook: str = HOOK) -> torch.Tensor:
     """What the rest of the model sees at a hook point while it is steered."""
     seen = []
-    with attach(model, interventions):
-        handle = locate(model, hook).register(lambda x: seen.append(x.clone()))
-        try:
-            model(input_ids=IDS, attention_mask=MASK)
-        finally:
-            handle.remove()
+    with attach(model, interventions), locate(model, hook).register(model, lambda x: seen.append(x.clone())):
+        model(input_ids=IDS, attention_mask=MASK)
     return seen[0]
 
 
@@ -118,6 +114,40 @@ def test_add_is_strength_times_unit_direction_on_real_tokens_only() -> None:
     before, after = captured(llama(), []), captured(llama(), Add(vector(), 9.0))
     assert torch.equal(after[MASK.bool()], before[MASK.bool()] + 9.0 * vector().direction)
     assert torch.equal(after[~MASK.bool()], before[~MASK.bool()])
+
+
+@pytest.mark.parametrize(
+    ("hook", "path", "width"),
+    [
+        ("blocks.1.attn.hook_z", "model.layers.1.self_attn.o_proj", 32),
+        ("blocks.1.mlp.hook_post", "model.layers.1.mlp.down_proj", 64),
+    ],
+)
+def test_the_input_of_a_projection_is_steered(hook: str, path: str, width: int) -> None:
+    """Against a forward pre-hook of torch, written here."""
+    direction = torch.randn(width, generator=torch.Generator().manual_seed(1))
+    direction = direction / direction.norm()
+    real = MASK.bool()[..., None]
+
+    def add(module, args):
+        return (torch.where(real, args[0] + 9.0 * direction, args[0]),)
+
+    with torch.no_grad(), llama().get_submodule(path).register_forward_pre_hook(add):
+        expected = llama()(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+    untouched = llama()(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+    assert not torch.allclose(expected, untouched, atol=1e-2)
+    steer = Add(SteeringVector.from_tensor(direction, hook), 9.0)
+    clamp = Clamp(Run(build("topk", d_in=width, d_sae=16, k=4).eval(), hook), 3, 5.0)
+    for model in (llama(), bridge()):
+        with torch.no_grad(), attach(model, steer):
+            logits = getattr(model, "original_model", model)(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+        with attach(model, clamp):
+            before = generate_tokens(model, IDS, MASK, max_new_tokens=2)
+        assert before == generate_tokens(model, IDS, MASK, clamp, max_new_tokens=2)
+    wrong = Add(SteeringVector.from_tensor(torch.ones(width + 1), hook), 1.0)
+    with pytest.raises(UserError, match=f"width {width + 1}, the model's activations {width}"), attach(llama(), wrong):
+        pass
 
 
 def test_project_out_leaves_nothing_along_the_directions() -> None:

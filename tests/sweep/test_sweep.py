@@ -285,12 +285,13 @@ def test_a_damaged_record_is_named(content: str, cache: ActivationCache, tmp_pat
         run(GRID, cache, tmp_path / "sweep", resume=True)
 
 
+@pytest.mark.parametrize("hook", ["blocks.2.hook_resid_post", "blocks.2.hook_resid_pre"])
 def test_a_sweep_reports_the_loss_recovered_in_the_language_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture, hook: str
 ) -> None:
     model = str(tiny_lm.save_llama(tmp_path / "llama"))
     (tmp_path / "text.txt").write_text(tiny_lm.sentences(600))
-    harvest = ["--model", model, "--text", str(tmp_path / "text.txt"), "--hook", "blocks.2.hook_resid_post"]
+    harvest = ["--model", model, "--text", str(tmp_path / "text.txt"), "--hook", hook]
     sizes = ["--tokens", "1600", "--context-length", "16", "--held-out", "0.2"]
     main(["harvest", *harvest, *sizes, "--out", str(tmp_path / "cache")])
     (tmp_path / "grid.toml").write_text(

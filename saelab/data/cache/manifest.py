@@ -64,6 +64,7 @@ class Manifest:
     text_fingerprint: str = ""
     hook_name: str = ""  # TransformerLens name, e.g. blocks.9.hook_resid_post
     hf_hook_name: str = ""  # the same point in the Hugging Face model, e.g. model.layers.9
+    side: str = ""  # "out" or "in": output or first input of that module; "inner": neither; "" before 0.2.0
     bos: str = "none"  # "context", "document" or "none"
     skip_first: int = 0  # positions at the start of each context that have no row
     max_norm: float | None = None  # rows with a larger norm were dropped
@@ -105,9 +106,12 @@ class Manifest:
         return self.grad_scale is not None
 
     def identity(self) -> dict[str, Any]:
-        """What two harvests must share for one to continue the other: everything but progress and results."""
+        """What two harvests must share for one to continue the other: everything but progress and results.
+
+        ``side`` follows from the hook name, and folders begun before 0.2.0 lack it.
+        """
         data = asdict(self)
-        for name in ("shards", "mean", "n_documents", "grad_scale", *_RESULTS):
+        for name in ("side", "shards", "mean", "n_documents", "grad_scale", *_RESULTS):
             data.pop(name)
         return data
 
@@ -144,6 +148,8 @@ class Manifest:
         for name, value in counts.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}")
+        if self.side not in ("", "in", "out", "inner"):
+            raise ValueError(f"side is {self.side!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}")
         if self.mean and len(self.mean) != self.d_in:
@@ -181,7 +187,7 @@ IDENTIFYING = (
 _RESULTS = ("held_out_from", "rms_norm", "mean_norm", "variance", "scale")
 PROVENANCE = (
     *("model", "revision", "weights_fingerprint", "tokenizer", "tokenizer_hash", "text", "text_fingerprint"),
-    *("hook_name", "hf_hook_name", "bos", "skip_first", "max_norm", "settings"),
+    *("hook_name", "hf_hook_name", "side", "bos", "skip_first", "max_norm", "settings"),
 )
 
 

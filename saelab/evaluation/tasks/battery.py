@@ -12,7 +12,7 @@ import torch
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, near_matches
 from saelab.evaluation.reconstruction import Progress, check_pair
-from saelab.evaluation.same_model import check_same_model, locate
+from saelab.evaluation.same_model import check_same_model, plain_site
 from saelab.evaluation.tasks import passages as labelled
 from saelab.evaluation.tasks import scr_tpp, two_sided
 from saelab.evaluation.tasks.absorption import absorption, words_by_letter
@@ -84,7 +84,7 @@ class _Bench:
                 f"{self.config.labels} needs the language model and its tokenizer to run through; give the model, or "
                 "leave labels out to use the cache's own text"
             )
-        plain, site = locate(self.model, self.cache)
+        plain, site = plain_site(self.model, self.cache)
         check_same_model(plain, site, self.cache, *next(iter(self.cache.contexts("all"))))
         start = [tokenizer.bos_token_id] if self.cache.manifest.bos != "none" else []
 

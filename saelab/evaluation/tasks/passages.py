@@ -17,7 +17,7 @@ from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
 from saelab.data.text import json_lines
 from saelab.errors import UserError
-from saelab.evaluation.splice import Site, edited
+from saelab.lm.sites import Site, device_of
 from saelab.sae import SAE
 
 YEAR = re.compile(r"\b1[0-9]{3}\b|\b20[0-2][0-9]\b")
@@ -160,7 +160,8 @@ def from_texts(
     max_tokens: int = 128,
     skip_first: int = 1,
 ) -> Passages:
-    """Run each text to the hook and keep the activations after the first ``skip_first`` positions.
+    """Run each text through a plain Hugging Face ``model`` to ``site``, and keep the activations after the first
+    ``skip_first`` positions, on the CPU.
 
     ``encode`` gives token ids with whatever goes in front of a text (BOS) already there. Texts with no token left
     raise.
@@ -171,13 +172,13 @@ def from_texts(
         if ids.numel() <= skip_first:
             raise UserError(f"example {i + 1} of {source} has {ids.numel()} tokens, too few to pool; remove it")
 
-        def keep(hidden: Tensor) -> Tensor:
-            acts.append(hidden[0, skip_first:].float())
+        def keep(hidden: Tensor) -> None:
+            acts.append(hidden[0, skip_first:].float().cpu())
             raise _Reached
 
-        with edited(site, keep):
+        with site.register(model, keep):
             try:
-                model(input_ids=ids[None], use_cache=False)
+                model(input_ids=ids[None].to(device_of(model)), use_cache=False)
             except _Reached:
                 owner.append(torch.full((acts[-1].shape[0],), i))
     return Passages(torch.cat(acts), torch.cat(owner), labels, source)

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm.sites import locate, underlying
+from saelab.lm.sites import check_replaceable, device_of, locate, underlying
 from saelab.lm.unwrapped import frozen
 from saelab.sae import SAE
 from saelab.steering.attachment import attach
@@ -123,8 +123,8 @@ class _Path:
     def __init__(
         self, model: nn.Module, hook_name: str, text: Tensor, prompt: int, interventions: Sequence[Intervention]
     ) -> None:
-        self.root, self.site = underlying(model), locate(model, hook_name)
-        self.text = text.to(next(self.root.parameters()).device)
+        self.root, self.site = underlying(model), check_replaceable(locate(model, hook_name))
+        self.text = text.to(device_of(model))
         with attach(model, []):
             self.x, self.logits = self._read()
         with attach(model, interventions) as positions, positions.generating(prompt):
@@ -133,11 +133,8 @@ class _Path:
     @torch.no_grad()
     def _read(self) -> tuple[Float[Tensor, "1 length d_in"], Float[Tensor, "length vocabulary"]]:
         seen: list[Tensor] = []
-        handle = self.site.register(lambda x: seen.append(x.clone()))
-        try:
+        with self.site.register(self.root, lambda x: seen.append(x.clone())):
             logits = forward(self.root, self.text, torch.ones_like(self.text))[0]
-        finally:
-            handle.remove()
         return seen[0], _centred(logits[0])
 
     def mean_gradients(self, positions: Sequence[int], steps: int) -> Iterator[Float[Tensor, "length d_in"]]:
@@ -147,11 +144,8 @@ class _Path:
         line.requires_grad_()
         texts = self.text.expand(steps, -1)
         with frozen(self.root), torch.enable_grad():
-            handle = self.site.register(lambda x: line)
-            try:
+            with self.site.register(self.root, lambda x: line):
                 logits = forward(self.root, texts, torch.ones_like(texts))[0]
-            finally:
-                handle.remove()
             for position in positions:
                 wanted = _centred(logits[:, position])[:, self.text[0, position + 1]].sum()
                 (gradient,) = torch.autograd.grad(wanted, line, retain_graph=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.lm.sites import layer_of
+from saelab.lm.hook_names import layer_of
 from saelab.steering.interventions import Add
 from saelab.steering.recipe.recipe import Recipe
 
