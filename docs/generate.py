@@ -84,13 +84,16 @@ def reference(names: list[str]) -> dict[str, str]:
                 continue
             path = f"{name}.{member}"
             if id(value) in home:
-                lines += [f"- :py:obj:`{path} <{home[id(value)]}>`: {summary(value)}", ""]
+                text = summary(value)
+                lines += [f"- :py:obj:`{path} <{home[id(value)]}>`" + (f": {text}" if text else ""), ""]
                 continue
             home[id(value)] = path
             lines += directive(path, value)
         pages[f"{name}.md"] = "\n".join([*lines, "```", ""])
-    toc = ["# Python reference", "", "```{toctree}", ":maxdepth: 1", "", *names, "```", ""]
-    return {**pages, "index.md": "\n".join(toc)}
+    index = ["# Python reference", "", "| module | content |", "|---|---|"]
+    index += [f"| [{name}]({name}.md) | {summary(importlib.import_module(name))} |" for name in names]
+    index += ["", "```{toctree}", ":hidden:", "", *names, "```", ""]
+    return {**pages, "index.md": "\n".join(index)}
 
 
 def own_members(module: ModuleType) -> list[str]:
@@ -105,9 +108,10 @@ def own_members(module: ModuleType) -> list[str]:
 
 
 def summary(value: Any) -> str:
-    """The first line of a docstring; nothing for plain values."""
+    """The first sentence or paragraph of a docstring; nothing for plain values."""
     documented = inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)
-    return (inspect.getdoc(value) or "").partition("\n")[0] if documented else ""
+    paragraph = (inspect.getdoc(value) or "").partition("\n\n")[0] if documented else ""
+    return " ".join(paragraph.split()).replace("|", "\\|")
 
 
 def directive(path: str, value: Any) -> list[str]:
