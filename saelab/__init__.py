@@ -1,6 +1,6 @@
-"""saelab: train, explore and steer with sparse autoencoders.
+"""Train, explore and steer with sparse autoencoders.
 
-Names are loaded on first use, so that ``import saelab`` stays fast.
+The names below are loaded on first use, so ``import saelab`` is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend."""
+"""The exception for invalid input, and helpers that phrase its message."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
-    """Bad input, stated in one line with its remedy.
+    """Invalid input. The message is one line and says what to do.
 
-    The command line prints the message without a traceback and leaves with exit code 2.
+    The commands print the message without a traceback and exit with code 2.
     """
 
 
-# What reading stumbles over when a file does not hold what its format promises.
+# Raised by parsers when the content of a file does not fit its format.
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, struct.error)
 
 
 @contextlib.contextmanager
 def damaged(where: object, remedy: str, *also: type[Exception]) -> Iterator[None]:
-    """Whatever reading the file ``where`` stumbles over in this block is said in one line that names it.
+    """Turn any parsing error in this block into a UserError that names the file ``where`` and says ``remedy``.
 
-    ``also`` are exceptions of libraries that have no common base.
+    ``also`` lists further exceptions to turn, such as those of a library.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, whatever happens while they are written.
+"""Write files and folders that appear complete or not at all, even if the process is killed.
 
 Tensors go by name and may have any shape, ``[...]``.
 """

@@ -1,4 +1,4 @@
-"""``SparseCode``: the one currency between encoders, decoders, losses, metrics and statistics."""
+"""``SparseCode``: the active latents of a batch of tokens, as encoders return it and everything else takes it."""
 
 from __future__ import annotations
 

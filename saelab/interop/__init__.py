@@ -1,4 +1,4 @@
-"""At home among other tools: read anyone's SAE, write ours for them, with numerical proof."""
+"""SAEs of other tools: read them, and write saelab's in their formats, with a numerical check."""
 
 from saelab.interop.detection import FORMATS, detect, load, read
 from saelab.interop.exporting import WRITERS, Proof, export, prove

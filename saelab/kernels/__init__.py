@@ -1,4 +1,4 @@
-"""Ops on raw tensors, with one place that picks the backend."""
+"""Operations on plain tensors, and the choice of the backend that runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gateway to language models: loading, places in models, fingerprints and unembeddings."""
+"""Language models: loading, hook points, fingerprints and unembeddings."""
 
 from saelab.lm.fingerprint import weights_fingerprint
 from saelab.lm.loading import load_hf_model, load_model, model_name

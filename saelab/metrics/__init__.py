@@ -1,4 +1,4 @@
-"""Metrics with one unambiguous name each; every number carries its formula, its sample and its interval."""
+"""Metrics of SAEs. Each result states its formula, its sample and its interval."""
 
 from __future__ import annotations
 

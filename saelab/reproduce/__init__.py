@@ -1,4 +1,4 @@
-"""The claims ledger: each paper's headline claims, run at the size this machine can run, with a verdict for each."""
+"""Reproductions: the headline claims of the papers at small scale, each with its measurement and a verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SAE of a run folder: its configuration, and its weights by name (``W_dec [d_sae, d_in]``)."""
+"""Save and load an SAE as a folder: its configuration, and its weights by name (``W_dec [d_sae, d_in]``)."""
 
 from __future__ import annotations
 

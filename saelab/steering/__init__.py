@@ -1,4 +1,4 @@
-"""Steering: calibrated interventions on a running language model, correct under generation."""
+"""Steering: interventions on a language model while it reads and writes, and measurements of their effects."""
 
 from saelab.steering.attachment import attach
 from saelab.steering.generation import Comparison, Sampling, compare, generate, generate_tokens, stream

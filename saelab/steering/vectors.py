@@ -1,4 +1,4 @@
-"""``SteeringVector``: a direction of unit length that remembers its size, its place and where it came from."""
+"""``SteeringVector``: a unit direction with its length, its hook point and its origin."""
 
 from __future__ import annotations
 

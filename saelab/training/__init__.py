@@ -1,4 +1,4 @@
-"""Training: one flat loop as a generator, its configuration, its resumable state, and the run folder it fills."""
+"""Training: the loop, its configuration, its resumable state, and the run folder that it writes."""
 
 from saelab.training.config import TrainConfig, check, n_steps, prepared
 from saelab.training.fitting import finished, fit_steps, read_run, train

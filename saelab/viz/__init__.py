@@ -1,4 +1,4 @@
-"""Figures and inert HTML from plain arrays: one look, light and dark, used by the app and the notebooks."""
+"""Figures and HTML from plain arrays, for the app and the notebooks, in light and dark."""
 
 from saelab.viz.charts import (
     activation_histogram,

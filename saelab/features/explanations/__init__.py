@@ -1,4 +1,4 @@
-"""Optional: have a language model behind an OpenAI-compatible endpoint describe latents, and score what it says."""
+"""Descriptions of latents by a language model behind an OpenAI-compatible endpoint, with scores. Optional."""
 
 from saelab.features.explanations.client import ChatClient
 from saelab.features.explanations.interpretation import Explanation, InterpretConfig, interpret, interpret_all, load
