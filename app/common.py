@@ -12,7 +12,8 @@ import streamlit as st
 from saelab import viz
 from saelab.errors import UserError
 from saelab.layout import METRICS
-from saelab.workspace import Run, Workspace, read_metrics
+from saelab.runs import Run
+from saelab.workspace import Workspace, read_metrics
 
 FOLDER, MODEL = "SAELAB_APP_FOLDER", "SAELAB_APP_MODEL"
 KEEP: dict[str, Any] = {"persist_state": "session"}  # what is typed and chosen outlives a visit to another page
@@ -110,14 +111,21 @@ def need_run() -> Run:
     return found.runs[st.session_state["run"]]
 
 
-@st.cache_resource(max_entries=6, show_spinner="Loading the SAE …")
-def _sae(path: str, stamp: tuple[float, ...], _run: Run) -> Any:
-    return _run.load()
+@st.cache_resource(max_entries=6, show_spinner=False)
+def _opened(path: str, stamp: tuple[float, ...], _run: Run) -> Run:
+    return _run
+
+
+def opened(run: Run) -> Run:
+    """The same run with the weights and the index it has read so far, shared by all sessions: never change it."""
+    return _opened(str(run.path), run.stamp, run)
 
 
 def sae(run: Run) -> Any:
     """The run's SAE, shared by all sessions: never change it."""
-    return _sae(str(run.path), run.stamp, run)
+    found = opened(run)
+    with st.spinner("Loading the SAE …"):
+        return found.sae
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
@@ -131,13 +139,6 @@ def metrics(run: Run) -> list[dict[str, Any]]:
     return _metrics(str(path), path.stat().st_size)
 
 
-@st.cache_resource(max_entries=16, show_spinner="Opening the feature index …")
-def _index(path: str, stamp: tuple[float, ...]) -> Any:
-    from saelab.features import FeatureIndex
-
-    return FeatureIndex(Path(path))
-
-
 def need_index(run: Run) -> Any:
     """The run's feature index; without one the page ends with the command that builds it."""
     if not run.has_index:
@@ -147,7 +148,7 @@ def need_index(run: Run) -> Any:
             icon=":material/info:",
         )
         st.stop()
-    return _index(str(run.path), run.stamp)
+    return opened(run).index
 
 
 @st.cache_resource(max_entries=6, show_spinner="Reading the feature index …")

@@ -27,7 +27,7 @@ NAMED = (
     "saelab.data.synthetic",
     "saelab.data.text",
     "saelab.errors",
-    "saelab.interop.hub",
+    "saelab.runs.publishing",
     "saelab.kernels.reference.backend",
     "saelab.losses",
     "saelab.sparse",

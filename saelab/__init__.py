@@ -31,10 +31,11 @@ _EXPORTS = {
     "FeatureIndex": "saelab.features",
     "build_index": "saelab.features",
     "load": "saelab.interop",
-    "inspect": "saelab.interop",
+    "inspect": "saelab.runs.inspection",
+    "Run": "saelab.runs",
     "export": "saelab.interop",
-    "from_pretrained": "saelab.interop.hub",
-    "push_to_hub": "saelab.interop.hub",
+    "from_pretrained": "saelab.interop",
+    "push_to_hub": "saelab.runs.publishing",
     "UserError": "saelab.errors",
 }
 

@@ -14,7 +14,7 @@ from saelab.errors import UserError
 from saelab.features import health
 from saelab.features.search import per_latent
 from saelab.metrics import zipf_fit
-from saelab.workspace import Run
+from saelab.runs import Run
 
 ZIPF_SHARE = 0.8
 SHORTFALL = "smallest distance to its own threshold, where each latent has one; else to an activation that did win"

@@ -10,7 +10,7 @@ import streamlit as st
 from saelab import viz
 from saelab.features.explanations import load
 from saelab.features.search import counterparts
-from saelab.workspace import Run
+from saelab.runs import Run
 from saelab.workspace.notes import read_notes, write_note
 
 LONGEST_TITLE = 44

@@ -11,9 +11,9 @@ import streamlit as st
 from parts import tables
 from saelab import viz
 from saelab.prompt import contest as explain
+from saelab.runs import Run
 from saelab.sae import LinearSAE
 from saelab.sae.matching_pursuit import MatchingPursuit
-from saelab.workspace import Run
 
 
 def active_table(run: Run, reading: Any, position: int) -> tuple[int, int] | None:

@@ -10,9 +10,10 @@ import streamlit as st
 
 from parts import steering as steering_parts
 from saelab import viz
+from saelab.runs import Run
 from saelab.steering import Recipe
-from saelab.workspace import Run, steering
 from saelab.workspace import recipes as library
+from saelab.workspace import steering
 from saelab.workspace.steering import Pick
 
 TEXTS = ("name", "does", "strength", "origin", "promotes", "model", "verdict")

@@ -8,11 +8,13 @@ import common
 import streamlit as st
 
 from saelab import viz, workspace
-from saelab.workspace import Run
+from saelab.runs import Run
 
 
 def of_run(run: Run) -> None:
     """Each number of a run with its formula and sample, and the commands that measure them."""
+    for note in run.notes:
+        st.caption(f"Note: {viz.markdown(note)}")
     known = workspace.numbers(run)
     if not known:
         st.caption("Nothing was measured yet; `saelab evaluate RUN --cache CACHE` does.")

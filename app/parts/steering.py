@@ -8,9 +8,10 @@ import common
 import streamlit as st
 
 from saelab import viz
+from saelab.runs import Run
 from saelab.steering import dose_response
 from saelab.steering.directions import difference_of_means
-from saelab.workspace import Run, recipes, steering
+from saelab.workspace import recipes, steering
 from saelab.workspace.steering import Pick
 
 NEUTRAL = (

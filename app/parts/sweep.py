@@ -12,9 +12,10 @@ import streamlit as st
 from parts import source as source_parts
 from saelab import viz
 from saelab.layout import SWEEP_TABLE
+from saelab.runs import Run
 from saelab.sweep.results import load_results
 from saelab.viz.sweep import AXES, COLUMNS, pareto_of
-from saelab.workspace import FORMULAS, Run, Workspace
+from saelab.workspace import FORMULAS, Workspace
 
 SHORT = {"fvu": "FVU", "dead_fraction": "dead", "ce_loss_recovered_zero": "CE recovered"}
 

@@ -5,8 +5,6 @@ import streamlit as st
 from parts import recipes as recipe_parts
 from parts import steering as steering_parts
 
-from saelab.workspace import steering as bench
-
 st.title("Steering", anchor=False)
 run = common.need_run()
 bench_tab, library_tab = st.tabs(["Bench", "Library"])
@@ -16,7 +14,8 @@ with library_tab:
 
 with bench_tab:
     model = common.need_model(run, "Steering")
-    source = bench.open_run(run, common.sae(run))
+    common.sae(run)  # shows that it is being loaded
+    source = common.opened(run)
     picks = steering_parts.picks(run, source)
     left, right = st.columns([2, 3], gap="large")
     with left:

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from saelab.runs import Run
 from saelab.sae import build
 from saelab.steering.generation import generate_tokens, tokenize
 from saelab.steering.interventions import Add, Clamp, Intervention, Scale
-from saelab.steering.run import Run
 from saelab.steering.vectors import SteeringVector
 
 PROMPT = "The first thing to know about the history of the city is that"

@@ -1,8 +1,23 @@
 """SAEs of other tools: read them, and write saelab's in their formats, with a numerical check."""
 
-from saelab.interop.detection import FORMATS, detect, load, read
-from saelab.interop.exporting import WRITERS, Proof, export, prove
+from saelab.interop.conversion import Proof, export, prove, resave, writers
+from saelab.interop.detection import detect, from_pretrained, load, read
 from saelab.interop.foreign import Foreign
-from saelab.interop.inspection import inspect
+from saelab.interop.format import Format, register
+from saelab.interop.formats import FORMATS
 
-__all__ = ["FORMATS", "WRITERS", "Foreign", "Proof", "detect", "export", "inspect", "load", "prove", "read"]
+__all__ = [
+    "FORMATS",
+    "Foreign",
+    "Format",
+    "Proof",
+    "detect",
+    "export",
+    "from_pretrained",
+    "load",
+    "prove",
+    "read",
+    "register",
+    "resave",
+    "writers",
+]

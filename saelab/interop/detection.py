@@ -1,62 +1,62 @@
-"""Which format a path is in, and its SAE: the one function users call."""
+"""Which format a path is in, and the SAE that lies there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from saelab.errors import MALFORMED, UserError, first_line
+from saelab.interop.fetch import download, resolve, split_id
 from saelab.interop.foreign import Foreign
-from saelab.interop.formats import collections, dictionary_learning, linear, overcomplete, saelens
+from saelab.interop.format import Format
+from saelab.interop.formats import FORMATS
+from saelab.layout import CONFIG, WEIGHTS
 from saelab.sae import SAE
-from saelab.sae.weights import load_config, load_metadata, load_sae
-
-
-class Format(NamedTuple):
-    """A format: how to recognise it, how to read it, and what may be said about a file that does not say it itself."""
-
-    name: str
-    sniff: Callable[[Path], bool]
-    read: Callable[..., Foreign]
-    options: tuple[str, ...] = ()
-
-
-# Order matters: a format named by a file of its own comes before those recognised by looking inside.
-FORMATS = [
-    Format("saelens", saelens.sniff, saelens.read),
-    Format("sparsify", linear.sniff_sparsify, linear.read_sparsify),
-    Format("llama_scope", collections.sniff_llama_scope, collections.read_llama_scope),
-    Format("llamascopium", collections.sniff_llamascopium, collections.read_llamascopium),
-    Format("gemma_scope", collections.sniff_gemma_scope, collections.read_gemma_scope),
-    Format("qwen_scope", collections.sniff_qwen_scope, collections.read_qwen_scope),
-    Format("dictionary_learning", dictionary_learning.sniff, dictionary_learning.read),
-    Format("openai", linear.sniff_openai, linear.read_openai),
-    Format("goodfire", collections.sniff_goodfire, collections.read_goodfire),
-    Format("overcomplete", overcomplete.sniff, overcomplete.read, ("k", "pursuit", "threshold")),
-]
+from saelab.sae.weights import load_config, load_sae
 
 
 def is_ours(path: Path) -> bool:
-    """A run folder written by saelab."""
-    config = load_config(path) if saelens.sniff(path) else None
+    """Whether ``path`` is a run folder written by saelab. Raises UserError for a damaged configuration."""
+    if not ((path / CONFIG).is_file() and (path / WEIGHTS).is_file()):
+        return False
+    config = load_config(path)
     metadata = config.get("metadata") if isinstance(config, dict) else None
     return isinstance(metadata, dict) and "saelab" in metadata
 
 
+def find_format(path: Path) -> Format | None:
+    """The format of a file or folder of another tool, or None. Raises UserError for a torch file it cannot read."""
+    # A format known by the name of a file comes before those that are recognised by looking inside one.
+    ordered = sorted(FORMATS.values(), key=lambda form: (form.by_content, form.name))
+    return next((form for form in ordered if form.sniff(path)), None)
+
+
 def detect(path: Path) -> Format:
-    """The format of a file or folder of another tool."""
+    """The format of a file or folder of another tool. Raises UserError where there is none."""
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a file, a folder, or a hub id such as org/repo")
-    for form in FORMATS:
-        if form.sniff(path):
-            return form
+        raise UserError(f"{path} does not exist; give a file, a folder, or a hub id such as hf://org/repo")
+    form = find_format(path)
+    if form is not None:
+        return form
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else path.name
-    raise UserError(
-        f"{path} is in no SAE format known here (found {inside}); known: {', '.join(f.name for f in FORMATS)}"
-    )
+    raise UserError(f"{path} is in no SAE format known here (found {inside}); known: {', '.join(sorted(FORMATS))}")
+
+
+def holds_sae(path: Path) -> bool:
+    """Whether the file or folder ``path`` is another tool's SAE, by the detection that :func:`load` goes by.
+
+    Cheap for files of other kinds: only names that some format uses are looked at. What cannot be read is no SAE,
+    unless its name alone says that it is one.
+    """
+    names = [entry.name for entry in path.iterdir() if entry.is_file()] if path.is_dir() else [path.name]
+    if not any(form.may_hold(name) for form in FORMATS.values() for name in names):
+        return False
+    try:
+        return find_format(path) is not None
+    except (UserError, OSError):
+        return False
 
 
 def read(path: Path | str, **options: Any) -> Foreign:
@@ -74,41 +74,18 @@ def read(path: Path | str, **options: Any) -> Foreign:
 
 
 def load(path: Path | str, device: str | torch.device = "cpu", **options: Any) -> SAE:
-    """Any tool's SAE as one of ours, in eval mode on raw activations: a file, a folder, or a hub id ``org/repo``.
+    """Any tool's SAE as one of ours, in eval mode on raw activations: a file, a folder, or a hub id.
 
-    Nothing in the file is executed. A hub id is ``org/repo`` or ``org/repo/path/in/it``; a path that exists on disk
-    is never taken for one.
+    No code in a file is ever run. A hub id is ``hf://org/repo`` or ``hf://org/repo/path/in/it``; without the prefix
+    it is asked of the hub only where there is no folder ``org`` here. Raises UserError for whatever is no SAE.
     """
-    return load_with_metadata(path, device, **options).sae
-
-
-class Loaded(NamedTuple):
-    """An SAE with what its files say of it."""
-
-    sae: SAE
-    metadata: dict[str, Any]  # where known: hook_name, hf_hook_name, model_name, and for runs of ours rms_norm
-    path: Path  # on this machine
-    notes: Sequence[str] = ()  # what is odd about it, one sentence each
-
-
-def load_with_metadata(path: Path | str, device: str | torch.device = "cpu", **options: Any) -> Loaded:
-    """What :func:`load` gives, with the provenance beside it."""
     local = resolve(path)
-    if is_ours(local) and not options:
-        return Loaded(load_sae(local, device), load_metadata(local), local)
-    foreign = read(local, **options)
-    return Loaded(foreign.to_sae().to(device), foreign.metadata, local, foreign.notes)
+    sae = load_sae(local) if is_ours(local) and not options else read(local, **options).to_sae()
+    return sae.to(device)
 
 
-def resolve(path: Path | str) -> Path:
-    """The file or folder itself, or where it lies after fetching a hub id."""
-    local = Path(path)
-    if local.exists() or not _looks_like_hub(str(path)):
-        return local
-    from saelab.interop.fetch import download
-
-    return download(str(path))
-
-
-def _looks_like_hub(path: str) -> bool:
-    return path.count("/") >= 1 and not path.startswith(("/", ".", "~")) and "\\" not in path
+def from_pretrained(repo: str, path: str = "", revision: str | None = None) -> SAE:
+    """The SAE in folder ``path`` (in SAELens' layout the hook's name) of the hub repository ``org/repo``."""
+    hub_id = f"{repo}/{path}" if path else repo
+    split_id(hub_id)
+    return load(download(hub_id, revision))

@@ -1,4 +1,4 @@
-"""Fetching other people's checkpoints from the Hugging Face hub, by ``org/repo`` and a path in it."""
+"""Where an SAE lies: a path on this machine, or a place on the Hugging Face hub that is fetched first."""
 
 from __future__ import annotations
 
@@ -10,25 +10,59 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from saelab.errors import UserError, first_line
+from saelab.interop.formats import FORMATS
+from saelab.layout import CARD, CONFIG, EVALUATION, EXTRA, WEIGHTS
 
 # org/repo, then optionally a folder or file in it; no empty parts, no dots that climb.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(/[\w.-]+)*")
+PREFIX = re.compile(r"hf:/{1,2}")  # pathlib makes one slash of two
 REACH = "check its name, the connection and your token"
-WANTED = ("cfg.json", "config.json", "hyperparams.json", "*.safetensors", "*.npz", "*.pt", "*.pth", "README.md")
+OWN = (CONFIG, WEIGHTS, EXTRA, EVALUATION, CARD)
+
+
+def resolve(name: Path | str) -> Path:
+    """The file or folder ``name`` on this machine, fetched first where it is on the hub.
+
+    ``hf://org/repo`` and ``hf://org/repo/path/in/it`` are always asked of the hub. ``org/repo`` without the prefix is
+    only where there is neither such a path nor a folder ``org`` here, so that a mistyped path never leaves the machine.
+    """
+    text = str(name)
+    if prefix := PREFIX.match(text):
+        return download(text[prefix.end() :])
+    if Path(text).exists():
+        return Path(text)
+    top = Path(text).parts[0] if "/" in text else ""
+    if not HUB_ID.fullmatch(text) or ".." in text:
+        raise UserError(f"{text} does not exist; give a file, a folder, or a hub id such as hf://org/repo")
+    if Path(top).exists():
+        raise UserError(f"{text} does not exist in {top} here; for a repository of the hub write hf://{text}")
+    try:
+        return download(text)
+    except UserError as error:
+        raise UserError(f"{text} does not exist here, and neither does a folder {top}; on the hub, {error}") from error
+
+
+def full_name(name: Path | str) -> str:
+    """What to record of ``name`` so that it is found again: the absolute path of what exists here, or the hub id."""
+    text = str(name)
+    if prefix := PREFIX.match(text):
+        return f"hf://{text[prefix.end() :]}"
+    return str(Path(text).resolve()) if Path(text).exists() else text
 
 
 def split_id(hub_id: str) -> tuple[str, str]:
     """Repository and path in it of ``org/repo/path``."""
     if not HUB_ID.fullmatch(hub_id) or ".." in hub_id:
-        raise UserError(f"{hub_id!r} is neither a file here nor a hub id such as org/repo or org/repo/folder")
+        raise UserError(f"{hub_id!r} is not a hub id such as org/repo or org/repo/folder")
     parts = hub_id.split("/")
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 def download(hub_id: str, revision: str | None = None) -> Path:
-    """Fetch the folder or file ``org/repo/path`` (only formats that hold weights) and return where it lies."""
+    """Fetch the folder or file ``org/repo/path`` (the files of known formats) and return where it lies."""
     repo, inside = split_id(hub_id)
-    patterns: list[str] = [f"{inside}/{name}" for name in WANTED] + [inside] if inside else [*WANTED]
+    wanted = wanted_files()
+    patterns = [f"{inside}/{name}" for name in wanted] + [inside] if inside else wanted
     try:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, endpoint=endpoint()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -37,6 +71,11 @@ def download(hub_id: str, revision: str | None = None) -> Path:
     if not found.exists():
         raise UserError(f"{repo} has nothing at {inside!r}; look at its files on the hub")
     return found
+
+
+def wanted_files() -> list[str]:
+    """Patterns of the files that can belong to an SAE, relative to its folder."""
+    return sorted({*OWN, *(pattern for form in FORMATS.values() for pattern in form.files)})
 
 
 def endpoint() -> str | None:

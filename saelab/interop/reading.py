@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import struct
@@ -63,6 +64,48 @@ def checked(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], o
         if not out[name].isfinite().all():
             raise UserError(f"{origin}: {name} has NaN or infinite entries")
     return out
+
+
+def matrix_shape(tensors: Mapping[str, Any], name: str, origin: Path) -> tuple[int, int]:
+    """The two sizes of the matrix ``name``."""
+    tensor = tensors.get(name)
+    if not isinstance(tensor, Tensor) or tensor.ndim != 2:
+        raise UserError(f"{origin} has no matrix {name!r}; it holds {', '.join(map(str, list(tensors)[:8]))}")
+    return tensor.shape[0], tensor.shape[1]
+
+
+def read_linear(raw: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    """``encoder.*`` and ``decoder.*`` of two ``nn.Linear`` as canonical tensors."""
+    d_sae, d_in = matrix_shape(raw, "encoder.weight", origin)
+    shapes = {
+        "encoder.weight": (d_sae, d_in),
+        "encoder.bias": (d_sae,),
+        "decoder.weight": (d_in, d_sae),
+        "decoder.bias": (d_in,),
+    }
+    tensors = checked(raw, shapes, origin)
+    return {
+        "W_enc": tensors["encoder.weight"].T,
+        "b_enc": tensors["encoder.bias"],
+        "W_dec": tensors["decoder.weight"].T,
+        "b_dec": tensors["decoder.bias"],
+    }
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Keys in a torch file; empty where the name is not one of a torch file.
+
+    Raises UserError for a torch file that cannot be read. Asked again for an unchanged file, the answer is kept.
+    """
+    if path.suffix not in {".pt", ".pth", ".bin"}:
+        return set()
+    stat = path.stat()
+    return set(_tensor_names(path, stat.st_mtime_ns, stat.st_size))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tensor_names(path: Path, modified: int, size: int) -> frozenset[str]:
+    return frozenset(str(name) for name in read_tensors(path))
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:

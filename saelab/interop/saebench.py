@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.interop.exporting import SIGNED
+from saelab.interop.conversion import SIGNED
 from saelab.interop.foreign import Foreign
 from saelab.interop.formats.saelens import ARCHITECTURES
 from saelab.lm.hook_names import layer_of
 from saelab.sae import SAE
-from saelab.sae.inference import InferenceForm, doubled, inference_form
+from saelab.sae.inference import InferenceForm, doubled, inference_form, why_no_form
 
 
 def as_base_sae(sae: SAE, model_name: str, hook_name: str, context_size: int = 128) -> Any:
@@ -35,7 +35,7 @@ def as_base_sae(sae: SAE, model_name: str, hook_name: str, context_size: int = 1
         )
     form = inference_form(sae)
     if form is None:
-        raise UserError(f"a {sae.variant} SAE whose inference needs gradients cannot be evaluated by SAEBench")
+        raise UserError(f"a {sae.variant} SAE {why_no_form(sae)}; SAEBench cannot evaluate it")
     inner = of_form(doubled(form)) if form.architecture in SIGNED else sae.eval()
 
     class Adapter(base):

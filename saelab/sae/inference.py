@@ -59,6 +59,15 @@ def inference_form(sae: SAE) -> InferenceForm | None:
     return InferenceForm(architecture, tensors, config)
 
 
+def why_no_form(sae: SAE) -> str:
+    """Why :func:`inference_form` has no answer for ``sae``, as the rest of a sentence about it."""
+    if sae.needs_grads:
+        return "uses gradients of the language model's loss at inference"
+    if not isinstance(sae, LinearSAE):
+        return "has no linear encoder on raw activations"
+    return "selects latents by a rule of its own (its class declares neither `saelens` nor `inference_threshold()`)"
+
+
 @torch.no_grad()
 def doubled(form: InferenceForm) -> InferenceForm:
     """A signed form as an unsigned one of twice the width: latent ``j + d_sae`` is the negative pole of ``j``.

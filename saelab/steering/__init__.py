@@ -1,5 +1,6 @@
 """Steering: interventions on a language model while it reads and writes, and measurements of their effects."""
 
+from saelab.runs import Run
 from saelab.steering.attachment import attach
 from saelab.steering.generation import Comparison, Sampling, compare, generate, generate_tokens, stream
 from saelab.steering.interventions import Ablate, Add, Clamp, Intervention, MinClamp, ProjectOut, Scale
@@ -9,7 +10,6 @@ from saelab.steering.measure.dose_response import Dose, DoseResponse, dose_respo
 from saelab.steering.measure.effect_size import EffectSize, TwoWay, effect_size, two_way
 from saelab.steering.positions import TokenContext
 from saelab.steering.recipe.recipe import Recipe
-from saelab.steering.run import Run
 from saelab.steering.vectors import SteeringVector
 
 __all__ = [

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
+from saelab.runs import Run, as_run
 from saelab.sae import SAE
 from saelab.steering.positions import Where, check_where
-from saelab.steering.run import Run, as_run
 from saelab.steering.vectors import SteeringVector, Strength, parse_strength, pole_sign
 
 

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.errors import UserError
+from saelab.runs import Run, as_run
 from saelab.sae import SAE
-from saelab.steering.run import Run, as_run
 
 # A strength is a length along the unit direction in units of the activations, or a number with a unit.
 Strength = float | str
@@ -61,7 +61,7 @@ class SteeringVector:
     ) -> SteeringVector:
         """The dictionary row of a latent, turned round for its negative pole (``pole=-1``).
 
-        ``run`` is a run folder, an open :class:`~saelab.steering.run.Run`, or an SAE (then name the ``hook_name``).
+        ``run`` is a run folder, an open :class:`~saelab.runs.Run`, or an SAE (then name the ``hook_name``).
         """
         source = as_run(run, hook_name)
         row = pole_sign(pole) * source.sae.W_dec[source.check_latent(latent)].detach()
@@ -69,7 +69,7 @@ class SteeringVector:
         return cls.from_tensor(
             row,
             source.hook_name,
-            model=source.model,
+            model=source.model_name,
             max_activation=None if highest is None else highest * float(row.norm()),
             rms_norm=source.rms_norm,
             origin={"kind": "latent", "latent": latent, "pole": pole, **source.provenance()},
@@ -88,7 +88,7 @@ class SteeringVector:
         return cls.from_tensor(
             torch.as_tensor(rows),
             source.hook_name,
-            model=source.model,
+            model=source.model_name,
             rms_norm=source.rms_norm,
             origin={"kind": "latents", "weights": {str(k): v for k, v in weights.items()}, **source.provenance()},
         )

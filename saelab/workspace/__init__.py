@@ -1,15 +1,14 @@
 """A folder of runs and caches as the app and the notebooks see it."""
 
+from saelab.runs.metrics_log import measured, read_metrics, series, thin
 from saelab.workspace.commands import evaluate_command, index_command, train_command
-from saelab.workspace.metrics_log import measured, read_metrics, series, thin
 from saelab.workspace.numbers import FORMULAS, TITLES, Number, numbers, pareto_points, summary
-from saelab.workspace.scan import Run, Workspace
+from saelab.workspace.scan import Workspace
 
 __all__ = [
     "FORMULAS",
     "TITLES",
     "Number",
-    "Run",
     "Workspace",
     "evaluate_command",
     "index_command",

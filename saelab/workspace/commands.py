@@ -10,10 +10,10 @@ from typing import Any
 
 from saelab.evaluation import EvaluateConfig
 from saelab.features import IndexConfig
+from saelab.runs import Run
 from saelab.sae import VARIANTS
 from saelab.training import TrainConfig
 from saelab.training.fitting import SOURCE
-from saelab.workspace.scan import Run
 
 CACHE = "CACHE"  # where nothing recorded which
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from saelab.errors import UserError
+from saelab.runs import Run
 from saelab.workspace.commands import evaluate_command, train_command
-from saelab.workspace.scan import Run
 
 FORMULAS = {
     "l0": "mean number of latents with a non-zero value per token",

@@ -11,8 +11,8 @@ from typing import Any
 
 from saelab.errors import MALFORMED, UserError, first_line
 from saelab.layout import RECIPE
+from saelab.runs import Run
 from saelab.steering import Ablate, Add, Clamp, MinClamp, ProjectOut, Recipe, Scale
-from saelab.steering import Run as SteerRun
 from saelab.steering.vectors import SteeringVector, parse_strength
 from saelab.workspace.steering import Pick, pick_latent, pick_vector
 
@@ -70,7 +70,7 @@ def provenance(picks: Sequence[Pick], prompt: str, promotes: Sequence[str], meas
     return about
 
 
-def reopen(root: Path, folder: str, source: SteerRun) -> list[Pick]:
+def reopen(root: Path, folder: str, source: Run) -> list[Pick]:
     """The picks of a saved recipe, to work on with ``source``.
 
     Vectors come from the recipe itself; operations on latents need the SAE they were saved with. Raises UserError
@@ -102,7 +102,7 @@ def reopen(root: Path, folder: str, source: SteerRun) -> list[Pick]:
     return picks
 
 
-def _vector_pick(vector: SteeringVector, label: str, source: SteerRun) -> Pick:
+def _vector_pick(vector: SteeringVector, label: str, source: Run) -> Pick:
     """A vector; a latent again where it is exactly that latent of this SAE."""
     origin = vector.origin
     if origin.get("kind") == "latent" and origin.get("sae_sha256") == source.fingerprint:

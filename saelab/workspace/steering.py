@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from saelab.errors import UserError
+from saelab.runs import Run
 from saelab.steering import (
     Ablate,
     Add,
@@ -19,10 +20,8 @@ from saelab.steering import (
     SteeringVector,
     generate_tokens,
 )
-from saelab.steering import Run as SteerRun
 from saelab.steering.directions import random_direction
 from saelab.steering.generation import tokenize, tokenizer_of
-from saelab.workspace.scan import Run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,16 +56,7 @@ class Pick:
         return replace(self, **fields)
 
 
-def open_run(run: Run, sae: Any) -> SteerRun:
-    """What steering needs of a run whose SAE is already loaded."""
-    meta = run.metadata
-    if not meta.get("hook_name"):
-        raise UserError(f"{run.name} does not record where in the model it belongs, so it cannot steer it")
-    names = meta.get("model_name"), meta.get("rms_norm"), meta.get("hf_hook_name")
-    return SteerRun(sae, meta["hook_name"], names[0], run.path, names[1], names[2])
-
-
-def pick_latent(source: SteerRun, latent: int, pole: int) -> Pick:
+def pick_latent(source: Run, latent: int, pole: int) -> Pick:
     """A latent with the best unit that is known for it."""
     vector = SteeringVector.from_latent(source, latent, pole)
     sign = "" if pole > 0 else " −"
@@ -97,7 +87,7 @@ def operations(pick: Pick) -> list[str]:
     return list(OPERATIONS) if pick.latent is not None else ["add", "project out"]
 
 
-def intervention(pick: Pick, source: SteerRun) -> Intervention:
+def intervention(pick: Pick, source: Run) -> Intervention:
     """What a pick does to the model. Activations are given in multiples of the maximum where that is known."""
     assert pick.vector is not None
     if pick.operation == "add":

@@ -42,7 +42,7 @@ def test_each_tool_is_recognised(strangers: Path, folder: Path) -> None:
         assert run.is_foreign and run.has_weights and run.has_index
         acts = torch.randn(5, 32)
         ours = load_sae(folder / "runs" / variant)
-        assert torch.allclose(run.load()(acts), ours(acts), atol=1e-4)
+        assert torch.allclose(run.sae(acts), ours(acts), atol=1e-4)
         # What the tool did not record is known from the cache the index was made on.
         assert run.metadata["hook_name"] == "blocks.0.hook_resid_post"
         assert found.cache_of(run) is not None

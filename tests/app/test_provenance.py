@@ -18,6 +18,7 @@ from saelab.cli.commands import index as index_cli
 from saelab.cli.commands import train as train_cli
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.features import FeatureIndex, IndexConfig
+from saelab.runs import Run
 from saelab.sae import VARIANTS, build
 from saelab.training import TrainConfig, fit_steps
 from saelab.training.fitting import SOURCE
@@ -56,10 +57,10 @@ def test_the_training_command_gives_the_recorded_settings(
 def test_the_training_command_of_a_fine_tuned_run_names_what_it_began_with(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "runs" / "topk" / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    assert "--from" not in words(workspace.train_command(workspace.Run("run", tmp_path)), "train")
+    assert "--from" not in words(workspace.train_command(Run(path=tmp_path, name="run")), "train")
     config["metadata"][SOURCE] = "some where/else"
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    command = words(workspace.train_command(workspace.Run("run", tmp_path)), "train")
+    command = words(workspace.train_command(Run(path=tmp_path, name="run")), "train")
     assert command[command.index("--from") + 1] == "some where/else"
 
 
@@ -71,13 +72,13 @@ def test_the_commands_of_metrics_and_index_give_the_recorded_settings(
     cache = workspace.Workspace.scan(folder).cache_of(run)
     assert cache is not None
     config = EvaluateConfig(split="all", max_tokens=64, lm_tokens=0, density_tokens=10, seed=4)
-    evaluate(run.load(), cache, config=config).save(tmp_path)
+    evaluate(run.sae, cache, config=config).save(tmp_path)
     for name in ("cfg.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((run.path / name).read_bytes())
     parsed: list[Any] = []
     monkeypatch.setattr(evaluate_cli, "run", lambda *given, **_: parsed.append(given))
     monkeypatch.setattr(evaluate_cli, "show", lambda _: None)
-    measured = workspace.Run("some where", tmp_path)
+    measured = Run(path=tmp_path, name="some where")
     number = workspace.numbers(measured)["fvu"]
     assert number.command == workspace.evaluate_command(measured)
     evaluate_cli.main(words(number.command, "evaluate"))

@@ -87,7 +87,7 @@ def test_measure_save_and_take_from_the_library(monkeypatch: pytest.MonkeyPatch,
 def test_a_recipe_comes_back_to_the_bench_as_it_was(workplace: Path, folder: Path) -> None:
     run = Workspace.scan(workplace).run(RUN)
     model = load_model(str(folder / "model"))
-    source = bench.open_run(run, run.load())
+    source = run
     latent = strongest(folder)
     direction = bench.SteeringVector.from_tensor(torch.arange(1.0, 33.0), source.hook_name)
     plain = bench.pick_latent(source, latent, 1)
@@ -108,16 +108,14 @@ def test_a_recipe_comes_back_to_the_bench_as_it_was(workplace: Path, folder: Pat
         assert (after.label, after.operation, after.latent) == (before.label, before.operation, before.latent)
         if before.operation not in {"ablate", "project out"}:
             assert after.amount == pytest.approx(before.amount, rel=1e-3) and after.unit == before.unit
-    other = bench.open_run(
-        Workspace.scan(folder).run("runs/abs_topk"), Workspace.scan(folder).run("runs/abs_topk").load()
-    )
+    other = Workspace.scan(folder).run("runs/abs_topk")
     with pytest.raises(UserError, match="another SAE"):
         library.reopen(workplace, "all", other)
 
 
 def test_an_added_length_is_told_in_raw_units_and_beside_the_norm(folder: Path) -> None:
     run = Workspace.scan(folder).run(RUN)
-    source = bench.open_run(run, run.load())
+    source = run
     direction = bench.SteeringVector.from_tensor(torch.tensor([3.0, 4.0] + 30 * [0.0]), source.hook_name)
     pick = bench.pick_vector(direction, "means").changed(amount=-2.0)
     assert bench.size(pick) == "adds a vector of length 10 in raw units"

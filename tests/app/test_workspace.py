@@ -11,6 +11,7 @@ from small_workspace import make_cache, make_model, make_run
 
 from saelab import workspace
 from saelab.errors import UserError
+from saelab.runs import Run
 from saelab.workspace import Workspace
 from saelab.workspace import recipes as library
 
@@ -22,7 +23,7 @@ def test_finds_runs_and_caches_at_any_depth(folder: Path) -> None:
     assert (run.variant, run.d_sae, run.has_weights, run.has_index) == ("topk", 48, True, run.has_index)
     assert found.cache_of(run).fingerprint == run.metadata["cache_fingerprint"]
     assert found.model_of(run) == str(folder / "model")
-    assert run.load().d_sae == 48
+    assert run.sae.d_sae == 48
 
 
 def test_nothing_outside_the_folder_is_opened(folder: Path, tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_a_growing_log_is_read_to_its_last_whole_line(tmp_path: Path) -> None:
 
 
 def test_numbers_come_from_the_evaluation_where_there_is_one(folder: Path, tmp_path: Path) -> None:
-    run = workspace.Run("x", tmp_path)
+    run = Run(path=tmp_path, name="x")
     for name in ("cfg.json", "metrics.jsonl"):
         (tmp_path / name).write_text((folder / "runs" / "topk" / name).read_text())
     before = workspace.numbers(run)
@@ -67,27 +68,27 @@ def test_numbers_come_from_the_evaluation_where_there_is_one(folder: Path, tmp_p
     row = {"value": 0.93, "low": 0.9, "high": 0.95, "n": 4000, "unit": "token", "formula": "(a - b) / (a - c)"}
     content = {"metrics": {"ce_loss_recovered_zero": row}, "settings": {"split": "held_out", "seed": 3}}
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
-    after = workspace.numbers(workspace.Run("x", tmp_path))
+    after = workspace.numbers(Run(path=tmp_path, name="x"))
     assert after["ce_recovered"].value == 0.93
     for part in ("(a - b) / (a - c)", "4,000 tokens", "seed 3", "0.9 to 0.95", "saelab evaluate"):
         assert part in after["ce_recovered"].provenance()
     assert after["fvu"] == before["fvu"]
-    points = workspace.pareto_points([workspace.Run("<b>", tmp_path)], "ce_recovered")
+    points = workspace.pareto_points([Run(path=tmp_path, name="<b>")], "ce_recovered")
     assert "&lt;b&gt;" in points["topk"][0][2]
     # Two widths of a variant are two series: a line between them would be no trade-off.
     shutil.copytree(tmp_path, tmp_path / "wide")
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "wide" / "cfg.json").write_text(json.dumps({**config, "d_sae": 96}))
-    both = [workspace.Run("narrow", tmp_path), workspace.Run("wide", tmp_path / "wide")]
+    both = [Run(path=tmp_path, name="narrow"), Run(path=tmp_path / "wide", name="wide")]
     assert set(workspace.pareto_points(both, "ce_recovered")) == {"topk 48", "topk 96"}
 
 
 def test_a_damaged_configuration_is_one_row_not_a_crash(tmp_path: Path) -> None:
     (tmp_path / "cfg.json").write_text("{")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert "cfg.json is damaged" in workspace.summary(workspace.Run("x", tmp_path))["state"]
+    assert "cfg.json is damaged" in workspace.summary(Run(path=tmp_path, name="x"))["state"]
     (tmp_path / "cfg.json").write_text("[]")
-    assert "holds no JSON object" in workspace.summary(workspace.Run("x", tmp_path))["state"]
+    assert "holds no JSON object" in workspace.summary(Run(path=tmp_path, name="x"))["state"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"interventions": [3]}', '{"interventions": [], "provenance": [1]}'])

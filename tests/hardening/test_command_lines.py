@@ -49,7 +49,7 @@ def cut(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """No long work, no models, no server; relative paths are inside the place."""
     for name in ("train.drive", "sweep.train", "evaluate.evaluate", "index.build_index", "explain.interpret_all"):
         monkeypatch.setattr(f"saelab.cli.commands.{name}", began)
-    for name in ("reproduce.reproduce", "steer.load_model", "convert.export", "convert.copy"):
+    for name in ("reproduce.reproduce", "steer.load_model", "convert.export", "convert.resave"):
         monkeypatch.setattr(f"saelab.cli.commands.{name}", began)
     for name in ("saelab.lm.load_model", "saelab.lm.load_hf_model", "saelab.cli.commands.index.unembedding"):
         monkeypatch.setattr(name, no_model)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from saelab import inspect, load
 from saelab.errors import UserError
-from saelab.interop import inspect, load
 from saelab.layout import CONFIG, EXTRA, WEIGHTS
 from saelab.sae import SAE, build
 from saelab.sae.weights import save

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from saelab.errors import UserError
-from saelab.interop import WRITERS, export, inspect, load
+from saelab.interop import FORMATS, export, load
 from saelab.interop.fetch import split_id
 from saelab.layout import WEIGHTS
+from saelab.runs.inspection import inspect
 from saelab.sae.weights import save
 from tests.interop.examples import D_IN, D_SAE, example
 
@@ -139,13 +140,13 @@ def test_export_refuses_to_overwrite_and_to_guess(tmp_path: Path) -> None:
 
 
 def test_export_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = WRITERS["saelens"]
+    true = FORMATS["saelens"].write
 
     def wrong(form, folder, metadata):
         tensors = {**form.tensors, "b_enc": form.tensors["b_enc"] + 0.5}
         true(type(form)(form.architecture, tensors, form.config), folder, metadata)
 
-    monkeypatch.setitem(WRITERS, "saelens", wrong)
+    monkeypatch.setitem(FORMATS, "saelens", FORMATS["saelens"]._replace(write=wrong))
     with pytest.raises(UserError, match="differs from the SAE"):
         export(example("jump_relu"), tmp_path / "out", "saelens")
     assert list(tmp_path.iterdir()) == []

@@ -15,10 +15,11 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.interop import load
-from saelab.interop.hub import card_of
-from saelab.interop.inspection import inspect
-from saelab.interop.resaving import CURVE_LINES, copy, rounded, thinned
+from saelab.interop.conversion import CURVE_LINES, resave, rounded, thinned
 from saelab.layout import WEIGHTS
+from saelab.runs import Run
+from saelab.runs.card import model_card
+from saelab.runs.inspection import inspect
 from saelab.sae import VARIANTS
 from saelab.sae.weights import save
 
@@ -55,9 +56,9 @@ def test_a_copy_that_is_not_the_sae_is_not_kept(tmp_path: Path, monkeypatch: pyt
     sae, other = load(source), load(source)
     with torch.no_grad():
         other.W_dec.mul_(2)
-    monkeypatch.setattr("saelab.interop.resaving.rounded", lambda sae, dtype: other)
+    monkeypatch.setattr("saelab.interop.conversion.rounded", lambda sae, dtype: other)
     with pytest.raises(UserError, match="nothing was written"):
-        copy(sae, source, tmp_path / "copy")
+        resave(sae, source, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     assert not list(tmp_path.glob(".copy*"))
 
@@ -94,7 +95,7 @@ def test_sixteen_bits_are_refused_for_other_tools(tmp_path: Path, capsys: pytest
 def test_saelens_computes_in_float32_from_a_folder_in_16_bits(tmp_path: Path) -> None:
     sae_lens = pytest.importorskip("sae_lens", reason="SAELens lives in the environment of `make test-interop`")
     source = made("topk", tmp_path / "run")
-    copy(load(source), source, tmp_path / "half", dtype=torch.float16)
+    resave(load(source), source, tmp_path / "half", dtype=torch.float16)
     ours, theirs = load(tmp_path / "half"), sae_lens.SAE.load_from_disk(str(tmp_path / "half"))
     x = torch.randn(32, 12)
     assert theirs.dtype == torch.float32
@@ -135,7 +136,7 @@ def test_inspection_agrees_with_the_evaluation(tmp_path: Path) -> None:
     assert measured["fvu"] == pytest.approx(found["fvu"], rel=1e-6)
     assert measured["dead_estimate_from"].startswith("200 rows of")
     (run / "evaluation.json").write_text('{"saelab_version": "0", "metrics": []}')
-    for read in (lambda: inspect(run), lambda: card_of(run)):
+    for read in (lambda: inspect(run), lambda: model_card(Run.open(run))):
         with pytest.raises(UserError, match=r"evaluation.json is damaged .*evaluate"):
             read()
     (run / "evaluation.json").write_text('{"another": "tool"}')

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from saelab.errors import UserError
-from saelab.interop.hub import from_pretrained, push_to_hub
+from saelab.interop import from_pretrained
+from saelab.runs.publishing import push_to_hub
 from saelab.sae.weights import save
 from tests.interop.examples import example, probe
 

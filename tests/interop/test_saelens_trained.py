@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelab import ActivationCache, load
+from saelab import ActivationCache, inspect, load
 from saelab.cli import main
 from saelab.features import FeatureIndex
-from saelab.interop import inspect
 from saelab.workspace.scan import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other tools' warnings are theirs

@@ -14,6 +14,7 @@ from saelab.cli import main
 from saelab.errors import UserError
 from saelab.files import write_json
 from saelab.interop import load
+from saelab.runs import as_run
 from saelab.sae import LayerNormed
 from saelab.sae.weights import load_sae, save
 from saelab.steering import Add, Clamp, Recipe, Run, SteeringVector
@@ -71,7 +72,7 @@ def test_an_sae_of_another_tool_steers_where_its_folder_says(sparsify: Path) -> 
 def test_a_hook_name_given_wins(sparsify: Path, openai: Path) -> None:
     assert Run.open(sparsify, "blocks.2.hook_resid_pre").hook_name == "blocks.2.hook_resid_pre"
     with pytest.raises(UserError, match=r"autoencoder\.pt does not record where .* give hook_name"):
-        Run.open(openai)
+        as_run(openai)
 
 
 def test_a_recipe_may_hold_a_layer_normed_sae(openai: Path, tmp_path: Path) -> None:

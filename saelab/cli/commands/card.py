@@ -9,8 +9,9 @@ from pathlib import Path
 import tyro
 
 from saelab.cli.console import out, parse
-from saelab.interop.hub import card_of
 from saelab.layout import CARD
+from saelab.runs import Run
+from saelab.runs.card import model_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,5 +28,5 @@ def main(args: Sequence[str]) -> None:
     """Write README.md into the run."""
     options = parse(Options, "card", args, "Write a run's model card: what it is, its metrics, how to load it.")
     path = options.run / CARD
-    path.write_text(card_of(options.run, options.repo), encoding="utf-8")
+    path.write_text(model_card(Run.open(options.run), options.repo), encoding="utf-8")
     out.print(f"saved to {path}", markup=False, soft_wrap=True)

@@ -5,31 +5,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
-from saelab.cli.commands.inspect import Told
+from saelab.cli.commands.inspect import FormatHints
 from saelab.cli.console import counting, out, parse, print_json
+from saelab.cli.opening import open_run
 from saelab.errors import UserError
-from saelab.interop import export
-from saelab.interop.detection import load_with_metadata
-from saelab.interop.exporting import TOLERANCE
-from saelab.interop.resaving import copy
-from saelab.sae import SAE
+from saelab.interop import export, resave, writers
+from saelab.interop.conversion import TOLERANCE
+from saelab.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(Told):
+class Options(FormatHints):
     """From where to where."""
 
     source: tyro.conf.Positional[str]
-    """File, folder or hub id of an SAE, whichever tool wrote it."""
+    """File, folder or hub id (hf://org/repo/path) of an SAE, whichever tool wrote it."""
     out: tyro.conf.Positional[Path]
     """New folder to write."""
-    to: Literal["saelens", "sparsify", "dictionary-learning", "saelab", "saedashboard"] = "saelens"
-    """Format of the new folder. saedashboard writes the run's feature index as files that Neuronpedia imports."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the matrices in a saelab run folder (`--to saelab`); 16 bits halve it."""
     cache: Path | None = None
@@ -40,21 +37,32 @@ class Options(Told):
     """Print the proof as JSON."""
 
 
+TO = "Format of the new folder. saedashboard writes the run's feature index as files that Neuronpedia imports."
+
+
+def options_type() -> Any:
+    """The options with the formats that can be written as choices of ``--to``."""
+    choices = Literal[(*writers(), "saelab", "saedashboard")]  # pyright: ignore[reportInvalidTypeForm]
+    to = ("to", Annotated[choices, tyro.conf.arg(help=TO)], dataclasses.field(default="saelens"))
+    return dataclasses.make_dataclass("ConvertOptions", [to], bases=(Options,), frozen=True)
+
+
 def main(args: Sequence[str]) -> None:
     """Convert, prove, and only then keep the result."""
-    options = parse(Options, "convert", args, "Convert an SAE between tools and prove that it computes the same.")
+    options = parse(options_type(), "convert", args, "Convert an SAE and prove that it computes the same.")
     if options.out.exists():
         raise UserError(f"{options.out} exists; name a new folder")
-    sae, metadata, source, _ = load_with_metadata(options.source, **options.told())
+    run = open_run(options.source, **options.hints())
+    assert run.path is not None
     if options.to == "saedashboard":
-        dashboard(sae, source, options)
+        dashboard(run, options)
         return
     if options.to == "saelab":
-        proof = copy(sae, source, options.out, metadata, getattr(torch, options.dtype))
+        proof = resave(run.sae, run.path, options.out, run.recorded, getattr(torch, options.dtype))
     elif options.dtype != "float32":
         raise UserError(f"--dtype {options.dtype} is for --to saelab; {options.to} folders are written in float32")
     else:
-        proof = export(sae, options.out, options.to, metadata)
+        proof = export(run.sae, options.out, options.to, run.recorded)
     if options.json:
         print_json({"max_relative_encode": proof.encode, "max_relative_decode": proof.decode, "tolerance": TOLERANCE})
         return
@@ -62,24 +70,25 @@ def main(args: Sequence[str]) -> None:
     out.print(f"{options.source} -> {options.out} ({options.to})", markup=False, soft_wrap=True)
 
 
-def dashboard(sae: SAE, run: Path, options: Options) -> None:
+def dashboard(run: Run, options: Options) -> None:
     """Write the feature index of a run as SAEDashboard's batches."""
     from saelab.cli.commands.index import load_lens
     from saelab.data.cache import ActivationCache
     from saelab.features import FeatureIndex
     from saelab.features.saedashboard import write_dashboard
 
-    index = FeatureIndex(run)
+    assert run.path is not None
+    index = run.index or FeatureIndex(run.path)  # which says how to make one
     cache = ActivationCache(options.cache) if options.cache else None
     lens = load_lens(cache.manifest.model, cache) if cache else None
     with counting("features") as progress:
         write_dashboard(
             index,
-            sae,
+            run.sae,
             options.out,
             cache=cache,
             lens=lens,
             max_latents=options.latents,
             progress=progress,
         )
-    out.print(f"{run} -> {options.out} (SAEDashboard's batches, for Neuronpedia)", markup=False)
+    out.print(f"{options.source} -> {options.out} (SAEDashboard's batches, for Neuronpedia)", markup=False)

@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
-from saelab.cli.subject import open_subject
+from saelab.cli.opening import open_with_cache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, Evaluation, TaskConfig, evaluate, run_tasks, saebench_json
 from saelab.files import write_json
@@ -20,8 +20,9 @@ from saelab.files import write_json
 class Options:
     """Which run, and on what."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of a run, or of another tool's SAE; evaluation.json is written into it."""
+    run: tyro.conf.Positional[str]
+    """Folder of a run, or of another tool's SAE, or a hub id (hf://org/repo/path); evaluation.json is written into the
+    folder, for a hub id into a copy of it."""
     cache: Path
     """Folder of the activation cache; its held-out rows are evaluated."""
     model: str | None = None
@@ -29,6 +30,9 @@ class Options:
     saebench: Path | None = None
     """Also write SAEBench's JSON: a folder, which gets one file per evaluation in the folders of SAEBench's plots, or
     the name of a .json file for the core evaluation alone."""
+    out: Path | None = None
+    """Copy the SAE into this folder and write evaluation.json there; by default what comes from the hub is copied into
+    the working folder, under the name of its repository, and other SAEs are not copied."""
     json: bool = False
     """Print the evaluation as JSON on stdout."""
 
@@ -50,40 +54,42 @@ def main(args: Sequence[str]) -> None:
     config, tasks = part(EvaluateConfig, options), part(TaskConfig, options)
     if options.saebench is not None and options.saebench.suffix == ".json" and tasks.tasks:
         raise UserError(f"--saebench {options.saebench} holds one result, tasks give several; name a folder")
-    result = run(options.run, options.cache, options.model, config, tasks)
-    if options.saebench is not None:
-        write_saebench(result, options.run, options.saebench, tasks)
+    result = run(options.run, options.cache, options.model, config, tasks, options.out, options.saebench)
     if options.json:
         print_json(result.content())
     else:
         show(result)
-        out.print(f"saved to {options.run / 'evaluation.json'}", markup=False, soft_wrap=True)
 
 
 def run(
-    folder: Path,
+    name: Path | str,
     cache_folder: Path,
     model_name: str | None,
     config: EvaluateConfig,
     tasks: TaskConfig | None = None,
+    out: Path | None = None,
+    saebench: Path | None = None,
 ) -> Evaluation:
-    """Load everything, evaluate with a progress bar, save."""
-    (sae, cache, folder), wanted = open_subject(folder, cache_folder), tasks or TaskConfig()
-    model, name = None, model_name or cache.manifest.model
-    if config.lm_tokens and not name:
+    """Load everything, evaluate with a progress bar, save, and say where."""
+    (opened, cache, folder), wanted = open_with_cache(name, cache_folder, out), tasks or TaskConfig()
+    sae = opened.sae
+    model, model_name = None, model_name or cache.manifest.model
+    if config.lm_tokens and not model_name:
         console.print("the cache names no model: cross-entropy and KL are left out; give one with --model")
     elif config.lm_tokens or wanted.labels is not None:
-        if not name:
+        if not model_name:
             raise UserError(f"{wanted.labels} must run through the language model; the cache names none, add --model")
         from saelab.lm import load_model
 
-        model = load_model(name)
+        model = load_model(model_name)
     with stages() as progress:
         # The tasks first: what is wrong with labels should not show after minutes of language model.
         found = run_tasks(sae, cache, wanted, model, seed=config.seed, progress=progress)
         result = evaluate(sae, cache, model, config, progress)
         result.tasks = found
-    result.save(folder)
+    console.print(f"saved to {result.save(folder)}", markup=False, soft_wrap=True)
+    if saebench is not None:
+        write_saebench(result, folder, saebench, wanted)
     return result
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
-from saelab.cli.subject import open_subject
+from saelab.cli.opening import open_with_cache
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
@@ -23,14 +23,18 @@ from saelab.lm import unembedding
 class Options:
     """Which run, and on what."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of a run, or of another tool's SAE; features/ is written into it."""
+    run: tyro.conf.Positional[str]
+    """Folder of a run, or of another tool's SAE, or a hub id (hf://org/repo/path); features/ is written into the
+    folder, for a hub id into a copy of it."""
     cache: Path
     """Folder of the activation cache."""
     model: str | None = None
     """Language model of the logit lens; by default the one the cache was harvested from. "none" leaves it out."""
     keep_unembedding: bool = False
     """Keep the model's unembedding in the run folder (half precision): the next index needs no model."""
+    out: Path | None = None
+    """Copy the SAE into this folder and write features/ there; by default what comes from the hub is copied into the
+    working folder, under the name of its repository, and other SAEs are not copied."""
     overwrite: bool = False
     """Replace an existing index; the old one stays until the new one is complete."""
     json: bool = False
@@ -45,7 +49,8 @@ def main(args: Sequence[str]) -> None:
     """Build ``features/`` of a run folder."""
     options = parse(IndexOptions, "index", args, "Describe every latent of a trained SAE over a corpus.")
     config = part(IndexConfig, options)
-    index = run(options.run, options.cache, options.model, config, options.overwrite, options.keep_unembedding)
+    places = options.run, options.cache
+    index = run(*places, options.model, config, options.overwrite, options.keep_unembedding, options.out)
     if options.json:
         print_json(summary(index))
     else:
@@ -53,15 +58,16 @@ def main(args: Sequence[str]) -> None:
 
 
 def run(
-    folder: Path,
+    name: Path | str,
     cache_folder: Path,
     model: str | None,
     config: IndexConfig,
     overwrite: bool = False,
     keep_unembedding: bool = False,
+    out: Path | None = None,
 ) -> FeatureIndex:
     """Load everything and build the index with a progress bar."""
-    sae, cache, folder = open_subject(folder, cache_folder)
+    opened, cache, folder = open_with_cache(name, cache_folder, out)
     # What the run keeps answers for its own model; a model that is named is asked itself.
     lens = (None if model else LogitLens.open(folder / LOGIT_LENS, cache.manifest.model)) or load_lens(
         model or cache.manifest.model, cache
@@ -69,7 +75,7 @@ def run(
     if keep_unembedding and lens is not None:
         lens.save(folder / LOGIT_LENS, model or cache.manifest.model)
     with stages() as progress:
-        return build_index(sae, cache, folder, lens=lens, config=config, progress=progress, overwrite=overwrite)
+        return build_index(opened.sae, cache, folder, lens=lens, config=config, progress=progress, overwrite=overwrite)
 
 
 def load_lens(model: str, cache: ActivationCache) -> LogitLens | None:

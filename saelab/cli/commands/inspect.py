@@ -11,11 +11,11 @@ import tyro
 
 from saelab.cli.console import out, parse, print_json
 from saelab.data.cache import ActivationCache
-from saelab.interop import inspect
+from saelab.runs.inspection import inspect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Told:
+class FormatHints:
     """What the user says about a file that does not say it itself."""
 
     k: int | None = None
@@ -25,18 +25,18 @@ class Told:
     threshold: float | None = None
     """For a bare overcomplete state dict: the running threshold of a BatchTopK SAE, in raw units."""
 
-    def told(self) -> dict[str, Any]:
-        """What was said, as the readers take it."""
+    def hints(self) -> dict[str, Any]:
+        """What was given, as the readers take it."""
         said = {"k": self.k, "pursuit": self.pursuit or None, "threshold": self.threshold}
         return {name: value for name, value in said.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(Told):
+class Options(FormatHints):
     """What to look at."""
 
-    path: tyro.conf.Positional[Path]
-    """File or folder of an SAE, whichever tool wrote it."""
+    path: tyro.conf.Positional[str]
+    """File, folder or hub id (hf://org/repo/path) of an SAE, whichever tool wrote it."""
     cache: Path | None = None
     """Activation cache to count dead latents and measure the reconstruction on."""
     json: bool = False
@@ -47,7 +47,7 @@ def main(args: Sequence[str]) -> None:
     """Print the facts, oddities last."""
     options = parse(Options, "inspect", args, "Say what an SAE checkpoint is: format, shapes, norms, hook, oddities.")
     cache = ActivationCache(options.cache) if options.cache else None
-    facts = inspect(options.path, cache, **options.told())
+    facts = inspect(options.path, cache, **options.hints())
     if options.json:
         print_json(facts)
         return

@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from saelab.cli.console import console, out, parse, print_json
+from saelab.cli.opening import open_run
 from saelab.errors import UserError
 from saelab.layout import RECIPE
 from saelab.lm import load_model
+from saelab.runs import Run
 from saelab.steering import (
     Ablate,
     Add,
@@ -23,7 +25,6 @@ from saelab.steering import (
     MinClamp,
     ProjectOut,
     Recipe,
-    Run,
     Sampling,
     Scale,
     SteeringVector,
@@ -41,8 +42,9 @@ Operation = Literal["add", "scale", "clamp", "min-clamp", "ablate", "project-out
 class Options:
     """What to steer with, and what to write."""
 
-    run: tyro.conf.Positional[Path]
-    """Run folder, an SAE of another tool (a file, a folder or a hub id), or the folder of a recipe."""
+    run: tyro.conf.Positional[str]
+    """Run folder, an SAE of another tool (a file, a folder or a hub id such as hf://org/repo/path), or the folder of a
+    recipe."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """Text to continue; give the option again for more prompts."""
     latent: int | None = None
@@ -92,7 +94,7 @@ def main(args: Sequence[str]) -> None:
     if not options.prompt and options.save is None and options.gguf is None:
         raise UserError('nothing to do: give --prompt "text", --save RECIPE or --gguf FILE')
     check_outputs(options)
-    if (options.run / RECIPE).is_file():
+    if (Path(options.run) / RECIPE).is_file():
         if options.latent is not None:
             raise UserError("a recipe names its own latents; leave out --latent")
         if options.hook is not None:
@@ -100,9 +102,9 @@ def main(args: Sequence[str]) -> None:
         run, recipe = None, Recipe.load(options.run)
         model = load(options.model or recipe.model.name)
     else:
-        run, recipe = Run.open(str(options.run), options.hook or ""), None
+        run, recipe = open_run(options.run, options.hook or ""), None
         check(options, run)
-        model = load(options.model or run.model)
+        model = load(options.model or run.model_name)
     prompts = [chat(model, prompt) for prompt in options.prompt] if options.chat else options.prompt
     if recipe is None:
         assert run is not None
@@ -142,6 +144,7 @@ def check(options: Options, run: Run) -> None:
     if options.latent is None:
         raise UserError("name the latent to steer with: --latent 12")
     run.check_latent(options.latent)
+    _ = run.hook_name  # refuses where nothing says which
     pole_sign(options.pole)
     if options.strength != "auto":
         parse_strength(options.strength)

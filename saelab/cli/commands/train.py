@@ -17,8 +17,8 @@ from saelab import kernels
 from saelab.cli import report
 from saelab.cli.console import console, out, output_folder, parse, part, print_json, progress_bar, quiet
 from saelab.cli.device import pick_device
+from saelab.cli.fine_tuning import announce, check_options, fixed_options, open_start
 from saelab.cli.signals import Stop, stop_on_signals
-from saelab.cli.source import Source, announce, open_source, origin
 from saelab.cli.variants import option_fields, value_of, variant_in
 from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel, launched, start_world
@@ -27,7 +27,9 @@ from saelab.distributed.sharding import whole as whole_of
 from saelab.distributed.slices import slices
 from saelab.distributed.world import end_world
 from saelab.errors import UserError, damaged
+from saelab.interop.fetch import full_name
 from saelab.layout import RUN
+from saelab.runs import Run
 from saelab.sae import SAE, VARIANTS
 from saelab.training import StepMetrics, TrainConfig, finished, fit_steps, n_steps, prepared, read_run
 from saelab.training.checkpoints import latest_step, number_of
@@ -78,7 +80,7 @@ def main(args: Sequence[str]) -> None:
     saved = read_run(folder) if "--resume" in args and folder is not None else None
     name, source = value_of(args, "--from"), None
     if name is not None and saved is None:  # a run that has begun keeps the weights it began with
-        source = open_source(name, value_of(args, "--variant"))
+        source = open_start(name, value_of(args, "--variant"))
     variant = source.sae.variant if source else variant_in(args, default=saved["variant"] if saved else "topk")
     # The training options come after ours in the list of fields, so they are the first base.
     cls = dataclasses.make_dataclass("TrainOptions", option_fields(variant), bases=(TrainConfig, Options), frozen=True)
@@ -90,14 +92,14 @@ def main(args: Sequence[str]) -> None:
             known = {**known, **saved["train"], "variant": variant, "from_": saved.get(SOURCE)}
             default = cls(cache=tyro.MISSING, out=tyro.MISSING, **known)
     elif source:
-        default = cls(cache=tyro.MISSING, out=tyro.MISSING, **source.settings())
+        default = cls(cache=tyro.MISSING, out=tyro.MISSING, **fixed_options(source))
     options = parse(cls, "train", args, f"Train a {variant} SAE: {VARIANTS[variant].__doc__}", default)
     if source:
-        source.check(options, default)
+        check_options(source, options, default)
     run(options, {name: getattr(options, name) for name, *_ in option_fields(variant)}, source)
 
 
-def run(options: Any, config: dict[str, Any], source: Source | None = None) -> StepMetrics | None:
+def run(options: Any, config: dict[str, Any], source: Run | None = None) -> StepMetrics | None:
     """Train as the options say, from ``source`` or from scratch; returns the last step's metrics."""
     if options.resume and finished(options.out):
         console.print(f"{options.out} is finished; nothing to resume", markup=False)
@@ -172,7 +174,7 @@ def drive(
             resume=options.resume,
             checkpoint_steps=options.checkpoint_steps,
             logs=logs,
-            source=None if options.from_ is None else origin(options.from_),
+            source=None if options.from_ is None else full_name(options.from_),
             parallel=parallel,
         )
         task = bar.add_task("train", total=total, state="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,24 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
+from saelab.files import write_json
 from saelab.interop.foreign import Foreign
-from saelab.interop.formats.linear import d_of
-from saelab.interop.reading import checked, read_json, read_tensors
+from saelab.interop.format import Format, register, subtracting_bias
+from saelab.interop.reading import checked, matrix_shape, read_json, read_tensors, tensor_names
+from saelab.lm.hook_names import layer_of
+from saelab.sae.inference import InferenceForm
 
 BACKUP = {"step", "ae", "optimizer"}  # keys of a mid-run backup, which has the name of the final file
 
 
 def sniff(path: Path) -> bool:
-    """A folder with ``ae.pt``, or such a file."""
-    return (path / "ae.pt").is_file() or (path.is_file() and path.name.startswith("ae") and path.suffix == ".pt")
+    """A folder with ``ae.pt``, or a torch file ``ae*.pt`` with one of its dictionaries (``ae_1000.pt``, say)."""
+    if (path / "ae.pt").is_file() or (path.name == "ae.pt" and path.is_file()):
+        return True
+    if not (path.is_file() and path.name.startswith("ae") and path.suffix == ".pt"):
+        return False
+    keys = tensor_names(path)
+    return bool(keys & {"encoder.weight", "W_enc", "ae"}) and "latent_bias" not in keys and ".sae" not in path.suffixes
 
 
 def read(path: Path) -> Foreign:
@@ -61,7 +70,7 @@ def _class_of(raw: dict[str, Any], file: Path) -> str:
 
 
 def _nn_linear(raw: dict[str, Any], file: Path, bias: str, encoder_bias: str | None) -> dict[str, Any]:
-    d_sae, d_in = d_of(raw, "encoder.weight", file)
+    d_sae, d_in = matrix_shape(raw, "encoder.weight", file)
     shapes = {"encoder.weight": (d_sae, d_in), "decoder.weight": (d_in, d_sae), bias: (d_in,)}
     if encoder_bias:
         shapes[encoder_bias] = (d_sae,)
@@ -97,7 +106,7 @@ def _batch_topk(raw: dict[str, Any], file: Path) -> Foreign:
 
 
 def _own_names(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    d_in, d_sae = d_of(raw, "W_enc", file)
+    d_in, d_sae = matrix_shape(raw, "W_enc", file)
     return checked(raw, {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}, file)
 
 
@@ -128,3 +137,36 @@ READERS = {
     "MatryoshkaBatchTopKSAE": _matryoshka,
     "JumpReluAutoEncoder": _jump_relu,
 }
+
+
+def write(form: InferenceForm, folder: Path, metadata: dict[str, Any]) -> None:
+    """Write a form that one of its classes computes."""
+    t = form.tensors
+    encoder = {"encoder.weight": t["W_enc"].T, "decoder.weight": t["W_dec"].T} if "W_enc" in t else {}
+    if form.architecture == "topk":
+        name = "AutoEncoderTopK"
+        state = encoder | {"encoder.bias": subtracting_bias(form), "b_dec": t["b_dec"]}
+        state |= {"k": torch.tensor(form.config["k"], dtype=torch.int32), "threshold": torch.tensor(-1.0)}
+    elif form.architecture == "jumprelu":
+        name = "JumpReluAutoEncoder"
+        # This class subtracts no b_dec; the encoder's bias takes it.
+        b_enc = t["b_enc"] if not form.config["apply_b_dec_to_input"] else t["b_enc"] - t["b_dec"] @ t["W_enc"]
+        state = {**{key: t[key] for key in ("W_enc", "W_dec", "b_dec", "threshold")}, "b_enc": b_enc}
+    elif form.architecture == "standard":
+        name, state = "AutoEncoder", encoder | {"encoder.bias": subtracting_bias(form), "bias": t["b_dec"]}
+    elif form.architecture == "gated":
+        name = "GatedAutoEncoder"
+        state = encoder | {"decoder_bias": t["b_dec"], "gate_bias": t["b_gate"], "r_mag": t["r_mag"]}
+        state["mag_bias"] = t["b_mag"]
+    else:
+        raise UserError(f"dictionary_learning has no class for {form.architecture}; write it for saelens")
+    packed = io.BytesIO()  # torch reports a full disk as an internal error; Path says what it is
+    torch.save({key: value.detach().contiguous() for key, value in state.items()}, packed)
+    (folder / "ae.pt").write_bytes(packed.getbuffer())
+    d_sae, d_in = t["W_dec"].shape
+    trainer = {"dict_class": name, "activation_dim": d_in, "dict_size": d_sae, "lm_name": metadata.get("model_name")}
+    trainer |= {"k": form.config.get("k"), "layer": layer_of(metadata.get("hook_name") or "")}
+    write_json(folder / "config.json", {"trainer": trainer, "buffer": {"ctx_len": metadata.get("context_size")}})
+
+
+register(Format("dictionary_learning", ("ae*.pt", "config.json"), sniff, read, write))

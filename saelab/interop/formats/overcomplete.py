@@ -15,8 +15,8 @@ from torch import Tensor
 
 from saelab.errors import UserError
 from saelab.interop.foreign import Foreign
-from saelab.interop.formats.linear import d_of, names
-from saelab.interop.reading import checked, read_tensors
+from saelab.interop.format import Format, register
+from saelab.interop.reading import checked, matrix_shape, read_tensors, tensor_names
 
 WEIGHT, BIAS = "encoder.final_block.0.weight", "encoder.final_block.0.bias"
 PLAIN, ARCHETYPAL = "dictionary._weights", "dictionary.Relax"
@@ -25,7 +25,7 @@ DEEP = ("encoder.mlp_blocks", "encoder.final_block.1.", "encoder.conv", "encoder
 
 def sniff(path: Path) -> bool:
     """A torch file with one of overcomplete's dictionaries."""
-    return path.is_file() and bool({PLAIN, ARCHETYPAL} & names(path))
+    return path.is_file() and bool({PLAIN, ARCHETYPAL} & tensor_names(path))
 
 
 def read(path: Path, k: int | None = None, pursuit: bool = False, threshold: float | None = None) -> Foreign:
@@ -72,7 +72,7 @@ def _dictionary(raw: dict[str, Any], path: Path) -> tuple[Tensor, list[str]]:
     """The rows as the decoder uses them, and what is assumed about them."""
     notes: list[str] = []
     if PLAIN in raw:
-        rows = checked(raw, {PLAIN: d_of(raw, PLAIN, path)}, path)[PLAIN]
+        rows = checked(raw, {PLAIN: matrix_shape(raw, PLAIN, path)}, path)[PLAIN]
         norms = rows.norm(dim=1, keepdim=True)
         if (norms - 1).abs().max() > 0.01:
             notes.append(
@@ -80,7 +80,7 @@ def _dictionary(raw: dict[str, Any], path: Path) -> tuple[Tensor, list[str]]:
             )
         rows = rows / (norms + 1e-8)
     else:
-        (d_sae, d_in), n_points = d_of(raw, ARCHETYPAL, path), d_of(raw, "dictionary.C", path)[0]
+        (d_sae, d_in), n_points = matrix_shape(raw, ARCHETYPAL, path), matrix_shape(raw, "dictionary.C", path)[0]
         shapes = {ARCHETYPAL: (d_sae, d_in), "dictionary.C": (n_points, d_in), "dictionary.W": (d_sae, n_points)}
         t = checked(raw, shapes, path)
         rows = t["dictionary.W"] @ t["dictionary.C"] + t[ARCHETYPAL]
@@ -99,3 +99,7 @@ def _thresholds(raw: dict[str, Any], d_sae: int, threshold: float | None, path: 
     else:
         levels = torch.full((d_sae,), float(threshold))
     return torch.nextafter(levels, levels.new_tensor(0.0))
+
+
+OPTIONS = ("k", "pursuit", "threshold")
+register(Format("overcomplete", ("*.pt", "*.pth"), sniff, read, options=OPTIONS, by_content=True))

@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 
+from saelab._version import __version__
 from saelab.errors import UserError, near_matches
+from saelab.files import write_json, write_tensors
 from saelab.interop.foreign import Foreign
+from saelab.interop.format import Format, register
 from saelab.interop.reading import checked, read_json, read_tensors
+from saelab.sae.inference import InferenceForm
+from saelab.sae.weights import SAELENS_VERSION
 
 ARCHITECTURES = {
     "standard": "relu",
@@ -41,7 +46,7 @@ def sniff(path: Path) -> bool:
 
 
 def read(path: Path) -> Foreign:
-    """Read a SAELens folder (not a hub id: see :mod:`saelab.interop.hub`)."""
+    """Read a SAELens folder. Raises UserError for transcoders and for what does not hold what ``cfg.json`` says."""
     config = read_json(path / "cfg.json")
     if not isinstance(config.get("metadata", {}), dict):
         raise UserError(f"{path / 'cfg.json'}: metadata is not an object")
@@ -146,3 +151,25 @@ def _pursuit(config: dict[str, Any]) -> dict[str, Any]:
         "stop_on_repeat": bool(config.get("stop_on_duplicate_support", True)),
         "use_b_dec": bool(config.get("apply_b_dec_to_input", True)),
     }
+
+
+def write(form: InferenceForm, folder: Path, metadata: dict[str, Any]) -> None:
+    """Write any form that SAELens knows."""
+    write_tensors(folder / "sae_weights.safetensors", form.tensors)
+    d_sae, d_in = form.tensors["W_dec"].shape
+    config = {
+        "architecture": form.architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **form.config,
+        "metadata": {**metadata, "sae_lens_version": SAELENS_VERSION, "saelab_version": __version__},
+    }
+    config["metadata"].pop("saelab", None)  # it describes the original, not this form
+    write_json(folder / "cfg.json", config)
+
+
+register(Format("saelens", ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors"), sniff, read, write))

@@ -11,11 +11,11 @@ import numpy as np
 from torch import nn
 
 from saelab.metrics import bootstrap
+from saelab.runs import Run, as_run
 from saelab.sae import SAE
 from saelab.steering.generation import Prompts
 from saelab.steering.interventions import Add
 from saelab.steering.measure.effects import Bench
-from saelab.steering.run import Run, as_run
 from saelab.steering.vectors import SteeringVector, Strength
 
 

@@ -25,13 +25,13 @@ from saelab._version import __version__
 from saelab.errors import UserError, damaged
 from saelab.files import write_json, write_tensors
 from saelab.layout import RECIPE, VECTORS
-from saelab.sae.weights import load_sae, save
+from saelab.runs import Run
+from saelab.sae.weights import load_sae, save, tensors_hash
 from saelab.steering import interventions as ops
 from saelab.steering.attachment import attach
 from saelab.steering.interventions import Add, Clamp, Intervention, LatentIntervention, ProjectOut, describe
 from saelab.steering.positions import Positions
 from saelab.steering.recipe.model import ModelIdentity
-from saelab.steering.run import Run, tensors_hash
 from saelab.steering.vectors import SteeringVector
 
 FORMAT, VERSION = "saelab-recipe", 1

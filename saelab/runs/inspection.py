@@ -10,11 +10,10 @@ from torch import Tensor
 
 from saelab.data.cache import ActivationCache, head
 from saelab.errors import UserError, damaged
-from saelab.interop.detection import detect, is_ours, read
 from saelab.interop.reading import read_json, read_tensors
 from saelab.layout import EVALUATION
+from saelab.runs.run import Run
 from saelab.sae import SAE
-from saelab.sae.weights import load_metadata, load_sae
 
 DEAD_RATIO = 1e-3  # an encoder this much shorter than the median is taken for collapsed
 SILENT = -9.5  # SAELens stores log10(firing rate + 1e-10): below this a latent did not fire once
@@ -31,17 +30,13 @@ def inspect(
     (``fvu`` then tells how well the SAE explains them), else by the record in the folder, else by encoders that have
     collapsed; ``dead_estimate_from`` says which. ``options`` are those of :func:`saelab.load`.
     """
-    path = Path(path)
-    if is_ours(path):
-        sae, metadata, notes, form = load_sae(path), load_metadata(path), [], "saelab"
-    else:
-        foreign = read(path, **options)
-        sae, metadata, notes, form = foreign.to_sae(), foreign.metadata, list(foreign.notes), detect(path).name
+    run = Run.open(path, **options)
+    sae, metadata, notes = run.sae, run.recorded, run.notes
     W_dec: Tensor = sae.W_dec.float()
     norms = W_dec.norm(dim=1)
     facts = {
         "path": str(path),
-        "format": form,
+        "format": run.format,
         "variant": sae.variant,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
@@ -59,7 +54,7 @@ def inspect(
     if not facts["hook"]:
         notes.append("the hook point is not recorded")
     _encoder(sae, facts, notes)
-    _recorded(path, sae, facts)
+    _recorded(Path(run.path or path), sae, facts)
     if cache is not None:
         _measured(sae, cache, max_rows, facts)
     if facts.get("dead_estimate"):

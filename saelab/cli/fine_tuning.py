@@ -1,0 +1,72 @@
+"""``saelab train --from``: the SAE that a fine-tuning starts from, and what it leaves to choose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saelab.cli.console import console
+from saelab.cli.opening import open_run
+from saelab.cli.variants import option_fields
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
+from saelab.runs import Run
+from saelab.sae import VARIANTS
+
+
+def open_start(name: str, variant: str | None) -> Run:
+    """The SAE at a path or hub id; ``variant`` is the one asked for, if any."""
+    run = open_run(name)
+    if run.sae.variant not in VARIANTS:
+        raise UserError(
+            f"{name} reads layer-normed activations; such an SAE cannot be trained, its input is not linear"
+        )
+    if variant is not None and variant != run.sae.variant:
+        raise UserError(contradiction(run.origin, "variant", variant, run.sae.variant))
+    return run
+
+
+def fixed_options(run: Run) -> dict[str, Any]:
+    """What the SAE says about the options of the training: the variant, its size and its own options."""
+    names = {name for name, *_ in option_fields(run.sae.variant)} | {"d_sae"}
+    known = {name: value for name, value in run.sae.config.items() if name in names}
+    return {"variant": run.sae.variant, **known}
+
+
+def check_options(run: Run, options: Any, defaults: Any) -> None:
+    """UserError where the options ask for another SAE than ``run``, or for a folder that would replace it.
+
+    ``defaults`` are the options as they are when none is given.
+    """
+    free = VARIANTS[run.sae.variant].tunable
+    for name in ("d_sae", *(name for name, *_ in option_fields(run.sae.variant))):
+        given, fixed = getattr(options, name), getattr(defaults, name)
+        if given != fixed and name not in free:
+            raise UserError(contradiction(run.origin, name, given, fixed))
+    assert run.path is not None
+    out, path = options.out.resolve(), run.path.resolve()
+    if out == path or out in path.parents:
+        raise UserError(f"{options.out} holds the SAE to start from; write the new run into another folder")
+
+
+def remarks(run: Run, cache: ActivationCache) -> list[str]:
+    """What should be known before training ``run`` on ``cache``, one sentence each."""
+    found = []
+    hook_name = run.recorded.get("hook_name")
+    if hook_name and cache.hook_name and hook_name != cache.hook_name:
+        found.append(f"it was trained on {hook_name}, the cache holds {cache.hook_name}")
+    norms = run.sae.W_dec.detach().norm(dim=1)
+    if "k" in run.sae.config and float((norms - 1).abs().max()) > 1e-2:
+        low, high = float(norms.min()), float(norms.max())
+        found.append(f"its dictionary has norms from {low:.2g} to {high:.2g}; training makes them 1, which changes it")
+    return found
+
+
+def contradiction(source: str, name: str, given: object, fixed: object) -> str:
+    return f"{name}={given} differs from {name}={fixed} of the SAE in {source}; leave it out, or train a new SAE"
+
+
+def announce(run: Run, cache: ActivationCache) -> None:
+    """Say what is being fine-tuned, and what should be known about it."""
+    console.print(f"starting from {run.origin}", markup=False, soft_wrap=True)
+    for remark in remarks(run, cache):
+        console.print(f"note: {remark}", markup=False, soft_wrap=True)

@@ -1,0 +1,71 @@
+"""Opening the SAE that a command works on, its activation cache, and the folder that results go into."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from saelab.cli.console import console
+from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
+from saelab.interop.conversion import new_folder
+from saelab.interop.fetch import wanted_files
+from saelab.runs import Run
+
+
+def open_run(name: Path | str, hook_name: str = "", **options: Any) -> Run:
+    """The SAE at a path or hub id, read; what is odd about its files is printed on stderr."""
+    run = Run.open(name, hook_name, **options)
+    _ = run.sae
+    for note in run.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    return run
+
+
+def open_with_cache(name: Path | str, cache_folder: Path, out: Path | None) -> tuple[Run, ActivationCache, Path]:
+    """The SAE, the cache, and the folder that results are written into (see :func:`results_folder`).
+
+    UserError where the cache holds another model or hook point than the SAE was trained on; another text is fine.
+    """
+    run, cache = open_run(name), ActivationCache(cache_folder)
+    # Other tools name models in ways of their own, "gpt2-small" for "gpt2".
+    names = ["hook_name"] if run.is_foreign else ["model_name", "hook_name"]
+    have = {"model_name": cache.manifest.model, "hook_name": cache.hook_name}
+    for key in names:
+        want = run.recorded.get(key)
+        if want and have[key] and want != have[key]:
+            raise UserError(
+                f"{run.path} was trained on {key}={want}, {cache.path} holds {have[key]}; "
+                "use a cache of the same model and hook point"
+            )
+    return run, cache, results_folder(run, out)
+
+
+def results_folder(run: Run, out: Path | None = None) -> Path:
+    """Where to write what is measured of ``run``: into its folder, or into a copy of the SAE.
+
+    The copy is made in ``out``, and for an SAE of the hub, whose folder is the hub's cache, by default in the working
+    folder under the name of the repository. It is printed. With the SAE in it, the folder opens in every command.
+    """
+    path = run.path
+    assert path is not None
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is a file, and results need a folder: `saelab convert {path} NEW --to saelens` makes one"
+        )
+    on_hub = run.origin.startswith("hf://")
+    if out is None and not on_hub:
+        return path
+    folder = out or Path(*run.origin.removeprefix("hf://").split("/")[1:])
+    files = {file.relative_to(path): file for pattern in wanted_files() for file in path.glob(pattern)}
+    if folder.exists():
+        if any(not (folder / f).is_file() or (folder / f).stat().st_size != s.stat().st_size for f, s in files.items()):
+            raise UserError(f"{folder} exists and does not hold the SAE of {run.origin}; name a new folder with --out")
+        return folder
+    with new_folder(folder) as temporary:
+        for name, file in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, temporary / name)
+    console.print(f"copied {run.origin} to {folder}; results go there", markup=False, soft_wrap=True)
+    return folder

@@ -1,0 +1,178 @@
+"""Writing an SAE for another tool, or as a run folder, with a proof that what was written computes the same."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saelab.errors import UserError, near_matches
+from saelab.interop.detection import read
+from saelab.interop.format import Writer
+from saelab.interop.formats import FORMATS
+from saelab.layout import METRICS, RUN
+from saelab.sae import SAE
+from saelab.sae.inference import TWO_SIDED, doubled, inference_form, why_no_form
+from saelab.sae.weights import load_sae, save
+from saelab.sparse import SparseCode
+
+SIGNED = {"abstopk", TWO_SIDED}
+# Two float32 evaluations of one formula: dot products of length d_in and sums of k terms, with near-ties gap-checked.
+TOLERANCE = 1e-4
+CURVE_LINES = 256  # of the training curve that go along; more than a chart has pixels for is of no use
+
+
+class Proof(NamedTuple):
+    """Largest differences on a probe batch, relative to the largest activation value, and to the data's norm."""
+
+    encode: float
+    decode: float
+
+
+def writers() -> dict[str, Writer]:
+    """The formats that :func:`export` can write, by the name it takes: that of the format with hyphens."""
+    return {name.replace("_", "-"): form.write for name, form in FORMATS.items() if form.write is not None}
+
+
+def export(
+    sae: SAE, folder: Path | str, to: str, metadata: Mapping[str, Any] | None = None, probe: Tensor | None = None
+) -> Proof:
+    """Write ``sae`` to a new ``folder`` in the format ``to``: saelens, sparsify or dictionary-learning.
+
+    Signed SAEs become the equivalent unsigned dictionary of twice the width where the format knows no sign. The files
+    are read back, both SAEs run on ``probe [n, d_in]`` (by default 256 random activations), and nothing is kept when
+    they differ by more than ``TOLERANCE``.
+    """
+    known = writers()
+    if to not in known:
+        raise UserError(f"unknown format {to!r}: {near_matches(to, known)}")
+    form = inference_form(sae)
+    if form is None:
+        raise UserError(f"a {sae.variant} SAE {why_no_form(sae)}, which has no counterpart in {to}")
+    if form.architecture in SIGNED and not (to == "saelens" and form.in_saelens):
+        form = doubled(form)
+    with new_folder(Path(folder)) as temporary:
+        known[to](form, temporary, dict(metadata or {}))
+        proof = prove(sae, read(temporary).to_sae(), random_probe(sae) if probe is None else probe)
+        _check(proof, f"the {to} export")
+    return proof
+
+
+def resave(
+    sae: SAE,
+    source: Path | str,
+    folder: Path | str,
+    metadata: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Proof:
+    """Write ``sae``, loaded from ``source``, to the new run folder ``folder`` with its matrices in ``dtype``.
+
+    The proof compares the file, read back, with the SAE whose matrices were rounded in memory: that nothing but the
+    rounding happened. Nothing is kept when they differ by more than ``TOLERANCE``.
+    """
+    with new_folder(Path(folder)) as temporary:
+        save(sae, temporary, metadata, dtype)
+        proof = prove(rounded(sae, dtype), load_sae(temporary), random_probe(sae))
+        _check(proof, "the copy")
+        _copy_training_record(Path(source), temporary)
+    return proof
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block ends, and vanishes when it fails."""
+    if folder.exists():
+        raise UserError(f"{folder} exists; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check(proof: Proof, what: str) -> None:
+    if max(proof) > TOLERANCE:
+        raise UserError(
+            f"{what} differs from the SAE by {proof.encode:.1e} (encode) and {proof.decode:.1e} (decode), "
+            f"more than {TOLERANCE:.0e}; nothing was written"
+        )
+
+
+@torch.no_grad()
+def prove(ours: SAE, theirs: SAE, x: Tensor) -> Proof:
+    """How far two SAEs are apart on ``x [n, d_in]``; the second may be the doubled form of the first.
+
+    Where two latents tie for the last place of a budget, or a latent lies on its threshold, rounding decides which of
+    two right codes comes out: see :func:`near_ties`. Decoders are compared on one code there.
+    """
+    a, b = ours.encode(x), theirs.encode(x)
+    left, right = a.dense(), b.dense()
+    if theirs.d_sae == 2 * ours.d_sae:
+        right = right[:, : ours.d_sae] - right[:, ours.d_sae :]
+    top = left.abs().max().clamp_min(torch.finfo(left.dtype).tiny)
+    ties = near_ties(left, right, ours.inference_threshold(), TOLERANCE * top)
+    if ties.any():
+        a = SparseCode.from_dense(torch.where(ties.any(dim=1, keepdim=True), right, left))
+    encode = (left - right).abs().masked_fill(ties, 0).max() / top
+    decode = (ours.decode(a) - theirs.decode(b)).norm(dim=1).max() / x.norm(dim=1).max()
+    return Proof(encode.item(), decode.item())
+
+
+def near_ties(left: Tensor, right: Tensor, threshold: Tensor | None, gap: Tensor) -> Tensor:
+    """Where one of two codes ``[n, d_sae]`` has a latent that the other lacks only because of a near-tie.
+
+    With a threshold: the value is within ``gap`` of it. With a budget: both rows hold equally many latents, and the
+    value is within ``gap`` of the smallest magnitude of either.
+    """
+    size, differ = torch.maximum(left.abs(), right.abs()), (left != 0) != (right != 0)
+    if threshold is not None:
+        return differ & ((size - threshold).abs() <= gap)
+    alike = (left != 0).sum(dim=1, keepdim=True) == (right != 0).sum(dim=1, keepdim=True)
+    for code in (left, right):
+        smallest = code.abs().masked_fill(code == 0, torch.inf).amin(dim=1, keepdim=True)
+        alike = alike & ((size - smallest).abs() <= gap)
+    return differ & alike
+
+
+def random_probe(sae: SAE) -> Tensor:
+    """Random activations that use the dictionary: the offset plus a few rows with random weights."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(256, sae.d_sae, generator=generator)
+    weights *= torch.rand(256, sae.d_sae, generator=generator) < min(1.0, 16 / sae.d_sae)
+    scale = sae.b_dec.norm().clamp_min(1.0)
+    return (sae.b_dec + scale * weights @ sae.W_dec.float()).detach()
+
+
+def _copy_training_record(source: Path, folder: Path) -> None:
+    """What stays true of a copy: how it was trained, and the curve.
+
+    Metrics and the feature index do not: rounding changes them a little, so they are measured again on the copy.
+    """
+    if (source / RUN).is_file():
+        shutil.copyfile(source / RUN, folder / RUN)
+    if (source / METRICS).is_file():
+        (folder / METRICS).write_text("".join(thinned((source / METRICS).read_text().splitlines(True))))
+
+
+def thinned(lines: Sequence[str]) -> list[str]:
+    """At most ``CURVE_LINES`` of the lines, evenly, with the first and the last."""
+    n = min(len(lines), CURVE_LINES)
+    return [lines[i * (len(lines) - 1) // max(n - 1, 1)] for i in range(n)]
+
+
+def rounded(sae: SAE, dtype: torch.dtype) -> SAE:
+    """A twin of ``sae`` whose matrices hold only values of ``dtype``, still computing in their own."""
+    twin = copy.deepcopy(sae)
+    state = {name: value.to(dtype) if value.ndim == 2 else value for name, value in sae.state_dict().items()}
+    twin.load_state_dict(state)
+    return twin

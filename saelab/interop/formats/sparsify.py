@@ -1,0 +1,65 @@
+"""EleutherAI's sparsify: ``cfg.json`` and ``sae.safetensors``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from saelab.errors import UserError
+from saelab.files import write_json, write_tensors
+from saelab.interop.foreign import Foreign
+from saelab.interop.format import Format, register, subtracting_bias
+from saelab.interop.reading import checked, matrix_shape, read_json, read_tensors
+from saelab.sae.inference import InferenceForm
+
+
+def sniff(path: Path) -> bool:
+    """A folder with ``sae.safetensors``."""
+    return (path / "sae.safetensors").is_file()
+
+
+def read(path: Path) -> Foreign:
+    """EleutherAI sparsify: ``encoder.weight [d_sae, d_in]``, ``W_dec [d_sae, d_in]``, ReLU before top-k.
+
+    The default configuration stores ``num_latents: 0``, so widths are read off the tensors.
+    """
+    config, origin = read_json(path / "cfg.json"), path / "sae.safetensors"
+    if config.get("transcode") or config.get("skip_connection"):
+        raise UserError(f"{path} is a transcoder; transcoders are out of saelab's scope")
+    if config.get("activation", "topk") != "topk":
+        raise UserError(f"{path}: activation {config['activation']!r} has no counterpart here; only topk has")
+    raw = read_tensors(origin)
+    d_sae, d_in = matrix_shape(raw, "W_dec", origin)
+    shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    tensors = checked(raw, shapes, origin)
+    notes = []
+    if not config.get("num_latents"):
+        notes.append("num_latents is 0 in its configuration; the width is read off the weights")
+    return Foreign(
+        format="sparsify",
+        architecture="abs_topk" if config.get("signed") else "topk",
+        W_enc=tensors["encoder.weight"].T,
+        b_enc=tensors["encoder.bias"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        k=config.get("k"),
+        # Its folders are named after a module of the model, "layers.9" say.
+        metadata={"hf_hook_name": path.name} if "." in path.name else {},
+        notes=notes,
+    )
+
+
+def write(form: InferenceForm, folder: Path, metadata: dict[str, Any]) -> None:
+    """Write a TopK form; sparsify has no place for ``metadata``."""
+    if form.architecture != "topk":
+        raise UserError(f"sparsify knows TopK only; this SAE is {form.architecture} at inference")
+    t = form.tensors
+    tensors = {"encoder.weight": t["W_enc"].T, "encoder.bias": subtracting_bias(form), "W_dec": t["W_dec"]}
+    write_tensors(folder / "sae.safetensors", {**tensors, "b_dec": t["b_dec"]})
+    d_sae, d_in = t["W_dec"].shape
+    config = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": d_sae}
+    config |= {"k": form.config["k"], "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d_in}
+    write_json(folder / "cfg.json", config)
+
+
+register(Format("sparsify", ("cfg.json", "sae.safetensors"), sniff, read, write))

@@ -1,0 +1,93 @@
+"""The model card of a run: what it is, its metrics, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saelab.errors import UserError, damaged
+from saelab.interop.reading import read_json
+from saelab.layout import EVALUATION
+from saelab.runs.run import Run
+
+
+def model_card(run: Run, repo: str | None = None, path: str | None = None) -> str:
+    """The card of a run folder: for ``path`` in the hub repository ``repo``, or for the folder as it is.
+
+    Raises UserError for an SAE of another tool, whose files do not say enough.
+    """
+    if run.path is None or run.is_foreign or "saelab" not in run.recorded:
+        raise UserError(f"{run.path} is not a run folder; convert it first: saelab convert SAE RUN --to saelab")
+    path = path or run.recorded.get("hook_name")
+    if repo is None or not path:
+        name = run.path.resolve().name
+        calls = f'saelab.load("{name}")', f'SAE.load_from_disk("{name}")'
+    else:
+        calls = f'saelab.from_pretrained("{repo}", "{path}")', f'SAE.from_pretrained("{repo}", "{path}")'
+    return _text(repo or run.path.resolve().name, calls, run.config, _measured(run.path / EVALUATION))
+
+
+def _text(title: str, calls: tuple[str, str], config: Mapping[str, Any], measured: str) -> str:
+    metadata = config["metadata"]
+    rows = [
+        ("variant", metadata["saelab"]["variant"]),
+        ("language model", metadata.get("model_name")),
+        ("passes over the text", metadata.get("train", {}).get("epochs")),
+        ("hook", metadata.get("hook_name")),
+        ("widths", f"d_in {config['d_in']}, d_sae {config['d_sae']}"),
+        ("text", metadata.get("dataset_path")),
+        ("context length", metadata.get("context_size")),
+        ("saelab", metadata.get("saelab_version")),
+    ]
+    facts = "\n".join(f"| {name} | {value} |" for name, value in rows if value is not None)
+    return f"""---
+library_name: saelens
+tags: [saelens, saelab, sparse-autoencoder]
+---
+# {title}
+
+A sparse autoencoder trained with saelab.
+
+| | |
+|---|---|
+{facts}
+{measured}
+## Load it
+
+```python
+import saelab
+
+sae = {calls[0]}
+```
+
+In SAELens, where it has the architecture (`{config["architecture"]}`):
+
+```python
+from sae_lens import SAE
+
+sae = {calls[1]}
+```
+"""
+
+
+def _measured(file: Path) -> str:
+    if not file.is_file():
+        return "\nNot evaluated yet.\n"
+    with damaged(file, "evaluate the run again"):
+        return _metrics(read_json(file))
+
+
+def _metrics(evaluation: Mapping[str, Any]) -> str:
+    split = evaluation["settings"]["split"].replace("_", "-")
+    window = evaluation["density_histogram"]["tokens"]
+    lines = [
+        f"\n## Metrics\n\nOn the {split} split; shares of latents are counted over a window of {window:,} tokens.\n",
+        "| metric | value | 95 % interval | measured on |",
+        "|---|---|---|---|",
+    ]
+    for name, entry in evaluation["metrics"].items():
+        low, high = entry["low"], entry["high"]
+        interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+        lines.append(f"| {name} | {entry['value']:.4g} | {interval} | {entry['n']:,} {entry['unit']}s |")
+    return "\n".join(lines) + "\n"
