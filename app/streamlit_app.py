@@ -1,6 +1,7 @@
 """The router: page list, shared sidebar, links. Everything shown lives in views/, everything computed in saelab."""
 
-import common
+import page
+import session
 import streamlit as st
 
 st.set_page_config(page_title="saelab", page_icon="🔬", layout="wide")
@@ -22,8 +23,8 @@ pages = {
     ],
 }
 
-common.follow_link()
-page = st.navigation(pages)
-common.sidebar()
-common.html(common.style())
-common.run_page(page)
+session.follow_link()
+chosen = st.navigation(pages)
+page.sidebar()
+page.html(page.style())
+page.run_page(chosen)

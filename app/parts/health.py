@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-import common
+import loaders
+import page
 import pandas as pd
+import session
 import streamlit as st
 
 from parts import tables
@@ -22,12 +25,12 @@ SHORTFALL = "smallest distance to its own threshold, where each latent has one; 
 
 def densities(run: Run, beside: list[str]) -> None:
     """Density histograms and ranks of several SAEs, with the Zipf law fitted to each."""
-    runs = [run, *(common.workspace().run(name) for name in beside)]
-    found = {r.name: per_latent(common.catalogue(r), "density") for r in runs}
+    runs = [run, *(loaders.workspace().run(name) for name in beside)]
+    found = {r.name: per_latent(loaders.catalogue(r), "density") for r in runs}
     left, right = st.columns(2, gap="large")
     with left:
-        figure = viz.density_histogram(found, common.colours(), height=320)
-        common.chart(figure, alt="Histogram of firing densities, dead latents at -10", key="health_density")
+        figure = viz.density_histogram(found, page.colours(), height=320)
+        page.chart(figure, alt="Histogram of firing densities, dead latents at -10", key="health_density")
     fits, notes = {}, []
     for name, density in found.items():
         try:
@@ -38,15 +41,15 @@ def densities(run: Run, beside: list[str]) -> None:
         fits[name] = (fit.log_C, fit.s)
         notes.append(f"{name}: Zipf exponent {fit.s:.2f}, R² {fit.r2:.3f} over the first {fit.last_rank:,} ranks")
     with right:
-        figure = viz.firing_rank(found, common.colours(), fits)
-        common.chart(figure, alt="Firing density by rank with the fitted Zipf law", key="health_rank")
+        figure = viz.firing_rank(found, page.colours(), fits)
+        page.chart(figure, alt="Firing density by rank with the fitted Zipf law", key="health_rank")
     law = f"Zipf's law: density = C rank⁻ˢ, fitted to the {ZIPF_SHARE:.0%} of living latents that fire most"
     st.caption(viz.markdown(". ".join([law, *notes])))
 
 
 @st.cache_data(max_entries=8, show_spinner="Looking for causes of death …")
 def _deaths(path: str, stamp: tuple[float, ...], _run: Run, _table: pd.DataFrame) -> pd.DataFrame:
-    return health.causes_of_death(common.sae(_run), per_latent(_table, "count"), common.workspace().cache_of(_run))
+    return health.causes_of_death(loaders.sae(_run), per_latent(_table, "count"), loaders.workspace().cache_of(_run))
 
 
 def deaths(run: Run, table: pd.DataFrame) -> pd.DataFrame:
@@ -56,12 +59,12 @@ def deaths(run: Run, table: pd.DataFrame) -> pd.DataFrame:
 
 def cause_summary(found: pd.DataFrame) -> None:
     """How many died of what."""
-    rows = [(cause, f"{count:,}", health.CAUSES[cause]) for cause, count in found["cause"].value_counts().items()]
-    common.html(viz.fact_table(rows))
+    counts = Counter(found["cause"])
+    page.html(viz.fact_table((cause, f"{n:,}", health.CAUSES[cause]) for cause, n in counts.most_common()))
 
 
-def death_table(run: Run, found: pd.DataFrame) -> pd.Series | None:
-    """All dead latents; the chosen one."""
+def death_table(run: Run, found: pd.DataFrame) -> dict[Any, Any] | None:
+    """All dead latents; the row of the chosen one."""
     known = sorted(found["cause"].unique())
     causes = st.pills("cause", known, selection_mode="multi", key="health_causes") if len(known) > 1 else []
     shown = found[found["cause"].isin(causes)] if causes else found
@@ -99,12 +102,12 @@ def death_table(run: Run, found: pd.DataFrame) -> pd.Series | None:
         placeholder="–",
         alt="Dead latents with the cause of death",
     )
-    if found["gain"].notna().any():
-        chance = 1 / ((1 if common.sae(run).signed else 2) * run.config["d_in"])
+    if any(found["gain"].notna()):
+        chance = 1 / ((1 if loaders.sae(run).signed else 2) * run.config["d_in"])
         st.caption(f"A random direction would gain {chance:.2%}.")
     # Something to look at before the first click.
     rows = [r for r in event.selection.rows if r < len(shown)] or ([0] if len(shown) else [])
-    return shown.iloc[rows[0]] if rows else None
+    return shown.iloc[rows[0]].to_dict() if rows else None
 
 
 def audit(index: Any, limit: float) -> None:
@@ -133,4 +136,4 @@ def audit(index: Any, limit: float) -> None:
     }
     picked = tables.simple(tables.shown(found, *found.columns), found, "health_audit", config)
     if picked is not None:
-        common.open_latent(*picked)
+        session.open_latent(*picked)

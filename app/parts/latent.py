@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
+import loaders
+import page
+import session
 import streamlit as st
 
 from saelab import viz
@@ -79,7 +81,7 @@ def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
         name, button = st.columns([5, 2], vertical_alignment="center")
         name.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(run.path))}")
         if button.button("Open", key=f"{key}_open", width="stretch"):
-            common.open_latent(latent, pole, run)
+            session.open_latent(latent, pole, run)
         if not row["count"]:
             silent(index, len(index.poles) > 1)
         else:
@@ -98,30 +100,30 @@ def silent(index: Any, one_side: bool) -> None:
 def examples(index: Any, latent: int, pole: int, kind: str, limit: int = 10) -> None:
     """Token windows of one kind, on the latent's own scale."""
     found = index.examples(latent, pole, kind)[:limit]
-    common.html(viz.example_list(found, common.colours(), scale=index.max_activation(latent, pole) or None))
+    page.html(viz.example_list(found, page.colours(), scale=index.max_activation(latent, pole) or None))
 
 
 def logits(row: dict[str, Any], limit: int = 10) -> None:
     """Tokens the direction promotes and suppresses, as chips."""
-    colours = common.colours()
+    colours = page.colours()
     if not row["promoted"]:
         st.caption("The index was built without a language model, so it has no logit effects.")
         return
     for name, word in (("promoted", "promotes"), ("suppressed", "suppresses")):
         values = [float(v) for v in row[f"{name}_logits"]][:limit]
-        common.html(viz.caption(word) + viz.token_chips(row[name][:limit], values, colours))
+        page.html(viz.caption(word) + viz.token_chips(row[name][:limit], values, colours))
 
 
 def histogram(row: dict[str, Any], index: Any, key: str) -> None:
     """Magnitudes over the tokens it fires on, with quantiles."""
     marks = {"median": row["q50"], "95 %": row["q95"]} if row["count"] else {}
-    figure = viz.activation_histogram(index.histogram_edges, row["histogram"], common.colours(), row["pole"], marks)
-    common.chart(figure, alt="Histogram of the latent's activations", key=key)
+    figure = viz.activation_histogram(index.histogram_edges, row["histogram"], page.colours(), row["pole"], marks)
+    page.chart(figure, alt="Histogram of the latent's activations", key=key)
 
 
 def axis(run: Run, latent: int) -> None:
     """One axis or two features?"""
-    score = common.axis(run, latent)
+    score = loaders.axis(run, latent)
     icons = {"one axis": ":material/swap_horiz:", "two features": ":material/call_split:"}
     texts = {
         "one axis": "its poles share their contexts: opposite values of one variable",
@@ -147,22 +149,22 @@ def facts(rows: dict[int, dict[str, Any]]) -> None:
             form = ".3f" if key in POSITIVE else "+.3f"
             text = " / ".join(format(v, form) for v in values)
             listed.append((name, text, what + (" (+ / −)" if len(values) > 1 else "")))
-    common.html(viz.fact_table(listed))
+    page.html(viz.fact_table(listed))
 
 
 def stability(run: Run, latent: int) -> None:
     """The closest latent in other SAEs of the folder that read the same activations; a click opens one."""
-    others = common.siblings(run)
+    others = loaders.siblings(run)
     if not others:
         return
     st.subheader("The same direction in other SAEs", anchor=False)
-    sae = common.sae(run)
+    sae = loaders.sae(run)
     found = counterparts(
-        sae.W_dec[latent].detach(), {name: common.sae(other) for name, other in others.items()}, sae.signed
+        sae.W_dec[latent].detach(), {name: loaders.sae(other) for name, other in others.items()}, sae.signed
     )
     rows = []
     for name, (j, cosine) in found.items():
-        tokens = common.need_index(others[name]).latent(j)["top_tokens"] if others[name].has_index else []
+        tokens = loaders.need_index(others[name]).latent(j)["top_tokens"] if others[name].has_index else []
         shown = " ".join(f"‘{viz.visible(token)}’" for token in tokens)
         rows.append({"SAE": viz.visible(name), "latent": j, "cosine": cosine, "fires on": shown})
     event = st.dataframe(
@@ -177,8 +179,8 @@ def stability(run: Run, latent: int) -> None:
     if event.selection.rows:
         name = list(found)[event.selection.rows[0]]
         j, cosine = found[name]
-        two_poled = common.sae(others[name]).signed
-        common.open_latent(j, -1 if two_poled and cosine < 0 else 1, others[name])
+        two_poled = loaders.sae(others[name]).signed
+        session.open_latent(j, -1 if two_poled and cosine < 0 else 1, others[name])
 
 
 def notes_form(run: Run, latent: int) -> None:
@@ -196,10 +198,10 @@ def downloads(run: Run, index: Any, latent: int, rows: dict[int, dict[str, Any]]
     """The latent as a page or as data."""
     found = {pole: index.examples(latent, pole) for pole in rows}
     name = f"latent_{latent}"
-    page = viz.latent_page(
+    document = viz.latent_page(
         f"Latent {latent} of {run.name}", rows, {p: [e for e in es if e.kind == "top"] for p, es in found.items()}
     )
     data = viz.latent_json(rows, found, run=run.name, latent=latent, index=index.meta.get("cache_fingerprint"))
     with st.popover("Export", icon=":material/download:"):
-        st.download_button("HTML", page, f"{name}.html", "text/html", key="export_html", on_click="ignore")
+        st.download_button("HTML", document, f"{name}.html", "text/html", key="export_html", on_click="ignore")
         st.download_button("JSON", data, f"{name}.json", "application/json", key="export_json", on_click="ignore")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
+import loaders
+import page
 import pandas as pd
 import streamlit as st
 
@@ -26,8 +27,8 @@ def active_table(run: Run, reading: Any, position: int) -> tuple[int, int] | Non
     rows["pole"] = [1 if a > 0 else -1 for a in rows["activation"]]
     columns = ["latent", "activation"]
     if run.has_index:
-        rows = rows.merge(common.catalogue(run), on=["latent", "pole"], how="left")
-        columns += ["label", "top_tokens", "density"] if (rows["label"] != "").any() else ["top_tokens", "density"]
+        rows = rows.merge(loaders.catalogue(run), on=["latent", "pole"], how="left")
+        columns += ["label", "top_tokens", "density"] if any(rows["label"]) else ["top_tokens", "density"]
     extra = {
         "activation": st.column_config.NumberColumn("activation", format="%+.2f", width=80, help="raw units"),
         "label": st.column_config.TextColumn("label", width=110),
@@ -46,7 +47,7 @@ def labels(run: Run, found: list[tuple[int, float]]) -> list[str]:
     """The start of each (latent, activation)'s label; empty without an index."""
     if not run.has_index:
         return [""] * len(found)
-    index = common.need_index(run)
+    index = loaders.need_index(run)
     rows = [index.latent(latent, 1 if value > 0 or len(index.poles) == 1 else -1) for latent, value in found]
     return [_short(row["label"] or "") for row in rows]
 
@@ -58,7 +59,7 @@ def _short(label: str, most: int = 28) -> str:
 def why(run: Run, reading: Any, position: int) -> None:
     """The contest for the token, or the replay of the pursuit."""
     st.markdown("**Why these won**")
-    sae, x = common.sae(run), reading.acts[position]
+    sae, x = loaders.sae(run), reading.acts[position]
     if isinstance(sae, MatchingPursuit):
         pursuit(run, sae, x)
     elif isinstance(sae, LinearSAE):
@@ -83,13 +84,13 @@ def contest(run: Run, sae: LinearSAE, x: Any, grad: Any) -> None:
         names,
         [c.score for c in shown],
         [c.activation != 0 for c in shown],
-        common.colours(),
+        page.colours(),
         cut,
         found.score,
         notes,
         (len(first), f"{left_out} more") if left_out else None,
     )
-    common.chart(figure, alt="Scores of winning and losing latents", key="prompt_contest")
+    page.chart(figure, alt="Scores of winning and losing latents", key="prompt_contest")
     line = f"the dotted line is {found.rule}, {found.cut:.4g}" if found.cut is not None else f"a mark is {found.rule}"
     said = [f"Filled bars won; {line}, all in raw units."]
     if found.winners:
@@ -107,8 +108,8 @@ def pursuit(run: Run, sae: MatchingPursuit, x: Any) -> None:
         return
     at = st.slider("step", 1, len(steps), 1, key="prompt_step") if len(steps) > 1 else 1
     norms = [start, *(s.residual_norm for s in steps)]
-    figure = viz.steps(norms, at, common.colours(), "step", "norm of the residual")
-    common.chart(figure, alt="Norm of the residual after each step of the pursuit", key="prompt_pursuit")
+    figure = viz.steps(norms, at, page.colours(), "step", "norm of the residual")
+    page.chart(figure, alt="Norm of the residual after each step of the pursuit", key="prompt_pursuit")
     step = steps[at - 1]
     winner, runner_up = names(run, [(step.latent, 1.0), (step.runner_up, 1.0)])
     st.markdown(
@@ -126,7 +127,7 @@ def effects(run: Run, reading: Any, position: int) -> None:
         "Effect: activation × (decoder row · gradient of the summed next-token loss), the loss that the latent adds, "
         "to first order; a negative one lowers it. The gradient knows the next token."
     )
-    sae = common.sae(run)
+    sae = loaders.sae(run)
     found = explain.effects(sae, reading.acts[position], reading.grads[position])
     if not found:
         st.caption("No latent is active on this token.")
@@ -137,12 +138,12 @@ def effects(run: Run, reading: Any, position: int) -> None:
         [e.activation for e in found],
         [e.effect for e in found],
         hovers,
-        common.colours(),
+        page.colours(),
         "activation, raw units",
         "effect on the loss, nats",
     )
     with left:
-        common.chart(figure, alt="Effect on the loss against activation, one point per latent", key="prompt_effects")
+        page.chart(figure, alt="Effect on the loss against activation, one point per latent", key="prompt_effects")
     inert, causal = explain.inert_and_causal(found)
     with right:
         for title, some, help_text in (
@@ -155,4 +156,4 @@ def effects(run: Run, reading: Any, position: int) -> None:
                 (f"#{e.latent}", f"{e.effect:+.4f} nats", f"activation {e.activation:.3g} · {label}".rstrip(" ·"))
                 for e, label in zip(some, named)
             ]
-            common.html(viz.fact_table(rows) if rows else viz.caption("none on this token"))
+            page.html(viz.fact_table(rows) if rows else viz.caption("none on this token"))

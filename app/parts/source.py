@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
+import page
 import streamlit as st
 
 from saelab import viz, workspace
@@ -19,7 +19,7 @@ def of_run(run: Run) -> None:
     if not known:
         st.caption("Nothing was measured yet; `saelab evaluate RUN --cache CACHE` does.")
         return
-    common.html(viz.fact_table([(workspace.TITLES[name], n.text(), n.sample()) for name, n in known.items()]))
+    page.html(viz.fact_table([(workspace.TITLES[name], n.text(), n.sample()) for name, n in known.items()]))
     commands(*(n.command for n in known.values()))
 
 
@@ -38,5 +38,5 @@ def of_index(run: Run, index: Any, columns: tuple[str, ...]) -> None:
         if meta.get("logit_lens"):
             about.append(("logit effects", "", f"decoder row × final norm weight × unembedding of {meta['model']}"))
         known = meta["columns"]
-        common.html(viz.fact_table([*about, *((name, "", known[name]) for name in columns if name in known)]))
+        page.html(viz.fact_table([*about, *((name, "", known[name]) for name in columns if name in known)]))
         commands(workspace.index_command(run.name, meta))

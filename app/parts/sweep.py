@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import common
+import page
 import pandas as pd
 import streamlit as st
 
@@ -32,18 +32,24 @@ def show(found: Workspace, logged: dict[str, Run]) -> None:
         folder: Path = found.sweeps[name]
         rows = _rows(str(folder), (folder / SWEEP_TABLE).stat().st_mtime)
         measured = [value for value in AXES if any(row[value] is not None for row in rows)]
+        value = None
         if measured:
             value = st.segmented_control(
-                "fidelity", measured, default=measured[0], required=True, format_func=SHORT.get, key="training_fidelity"
+                "fidelity",
+                measured,
+                default=measured[0],
+                required=True,
+                format_func=SHORT.__getitem__,
+                key="training_fidelity",
             )
         members = [run for run in logged if Path(run).parent == Path(name)]
         if members and st.button("Show all their curves", key="training_members", icon=":material/show_chart:"):
             st.session_state["training_runs"] = members
     left, right = st.columns([3, 4], gap="large")
     with left:
-        if measured:
-            figure = pareto_of(rows, value, common.colours())
-            common.chart(figure, alt=f"{AXES[value]} against L0 for every SAE of the sweep", key="training_pareto")
+        if value is not None:
+            figure = pareto_of(rows, value, page.colours())
+            page.chart(figure, alt=f"{AXES[value]} against L0 for every SAE of the sweep", key="training_pareto")
         else:
             st.caption("No SAE of this sweep was measured.")
     with right:
@@ -73,7 +79,7 @@ def _table(rows: list[dict[str, Any]], measured: list[str]) -> Any:
         "lr": number(format="%.1e"),
     }
     view = view.drop(columns=[c for c in view.columns if c in AXES and c not in measured])
-    if not (view["message"] != "").any():
+    if not any(view["message"]):
         view = view.drop(columns="message")
     return st.dataframe(
         view,

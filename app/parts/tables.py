@@ -43,13 +43,18 @@ def decade(value: float) -> str:
     return f"{value:.0%}" if value >= 0.01 or value == 0 else f"{value:.0e}"
 
 
+def two_poles(table: pd.DataFrame) -> bool:
+    """Whether a catalogue has a row for the negative pole of its latents."""
+    return -1 in set(table["pole"])
+
+
 def sign(pole: int) -> str:
     return "+" if pole > 0 else "−"
 
 
 def shown(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """A copy to show: corpus text made visible, the pole as a sign."""
-    view = table[list(columns)].copy()
+    view = pd.DataFrame({name: table[name] for name in columns})
     for name in view.columns.intersection(["label", "explanation", "top_tokens", "promoted", "my label"]):
         view[name] = view[name].fillna("").map(viz.visible)
     if "pole" in view:
@@ -60,13 +65,13 @@ def shown(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
 def latents(table: pd.DataFrame, signed: bool, notes: dict[int, dict[str, str]], key: str) -> Chosen | None:
     """The table of the Features page; returns the (latent, pole) of the chosen row."""
     columns = ["latent", *(["pole"] if signed else []), "top_tokens", "label", "label_score", "density", "max"]
-    if (table["explanation"] != "").any():
+    if any(table["explanation"]):
         columns.insert(columns.index("top_tokens"), "explanation")
     columns += ["token_entropy", "promoted"]
     view = shown(table, *columns)
     if notes:
         view.insert(1, "my label", [viz.visible(notes.get(n, {}).get("label", "")) for n in table["latent"]])
-    if not (view["label"] != "").any():
+    if not any(view["label"]):
         view = view.drop(columns=["label", "label_score"])
     return _choose(view, table, key, height=620)
 
@@ -75,7 +80,7 @@ def matches(found: pd.DataFrame, table: pd.DataFrame, key: str) -> Chosen:
     """Latents found by example, with what the index knows of them; the chosen one, first the best."""
     rows = found.merge(table[["latent", "pole", "top_tokens"]], on=["latent", "pole"], how="left")
     number = st.column_config.NumberColumn
-    poles = ["pole"] if (table["pole"] < 0).any() else []
+    poles = ["pole"] if two_poles(table) else []
     names = ["latent", *poles, "specificity", "low", "high", "on_span", "off_span", "density", "label", "top_tokens"]
     extra = {
         "specificity": number(format="%.2f", help="(mean on the span − mean elsewhere) × −log₂ density, in maxima"),
@@ -140,7 +145,8 @@ def neighbours(row: dict[str, Any], table: pd.DataFrame, key: str) -> Chosen | N
         st.caption("There is no other latent.")
         return None
     extra = {"cosine": st.column_config.NumberColumn("cosine", format="%+.2f", help="of the decoder rows")}
-    rows["pole"] = rows["pole"].where(rows["pole"].isin(table["pole"].unique()), 1)
+    if not two_poles(table):
+        rows["pole"] = 1
     return _choose(shown(rows, "latent", "cosine", "top_tokens", "label"), rows, key, extra)
 
 
@@ -162,7 +168,7 @@ def partners(row: dict[str, Any], table: pd.DataFrame, key: str) -> Chosen | Non
         "jaccard": st.column_config.NumberColumn("Jaccard", format="%.2f", help="both fire / either fires"),
         "pmi": st.column_config.NumberColumn("PMI", format="%.1f", help="bits: how much likelier together than apart"),
     }
-    columns = ["latent", *(["pole"] if (table["pole"] < 0).any() else []), "jaccard", "pmi", "top_tokens", "label"]
+    columns = ["latent", *(["pole"] if two_poles(table) else []), "jaccard", "pmi", "top_tokens", "label"]
     return _choose(shown(rows, *columns), rows, key, extra)
 
 

@@ -1,6 +1,8 @@
 """Two SAEs of one hook point: what they share, what one splits or absorbs, what only one of them has."""
 
-import common
+import loaders
+import page
+import session
 import streamlit as st
 from parts import latent as latent_parts
 from parts import tables
@@ -21,8 +23,8 @@ BY_COSINE = {
 }
 
 st.title("Compare", anchor=False)
-run = common.need_run()
-others = common.siblings(run, most=1000)
+run = session.need_run()
+others = loaders.siblings(run, most=1000)
 if not others:
     st.info(
         "Comparing needs a second SAE on the same hook point in this folder; train one with another seed or variant.",
@@ -30,16 +32,16 @@ if not others:
     )
     st.stop()
 with st.container(horizontal=True, vertical_alignment="center"):
-    st.markdown(f"Left **{viz.markdown(common.describe(run))}**, right", width="content")
+    st.markdown(f"Left **{viz.markdown(page.run_title(run))}**, right", width="content")
     label = {"format_func": viz.visible, "label_visibility": "collapsed"}
-    name = st.selectbox("right", list(others), key="compare_right", **common.KEEP, **label)
+    name = st.selectbox("right", list(others), key="compare_right", **session.KEEP, **label)
 other = others[name]
-found = common.matching(run, other)
+found = loaders.matching(run, other)
 counts = found.counts()
 meanings = MEANINGS if found.tokens else {**MEANINGS, **BY_COSINE}
 for column, (side, number), named in zip(st.columns(2, gap="medium"), counts.items(), (run, other)):
     with column:
-        st.markdown(f"**{side.capitalize()}**: {viz.markdown(common.describe(named))}, {named.d_sae:,} latents")
+        st.markdown(f"**{side.capitalize()}**: {viz.markdown(page.run_title(named))}, {named.d_sae:,} latents")
         with st.container(horizontal=True):
             for status in MEANINGS:
                 if status in number:
@@ -58,21 +60,21 @@ view = st.segmented_control(
     required=True,
     key="compare_view",
     label_visibility="collapsed",
-    **common.KEEP,
+    **session.KEEP,
 )
-known = tuple(common.catalogue(side) if side.has_index else None for side in (run, other))
-pair = tables.pairs(found, view, "compare_table", known)
+left, right = (loaders.catalogue(side) if side.has_index else None for side in (run, other))
+pair = tables.pairs(found, view, "compare_table", (left, right))
 if pair is None:
     st.caption("None.")
     st.stop()
 ends = ((run, pair.left, 1), (other, pair.right, pair.sign))
 for column, (side, latent, pole) in zip(st.columns(2, gap="medium"), ends):
     with column:
-        st.caption(viz.markdown(common.describe(side)))
+        st.caption(viz.markdown(page.run_title(side)))
         if latent < 0:
             st.caption("No counterpart on this side.")
         elif not side.has_index:
             st.caption(f"Latent #{latent}; {viz.markdown(side.name)} has no feature index.")
         else:
-            index = common.need_index(side)
+            index = loaders.need_index(side)
             latent_parts.preview(side, index, latent, pole if pole in index.poles else 1, key=f"compare_{side.name}")

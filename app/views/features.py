@@ -1,6 +1,7 @@
 """All latents of an SAE: search by text or by example, filter, look at one without leaving the table."""
 
-import common
+import loaders
+import session
 import streamlit as st
 import torch
 from parts import latent as latent_parts
@@ -22,9 +23,9 @@ SORTS = {
 }
 
 st.title("Features", anchor=False)
-run = common.need_run()
-index = common.need_index(run)
-table = common.catalogue(run)
+run = session.need_run()
+index = loaders.need_index(run)
+table = loaders.catalogue(run)
 signed = len(index.poles) > 1
 
 by_text, by_example = st.tabs(["Search by text", "Search by example"])
@@ -35,20 +36,20 @@ with by_text:
             key="features_text",
             placeholder="a token or a label",
             icon=":material/search:",
-            **common.KEEP,
+            **session.KEEP,
         )
-        where = st.selectbox("in", ["anything", *search.TEXT_COLUMNS], key="features_where", width=140, **common.KEEP)
+        where = st.selectbox("in", ["anything", *search.TEXT_COLUMNS], key="features_where", width=140, **session.KEEP)
         sort = st.selectbox(
-            "sort by", list(SORTS), format_func=SORTS.get, key="features_sort", width=180, **common.KEEP
+            "sort by", list(SORTS), format_func=SORTS.__getitem__, key="features_sort", width=180, **session.KEEP
         )
     with st.container(horizontal=True, vertical_alignment="center"):
         state = st.pills(
-            "state", list(search.STATES), key="features_state", label_visibility="collapsed", **common.KEEP
+            "state", list(search.STATES), key="features_state", label_visibility="collapsed", **session.KEEP
         )
         pole = None
         if signed:
             pole = st.pills(
-                "pole", ["+ pole", "− pole"], key="features_pole", label_visibility="collapsed", **common.KEEP
+                "pole", ["+ pole", "− pole"], key="features_pole", label_visibility="collapsed", **session.KEEP
             )
         with st.popover("More filters", icon=":material/filter_alt:"):
             density = st.select_slider(
@@ -57,7 +58,7 @@ with by_text:
                 value=(0.0, 1.0),
                 format_func=tables.decade,
                 key="features_density",
-                **common.KEEP,
+                **session.KEEP,
             )
             entropy = st.slider(
                 "entropy of its tokens, bits",
@@ -66,7 +67,7 @@ with by_text:
                 (0.0, 16.0),
                 0.5,
                 key="features_entropy",
-                **common.KEEP,
+                **session.KEEP,
             )
         source_parts.of_index(
             run, index, ("density", "max", "token_entropy", "label", "label_score", "promoted_logits")
@@ -110,16 +111,16 @@ with by_example:
     with st.form("example", border=False):
         columns = st.columns(2)
         example = columns[0].text_area(
-            "Example", key="features_example", placeholder="The [[river]] runs past a mill.", **common.KEEP
+            "Example", key="features_example", placeholder="The [[river]] runs past a mill.", **session.KEEP
         )
         contrast = columns[1].text_area(
-            "Contrast (optional)", key="features_contrast", placeholder="The road is dry.", **common.KEEP
+            "Contrast (optional)", key="features_contrast", placeholder="The road is dry.", **session.KEEP
         )
         asked = st.form_submit_button("Find latents", icon=":material/search:")
     if asked:
         plain, spans = search.marked(example)
-        read = common.read_text(run, plain, "Searching by example")
-        other = common.read_text(run, contrast, "Searching by example") if contrast.strip() else None
+        read = loaders.read_text(run, plain, "Searching by example")
+        other = loaders.read_text(run, contrast, "Searching by example") if contrast.strip() else None
         marks = search.tokens_in(read.strings, spans, offset=read.first)
         contrasted = None if other is None else other.code[other.first : other.n]
         code = read.code[read.first : read.n]

@@ -1,6 +1,7 @@
 """Which latents are dead, dying or always on, and why."""
 
-import common
+import loaders
+import session
 import streamlit as st
 from parts import health as health_parts
 from parts import latent as latent_parts
@@ -11,9 +12,9 @@ from saelab.features.health import AUDIT
 from saelab.features.search import STATES, count_states
 
 st.title("Health", anchor=False)
-run = common.need_run()
-index = common.need_index(run)
-table = common.catalogue(run)
+run = session.need_run()
+index = loaders.need_index(run)
+table = loaders.catalogue(run)
 counts = count_states(table)
 with st.container(horizontal=True):
     for name, help_text in STATES.items():
@@ -27,14 +28,14 @@ with st.container(horizontal=True):
 
 density_tab, dead_tab, dense_tab = st.tabs(["Firing densities", f"Dead ({counts['dead']:,})", "Always on"])
 with density_tab:
-    others = [name for name, other in common.workspace().runs.items() if other.has_index and name != run.name]
+    others = [name for name, other in loaders.workspace().runs.items() if other.has_index and name != run.name]
     beside = st.multiselect(
         "beside",
         others,
         key="health_beside",
         format_func=viz.visible,
         placeholder="other SAEs",
-        **common.KEEP,
+        **session.KEEP,
     )
     health_parts.densities(run, beside)
 
@@ -58,6 +59,6 @@ with dense_tab:
         format_func=lambda v: f"{v:.0%}",
         key="health_limit",
         width=420,
-        **common.KEEP,
+        **session.KEEP,
     )
     health_parts.audit(index, limit)

@@ -1,6 +1,7 @@
 """One latent: each pole with its examples, strengths and logit effects; its neighbours, partners and notes."""
 
-import common
+import loaders
+import session
 import streamlit as st
 from parts import latent as latent_parts
 from parts import source as source_parts
@@ -14,9 +15,9 @@ SOURCES = (
     *("partner_jaccard", "partner_pmi", "label", "label_score"),
 )
 
-run = common.need_run()
-index = common.need_index(run)
-table = common.catalogue(run)
+run = session.need_run()
+index = loaders.need_index(run)
+table = loaders.catalogue(run)
 signed = len(index.poles) > 1
 latent = min(st.session_state.get("latent", 0), index.d_sae - 1)
 pole = st.session_state.get("pole", 1)
@@ -27,12 +28,12 @@ with st.container(horizontal=True, vertical_alignment="bottom", horizontal_align
     with st.container(horizontal=True, vertical_alignment="bottom", width="content"):
         chosen = st.number_input("latent", 0, index.d_sae - 1, latent, key=f"latent_number_{latent}", width=150)
         if chosen != latent:
-            common.open_latent(chosen, 1)
+            session.open_latent(chosen, 1)
         if st.button("Steer with it", icon=":material/tune:", key="latent_steer"):
-            common.steer_with(run, latent, pole if pole in index.poles else 1)
+            session.steer_with(run, latent, pole if pole in index.poles else 1)
         latent_parts.downloads(run, index, latent, rows)
         source_parts.of_index(run, index, SOURCES)
-common.show_link(run=run.name, latent=latent, pole=pole)
+session.show_link(run=run.name, latent=latent, pole=pole)
 
 if signed:
     latent_parts.axis(run, latent)
@@ -52,10 +53,10 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
                 [name for name in KINDS if name in known] or ["top"],
                 default="top",
                 required=True,
-                format_func=KINDS.get,
+                format_func=KINDS.__getitem__,
                 key=f"latent_kind_{side}",
                 label_visibility="collapsed",
-                **common.KEEP,
+                **session.KEEP,
             )
             latent_parts.examples(index, latent, side, kind)
             latent_parts.histogram(row, index, key=f"latent_histogram_{side}")
@@ -69,8 +70,8 @@ with right:
     st.subheader("Fires together with", anchor=False)
     side = st.session_state.get("pole", 1) if signed else 1
     together = tables.partners(rows[side], table, key=f"latent_partners_{latent}")
-if near or together:
-    common.open_latent(*(near or together))
+if chosen_beside := near or together:
+    session.open_latent(*chosen_beside)
 
 left, right = st.columns(2, gap="medium")
 with left:

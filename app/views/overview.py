@@ -1,13 +1,15 @@
 """All SAEs below the folder: their numbers, where each number comes from, and how they trade sparsity for fidelity."""
 
-import common
+import loaders
+import page
 import pandas as pd
+import session
 import streamlit as st
 from parts import source as source_parts
 
 from saelab import viz, workspace
 
-found = common.workspace()
+found = loaders.workspace()
 st.title("Overview", anchor=False)
 counts = [f"{n} {name}{'' if n == 1 else 's'}" for name, n in (("run", len(found.runs)), ("cache", len(found.caches)))]
 st.caption(f"{' and '.join(counts)} below {viz.markdown(found.root.name)}")
@@ -57,35 +59,33 @@ with left:
         ["fvu", "ce_recovered"],
         default="fvu",
         required=True,
-        format_func=workspace.TITLES.get,
+        format_func=workspace.TITLES.__getitem__,
         label_visibility="collapsed",
         key="overview_fidelity",
-        **common.KEEP,
+        **session.KEEP,
     )
     points = workspace.pareto_points(found.runs.values(), y)
     if points:
         title = workspace.TITLES[y]
-        common.chart(
-            viz.pareto(points, common.colours(), y=title), alt=f"{title} against L0 for every run", key="pareto"
-        )
+        page.chart(viz.pareto(points, page.colours(), y=title), alt=f"{title} against L0 for every run", key="pareto")
     else:
         st.caption("No run has this number yet; `saelab evaluate RUN --cache CACHE` measures it.")
 with right:
     st.subheader("Where the numbers come from", anchor=False)
-    st.markdown(f"**{viz.markdown(common.describe(chosen))}**")
+    st.markdown(f"**{viz.markdown(page.run_title(chosen))}**")
     st.caption("Choose a row of the table to see another's.")
     source_parts.of_run(chosen)
     settings = {k: v for k, v in chosen.settings.items() if isinstance(v, str | int | float | bool)}
     with st.expander("Settings and training"):
         source_parts.commands(workspace.train_command(chosen))
         trained = chosen.metadata.get("train") or {}
-        common.html(viz.fact_table([(name, f"{value}", "") for name, value in {**settings, **trained}.items()]))
+        page.html(viz.fact_table([(name, f"{value}", "") for name, value in {**settings, **trained}.items()]))
 
 if chosen.has_index:
     st.subheader("How often latents fire", anchor=False)
-    table = common.need_index(chosen).table()
-    common.chart(
-        viz.density_histogram({chosen.name: table["density"].to_numpy()}, common.colours()),
+    table = loaders.need_index(chosen).table()
+    page.chart(
+        viz.density_histogram({chosen.name: table["density"].to_numpy()}, page.colours()),
         alt="Histogram of the latents' firing densities",
         key="overview_density",
     )

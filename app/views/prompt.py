@@ -1,6 +1,9 @@
 """A text seen through the SAE: active latents per token, what is lost, and why each latent won."""
 
-import common
+import loaders
+import numpy as np
+import page
+import session
 import streamlit as st
 from parts import prompt as prompt_parts
 
@@ -9,28 +12,28 @@ from saelab import viz
 EXAMPLE = "The river runs past the old mill, and the weather today is grey."
 
 st.title("Prompt", anchor=False)
-run = common.need_run()
+run = session.need_run()
 with st.form("prompt_form", border=False):
-    text = st.text_area("Text", EXAMPLE, key="prompt_text", height=80, **common.KEEP)
+    text = st.text_area("Text", EXAMPLE, key="prompt_text", height=80, **session.KEEP)
     with st.container(horizontal=True, vertical_alignment="center"):
         asked = st.form_submit_button("Read", icon=":material/play_arrow:", type="primary")
         gradients = st.toggle(
             "with gradients",
             key="prompt_gradients",
             help="Also compute the loss's gradient: which latents matter to the next token, not only which are active",
-            **common.KEEP,
+            **session.KEEP,
         )
 name, reading = st.session_state.get("prompt_reading", (None, None))
 if asked or (reading is not None and name != run.name):
     # Another SAE is shown the same text at once: that is how they are compared.
-    reading = common.read_text(run, text, "Reading a prompt", gradients)
+    reading = loaders.read_text(run, text, "Reading a prompt", gradients)
     st.session_state["prompt_reading"] = (run.name, reading)
 if reading is None:
-    common.need_model(run, "Reading a prompt")
+    loaders.need_model(run, "Reading a prompt")
     st.caption("Type a text and press Read.")
     st.stop()
 
-colours = common.colours()
+colours = page.colours()
 lost, counts = reading.unexplained(), reading.l0()
 layer = st.segmented_control(
     "Colour by",
@@ -38,7 +41,7 @@ layer = st.segmented_control(
     default="unexplained",
     required=True,
     key="prompt_layer",
-    **common.KEEP,
+    **session.KEEP,
 )
 if layer == "one latent":
     strongest = [latent for latent, _ in reading.strongest(30)]
@@ -46,12 +49,12 @@ if layer == "one latent":
         st.caption("No latent is active on this text.")
         st.stop()
     latent = st.selectbox("latent", strongest, format_func=lambda j: f"#{j}", key="prompt_latent", width=160)
-    common.html(viz.token_strip(reading.strings, reading.trace(latent), colours))
+    page.html(viz.token_strip(reading.strings, reading.trace(latent), colours))
 elif layer == "active latents":
-    common.html(viz.token_strip(reading.strings, [float(c) for c in counts], colours, unit="active latents"))
+    page.html(viz.token_strip(reading.strings, [float(c) for c in counts], colours, unit="active latents"))
 else:
     counted = lost[reading.first :] or lost
-    common.html(viz.token_strip(reading.strings, lost, colours, scale=max(counted), unit="share of squared norm lost"))
+    page.html(viz.token_strip(reading.strings, lost, colours, scale=max(counted), unit="share of squared norm lost"))
     st.caption(
         f"‖x − x̂‖² / ‖x‖² per token: 0 is a perfect reconstruction, 1 is as good as nothing. Here from "
         f"{min(counted):.1%} to {max(counted):.1%}, the full tint; point at a token to read its own."
@@ -60,9 +63,9 @@ else:
 best = reading.strongest(14)
 if best:
     st.subheader("Strongest latents", anchor=False)
-    rows = [reading.trace(latent) for latent, _ in best]
+    rows = np.array([reading.trace(latent) for latent, _ in best])
     figure = viz.heatmap(rows, prompt_parts.names(run, best), reading.strings, colours)
-    common.chart(figure, alt="Activation of the strongest latents on each token", key="prompt_heatmap")
+    page.chart(figure, alt="Activation of the strongest latents on each token", key="prompt_heatmap")
 
 st.subheader("One token", anchor=False)
 position = st.pills(
@@ -83,6 +86,6 @@ with left:
 with right:
     prompt_parts.why(run, reading, position)
 if chosen is not None and st.button(f"Open latent #{chosen[0]}", icon=":material/open_in_full:", key="prompt_open"):
-    common.open_latent(*chosen)
+    session.open_latent(*chosen)
 if reading.grads is not None:
     prompt_parts.effects(run, reading, position)

@@ -1,6 +1,8 @@
 """Curves of runs that are training or have finished; they redraw themselves while a log grows."""
 
-import common
+import loaders
+import page
+import session
 import streamlit as st
 from parts import source as source_parts
 from parts import sweep as sweep_parts
@@ -16,7 +18,7 @@ CURVES = {
     "grad_norm": "gradient norm",
 }
 
-found = common.workspace()
+found = loaders.workspace()
 st.title("Training", anchor=False)
 logged = {name: run for name, run in found.runs.items() if run.last_step}
 if found.sweeps:
@@ -33,7 +35,7 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
     st.session_state["training_runs"] = chosen
     names = st.multiselect("runs", list(logged), key="training_runs", format_func=viz.visible)
     axis = st.segmented_control(
-        "x axis", ["tokens", "step"], default="tokens", required=True, key="training_axis", **common.KEEP
+        "x axis", ["tokens", "step"], default="tokens", required=True, key="training_axis", **session.KEEP
     )
     live = st.toggle(
         "follow",
@@ -46,7 +48,7 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
 @st.fragment(run_every=2 if live else None)
 def curves() -> None:
     """All curves of the chosen runs, read anew on every call."""
-    logs = {name: workspace.thin(common.metrics(logged[name])) for name in names}
+    logs = {name: workspace.thin(loaders.metrics(logged[name])) for name in names}
     found_in = set().union(*(workspace.measured(rows[-1]) for rows in logs.values()))
     columns = st.columns(2, gap="large")
     for i, key in enumerate([*CURVES, *sorted(found_in - {*CURVES, "step", "tokens"})]):
@@ -54,8 +56,8 @@ def curves() -> None:
         title = CURVES.get(key, key)
         log_y = key in {"fvu", "loss", "grad_norm"}
         with columns[i % 2]:
-            figure = viz.lines(series, common.colours(), axis, title, log_y=log_y)
-            common.chart(figure, alt=f"{title} over {axis}", key=f"training_{key}")
+            figure = viz.lines(series, page.colours(), axis, title, log_y=log_y)
+            page.chart(figure, alt=f"{title} over {axis}", key=f"training_{key}")
 
 
 if names:

@@ -1,0 +1,214 @@
+"""What the pages read, loaded once: the workspace, SAEs, logs, indexes, the language model, comparisons.
+
+Everything returned here is shared by all sessions of the server and must not be changed. Cached objects go by the path
+and the time stamp of their files, so that a run that was trained or indexed again is read again. The language model
+carries hooks while it computes: whoever uses it holds :func:`model_lock`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from saelab import viz
+from saelab.layout import METRICS
+from saelab.runs import Run
+from saelab.workspace import Workspace, read_metrics
+
+if TYPE_CHECKING:  # a page loads these when it needs them
+    import pandas as pd
+    from torch import Tensor
+
+    from saelab.comparison import Matching
+    from saelab.features import FeatureIndex, LogitLens
+    from saelab.features.poles import AxisScore
+    from saelab.prompt.reading import Reading
+    from saelab.sae import SAE
+
+FOLDER, MODEL = "SAELAB_APP_FOLDER", "SAELAB_APP_MODEL"
+
+
+@st.cache_resource(ttl=5, max_entries=4, show_spinner=False)
+def _scan(root: str) -> Workspace:
+    return Workspace.scan(root)
+
+
+def workspace() -> Workspace:
+    """The folder the app was started on, scanned anew every few seconds."""
+    return _scan(os.environ.get(FOLDER, "."))
+
+
+@st.cache_resource(max_entries=6, show_spinner=False)
+def _opened(path: str, stamp: tuple[float, ...], _run: Run) -> Run:
+    return _run
+
+
+def opened(run: Run) -> Run:
+    """The same run with the weights and the index it has read so far, shared by all sessions: never change it."""
+    return _opened(str(run.path), run.stamp, run)
+
+
+def sae(run: Run) -> SAE:
+    """The run's SAE, shared by all sessions: never change it."""
+    found = opened(run)
+    with st.spinner("Loading the SAE …"):
+        return found.sae
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _metrics(path: str, size: int) -> list[dict[str, Any]]:
+    return read_metrics(Path(path))
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    """The run's log, read again when it has grown."""
+    path = run.path / METRICS
+    return _metrics(str(path), path.stat().st_size)
+
+
+def need_index(run: Run) -> FeatureIndex:
+    """The run's feature index; without one the page ends with the command that builds it."""
+    if not run.has_index:
+        st.info(
+            f"`{viz.visible(run.name).replace('`', '')}` has no finished feature index. "
+            "Build it: `saelab index RUN --cache CACHE`.",
+            icon=":material/info:",
+        )
+        st.stop()
+    return opened(run).index
+
+
+@st.cache_resource(max_entries=6, show_spinner="Reading the feature index …")
+def _catalogue(path: str, stamp: tuple[float, ...], _index: FeatureIndex) -> pd.DataFrame:
+    from saelab.features.search import catalogue
+
+    return catalogue(_index)
+
+
+def catalogue(run: Run) -> pd.DataFrame:
+    """All latents as a table, one row per latent and pole: shared by all sessions, never change it."""
+    return _catalogue(str(run.path), run.stamp, need_index(run))
+
+
+@st.cache_resource(show_spinner=False)
+def model_lock() -> threading.RLock:
+    """Hooks are state on the model, and the model is shared: whoever computes with it holds this."""
+    return threading.RLock()
+
+
+@st.cache_resource(max_entries=1, show_spinner="Loading the language model …")
+def _model(name: str) -> Any:
+    from saelab.lm import load_model
+
+    return load_model(name)
+
+
+def model_name(run: Run) -> str | None:
+    """The model this session may load: the one given to ``saelab app``, else one the run names and we trust."""
+    given = os.environ.get(MODEL)
+    return (None if given == "none" else given) if given else workspace().model_of(run)
+
+
+def need_model(run: Run, purpose: str) -> Any:
+    """The run's language model; without one the page ends and says why and what to do."""
+    if not run.metadata.get("hook_name"):
+        st.info(
+            f"{purpose} needs the hook point, and {viz.markdown(run.name)} does not record its own. "
+            "Index it over a cache of that hook point (`saelab index RUN --cache CACHE`): then it is known.",
+            icon=":material/info:",
+        )
+        st.stop()
+    name = model_name(run)
+    if name is None:
+        wanted = run.metadata.get("model_name")
+        given = f" The SAE was trained on {viz.markdown(str(wanted))}." if wanted else ""
+        st.info(
+            f"{purpose} needs the language model, and none is loaded.{given} "
+            "Start the app with `saelab app DIR --model NAME`.",
+            icon=":material/info:",
+        )
+        st.stop()
+    with model_lock():
+        return _model(name)
+
+
+@st.cache_resource(max_entries=1, show_spinner=False)
+def _lens(name: str, _model: Any) -> LogitLens:
+    from saelab.features import LogitLens
+    from saelab.lm import unembedding
+
+    end = unembedding(_model)
+    return LogitLens(end.weight, end.norm_weight, end.centred)
+
+
+@st.cache_data(max_entries=256, show_spinner=False)
+def _promoted(name: str, key: bytes, count: int, _direction: Tensor, _model: Any) -> list[str]:
+    (_, ids), _ = _lens(name, _model).extremes(_direction[None].float(), count)
+    return [_model.tokenizer.decode([token]) for token in ids[0].tolist()]
+
+
+def promoted(run: Run, model: Any, direction: Tensor, count: int) -> list[str]:
+    """Tokens that a direction at the run's hook point raises most, by the logit lens of the loaded model."""
+    return _promoted(str(model_name(run)), direction.numpy().tobytes(), count, direction, model)
+
+
+def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Reading:
+    """A text inside the model and the run's SAE; needs the model and holds its lock."""
+    from saelab.prompt.reading import read
+
+    model = need_model(run, purpose)
+    meta = run.metadata
+    with model_lock(), st.spinner("Running the model …"):
+        return read(
+            model, sae(run), text, meta["hook_name"], bos=bool(meta.get("prepend_bos", True)), gradients=gradients
+        )
+
+
+def _distance(run: Run, other: Run) -> tuple[bool, ...]:
+    """How unlike two SAEs are, for sorting: another variant, another width, nothing known of its latents."""
+    return other.variant != run.variant, other.d_sae != run.d_sae, not other.has_index
+
+
+def siblings(run: Run, most: int = 4) -> dict[str, Run]:
+    """Other SAEs of the folder on the same hook point and width, a few of them, those most like it first."""
+    same = {
+        name: other
+        for name, other in workspace().runs.items()
+        if name != run.name
+        and other.has_weights
+        and other.config.get("d_in") == run.config.get("d_in")
+        and other.metadata.get("hook_name") == run.metadata.get("hook_name")
+    }
+    alike = sorted(same.items(), key=lambda item: _distance(run, item[1]))
+    return dict(alike[:most])
+
+
+@st.cache_data(max_entries=8, show_spinner="Matching latents …")
+def _matching(key: tuple[Any, ...], _left: Run, _right: Run) -> Matching:
+    from saelab.comparison import match_saes
+
+    cache = workspace().cache_of(_left)
+    if cache is not None and cache.fingerprint != _right.metadata.get("cache_fingerprint"):
+        cache = None
+    return match_saes(sae(_left), sae(_right), cache, tokens=16_384)
+
+
+def matching(left: Run, right: Run) -> Matching:
+    """The latents of two SAEs matched, by activations as well where both were trained on a cache of the folder."""
+    return _matching((str(left.path), left.stamp, str(right.path), right.stamp), left, right)
+
+
+@st.cache_data(max_entries=512, show_spinner="Comparing the poles …")
+def _axis(path: str, stamp: tuple[float, ...], latent: int, _index: FeatureIndex) -> AxisScore:
+    from saelab.features.poles import axis_score
+
+    return axis_score(_index, latent)
+
+
+def axis(run: Run, latent: int) -> AxisScore:
+    """Whether the two poles of a latent are one axis or two features."""
+    return _axis(str(run.path), run.stamp, latent, need_index(run))
