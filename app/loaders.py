@@ -72,14 +72,15 @@ def metrics(run: Run) -> list[dict[str, Any]]:
 
 def need_index(run: Run) -> FeatureIndex:
     """The run's feature index; without one the page ends with the command that builds it."""
-    if not run.has_index:
+    index = opened(run).index
+    if index is None:
         st.info(
             f"`{viz.visible(run.name).replace('`', '')}` has no finished feature index. "
             "Build it: `saelab index RUN --cache CACHE`.",
             icon=":material/info:",
         )
         st.stop()
-    return opened(run).index
+    return index
 
 
 @st.cache_resource(max_entries=6, show_spinner="Reading the feature index …")
