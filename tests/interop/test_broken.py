@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from saelab import kernels
 from saelab.errors import UserError
-from saelab.interop import FORMATS, export, load
+from saelab.interop import FORMATS, export, load, prove
 from saelab.interop.fetch import split_id
 from saelab.layout import WEIGHTS
 from saelab.runs.inspection import inspect
+from saelab.sae import SAE, LayerNormed, LinearSAE, build
 from saelab.sae.weights import save
 from tests.interop.examples import D_IN, D_SAE, example
 
@@ -150,6 +152,79 @@ def test_export_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="differs from the SAE"):
         export(example("jump_relu"), tmp_path / "out", "saelens")
     assert list(tmp_path.iterdir()) == []
+
+
+class OwnRule(LinearSAE):
+    """Selects the first latents, whatever they are worth."""
+
+    variant = "own_rule"
+
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        super().__init__(d_in, d_sae)
+
+    def select(self, x, grads):
+        return kernels.select_topk(x, self.W_enc[:, :2], self.b_enc[:2], self.b_in, 1, False)
+
+
+def test_a_refused_export_says_why(tmp_path: Path) -> None:
+    layer_normed = LayerNormed(example("topk"))
+    for sae, reason in (
+        (OwnRule(D_IN, D_SAE).eval(), "selects latents by a rule of its own"),
+        (build("gradient_topk", D_IN, D_SAE, k=2, grad_select="train_and_eval").eval(), "uses gradients of the lang"),
+        (layer_normed, "has no linear encoder on raw activations"),
+    ):
+        with pytest.raises(UserError, match=f"a {sae.variant} SAE {reason}.*no counterpart in saelens"):
+            export(sae, tmp_path / "out", "saelens")
+    assert list(tmp_path.iterdir()) == []
+
+
+def tied(d: int = 4) -> SAE:
+    """Latents 0 and 1 read opposite directions and write different ones: they tie on every token."""
+    sae = build("abs_topk", d, 2 * d, k=1).eval()
+    with torch.no_grad():
+        sae.b_dec.zero_()
+        sae.W_enc[:, 2:] = 0
+        sae.W_enc[:, 0], sae.W_enc[:, 1] = -torch.ones(d), torch.ones(d)
+    return sae
+
+
+def test_a_tie_at_rank_k_does_not_fail_a_right_export(tmp_path: Path) -> None:
+    sae, x = tied(), torch.rand(20, 4) + 0.5
+    export(sae, tmp_path / "out", "sparsify", probe=x)
+    theirs = load(tmp_path / "out")
+    code = theirs.encode(x).dense()
+    ours = sae.encode(x).dense()
+    assert not torch.equal(ours != 0, (code[:, :8] - code[:, 8:]) != 0), "the tie is decided otherwise there"
+    assert max(prove(sae, theirs, x)) < 1e-6
+
+
+def test_a_tie_excuses_neither_another_value_nor_another_decoder_nor_another_k(tmp_path: Path) -> None:
+    sae, x = tied(), torch.rand(20, 4) + 0.5
+    export(sae, tmp_path / "out", "sparsify", probe=x)
+    for change in ("W_dec", "b_enc", "k"):
+        theirs = load(tmp_path / "out")
+        with torch.no_grad():
+            if change == "W_dec":
+                theirs.W_dec[1] *= 1.01  # the row that is chosen there
+            elif change == "b_enc":
+                theirs.b_enc[1] += 0.01
+            else:
+                theirs.k = 2
+        assert max(prove(sae, theirs, x)) > 1e-3, change
+
+
+def test_a_value_on_its_threshold_does_not_fail_a_right_export() -> None:
+    sae, theirs = example("jump_relu"), example("jump_relu")
+    x = torch.randn(30, D_IN)
+    with torch.no_grad():
+        on_edge = sae.pre_acts(x, slice(0, D_SAE))[0, 0]
+        sae.threshold[0], theirs.threshold[0] = on_edge - 1e-6, on_edge + 1e-6
+        assert (sae.encode(x).dense() != theirs.encode(x).dense()).any() == (on_edge > 0)
+        assert max(prove(sae, theirs, x)) < 1e-4
+        theirs.threshold[0] = on_edge + 0.1 * on_edge.abs() + 0.1
+        sae.threshold[0] = on_edge - 1e-2
+    if on_edge > 0:
+        assert max(prove(sae, theirs, x)) > 1e-4
 
 
 def test_inspect_points_at_oddities(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from saelab.runs.publishing import push_to_hub
 from saelab.sae.weights import save
 from tests.interop.examples import example, probe
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
 HOOK = "blocks.9.hook_resid_post"
 
 
@@ -27,6 +26,11 @@ class FakeHub(BaseHTTPRequestHandler):
     """Enough of the hub for one repository: create, pre-upload, commit, list, download."""
 
     files: dict[str, bytes]
+
+    @property
+    def sha(self) -> str:
+        """The newest commit: another one for other files."""
+        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
 
     def log_message(self, *args: object) -> None:
         pass
@@ -54,7 +58,9 @@ class FakeHub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer_json({"commitOid": SHA, "commitUrl": f"http://{self.headers['Host']}/org/repo/commit/{SHA}"})
+            self.answer_json(
+                {"commitOid": self.sha, "commitUrl": f"http://{self.headers['Host']}/org/repo/commit/{self.sha}"}
+            )
         else:
             self.answer_json({"valid": True})
 
@@ -65,15 +71,15 @@ class FakeHub(BaseHTTPRequestHandler):
                 self.answer(b"", 404, X_Error_Code="EntryNotFound")
                 return
             etag = f'"{hashlib.sha1(self.files[name]).hexdigest()}"'
-            self.answer(self.files[name], ETag=etag, X_Repo_Commit=SHA)
+            self.answer(self.files[name], ETag=etag, X_Repo_Commit=self.sha)
         elif self.path.startswith("/api/models/org/repo"):
             siblings = [{"rfilename": name} for name in self.files]
-            entries = [{"type": "file", "path": n, "size": len(b), "oid": SHA} for n, b in self.files.items()]
+            entries = [{"type": "file", "path": n, "size": len(b), "oid": self.sha} for n, b in self.files.items()]
             if "/tree/" in self.path:
                 self.answer_json(entries)
                 return
             self.answer_json(
-                {"id": "org/repo", "modelId": "org/repo", "sha": SHA, "siblings": siblings, "private": False}
+                {"id": "org/repo", "modelId": "org/repo", "sha": self.sha, "siblings": siblings, "private": False}
             )
         else:
             self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
@@ -105,6 +111,36 @@ def test_push_then_pull_gives_the_same_sae(hub: dict[str, bytes], tmp_path: Path
     assert f'from_pretrained("org/repo", "{HOOK}")' in card
     again = from_pretrained("org/repo", HOOK)
     assert torch.equal(again.encode(probe()).dense(), sae.encode(probe()).dense())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_second_sae_joins_the_card_of_the_repository(hub: dict[str, bytes], tmp_path: Path) -> None:
+    for variant, hook in (("batch_topk", HOOK), ("gated", "blocks.3.hook_mlp_out"), ("relu", HOOK)):
+        save(example(variant), tmp_path / variant, {"hook_name": hook, "model_name": "tiny"})
+        push_to_hub(tmp_path / variant, "org/repo")
+        if variant == "batch_topk":
+            hub["README.md"] = hub["README.md"].replace(b"one per folder.", b"one per folder. By hand.")
+            hub["by-hand/cfg.json"] = b"{}"
+    card = hub["README.md"].decode()
+    rows = [line for line in card.splitlines() if line.startswith("| [")]
+    starts = [
+        "| [blocks.3.hook_mlp_out](blocks.3.hook_mlp_out/README.md) | gated | d_in",
+        f"| [{HOOK}]({HOOK}/README.md) | relu | d_in",
+        "| [by-hand](by-hand/README.md) | | | `saelab",
+    ]
+    assert len(rows) == 3 and all(map(str.startswith, rows, starts)), rows
+    assert "By hand." in card and card.count("list of SAEs") == 1
+    assert b"| variant | gated |" in hub["blocks.3.hook_mlp_out/README.md"]
+    assert b"| variant | relu |" in hub[f"{HOOK}/README.md"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_card_from_before_the_list_is_kept(hub: dict[str, bytes], tmp_path: Path) -> None:
+    hub["README.md"] = b"# My SAEs\n\nWritten by hand.\n"
+    save(example("relu"), tmp_path / "run", {"hook_name": HOOK})
+    push_to_hub(tmp_path / "run", "org/repo")
+    card = hub["README.md"].decode()
+    assert card.startswith("# My SAEs\n\nWritten by hand.\n") and f"[{HOOK}]" in card
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
