@@ -59,6 +59,12 @@ def sae(run: Run) -> SAE:
         return found.sae
 
 
+def place(run: Run) -> Path:
+    """Where a run of the workspace lies; only an SAE in memory, which no page shows, lies nowhere."""
+    assert run.path is not None
+    return run.path
+
+
 @st.cache_data(max_entries=32, show_spinner=False)
 def _metrics(path: str, size: int) -> list[dict[str, Any]]:
     return read_metrics(Path(path))
@@ -66,7 +72,7 @@ def _metrics(path: str, size: int) -> list[dict[str, Any]]:
 
 def metrics(run: Run) -> list[dict[str, Any]]:
     """The run's log, read again when it has grown."""
-    path = run.path / METRICS
+    path = place(run) / METRICS
     return _metrics(str(path), path.stat().st_size)
 
 

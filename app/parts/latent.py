@@ -58,7 +58,7 @@ def numbers(row: dict[str, Any], narrow: bool = False) -> None:
 
 def explanation(run: Run, latent: int, pole: int) -> None:
     """What a language model said of it, with its scores beside what guessing would reach."""
-    found = load(run.path).get((latent, pole))
+    found = load(loaders.place(run)).get((latent, pole))
     if found is None:
         return
     st.markdown(f":material/smart_toy: {viz.markdown(found['text'])}")
@@ -79,7 +79,7 @@ def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
     row = index.latent(latent, pole)
     with st.container(border=True):
         name, button = st.columns([5, 2], vertical_alignment="center")
-        name.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(run.path))}")
+        name.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(loaders.place(run)))}")
         if button.button("Open", key=f"{key}_open", width="stretch"):
             session.open_latent(latent, pole, run)
         if not row["count"]:
@@ -185,12 +185,12 @@ def stability(run: Run, latent: int) -> None:
 
 def notes_form(run: Run, latent: int) -> None:
     """The researcher's label and note, saved to ``notes.json`` of the run."""
-    saved = read_notes(run.path).get(latent, {})
+    saved = read_notes(loaders.place(run)).get(latent, {})
     with st.form(f"notes_{latent}", border=False):
         label = st.text_input("My label", value=saved.get("label", ""), key=f"note_label_{latent}")
         note = st.text_area("Note", value=saved.get("note", ""), key=f"note_text_{latent}", height=90)
         if st.form_submit_button("Save", icon=":material/save:"):
-            write_note(run.path, latent, label, note)
+            write_note(loaders.place(run), latent, label, note)
             st.toast("Saved", icon=":material/check:")
 
 

@@ -88,7 +88,7 @@ with by_text:
     left, right = st.columns([3, 2], gap="medium")
     with left:
         st.caption(note)
-        picked = tables.latents(found.head(SHOWN), signed, read_notes(run.path), key="features_table")
+        picked = tables.latents(found.head(SHOWN), signed, read_notes(loaders.place(run)), key="features_table")
     last = st.session_state.get("features_last")
     if picked is not None:
         st.session_state["features_last"] = ((run.name, text), picked)

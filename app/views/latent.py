@@ -24,7 +24,7 @@ pole = st.session_state.get("pole", 1)
 rows = {p: index.latent(latent, p) for p in index.poles}
 
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
-    st.title(f"Latent {latent_parts.title(rows[1], False, read_notes(run.path))}", anchor=False)
+    st.title(f"Latent {latent_parts.title(rows[1], False, read_notes(loaders.place(run)))}", anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom", width="content"):
         chosen = st.number_input("latent", 0, index.d_sae - 1, latent, key=f"latent_number_{latent}", width=150)
         if chosen != latent:
