@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saelab import kernels
-from saelab.kernels import chunks, dispatch
+from saelab.kernels import dispatch, memory, products
 from saelab.kernels.cases import random_case
 from saelab.kernels.dispatch import obstacle
 
@@ -114,32 +114,32 @@ def test_kernels_run_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPat
 
 
 def test_memory_is_recycled_only_when_nobody_refers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "RECYCLED", 1)
-    chunks.release()
-    first = chunks.recycled(6, 7)
+    monkeypatch.setattr(memory, "RECYCLED", 1)
+    memory.release()
+    first = memory.recycled(6, 7)
     address = first.data_ptr()
     view = first[2:]
     del first
-    second = chunks.recycled(6, 7)
+    second = memory.recycled(6, 7)
     assert second.data_ptr() != address, "a view still reads that memory"
     del view
-    assert chunks.recycled(6, 7).data_ptr() == address
+    assert memory.recycled(6, 7).data_ptr() == address
     second.fill_(1)
     assert not np.isnan(second.numpy()).any()
 
 
 def test_a_buffer_is_lent_to_one_caller_at_a_time() -> None:
     like = torch.zeros(1)
-    with chunks.scratch(1000, like) as a, chunks.scratch(1000, like) as b:
+    with memory.scratch(1000, like) as a, memory.scratch(1000, like) as b:
         assert a.data_ptr() != b.data_ptr()
 
 
 def test_blocks_cover_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "ROWS", 5)
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 5 * 64 * 4)
+    monkeypatch.setattr(products, "ROWS", 5)
+    monkeypatch.setattr(products, "CHUNK_BYTES", 5 * 64 * 4)
     x, W = torch.randn(13, 6), torch.randn(6, 200)
     found, seen = torch.full((13, 200), float("nan")), 0
-    for row, column, block in chunks.blocks(x, W):
+    for row, column, block in products.blocks(x, W):
         found[row : row + block.shape[0], column : column + block.shape[1]] = block
         seen += 1
     assert seen > 4
@@ -153,8 +153,8 @@ def test_selection_over_many_blocks_is_that_of_one(monkeypatch: pytest.MonkeyPat
     x, W = torch.randint(-2, 3, (13, 6)).float(), torch.randint(-1, 2, (6, 300)).float()
     with kernels.use_backend("numba"):
         whole = kernels.select_topk(x, W, None, None, 7, signed), kernels.select_batch(x, W, None, None, 90, signed)
-        monkeypatch.setattr(chunks, "ROWS", 5)
-        monkeypatch.setattr(chunks, "CHUNK_BYTES", 5 * 64 * 4)
+        monkeypatch.setattr(products, "ROWS", 5)
+        monkeypatch.setattr(products, "CHUNK_BYTES", 5 * 64 * 4)
         parts = kernels.select_topk(x, W, None, None, 7, signed), kernels.select_batch(x, W, None, None, 90, signed)
     for one, many in zip(whole, parts):
         dense = [torch.zeros(13, 300).index_put((rows(c.row_ptr), c.indices), c.values + 10) for c in (one, many)]
@@ -188,7 +188,7 @@ def test_release_also_gives_back_the_gram_matrix() -> None:
     with kernels.use_backend("numba"):
         kernels.pursuit(case.x, case.W_dec, None, 4)
         assert pursuit._kept
-        chunks.release()
+        memory.release()
         assert not pursuit._kept
 
 
@@ -200,3 +200,22 @@ def test_the_description_says_what_runs_bfloat16(monkeypatch: pytest.MonkeyPatch
     assert said.startswith("reference") and "numba is not used: it computes in float32, not in torch.bfloat16" in said
     with kernels.use_backend("numba"):
         assert kernels.describe(torch.bfloat16).startswith("none (numba is asked for, but it computes in float32")
+
+
+@needs_numba
+def test_importing_and_running_the_kernels_leaves_numbas_settings_alone() -> None:
+    """Numba chooses one threading layer for the process; only our own launch asks for OpenMP."""
+    code = """
+import torch
+from numba import threading_layer
+from numba.core import config
+before = list(config.THREADING_LAYER_PRIORITY)
+from saelab import kernels
+x, W = torch.randn(64, 8), torch.randn(8, 256)
+with kernels.use_backend("numba"):
+    kernels.select_topk(x, W, None, None, 4)
+assert list(config.THREADING_LAYER_PRIORITY) == before, config.THREADING_LAYER_PRIORITY
+assert torch.get_num_threads() == 1 or threading_layer() == "omp", threading_layer()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

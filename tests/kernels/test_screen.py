@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saelab import kernels
-from saelab.kernels import cases, chunks, dispatch
+from saelab.kernels import cases, dispatch, products
 from saelab.kernels.dispatch import obstacle
 from tests.kernels import oracle, test_parity
 from tests.kernels.backends import gap
@@ -169,7 +169,7 @@ def test_small_selections_are_not_screened() -> None:
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("weaker", [1.0, 0.01])
 def test_a_batch_in_pieces_whose_later_rows_are_weaker(weaker: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * 512 * 128)  # 128 rows of bfloat16 at a time
+    monkeypatch.setattr(products, "CHUNK_BYTES", 2 * 512 * 128)  # 128 rows of bfloat16 at a time
     case = cases.random_case(300, 24, 512, 6)
     case = case._replace(x=torch.cat([case.x[:128], weaker * case.x[128:]]), b_enc=None, b_dec=None)
     assert (numba_screen.batch(screen_of(case, False), 1800) is None) == (weaker < 1)

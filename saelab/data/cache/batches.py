@@ -17,7 +17,7 @@ from saelab.data.cache.order import BLOCK, Order, Window, read_ahead
 from saelab.data.cache.shards import Shards
 from saelab.errors import UserError
 from saelab.kernels import gather_rows
-from saelab.kernels.chunks import recycled
+from saelab.kernels.memory import recycled
 
 HUGE = 1 << 21  # bytes of a huge page
 

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.kernels.chunks import blocks, centred, products
 from saelab.kernels.numba import screen, select
 from saelab.kernels.numba.code import by_column, decode, decode_error, latent_grad, latent_sum, value_grad  # noqa: F401
 from saelab.kernels.numba.launch import array, empty, launch
 from saelab.kernels.numba.order import kth_largest, merge_best, pack
 from saelab.kernels.numba.pursuit import pursue, pursue_backward  # noqa: F401
 from saelab.kernels.numba.rows import gather_rows  # noqa: F401
+from saelab.kernels.products import blocks, centred, products
 from saelab.kernels.reference.backend import Effect, Ragged, pointers
 
 NOTHING = np.zeros((1, 1), np.float32)

@@ -7,7 +7,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from saelab.kernels.chunks import recycled
+from saelab.kernels.memory import recycled
 from saelab.kernels.numba.launch import array, compiled, launch
 
 NONE = np.zeros(0, np.float32)

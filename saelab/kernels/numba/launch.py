@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numba
@@ -18,9 +19,6 @@ import numpy as np
 import torch
 from numba.core import config
 from torch import Tensor
-
-if config.THREADING_LAYER == "default":  # pyright: ignore[reportAttributeAccessIssue]
-    config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # pyright: ignore[reportAttributeAccessIssue]
 
 PARTS_PER_THREAD = 4  # ranges dealt out per thread, so that a slow range does not hold up the rest
 
@@ -53,13 +51,29 @@ def launch(kernel: Callable[..., Any], driver: Callable[..., Any], count: int, *
         kernel(0, count, *args)
         return
     # One launch at a time: the pool is as wide as the machine, and numba's own work queue may not be entered twice.
-    with _launching:
+    with _launching, _openmp_first():
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
             driver(min(count, threads * PARTS_PER_THREAD), count, *args)
         finally:
             numba.set_num_threads(before)
+
+
+@contextmanager
+def _openmp_first() -> Iterator[None]:
+    """Numba picks the threading layer of the whole process at its first parallel launch: ask for OpenMP if it is this.
+
+    The setting is put back, so that importing or running our kernels changes nothing else of numba's.
+    """
+    settings: Any = config
+    before = settings.THREADING_LAYER_PRIORITY
+    if settings.THREADING_LAYER == "default":  # NUMBA_THREADING_LAYER names none
+        settings.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+    try:
+        yield
+    finally:
+        settings.THREADING_LAYER_PRIORITY = before
 
 
 def array(tensor: Tensor) -> np.ndarray:

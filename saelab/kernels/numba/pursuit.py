@@ -13,9 +13,10 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from saelab.kernels.chunks import on_release, products, recycled
+from saelab.kernels.memory import on_release, recycled
 from saelab.kernels.numba.code import NONE, by_column, dot, gather_driver, gather_rows
 from saelab.kernels.numba.launch import array, compiled, launch
+from saelab.kernels.products import products
 from saelab.kernels.reference import pursuit as pursuit_reference
 from saelab.kernels.reference.pursuit import Trace
 
@@ -24,7 +25,7 @@ LANES = 256
 BACKWARD_ROWS = 128  # tokens whose per-step gradients are held at a time, about as many as the cache takes
 
 _lock = threading.Lock()
-_kept: list[Tensor] = []  # until chunks.release(): the dictionary of the last call, copied, and its Gram matrix
+_kept: list[Tensor] = []  # until memory.release(): the dictionary of the last call, copied, and its Gram matrix
 
 
 @compiled(contract=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saelab.kernels import dispatch
-from saelab.kernels.chunks import products, recycled
+from saelab.kernels.memory import recycled
 from saelab.kernels.numba.bounds import (
     low_driver,
     low_rows,
@@ -31,6 +31,7 @@ from saelab.kernels.numba.bounds import (
 from saelab.kernels.numba.launch import array, empty, launch
 from saelab.kernels.numba.order import kth_largest, merge_best
 from saelab.kernels.numba.select import FEW_LANES
+from saelab.kernels.products import products
 
 LEAST_WORK = 1 << 28  # multiplications from which rounding the weights pays
 SURE = 1.01  # on norms, for their own rounding

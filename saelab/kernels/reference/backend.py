@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelab.kernels.chunks import centred, pre_act_chunks
+from saelab.kernels.products import centred, pre_act_chunks
 from saelab.kernels.reference.pursuit import pursue, pursue_backward  # noqa: F401
 
 Ragged = tuple[Tensor, Tensor, Tensor]

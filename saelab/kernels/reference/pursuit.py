@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saelab.kernels.chunks import chunk_rows, scratch
+from saelab.kernels.memory import scratch
+from saelab.kernels.products import chunk_rows
 
 BACKWARD_ROWS = 256  # tokens whose residuals of all steps are held at a time
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saelab.kernels.chunks import centred, products
+from saelab.kernels.products import centred, products
 from saelab.kernels.reference.backend import Effect, Ragged, gather_rows, largest_of_row, latent_sum, pointers, ranked  # noqa: F401
 from saelab.kernels.triton import select
 from saelab.kernels.triton.ragged import decode, decode_error, latent_grad, value_grad  # noqa: F401

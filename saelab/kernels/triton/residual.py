@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saelab.kernels.chunks import products
+from saelab.kernels.products import products
 from saelab.kernels.reference import pursuit as pursuit_reference
 from saelab.kernels.reference.pursuit import Trace
 from saelab.kernels.triton import pursuit as triton_pursuit

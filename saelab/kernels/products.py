@@ -1,0 +1,73 @@
+"""Matrix products in pieces, so that ``[n, d_sae]`` never has to exist.
+
+A piece goes into a buffer of :mod:`saelab.kernels.memory`, and is valid until the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+import torch
+from torch import Tensor
+
+from saelab.kernels.memory import scratch
+
+CHUNK_BYTES = 1 << 26  # 64 MiB holds 1024 rows at d_sae = 16384; fewer rows slow the library product down
+DEVICE_CHUNK_BYTES = 1 << 29  # a GPU needs more rows at a time to be busy
+MIN_ROWS = 128
+ROWS = 4096  # rows of a block that is split by columns
+
+
+def products(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield ``(first row, x[rows] @ W)`` for consecutive rows; a chunk is valid until the next one.
+
+    An empty batch yields one empty chunk.
+    """
+    n, width = x.shape[0], W.shape[1]
+    rows = chunk_rows(n, width, x.element_size(), CHUNK_BYTES if x.device.type == "cpu" else DEVICE_CHUNK_BYTES)
+    with scratch(rows * width, x) as flat:
+        for start in range(0, max(n, 1), max(rows, 1)):
+            part = x[start : start + rows]
+            yield start, torch.mm(part, W, out=flat[: part.shape[0] * width].view(part.shape[0], width))
+
+
+def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    return x if b_dec is None else x - b_dec
+
+
+def pre_act_chunks(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None
+) -> Iterator[tuple[int, Tensor]]:
+    """:func:`products` of the centred activations, with the encoder's bias: ``(x - b_dec) @ W_enc + b_enc``."""
+    for start, z in products(centred(x, b_dec), W_enc):
+        yield start, z if b_enc is None else z.add_(b_enc)
+
+
+def blocks(x: Tensor, W: Tensor) -> Generator[tuple[int, int, Tensor]]:
+    """Yield ``(first row, first column, a block of x @ W)``: all columns of a group of rows, then the next group.
+
+    On the CPU a block of whole columns costs the library less than one of whole rows: the packed ``W`` serves all rows.
+    """
+    n, width = x.shape[0], W.shape[1]
+    rows = _even(n, ROWS, 1)
+    columns = _even(width, CHUNK_BYTES // x.element_size() // max(rows, 1), 64)
+    with scratch(rows * columns, x) as flat:
+        for row in range(0, max(n, 1), max(rows, 1)):
+            part = x[row : row + rows]
+            for column in range(0, width, columns):
+                piece = W[:, column : column + columns]
+                out = flat[: part.shape[0] * piece.shape[1]].view(part.shape[0], piece.shape[1])
+                yield row, column, torch.mm(part, piece, out=out)
+
+
+def _even(total: int, most: int, multiple: int) -> int:
+    """A piece size near ``most`` that divides ``total`` into pieces of nearly equal size."""
+    pieces = max(1, round(total / max(most, multiple)))
+    return -(-total // (pieces * multiple)) * multiple
+
+
+def chunk_rows(n: int, d_sae: int, itemsize: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows per chunk, so that a chunk stays near ``chunk_bytes`` and the chunks are of nearly equal size."""
+    most = max(MIN_ROWS, chunk_bytes // max(d_sae * itemsize, 1))
+    pieces = -(-n // most)
+    return -(-n // max(pieces, 1))
