@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
 
 from saelab.errors import UserError, damaged
-from saelab.layout import METRICS, TENSORBOARD
+from saelab.files import write_json
+from saelab.layout import METRICS, TENSORBOARD, WANDB
 
 
 class Log(Protocol):
@@ -65,7 +67,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A wandb run named after the folder; needs the extra ``saelab[wandb]``. A resumed run continues it."""
+    """A wandb run named after the folder; needs the extra ``saelab[wandb]``.
+
+    Its id is kept in the folder, so that a resumed run continues it, also where the folder was moved meanwhile.
+    """
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
         try:
@@ -74,7 +79,7 @@ class Wandb:
             raise UserError("--wandb needs `pip install saelab[wandb]`") from error
         name = folder.resolve().name
         self.run = wandb.init(
-            project=project, name=name, id=f"{project}-{name}", config=config, dir=str(folder), resume="allow"
+            project=project, name=name, id=_wandb_id(folder, project), config=config, dir=str(folder), resume="allow"
         )
 
     def write(self, row: dict[str, Any]) -> None:
@@ -82,3 +87,17 @@ class Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _wandb_id(folder: Path, project: str) -> str:
+    """The run's id in wandb: the one kept in the folder, or a new one, which no other folder gets."""
+    path, whole = folder / WANDB, folder.resolve()
+    if path.is_file():
+        with damaged(path, "remove it"):
+            return str(json.loads(path.read_bytes())["id"])
+    found = f"{whole.name}-{hashlib.sha256(str(whole).encode()).hexdigest()[:12]}"
+    if (folder / "wandb").is_dir():  # begun by saelab 0.1.0, which wrote no file
+        found = f"{project}-{whole.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"id": found})
+    return found

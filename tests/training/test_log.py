@@ -29,7 +29,9 @@ def test_json_lines_drop_what_came_after_the_checkpoint_and_a_torn_line(tmp_path
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_wandb_continues_the_run_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def wandb_calls(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What a stub of wandb was told."""
     calls: list = []
 
     class Run:
@@ -46,11 +48,32 @@ def test_wandb_continues_the_run_of_the_folder(tmp_path: Path, monkeypatch: pyte
     stub = types.ModuleType("wandb")
     stub.init = init
     monkeypatch.setitem(sys.modules, "wandb", stub)
+    return calls
+
+
+def test_wandb_continues_the_run_of_the_folder(tmp_path: Path, wandb_calls: list) -> None:
     log = Wandb(tmp_path / "run", "project", {"lr": 1.0})
     log.write(ROW)
     log.close()
-    assert calls[0]["id"] == "project-run" and calls[0]["resume"] == "allow" and calls[0]["config"] == {"lr": 1.0}
-    assert calls[1:] == [(3, {"train/fvu": 0.5, "train/l0": 8.0}), "finish"]
+    first, *rest = wandb_calls
+    assert first["name"] == "run" and first["resume"] == "allow" and first["config"] == {"lr": 1.0}
+    assert rest == [(3, {"train/fvu": 0.5, "train/l0": 8.0}), "finish"]
+    Wandb(tmp_path / "run", "project", {})
+    (tmp_path / "run").rename(tmp_path / "moved")
+    Wandb(tmp_path / "moved", "project", {})
+    assert {call["id"] for call in wandb_calls if isinstance(call, dict)} == {first["id"]}
+
+
+def test_wandb_runs_of_folders_with_one_name_are_two(tmp_path: Path, wandb_calls: list) -> None:
+    for experiment in ("exp1", "exp2"):
+        Wandb(tmp_path / experiment / "topk", "project", {})
+    assert wandb_calls[0]["id"] != wandb_calls[1]["id"]
+
+
+def test_wandb_runs_of_the_first_release_go_on(tmp_path: Path, wandb_calls: list) -> None:
+    (tmp_path / "run" / "wandb").mkdir(parents=True)
+    Wandb(tmp_path / "run", "project", {})
+    assert wandb_calls[0]["id"] == "project-run"
 
 
 def test_tensorboard_gets_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
