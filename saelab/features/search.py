@@ -18,10 +18,11 @@ from saelab.errors import UserError
 from saelab.features.explanations import load
 from saelab.features.index import FeatureIndex
 from saelab.layout import FEATURES
+from saelab.metrics.density import DENSE, ULTRA_DENSE
 from saelab.sae import SAE
 from saelab.sae.base import unit_rows
 
-DENSE, ULTRA_DENSE, DYING_FIRINGS = 0.1, 0.5, 5
+DYING_FIRINGS = 5
 STATES = {
     "dead": "fired on no token of the index",
     "dying": f"fired on fewer than {DYING_FIRINGS} tokens",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from saelab.errors import UserError, first_line, near_matches
@@ -66,9 +67,8 @@ def load_hf_model(
 
 def check_transformers() -> None:
     """Refuse transformers 5.24: under it TransformerBridge loses the KV cache without a word and generates garbage."""
-    version = importlib.metadata.version("transformers")
-    release = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
-    if release >= (5, 24):
+    version = Version(importlib.metadata.version("transformers"))
+    if version.release >= (5, 24):  # release candidates too
         raise UserError(
             f"transformers {version} breaks cached generation under TransformerBridge; pip install 'transformers<5.24'"
         )

@@ -14,7 +14,7 @@ from saelab.metrics.intervals import Array, Estimate, proportion
 from saelab.sae import zipf
 from saelab.sparse import SparseCode
 
-DENSE, ULTRA_DENSE = 0.1, 0.5
+DENSE, ULTRA_DENSE = 0.1, 0.5  # shares of tokens on which such a latent fires
 # log10(density); the first bin holds the dead latents, drawn at -10
 EDGES = [-10.0, *np.linspace(-6, 0, 25).tolist()]
 

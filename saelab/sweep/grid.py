@@ -229,6 +229,7 @@ def _words(hint: Any) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    # beartype looks at one item of a list only, and a library that looks at all takes True for a number.
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in inner
