@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-from saelab.data.cache import ActivationCache, head
+from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.sae import SAE
 from saelab.sae.base import unit_rows
@@ -108,7 +108,7 @@ def _codes(sae: SAE, cache: ActivationCache, tokens: int) -> sparse.csr_matrix:
     """Activations by token and latent."""
     parts = []
     with evaluating(sae):
-        for batch in head(cache, tokens):
+        for batch in cache.head(tokens):
             code = sae.encode(batch.acts.to(sae.device)).nonzero().to("cpu")
             values, indices, ptr = code.values.double().numpy(), code.indices.numpy(), code.row_ptr.numpy()
             parts.append(sparse.csr_matrix((values, indices, ptr), shape=(code.n, sae.d_sae)))

@@ -11,6 +11,7 @@ EXTRA = "saelab_extra.safetensors"  # running statistics, training thresholds: w
 RUN = "run.json"  # what is trained on what; there from the first step on
 METRICS = "metrics.jsonl"  # one line per training step
 TENSORBOARD = "tensorboard"  # a folder
+WANDB = "wandb.json"  # under which id wandb knows the run
 EVALUATION = "evaluation.json"
 EXPLANATIONS = "explanations.json"  # outside the index, so that building it again keeps them
 NOTES = "notes.json"

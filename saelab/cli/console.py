@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from saelab.errors import UserError
+from saelab.files import LOCK, lock
 
 T = TypeVar("T")
 # Progress and remarks go to stderr, results to stdout, so that --json can be piped.
@@ -49,15 +50,14 @@ def output_folder(folder: Path, overwrite: bool = False, resume: bool = False) -
 
     One that holds anything needs ``--resume``, or ``--overwrite``, which empties it.
     """
-    from saelab.data.cache.claim import held
-
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder")
-    with held(folder):
-        if any(folder.iterdir()) and not resume:
+    with lock(folder):
+        found = [path for path in folder.iterdir() if path.name != LOCK]
+        if found and not resume:
             if not overwrite:
                 raise UserError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or name another")
-            for path in folder.iterdir():  # the folder itself carries the lock
+            for path in found:  # the folder itself stays, since it is locked
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         yield
 

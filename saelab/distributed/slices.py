@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saelab.distributed.world import Parallel
+from saelab.files import sync
 
 # Along which dimension a tensor is split over the dictionary ranks, by the parameter it belongs to.
 SPLIT = {"W_dec": 0, "W_enc": 1, "b_enc": 0, "tokens_since_fired": 0}
@@ -36,11 +37,11 @@ def write_sharded(path: Path, tensors: Mapping[str, Tensor], parallel: Parallel)
 
     The file appears under its name when it is complete.
     """
-    path, final = path.with_name(f".{path.name}"), path
+    partial = path.with_name(f".{path.name}.partial")  # all ranks know this name
     shapes = {name: _whole_shape(name, tensor, parallel) for name, tensor in tensors.items()}
     header, start = _header(tensors, shapes)
     if parallel.is_main:
-        with path.open("wb") as file:
+        with partial.open("wb") as file:
             file.write(header)
             file.truncate(start["end"])
     parallel.barrier()
@@ -50,7 +51,7 @@ def write_sharded(path: Path, tensors: Mapping[str, Tensor], parallel: Parallel)
             if (dim is None and parallel.dict_rank) or not tensor.numel():
                 continue
             values = tensor.detach().cpu().numpy()
-            whole = np.memmap(path, values.dtype, "r+", start[name], tuple(shapes[name]) or (1,))
+            whole = np.memmap(partial, values.dtype, "r+", start[name], tuple(shapes[name]) or (1,))
             if dim is None:
                 whole[...] = values
             else:
@@ -59,7 +60,8 @@ def write_sharded(path: Path, tensors: Mapping[str, Tensor], parallel: Parallel)
             whole.flush()
     parallel.barrier()
     if parallel.is_main:
-        path.rename(final)
+        sync(partial)
+        partial.replace(path)
     parallel.barrier()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saelab.data.cache import ActivationCache, head
+from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.metrics import FiringCounts, ReconstructionSums
@@ -59,7 +59,7 @@ def reconstruction(
     clusters = context_of_rows(cache, split, total)
     sums = ReconstructionSums(int(clusters[-1]) + 1, torch.tensor(cache.manifest.mean, dtype=torch.float64))
     firing, done = FiringCounts(sae.d_sae), 0
-    for batch in head(cache, total, batch_size, split=split, grads=grads):
+    for batch in cache.head(total, batch_size, split=split, grads=grads):
         own = clusters[done : done + len(batch.acts)]
         measure_batch(sae, batch.acts, batch.grads, own, sums, firing)
         done += len(batch.acts)
@@ -96,7 +96,7 @@ def count_firing(
     n_tokens, done = min(n_tokens, cache.n_split("train")), 0
     if n_tokens <= 0:
         return
-    for batch in head(cache, n_tokens, batch_size, split="train", seed=0):
+    for batch in cache.head(n_tokens, batch_size, split="train", seed=0):
         firing.update(sae.encode(batch.acts.to(sae.device)))
         done += len(batch.acts)
         if progress is not None:

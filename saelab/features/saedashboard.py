@@ -9,8 +9,6 @@ there, which an index does not hold.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, LogitLens
+from saelab.files import new_folder
 from saelab.lm.hook_names import layer_of
 from saelab.sae import SAE
 
@@ -60,15 +59,13 @@ def write_dashboard(
     wanted = [(j, pole) for pole in index.poles for j in range(shown) if alive.loc[(j, pole)] > 0]
     numbers = [_number(j, pole, index.d_sae) for j, pole in wanted]
     corpus, layer = _corpus(cache, meta), layer_of(meta["hook_name"]) or 0  # the format has no word for "not known"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as partial:
         for batch, start in enumerate(range(0, len(wanted), BATCH)):
             part = wanted[start : start + BATCH]
             features = list(_features(index, sae, part, corpus, lens))
             document = {"model_id": meta["model"], "layer": layer, "sae_set": sae_set}
             document |= {"sae_id_suffix": None, "features": features}
-            (work / f"batch-{batch}.json").write_text(json.dumps(document))
+            (partial / f"batch-{batch}.json").write_text(json.dumps(document))
             if progress is not None:
                 progress(start + len(part), len(wanted))
         settings = {
@@ -78,14 +75,10 @@ def write_dashboard(
             **corpus.settings,
         }
         settings |= {"n_features_at_a_time": BATCH, "model_id": meta["model"], "layer": layer}
-        (work / "run_settings.json").write_text(json.dumps(settings, indent=2))
+        (partial / "run_settings.json").write_text(json.dumps(settings, indent=2))
         skipped = sorted(set(range(index.d_sae * len(index.poles))) - set(numbers))
         names = {"model_id": meta["model"], "layer": str(layer), "sae_set": sae_set}
-        (work / "skipped_indexes.json").write_text(json.dumps({**names, "skipped_indexes": skipped}))
-        work.chmod(0o755)
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        (partial / "skipped_indexes.json").write_text(json.dumps({**names, "skipped_indexes": skipped}))
     return folder
 
 

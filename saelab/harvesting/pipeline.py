@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from saelab.data.cache import ActivationCache, CacheWriter, Manifest
-from saelab.data.cache.claim import release
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import prepare
 from saelab.data.packing import Contexts, pack, resolve_bos
@@ -100,9 +99,12 @@ def harvest(
         for site, d_in in zip(sites, widths)
     ]
 
+    made: list[CacheWriter] = []
+
     def writers() -> list[CacheWriter]:
-        pairs = zip(folders, manifests)
-        return [CacheWriter(*pair, overwrite=overwrite, resume=resume, rank=share.rank) for pair in pairs]
+        for folder, manifest in zip(folders, manifests):
+            made.append(CacheWriter(folder, manifest, overwrite=overwrite, resume=resume, rank=share.rank))
+        return made
 
     total = config.contexts * config.context_length
     try:
@@ -113,8 +115,8 @@ def harvest(
             finish(opened, token_strings(bridge.tokenizer))
         share.wait()
     finally:  # a harvest that failed is for any process to go on with
-        for folder in folders:
-            release(folder)
+        for writer in made:
+            writer.close()
     caches = [ActivationCache(folder.url) for folder in folders]
     return caches[0] if isinstance(hooks, str) else dict(zip(names, caches))
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError, near_matches
+from saelab.files import new_folder
 from saelab.interop.detection import read
 from saelab.interop.format import Writer
 from saelab.interop.formats import FORMATS
@@ -83,21 +82,6 @@ def resave(
         _check(proof, "the copy")
         _copy_training_record(Path(source), temporary)
     return proof
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` when the block ends, and vanishes when it fails."""
-    if folder.exists():
-        raise UserError(f"{folder} exists; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check(proof: Proof, what: str) -> None:

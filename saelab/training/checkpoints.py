@@ -26,9 +26,6 @@ from saelab.sae import SAE
 from saelab.sae.weights import read_state, save, save_config, saved_tensors
 from saelab.training.state import TrainState
 
-# Names under which the files of a run's or a sweep's folder are written: by one process, and by many together.
-UNFINISHED = (".*.json.*", ".*.safetensors.*", ".*.parquet.*", ".*.html.*", f".{WEIGHTS}", f".{EXTRA}")
-
 
 def save_step(
     folder: Path | str,
@@ -105,13 +102,6 @@ def load_step(
 def remove_steps(folder: Path | str) -> None:
     """Remove the checkpoints of a run that has finished."""
     shutil.rmtree(Path(folder) / CHECKPOINTS, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path | str) -> None:
-    """Remove what a killed process left half-written in a run folder; only one run writes there."""
-    for pattern in UNFINISHED:
-        for path in Path(folder).glob(pattern):
-            path.unlink()
 
 
 @dataclass(frozen=True)

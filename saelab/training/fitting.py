@@ -12,14 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from saelab.data.cache import ActivationCache, Batch
-from saelab.data.cache.claim import held
 from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.sharding import whole as whole_of
 from saelab.errors import UserError, damaged
-from saelab.files import write_json
+from saelab.files import lock, remove_partial, write_json
 from saelab.layout import CONFIG, RUN
 from saelab.sae import SAE
-from saelab.training.checkpoints import Store, remove_leftovers, remove_steps
+from saelab.training.checkpoints import Store, remove_steps
 from saelab.training.config import TrainConfig, n_steps, prepared
 from saelab.training.log import JsonLines, Log
 from saelab.training.loop import adopt, run_steps, start, train_steps
@@ -116,10 +115,10 @@ def _fit(
     sae, folder, parallel, total = store.sae, store.folder, store.parallel, n_steps(cache, config)
     if finished(folder):
         raise UserError(f"{folder} holds a finished run; train into another folder")
-    with held(folder) if parallel.is_main else nullcontext():
+    with lock(folder) if parallel.is_main else nullcontext():
         state = _resume(store, cache, about, verify=stream is None) if resume else None
         if parallel.is_main:
-            remove_leftovers(folder)
+            remove_partial(folder)
             if state is None:
                 remove_steps(folder)
         parallel.barrier()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saelab.cli import main
-from saelab.data.cache import ActivationCache, head
+from saelab.data.cache import ActivationCache
 from saelab.data.cache.merge import caches_in, describe, merge
 from saelab.errors import UserError
 
@@ -153,12 +153,12 @@ def test_head_is_the_beginning_of_a_pass(tmp_path: Path) -> None:
     cache = make(tmp_path / "c", 130)
     for split, seed, n in (("all", None, 70), ("train", 0, 33), ("held_out", None, None), ("all", None, 10**6)):
         rows = torch.cat([b.rows for b in cache.batches(cache.n_split(split), split=split, seed=seed)])
-        parts = list(head(cache, n, 32, split=split, seed=seed))
+        parts = list(cache.head(n, 32, split=split, seed=seed))
         assert torch.equal(torch.cat([p.rows for p in parts]), rows[:n])
         assert all(len(p.acts) == len(p.tokens) == len(p.rows) <= 32 for p in parts)
         assert torch.equal(torch.cat([p.acts for p in parts]), cache.read(rows[:n]).acts)
     with pytest.raises(UserError, match="n=0 are wanted"):
-        next(head(cache, 0))
+        next(cache.head(0))
     assert not [t for t in threading.enumerate() if t.name == "saelab-read-ahead"]
 
 

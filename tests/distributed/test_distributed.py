@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from saelab.bench import distributed as bench
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
-from saelab.data.cache.claim import held
 from saelab.distributed import SINGLE, Parallel, start_world
 from saelab.distributed.plan import traffic_per_step
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.slices import read_slices, slices, split_dim
 from saelab.errors import UserError
+from saelab.files import lock
 from saelab.layout import EXTRA
 from saelab.sae import build, mutual_choice
 from saelab.sae.weights import load_sae
@@ -254,7 +254,7 @@ def test_torchrun_a_rank_that_dies_ends_the_others_and_the_run_resumes(cache: Ac
     assert "SIGKILL" in output and "rank" in output, output
     done = int(latest_step(tmp_path / "run").name.removeprefix("step_"))
     assert done >= 20
-    with held(tmp_path / "run"):
+    with lock(tmp_path / "run"):
         other = torchrun(*args)
         output, _ = other.communicate(timeout=120)
     # The main process says so once; the other one ends with it, without waiting for its time limit.

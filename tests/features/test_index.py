@@ -235,7 +235,7 @@ def test_a_failed_build_leaves_the_old_index(tmp_path: Path) -> None:
             sae, cache, index.run_folder, token_strings=strings(), config=CONFIG, overwrite=True, progress=interrupt
         )
     assert sorted(p.name for p in index.run_folder.rglob("*")) == before
-    (index.run_folder / ".features-999999999-x").mkdir()  # left by a killed build
+    (index.run_folder / ".features.0a1b2c3d.partial").mkdir()  # left by a killed build
     config = IndexConfig(max_tokens=50, batch_size=37)
     newer = build_index(sae, cache, index.run_folder, token_strings=strings(), config=config, overwrite=True)
     assert newer.meta["tokens"] == 50
@@ -264,7 +264,7 @@ def test_a_killed_build_leaves_the_old_index_and_the_next_one_cleans_up(tmp_path
     died = subprocess.run([sys.executable, "-c", KILLED, str(cache.path), str(run)], capture_output=True)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert FeatureIndex(run).table()["count"].sum() == (code != 0).sum()
-    assert len(list(run.glob(".features-*"))) == 1
+    assert len(list(run.glob(".features.*.partial"))) == 1
     build_index(sae, cache, run, token_strings=strings(), config=CONFIG, overwrite=True)
     assert [p.name for p in run.iterdir()] == ["features"]
 
@@ -318,3 +318,22 @@ def test_more_examples_than_firings_and_wide_windows(tmp_path: Path) -> None:
     assert all(len(e.tokens) == CONTEXT for e in index.examples(0))
     assert [e.row for e in index.examples(5, kind="top")] == [7]
     assert index.examples(3, kind="top") == []
+
+
+def test_two_hosts_build_one_index(tmp_path: Path) -> None:
+    """Another host's unfinished build is left alone, whatever runs here; so is a folder that only looks like one."""
+    sae, cache, _ = planted(tmp_path)
+    run = tmp_path / "run"
+    (run / ".features-backup").mkdir(parents=True)
+    code = "import sys; from pathlib import Path; from saelab.files import new_folder\n"
+    code += "with new_folder(Path(sys.argv[1])) as partial: print(partial, flush=True); sys.stdin.read()"
+    args = [sys.executable, "-c", code, str(run / "features")]
+    with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        theirs = Path(other.stdout.readline().strip())
+        with pytest.raises(UserError, match="another process is writing"):
+            build_index(sae, cache, run, token_strings=strings(), config=CONFIG)
+        assert theirs.is_dir()
+        other.kill()
+    build_index(sae, cache, run, token_strings=strings(), config=CONFIG)
+    assert sorted(path.name for path in run.iterdir()) == [".features-backup", "features"]

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from saelab import ActivationCache
-from saelab.data.cache.claim import held
 from saelab.errors import UserError
+from saelab.files import lock
 from saelab.sae.weights import load_sae
 from tests.hardening.place import call, refused
 
@@ -141,10 +141,10 @@ def test_a_second_training_is_refused_and_a_killed_one_holds_nothing(
 
 def test_one_process_may_hold_a_folder_twice(tmp_path: Path) -> None:
     """As a command does around the training it starts: the outer block keeps what the inner one leaves."""
-    code = "import sys; from saelab.data.cache.claim import held\nwith held(sys.argv[1]): pass"
+    code = "import sys; from pathlib import Path; from saelab.files import lock\nwith lock(Path(sys.argv[1])): pass"
     other = [sys.executable, "-c", code, str(tmp_path / "out")]
-    with held(tmp_path / "out"):
-        with held(tmp_path / "out"):
+    with lock(tmp_path / "out"):
+        with lock(tmp_path / "out"):
             pass
         ran = subprocess.run(other, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
         assert "another process is writing" in ran.stderr
@@ -152,8 +152,10 @@ def test_one_process_may_hold_a_folder_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EBADF, errno.EOPNOTSUPP, errno.EIO])
-def test_file_systems_without_locks(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Network file systems that cannot lock a folder are written without a lock; a real failure is one."""
+def test_file_systems_without_locks(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Network file systems that cannot lock a folder are written without a lock and with a warning."""
 
     def flock(handle: int, operation: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -164,3 +166,5 @@ def test_file_systems_without_locks(code: int, tmp_path: Path, monkeypatch: pyte
             ActivationCache.from_tensors(tmp_path / "cache", torch.randn(20, 4))
     else:
         assert ActivationCache.from_tensors(tmp_path / "cache", torch.randn(20, 4)).n_rows == 20
+        (said,) = caplog.messages
+        assert said.startswith(f"{tmp_path / 'cache'} cannot be locked ({os.strerror(code)})")

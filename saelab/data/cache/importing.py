@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.data.cache.claim import discard
 from saelab.data.cache.manifest import Manifest, check_provenance
 from saelab.data.cache.reader import ActivationCache
 from saelab.data.cache.storage import Folder
@@ -80,12 +79,11 @@ def import_activations(
         held_out_fraction=held_out,
         **provenance,
     )
-    folder = Folder(path)
-    writer = CacheWriter(folder, manifest, overwrite=overwrite)
+    writer = CacheWriter(Folder(path), manifest, overwrite=overwrite)
     try:
         _write(writer, found, shard_rows, progress or (lambda done, total: None))
     except BaseException:
-        discard(folder)  # half an import cannot be resumed
+        writer.discard()  # half an import cannot be resumed
         raise
     return ActivationCache(path)
 

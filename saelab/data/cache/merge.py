@@ -11,11 +11,10 @@ from typing import Any
 
 import safetensors.torch
 
-from saelab.data.cache.claim import discard, hold, release
 from saelab.data.cache.manifest import PARTIAL, Manifest, ShardInfo
 from saelab.data.cache.reader import ActivationCache
 from saelab.data.cache.storage import Folder
-from saelab.data.cache.writer import finish, prepare, publish
+from saelab.data.cache.writer import discard, finish, prepare, publish
 from saelab.errors import UserError
 from saelab.layout import MANIFEST, TOKENS
 
@@ -92,8 +91,6 @@ def merge(
             folder.local and cache.folder.local and _same(folder.local, cache.folder.local)
         ):
             raise UserError(f"{folder.url} is one of the caches to merge; write to another folder")
-    hold(folder)
-    prepare(folder, overwrite=overwrite, resume=False)
     texts = list(dict.fromkeys(cache.manifest.text for cache in caches))
     joined = "".join(cache.manifest.text_fingerprint for cache in caches)
     scales = [cache.manifest.grad_scale for cache in caches if cache.manifest.grad_scale is not None]
@@ -106,18 +103,19 @@ def merge(
         shards=[],
         n_documents=0,
     )
-    try:
-        folder.write(PARTIAL, manifest.to_json().encode())  # marks it as a cache, to be overwritten after a kill
-        for cache in caches:
-            _append(folder, manifest, cache)
-        finish(folder, manifest)
-        if caches[0].folder.exists(TOKENS):
-            folder.write(TOKENS, caches[0].folder.read(TOKENS))
-        publish(folder, manifest)
-        release(folder)
-    except BaseException:
-        discard(folder)
-        raise
+    with folder.lock():
+        prepare(folder, overwrite=overwrite, resume=False)
+        try:
+            folder.write(PARTIAL, manifest.to_json().encode())  # marks it as a cache, to be overwritten after a kill
+            for cache in caches:
+                _append(folder, manifest, cache)
+            finish(folder, manifest)
+            if caches[0].folder.exists(TOKENS):
+                folder.write(TOKENS, caches[0].folder.read(TOKENS))
+            publish(folder, manifest)
+        except BaseException:
+            discard(folder)
+            raise
     return ActivationCache(out)
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any, Literal
 
 import torch
@@ -58,11 +59,6 @@ class ActivationCache:
             self.verify()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], **options: Any) -> ActivationCache:
-        """The cache at ``path``; the same as calling the class."""
-        return cls(path, **options)
-
-    @classmethod
     def from_tensors(
         cls,
         path: str | os.PathLike[str],
@@ -99,15 +95,15 @@ class ActivationCache:
             provenance["grad_scale"] = grad_scale
             grads = grads.reshape(-1, d_in) * grad_scale
         manifest = Manifest(d_in=d_in, dtype=dtype, context_length=context, held_out_fraction=held_out, **provenance)
-        writer = CacheWriter(Folder(path), manifest, overwrite=overwrite)
-        if vocabulary is not None:
-            writer.write_vocabulary(vocabulary)
-        step = max(shard_rows // context, 1) * context
-        for start in range(0, n, step):
-            part = slice(start, start + step)
-            slots = torch.arange(len(acts[part]))
-            writer.write_shard(acts[part], text[part], slots, owner[part], None if grads is None else grads[part])
-        writer.finish()
+        with closing(CacheWriter(Folder(path), manifest, overwrite=overwrite)) as writer:
+            if vocabulary is not None:
+                writer.write_vocabulary(vocabulary)
+            step = max(shard_rows // context, 1) * context
+            for start in range(0, n, step):
+                part = slice(start, start + step)
+                slots = torch.arange(len(acts[part]))
+                writer.write_shard(acts[part], text[part], slots, owner[part], None if grads is None else grads[part])
+            writer.finish()
         return cls(path)
 
     @property
@@ -186,6 +182,33 @@ class ActivationCache:
         order = Order(first, stop - first, seed, epoch, window_blocks)
         end = min(count * batch_size, stop - first)
         return stream(self.shards, self._buffers, order, names, batch_size, start * batch_size, end)
+
+    def head(
+        self,
+        n: int | None = None,
+        batch_size: int = 4096,
+        *,
+        split: Split = "all",
+        seed: int | None = None,
+        grads: bool = False,
+    ) -> Generator[Batch]:
+        """The first ``n`` rows of a split (all of them by default, or where it holds fewer), in batches.
+
+        ``seed=None`` is corpus order; see :meth:`batches`. Reading stops with the last row asked for. Raises UserError
+        where that is no row.
+        """
+        rows = self.n_split(split)
+        left = rows if n is None else min(n, rows)
+        if left < 1:
+            raise UserError(
+                f"no row of the {split} split of {self.path} is to be read: it holds {rows}, n={n} are wanted"
+            )
+        with closing(self.batches(min(batch_size, left), split=split, seed=seed, grads=grads)) as batches:
+            for batch in batches:
+                yield Batch(*(None if column is None else column[:left] for column in batch))  # pyright: ignore[reportArgumentType]
+                left -= len(batch.acts)
+                if left <= 0:
+                    return
 
     def _names(self, grads: bool) -> tuple[str, ...]:
         return ("acts", "tokens", "grads") if grads else ("acts", "tokens")

@@ -9,6 +9,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelab.errors import UserError, first_line
+from saelab.files import LOCK, lock, replace
 
 _DTYPES = {
     "F64": torch.float64,
@@ -74,9 +76,9 @@ class Folder:
             return None
 
     def names(self) -> list[str]:
-        """Names directly below this folder, sorted; empty where the folder does not exist."""
+        """Names directly below this folder, sorted, without that of its lock; empty where there is no folder."""
         if self.local:
-            return sorted(p.name for p in self.local.iterdir()) if self.local.is_dir() else []
+            return sorted(p.name for p in self.local.iterdir() if p.name != LOCK) if self.local.is_dir() else []
         try:
             found = self._ask("ls", self.root, detail=False, refresh=True)
         except FileNotFoundError:
@@ -95,16 +97,11 @@ class Folder:
             return
         target = self.local / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            partial.unlink(missing_ok=True)  # on a full disk the half that fitted would only be in the way
-            raise
-        partial.replace(target)
+        replace(target, lambda partial: partial.write_bytes(data))
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other processes from writing a local folder; a folder behind a URL has no lock."""
+        return nullcontext() if self.local is None else lock(self.local)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""

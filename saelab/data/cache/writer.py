@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 
 import safetensors.torch
@@ -12,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.claim import discard, hold, release
 from saelab.data.cache.manifest import DTYPES, OTHERS, PARTIAL, Manifest, ShardInfo, partial_name
 from saelab.data.cache.storage import Folder
 from saelab.data.text import storable
 from saelab.errors import UserError
+from saelab.files import remove_partial
 from saelab.layout import MANIFEST, TOKENS
 
 _CHUNK = 8192  # rows per float64 chunk of the statistics
@@ -28,7 +29,8 @@ class CacheWriter:
     After each shard a partial manifest is written, so a killed harvest goes on with the shards that are missing: pass
     ``resume=True`` and write those whose number is not in ``done``. ``complete`` says that nothing is missing.
     Several processes may write one cache, each its own shards: rank 0 opens the folder first, and finishes it when
-    all have written theirs.
+    all have written theirs. Rank 0 also keeps other programs from writing the folder, until ``close``, which
+    ``finish`` and ``discard`` call.
     """
 
     def __init__(
@@ -40,9 +42,20 @@ class CacheWriter:
             raise UserError(f"held-out fraction {manifest.held_out_fraction} must be at least 0 and below 1")
         self.folder, self.manifest, self.rank = folder, manifest, rank
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
+        self._locked = ExitStack()
+        try:
+            self._open(overwrite, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, overwrite: bool, resume: bool) -> None:
+        folder, rank = self.folder, self.rank
         if rank == 0:
-            hold(folder)
+            self._locked.enter_context(folder.lock())
             prepare(folder, overwrite=overwrite, resume=resume)
+            if folder.local is not None:
+                remove_partial(folder.local)
         begun = resume or rank > 0
         self.complete = begun and folder.exists(MANIFEST)
         if self.complete or (begun and folder.exists(PARTIAL)):
@@ -165,9 +178,18 @@ class CacheWriter:
             raise UserError(f"{self.folder.url} lacks {shard_name(min(missing))}; run the same harvest with --resume")
         finish(self.folder, self.manifest)
         publish(self.folder, self.manifest)
-        release(self.folder)
         self.complete = True
+        self.close()
         return self.manifest
+
+    def close(self) -> None:
+        """Let others write the folder. A cache that is not finished can be gone on with."""
+        self._locked.close()
+
+    def discard(self) -> None:
+        """Remove a cache that will not be finished, and its folder if nothing else is in it."""
+        discard(self.folder)
+        self.close()
 
 
 def shard_name(number: int) -> str:
@@ -188,11 +210,18 @@ def prepare(folder: Folder, *, overwrite: bool, resume: bool, dry: bool = False)
         raise UserError(f"{folder.url} is not an activation cache and is not overwritten; choose another folder")
     if dry:
         return
-    for name in (MANIFEST, PARTIAL, TOKENS):
+    discard(folder)
+
+
+def discard(folder: Folder) -> None:
+    """Remove the files of a cache."""
+    for name in (MANIFEST, PARTIAL, TOKENS):  # in this order: what is left after a kill is no complete cache
         folder.remove(name)
-    for name in names:
-        if name.startswith(("shard_", ".shard_", OTHERS)):
+    for name in folder.names():
+        if name.startswith(("shard_", OTHERS)):
             folder.remove(name)
+    if folder.local is not None:
+        remove_partial(folder.local)
 
 
 def sums(acts: Float[Tensor, "rows d_in"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, 2]]:

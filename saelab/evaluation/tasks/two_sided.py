@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache import ActivationCache, head
+from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.metrics.dictionary import living_rows
@@ -45,7 +45,7 @@ def collect(
 ) -> Firings:
     """Encode up to ``max_tokens`` rows in corpus order and keep every non-zero entry."""
     parts, done = [], 0
-    for batch in head(cache, max_tokens, batch_size, split=split):
+    for batch in cache.head(max_tokens, batch_size, split=split):
         code: SparseCode = sae.encode(batch.acts.to(sae.device)).nonzero().to("cpu")
         parts.append((code.indices, code.values, batch.tokens[code.rows()]))
         done += code.n

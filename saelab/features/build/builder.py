@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,10 @@ import pyarrow.parquet as pq
 import torch
 
 from saelab.layout import EXAMPLES, FEATURES, INDEX
-from saelab.data.cache import ActivationCache, head
+from saelab.data.cache import ActivationCache
 from saelab.data.text import storable
 from saelab.errors import UserError
+from saelab.files import new_folder
 from saelab.features import schema
 from saelab.features.build.config import IndexConfig
 from saelab.features.build.corpus import Corpus
@@ -63,7 +62,9 @@ def build_index(
     if (folder / INDEX).exists() and not overwrite:
         raise UserError(f"{folder / INDEX} exists; add --overwrite to replace it")
     n_rows = cache.n_rows if config.max_tokens is None else min(config.max_tokens, cache.n_rows)
-    with _replacing(folder / INDEX) as (target, scratch):
+    with new_folder(folder / INDEX, overwrite=overwrite) as target:
+        scratch = target / "scratch"
+        scratch.mkdir()
         started = time.perf_counter()
         corpus = Corpus(cache, scratch / "corpus", n_rows)
         postings, encode_seconds = _encode(sae, cache, corpus, scratch / "codes", config, report)
@@ -72,6 +73,7 @@ def build_index(
         meta["encode_seconds"] = encode_seconds
         _write(target, describer, postings, config, meta, report, started)
         del corpus, postings, describer
+        shutil.rmtree(scratch)
     return FeatureIndex(folder)
 
 
@@ -84,7 +86,7 @@ def _encode(
     size = min(config.batch_size, max(PRE_ACTS // sae.d_sae, 256))
     with evaluating(sae), ExitStack() as stack:
         stack.callback(cache.release)
-        for number, batch in enumerate(head(cache, corpus.n_rows, size)):
+        for number, batch in enumerate(cache.head(corpus.n_rows, size)):
             if number % RELEASE_EVERY == 0:
                 cache.release()
             acts = batch.acts.to(sae.device)
@@ -159,35 +161,3 @@ def _vocabulary(corpus: Corpus, cache: Any, strings: Sequence[str] | None) -> pa
             "give token_strings for all"
         )
     return pa.array([storable(text) for text in known], pa.string())
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """A folder to fill that becomes ``folder`` when the block succeeds, and a scratch folder that goes away."""
-    parent = folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}-"
-    for stale in parent.glob(f"{prefix}*"):
-        if not _alive(int(stale.name.removeprefix(prefix).split("-")[0])):
-            shutil.rmtree(stale)
-    work = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
-    try:
-        new, scratch = work / "new", work / "scratch"
-        new.mkdir()
-        scratch.mkdir()
-        yield new, scratch
-        if folder.exists():
-            folder.rename(work / "old")
-        new.rename(folder)
-    finally:
-        shutil.rmtree(work)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

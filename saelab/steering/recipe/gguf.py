@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
+from saelab.files import replace
 from saelab.lm.hook_names import layer_of
 from saelab.steering.interventions import Add
 from saelab.steering.recipe.recipe import Recipe
@@ -46,17 +47,19 @@ def export_gguf(recipe: Recipe, path: Path | str) -> Path:
         raise UserError("the recipe holds no vector to export; give it an Add")
     hint = _ARCHITECTURES.get(recipe.model.architecture, recipe.model.architecture)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    writer = GGUFWriter(str(temporary), "controlvector")
-    writer.add_string("controlvector.model_hint", hint)
-    writer.add_uint32("controlvector.layer_count", recipe.model.n_layers)
-    for layer in sorted(layers):
-        writer.add_tensor(f"direction.{layer}", layers[layer].numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    temporary.replace(path)
+
+    def write(partial: Path) -> None:
+        writer = GGUFWriter(str(partial), "controlvector")
+        writer.add_string("controlvector.model_hint", hint)
+        writer.add_uint32("controlvector.layer_count", recipe.model.n_layers)
+        for layer in sorted(layers):
+            writer.add_tensor(f"direction.{layer}", layers[layer].numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    replace(path, write)
     return path
 
 

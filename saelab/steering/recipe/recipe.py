@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 
 from saelab._version import __version__
 from saelab.errors import UserError, damaged
-from saelab.files import write_json, write_tensors
+from saelab.files import new_folder, write_json, write_tensors
 from saelab.layout import RECIPE, VECTORS
 from saelab.runs import Run
 from saelab.sae.weights import load_sae, save, tensors_hash
@@ -74,16 +72,8 @@ class Recipe:
         """Write the recipe; the folder appears complete or not at all."""
         folder = Path(folder)
         check_free(folder, overwrite)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            self._write(temporary)
-            temporary.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder, overwrite=overwrite) as partial:
+            self._write(partial)
         return folder
 
     def _write(self, folder: Path) -> None:
