@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import logging
 import os
@@ -97,9 +98,12 @@ def new_folder(folder: Path, *, overwrite: bool = False, wait: bool = False) -> 
             shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_partial(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left half-written of ``name`` in a folder; only its one writer may call this."""
-    for path in [*folder.glob(f".{name}.*.partial"), *folder.glob(f".{name}.partial")]:
+def remove_partial(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left half-written in a folder, of ``name`` alone where it is given.
+
+    Only the one writer of the folder, or of that name in it, may call this.
+    """
+    for path in folder.glob(".*.partial" if name is None else f".{glob.escape(name)}.*.partial"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

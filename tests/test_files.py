@@ -128,3 +128,11 @@ def test_a_lock_leaves_no_trace(tmp_path: Path) -> None:
     with files.lock(tmp_path / "written"):
         (tmp_path / "written" / "x").touch()
     assert names(tmp_path) == ["kept", "written"] and names(tmp_path / "written") == ["x"]
+
+
+def test_leftovers_of_every_writer_are_found(tmp_path: Path) -> None:
+    for name in (".a.json.0123abcd.partial", ".shard_00000.safetensors.partial", ".mine", "other.partial"):
+        (tmp_path / name).touch()
+    (tmp_path / ".made.0123abcd.partial" / "deep").mkdir(parents=True)
+    files.remove_partial(tmp_path)
+    assert names(tmp_path) == [".mine", "other.partial"]

@@ -270,7 +270,7 @@ def test_what_a_kill_left_half_written_is_removed(cache: ActivationCache, tmp_pa
     main(command(cache, whole))
     folder.mkdir()
     # The last is how several processes call it while they write it together.
-    for name in (".run.json.abc12345", ".sae_weights.safetensors.abc12345", ".sae_weights.safetensors"):
+    for name in (".run.json.0a1b2c3d.partial", ".sae_weights.safetensors.partial"):
         (folder / name).write_text("half")
     (folder / ".mine").write_text("not ours")
     main(command(cache, folder, "--resume"))
