@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saelab.layout import EXAMPLES, FEATURES, INDEX
 from saelab.data.cache import ActivationCache
 from saelab.data.text import storable
 from saelab.errors import UserError
-from saelab.files import new_folder
 from saelab.features import schema
+from saelab.features.build.columns import Describer
 from saelab.features.build.config import IndexConfig
 from saelab.features.build.corpus import Corpus
 from saelab.features.build.logit_lens import LogitLens
-from saelab.features.index import FeatureIndex
-from saelab.features.build.columns import Describer
 from saelab.features.build.postings import Postings, PostingsWriter
+from saelab.features.index import FeatureIndex
+from saelab.files import new_folder
+from saelab.layout import EXAMPLES, FEATURES, INDEX
 from saelab.sae import SAE
 from saelab.sae.mode import evaluating
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from saelab.data.cache import ActivationCache
 from saelab.features import schema
-from saelab.features.build.examples import choose, example_table
 from saelab.features.build.config import IndexConfig
 from saelab.features.build.corpus import Corpus
-from saelab.features.build.logit_lens import LogitLens, neighbours
+from saelab.features.build.examples import choose, example_table
 from saelab.features.build.labels import Labeller
+from saelab.features.build.logit_lens import LogitLens, neighbours
 from saelab.features.build.partners import Partners
 from saelab.features.build.postings import Postings
 from saelab.features.build.statistics import (

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from saelab.features.build.config import IndexConfig
 from saelab.features.build.corpus import Corpus
-from saelab.features.build.postings import Entries
 from saelab.features.build.groups import rank_in_group, systematic
-from saelab.features.schema import EXAMPLE_COLUMNS
+from saelab.features.build.postings import Entries
 from saelab.features.build.statistics import Ranked
+from saelab.features.schema import EXAMPLE_COLUMNS
 
 BANDS = ("q75", "q50", "q25", "q00")  # quarters of the firings, from the largest magnitudes down
 KINDS = ("top", *BANDS, "random", "silent")

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saelab.features.build.corpus import Corpus
-from saelab.features.build.postings import Entries
 from saelab.features.build.groups import group_top, rank_in_group, systematic
+from saelab.features.build.postings import Entries
 from saelab.features.build.statistics import count_tokens
 
 KINDS = ("token", "after", "before", "near")

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saelab.files import write_tensors
 from saelab.errors import damaged
+from saelab.files import write_tensors
 
 ROWS = 64  # directions whose logits are held at once
 
