@@ -10,7 +10,6 @@ Run this with 0.1.0, not with the code of this checkout, in an empty folder, and
 the folder, so that a test can copy it anywhere and work from there.
 """
 
-
 from __future__ import annotations
 
 import dataclasses
