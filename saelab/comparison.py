@@ -16,7 +16,6 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.sae import SAE
 from saelab.sae.base import unit_rows
-from saelab.sae.mode import evaluating
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _near_pairs(left: SAE, right: SAE, k: int, floor: float, signed: bool) -> pd
 def _codes(sae: SAE, cache: ActivationCache, tokens: int) -> sparse.csr_matrix:
     """Activations by token and latent."""
     parts = []
-    with evaluating(sae):
+    with sae.evaluating():
         for batch in cache.head(tokens):
             code = sae.encode(batch.acts.to(sae.device)).nonzero().to("cpu")
             values, indices, ptr = code.values.double().numpy(), code.indices.numpy(), code.row_ptr.numpy()

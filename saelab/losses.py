@@ -41,8 +41,12 @@ def auxk(
     selected = kernels.select_topk(x, W_enc.detach(), b_enc.detach(), b_in, k, sae.signed)
     values = kernels.pre_acts_at(x, W_enc, b_enc, b_in, selected)
     recon = kernels.decode(values, selected.indices, selected.row_ptr, sae.W_dec[latents], None)
-    loss = (recon - error).square().sum() / (error - error.mean(dim=0)).square().sum()
-    return torch.nan_to_num(loss, nan=0.0, posinf=0.0)
+    return relative((recon - error).square().sum(), (error - error.mean(dim=0)).square().sum())
+
+
+def relative(squares: Float[Tensor, ""], spread: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """``squares / spread``, and 0 where there is no spread to explain; NaN of the weights stays NaN."""
+    return torch.where(spread > 0, squares / spread.clamp_min(torch.finfo(spread.dtype).tiny), 0.0 * squares)
 
 
 @torch.no_grad()

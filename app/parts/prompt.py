@@ -13,8 +13,7 @@ from parts import tables
 from saelab import viz
 from saelab.prompt import contest as explain
 from saelab.runs import Run
-from saelab.sae import LinearSAE
-from saelab.sae.matching_pursuit import MatchingPursuit
+from saelab.sae.base import PursuitStep
 
 
 def active_table(run: Run, reading: Any, position: int) -> tuple[int, int] | None:
@@ -57,20 +56,20 @@ def _short(label: str, most: int = 28) -> str:
 
 
 def why(run: Run, reading: Any, position: int) -> None:
-    """The contest for the token, or the replay of the pursuit."""
+    """The steps in which the code was made, or the contest of all latents for the token."""
     st.markdown("**Why these won**")
     sae, x = loaders.sae(run), reading.acts[position]
-    if isinstance(sae, MatchingPursuit):
-        pursuit(run, sae, x)
-    elif isinstance(sae, LinearSAE):
-        contest(run, sae, x, None if reading.grads is None else reading.grads[position])
+    grad = None if reading.grads is None else reading.grads[position]
+    if (made := sae.replay(x)) is not None:
+        pursuit(run, *made)
+    elif (found := explain.contest(sae, x, grad)) is not None:
+        contest(run, found)
     else:
-        st.caption(f"No account of the selection is known for a {viz.markdown(sae.variant)} SAE.")
+        st.caption(f"A {viz.markdown(sae.variant)} SAE gives no account of its selection.")
 
 
-def contest(run: Run, sae: LinearSAE, x: Any, grad: Any) -> None:
+def contest(run: Run, found: explain.Contest) -> None:
     """Scores of winners and of the nearest losers, and what they had to pass."""
-    found = explain.contest(sae, x, grad)
     first, last = found.winners, []
     if len(found.winners) > 12:
         # The weakest winners are where the contest was decided.
@@ -100,9 +99,8 @@ def contest(run: Run, sae: LinearSAE, x: Any, grad: Any) -> None:
     st.caption(" ".join(said))
 
 
-def pursuit(run: Run, sae: MatchingPursuit, x: Any) -> None:
+def pursuit(run: Run, steps: list[PursuitStep], start: float) -> None:
     """The replay of matching pursuit with a slider over its steps."""
-    steps, start = explain.replay(sae, x, sae.n_steps, float(sae.residual_stop), sae.stop_on_repeat)
     if not steps:
         st.caption("The pursuit ends before its first step: no atom has a positive product with this token.")
         return

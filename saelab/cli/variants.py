@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import typing
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from docstring_parser import parse as parse_docstring
 
 from saelab.errors import UserError, near_matches
 from saelab.sae import VARIANTS
+from saelab.sae.options import constructors, options
 
 
 def value_of(args: Sequence[str], option: str) -> str | None:
@@ -35,16 +35,13 @@ def variant_in(args: Sequence[str], default: str = "topk") -> str:
 
 
 def option_fields(variant: str) -> list[tuple[str, Any, Any]]:
-    """Dataclass fields for the constructor's keyword arguments, with the help of its docstring."""
-    constructor = VARIANTS[variant].__init__
-    hints = typing.get_type_hints(constructor)
-    # The parser looks for sections below a first line, and getdoc() strips an empty one.
-    doc = parse_docstring("\n" + (inspect.getdoc(constructor) or ""), DocstringStyle.GOOGLE)
-    helps = {p.arg_name: p.description for p in doc.params}
-    fields = []
-    for name, parameter in inspect.signature(constructor).parameters.items():
-        if name in {"self", "d_in", "d_sae"}:
-            continue
-        annotation = Annotated[hints[name], tyro.conf.arg(help=helps.get(name) or "")]
-        fields.append((name, annotation, field(default=parameter.default)))
-    return fields
+    """Dataclass fields for the options of a variant, with the help of its constructors' docstrings."""
+    helps: dict[str, str | None] = {}
+    for constructor in constructors(VARIANTS[variant]):
+        # The parser looks for sections below a first line, and getdoc() strips an empty one.
+        doc = parse_docstring("\n" + (inspect.getdoc(constructor) or ""), DocstringStyle.GOOGLE)
+        helps = {p.arg_name: p.description for p in doc.params} | helps
+    return [
+        (name, Annotated[hint, tyro.conf.arg(help=helps.get(name) or "")], field(default=default))
+        for name, (hint, default) in options(VARIANTS[variant]).items()
+    ]

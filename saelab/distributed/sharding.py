@@ -119,8 +119,7 @@ def auxk(
     parallel.sum_data(moments, "statistics")
     spread = (error - moments[:-1] / moments[-1]).square().sum()[None]
     parallel.sum_data(spread, "statistics")
-    loss = (recon - error).square().sum() / spread[0]  # pyright: ignore[reportOperatorIssue]
-    return torch.nan_to_num(loss, nan=0.0, posinf=0.0)
+    return losses.relative((recon - error).square().sum(), spread[0])  # pyright: ignore[reportOperatorIssue]
 
 
 def winners(

@@ -19,7 +19,6 @@ from saelab.evaluation.same_model import check_same_model, plain_site
 from saelab.evaluation.splice import Replace, SplicedRun
 from saelab.evaluation.tasks.battery import TaskConfig, run_tasks
 from saelab.sae import SAE
-from saelab.sae.mode import evaluating
 
 __all__ = [
     "EvaluateConfig",
@@ -75,7 +74,7 @@ def evaluate(
     config = config or EvaluateConfig()
     check_pair(sae, cache, config.split)
     started = time.perf_counter()
-    with evaluating(sae):
+    with sae.evaluating():
         sums, firing = reconstruction(
             sae,
             cache,

@@ -15,7 +15,6 @@ from saelab.data.cache import ActivationCache
 from saelab.features.index import FeatureIndex
 from saelab.sae import SAE, LinearSAE
 from saelab.sae.base import unit_rows
-from saelab.sae.mode import evaluating
 
 CAUSES = {
     "duplicate": "its decoder row repeats that of a living latent, which wins instead",
@@ -122,7 +121,7 @@ def _examine(sae: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> lis
     best, bare, shortfall = (torch.full((len(dead),), value) for value in (-torch.inf, -torch.inf, torch.inf))
     rows = unit_rows(sae.W_dec.detach().float().cpu())[dead]
     removed, error = torch.zeros(len(dead), dtype=torch.float64), 0.0
-    with evaluating(sae):
+    with sae.evaluating():
         for acts in _rows(cache, tokens):
             code = sae.encode(acts.to(sae.device)).to("cpu")
             smallest = torch.full((code.n,), torch.inf).scatter_reduce(

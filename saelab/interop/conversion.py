@@ -18,7 +18,7 @@ from saelab.interop.format import Writer
 from saelab.interop.formats import FORMATS
 from saelab.layout import METRICS, RUN
 from saelab.sae import SAE
-from saelab.sae.inference import TWO_SIDED, doubled, inference_form, why_no_form
+from saelab.sae.inference import TWO_SIDED, doubled
 from saelab.sae.weights import load_sae, save
 from saelab.sparse import SparseCode
 
@@ -52,9 +52,9 @@ def export(
     known = writers()
     if to not in known:
         raise UserError(f"unknown format {to!r}: {near_matches(to, known)}")
-    form = inference_form(sae)
+    form = sae.inference_form()
     if form is None:
-        raise UserError(f"a {sae.variant} SAE {why_no_form(sae)}, which has no counterpart in {to}")
+        raise UserError(f"a {sae.variant} SAE {sae.why_no_form()}, which has no counterpart in {to}")
     if form.architecture in SIGNED and not (to == "saelens" and form.in_saelens):
         form = doubled(form)
     with new_folder(Path(folder)) as temporary:

@@ -18,7 +18,7 @@ from saelab.interop.foreign import Foreign
 from saelab.interop.formats.saelens import ARCHITECTURES
 from saelab.lm.hook_names import layer_of
 from saelab.sae import SAE
-from saelab.sae.inference import InferenceForm, doubled, inference_form, why_no_form
+from saelab.sae.inference import InferenceForm, doubled
 
 
 def as_base_sae(sae: SAE, model_name: str, hook_name: str, context_size: int = 128) -> Any:
@@ -33,9 +33,9 @@ def as_base_sae(sae: SAE, model_name: str, hook_name: str, context_size: int = 1
         raise UserError(
             f"hook {hook_name!r} names no layer, which SAEBench needs; give one such as blocks.9.hook_resid_post"
         )
-    form = inference_form(sae)
+    form = sae.inference_form()
     if form is None:
-        raise UserError(f"a {sae.variant} SAE {why_no_form(sae)}; SAEBench cannot evaluate it")
+        raise UserError(f"a {sae.variant} SAE {sae.why_no_form()}; SAEBench cannot evaluate it")
     inner = of_form(doubled(form)) if form.architecture in SIGNED else sae.eval()
 
     class Adapter(base):

@@ -91,7 +91,7 @@ def read(
 
     ids, strings = tokenize(model.tokenizer, text, bos, max_tokens)
     reader = Reader(model, [locate(model, hook_name)])
-    if (gradients or selects_by_gradient(sae)) and len(ids) > 1:
+    if (gradients or sae.selects_by_gradient) and len(ids) > 1:
         (acts,), (grads,) = reader.gradients(torch.tensor([ids]))
         grads = grads[0].float()
     else:
@@ -105,11 +105,6 @@ def read(
         code = sae.encode(x, grads)
         recon = sae.decode(code)
     return Reading(strings, x, grads, code, recon, first=int(bos and len(ids) > 1))
-
-
-def selects_by_gradient(sae: SAE) -> bool:
-    """Whether inference itself needs gradients: then what it shows has seen the next token."""
-    return sae.needs_grads and sae.config.get("grad_select", "train_only") != "train_only"
 
 
 def tokenize(tokenizer: Any, text: str, bos: bool, max_tokens: int = MAX_TOKENS) -> tuple[list[int], list[str]]:

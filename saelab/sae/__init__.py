@@ -1,19 +1,12 @@
-"""The variants. A new one is a file in this folder and its name in the import below."""
+"""The variants. A new one is a file in this folder: every module here is imported, and registers what it declares."""
 
-from saelab.sae import (  # noqa: F401
-    abs_topk,
-    batch_topk,
-    feature_choice,
-    gated,
-    gradient_topk,
-    jump_relu,
-    matching_pursuit,
-    matryoshka,
-    mutual_choice,
-    relu,
-    topk,
-)
+import importlib
+import pkgutil
+
 from saelab.sae.base import SAE, VARIANTS, LinearSAE, build
 from saelab.sae.layer_norm import LayerNormed, restore
 
 __all__ = ["SAE", "VARIANTS", "LayerNormed", "LinearSAE", "build", "restore"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
@@ -14,16 +15,37 @@ from torch import Tensor, nn
 from saelab import kernels
 from saelab.errors import UserError, near_matches
 from saelab.kernels import SelectedPreActs
+from saelab.sae import options
+from saelab.sae.inference import TWO_SIDED, InferenceForm
 from saelab.sparse import SparseCode
 
 VARIANTS: dict[str, type[SAE]] = {}
 
 
+class Scores(NamedTuple):
+    """What selection compares on one token: latents whose score exceeds the cut are selected."""
+
+    pre_acts: Float[Tensor, " d_sae"]
+    score: Float[Tensor, " d_sae"]
+    cut: Tensor | None  # a number or ``[d_sae]``; None where no threshold decides but a budget, or a rule of its own
+    name: str  # what the score is, in words
+
+
+class PursuitStep(NamedTuple):
+    """One step of an encoder that takes one latent after the other."""
+
+    latent: int
+    coefficient: float
+    residual_norm: float  # after the step
+    runner_up: int
+    runner_up_product: float
+
+
 class SAE(nn.Module, ABC):
     """A dictionary ``W_dec [d_sae, d_in]`` (row = direction), an offset ``b_dec [d_in]``, and an encoder.
 
-    The keyword arguments of a variant's constructor are its configuration; they are kept in ``config``, saved as
-    JSON and given back to :func:`build`. Declaring a subclass with ``variant="name"`` registers it.
+    The arguments of a variant's constructor are its configuration: they are kept in ``config``, saved as JSON and given
+    back to :func:`build`. Declaring a subclass with ``variant="name"`` registers it.
     """
 
     variant: ClassVar[str]
@@ -33,19 +55,31 @@ class SAE(nn.Module, ABC):
     # Parameters and buffers (dotted names) in units of the activations: they scale when the data are rescaled.
     scaled: ClassVar[tuple[str, ...]] = ("b_dec",)
     tunable: ClassVar[tuple[str, ...]] = ()  # options that act in training alone: a fine-tuning may change them
+    only_if_set: ClassVar[tuple[str, ...]] = ()  # options that the configuration leaves out where they have the default
 
     def __init_subclass__(cls, variant: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        options.record(cls)
         if variant is not None:
+            taken = VARIANTS.get(variant)
+            # A class that is defined again, in a notebook say, replaces the one before.
+            if taken is not None and _place(taken) != _place(cls):
+                raise UserError(f"the variant name {variant!r} is taken by {'.'.join(_place(taken))}; choose another")
             cls.variant = variant
             VARIANTS[variant] = cls
 
     def __init__(self, d_in: int, d_sae: int, **config: Any) -> None:
+        """``config`` need not be given: a subclass' constructor keeps its own arguments."""
         super().__init__()
         if d_in < 1 or d_sae < 1:
             raise UserError(f"d_in={d_in} and d_sae={d_sae} must both be at least 1")
         self.d_in, self.d_sae = d_in, d_sae
-        self.config: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, **config}
+        self.config: dict[str, Any] = vars(self).get("config", {"d_in": d_in, "d_sae": d_sae})
+        for name in config:
+            if name not in options.signature(type(self)).parameters:
+                raise TypeError(f"unexpected option {name!r}")
+        if VARIANTS.get(getattr(self, "variant", "")) is type(self):
+            options.check_json(self.config, self.variant)
         self.W_dec = nn.Parameter(unit_rows(torch.randn(d_sae, d_in)))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
@@ -87,13 +121,16 @@ class SAE(nn.Module, ABC):
         """
         return {}
 
+    def schedule(self, step: int, n_steps: int) -> None:
+        """Set what depends on the step alone (warm-ups), before a step; a resumed run needs no memory of it."""
+
     # The hooks below keep all they learn in buffers, so that a resumed run goes on exactly where it stopped.
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         """See a training batch and its code, once per step: running statistics of the variant. Without gradients."""
 
     def after_step(self, step: int, n_steps: int) -> None:
-        """Follow an optimizer step: schedules, phases and constraints of the variant. Without gradients."""
+        """Follow an optimizer step: phases and constraints of the variant. Without gradients."""
 
     def lr_scale(self, step: int, n_steps: int) -> float:
         """What the trainer multiplies the learning rate of a step by, for variants that train in phases."""
@@ -107,8 +144,31 @@ class SAE(nn.Module, ABC):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Estimate what inference needs (thresholds) on a sample of training activations, once training has ended."""
 
+    @property
+    def selects_by_gradient(self) -> bool:
+        """Whether codes in eval mode depend on ``grads``: then what they show has seen the next token."""
+        return False
+
     def inference_threshold(self) -> Tensor | None:
         """What a pre-activation must exceed in eval mode, a number or ``[d_sae]``; None where k or a sign decides."""
+        return None
+
+    def inference_form(self) -> InferenceForm | None:
+        """What it computes in eval mode, in the vocabulary other tools share; None where they have no such rule."""
+        return None
+
+    def why_no_form(self) -> str:
+        """Why :meth:`inference_form` is None, as the rest of a sentence about the SAE."""
+        if self.selects_by_gradient:
+            return "uses gradients of the language model's loss at inference"
+        return "has no linear encoder on raw activations"
+
+    def contest(self, x: Float[Tensor, "1 d_in"], grads: Float[Tensor, "1 d_in"] | None = None) -> Scores | None:
+        """What selection compares in eval mode on one token; None where latents do not compete all at once."""
+        return None
+
+    def replay(self, x: Float[Tensor, " d_in"]) -> tuple[list[PursuitStep], float] | None:
+        """The steps in which a token's code is made, and the norm it starts from; None where it is made at once."""
         return None
 
     @torch.no_grad()
@@ -149,6 +209,16 @@ class SAE(nn.Module, ABC):
         for name in self.scaled:
             attrgetter(name)(self).mul_(factor)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode for the time of a block; afterwards, also after an error, the mode from before."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
     @property
     def device(self) -> torch.device:
         """Where its parameters live."""
@@ -177,6 +247,17 @@ class LinearSAE(SAE):
         Only with such a budget can the dictionary be split over processes.
         """
         return None
+
+    @property
+    def budget(self) -> int | float:
+        """Latents per token that a variant with ``budget_over`` spends now: its option ``k``."""
+        return self.config["k"]
+
+    def join(self, part: int, gather: Callable[[Tensor], Tensor]) -> None:
+        """Be part number ``part`` of a dictionary that is split over processes, for variants with ``budget_over``.
+
+        ``gather`` stacks a tensor over all parts, ``[parts, ...]``; every process calls it at the same places.
+        """
 
     @property
     def b_in(self) -> Tensor | None:
@@ -215,6 +296,32 @@ class LinearSAE(SAE):
         return {"auxk": (weight, dead)}
 
     @torch.no_grad()
+    def contest(self, x: Float[Tensor, "1 d_in"], grads: Float[Tensor, "1 d_in"] | None = None) -> Scores:
+        """The pre-activations, or their magnitudes where signs are kept, and the threshold at inference if any."""
+        u, cut = self.pre_acts(x, slice(0, self.d_sae))[0], self.inference_threshold()
+        name = "magnitude of the pre-activation" if self.signed else "pre-activation"
+        return Scores(u, u.abs() if self.signed else u, None if cut is None else cut.to(u), name)
+
+    @torch.no_grad()
+    def inference_form(self) -> InferenceForm | None:
+        """Of a variant that names its SAELens architecture in ``saelens``, or has a threshold."""
+        threshold = self.inference_threshold()
+        if self.saelens is None and threshold is None:
+            return None
+        tensors: dict[str, Tensor] = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        config: dict[str, Any] = {"apply_b_dec_to_input": self.b_in is not None}
+        if threshold is not None:
+            tensors["threshold"] = threshold.to(self.W_dec.dtype).expand(self.d_sae)
+        elif self.saelens in {"topk", "abstopk"}:
+            config |= {"k": int(self.config["k"]), "rescale_acts_by_decoder_norm": False}
+        return InferenceForm(self.saelens or TWO_SIDED, tensors, config)
+
+    def why_no_form(self) -> str:
+        if self.selects_by_gradient:
+            return super().why_no_form()
+        return "selects latents by a rule of its own (its class declares neither `saelens` nor `inference_threshold()`)"
+
+    @torch.no_grad()
     def take_norms(self) -> Float[Tensor, " d_sae"]:
         """Give the dictionary unit rows and return the norms they had, for the encoder to take over.
 
@@ -226,6 +333,10 @@ class LinearSAE(SAE):
         return norms
 
 
+def _place(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
 def check_k(k: int | float, d_sae: int) -> int | float:
     """``k`` if a token can spend it on ``d_sae`` latents."""
     if not 1 <= k <= d_sae:
@@ -233,10 +344,34 @@ def check_k(k: int | float, d_sae: int) -> int | float:
     return k
 
 
+def check_share(name: str, value: float) -> float:
+    """``value`` if it is a share of a run's steps."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}={value} is a share of the run, between 0 and 1")
+    return value
+
+
+def progress(share: float, step: int, n_steps: int) -> float:
+    """How much of a warm-up over a ``share`` of the steps is done before ``step``: 0 at first, 1 from its end on."""
+    return min(1.0, step / (share * n_steps)) if share else 1.0
+
+
+def current(variant: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What a file of an older release calls a variant and its options, in the names of this one."""
+    options = dict(config)
+    if variant == "abs_topk" and options.pop("scope", "token") == "batch":
+        return "batch_topk", {**options, "signed": True}
+    return variant, options
+
+
 def build(variant: str, d_in: int, d_sae: int, **config: Any) -> SAE:
     """Construct a variant by its registry name."""
     if variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}: {near_matches(variant, VARIANTS)}")
+    known = options.signature(VARIANTS[variant]).parameters
+    for name in config:
+        if name not in known:
+            raise UserError(f"variant {variant!r} has no option {name!r}: {near_matches(name, known)}")
     try:
         return VARIANTS[variant](d_in=d_in, d_sae=d_sae, **config)
     except TypeError as error:

@@ -5,17 +5,19 @@ Hard tokens may take more than k latents, easy ones fewer. At inference a thresh
 
 from __future__ import annotations
 
+from typing import Any
+
 from saelab.sae.threshold import BatchBudgetSAE
 
 
 class BatchTopK(BatchBudgetSAE, variant="batch_topk"):
     """``z = ReLU(u)`` where ``u`` is among the ``n * k`` largest of the batch; ``u > threshold`` at inference."""
 
-    def __init__(self, d_in: int, d_sae: int, k: int | float = 32, signed: bool = False) -> None:
+    only_if_set = (*BatchBudgetSAE.only_if_set, "apply_b_dec_to_input")
+
+    def __init__(self, d_in: int, d_sae: int, *, apply_b_dec_to_input: bool = True, **options: Any) -> None:
         """
         Args:
-            k: Latents per token, on average over the batch.
-            signed: Keep the largest magnitudes with their sign.
+            apply_b_dec_to_input: Subtract b_dec before encoding; AbsTopK's paper does not.
         """
-        super().__init__(d_in, d_sae, k, signed)
-        self.config["signed"] = signed
+        super().__init__(d_in, d_sae, **options)

@@ -14,7 +14,7 @@ is zero or less: those count as inactive, and L0 stays below the budget (``reali
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,30 +41,21 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
         self,
         d_in: int,
         d_sae: int,
-        k: int | float = 32,
+        *,
         budgets: Literal["zipf", "uniform"] = "zipf",
         mutual_share: float = 0.5,
         second_lr: float = 0.3,
         second_warmup: float = 0.05,
-        signed: bool = False,
-        zipf_weight: float = 1 / 32,
-        under_used: float = 0.1,
-        density_window: int = 1_000_000,
+        **options: Any,
     ) -> None:
         """
         Args:
-            k: Latents per token, on average over the batch.
             budgets: Tokens per latent from the fitted Zipf law, or the same for all (ablation).
             mutual_share: Share of the steps in the Mutual Choice phase; 0 starts with equal budgets.
             second_lr: Learning rate of the second phase, relative to that of the first.
             second_warmup: Share of the steps over which the second phase's learning rate rises from 0.
-            signed: Keep the largest magnitudes with their sign.
-            zipf_weight: Weight of the aux_zipf loss; 0 turns it off.
-            under_used: A latent is under-used below this share of the density that the law gives its rank.
-            density_window: Tokens over which densities are averaged.
         """
-        super().__init__(d_in, d_sae, k, signed, zipf_weight, under_used, density_window)
-        self.config.update(budgets=budgets, mutual_share=mutual_share, second_lr=second_lr, second_warmup=second_warmup)
+        super().__init__(d_in, d_sae, **options)
         if not (0 <= mutual_share <= 1 and 0 <= second_warmup <= 1):
             raise UserError(f"mutual_share={mutual_share} and second_warmup={second_warmup} are shares from 0 to 1")
         self.budgets, self.mutual_share = budgets, mutual_share
@@ -107,13 +98,13 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
         if not self.training:
             return self.select_above(x, self.latent_threshold.mean())
         rates = self.gather(self.rates)
-        budgets = zipf.budgets(rates.flatten(), x.shape[0], self.k, int(self.seen)).view_as(rates)[self.part]
+        budgets = zipf.budgets(rates.flatten(), x.shape[0], self.budget, int(self.seen)).view_as(rates)[self.part]
         return kernels.select_latent(x, self.W_enc, self.b_enc, self.b_in, budgets, self.signed)
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         super().observe(x, code, grads)
         active = code.values != 0
-        self.realised.copy_(self.gather(active.sum()).sum() / int(self.k * code.n))
+        self.realised.copy_(self.gather(active.sum()).sum() / int(self.budget * code.n))
         if self.choosing:
             least = code.values.new_full((self.d_sae,), torch.inf)
             least.scatter_reduce_(0, code.indices[active], code.values.detach()[active].abs(), "amin")

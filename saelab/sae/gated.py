@@ -7,7 +7,6 @@ through a frozen decoder, gives the gate its gradient.
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 
 from saelab import kernels
 from saelab.kernels import SelectedPreActs
+from saelab.sae.base import Scores
+from saelab.sae.inference import InferenceForm
 from saelab.sae.penalty import L1SAE
 from saelab.sparse import SparseCode
 
@@ -25,11 +26,10 @@ class GatedSAE(L1SAE, variant="gated"):
     saelens = "gated"
     scaled = (*L1SAE.scaled, "b_mag")
 
-    @wraps(L1SAE.__init__)
-    def __init__(self, *args: Any, **config: Any) -> None:
-        super().__init__(*args, **config)
-        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
-        self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
+    def __init__(self, d_in: int, d_sae: int, **options: Any) -> None:
+        super().__init__(d_in, d_sae, **options)
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         return self.select_above(x, 0.0)
@@ -53,3 +53,14 @@ class GatedSAE(L1SAE, variant="gated"):
         frozen = self.W_dec.detach(), self.b_dec.detach()
         from_gate, _ = kernels.sse(x, gate, selected.indices, selected.row_ptr, *frozen)
         return {"l1": self.l1 * self.pressure() * gate.sum() / code.n, "gate": from_gate.mean()}
+
+    def contest(self, x: Tensor, grads: Tensor | None = None) -> Scores:
+        return super().contest(x, grads)._replace(name="pre-activation of the gate")
+
+    @torch.no_grad()
+    def inference_form(self) -> InferenceForm | None:
+        form = super().inference_form()
+        assert form is not None
+        gate = {name: value for name, value in form.tensors.items() if name != "b_enc"}
+        tensors = {**gate, "b_gate": self.b_enc, "r_mag": self.r_mag, "b_mag": self.b_mag}
+        return InferenceForm(form.architecture, tensors, form.config)

@@ -12,24 +12,28 @@ way are an upper bound and not comparable with other SAEs.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from saelab import kernels
 from saelab.errors import UserError
 from saelab.kernels import SelectedPreActs
-from saelab.sae.base import LinearSAE, check_k
+from saelab.sae.base import Scores, check_share, progress
+from saelab.sae.budget import BudgetSAE
 from saelab.sae.threshold import RunningMean
 from saelab.sparse import SparseCode
 
 
-class GradientTopK(LinearSAE, variant="gradient_topk"):
+class GradientTopK(BudgetSAE, variant="gradient_topk"):
     """Keeps ``z = ReLU(u)`` on the k largest of ``z * (1 + beta * |W_dec g|)``; decodes ``z``, not the score."""
 
     saelens = "topk"
     needs_grads = True
-    scaled = (*LinearSAE.scaled, "gain.total")
+    scaled = (*BudgetSAE.scaled, "gain.total")
+    tunable = (*BudgetSAE.tunable, "beta_warmup")
+    only_if_set = (*BudgetSAE.only_if_set, "beta_warmup")
 
     def __init__(
         self,
@@ -40,6 +44,8 @@ class GradientTopK(LinearSAE, variant="gradient_topk"):
         grad_norm: Literal["rms", "none"] = "rms",
         grad_select: Literal["train_only", "train_and_eval", "eval_only"] = "train_only",
         signed: bool = False,
+        beta_warmup: float = 0.0,
+        **options: Any,
     ) -> None:
         """
         Args:
@@ -48,12 +54,15 @@ class GradientTopK(LinearSAE, variant="gradient_topk"):
             grad_norm: Divide |W_dec g| by its root mean square over batch and latents, so that beta has no unit.
             grad_select: When gradients take part in the selection; otherwise it is plain TopK.
             signed: Rank by |z| in place of ReLU(z) and keep the sign.
+            beta_warmup: Share of the steps over which beta rises from 0; 0 trains with beta throughout.
         """
         if not beta >= 0:
             raise UserError(f"beta={beta} must be 0 or more")
-        config = {"beta": beta, "grad_norm": grad_norm, "grad_select": grad_select, "signed": signed}
-        super().__init__(d_in, d_sae, k=check_k(k, d_sae), **config)
-        self.k, self.beta, self.signed = k, beta, signed
+        if math.isinf(beta) and beta_warmup:
+            raise UserError(f"beta={beta} cannot rise from 0; leave beta_warmup at 0")
+        super().__init__(d_in, d_sae, k, **options)
+        self.beta, self.beta_warmup, self.signed = beta, check_share("beta_warmup", beta_warmup), signed
+        self.beta_share = 1.0  # of beta, that its warm-up has reached
         self.grad_norm: Literal["rms", "none"] = grad_norm
         self.grad_select = grad_select
         if signed or grad_select != "train_only":
@@ -65,27 +74,44 @@ class GradientTopK(LinearSAE, variant="gradient_topk"):
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         if self.grad_select == ("eval_only" if self.training else "train_only"):
-            return kernels.select_topk(x, self.W_enc, self.b_enc, self.b_in, self.k, self.signed)
+            return kernels.select_topk(x, self.W_enc, self.b_enc, self.b_in, round(self.budget), self.signed)
         if grads is None:
             raise UserError(f"grad_select={self.grad_select} needs gradients here; pass grads or use train_only")
-        beta, grad_norm = self.beta, self.grad_norm
+        beta, grad_norm = self._beta(), self.grad_norm
         if not self.training or grad_norm == "none":
             # In eval mode a mean over the batch would tie a token's code to its neighbours.
             beta, grad_norm = self._fixed_beta(), "none"
         return kernels.select_gradient_topk(
-            x, grads, self.W_enc, self.b_enc, self.b_in, self.W_dec, self.k, beta, grad_norm, self.signed
+            x, grads, self.W_enc, self.b_enc, self.b_in, self.W_dec, round(self.budget), beta, grad_norm, self.signed
         )
 
-    def score_weights(self, grads: Tensor) -> Tensor:
-        """What multiplies each latent's magnitude in eval mode, ``[n, d_sae]``."""
-        effect, beta = (grads @ self.W_dec.T).abs(), self._fixed_beta()
-        return effect if math.isinf(beta) else 1 + beta * effect
+    @property
+    def selects_by_gradient(self) -> bool:
+        return self.grad_select != "train_only"
+
+    @torch.no_grad()
+    def contest(self, x: Tensor, grads: Tensor | None = None) -> Scores:
+        scores = super().contest(x, grads)
+        if grads is None or not self.selects_by_gradient:
+            return scores
+        effect, beta = (grads[0] @ self.W_dec.T).abs(), self._fixed_beta()
+        weight = effect if math.isinf(beta) else 1 + beta * effect
+        name = f"{scores.name} × (1 + β |gradient along the latent|)"
+        return scores._replace(score=scores.score * weight, name=name)
+
+    def _beta(self) -> float:
+        """Beta, or what its warm-up has reached in training."""
+        return self.beta * self.beta_share if self.training and self.beta_share < 1 else self.beta
 
     def _fixed_beta(self) -> float:
-        gain = self.gain.mean().item()
-        if gain == 0 and self.beta > 0:
+        gain, beta = self.gain.mean().item(), self._beta()
+        if gain == 0 and beta > 0:
             raise UserError("the scale of the gradients is measured in training; train this SAE first")
-        return self.beta if math.isinf(self.beta) else self.beta * gain
+        return beta if math.isinf(beta) else beta * gain
+
+    def schedule(self, step: int, n_steps: int) -> None:
+        super().schedule(step, n_steps)
+        self.beta_share = progress(self.beta_warmup, step, n_steps)
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         if grads is None or self.grad_norm == "none" or self.grad_select == "train_only":

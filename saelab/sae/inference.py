@@ -1,7 +1,7 @@
 """What an SAE computes at inference, in the vocabulary other tools share.
 
-However a variant was trained, in eval mode it is one of few forms: TopK, AbsTopK, thresholds (one- or two-sided), ReLU,
-gated, matching pursuit. SAELens' names for architectures and tensors are the ones used.
+However a variant was trained, in eval mode it has one of a few forms: TopK, AbsTopK, thresholds (one- or two-sided),
+ReLU, gated, matching pursuit. ``SAE.inference_form`` gives it, with SAELens' names for architectures and tensors.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from saelab.sae.base import SAE, LinearSAE
-from saelab.sae.matching_pursuit import MatchingPursuit
 
 TWO_SIDED = "two_sided_threshold"  # |u| > threshold, sign kept: no other tool has it
 
@@ -30,42 +27,6 @@ class InferenceForm:
     def in_saelens(self) -> bool:
         """Whether SAELens can load it."""
         return self.architecture != TWO_SIDED
-
-
-@torch.no_grad()
-def inference_form(sae: SAE) -> InferenceForm | None:
-    """The form ``sae`` has in eval mode; None when its codes need more than the activations (gradients, say)."""
-    if isinstance(sae, MatchingPursuit):
-        config = {
-            "residual_threshold": sae.residual_stop.item(),
-            "max_iterations": sae.n_steps,
-            "stop_on_duplicate_support": sae.stop_on_repeat,
-            "apply_b_dec_to_input": sae.use_b_dec,
-        }
-        return InferenceForm("matching_pursuit", {"W_dec": sae.W_dec, "b_dec": sae.b_dec}, config)
-    threshold = sae.inference_threshold()
-    if not isinstance(sae, LinearSAE) or (sae.saelens is None and threshold is None):
-        return None
-    tensors: dict[str, Tensor] = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    config: dict[str, Any] = {"apply_b_dec_to_input": sae.b_in is not None}
-    architecture = sae.saelens or TWO_SIDED
-    if architecture == "gated":
-        tensors["b_gate"] = tensors.pop("b_enc")
-        tensors |= {name: getattr(sae, name) for name in ("r_mag", "b_mag")}
-    elif threshold is not None:
-        tensors["threshold"] = threshold.to(sae.W_dec.dtype).expand(sae.d_sae)
-    elif architecture in {"topk", "abstopk"}:
-        config |= {"k": int(sae.config["k"]), "rescale_acts_by_decoder_norm": False}
-    return InferenceForm(architecture, tensors, config)
-
-
-def why_no_form(sae: SAE) -> str:
-    """Why :func:`inference_form` has no answer for ``sae``, as the rest of a sentence about it."""
-    if sae.needs_grads:
-        return "uses gradients of the language model's loss at inference"
-    if not isinstance(sae, LinearSAE):
-        return "has no linear encoder on raw activations"
-    return "selects latents by a rule of its own (its class declares neither `saelens` nor `inference_threshold()`)"
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
 
     saelens = "jumprelu"
     scaled = (*PenaltySAE.scaled, "threshold", "bandwidth")
+    only_if_set = ("tanh_scale",)
     tunable = ("penalty", "target_l0", "penalty_weight", "penalty_warmup", "bandwidth", "tanh_scale")
     bandwidth: Tensor
 
@@ -55,22 +56,9 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
         """
         if not tanh_scale > 0:
             raise UserError(f"tanh_scale={tanh_scale} must be positive")
-        super().__init__(
-            d_in,
-            d_sae,
-            penalty_warmup,
-            penalty=penalty,
-            target_l0=target_l0,
-            penalty_weight=penalty_weight,
-            penalty_warmup=penalty_warmup,
-            threshold=threshold,
-            bandwidth=bandwidth,
-            apply_b_dec_to_input=apply_b_dec_to_input,
-        )
+        super().__init__(d_in, d_sae, penalty_warmup)
         self.penalty, self.target_l0, self.penalty_weight = penalty, target_l0, penalty_weight
         self.tanh_scale = tanh_scale
-        if penalty == "tanh":
-            self.config["tanh_scale"] = tanh_scale
         self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold)))
         self.register_buffer("bandwidth", torch.tensor(bandwidth, dtype=torch.float64))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.sae.base import SAE, build
+from saelab.sae.base import SAE, build, current
 from saelab.sparse import SparseCode
 
 EPSILON = 1e-5  # as in OpenAI's and SAELens' code
@@ -66,4 +66,5 @@ def restore(variant: str, config: Mapping[str, Any]) -> SAE:
     """The SAE that a checkpoint's configuration describes, its weights still to be loaded."""
     if variant == LayerNormed.variant:
         return LayerNormed(restore(config["inner"]["variant"], config["inner"]["config"]))
-    return build(variant, **config)
+    variant, options = current(variant, config)
+    return build(variant, **options)

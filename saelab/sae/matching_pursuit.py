@@ -17,7 +17,8 @@ from torch import Tensor
 
 from saelab import kernels
 from saelab.errors import UserError
-from saelab.sae.base import SAE, unit_rows
+from saelab.sae.base import SAE, PursuitStep, unit_rows
+from saelab.sae.inference import InferenceForm
 from saelab.sparse import SparseCode
 
 SILENT = 1e-2  # an atom whose largest value in a batch is below this did not take part
@@ -58,16 +59,7 @@ class MatchingPursuit(SAE, variant="matching_pursuit"):
             raise UserError(f"n_steps={n_steps} must be at least 1")
         if not residual_stop >= 0:
             raise UserError(f"residual_stop={residual_stop} must be 0 or more")
-        super().__init__(
-            d_in,
-            d_sae,
-            n_steps=n_steps,
-            residual_stop=residual_stop,
-            stop_on_repeat=stop_on_repeat,
-            norm=norm,
-            revive_weight=revive_weight,
-            use_b_dec=use_b_dec,
-        )
+        super().__init__(d_in, d_sae)
         self.n_steps, self.stop_on_repeat = n_steps, stop_on_repeat
         self.norm, self.revive_weight, self.use_b_dec = norm, revive_weight, use_b_dec
         self.register_buffer("residual_stop", torch.tensor(residual_stop, dtype=torch.float64))
@@ -116,3 +108,35 @@ class MatchingPursuit(SAE, variant="matching_pursuit"):
     def after_step(self, step: int, n_steps: int) -> None:
         if self.norm != "project":  # the constraint holds after every step, not only before the next one
             self.normalise_decoder()
+
+    @torch.no_grad()
+    def inference_form(self) -> InferenceForm:
+        config = {
+            "residual_threshold": self.residual_stop.item(),
+            "max_iterations": self.n_steps,
+            "stop_on_duplicate_support": self.stop_on_repeat,
+            "apply_b_dec_to_input": self.use_b_dec,
+        }
+        return InferenceForm("matching_pursuit", {"W_dec": self.W_dec, "b_dec": self.b_dec}, config)
+
+    @torch.no_grad()
+    def replay(self, x: Tensor) -> tuple[list[PursuitStep], float]:
+        """The steps of the pursuit on a token ``x [d_in]``, and the norm of the residual it starts from."""
+        residual, stop = x.to(self.W_dec), self.residual_stop.item()
+        if self.use_b_dec:
+            residual = residual - self.b_dec
+        start, taken, made = float(residual.norm()), set(), []
+        for _ in range(self.n_steps):
+            if float(residual.norm()) <= stop:
+                break
+            best = (self.W_dec @ residual).topk(min(2, self.d_sae))
+            latent, product = int(best.indices[0]), float(best.values[0])
+            if product <= 0:
+                break
+            residual = residual - best.values[0] * self.W_dec[latent]
+            second = (int(best.indices[1]), float(best.values[1])) if self.d_sae > 1 else (latent, product)
+            made.append(PursuitStep(latent, product, float(residual.norm()), *second))
+            if self.stop_on_repeat and latent in taken:
+                break
+            taken.add(latent)
+        return made, start

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,30 +29,29 @@ MEMORY = 0.95  # per step, of the running mean of contributions
 class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
     """BatchTopK whose loss is the squared error of every prefix ``recon_m = b_dec + sum_(j < m) z_j d_j``."""
 
-    tunable = ("groups", "prefix_loss")
+    tunable = (*BatchBudgetSAE.tunable, "groups", "prefix_loss")
+    only_if_set = (*BatchBudgetSAE.only_if_set, "random_prefixes")
     contribution: Tensor
 
     def __init__(
         self,
         d_in: int,
         d_sae: int,
-        k: int | float = 32,
+        *,
         groups: Sequence[float] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2),
         prefix_loss: Literal["mean", "sum"] = "mean",
-        signed: bool = False,
         random_prefixes: int = 0,
+        **options: Any,
     ) -> None:
         """
         Args:
-            k: Latents per token, on average over the batch.
             groups: Shares of the dictionary; each prefix ends with one of them. They add up to 1.
             prefix_loss: Mean over the prefixes and b_dec alone (the authors' code), or sum over the prefixes (paper).
-            signed: Keep the largest magnitudes with their sign.
             random_prefixes: Number of prefixes drawn anew in each step, beside the whole dictionary, instead of
                 ``groups``; 0 keeps the groups.
         """
-        super().__init__(d_in, d_sae, k, signed, groups=[float(share) for share in groups], prefix_loss=prefix_loss)
-        self.config["signed"] = signed
+        super().__init__(d_in, d_sae, **options)
+        self.config["groups"] = [float(share) for share in groups]
         if not groups or min(groups) <= 0 or abs(sum(groups) - 1) > 1e-6:
             raise UserError(f"groups={list(groups)} must be positive shares that add up to 1")
         ends = [round(share * d_sae) for share in accumulate(groups)]
@@ -64,7 +63,6 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
             raise UserError(f"random_prefixes={random_prefixes} is outside 0..d_sae-1={d_sae - 1}")
         self.random_prefixes = random_prefixes
         if random_prefixes:
-            self.config["random_prefixes"] = random_prefixes
             self.register_buffer("contribution", torch.zeros(d_sae, dtype=torch.float64))
 
     @property

@@ -9,6 +9,7 @@ the rule at inference (a global threshold) are choices of ours, and no number of
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +26,7 @@ REFIT = 100  # steps between fits of the law
 class MutualChoice(BatchBudgetSAE, variant="mutual_choice"):
     """The ``n * k`` largest of ``ReLU(u)`` in a batch; AuxK also for latents far below the Zipf law's density."""
 
-    tunable = ("zipf_weight", "under_used", "density_window")
+    tunable = (*BatchBudgetSAE.tunable, "zipf_weight", "under_used", "density_window")
     zipf: Tensor
     seen: Tensor
 
@@ -33,26 +34,21 @@ class MutualChoice(BatchBudgetSAE, variant="mutual_choice"):
         self,
         d_in: int,
         d_sae: int,
-        k: int | float = 32,
-        signed: bool = False,
+        *,
         zipf_weight: float = 1 / 32,
         under_used: float = 0.1,
         density_window: int = 1_000_000,
+        **options: Any,
     ) -> None:
         """
         Args:
-            k: Latents per token, on average over the batch.
-            signed: Keep the largest magnitudes with their sign.
             zipf_weight: Weight of the aux_zipf loss; 0 turns it off.
             under_used: A latent is under-used below this share of the density that the law gives its rank.
             density_window: Tokens over which densities are averaged.
         """
         if density_window < 1:
             raise UserError(f"density_window={density_window} must be at least 1 token")
-        super().__init__(
-            d_in, d_sae, k, signed, zipf_weight=zipf_weight, under_used=under_used, density_window=density_window
-        )
-        self.config["signed"] = signed
+        super().__init__(d_in, d_sae, **options)
         self.zipf_weight, self.under_used, self.density_window = zipf_weight, under_used, density_window
         self.density = RunningMean(d_sae)
         self.register_buffer("zipf", torch.zeros(3, dtype=torch.float64))  # q, s and R^2 of the last fit

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.sae.base import LinearSAE
+from saelab.sae.base import LinearSAE, Scores
 from saelab.sparse import SparseCode
 
 
@@ -30,9 +28,8 @@ class PenaltySAE(LinearSAE):
         warmup: float,
         adapt_to: int | float | None = None,
         rate: int | float = 0.0,
-        **config: Any,
     ) -> None:
-        super().__init__(d_in, d_sae, **config)
+        super().__init__(d_in, d_sae)
         if not 0 <= warmup <= 1:
             raise UserError(f"penalty_warmup={warmup} is a share of the run; give a number from 0 to 1")
         self.warmup, self.adapt_to, self.rate = warmup, adapt_to, rate
@@ -59,6 +56,11 @@ class PenaltySAE(LinearSAE):
     def aux_latents(self, dead: Int[Tensor, " m"], weight: float) -> dict[str, tuple[float, Tensor]]:
         return {}
 
+    def contest(self, x: Tensor, grads: Tensor | None = None) -> Scores:
+        scores = super().contest(x, grads)
+        # Without a threshold of its own every positive pre-activation is active.
+        return scores if scores.cut is not None else scores._replace(cut=scores.score.new_zeros(()))
+
     def diagnostics(self) -> dict[str, float]:
         return {"pressure": self.pressure().item()}
 
@@ -84,15 +86,5 @@ class L1SAE(PenaltySAE):
             target_l0: Let the weight follow this number of active latents per token.
             adapt_rate: Relative change of the weight per step when it follows a target.
         """
-        super().__init__(
-            d_in,
-            d_sae,
-            penalty_warmup,
-            target_l0,
-            adapt_rate,
-            l1=l1,
-            penalty_warmup=penalty_warmup,
-            target_l0=target_l0,
-            adapt_rate=adapt_rate,
-        )
+        super().__init__(d_in, d_sae, penalty_warmup, target_l0, adapt_rate)
         self.l1 = l1

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from saelab import kernels
 from saelab.kernels import SelectedPreActs
-from saelab.sae.base import LinearSAE, check_k
+from saelab.sae.base import LinearSAE
+from saelab.sae.budget import BudgetSAE
 from saelab.sparse import SparseCode
 
 SAMPLE_NUMBERS = 2**27  # activations kept for a calibration: 512 MiB in float32
@@ -58,7 +59,7 @@ class RunningMean(nn.Module):
         return self
 
 
-class BatchBudgetSAE(LinearSAE):
+class BatchBudgetSAE(BudgetSAE):
     """Spends ``n * k`` latents freely over a batch in training; in eval mode one threshold decides.
 
     The threshold follows the smallest magnitude kept in each training batch and is set, when training ends, to the
@@ -66,11 +67,16 @@ class BatchBudgetSAE(LinearSAE):
     """
 
     saelens = "jumprelu"
-    scaled = (*LinearSAE.scaled, "threshold.total")
+    scaled = (*BudgetSAE.scaled, "threshold.total")
 
-    def __init__(self, d_in: int, d_sae: int, k: int | float, signed: bool = False, **config: Any) -> None:
-        super().__init__(d_in, d_sae, k=check_k(k, d_sae), **config)
-        self.k, self.signed = k, signed
+    def __init__(self, d_in: int, d_sae: int, k: int | float = 32, signed: bool = False, **options: Any) -> None:
+        """
+        Args:
+            k: Latents per token, on average over the batch.
+            signed: Keep the largest magnitudes with their sign.
+        """
+        super().__init__(d_in, d_sae, k, **options)
+        self.signed = signed
         if signed:
             self.saelens = None  # SAELens has no two-sided threshold
         self.threshold = RunningMean()
@@ -81,15 +87,11 @@ class BatchBudgetSAE(LinearSAE):
         return "batch"
 
     def join(self, part: int, gather: Callable[[Tensor], Tensor]) -> None:
-        """Be part number ``part`` of a dictionary that is split over processes, with the whole's ``k``.
-
-        ``gather`` stacks a tensor over all parts, ``[parts, ...]``; every process calls it at the same places.
-        """
         self.part, self.gather = part, gather
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         if self.training:
-            budget = int(self.k * x.shape[0])
+            budget = int(self.budget * x.shape[0])
             return kernels.select_batch(x, self.W_enc, self.b_enc, self.b_in, budget, self.signed)
         return self.select_above(x, self.threshold.mean())
 

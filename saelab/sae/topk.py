@@ -6,34 +6,33 @@ zero and counts as inactive, so L0 <= k.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from saelab import kernels
 from saelab.kernels import SelectedPreActs
-from saelab.sae.base import LinearSAE, check_k
+from saelab.sae.budget import BudgetSAE
 
 PROBES, PROBE_SEED = 256, 7_046_029  # random unit vectors that measure the length of reconstructions
 
 
-class TopK(LinearSAE, variant="topk"):
+class TopK(BudgetSAE, variant="topk"):
     """``z = ReLU(TopK_k(W_enc^T (x - b_dec) + b_enc))``."""
 
     saelens = "topk"
+    only_if_set = (*BudgetSAE.only_if_set, "match_norm")
 
-    def __init__(self, d_in: int, d_sae: int, k: int = 32, match_norm: bool = False) -> None:
+    def __init__(self, d_in: int, d_sae: int, k: int = 32, match_norm: bool = False, **options: Any) -> None:
         """
         Args:
             k: Latents per token.
             match_norm: At the start, divide W_enc by the norm that reconstructions of random unit vectors have about
                 b_dec: what comes out is then as long as what goes in (OpenAI's code, which sees no clear gain in it).
         """
-        super().__init__(d_in, d_sae, k=check_k(k, d_sae))
-        self.k, self.match_norm = k, match_norm
-        if match_norm:
-            self.config["match_norm"] = True
+        super().__init__(d_in, d_sae, k, **options)
+        self.match_norm = match_norm
 
     @torch.no_grad()
     def initialise(self, x: Tensor, b_dec: Tensor) -> None:
@@ -50,4 +49,4 @@ class TopK(LinearSAE, variant="topk"):
         return None if self.match_norm else "token"  # matching looks at reconstructions by the whole dictionary
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
-        return kernels.select_topk(x, self.W_enc, self.b_enc, self.b_in, self.k)
+        return kernels.select_topk(x, self.W_enc, self.b_enc, self.b_in, round(self.budget))

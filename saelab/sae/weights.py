@@ -18,7 +18,6 @@ from saelab.errors import UserError, damaged
 from saelab.files import write_json, write_tensors
 from saelab.layout import CONFIG, EXTRA, WEIGHTS
 from saelab.sae import SAE, restore
-from saelab.sae.inference import inference_form
 
 SAELENS_VERSION = "6.54.12"  # the release whose format is written; SAELens parses by this number
 REMEDY = "restore it or train again"
@@ -45,7 +44,7 @@ def save(
 
 def saved_tensors(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What goes into the weights' file, and what into the one beside it."""
-    form, state = inference_form(sae), sae.state_dict()
+    form, state = sae.inference_form(), sae.state_dict()
     # SAELens accepts its own tensors and no others; what else the variant needs stands in a file of its own.
     weights = form.tensors if form and form.in_saelens else state
     return weights, {name: value for name, value in state.items() if name not in weights}
@@ -53,7 +52,7 @@ def saved_tensors(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def save_config(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the configuration alone, the last file of a finished run; ``sae`` needs no storage."""
-    form = inference_form(sae)
+    form = sae.inference_form()
     write_json(
         Path(folder) / CONFIG,
         {

@@ -43,6 +43,7 @@ import torch
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, first_line, near_matches
 from saelab.sae import SAE, VARIANTS, build
+from saelab.sae.options import options as variant_options
 from saelab.training import TrainConfig, check
 
 # What all SAEs of a sweep share, because they see the same batches.
@@ -169,7 +170,8 @@ def _entry(number: int, keys: dict[str, Any], shared: Mapping[str, Any], varying
     try:
         _check_types({"d_sae": keys["d_sae"], **shared, **own}, {"d_sae": int, **get_type_hints(TrainConfig)})
         if keys["variant"] in VARIANTS:  # another one is refused where the SAE is built
-            _check_types(options, get_type_hints(VARIANTS[keys["variant"]].__init__))
+            known = variant_options(VARIANTS[keys["variant"]])
+            _check_types(options, {name: hint for name, (hint, _) in known.items()})
         train = TrainConfig(**{**shared, **own})
     except UserError as error:
         raise _blame(number, keys, error) from error

@@ -20,6 +20,7 @@ from saelab.sweep.halving import losers
 from saelab.sweep.member import Member
 from saelab.training import Diverged, batches, centre_of, finished, fit_steps, n_steps
 from saelab.training.checkpoints import latest_step, number_of
+from saelab.training.fitting import without_warmups
 
 
 def run_sweep(
@@ -167,6 +168,9 @@ def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool)
         with damaged(path, "start the sweep again with --overwrite"):
             record = json.loads(path.read_bytes())
             before = {name: record[name] for name in about}
+            for entry in before["grid"]["entries"]:
+                entry["train"], moved = without_warmups(entry["train"])
+                entry["options"] |= moved
             if not isinstance(record["rungs"], dict) or not isinstance(record["stopped"], dict):
                 raise TypeError("rungs and stopped are no tables")
         for part, remedy in (("cache_fingerprint", "restore the cache"), ("grid", "use the grid it was begun with")):

@@ -116,8 +116,7 @@ class Store:
 
     def save_step(self, state: TrainState) -> None:
         """Write a checkpoint between two steps; every process calls it."""
-        # Ranks must write the same tensors, whether or not their own values came back exactly.
-        state.fold(self.sae, keep_all=self.parallel.dict_size > 1)
+        state.fold(self.sae)
         tensors, scalars = state.tensors(self.sae), state.scalars()
         if self.parallel.dict_size == 1:
             if self.parallel.is_main:

@@ -9,7 +9,7 @@ from typing import Literal
 from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel
 from saelab.errors import UserError
-from saelab.sae import SAE
+from saelab.sae import SAE, LinearSAE
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,6 @@ class TrainConfig:
     """Dead latents per token in AuxK; by default the power of two nearest to d_in / 2."""
     dead_after: int | None = None
     """Tokens without firing after which a latent is dead; by default a tenth of the run, at most 10 million."""
-    k_start: int | None = None
-    """Latents per token at the first step, for variants with k; by default 4 k, at most d_sae."""
-    k_warmup: float = 0.0
-    """Share of the steps over which k falls from k-start to k; 0 trains with k throughout."""
-    beta_warmup: float = 0.0
-    """Share of the steps over which beta rises from zero, for variants with beta."""
     ema: float | None = None
     """Decay per step of an exponential moving average of the weights, which then is what is saved (0.999, say)."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -53,7 +47,7 @@ class TrainConfig:
     """Seed of the data order; SAEs trained with the same one see the same batches."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "k_aux", "dead_after", "k_start"):
+        for name in ("epochs", "batch_size", "k_aux", "dead_after"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
@@ -61,7 +55,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name}={value} must be positive and finite")
-        for name in ("warmup", "decay_share", "k_warmup", "beta_warmup"):
+        for name in ("warmup", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)} is a share of the run, between 0 and 1")
         if self.warmup + self.decay_share > 1:
@@ -78,8 +72,6 @@ class TrainConfig:
         values["lr"] = self.lr or 2e-4 / math.sqrt(sae.d_sae / 2**14)
         values["k_aux"] = self.k_aux or 2 ** round(math.log2(max(sae.d_in / 2, 1)))
         values["dead_after"] = self.dead_after or max(1, min(10_000_000, total // 10))
-        if self.k_warmup and self.k_start is None and "k" in sae.config:
-            values["k_start"] = min(4 * sae.config["k"], sae.d_sae)
         return TrainConfig(**values)
 
 
@@ -117,12 +109,10 @@ def check(sae: SAE, cache: ActivationCache, config: TrainConfig, parallel: Paral
             f"batch_size={config.batch_size} exceeds the {cache.n_split('train')} training rows of the cache; "
             "lower it or harvest more tokens"
         )
-    for name in ("k", "beta"):
-        if getattr(config, f"{name}_warmup") and name not in sae.config:
-            raise UserError(f"{name}_warmup is set but the variant {sae.variant} has no {name}; leave it at 0")
-    most = sae.d_sae // parallel.dict_size
-    if config.k_start is not None and config.k_start > most:
-        raise UserError(f"k_start={config.k_start} exceeds the {most} latents of a process; lower it")
+    if type(sae).aux_latents is not SAE.aux_latents and not isinstance(sae, LinearSAE):
+        raise UserError(
+            f"the auxiliary loss of {sae.variant} needs pre-activations; derive it from LinearSAE, or drop aux_latents"
+        )
 
 
 def n_steps(cache: ActivationCache, config: TrainConfig) -> int:

@@ -17,7 +17,9 @@ from saelab.distributed.sharding import whole as whole_of
 from saelab.errors import UserError, damaged
 from saelab.files import lock, remove_partial, write_json
 from saelab.layout import CONFIG, RUN
-from saelab.sae import SAE
+from saelab.sae import SAE, VARIANTS
+from saelab.sae.base import current
+from saelab.sae.options import defaults as option_defaults
 from saelab.training.checkpoints import Store, remove_steps
 from saelab.training.config import TrainConfig, n_steps, prepared
 from saelab.training.log import JsonLines, Log
@@ -189,7 +191,19 @@ def read_run(folder: Path | str) -> dict[str, Any] | None:
         for name, kind in (("variant", str), ("config", dict), ("train", dict), ("cache_fingerprint", str)):
             if not isinstance(content[name], kind):
                 raise TypeError(f"{name} is {content[name]!r}")
+        content["variant"], content["config"] = current(content["variant"], content["config"])
+        content["train"], moved = without_warmups(content["train"])
+        content["config"] |= moved
         return content
+
+
+def without_warmups(train: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Training options of 0.1.0 in two parts: those of this release, and the warm-ups, now options of the variants."""
+    warmups = {name: train[name] for name in ("k_start", "k_warmup", "beta_warmup") if train.get(name)}
+    if "k_warmup" not in warmups:
+        warmups.pop("k_start", None)
+    rest = {name: value for name, value in train.items() if name not in {"k_start", "k_warmup", "beta_warmup"}}
+    return rest, warmups
 
 
 def _resume(store: Store, cache: ActivationCache, about: dict[str, Any], verify: bool) -> TrainState | None:
@@ -217,10 +231,12 @@ def _same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     origins = [run.get(SOURCE, "random weights") for run in (before, now)]
     if origins[0] != origins[1]:
         raise UserError(f"{folder} was begun from {origins[0]}, not from {origins[1]}; resume it so or start a new run")
-    for part in ("config", "train"):
-        for name, value in json.loads(json.dumps(now[part])).items():
-            if before[part].get(name) != value:
+    for part, known in (("config", option_defaults(VARIANTS[now["variant"]])), ("train", asdict(TrainConfig()))):
+        # What one of them leaves out has its default.
+        was, wanted = (json.loads(json.dumps({**known, **run[part]})) for run in (before, now))
+        for name, value in wanted.items():
+            if was.get(name) != value:
                 raise UserError(
-                    f"{name}={value} differs from {name}={before[part].get(name)} of the run in {folder}; "
+                    f"{name}={value} differs from {name}={was.get(name)} of the run in {folder}; "
                     "resume with the same settings or start a new run"
                 )

@@ -125,6 +125,7 @@ def batches(cache: ActivationCache, config: TrainConfig, step: int, grads: bool)
 @torch.no_grad()
 def finish(sae: SAE, cache: ActivationCache, config: TrainConfig, state: TrainState) -> None:
     """Turn the trained weights into those to keep: averaged if asked for, unit-norm decoder, thresholds set."""
+    sae.schedule(state.step, n_steps(cache, config))
     if state.ema and config.ema is not None:
         correction = 1 - config.ema**state.step
         for name, parameter in sae.named_parameters():

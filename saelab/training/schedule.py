@@ -1,10 +1,9 @@
-"""What changes over a run, as pure functions of the step, so that a resumed run needs no memory of it."""
+"""The learning rate as a pure function of the step, so that a resumed run needs no memory of it."""
 
 from __future__ import annotations
 
 import math
 
-from saelab.sae import SAE
 from saelab.training.config import TrainConfig
 
 
@@ -18,16 +17,3 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     if left >= 1:
         return lr
     return lr * (left if config.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
-
-
-def set_warmups(sae: SAE, config: TrainConfig, step: int, total: int) -> None:
-    """Give ``sae.k`` and ``sae.beta`` their values of this step; from the end of a warm-up on, the configured ones."""
-    if config.k_warmup:
-        k, start = sae.config["k"], config.k_start or sae.config["k"]
-        sae.k = round(start + (k - start) * _progress(config.k_warmup, step, total))
-    if config.beta_warmup:
-        sae.beta = sae.config["beta"] * _progress(config.beta_warmup, step, total)
-
-
-def _progress(share: float, step: int, total: int) -> float:
-    return min(1.0, step / (share * total))

@@ -33,37 +33,21 @@ class TrainState:
     step: int = 0
     tokens_seen: int = 0
     ema: dict[str, Tensor] = field(default_factory=dict)  # running sums of the weights, not yet bias-corrected
-    exact: dict[str, Tensor] = field(default_factory=dict)  # see fold()
 
     @torch.no_grad()
-    def fold(self, sae: SAE, keep_all: bool = False) -> None:
-        """Put ``sae`` into units of the raw data.
-
-        A power of two leaves every linear parameter's mantissa alone, but a variant may keep a logarithm, whose
-        shift rounds: tensors that the way back would not restore exactly (or all) are remembered in ``exact``. Only
-        biases and thresholds carry units, so only they are compared.
-        """
-        before = {name: value.clone() for name, value in _vectors(sae).items()}
+    def fold(self, sae: SAE) -> None:
+        """Put ``sae`` into units of the raw data; a power of two leaves the mantissa of every number alone."""
         sae.rescale_(1 / self.scale)
-        folded = {name: value.clone() for name, value in _vectors(sae).items()}
-        sae.rescale_(self.scale)
-        back = _vectors(sae)
-        self.exact = {name: old for name, old in before.items() if keep_all or not torch.equal(back[name], old)}
-        for name, value in _vectors(sae).items():
-            value.copy_(folded[name])
 
     @torch.no_grad()
     def unfold(self, sae: SAE) -> None:
         """The inverse of :meth:`fold`: put ``sae`` back into units of the scaled data, bit for bit."""
         sae.rescale_(self.scale)
-        for name, value in self.exact.items():
-            _vectors(sae)[name].copy_(value)
 
     def tensors(self, sae: SAE) -> dict[str, Tensor]:
         """The state's tensors under flat names; the optimizer's moments under the parameter's name."""
         tensors = {"tokens_since_fired": self.tokens_since_fired}
         tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
-        tensors |= {f"exact.{name}": value for name, value in self.exact.items()}
         for name, parameter in sae.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
@@ -87,17 +71,12 @@ class TrainState:
             tensors["tokens_since_fired"].to(sae.device),
             **scalars,
             ema=_named("ema.", tensors, sae.device),
-            exact=_named("exact.", tensors, sae.device),
         )
 
 
 def make_optimizer(sae: SAE) -> torch.optim.Optimizer:
     """Adam as in Gao et al. (2024); the schedule sets the learning rate before every step."""
     return kernels.Adam(sae.parameters(), lr=0.0, eps=6.25e-10, fused=True)
-
-
-def _vectors(sae: SAE) -> dict[str, Tensor]:
-    return {name: value for name, value in sae.state_dict().items() if value.ndim < 2}
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from saelab.distributed.sharding import REPLICATED, auxk, represent
 from saelab.errors import UserError
 from saelab.sae import SAE, LinearSAE
 from saelab.training.config import TrainConfig
-from saelab.training.schedule import learning_rate, set_warmups
+from saelab.training.schedule import learning_rate
 from saelab.training.state import TrainState
 
 
@@ -55,7 +55,7 @@ def train_step(
     x = parallel.share(batch.acts).to(sae.device) * state.scale
     # The loss does not change when its input is rescaled, so its gradient scales inversely.
     grads = None if batch.grads is None else parallel.share(batch.grads).to(sae.device) / state.scale
-    set_warmups(sae, config, state.step, total)
+    sae.schedule(state.step, total)
     with _randomness(config.seed, state.step, sae.device), _autocast(config, sae.device):
         loss, parts, dead = _forward(sae, x, grads, n, config, state, parallel)
 
@@ -116,7 +116,8 @@ def _forward(
     dead = (state.tokens_since_fired > (config.dead_after or 0)).nonzero().flatten()
     for name, (weight, latents) in sae.aux_latents(dead, config.aux_weight).items():
         n_latents = _count(latents, parallel)
-        if weight and n_latents and isinstance(sae, LinearSAE):
+        if weight and n_latents:
+            assert isinstance(sae, LinearSAE)  # others are refused before the run begins
             terms[name] = weight * auxk(sae, x, error, latents, config.k_aux or 1, n_latents, parallel)
 
     loss = objective / (n * state.variance) + sum(terms.values())

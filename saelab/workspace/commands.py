@@ -12,8 +12,9 @@ from saelab.evaluation import EvaluateConfig
 from saelab.features import IndexConfig
 from saelab.runs import Run
 from saelab.sae import VARIANTS
+from saelab.sae.base import current
 from saelab.training import TrainConfig
-from saelab.training.fitting import SOURCE
+from saelab.training.fitting import SOURCE, without_warmups
 
 CACHE = "CACHE"  # where nothing recorded which
 
@@ -23,14 +24,16 @@ def train_command(run: Run) -> str | None:
     own = run.metadata.get("saelab") or {}
     if run.is_foreign or own.get("variant") not in VARIANTS:
         return None
-    known = inspect.signature(VARIANTS[own["variant"]].__init__).parameters
-    config = {name: value for name, value in (own.get("config") or {}).items() if name in known and name != "d_in"}
+    variant, options = current(own["variant"], own.get("config") or {})
+    train, warmups = without_warmups(run.metadata.get("train") or {})
+    known = inspect.signature(VARIANTS[variant]).parameters
+    config = {name: value for name, value in {**options, **warmups}.items() if name in known and name != "d_in"}
     kept = {name: value for name, value in config.items() if name in {"d_sae", "k"} or _differs(value, known[name])}
-    kept |= _changed(TrainConfig, run.metadata.get("train") or {})
+    kept |= _changed(TrainConfig, train)
     if source := run.metadata.get(SOURCE):
         kept = {"from": source} | kept
     cache = run.metadata.get("cache") or CACHE
-    return _spell("train", cache, {"variant": own["variant"], **kept, "out": run.name})
+    return _spell("train", cache, {"variant": variant, **kept, "out": run.name})
 
 
 def evaluate_command(run: Run) -> str:

@@ -140,7 +140,7 @@ def test_the_replay_is_the_pursuit() -> None:
     with torch.no_grad():
         sae.b_dec.normal_()
     for x in torch.randn(4, D_IN):
-        steps, start = why.replay(sae, x, 9)
+        steps, start = sae.replay(x)
         assert start == pytest.approx(float((x - sae.b_dec.detach()).norm()), rel=1e-5)
         norms = [start, *(s.residual_norm for s in steps)]
         assert all(b <= a for a, b in zip(norms, norms[1:]))  # noqa: RUF007

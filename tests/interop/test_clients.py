@@ -43,7 +43,7 @@ def test_run_folders_load_in_saelens_with_equal_codes(sae_lens, variant: str, tm
 
 
 def test_signed_sae_reaches_saelens_as_doubled_topk(sae_lens, tmp_path: Path) -> None:
-    sae = example("abs_topk", scope="batch")
+    sae = example("batch_topk", signed=True)
     export(sae, tmp_path / "out", "saelens")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "out")
     x = probe()

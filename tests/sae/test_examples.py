@@ -50,8 +50,8 @@ def test_topk() -> None:
 
 def test_abs_topk() -> None:
     assert_code(example("abs_topk", k=2), [[3, 0, 2.6], [-1.5, 2, 0]])
-    assert_code(example("abs_topk", k=1, scope="batch"), [[3, 0, 2.6], [0, 0, 0]])
-    sae = example("abs_topk", k=1, scope="batch").eval()
+    assert_code(example("batch_topk", k=1, signed=True), [[3, 0, 2.6], [0, 0, 0]])
+    sae = example("batch_topk", k=1, signed=True).eval()
     assert isinstance(sae, BatchBudgetSAE)
     sae.threshold.set_(torch.tensor(1.2))
     assert_code(sae, [[3, 0, 2.6], [-1.5, 2, 0]])

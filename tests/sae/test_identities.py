@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saelab import losses
-from saelab.sae import SAE, build
+from saelab.sae import SAE, build, restore
 from saelab.sae.feature_choice import FeatureChoice
 from saelab.sae.jump_relu import JumpReLU
 from saelab.sae.matching_pursuit import MatchingPursuit
@@ -74,11 +74,20 @@ def test_mutual_choice_selects_like_batch_topk() -> None:
     assert_same_codes(a, b, batch()[0])
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_batch_scope_of_abs_topk_is_signed_batch_topk(signed: bool) -> None:
-    a, b = pair(("batch_topk", {"k": 3, "signed": signed}), ("abs_topk", {"k": 3, "scope": "batch"}))
+@pytest.mark.parametrize("subtract", [False, True])
+def test_batch_scope_of_abs_topk_is_signed_batch_topk(subtract: bool) -> None:
+    """A file of 0.1.0 that selects magnitudes over the batch."""
+    old = {"d_in": D_IN, "d_sae": D_SAE, "k": 3, "scope": "batch", "apply_b_dec_to_input": subtract}
+    sae = restore("abs_topk", old).double().train()
+    assert sae.variant == "batch_topk" and sae.signed
+    with torch.no_grad():
+        sae.b_dec.normal_()
     x, _ = batch()
-    assert torch.equal(a.encode(x).dense(), b.encode(x).dense()) == signed
+    u = ((x - sae.b_dec) if subtract else x) @ sae.W_enc + sae.b_enc
+    cut = u.abs().flatten().topk(3 * N).values[-1]
+    torch.testing.assert_close(sae.encode(x).dense(), u * (u.abs() >= cut))
+    per_token = restore("abs_topk", old | {"scope": "token"})
+    assert per_token.variant == "abs_topk" and "scope" not in per_token.config
 
 
 def test_abs_topk_is_topk_where_everything_is_positive() -> None:

@@ -40,10 +40,10 @@ def test_thresholds_stay_in_float64_whatever_the_model_becomes() -> None:
     assert sae.threshold.mean().item() == 1 + 1e-12
 
 
-@pytest.mark.parametrize("name", ["batch_topk", "mutual_choice", "matryoshka", "abs_topk"])
+@pytest.mark.parametrize("name", ["batch_topk", "mutual_choice", "matryoshka", "batch_topk-signed"])
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_calibration_gives_k_active_latents_on_average(name: str, k: int) -> None:
-    sae = build(name, D_IN, D_SAE, k=k, **({"scope": "batch"} if name == "abs_topk" else {}))
+    sae = build(name.removesuffix("-signed"), D_IN, D_SAE, k=k, signed=name.endswith("-signed"))
     x = torch.randn(500, D_IN)
     sae.calibrate(x.split(64))
     assert sae.eval().encode(x).l0().sum() == 500 * k

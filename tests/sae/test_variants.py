@@ -24,7 +24,6 @@ D_IN, D_SAE, N = 8, 20, 24
 SMALL = {"k": 3, "n_steps": 3, "target_l0": 3.0, "bandwidth": 0.5}  # options that depend on the size of the toy
 # Options that change what is selected or kept, besides every variant's defaults.
 OPTIONS: dict[str, tuple[str, dict]] = {
-    "abs_topk-batch": ("abs_topk", {"scope": "batch"}),
     "batch_topk-signed": ("batch_topk", {"signed": True}),
     "feature_choice-signed": ("feature_choice", {"signed": True}),
     "gradient_topk-eval": ("gradient_topk", {"grad_select": "train_and_eval"}),

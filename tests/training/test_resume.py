@@ -144,27 +144,6 @@ def test_state_round_trip_keeps_strides_and_bits(cache: ActivationCache) -> None
         TrainState.restore(build("topk", D_IN, D_SAE + 1, k=2), tensors, state.scalars())
 
 
-def test_folding_is_undone_exactly_even_for_logarithms(cache: ActivationCache) -> None:
-    sae = fresh()
-    sae.register_buffer("log_threshold", torch.rand(D_SAE) * 7)
-    plain = sae.rescale_
-
-    def rescale(factor: float) -> None:
-        plain(factor)
-        sae.log_threshold += torch.tensor(factor, dtype=torch.float64).log().float()
-
-    sae.rescale_ = rescale
-    state = start(sae, cache, CONFIG.resolved(sae, cache))
-    state.scale = 2.0**-7
-    state.fold(sae)
-    state.unfold(sae)
-    before = {name: value.clone() for name, value in sae.state_dict().items()}
-    state.fold(sae)
-    assert set(state.exact) == {"log_threshold"}
-    state.unfold(sae)
-    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
-
-
 def command(cache: ActivationCache, folder: Path, *more: str) -> list[str]:
     config = ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--epochs", "4", "--ema", "0.9"]
     options = ["--checkpoint-steps", "3", "--lr", "0.01", "--dead-after", "200", *config, *more]

@@ -15,7 +15,7 @@ from saelab.errors import UserError
 from saelab.sae import build
 from saelab.sae.weights import load_sae
 from saelab.training import Diverged, TrainConfig, check, fit_steps, n_steps, start, train, train_steps
-from saelab.training.schedule import learning_rate, set_warmups
+from saelab.training.schedule import learning_rate
 
 D_IN, D_SAE = 16, 32
 
@@ -168,14 +168,40 @@ def test_schedules() -> None:
 
 
 def test_k_warms_up_and_ends_where_it_was_configured(cache: ActivationCache) -> None:
-    sae = sae_of(k=2)
-    config = TrainConfig(epochs=1, batch_size=64, k_warmup=0.5, aux_weight=0.0)
-    l0 = [m.l0 for m in train_steps(sae, cache, config)]
+    sae = sae_of(k=2, k_warmup=0.5)
+    l0 = [m.l0 for m in train_steps(sae, cache, TrainConfig(epochs=1, batch_size=64, aux_weight=0.0))]
     assert l0[0] > 4 and l0[-1] <= 2 and sae.k == 2 == sae.config["k"]
-    assert config.resolved(sae, cache).k_start == 8
+    assert sae.k_start == 8
     for step, k in [(0, 8), (4, 5), (8, 2), (15, 2)]:
-        set_warmups(sae, config.resolved(sae, cache), step, 16)
-        assert sae.k == k
+        sae.train().schedule(step, 16)
+        assert sae.budget == k and sae.k == 2
+    sae.schedule(0, 16)
+    assert sae.eval().budget == 2
+
+
+def test_a_fractional_budget_survives_its_warm_up(tmp_path: Path) -> None:
+    """It is what the last steps spend and what the threshold is fitted to."""
+    cache = ActivationCache.from_tensors(tmp_path / "cache", torch.randn(2000, D_IN))
+    sae = sae_of("batch_topk", k=2.5, k_warmup=0.5)
+    l0 = [m.l0 for m in train_steps(sae, cache, TrainConfig(epochs=2, batch_size=128, aux_weight=0.0))]
+    assert l0[0] > 4 and l0[-1] == pytest.approx(2.5, abs=0.01)
+    assert sae.train().budget == 2.5
+    rows = torch.cat([b.acts for b in cache.batches(100, split="train", seed=None)])
+    assert sae.eval().encode(rows).l0().double().mean().item() == pytest.approx(2.5, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_beta_ends_at_its_value(tmp_path: Path, share: float) -> None:
+    acts = torch.randn(600, D_IN)
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts, grads=torch.randn(600, D_IN))
+    sae = sae_of("gradient_topk", beta=0.7, beta_warmup=share)
+    for step, beta in ((0, 0.0), (4, 0.7 * 4 / (share * 16)), (16, 0.7)):
+        sae.train().schedule(step, 16)
+        assert sae._beta() == pytest.approx(beta)
+    train(sae, cache, TrainConfig(epochs=1, batch_size=64))
+    assert sae.beta == 0.7 == sae.train()._beta() and sae.config["beta_warmup"] == share
+    with pytest.raises(UserError, match="beta=inf cannot rise from 0"):
+        sae_of("gradient_topk", beta=math.inf, beta_warmup=share)
 
 
 def test_bf16_keeps_weights_statistics_and_codes_in_fp32(cache: ActivationCache) -> None:
@@ -207,7 +233,7 @@ def test_a_diverging_run_stops_and_names_the_step(cache: ActivationCache) -> Non
         ({"grad_clip": -1.0}, "grad_clip=-1.0 must be positive"),
         ({"warmup": 0.9, "decay_share": 0.2}, "add up to at most 1"),
         ({"ema": 1.0}, "strictly between 0 and 1"),
-        ({"k_warmup": 1.5}, "between 0 and 1"),
+        ({"warmup": 1.5}, "between 0 and 1"),
         ({"dead_after": 0}, "dead_after=0 must be at least 1"),
     ],
 )
@@ -221,10 +247,12 @@ def test_runs_that_cannot_work_are_refused_before_they_start(cache: ActivationCa
         check(sae_of(), cache, TrainConfig(batch_size=4096))
     with pytest.raises(UserError, match="d_in=8 but the cache holds width 16"):
         check(build("topk", d_in=8, d_sae=32, k=2), cache, CONFIG)
-    with pytest.raises(UserError, match="beta_warmup is set but the variant topk has no beta"):
-        check(sae_of(), cache, TrainConfig(batch_size=64, beta_warmup=0.1))
-    with pytest.raises(UserError, match="k_start=99 exceeds the 32 latents"):
-        check(sae_of(), cache, TrainConfig(batch_size=64, k_start=99, k_warmup=0.1))
+    with pytest.raises(UserError, match="variant 'topk' has no option 'beta_warmup'"):
+        sae_of(beta_warmup=0.1)
+    with pytest.raises(UserError, match=r"k_start=99 is outside 1..d_sae=32"):
+        sae_of(k_start=99, k_warmup=0.1)
+    with pytest.raises(UserError, match=r"k_warmup=1.5 is a share of the run, between 0 and 1"):
+        sae_of(k_warmup=1.5)
 
 
 def test_train_runs_to_the_end_and_fills_a_folder_where_one_is_named(cache: ActivationCache, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from saelab.evaluation.tasks import scr_tpp, two_sided
 from saelab.evaluation.tasks.absorption import absorption, words_by_letter
 from saelab.evaluation.tasks.probing import sparse_probing
 from saelab.sae import SAE
-from saelab.sae.mode import evaluating
 
 ON_PASSAGES = ("probing", "scr", "tpp")
 
@@ -114,7 +113,7 @@ def run_tasks(
     """
     check_pair(sae, cache, "all")
     bench, results = _Bench(sae, cache, model, config, seed), {}
-    with evaluating(sae):
+    with sae.evaluating():
         for done, name in enumerate(config.tasks):
             if progress is not None:
                 progress("tasks", done, len(config.tasks))

@@ -28,7 +28,6 @@ from saelab.features.index import FeatureIndex
 from saelab.files import new_folder
 from saelab.layout import EXAMPLES, FEATURES, INDEX
 from saelab.sae import SAE
-from saelab.sae.mode import evaluating
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 PRE_ACTS = 1 << 25  # pre-activations computed at once: 128 MiB of them
@@ -84,7 +83,7 @@ def _encode(
     """The pass over the cache; returns the codes and the seconds spent in ``sae.encode``."""
     writer, done, seconds = PostingsWriter(folder, sae.d_sae, config.run_entries), 0, 0.0
     size = min(config.batch_size, max(PRE_ACTS // sae.d_sae, 256))
-    with evaluating(sae), ExitStack() as stack:
+    with sae.evaluating(), ExitStack() as stack:
         stack.callback(cache.release)
         for number, batch in enumerate(cache.head(corpus.n_rows, size)):
             if number % RELEASE_EVERY == 0:

@@ -1,0 +1,111 @@
+"""A variant's options are its constructor's keyword arguments: reading them off, and keeping them as its configuration.
+
+A constructor that takes ``**options`` and passes them on has those of its parent class as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import typing
+from collections.abc import Callable, Iterator
+from inspect import Parameter
+from typing import Any
+
+from torch import nn
+
+from saelab.errors import UserError
+
+SIZES = ("d_in", "d_sae")  # arguments of every constructor that are no options: the data and the user decide
+UNNAMED = {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}
+
+
+def constructors(cls: type) -> Iterator[Callable[..., None]]:
+    """The constructors that name the arguments of ``cls``: its own, and its parents' as far as it passes them on."""
+    for parent in cls.__mro__:
+        if parent is nn.Module:
+            return
+        constructor = vars(parent).get("__init__")
+        if constructor is None or not issubclass(parent, nn.Module):
+            continue
+        yield constructor
+        if Parameter.VAR_KEYWORD not in {p.kind for p in inspect.signature(constructor).parameters.values()}:
+            return
+
+
+def signature(cls: type) -> inspect.Signature:
+    """All arguments that ``cls(...)`` takes."""
+    found: dict[str, Parameter] = {}
+    by_keyword = False
+    for constructor in constructors(cls):
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind not in UNNAMED:
+                kind = Parameter.KEYWORD_ONLY if by_keyword else parameter.kind
+                found.setdefault(parameter.name, parameter.replace(kind=kind))
+        by_keyword = by_keyword or Parameter.VAR_POSITIONAL not in {p.kind for p in parameters}
+    return inspect.Signature(sorted(found.values(), key=lambda p: p.kind))
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The defaults of a variant's options, of those that have one."""
+    known = signature(cls).parameters.items()
+    return {name: parameter.default for name, parameter in known if parameter.default is not Parameter.empty}
+
+
+def options(cls: type) -> dict[str, tuple[Any, Any]]:
+    """Type and default of each of a variant's options, by name; UserError for one that lacks either."""
+    hints: dict[str, Any] = {}
+    for constructor in constructors(cls):
+        hints = {**typing.get_type_hints(constructor), **hints}
+    found = {}
+    for name, parameter in signature(cls).parameters.items():
+        if name in SIZES:
+            continue
+        if parameter.default is Parameter.empty:
+            raise UserError(f"option {name} of {cls.__qualname__} has no default; give it one in the constructor")
+        if name not in hints:
+            raise UserError(f"option {name} of {cls.__qualname__} has no type; annotate it in the constructor")
+        found[name] = hints[name], parameter.default
+    return found
+
+
+def record(cls: Any) -> None:
+    """Have the constructor of ``cls`` keep its arguments, defaults included, in ``self.config`` before it runs."""
+    cls.__signature__ = signature(cls)
+    original = vars(cls).get("__init__")
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "config" not in vars(self):  # the constructors that this one calls get arguments of its choice
+            vars(self)["config"] = configuration(type(self), args, kwargs)
+        original(self, *args, **kwargs)
+
+    cls.__init__ = construct
+
+
+def configuration(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``cls(*args, **kwargs)`` by name; without those in ``cls.only_if_set`` that have their default.
+
+    Raises TypeError where the call would.
+    """
+    call = signature(cls)
+    bound = call.bind(*args, **kwargs)
+    bound.apply_defaults()
+    left_out = {name for name in cls.only_if_set if bound.arguments.get(name) == call.parameters[name].default}
+    return {name: value for name, value in bound.arguments.items() if name not in left_out}
+
+
+def check_json(config: dict[str, Any], name: str) -> None:
+    """UserError for a configuration that cannot be saved."""
+    for option, value in config.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{option}={value!r:.60} of the variant {name} cannot be saved as JSON; an option is a number, a text, "
+                "a flag, None, or a list of these"
+            ) from error
