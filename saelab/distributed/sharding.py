@@ -20,7 +20,6 @@ from saelab.errors import UserError
 from saelab.kernels import SelectedPreActs
 from saelab.sae import SAE, LinearSAE, build
 from saelab.sae.base import unit_rows
-from saelab.sae.threshold import BatchBudgetSAE
 from saelab.sparse import SparseCode
 
 REPLICATED = ("b_dec",)  # parameters that every dictionary rank holds in full
@@ -45,22 +44,36 @@ def build_shard(variant: str, d_in: int, d_sae: int, seed: int, parallel: Parall
     if d_sae % parallel.dict_size:
         raise UserError(f"d_sae={d_sae} does not divide over {parallel.dict_size} dictionary ranks; take a multiple")
     part = d_sae // parallel.dict_size
-    if config.get("k", 1) > part:
-        raise UserError(f"k={config['k']} exceeds the {part} latents of a rank; use fewer dictionary ranks")
+    for name in ("k", "k_start"):
+        if (config.get(name) or 1) > part:
+            raise UserError(f"{name}={config[name]} exceeds the {part} latents of a rank; use fewer dictionary ranks")
     sae = build(variant, d_in, part, **config)
-    if not isinstance(sae, LinearSAE) or sae.budget_over is None:
+    reason = _unsplittable(sae)
+    if reason is not None or not isinstance(sae, LinearSAE):
         chosen = ", ".join(f"{name}={value}" for name, value in config.items() if name != "k")
         raise UserError(
-            f"{variant}{f' with {chosen}' if chosen else ''} cannot be split over dictionary ranks; "
+            f"{variant}{f' with {chosen}' if chosen else ''} cannot be split over dictionary ranks ({reason}); "
             "use dict_ranks=1, which is data parallel"
         )
-    if isinstance(sae, BatchBudgetSAE):
-        sae.join(parallel.dict_rank, lambda tensor: parallel.gather_dict(tensor, "statistics"))
+    sae.join(parallel.dict_rank, lambda tensor: parallel.gather_dict(tensor, "statistics"))
     torch.manual_seed(seed)
     with torch.no_grad():
         sae.W_dec.copy_(unit_rows(_rows_of_randn(d_sae, d_in, parallel.latents(d_sae))))
         sae.W_enc.copy_(sae.W_dec.T)
     return sae
+
+
+def _unsplittable(sae: SAE) -> str | None:
+    """Why the latents of ``sae`` cannot be divided among processes, as a clause."""
+    if not isinstance(sae, LinearSAE) or sae.budget_over is None:
+        return "its selection is no budget that ranks could share: budget_over is None"
+    for method in ("reconstruction_loss", "extra_losses"):
+        if getattr(type(sae), method) is not getattr(SAE, method):
+            return f"its {method} sees the whole dictionary"
+    for name, parameter in sae.named_parameters():
+        if name not in REPLICATED and sae.d_sae not in parameter.shape:
+            return f"its parameter {name} is not per latent"
+    return None
 
 
 def _rows_of_randn(d_sae: int, d_in: int, rows: slice) -> Tensor:
@@ -148,12 +161,12 @@ def winners(
 
 
 def _exchange(selected: SelectedPreActs, n: int, sae: LinearSAE, parallel: Parallel) -> SelectedPreActs:
-    k: Any = sae.k  # every variant with a budget has one
+    k = sae.budget
     if sae.budget_over == "latent":
         return selected
     if sae.budget_over == "batch":
         return winners_of_batch(selected, int(k * n), sae, parallel)
-    return winners(selected, n, int(k), sae, parallel)
+    return winners(selected, n, round(k), sae, parallel)
 
 
 def winners_of_batch(selected: SelectedPreActs, budget: int, sae: LinearSAE, parallel: Parallel) -> SelectedPreActs:

@@ -80,11 +80,28 @@ def record(cls: Any) -> None:
 
     @functools.wraps(original)
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        if "config" not in vars(self):  # the constructors that this one calls get arguments of its choice
-            vars(self)["config"] = configuration(type(self), args, kwargs)
+        if "config" in vars(self):  # called by a subclass' constructor, with arguments of its choice
+            _check_passed_on(self, inspect.signature(original), args, kwargs)
+            original(self, *args, **kwargs)
+            return
+        vars(self)["config"] = configuration(type(self), args, kwargs)
+        own = inspect.signature(original).parameters
+        vars(self)["_left_out"] = {name for name in signature(type(self)).parameters if name not in {*own, *kwargs}}
         original(self, *args, **kwargs)
+        del vars(self)["_left_out"]
 
     cls.__init__ = construct
+
+
+def _check_passed_on(sae: Any, call: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """An option that ``**options`` takes over has one value: the caller's, or the default where it is named."""
+    left_out = vars(sae).get("_left_out", set())
+    for name in left_out & set(call.bind(sae, *args, **kwargs).arguments):
+        raise UserError(
+            f"{type(sae).__qualname__} takes the option {name} over by **options and sets it itself; name the options "
+            "that it takes in its constructor instead"
+        )
+    left_out -= set(call.parameters)
 
 
 def configuration(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
