@@ -253,7 +253,7 @@ def test_the_variant_of_the_readme_works_end_to_end(tmp_path: Path) -> None:
     work = start("-c", WORK.replace("TRAIN", repr(json.dumps(train)), 1))
     output, _ = work.communicate(timeout=300)
     assert work.returncode == 0, output
-    assert "a mine SAE with a selection rule of its own" in " ".join(output.split())
+    assert "a mine SAE selects latents by a rule of its own" in " ".join(output.split())
     assert json.loads((tmp_path / "whole" / "evaluation.json").read_text())["metrics"]["fvu"]["value"] < 1
     assert (tmp_path / "whole" / "features" / "features.parquet").is_file()
 
