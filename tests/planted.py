@@ -1,4 +1,7 @@
-"""What the tests of training share: a cache with something to learn, a grid of SAEs, and the files that come of it."""
+"""Shared by the tests of training and sweeps: activations with structure to learn, a small grid, folder contents.
+
+``activations`` draws from its own generator, so its rows do not depend on the seed of a test.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Two variants that differ in how they spend a budget, and learning rates of which halving stops the worse.
+# A grid file: a budget per token and one per batch, each at two learning rates; halving stops the worse one.
 GRID = """
 [train]
 epochs = 6
@@ -30,5 +33,5 @@ def activations(n: int, d_in: int) -> Tensor:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by name."""
+    """Bytes of every file below ``folder`` by its path there: equal dictionaries are identical folders."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

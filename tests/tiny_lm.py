@@ -1,4 +1,9 @@
-"""Small random language models in Hugging Face layout, with a byte-level tokenizer, made on the spot."""
+"""Small random language models in Hugging Face layout, with a byte-level tokenizer, for tests without a hub.
+
+``save_llama`` and ``save_gpt2`` write a model and its tokenizer into a folder, which every loader of saelab and of
+transformers opens. Width 16, 3 or 4 layers; weights are enlarged, so that each layer changes the activations. The same
+``seed`` gives the same weights. ``sentences`` makes text that the tokenizer splits into whole words.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,7 @@ def sentences(n: int, seed: int = 0) -> str:
 
 
 def tokenizer() -> Any:
+    """A byte-level BPE of 320 tokens with BOS ``<s>`` (0) and EOS ``</s>`` (1)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -35,6 +41,7 @@ def tokenizer() -> Any:
 
 
 def save_llama(folder: Path, seed: int = 0, **options: int) -> Path:
+    """A Llama with grouped key heads in ``folder``; ``options`` replace sizes of its configuration."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -43,6 +50,7 @@ def save_llama(folder: Path, seed: int = 0, **options: int) -> Path:
 
 
 def save_gpt2(folder: Path, seed: int = 0) -> Path:
+    """A GPT-2 with learned positions, at most 64 tokens, in ``folder``."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=320, n_embd=16, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)

@@ -1,4 +1,4 @@
-"""The ``saelab`` command: one file per subcommand, imported only when it is called."""
+"""The ``saelab`` command line. Each subcommand is a module of ``saelab.cli.commands``, imported when it is called."""
 
 from __future__ import annotations
 
@@ -12,27 +12,43 @@ from rich.console import Console
 from saelab._version import __version__
 from saelab.errors import UserError, first_line, near_matches
 
-# command -> what it does, in one line; its code is `main(args)` in the module of that name in saelab.cli.commands.
-COMMANDS = {
-    "demo": "text, language model, cache, SAE, metrics and feature index in one go",
-    "harvest": "cache a language model's activations",
-    "cache": "look at, check, join and import activation caches",
-    "steer": "continue prompts with a latent turned up, clamped or removed, or with a recipe",
-    "app": "browse latents, explain prompts and steer in the web app",
-    "inspect": "say what an SAE checkpoint of any tool is",
-    "convert": "turn an SAE of one tool into one of another, with proof",
-    "card": "write a run's model card: what it is, its metrics, how to load it",
-    "info": "versions, devices and the kernel backend in use",
-    "train": "train one SAE on an activation cache",
-    "sweep": "train a grid of SAEs from one reading of a cache",
-    "index": "describe every latent of a run over a corpus",
-    "plan": "estimate what a large SAE costs on many GPUs",
-    "explain": "describe latents with a language model, and score the descriptions",
-    "evaluate": "measure a run on held-out activations and in the language model",
-    "reproduce": "run a paper's headline claims, with a verdict for each",
+# In the order a user works: what a group is for -> command -> what it does, in one line. The code of a command is
+# `main(args)` in the module of that name in saelab.cli.commands.
+GROUPS = {
+    "start": {
+        "demo": "do everything once: text, language model, cache, SAE, metrics, feature index",
+    },
+    "activations": {
+        "harvest": "cache a language model's activations",
+        "cache": "describe, verify, merge and import activation caches",
+    },
+    "training": {
+        "train": "train one SAE on an activation cache",
+        "sweep": "train a grid of SAEs while reading the cache once",
+    },
+    "what was learned": {
+        "evaluate": "measure an SAE on held-out activations and in the language model",
+        "index": "describe every latent of an SAE over a corpus",
+        "explain": "describe latents with a language model, and score the descriptions",
+    },
+    "use": {
+        "app": "browse latents, explain prompts and steer in the web app",
+        "steer": "continue prompts while latents or vectors are added, clamped or removed",
+    },
+    "exchange": {
+        "inspect": "print what an SAE file of any tool contains",
+        "convert": "convert an SAE between tools, and prove that both compute the same",
+        "card": "write a run's model card: what it is, its metrics, how to load it",
+    },
+    "more": {
+        "reproduce": "test the headline claims of a paper, with a verdict for each",
+        "plan": "estimate memory and time of a large SAE on many GPUs",
+        "info": "print versions, devices and the kernel backend in use",
+    },
 }
+COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 
-# What to do about what the system refuses to a command.
+# Remedies for errors of the operating system.
 _FULL = "free some space or write to another disk, then run the command again"
 _FORBIDDEN = "choose a folder that you may write to"
 _UNREACHED = "check the connection and the address, then run the command again"
@@ -45,7 +61,7 @@ REMEDIES = {
     **dict.fromkeys((errno.ETIMEDOUT, errno.ECONNABORTED), _UNREACHED),
     **dict.fromkeys((errno.EIO, errno.ESTALE), _BROKEN),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), _FILES),
-    errno.ENOENT: "check the path, or whether something removed it meanwhile",
+    errno.ENOENT: "check the path; another program may have removed it",
     errno.EEXIST: "choose another name, or remove it first",
     errno.ENOTDIR: "a part of the path is a file; choose another",
     errno.EISDIR: "it is a folder; name a file",
@@ -56,12 +72,12 @@ _ELSE = "mend that, then run the command again"
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; leaves with 0, or 2 and one line when the user can mend something."""
+    """Run one command. Exits with code 2 and a line on stderr for invalid input and for errors of the system."""
     args = list(sys.argv[1:] if args is None else args)
     console = Console(stderr=True, highlight=False)
     try:
         _dispatch(args)
-    except BrokenPipeError:  # `saelab ... | head`: nobody reads on, nothing is wrong
+    except BrokenPipeError:  # `saelab ... | head`: the reader closed the pipe, which is no error
         sys.exit(141)
     except (UserError, OSError) as error:
         report(error)
@@ -72,7 +88,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def report(error: UserError | OSError) -> None:
-    """Say on stderr, in one line, what is wrong."""
+    """Print the error on stderr, in one line."""
     text = _reason(error) if isinstance(error, OSError) else str(error)
     Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True)
 
@@ -92,14 +108,16 @@ def _dispatch(args: list[str]) -> None:
 
 def _overview() -> None:
     console = Console(highlight=False)
-    console.print("usage: saelab COMMAND [options]\n\ncommands:")
-    for name, summary in COMMANDS.items():
-        console.print(f"  [bold]{name:<10}[/] {summary}")
-    console.print("\nsaelab COMMAND --help lists a command's options with units and defaults.")
+    console.print("usage: saelab COMMAND [options]", markup=False)
+    for group, commands in GROUPS.items():
+        console.print(f"\n{group}:")
+        for name, summary in commands.items():
+            console.print(f"  [bold]{name:<10}[/] {summary}", soft_wrap=True)
+    console.print("\nsaelab COMMAND --help lists the options of a command with units and defaults.")
 
 
 def _reason(error: OSError) -> str:
-    """What the system refused, in one line: a full disk, a read-only folder, a file that went away; and what to do."""
+    """An error of the system in one line: the file, what happened, and what to do."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or first_line(error)}; {REMEDIES.get(error.errno or 0, _ELSE)}"
 

@@ -31,7 +31,7 @@ def parse(
     description: str = "",
     default: T | None = None,
 ) -> T:
-    """Parse ``args`` into ``options`` (a dataclass or a function); leaves with exit code 2 on a wrong argument.
+    """Parse ``args`` into ``options`` (a dataclass or a function); exits with code 2 on a wrong argument.
 
     ``default`` replaces the defaults of the fields; where it holds ``tyro.MISSING`` the argument is required.
     """
@@ -48,7 +48,7 @@ def part(cls: type[T], options: Any) -> T:
 def output_folder(folder: Path, overwrite: bool = False, resume: bool = False) -> Iterator[None]:
     """An output folder that no other process writes while the block lasts.
 
-    One that holds anything needs ``--resume``, or ``--overwrite``, which empties it.
+    A folder that is not empty needs ``--resume``, or ``--overwrite``, which empties it.
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder")
@@ -63,7 +63,7 @@ def output_folder(folder: Path, overwrite: bool = False, resume: bool = False) -
 
 
 def quiet(yes: bool) -> None:
-    """Keep this process silent but for errors: of many that do the same, one speaks."""
+    """Print nothing but errors from this process; of several that do the same work, one prints."""
     console.quiet = out.quiet = yes
 
 
@@ -89,14 +89,15 @@ def progress_bar(*extra: str) -> Progress:
 
 @contextlib.contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for one piece of work; yields what moves it: ``(done, total)``."""
+    """A progress bar for one piece of work; yields the function that advances it: ``(done, total)``."""
     with stages() as move:
         yield lambda done, total: move(what, done, total)
 
 
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for each stage of a work, once it begins; yields what moves them: ``(stage, done, total)``."""
+    """One progress bar per stage, shown when it begins; yields the function that advances them:
+    ``(stage, done, total)``."""
     with progress_bar() as bar:
         tasks: dict[str, TaskID] = {}
 

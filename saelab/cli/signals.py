@@ -1,4 +1,4 @@
-"""Stopping a long run politely: the first SIGINT or SIGTERM lets the current step end, the second one does not."""
+"""Stopping a long run: the first SIGINT or SIGTERM lets the current step end, the second one stops at once."""
 
 from __future__ import annotations
 

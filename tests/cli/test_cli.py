@@ -26,6 +26,18 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     cli.main(["--help"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in cli.COMMANDS)
+    assert "COMMAND [options]" in shown
+
+
+def test_overview_follows_the_order_of_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(cli.COMMANDS) == [
+        *("demo", "harvest", "cache", "train", "sweep", "evaluate", "index", "explain", "app", "steer"),
+        *("inspect", "convert", "card", "reproduce", "plan", "info"),
+    ]
+    cli.main([])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [words[0] for words in lines] == list(cli.COMMANDS)
+    assert all(len(words) > 3 for words in lines)
 
 
 def test_unknown_command_suggests_a_known_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,8 @@
-"""A small cache, a run trained on it, and its index: what the commands of these tests read."""
+"""A cache, a trained run and its index, made through the command line, and ways to run commands on them.
+
+``make`` builds a ``Place``; ``train``, ``evaluate`` and ``index`` are the commands it ran, as argument lists, for tests
+that run them again under hard conditions. ``call`` gives a command's exit code, ``refused`` its one line of error.
+"""
 
 from __future__ import annotations
 

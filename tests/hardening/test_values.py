@@ -47,7 +47,7 @@ def test_training_stops_with_the_rows_named(value: float, tmp_path: Path, capsys
     cache = cache_of(tmp_path / "cache", torch.randn(400, D_IN))
     poison(cache, 5, value)
     said = refused(["train", str(cache), "--out", str(tmp_path / "run"), *TRAIN], capsys)
-    assert "shard_00000" in said or "finite" in said, said
+    assert "shard_00000" in said and "finite" in said, said
     with pytest.raises(UserError):
         load_sae(tmp_path / "run")
 
@@ -89,7 +89,7 @@ def test_zeros_pass_through_everything(variant: str, tmp_path: Path) -> None:
 def test_nothing_but_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = cache_of(tmp_path / "cache", torch.zeros(400, D_IN))
     said = refused(["train", str(cache), "--out", str(tmp_path / "run"), *TRAIN], capsys)
-    assert "zero" in said or "constant" in said or "variance" in said, said
+    assert "are the same (variance zero)" in said, said
 
 
 def test_encoding_zeros_gives_finite_codes() -> None:

@@ -1,4 +1,8 @@
-"""Small models for the steering tests: a Llama whose tokens vary, and a bridge on the same weights."""
+"""One small Llama for the steering tests, as a plain model and as a bridge, both on the same weights.
+
+It has three layers and a vocabulary of words. Its weights are larger than usual, so that generated tokens vary. Every
+function is cached: all tests of a process share the models, so a test must leave no hook and no change behind.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +47,17 @@ def folder() -> str:
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
+    """Of both models: splits at white space and knows the words ``w4 .. w96``."""
     return PreTrainedTokenizerFast.from_pretrained(folder())
 
 
 @cache
 def llama() -> LlamaForCausalLM:
+    """The plain Hugging Face model."""
     return LlamaForCausalLM.from_pretrained(folder()).eval()
 
 
 @cache
 def bridge() -> TransformerBridge:
+    """The same weights in a TransformerLens bridge."""
     return TransformerBridge.boot_transformers(folder(), device="cpu", dtype=torch.float32)

@@ -290,6 +290,34 @@ def test_two_phases_or_two_poles_do_not_conflict() -> None:
         pass
     with attach(llama(), [Scale(RUN, 3, 2.0, pole=1), Ablate(RUN, 3, pole=-1)]):
         pass
+    throughout = plain(llama(), interventions=[Clamp(RUN, 11, 7.0)])
+    phases = [Clamp(RUN, 11, 7.0, where="prompt"), Clamp(RUN, 11, 7.0, where="generated")]
+    assert plain(llama(), interventions=phases) == throughout
+    for one_phase in phases:
+        assert plain(llama(), interventions=one_phase) != throughout
+
+
+def test_each_pole_is_changed_as_its_own_intervention_says() -> None:
+    torch.manual_seed(3)
+    signed = Run(build("abs_topk", d_in=D_MODEL, d_sae=64, k=8), HOOK)
+
+    def logits(*interventions: Scale | Ablate) -> torch.Tensor:
+        with torch.no_grad(), attach(llama(), list(interventions)):
+            return llama()(ALONE[1]).logits
+
+    with torch.no_grad():
+        residual = llama()(ALONE[1], output_hidden_states=True).hidden_states[2][0]
+        code = signed.sae.encode(residual).dense()
+    # The latent that is strong on both poles behind the first token, which latent interventions leave alone.
+    latent = int(torch.minimum(code[1:].amax(0), -code[1:].amin(0)).argmax())
+    scaled, ablated = Scale(signed, latent, 3.0, pole=1), Ablate(signed, latent, pole=-1)
+    changed = [logits(), logits(scaled), logits(ablated), logits(scaled, ablated)]
+    for i, one in enumerate(changed):
+        for other in changed[:i]:
+            assert not torch.allclose(one, other, atol=1e-3)
+    # Up to the first token of the negative pole the two together do what the first does alone.
+    first = int((code[:, latent] < 0).nonzero()[0])
+    torch.testing.assert_close(changed[3][:, :first], changed[1][:, :first])
 
 
 def test_hugging_face_paths_name_the_same_place() -> None:

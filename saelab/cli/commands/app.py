@@ -24,11 +24,11 @@ class Options:
     """What to browse, and where to serve it."""
 
     folder: tyro.conf.Positional[Path | None] = None
-    """Folder that holds runs and caches, at any depth; nothing outside it is opened. By default `demo`, and where there
-    is none yet, the trained SAEs that come with saelab."""
+    """Folder that holds runs and caches, at any depth; nothing outside it is opened. By default `demo`, or, if that
+    does not exist, the trained SAEs that come with saelab."""
     model: str | None = None
-    """Language model for the pages that need one: smollm2, a hub id or a local folder; none for no model.
-    By default the one the run names, if that is smollm2 or lies inside the folder."""
+    """Language model for the pages that need one: smollm2, a hub id or a local folder; `none` for no model.
+    By default the model that the run names, if that is smollm2 or lies inside the folder."""
     port: int = 8501
     """TCP port on 127.0.0.1."""
     browser: bool = True
@@ -36,8 +36,10 @@ class Options:
 
 
 def main(args: Sequence[str]) -> None:
-    """Become the server, so that whoever stops this process stops it."""
-    options = parse(Options, "app", args, "Browse latents, explain prompts, steer: the web app on a folder of runs.")
+    """Replace this process by the server, so that stopping one stops the other."""
+    options = parse(
+        Options, "app", args, "Serve the web app on a folder of runs: browse latents, explain prompts, steer."
+    )
     if options.folder is None:
         options = dataclasses.replace(options, folder=default_folder())
     command, environment = prepare(options)
@@ -48,7 +50,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
-    """The server's command line and environment; refuses a folder that is none."""
+    """The server's command line and environment; UserError where the folder does not exist."""
     if options.folder is None or not options.folder.is_dir():
         raise UserError(f"{options.folder} is no folder; name the one that holds your runs, or run `saelab demo` first")
     if importlib.util.find_spec("streamlit") is None:
@@ -69,5 +71,5 @@ def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
 
 
 def default_folder() -> Path:
-    """What the user made, else what is shipped."""
+    """The folder of the demonstration if it exists, else the shipped SAEs."""
     return DEMO if DEMO.is_dir() else shipped.checkpoints()

@@ -1,4 +1,4 @@
-"""``saelab cache``: look at, check, join and import activation caches."""
+"""``saelab cache``: describe, verify, merge and import activation caches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.markup import escape
@@ -21,7 +21,7 @@ from saelab.errors import UserError, near_matches
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Say what a cache holds, where it comes from, and its statistics."""
+    """Print what a cache holds, where it comes from, and its statistics."""
 
     cache: tyro.conf.Positional[str]
     """Folder or URL of a cache, or of a harvest of several hooks."""
@@ -41,7 +41,7 @@ class Verify:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Join caches of the same hook of the same model into a new one."""
+    """Merge caches of the same hook point of the same model into a new one."""
 
     caches: tyro.conf.Positional[tuple[str, ...]]
     """Folders or URLs of the caches, in order."""
@@ -55,7 +55,7 @@ class Merge:
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Make a cache of activations that another tool stored: .npy, a dataset column, SAELens' Arrow cache."""
+    """Make a cache from activations that another tool stored: .npy, a dataset column, SAELens' Arrow cache."""
 
     source: tyro.conf.Positional[Path]
     """A .npy file, a folder written by save_to_disk, or a .parquet, .jsonl or .arrow file."""
@@ -68,15 +68,15 @@ class Import:
     split: str = "train"
     """Split of a saved dataset."""
     context_length: int | None = None
-    """Rows that make a context, where the source does not say it by its shape."""
+    """Rows per context, if the shape of the source does not tell."""
     skip_first: int = 0
     """Positions at the start of each context to leave out (attention sinks); their text is kept."""
     model: str = ""
     """Language model the activations come from: smollm2, a folder or a hub id."""
-    hook_name: str = ""
-    """Where in the model, e.g. blocks.9.hook_resid_post; by default the column's name if it is a hook's."""
+    hook_name: Annotated[str, tyro.conf.arg(name="hook", aliases=["--hook-name"])] = ""
+    """Hook point, e.g. blocks.9.hook_resid_post; by default the column's name if that is a hook point."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Number format of the cache."""
+    """Precision on disk."""
     held_out: float = 0.05
     """Share of the contexts, from the end, kept for evaluation."""
     overwrite: bool = False

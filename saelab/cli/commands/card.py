@@ -26,7 +26,7 @@ class Options:
 
 def main(args: Sequence[str]) -> None:
     """Write README.md into the run."""
-    options = parse(Options, "card", args, "Write a run's model card: what it is, its metrics, how to load it.")
+    options = parse(Options, "card", args, "Write the model card of a run: what it is, its metrics, how to load it.")
     path = options.run / CARD
     path.write_text(model_card(Run.open(options.run), options.repo), encoding="utf-8")
     out.print(f"saved to {path}", markup=False, soft_wrap=True)

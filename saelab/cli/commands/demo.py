@@ -20,7 +20,7 @@ class Options:
     """Size of the demonstration."""
 
     out: Path = Path("demo")
-    """Folder for the cache and the runs; what is already there is used again."""
+    """Folder for the cache and the runs; finished stages found there are skipped."""
     model: str = "smollm2"
     """Language model: `smollm2`, a hub id or a local folder."""
     hook: str = "blocks.9.hook_resid_post"
@@ -39,7 +39,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One command of the demonstration, and the file that proves it finished."""
+    """One command of the demonstration, and the file whose existence shows that it has finished."""
 
     title: str
     command: str
@@ -48,8 +48,13 @@ class Stage:
 
 
 def main(args: Sequence[str]) -> None:
-    """Run every stage whose product is missing, and say what to open next."""
-    options = parse(Options, "demo", args, "Text, language model, cache, SAE, metrics and feature index in one go.")
+    """Run every stage whose product is missing, and print what to open next."""
+    options = parse(
+        Options,
+        "demo",
+        args,
+        "Do everything once: harvest activations, train an SAE, measure it, and index its features.",
+    )
     started = time.perf_counter()
     for number, stage in enumerate(stages(options), start=1):
         if stage.product.exists():

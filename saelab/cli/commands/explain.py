@@ -43,7 +43,9 @@ ExplainOptions = dataclasses.make_dataclass("ExplainOptions", [], bases=(Interpr
 
 def main(args: Sequence[str]) -> None:
     """Explain latents one by one; each is saved when it is done."""
-    options = parse(ExplainOptions, "explain", args, "Explain latents with a language model, and score it.")
+    options = parse(
+        ExplainOptions, "explain", args, "Have a language model describe latents, and score the descriptions."
+    )
     config = part(InterpretConfig, options)
     index = FeatureIndex(options.run)
     key = os.environ.get(options.key_variable)

@@ -35,10 +35,10 @@ class Options:
     overwrite: bool = False
     """Replace an existing cache."""
     resume: bool = False
-    """Go on with an interrupted harvest of the same settings; a finished one is left as it is."""
+    """Continue an interrupted harvest with the same settings; a finished one is left as it is."""
     timeout_s: float = 3600.0
-    """Seconds that processes under torchrun wait for one another before all give up: more than one takes for a
-    shard."""
+    """Seconds that a process under torchrun waits for the others before all stop; longer than the slowest takes for
+    one shard."""
     json: bool = False
     """Print a description of the caches as JSON on stdout."""
 
@@ -49,7 +49,9 @@ def main(args: Sequence[str]) -> None:
     from saelab.harvesting import HarvestConfig
 
     cls = dataclasses.make_dataclass("HarvestOptions", [], bases=(HarvestConfig, Options), frozen=True)
-    options: Any = parse(cls, "harvest", args, "Cache a language model's activations at some hook points.")
+    options: Any = parse(
+        cls, "harvest", args, "Run text through a language model and cache its activations at one or more hook points."
+    )
     config = part(HarvestConfig, options)
     try:
         run(options, config)

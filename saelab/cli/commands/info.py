@@ -21,12 +21,12 @@ class Options:
     """How to print."""
 
     json: bool = False
-    """Print one JSON document."""
+    """Print the facts as JSON on stdout."""
 
 
 def main(args: Sequence[str]) -> None:
     """Print the facts."""
-    options = parse(Options, "info", args, "Versions, devices and the kernel backend in use.")
+    options = parse(Options, "info", args, "Print versions, devices and the kernel backend in use.")
     facts = {
         "saelab": __version__,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""``saelab inspect``: what a checkpoint of any tool is, and what is odd about it."""
+"""``saelab inspect``: what an SAE file of any tool contains, and what is unusual about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from saelab.runs.inspection import inspect
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FormatHints:
-    """What the user says about a file that does not say it itself."""
+    """What the user knows of a file that does not record it."""
 
     k: int | None = None
     """For a bare overcomplete state dict: latents per token, or steps of a pursuit."""
@@ -26,7 +26,7 @@ class FormatHints:
     """For a bare overcomplete state dict: the running threshold of a BatchTopK SAE, in raw units."""
 
     def hints(self) -> dict[str, Any]:
-        """What was given, as the readers take it."""
+        """The given ones, as keyword arguments of the readers."""
         said = {"k": self.k, "pursuit": self.pursuit or None, "threshold": self.threshold}
         return {name: value for name, value in said.items() if value is not None}
 
@@ -40,12 +40,17 @@ class Options(FormatHints):
     cache: Path | None = None
     """Activation cache to count dead latents and measure the reconstruction on."""
     json: bool = False
-    """Print one JSON document."""
+    """Print the facts as JSON on stdout."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Print the facts, oddities last."""
-    options = parse(Options, "inspect", args, "Say what an SAE checkpoint is: format, shapes, norms, hook, oddities.")
+    """Print the facts, then anything unusual."""
+    options = parse(
+        Options,
+        "inspect",
+        args,
+        "Print what an SAE file contains: format, shapes, norms, hook point, and anything unusual.",
+    )
     cache = ActivationCache(options.cache) if options.cache else None
     facts = inspect(options.path, cache, **options.hints())
     if options.json:

@@ -23,17 +23,17 @@ class Options:
     paper: tyro.conf.Positional[str]
     """abs-topk, g-sae, choice, mp-sae, or all."""
     quick: bool = False
-    """Only the rows on planted data, shortened; leaves with 1 when a verdict differs from the known one."""
+    """Only the claims on planted data, with fewer steps; exits with code 1 if a verdict differs from the known one."""
     cache: Path | None = None
-    """Activation cache for the rows on a language model; for g-sae one with gradients."""
+    """Activation cache for the claims on a language model; for g-sae one with gradients."""
     model: str | None = None
     """Language model; by default the one the cache was harvested from."""
     out: Path | None = None
-    """Folder for PAPER.json; trained SAEs are kept in its folder runs, and used again."""
+    """Folder for PAPER.json; trained SAEs are kept in its subfolder `runs` and used again."""
     seeds: int = 3
     """Seeds per setting, at least three."""
     synthetic: bool = True
-    """Run the rows on planted data too."""
+    """Also test the claims on planted data."""
     json: bool = False
     """Print the ledgers as JSON on stdout."""
 
@@ -42,7 +42,12 @@ def main(args: Sequence[str]) -> None:
     """Run the ledger of one paper, or of all."""
     # A scale's fields come after ours, so it is the first base.
     cls = dataclasses.make_dataclass("ReproduceOptions", [], bases=(Scale, Options), frozen=True)
-    options = parse(cls, "reproduce", args, "Run the headline claims of a paper, with seeds, intervals and verdicts.")
+    options = parse(
+        cls,
+        "reproduce",
+        args,
+        "Test the headline claims of a paper, with several seeds, intervals and a verdict for each.",
+    )
     names = list(PAPERS) if options.paper == "all" else [options.paper]
     for name in names:
         check(name, options.seeds)

@@ -43,7 +43,7 @@ class Options:
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     resume: bool = False
-    """Go on with the sweep in the folder; the result is bit-identical to that of an uninterrupted one."""
+    """Continue the sweep in the folder; the result is bit-identical to that of an uninterrupted one."""
     checkpoint_steps: int = 500
     """Steps between checkpoints; SIGINT and SIGTERM save one of each SAE and stop."""
     lm_tokens: int = 0
@@ -56,7 +56,12 @@ class Options:
 
 def main(args: Sequence[str]) -> None:
     """Check the grid, train it, measure every SAE on held-out tokens, write table and report."""
-    options = parse(Options, "sweep", args, "Train a grid of SAEs from one reading of a cache.")
+    options = parse(
+        Options,
+        "sweep",
+        args,
+        "Train a grid of SAEs while reading the cache once, and compare them on held-out tokens.",
+    )
     if options.checkpoint_steps < 1:
         raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
     cache, grid, device = ActivationCache(options.cache), read_grid(options.grid), pick_device(options.device)
