@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -308,11 +309,14 @@ def walk(root: Path) -> Iterator[Place]:
     """
     if not root.is_dir():
         raise UserError(f"{root} is no folder; name the folder that holds your runs")
+    # What an SAE's files can be called, or the subfolders they are in: most folders hold nothing of the kind.
+    parts = {pattern.partition("/")[0] for form in FORMATS.values() for pattern in form.files}
+    is_part = re.compile("|".join(map(fnmatch.translate, sorted(parts)))).match
     for name, folders, names in os.walk(root, followlinks=False):
         folder = Path(name)
         links = {entry for entry in (*folders, *names) if (folder / entry).is_symlink()}
         files = {*names} - links
-        runs = _runs_in(folder, files, links, root)
+        runs = _runs_in(folder, files, {entry for entry in (*folders, *names) if is_part(entry)}, links, root)
         # A run's checkpoints are states of it, not runs; a folder of that name elsewhere is one of many.
         is_run = RUN in files or any(run.path == folder for run in runs)
         inner = {INDEX, CHECKPOINTS} if is_run else {INDEX}
@@ -320,14 +324,13 @@ def walk(root: Path) -> Iterator[Place]:
         yield Place(folder, files, runs)
 
 
-def _runs_in(folder: Path, files: set[str], links: set[str], root: Path) -> list[Run]:
+def _runs_in(folder: Path, files: set[str], parts: set[str], links: set[str], root: Path) -> list[Run]:
     if RECIPE in files or (folder.parent / RECIPE).is_file():
         return []  # the SAEs inside a recipe belong to it
     # Reading an SAE must not lead out of the folder: where a part of one is a link, nothing is read.
-    linked = any(fnmatch(link, p.partition("/")[0]) for link in links for form in FORMATS.values() for p in form.files)
-    if METRICS in files or (not linked and _holds_sae(folder)):
+    if METRICS in files or (parts and not parts & links and _holds_sae(folder)):
         return [Run(path=folder, name=folder.relative_to(root).as_posix())]
-    found = [folder / name for name in sorted(files) if any(form.may_hold(name) for form in FORMATS.values())]
+    found = [folder / name for name in sorted(files & parts)]
     return [Run(path=path, name=path.relative_to(root).as_posix()) for path in found if _holds_sae(path)]
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from test_pages import VIEWS, launch
 
+from saelab import viz
 from saelab.cli import main
 from saelab.interop import export
 from saelab.sae.weights import load_metadata, load_sae
 from saelab.workspace import Workspace
+from tests.hardening.vendors import VENDORS
 
 FORMATS = {"saelens": "topk", "sparsify": "abs_topk", "dictionary-learning": "topk"}
 
@@ -94,3 +96,17 @@ def test_what_cannot_be_read_is_one_row(monkeypatch: pytest.MonkeyPatch, folder:
     states = dict(zip(app.dataframe[0].value["run"], app.dataframe[0].value["state"]))
     assert states["good"] == "from sparsify"
     assert "torn" in states["torn"] and "cfg.json is damaged" in states["broken"]
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_every_page_works_with_every_format(monkeypatch: pytest.MonkeyPatch, vendor: str, tmp_path: Path) -> None:
+    path = VENDORS[vendor](tmp_path / vendor)
+    app = launch(monkeypatch, tmp_path, model="none")
+    assert app.selectbox(key="run").value == path.relative_to(tmp_path).as_posix()
+    notes = Workspace.scan(tmp_path).run(app.selectbox(key="run").value).notes
+    said = ""
+    for view in VIEWS:
+        app.switch_page(f"views/{view}").run()
+        assert not app.exception and not app.error, (view, app.exception, app.error)
+        said += " ".join(caption.value for caption in app.caption)
+    assert all(viz.markdown(note) in said for note in notes), notes
