@@ -70,6 +70,7 @@ DARK = Palette(
     max_alpha=0.52,
     series=("#5ab4ec", "#f2984f", "#3cc79c", "#e08cc4", "#dcc24a", "#97a4ff", "#f27d8a", "#aab4c0"),
 )
+# Colours repeat after eight series: a symbol must not resemble the one eight places before it.
 SYMBOLS = (
     "circle",
     "diamond",
@@ -79,9 +80,9 @@ SYMBOLS = (
     "star",
     "pentagon",
     "x",
-    "hexagon",
-    "triangle-down",
     "bowtie",
+    "triangle-down",
+    "hexagon",
 )
 
 

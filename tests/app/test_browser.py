@@ -46,7 +46,7 @@ def test_which_latents_are_dead_and_why(page: Any, address: str, sick_folder: Pa
     settle(page)
     facts = page.locator(".sl-facts").first.inner_text()
     assert "encoder collapsed" in facts and "duplicate" in facts and "bias too low" in facts
-    assert Workspace.scan(sick_folder).run("sick").load().d_sae == 48
+    assert Workspace.scan(sick_folder).run("sick").sae.d_sae == 48
 
 
 def test_hostile_tokens_are_shown_and_do_nothing(page: Any, address: str) -> None:

@@ -65,7 +65,7 @@ def test_marks_are_cut_out_and_found_again() -> None:
 
 @pytest.mark.parametrize("variant", [v for v, cls in VARIANTS.items() if issubclass(cls, LinearSAE)])
 def test_the_contest_names_the_winners_and_a_margin_that_decides(folder: Path, variant: str) -> None:
-    sae = Workspace.scan(folder).run(f"runs/{variant}").load()
+    sae = Workspace.scan(folder).run(f"runs/{variant}").sae
     x = next(ActivationCache(folder / "cache").batches(64, split="held_out", seed=None)).acts
     for row in x[:5]:
         found = why.contest(sae, row, losers=48)

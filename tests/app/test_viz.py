@@ -73,6 +73,14 @@ def test_a_heatmap_without_negative_values_uses_one_colour() -> None:
         assert drawn.customdata[0][1] == "&lt;b&gt;<br>b"
 
 
+def test_series_of_one_colour_have_symbols_that_differ() -> None:
+    points = {f"variant {i}": [(1.0 + i, 0.5, "")] for i in range(12)}
+    looks_like = {"hexagon": "circle"}  # at eleven pixels
+    symbols = [trace.marker.symbol for trace in viz.pareto(points, LIGHT).data]
+    drawn = [(i % len(LIGHT.series), looks_like.get(s, s)) for i, s in enumerate(symbols)]
+    assert len(set(drawn)) == len(points)
+
+
 def test_bars_left_out_leave_a_gap_that_says_so() -> None:
     figure = viz.contest_bars(["#1", "#2", "#3"], [3, 2, 1], [True, True, False], LIGHT, [1, 1, 2], gap=(1, "7 more"))
     bars, marks = figure.data

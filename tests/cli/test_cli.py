@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import saelab
@@ -38,6 +39,14 @@ def test_overview_follows_the_order_of_work(capsys: pytest.CaptureFixture[str]) 
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert [words[0] for words in lines] == list(cli.COMMANDS)
     assert all(len(words) > 3 for words in lines)
+
+
+@pytest.mark.parametrize("option", ["--hook", "--hook-name"])
+def test_an_imported_cache_is_told_its_hook_point_as_a_harvest_is(option: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "acts.npy", np.ones((20, 4), dtype=np.float32) * np.arange(20, dtype=np.float32)[:, None])
+    command = ["cache", "import", str(tmp_path / "acts.npy"), "--out", str(tmp_path / "cache")]
+    cli.main([*command, option, "blocks.1.hook_resid_post"])
+    assert saelab.ActivationCache(tmp_path / "cache").hook_name == "blocks.1.hook_resid_post"
 
 
 def test_unknown_command_suggests_a_known_one(capsys: pytest.CaptureFixture[str]) -> None:
