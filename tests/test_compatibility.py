@@ -179,5 +179,5 @@ def test_a_recipe_steers_to_the_same_logits(name: str) -> None:
         steered = model(tokens).logits[0, -3:]
     torch.testing.assert_close(steered, TENSORS[f"logits/{name}"], rtol=1e-3, atol=1e-4)
     assert (steered - TENSORS["logits/none"]).abs().max() > 0.1
-    for now, before in zip(recipe.describe(), NUMBERS["recipes"][name], strict=True):
+    for now, before in zip(recipe.settings(), NUMBERS["recipes"][name], strict=True):
         assert now["op"] == before["op"] and now["hook_name"] == before["hook_name"]

@@ -1,4 +1,4 @@
-"""Saved recipes: keeping the bench, and taking one from the shelf."""
+"""Saved recipes: saving what is on the Steering page, and loading a recipe into it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parts import steering as steering_parts
 from saelab import viz
 from saelab.runs import Run
 from saelab.steering import Recipe
-from saelab.workspace import recipes as library
+from saelab.workspace import recipes as saved
 from saelab.workspace import steering
 from saelab.workspace.steering import Pick
 
@@ -20,16 +20,16 @@ TEXTS = ("name", "does", "strength", "origin", "promotes", "model", "verdict")
 
 
 def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> None:
-    """The bench as a recipe in the folder's library."""
+    """The interventions of the page as a recipe in the folder."""
     with st.form("steering_save", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.text_input("Save as a recipe", key="recipe_name", placeholder="name")
         asked = st.form_submit_button("Save", icon=":material/save:")
     if not asked:
         return
-    folder = library.recipe_folder(common.workspace().root, name)
+    folder = saved.recipe_folder(common.workspace().root, name)
     of_run, _, measured = st.session_state.get("steering_doses", (None, None, None))
     promotes = [token for pick in found for token in steering_parts.promoted(run, model, pick)]
-    about = library.provenance(found, prompt, promotes, measured if of_run == run.name else None)
+    about = saved.provenance(found, prompt, promotes, measured if of_run == run.name else None)
     with common.model_lock(), st.spinner("Saving …"):
         recipe = Recipe.of(
             model, [steering.intervention(p, source) for p in found], name=name.strip(), provenance=about
@@ -39,11 +39,11 @@ def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> N
 
 
 def show(run: Run) -> None:
-    """Every recipe of the folder; the chosen one with its dose and response, and the way back to the steering."""
+    """Every recipe of the folder; the chosen one with its dose-response curves, and a button that loads it."""
     root = common.workspace().root
-    rows = library.saved_recipes(root)
+    rows = saved.saved_recipes(root)
     if not rows:
-        st.caption(f"Saved recipes appear here; they lie in `{viz.visible(root.name)}/{library.RECIPES}`.")
+        st.caption(f"Saved recipes appear here; they lie in `{viz.visible(root.name)}/{saved.RECIPES}`.")
         return
     view = pd.DataFrame([{k: v for k, v in row.items() if k not in {"doses", "folder"}} for row in rows])
     for name in view.columns.intersection(TEXTS):
@@ -63,9 +63,9 @@ def show(run: Run) -> None:
         st.caption("Choose a recipe to see its dose and response, or to work on with it.")
         return
     row = rows[chosen[0]]
-    if st.button("Put on the bench", key="recipe_reopen", icon=":material/open_in_full:"):
+    if st.button("Load this recipe", key="recipe_reopen", icon=":material/open_in_full:"):
         st.session_state["steer_recipe"] = (run.name, row["folder"])
-        st.toast(f"{row['name']} is on the bench", icon=":material/check:")
+        st.toast(f"Loaded {row['name']}", icon=":material/check:")
         st.rerun()
     if row.get("doses"):
         steering_parts.dose_charts(row["doses"], "recipe")

@@ -9,8 +9,7 @@ import streamlit as st
 
 from saelab import viz
 from saelab.runs import Run
-from saelab.steering import dose_response
-from saelab.steering.directions import difference_of_means
+from saelab.steering import OPERATIONS, difference_of_means, dose_response
 from saelab.workspace import recipes, steering
 from saelab.workspace.steering import Pick
 
@@ -23,15 +22,14 @@ NEUTRAL = (
 
 CONTINUATIONS = {
     "unsteered": "the model as it is, with the same seed",
-    "steered": "with everything on the bench",
+    "steered": "with every intervention on the left",
     "random control": "the same changes along random directions: vectors of equal length added, or projected out",
 }
 
 
 def picks(run: Run, source: Any) -> list[Pick]:
-    """The bench of this session for this run; a latent sent from another page is put on it."""
-    benches = st.session_state.setdefault("steering_bench", {})
-    found: list[Pick] = benches.setdefault(run.name, [])
+    """This session's picks for this run, with a latent or a recipe that was just sent to the page."""
+    found: list[Pick] = st.session_state.setdefault("steering_picks", {}).setdefault(run.name, [])
     sent = st.session_state.pop("steer_pick", None)
     if sent is not None and sent[0] == run.name:
         _put(found, steering.pick_latent(source, sent[1], sent[2]))
@@ -55,7 +53,7 @@ def add_latent(run: Run, source: Any) -> None:
         pole = st.segmented_control("pole", ["+", "−"], default="+", key="steering_pole") if signed else "+"
         if st.form_submit_button("Add", icon=":material/add:"):
             _put(
-                st.session_state["steering_bench"][run.name],
+                st.session_state["steering_picks"][run.name],
                 steering.pick_latent(source, latent, 1 if pole != "−" else -1),
             )
 
@@ -69,7 +67,7 @@ def add_means(run: Run, source: Any, model: Any) -> None:
         if st.form_submit_button("Make the vector", icon=":material/add:"):
             with common.model_lock(), st.spinner("Reading the texts …"):
                 vector = difference_of_means(model, source.hook_name, lines(positive), lines(negative))
-            _put(st.session_state["steering_bench"][run.name], steering.pick_vector(vector, name.strip() or "means"))
+            _put(st.session_state["steering_picks"][run.name], steering.pick_vector(vector, name.strip() or "means"))
 
 
 def lines(text: str) -> list[str]:
@@ -89,11 +87,11 @@ def promoted(run: Run, model: Any, pick: Pick, count: int = 5) -> list[str]:
         row = common.need_index(run).latent(pick.latent, pick.pole)
         if row["promoted"]:
             return row["promoted"][:count]
-    return [] if pick.vector is None else common.promoted(run, model, pick.vector.direction, count)
+    return common.promoted(run, model, pick.vector.direction, count)
 
 
 def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
-    """Operation, amount and unit of each pick; returns the bench as edited."""
+    """Operation, amount and unit of each pick; returns the picks as edited."""
     for i, pick in enumerate(list(found)):
         with st.container(border=True):
             with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
@@ -102,40 +100,38 @@ def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
                     found.pop(i)
                     st.rerun()
             _effect(run, model, pick)
+            if pick.where != "all":
+                common.html(viz.caption(f"acts on: {pick.where}"))
             with st.container(horizontal=True, vertical_alignment="bottom"):
-                known = steering.operations(pick)
-                at = known.index(pick.operation)
-                operation = st.selectbox("do", known, at, key=f"steering_do_{pick.label}", width=130)
-                number = steering.OPERATIONS[operation]
-                if number is not None:
-                    title, default, most, step = number
-                    least = -most if operation == "add" else 0.0
-                    if pick.start is not None:
-                        # A recipe put back on the bench has room beyond its own amount.
-                        most = max(most, 2 * abs(pick.start))
-                        least = -most if operation == "add" else 0.0
-                    if operation == pick.operation:
-                        # What was set outlives a visit to another page.
-                        default = min(max(pick.amount, least), most)
-                    amount = st.slider(title, least, most, default, step, key=f"steering_{operation}_{pick.label}")
-                    unit = pick.unit
-                    if operation != "scale":
-                        known = steering.units(pick)
-                        at = known.index(pick.unit)
-                        unit = st.selectbox(
-                            "unit",
-                            known,
-                            at,
-                            format_func=steering.UNITS.get,
-                            key=f"steering_unit_{pick.label}",
-                            width=200,
-                        )
-                    pick = pick.changed(amount=amount, unit=unit)
-            pick = pick.changed(operation=operation)
+                pick = _operation_and_amount(pick)
             if size := steering.size(pick):
                 common.html(viz.caption(size))
             found[i] = pick
     return found
+
+
+def _operation_and_amount(pick: Pick) -> Pick:
+    known = steering.operations(pick)
+    summaries = "\n".join(f"- {name}: {OPERATIONS[name].summary()}" for name in known)
+    operation = st.selectbox(
+        "do", known, known.index(pick.operation), key=f"steering_do_{pick.label}", width=140, help=summaries
+    )
+    amount = OPERATIONS[operation].amount
+    if amount is None:
+        return pick.changed(operation=operation)
+    # A recipe that was loaded has room beyond its own amount.
+    largest = amount.largest if pick.start is None else max(amount.largest, 2 * abs(pick.start))
+    least, number = -largest if amount.signed else 0.0, amount.default
+    if operation == pick.operation:
+        # What was set outlives a visit to another page.
+        number = min(max(pick.amount, least), largest)
+    number = st.slider(amount.title, least, largest, number, amount.step, key=f"steering_{operation}_{pick.label}")
+    unit = pick.unit
+    if amount.units:
+        units = steering.units(pick)
+        key = f"steering_unit_{pick.label}"
+        unit = st.selectbox("unit", units, units.index(unit), format_func=steering.UNITS.get, key=key, width=200)
+    return pick.changed(operation=operation, amount=number, unit=unit)
 
 
 def generation(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
@@ -204,7 +200,7 @@ def doses(run: Run, model: Any, found: list[Pick]) -> None:
         negative = columns[1].text_area("texts without it (optional)", key="dose_negative", **common.KEEP)
         asked = st.form_submit_button("Measure", icon=":material/science:")
     pick = next(p for p in found if p.label == label)
-    if asked and pick.vector is not None:
+    if asked:
         unit = steering.best_unit(pick.vector)
         with common.model_lock(), st.spinner("Measuring doses …"):
             measured = dose_response(

@@ -1,4 +1,4 @@
-"""The steering bench: latents and vectors, what to do with each, and what the model then says."""
+"""The Steering page: latents and vectors, what to do with each, and what the model then writes."""
 
 import common
 import streamlit as st
@@ -7,12 +7,12 @@ from parts import steering as steering_parts
 
 st.title("Steering", anchor=False)
 run = common.need_run()
-bench_tab, library_tab = st.tabs(["Bench", "Library"])
-with library_tab:
+steer_tab, recipes_tab = st.tabs(["Steer", "Recipes"])
+with recipes_tab:
     # First, because a page without a language model ends below.
     recipe_parts.show(run)
 
-with bench_tab:
+with steer_tab:
     model = common.need_model(run, "Steering")
     common.sae(run)  # shows that it is being loaded
     source = common.opened(run)

@@ -21,7 +21,8 @@ from torch import nn
 from saelab.runs import Run
 from saelab.sae import build
 from saelab.steering.generation import generate_tokens, tokenize
-from saelab.steering.interventions import Add, Clamp, Intervention, Scale
+from saelab.steering.interventions import Intervention
+from saelab.steering.operations import Add, Clamp, Scale
 from saelab.steering.vectors import SteeringVector
 
 PROMPT = "The first thing to know about the history of the city is that"

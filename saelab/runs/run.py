@@ -237,20 +237,12 @@ class Run:
     def max_activation(self, latent: int, pole: int = 1) -> float | None:
         """The largest magnitude the latent reached on this pole in the index; None where it is not known.
 
-        It is not known without an index, and on a pole on which the latent never fired; ``why_no_max`` says which.
+        It is not known without an index, and on a pole on which the latent never fired.
         """
         self.check_latent(latent)
         if self.index is None or pole not in self.index.poles:
             return None
         return float(self.index.max_activation(latent, pole)) or None
-
-    def why_no_max(self, latent: int, pole: int) -> str:
-        """Why a strength in multiples of the latent's maximum has no meaning, with the remedy."""
-        if self.index is not None:
-            return f"latent {latent} never fires on its {'+' if pole > 0 else '-'} pole in the feature index"
-        if self.path is None:
-            return "the SAE has no feature index; set it with with_units(max_activation=...)"
-        return f"{self.path} has no feature index; build it with `saelab index {self.path} --cache CACHE`"
 
     def provenance(self) -> dict[str, Any]:
         """What a vector or a recipe records of the SAE it came from."""

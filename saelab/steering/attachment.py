@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saelab.errors import UserError
 from saelab.lm.sites import Site, check_replaceable, locate
 from saelab.steering.edits import LatentEdits, check_conflicts
-from saelab.steering.interventions import Add, Intervention, LatentIntervention, ProjectOut
+from saelab.steering.interventions import Intervention, LatentIntervention, VectorIntervention
 from saelab.steering.positions import Positions, TokenContext
 
 Edit = Callable[[Tensor, TokenContext], Tensor | None]
@@ -70,13 +70,16 @@ def _edits(interventions: Sequence[Intervention]) -> list[Edit]:
         if group:
             edits.append(LatentEdits(group))
             group = []
-        if not isinstance(intervention, (Add, ProjectOut)):
-            raise UserError(f"{type(intervention).__name__} is not an intervention that saelab can apply")
+        if not isinstance(intervention, VectorIntervention):
+            raise UserError(
+                f"{type(intervention).__name__} cannot be applied; derive it from VectorIntervention or "
+                "LatentIntervention"
+            )
         edits.append(_vector_edit(intervention))
     return [*edits, LatentEdits(group)] if group else edits
 
 
-def _vector_edit(intervention: Add | ProjectOut) -> Edit:
+def _vector_edit(intervention: VectorIntervention) -> Edit:
     prepared: dict[tuple[torch.device, torch.dtype], Callable[[Tensor], Tensor]] = {}
 
     def edit(x: Tensor, context: TokenContext) -> Tensor | None:

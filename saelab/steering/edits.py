@@ -1,4 +1,4 @@
-"""SAE in the loop: edits of single latents, written back as the difference they make."""
+"""Edits of single latents: the activations are encoded, the code is changed, and the difference is added back."""
 
 from __future__ import annotations
 
@@ -82,6 +82,4 @@ def check_conflicts(interventions: Sequence[LatentIntervention]) -> None:
 def _overlap(first: LatentIntervention, second: LatentIntervention) -> bool:
     if [w for w in (first.where, second.where) if w in ("prompt", "generated")] in _PHASES:
         return False
-    # A clamp decides both signs, whatever pole its value lies on.
-    poles = {i.pole if type(i).__name__ in {"Scale", "Ablate"} else 0 for i in (first, second)}
-    return poles != {1, -1}
+    return {first.signs, second.signs} != {1, -1}

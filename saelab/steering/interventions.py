@@ -1,30 +1,58 @@
-"""What steering can do to the activations at a hook point.
+"""What every steering operation is: one change of the activations at one hook point.
 
-Two families. *Vector* interventions (:class:`Add`, :class:`ProjectOut`) act on the activations directly. *Latent*
-interventions (:class:`Scale`, :class:`Clamp`, :class:`MinClamp`, :class:`Ablate`) encode the activations, change the
-code of one latent and write back only the difference, ``x + decode(code') - decode(code)``: what the SAE does not
-explain stays in place unless ``keep_error=False``.
+Two families. A :class:`VectorIntervention` changes the activations directly, along a direction. A
+:class:`LatentIntervention` encodes them, changes the activation of one latent and writes back only the difference,
+``x + decode(code') - decode(code)``: what the SAE does not explain stays in place unless ``keep_error=False``.
+
+An operation is one class. Declaring it with ``operation="name"`` registers it: ``attach`` applies it, recipes hold it,
+``saelab steer --operation name`` and the app's Steering page offer it::
+
+    class Flip(LatentIntervention, operation="flip"):
+        \"""Change the sign of the latent's activation.\"""
+
+        def change(self, values):
+            return -values
+
+Settings of its own are dataclass fields (decorate the class with ``@dataclass(frozen=True, eq=False)``); they are
+saved and restored without further code. ``amount`` names the one that the command line and the app may set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.runs import Run, as_run
+from saelab.runs import Run
 from saelab.sae import SAE
 from saelab.steering.positions import Where, check_where
-from saelab.steering.vectors import SteeringVector, Strength, parse_strength, pole_sign
+from saelab.steering.vectors import SteeringVector, Strength, parse_strength
+
+OPERATIONS: dict[str, type[Intervention]] = {}
+
+
+@dataclass(frozen=True)
+class Amount:
+    """The number that an operation takes: its name, and the range in which a person sets it."""
+
+    field: str  # the argument of the operation's constructor
+    title: str  # what the number is
+    default: float
+    largest: float
+    step: float
+    units: bool = False  # a strength, which may be a multiple of "max", "norm" or "raw"; otherwise a bare number
+    signed: bool = False  # may be negative
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Intervention:
+class Intervention(ABC):
     """One change at one hook point.
 
     ``where`` says on which tokens: "all", "prompt", "generated", a list of positions in the text (negative ones count
@@ -32,12 +60,41 @@ class Intervention:
     touched. ``skip_first`` leaves out each text's first token, whose activations are an attention sink of huge norm.
     """
 
+    operation: ClassVar[str] = ""  # the name it is registered under; empty for one that is not
+    amount: ClassVar[Amount | None] = None  # None: it takes no number
+    parts: ClassVar[tuple[str, ...]] = ()  # the fields that hold tensors: vectors, or a run
+
     where: Where = "all"
     skip_first: bool = False
-    hook_name: str = ""
+    hook_name: str = ""  # by default that of the vector or the run
+
+    def __init_subclass__(cls, operation: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.operation = operation
+        if not operation:
+            return
+        for name, other in OPERATIONS.items():
+            taken = operation == name or cls.__name__ == other.__name__
+            if taken and (cls.__module__, cls.__qualname__) != (other.__module__, other.__qualname__):
+                raise UserError(
+                    f"the steering operation {operation!r} ({cls.__name__}) is already registered by "
+                    f"{other.__module__}.{other.__qualname__}; give the class and the operation another name"
+                )
+        OPERATIONS[operation] = cls
 
     def __post_init__(self) -> None:
         check_where(self.where)
+        if not self.hook_name:
+            object.__setattr__(self, "hook_name", self._default_hook_name())
+
+    @abstractmethod
+    def _default_hook_name(self) -> str:
+        """The hook point of the vector or the run."""
+
+    @property
+    @abstractmethod
+    def d_in(self) -> int:
+        """Width of the activations it acts on."""
 
     @property
     def idle(self) -> bool:
@@ -45,85 +102,125 @@ class Intervention:
         return False
 
     @property
-    def d_in(self) -> int:
-        """Width of the activations it acts on."""
-        raise NotImplementedError
+    def directions(self) -> tuple[SteeringVector, ...]:
+        """The steering vectors it acts along; empty for operations on a latent."""
+        return ()
+
+    def settings(self) -> dict[str, Any]:
+        """The operation, its hook point, its tokens, and every field that holds no tensors, as JSON."""
+        where = "predicate" if callable(self.where) else self.where
+        return {
+            "op": type(self).__name__,
+            "hook_name": self.hook_name,
+            "where": where if isinstance(where, str) else [int(position) for position in where],
+            "skip_first": self.skip_first,
+            **{name: getattr(self, name) for name in self._own_fields()},
+        }
+
+    def saved_settings(self) -> dict[str, Any]:
+        """The settings as a recipe holds them: without anything that needs the feature index to be understood."""
+        return self.settings()
+
+    @classmethod
+    @abstractmethod
+    def from_settings(
+        cls, settings: Mapping[str, Any], vectors: Sequence[SteeringVector] = (), run: Run | None = None
+    ) -> Self:
+        """The intervention that a recipe holds, from ``saved_settings()`` and its vectors or its run."""
+
+    @classmethod
+    @abstractmethod
+    def on_latent(
+        cls, run: Run, latent: int, amount: Strength | None = None, *, pole: int = 1, where: Where = "all"
+    ) -> Self:
+        """The operation on one pole of one latent, with the number that ``amount`` describes."""
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of its docstring, for the help of the command line and of the app."""
+        text = (cls.__dict__.get("__doc__") or "").strip()
+        # A dataclass without a docstring is given its signature.
+        return "" if text.startswith(f"{cls.__name__}(") else text.split("\n")[0].replace("``", "")
+
+    @classmethod
+    def _own_fields(cls) -> list[str]:
+        common = {f.name for f in dataclasses.fields(Intervention)}
+        return [f.name for f in dataclasses.fields(cls) if f.init and f.name not in common | set(cls.parts)]
+
+    @classmethod
+    def _arguments(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments in saved settings; KeyError for a missing one, so that none is guessed."""
+        where = settings["where"] if isinstance(settings["where"], str) else tuple(settings["where"])
+        common = {"where": where, "skip_first": settings["skip_first"], "hook_name": settings["hook_name"]}
+        return common | {name: settings[name] for name in cls._own_fields()}
+
+    @classmethod
+    def _amount_argument(cls, amount: Strength | None) -> dict[str, Any]:
+        if amount is None:
+            return {}
+        if cls.amount is None:
+            raise UserError(f"{cls.operation} takes no number, so {amount!r} has no meaning; leave it out")
+        if not cls.amount.units:
+            number, unit = parse_strength(amount)
+            if unit:
+                example = f"{cls.amount.default:g}"
+                raise UserError(f"{cls.operation} takes a {cls.amount.title} such as {example}, not {amount}")
+            amount = number
+        return {cls.amount.field: amount}
 
 
 @dataclass(frozen=True, eq=False)
-class Add(Intervention):
-    """``x + strength * direction``; see :class:`SteeringVector` for the units a strength may have."""
+class VectorIntervention(Intervention):
+    """A change of the activations along a direction, which the field that ``parts`` names holds (or several)."""
 
-    vector: SteeringVector
-    strength: Strength = "1raw"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "hook_name", self.hook_name or self.vector.hook_name)
-        self.vector.length(self.strength)  # a unit that is not known is refused here, not in the middle of a generation
-
-    @property
-    def length(self) -> float:
-        """The strength in units of the activations."""
-        return self.vector.length(self.strength)
-
-    @property
-    def idle(self) -> bool:
-        return self.length == 0
-
-    @property
-    def d_in(self) -> int:
-        return self.vector.d_in
-
-    def prepare(self, like: Tensor) -> Callable[[Tensor], Tensor]:
-        """The edit of selected activations ``[..., d_in]``, for tensors like ``like``."""
-        shift = (self.vector.direction * self.length).to(like)
-        return lambda x: x + shift
-
-
-@dataclass(frozen=True, eq=False)
-class ProjectOut(Intervention):
-    """Remove from ``x`` its component in the span of one or more directions (directional ablation)."""
-
-    vectors: SteeringVector | Sequence[SteeringVector]
-    strength: float = 1.0  # fraction removed
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len({(v.hook_name, v.d_in) for v in self.directions}) != 1:
-            raise UserError("ProjectOut takes one or more vectors of the same hook point and width")
-        object.__setattr__(self, "hook_name", self.hook_name or self.directions[0].hook_name)
+    parts: ClassVar[tuple[str, ...]] = ("vector",)
 
     @property
     def directions(self) -> tuple[SteeringVector, ...]:
-        """The vectors as a tuple, also when there is one."""
-        return (self.vectors,) if isinstance(self.vectors, SteeringVector) else tuple(self.vectors)
-
-    @property
-    def idle(self) -> bool:
-        return self.strength == 0
+        found = getattr(self, self.parts[0])
+        return (found,) if isinstance(found, SteeringVector) else tuple(found)
 
     @property
     def d_in(self) -> int:
         return self.directions[0].d_in
 
-    def prepare(self, like: Tensor) -> Callable[[Tensor], Tensor]:
-        """The edit of selected activations ``[..., d_in]``, for tensors like ``like``."""
-        directions = torch.stack([vector.direction for vector in self.directions]).double()
-        # Vectors that nearly repeat each other span one axis, not two.
-        _, sizes, axes = torch.linalg.svd(directions, full_matrices=False)
-        basis = axes[sizes > 1e-6 * sizes[0]].to(like)
-        return lambda x: x - self.strength * ((x @ basis.T) @ basis)
+    @abstractmethod
+    def prepare(self, like: Tensor) -> Callable[[Float[Tensor, "... d_in"]], Float[Tensor, "... d_in"]]:
+        """The function from the activations to the new ones, for tensors of the type and on the device of ``like``."""
+
+    @classmethod
+    def from_settings(
+        cls, settings: Mapping[str, Any], vectors: Sequence[SteeringVector] = (), run: Run | None = None
+    ) -> Self:
+        make: Any = cls
+        return make(vectors[0] if len(vectors) == 1 else list(vectors), **cls._arguments(settings))
+
+    @classmethod
+    def on_vector(cls, vector: SteeringVector, amount: Strength | None = None, *, where: Where = "all") -> Self:
+        """The operation along ``vector``, with the number that ``amount`` describes."""
+        make: Any = cls  # the vector is the first field, which every operation declares itself
+        return make(vector, where=where, **cls._amount_argument(amount))
+
+    @classmethod
+    def on_latent(
+        cls, run: Run, latent: int, amount: Strength | None = None, *, pole: int = 1, where: Where = "all"
+    ) -> Self:
+        return cls.on_vector(SteeringVector.from_latent(run, latent, pole), amount, where=where)
+
+    def _default_hook_name(self) -> str:
+        return self.directions[0].hook_name
 
 
 @dataclass(frozen=True, eq=False)
 class LatentIntervention(Intervention):
-    """A change to the code of one latent.
+    """A change to the activation of one latent.
 
     ``pole`` limits it to activations of one sign (``1`` or ``-1``); 0 means both.
     """
 
-    run: Run | SAE | Path | str  # becomes a Run
+    parts: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Run
     latent: int
     pole: int = field(default=0, kw_only=True)
     keep_error: bool = field(default=True, kw_only=True)
@@ -131,33 +228,38 @@ class LatentIntervention(Intervention):
     skip_first: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.run, Run):
+            raise UserError(
+                f"{type(self).__name__} takes a Run, not a {type(self.run).__name__}; open a folder with "
+                "Run.open(path), wrap an SAE in memory with Run(sae, hook_name)"
+            )
         super().__post_init__()
-        run = as_run(self.run, self.hook_name)
-        object.__setattr__(self, "run", run)
-        object.__setattr__(self, "hook_name", self.hook_name or run.hook_name)
-        object.__setattr__(self, "pole", pole_sign(self.pole) if self.pole else 0)
-        run.check_latent(self.latent)
-
-    @property
-    def source(self) -> Run:
-        """The SAE with what is known of it."""
-        return as_run(self.run, self.hook_name)
+        if self.pole not in (-1, 0, 1):
+            raise UserError(f"pole {self.pole!r} is neither + nor -; give 1, -1, or 0 for both")
+        self.run.check_latent(self.latent)
 
     @property
     def sae(self) -> SAE:
-        return self.source.sae
+        """The SAE whose code is changed."""
+        return self.run.sae
 
     @property
     def d_in(self) -> int:
         return self.sae.d_in
 
-    def edit(self, values: Tensor) -> Tensor:
-        """The latent's new activations from its present ones ``[n]``, zeros where it does not fire."""
+    @property
+    def signs(self) -> int:
+        """The sign of the activations it decides, 0 for both: two interventions may share a latent but not a sign."""
+        # One with an ``edit`` of its own may change either, whatever its pole.
+        return self.pole if type(self).edit is LatentIntervention.edit else 0
+
+    def edit(self, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The latent's new activations from its present ones, zeros where it does not fire."""
         new = self.change(values)
         return new if self.pole == 0 else torch.where(values * self.pole > 0, new, values)
 
-    def change(self, values: Tensor) -> Tensor:
-        """The new activations where the intervention applies."""
+    def change(self, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The new activations on the intervention's pole. Override this, or :meth:`edit` to decide on both."""
         raise NotImplementedError
 
     def activation(self, strength: Strength, pole: int) -> float:
@@ -165,79 +267,22 @@ class LatentIntervention(Intervention):
         number, unit = parse_strength(strength)
         if unit == "":
             return number
-        if unit != "max":
-            raise UserError(f"an activation is a number or a multiple of max, not {strength!r}")
-        vector = SteeringVector.from_latent(self.source, self.latent, pole)
+        vector = SteeringVector.from_latent(self.run, self.latent, pole)
         return pole * vector.length(strength) / vector.norm
 
+    @classmethod
+    def from_settings(
+        cls, settings: Mapping[str, Any], vectors: Sequence[SteeringVector] = (), run: Run | None = None
+    ) -> Self:
+        if run is None:
+            raise UserError(f"{cls.__name__} needs the SAE of its latent")
+        return cls(run, **cls._arguments(settings))
 
-@dataclass(frozen=True, eq=False)
-class Scale(LatentIntervention):
-    """Multiply the latent's own activation where it fires."""
+    @classmethod
+    def on_latent(
+        cls, run: Run, latent: int, amount: Strength | None = None, *, pole: int = 1, where: Where = "all"
+    ) -> Self:
+        return cls(run, latent, pole=pole, where=where, **cls._amount_argument(amount))
 
-    factor: float = 2.0
-
-    @property
-    def idle(self) -> bool:
-        return self.factor == 1 and self.keep_error
-
-    def change(self, values: Tensor) -> Tensor:
-        return values * self.factor
-
-
-@dataclass(frozen=True, eq=False)
-class Ablate(LatentIntervention):
-    """Set the latent's activation to zero."""
-
-    def change(self, values: Tensor) -> Tensor:
-        return torch.zeros_like(values)
-
-
-@dataclass(frozen=True, eq=False)
-class Clamp(LatentIntervention):
-    """Set the latent's activation to ``value`` on every token, whether it fires there or not.
-
-    ``value`` is an activation or a multiple of the latent's maximum, ``"0.8max"``; with ``pole=-1`` that is the largest
-    magnitude on the negative pole, and the value is negative.
-    """
-
-    value: Strength = "1max"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "_target", self.activation(self.value, self.pole or 1))
-
-    @property
-    def target(self) -> float:
-        """The activation aimed at."""
-        return self.__dict__["_target"]
-
-    def edit(self, values: Tensor) -> Tensor:
-        return torch.full_like(values, self.target)
-
-
-@dataclass(frozen=True, eq=False)
-class MinClamp(Clamp):
-    """Raise the latent's activation to ``value`` where it lies below (on the negative pole: above)."""
-
-    def edit(self, values: Tensor) -> Tensor:
-        return values.clamp(max=self.target) if self.target < 0 else values.clamp(min=self.target)
-
-
-def describe(intervention: Intervention) -> dict[str, Any]:
-    """The settings of an intervention as JSON, its tensors left out."""
-    where = intervention.where
-    if callable(where):
-        where = "predicate"
-    settings: dict[str, Any] = {
-        "op": type(intervention).__name__,
-        "hook_name": intervention.hook_name,
-        "where": where if isinstance(where, str) else [int(p) for p in where],
-        "skip_first": intervention.skip_first,
-    }
-    for name in ("strength", "latent", "pole", "keep_error", "factor", "value"):
-        if hasattr(intervention, name):
-            settings[name] = getattr(intervention, name)
-    if isinstance(intervention, Add):
-        settings["length"] = intervention.length
-    return settings
+    def _default_hook_name(self) -> str:
+        return self.run.hook_name

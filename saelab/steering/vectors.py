@@ -1,4 +1,4 @@
-"""``SteeringVector``: a unit direction with its length, its hook point and its origin."""
+"""``SteeringVector``: a unit direction at one hook point, with its length, its units and its origin."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab import layout
 from saelab.errors import UserError
 from saelab.runs import Run, as_run
 from saelab.sae import SAE
@@ -39,7 +40,6 @@ class SteeringVector:
     max_activation: float | None = None  # the length that "1max" stands for
     rms_norm: float | None = None  # the length that "1norm" stands for
     origin: dict[str, Any] = field(default_factory=dict)  # how it was made; JSON
-    no_max: str = "only a single latent has a maximum; set one with with_units(max_activation=...)"
 
     @classmethod
     def from_tensor(cls, vector: Tensor, hook_name: str, **known: Any) -> SteeringVector:
@@ -72,8 +72,7 @@ class SteeringVector:
             model=source.model_name,
             max_activation=None if highest is None else highest * float(row.norm()),
             rms_norm=source.rms_norm,
-            origin={"kind": "latent", "latent": latent, "pole": pole, **source.provenance()},
-            no_max=source.why_no_max(latent, pole),
+            origin={"kind": "latent", "latent": latent, "pole": pole_sign(pole), **source.provenance()},
         )
 
     @classmethod
@@ -114,9 +113,8 @@ class SteeringVector:
                 f"strength {strength!r} needs the norm of the activations, which this vector does not know; give an "
                 "absolute strength, or set it with with_units(rms_norm=...)"
             )
-        raise UserError(
-            f"strength {strength!r} needs a maximum activation: {self.no_max}, or give an absolute strength"
-        )
+        why = _why_no_max(self.origin)
+        raise UserError(f"strength {strength!r} needs a maximum activation: {why}, or give an absolute strength")
 
     def with_units(self, max_activation: float | None = None, rms_norm: float | None = None) -> SteeringVector:
         """The same vector with the lengths that "1max" and "1norm" stand for."""
@@ -165,6 +163,21 @@ class SteeringVector:
             rms_norm=self.rms_norm or other.rms_norm,
             origin={"kind": kind, "of": [self.origin, other.origin]},
         )
+
+
+def _why_no_max(origin: Mapping[str, Any]) -> str:
+    """Why a vector of this origin has no maximum activation, with the remedy."""
+    while origin.get("kind") == "multiple":
+        origin = origin["of"]
+    if origin.get("kind") != "latent":
+        return "only a single latent has a maximum; set one with with_units(max_activation=...)"
+    run = origin.get("run")
+    if run is None:
+        return "the SAE has no feature index; set it with with_units(max_activation=...)"
+    if not (Path(run) / layout.INDEX / layout.FEATURES).is_file():
+        return f"{run} has no feature index; build it with `saelab index {run} --cache CACHE`"
+    sign = "+" if pole_sign(origin["pole"]) > 0 else "-"
+    return f"latent {origin['latent']} never fires on its {sign} pole in the feature index"
 
 
 def parse_strength(strength: Strength) -> tuple[float, str]:

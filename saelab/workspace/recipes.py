@@ -1,4 +1,4 @@
-"""The library of the folder: recipes saved from the bench, what each is, and how to work on with one."""
+"""Recipes that the Steering page saves in a folder: where they lie, what each does, and how to load one again."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Any
 from saelab.errors import MALFORMED, UserError, first_line
 from saelab.layout import RECIPE
 from saelab.runs import Run
-from saelab.steering import Ablate, Add, Clamp, MinClamp, ProjectOut, Recipe, Scale
+from saelab.steering import OPERATIONS, Intervention, LatentIntervention, Recipe
 from saelab.steering.vectors import SteeringVector, parse_strength
 from saelab.workspace.steering import Pick, pick_latent, pick_vector
 
 RECIPES = "recipes"
-_OPERATIONS = {Scale: "scale", MinClamp: "at least", Clamp: "clamp", Ablate: "ablate"}
 
 
 def recipe_folder(root: Path, name: str) -> Path:
@@ -29,7 +28,7 @@ def recipe_folder(root: Path, name: str) -> Path:
 
 
 def saved_recipes(root: Path) -> list[dict[str, Any]]:
-    """Name, what it does, where its vectors come from, and its measured doses, for every recipe in the library."""
+    """Name, what it does, where its vectors come from, and its measured doses, for every recipe in the folder."""
     rows = []
     for path in sorted((root / RECIPES).glob(f"*/{RECIPE}")):
         if not path.resolve().is_relative_to(root.resolve()):
@@ -59,7 +58,7 @@ def _row(folder: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def provenance(picks: Sequence[Pick], prompt: str, promotes: Sequence[str], measured: Any = None) -> dict[str, Any]:
-    """What a saved recipe remembers of the bench: picks, prompt, logit effect, dose and response."""
+    """What a saved recipe records of the page: picks, prompt, logit effect, doses and responses."""
     about: dict[str, Any] = {
         "prompt": prompt,
         "promotes": list(promotes),
@@ -85,21 +84,32 @@ def reopen(root: Path, folder: str, source: Run) -> list[Pick]:
                 f"{folder} acts at {step.hook_name}, this SAE lies at {source.hook_name}; choose another SAE"
             )
         label = told[i]["label"] if i < len(told) else f"{folder} {i + 1}"
-        if isinstance(step, Add):
-            picks.append(_sized(_vector_pick(step.vector, label, source), step.strength))
-        elif isinstance(step, ProjectOut):
-            picks.append(_vector_pick(step.directions[0], label, source).changed(operation="project out"))
-        elif isinstance(step, Scale | Ablate | Clamp):
-            if step.source.fingerprint != source.fingerprint:
-                raise UserError(f"{folder} changes latents of another SAE; choose the run it was saved from")
-            pick = pick_latent(source, step.latent, step.pole or 1).changed(operation=_operation(step))
-            if isinstance(step, Scale):
-                pick = pick.changed(amount=step.factor, start=step.factor)
-            elif isinstance(step, Clamp) and pick.vector is not None:
-                amount = round(abs(step.target) * pick.vector.norm / pick.vector.length(f"1{pick.unit}"), 4)
-                pick = pick.changed(amount=amount, start=amount)
-            picks.append(pick)
+        picks.append(_pick(step, label, folder, source))
     return picks
+
+
+def _pick(step: Intervention, label: str, folder: str, source: Run) -> Pick:
+    number: Any = getattr(step, step.amount.field) if step.amount else None
+    units = step.amount is not None and step.amount.units
+    common = {"operation": step.operation, "where": step.where}
+    if isinstance(step, LatentIntervention):
+        if step.run.fingerprint != source.fingerprint:
+            raise UserError(f"{folder} changes latents of another SAE; choose the run it was saved from")
+        pick = pick_latent(source, step.latent, step.pole or 1).changed(**common)
+        if units:
+            activation = abs(step.activation(number, step.pole or 1))
+            number = round(activation * pick.vector.norm / pick.vector.length(f"1{pick.unit}"), 4)
+    else:
+        vector, *others = step.directions
+        if others:
+            raise UserError(
+                f"{folder} acts along {1 + len(others)} vectors in one step, which this page cannot show; apply it "
+                "with saelab steer"
+            )
+        pick = _vector_pick(vector, label, source).changed(**common)
+        if units:
+            return _sized(pick, number)
+    return pick if number is None else pick.changed(amount=float(number), start=float(number))
 
 
 def _vector_pick(vector: SteeringVector, label: str, source: Run) -> Pick:
@@ -114,25 +124,22 @@ def _sized(pick: Pick, strength: float | str) -> Pick:
     number, unit = parse_strength(strength)
     if unit:
         return pick.changed(amount=number, start=number, unit=unit)
-    assert pick.vector is not None
     number = number / pick.vector.norm
     return pick.changed(amount=number, start=number, unit="raw")
 
 
-def _operation(step: Any) -> str:
-    return next(name for kind, name in _OPERATIONS.items() if isinstance(step, kind))
-
-
 def _part(entry: dict[str, Any]) -> dict[str, Any]:
     vectors = entry.get("vectors") or []
-    amounts = [f"{k} {_short(entry[k])}" for k in ("factor", "value") if entry.get(k) is not None]
-    strength = _short(entry["strength"]) if entry.get("strength") is not None else ", ".join(amounts)
+    amount = next((cls.amount for cls in OPERATIONS.values() if cls.__name__ == entry["op"]), None)
+    number = None if amount is None else entry.get(amount.field)
+    named = "" if amount is None or amount.field == "strength" else f"{amount.field} "
+    strength = "" if number is None else f"{named}{_short(number)}"
     latent = f" #{entry['latent']}" if "latent" in entry else ""
     origins = [v.get("origin") or {} for v in vectors] or [entry.get("source") or {}]
-    named = [f"{o.get('kind', 'latent')} {o.get('latent', '')}".strip() for o in origins]
+    kinds = [f"{o.get('kind', 'latent')} {o.get('latent', '')}".strip() for o in origins]
     norm = vectors[0].get("norm") if vectors else None
     does = f"{entry['op']}{latent}"
-    return {"does": does, "strength": strength, "origin": ", ".join(named), "norm": norm}
+    return {"does": does, "strength": strength, "origin": ", ".join(kinds), "norm": norm}
 
 
 def _short(amount: Any) -> str:

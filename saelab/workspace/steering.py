@@ -1,4 +1,4 @@
-"""The steering bench: what is picked, the interventions it means, and their controls."""
+"""The Steering page without its widgets: the latents and vectors that were picked, and the interventions they mean."""
 
 from __future__ import annotations
 
@@ -10,66 +10,68 @@ from typing import TYPE_CHECKING, Any
 from saelab.errors import UserError
 from saelab.runs import Run
 from saelab.steering import (
-    Ablate,
+    OPERATIONS,
     Add,
-    Clamp,
     Intervention,
-    MinClamp,
     ProjectOut,
-    Scale,
     SteeringVector,
+    VectorIntervention,
     generate_tokens,
 )
 from saelab.steering.directions import random_direction
 from saelab.steering.generation import tokenize, tokenizer_of
+from saelab.steering.positions import Where
+from saelab.steering.vectors import Strength
 
 if TYPE_CHECKING:
     from torch import nn
 
-# operation -> (what its number means, default, largest, step); None: it takes no number
-OPERATIONS: dict[str, tuple[str, float, float, float] | None] = {
-    "add": ("strength", 1.0, 4.0, 0.05),
-    "clamp": ("activation", 1.0, 4.0, 0.05),
-    "at least": ("activation", 1.0, 4.0, 0.05),
-    "scale": ("factor", 2.0, 8.0, 0.1),
-    "ablate": None,
-    "project out": None,
-}
 UNITS = {"max": "× max activation", "norm": "× activation norm", "raw": "× own length"}
 
 
 @dataclass(frozen=True)
 class Pick:
-    """One line of the bench: a latent's pole, or a vector made from texts, and what to do with it."""
+    """A latent's pole, or a vector made from texts, and the operation to apply with it."""
 
     label: str
+    vector: SteeringVector
     latent: int | None = None
     pole: int = 1
-    vector: SteeringVector | None = None
     operation: str = "add"
     amount: float = 1.0
     unit: str = "raw"
     start: float | None = None
     """The amount it came with, where it came from a saved recipe."""
+    where: Where = "all"
+    """The tokens it acts on."""
 
     def changed(self, **fields: Any) -> Pick:
+        """The pick with some of its fields replaced."""
         return replace(self, **fields)
+
+    @property
+    def strength(self) -> Strength | None:
+        """The number for its operation; None where it takes none."""
+        amount = OPERATIONS[self.operation].amount
+        if amount is None:
+            return None
+        return f"{self.amount}{self.unit}" if amount.units else self.amount
 
 
 def pick_latent(source: Run, latent: int, pole: int) -> Pick:
     """A latent with the best unit that is known for it."""
     vector = SteeringVector.from_latent(source, latent, pole)
     sign = "" if pole > 0 else " −"
-    return Pick(f"#{latent}{sign}", latent, pole, vector, unit=best_unit(vector))
+    return Pick(f"#{latent}{sign}", vector, latent, pole, unit=best_unit(vector))
 
 
 def pick_vector(vector: SteeringVector, label: str) -> Pick:
-    """A vector made from texts; one own length is its natural strength."""
-    return Pick(label, vector=vector, unit="raw")
+    """A vector made from texts; its natural strength is its own length."""
+    return Pick(label, vector, unit="raw")
 
 
 def best_unit(vector: SteeringVector) -> str:
-    """The most telling unit a vector knows."""
+    """The first of max, norm and raw that the vector knows."""
     if vector.max_activation:
         return "max"
     return "norm" if vector.rms_norm else "raw"
@@ -77,38 +79,28 @@ def best_unit(vector: SteeringVector) -> str:
 
 def units(pick: Pick) -> list[str]:
     """Units in which this pick's amount can be given."""
-    vector = pick.vector
-    known = {"max": vector is not None and vector.max_activation, "norm": vector is not None and vector.rms_norm}
+    known = {"max": pick.vector.max_activation, "norm": pick.vector.rms_norm}
     return [unit for unit in UNITS if unit == "raw" or known[unit]]
 
 
 def operations(pick: Pick) -> list[str]:
-    """Operations on a latent's activation need a latent."""
-    return list(OPERATIONS) if pick.latent is not None else ["add", "project out"]
+    """The operations that are possible: those on a latent's activation need a latent."""
+    return [name for name, cls in OPERATIONS.items() if pick.latent is not None or issubclass(cls, VectorIntervention)]
 
 
 def intervention(pick: Pick, source: Run) -> Intervention:
-    """What a pick does to the model. Activations are given in multiples of the maximum where that is known."""
-    assert pick.vector is not None
-    if pick.operation == "add":
-        return Add(pick.vector, f"{pick.amount}{pick.unit}")
-    if pick.operation == "project out":
-        return ProjectOut(pick.vector)
+    """What a pick does to the model."""
+    operation = OPERATIONS[pick.operation]
+    if issubclass(operation, VectorIntervention):
+        return operation.on_vector(pick.vector, pick.strength, where=pick.where)
     if pick.latent is None:
-        raise UserError(f"{pick.operation!r} needs a latent; a vector made from texts can be added or projected out")
-    pole = pick.pole if source.sae.signed else 0
-    if pick.operation == "ablate":
-        return Ablate(source, pick.latent, pole=pole)
-    if pick.operation == "scale":
-        return Scale(source, pick.latent, pick.amount, pole=pole)
-    value = pick.pole * pick.vector.length(f"{pick.amount}{pick.unit}") / pick.vector.norm
-    kind = Clamp if pick.operation == "clamp" else MinClamp
-    return kind(source, pick.latent, value, pole=pole)
+        raise UserError(f"{pick.operation} needs a latent; for a vector made from texts choose another operation")
+    return operation.on_latent(source, pick.latent, pick.strength, pole=pick.pole, where=pick.where)
 
 
 def size(pick: Pick) -> str:
     """What the amount comes to, where a length is added: in raw units and beside the activations' norm."""
-    if pick.operation != "add" or pick.vector is None:
+    if OPERATIONS[pick.operation] is not Add:
         return ""
     length = pick.vector.length(f"{pick.amount}{pick.unit}")
     rms = pick.vector.rms_norm
@@ -117,12 +109,17 @@ def size(pick: Pick) -> str:
 
 
 def control(pick: Pick, seed: int) -> Intervention:
-    """The same kind of change along a random direction: added at equal length, or projected out."""
-    assert pick.vector is not None
-    direction = random_direction(pick.vector, seed)
-    if pick.operation in {"add", "clamp", "at least"}:
-        return Add(direction, pick.vector.length(f"{pick.amount}{pick.unit}"))
-    return ProjectOut(direction)
+    """The same kind of change along a random direction, as a control.
+
+    A vector operation is applied to the random direction. For an operation on a latent, the random direction is added
+    at the length that the latent's activation is set to, or projected out where it has no such length.
+    """
+    direction, operation = random_direction(pick.vector, seed), OPERATIONS[pick.operation]
+    if issubclass(operation, VectorIntervention):
+        return operation.on_vector(direction, pick.strength, where=pick.where)
+    if operation.amount is not None and operation.amount.units:
+        return Add(direction, pick.vector.length(f"{pick.amount}{pick.unit}"), where=pick.where)
+    return ProjectOut(direction, where=pick.where)
 
 
 @dataclass(frozen=True)

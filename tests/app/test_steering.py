@@ -1,4 +1,4 @@
-"""The steering bench and its library, through the page, on a tiny model."""
+"""The Steering page: measuring, saving and loading recipes, on a tiny model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from test_pages import launch
 from saelab.errors import UserError
 from saelab.features import FeatureIndex
 from saelab.lm import load_model
-from saelab.steering import Recipe
-from saelab.workspace import Workspace
-from saelab.workspace import recipes as library
-from saelab.workspace import steering as bench
+from saelab.steering import ProjectOut, Recipe, SteeringVector
+from saelab.workspace import Workspace, recipes, steering
 
 RUN = "runs/topk"
 
@@ -30,7 +28,7 @@ def workplace(folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def open_bench(monkeypatch: pytest.MonkeyPatch, workplace: Path, model: Path, latent: int) -> AppTest:
+def open_page(monkeypatch: pytest.MonkeyPatch, workplace: Path, model: Path, latent: int) -> AppTest:
     app = launch(monkeypatch, workplace, model=str(model))
     app.session_state["steer_pick"] = (RUN, latent, 1)
     return succeed(app.switch_page("views/steering.py").run())
@@ -50,9 +48,9 @@ def figures(app: AppTest) -> dict[str, Any]:
     return {item.proto.id.rsplit("-", 1)[-1]: json.loads(item.proto.spec) for item in app.get("plotly_chart")}
 
 
-def test_measure_save_and_take_from_the_library(monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path) -> None:
+def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path) -> None:
     latent = strongest(folder)
-    app = open_bench(monkeypatch, workplace, folder / "model", latent)
+    app = open_page(monkeypatch, workplace, folder / "model", latent)
     app.slider(key=f"steering_add_#{latent}").set_value(0.5).run()
 
     app.text_input(key="dose_concept").input("river")
@@ -71,12 +69,12 @@ def test_measure_save_and_take_from_the_library(monkeypatch: pytest.MonkeyPatch,
     app.text_input(key="recipe_name").input("More of it")
     succeed(app.button(key="FormSubmitter:steering_save-Save").click().run())
     recipe = Recipe.load(workplace / "recipes" / "More-of-it")
-    assert recipe.describe()[0]["strength"] == "0.5max"
+    assert recipe.settings()[0]["strength"] == "0.5max"
     saved = recipe.provenance
     assert saved["verdict"] == measured.verdict and len(saved["doses"]) == len(measured.doses)
     assert len(saved["promotes"]) == 5
 
-    # A new session without a model still shows the library.
+    # A new session without a model still shows the recipes.
     app = launch(monkeypatch, workplace, model="none")
     app = succeed(app.switch_page("views/steering.py").run())
     (row,) = app.dataframe[0].value.to_dict("records")
@@ -84,44 +82,55 @@ def test_measure_save_and_take_from_the_library(monkeypatch: pytest.MonkeyPatch,
     assert row["norm"] > 0 and row["promotes"] and row["verdict"] == measured.verdict
 
 
-def test_a_recipe_comes_back_to_the_bench_as_it_was(workplace: Path, folder: Path) -> None:
+def test_a_recipe_comes_back_to_the_page_as_it_was(workplace: Path, folder: Path) -> None:
     run = Workspace.scan(workplace).run(RUN)
     model = load_model(str(folder / "model"))
     source = run
     latent = strongest(folder)
-    direction = bench.SteeringVector.from_tensor(torch.arange(1.0, 33.0), source.hook_name)
-    plain = bench.pick_latent(source, latent, 1)
+    direction = SteeringVector.from_tensor(torch.arange(1.0, 33.0), source.hook_name)
+    plain = steering.pick_latent(source, latent, 1)
     picks = [
         plain.changed(amount=0.75),
         plain.changed(operation="clamp", amount=1.5),
-        plain.changed(operation="at least", amount=0.5),
+        plain.changed(operation="min-clamp", amount=0.5),
         plain.changed(operation="scale", amount=3.0),
         plain.changed(operation="ablate"),
-        bench.pick_vector(direction, "means").changed(amount=-2.0),
-        bench.pick_vector(direction, "means").changed(operation="project out"),
+        plain.changed(operation="clamp", amount=0.5, where="generated"),
+        steering.pick_vector(direction, "means").changed(amount=-2.0),
+        steering.pick_vector(direction, "means").changed(operation="project-out"),
     ]
-    about = library.provenance(picks, "prompt", [])
-    recipe = Recipe.of(model, [bench.intervention(pick, source) for pick in picks], provenance=about)
-    recipe.save(library.recipe_folder(workplace, "all"))
-    back = library.reopen(workplace, "all", source)
+    about = recipes.provenance(picks, "prompt", [])
+    recipe = Recipe.of(model, [steering.intervention(pick, source) for pick in picks], provenance=about)
+    recipe.save(recipes.recipe_folder(workplace, "all"))
+    back = recipes.reopen(workplace, "all", source)
     for before, after in zip(picks, back, strict=True):
         assert (after.label, after.operation, after.latent) == (before.label, before.operation, before.latent)
-        if before.operation not in {"ablate", "project out"}:
+        assert after.where == before.where
+        if before.operation not in {"ablate", "project-out"}:
             assert after.amount == pytest.approx(before.amount, rel=1e-3) and after.unit == before.unit
     other = Workspace.scan(folder).run("runs/abs_topk")
     with pytest.raises(UserError, match="another SAE"):
-        library.reopen(workplace, "all", other)
+        recipes.reopen(workplace, "all", other)
+
+
+def test_a_step_along_several_vectors_is_refused_not_shown_in_part(workplace: Path, folder: Path) -> None:
+    source = Workspace.scan(workplace).run(RUN)
+    vectors = [SteeringVector.from_latent(source, latent) for latent in (0, 1)]
+    recipe = Recipe.of(load_model(str(folder / "model")), ProjectOut(vectors))
+    recipe.save(recipes.recipe_folder(workplace, "span"))
+    with pytest.raises(UserError, match="span acts along 2 vectors in one step, which this page cannot show"):
+        recipes.reopen(workplace, "span", source)
 
 
 def test_an_added_length_is_told_in_raw_units_and_beside_the_norm(folder: Path) -> None:
     run = Workspace.scan(folder).run(RUN)
     source = run
-    direction = bench.SteeringVector.from_tensor(torch.tensor([3.0, 4.0] + 30 * [0.0]), source.hook_name)
-    pick = bench.pick_vector(direction, "means").changed(amount=-2.0)
-    assert bench.size(pick) == "adds a vector of length 10 in raw units"
+    direction = SteeringVector.from_tensor(torch.tensor([3.0, 4.0] + 30 * [0.0]), source.hook_name)
+    pick = steering.pick_vector(direction, "means").changed(amount=-2.0)
+    assert steering.size(pick) == "adds a vector of length 10 in raw units"
     known = pick.changed(vector=direction.with_units(rms_norm=40.0))
-    assert bench.size(known).endswith("10 in raw units, 25% of the activations' root mean square norm")
-    assert bench.size(known.changed(operation="project out")) == ""
+    assert steering.size(known).endswith("10 in raw units, 25% of the activations' root mean square norm")
+    assert steering.size(known.changed(operation="project-out")) == ""
 
 
 def test_a_damaged_recipe_is_one_row(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:

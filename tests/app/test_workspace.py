@@ -12,8 +12,7 @@ from small_workspace import make_cache, make_model, make_run
 from saelab import workspace
 from saelab.errors import UserError
 from saelab.runs import Run
-from saelab.workspace import Workspace
-from saelab.workspace import recipes as library
+from saelab.workspace import Workspace, recipes
 
 
 def test_finds_runs_and_caches_at_any_depth(folder: Path) -> None:
@@ -95,5 +94,5 @@ def test_a_damaged_configuration_is_one_row_not_a_crash(tmp_path: Path) -> None:
 def test_a_damaged_recipe_is_one_row_not_a_crash(content: str, tmp_path: Path) -> None:
     (tmp_path / "recipes" / "torn").mkdir(parents=True)
     (tmp_path / "recipes" / "torn" / "recipe.json").write_text(content)
-    (row,) = library.saved_recipes(tmp_path)
+    (row,) = recipes.saved_recipes(tmp_path)
     assert row["name"] == "torn" and row["does"].startswith("damaged: ")

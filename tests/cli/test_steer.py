@@ -10,7 +10,7 @@ import torch
 
 from saelab.cli import main
 from saelab.sae.weights import save
-from saelab.steering import Ablate, Add, Clamp, Recipe, SteeringVector, calibrate, generate
+from saelab.steering import OPERATIONS, Ablate, Add, Clamp, Recipe, SteeringVector, calibrate, generate
 from tests import tiny_lm
 from tests.steering.models import HOOK, folder, llama, tokenizer
 from tests.steering.test_steering import RUN
@@ -52,15 +52,14 @@ def test_strength_is_found_at_a_budget(run: str, capsys) -> None:
     args = [run, "--latent", "3", "--strength", "auto", "--budget-kl", "0.5", "--prompt", PROMPT]
     result = as_json(capsys, *args, "--max-new-tokens", "2")
     vector = SteeringVector.from_latent(RUN, 3).with_units(rms_norm=12.0)
-    found = calibrate(vector, llama(), [PROMPT], budget_kl=0.5, tokenizer=tokenizer())
+    found = calibrate(llama(), vector, [PROMPT], budget_kl=0.5, tokenizer=tokenizer())
     assert result["interventions"][0]["length"] == pytest.approx(found.strength, rel=1e-4)
 
 
 @pytest.mark.parametrize("operation", ["scale", "clamp", "min-clamp", "ablate", "project-out"])
 def test_every_operation_runs_and_is_shown(operation: str, run: str, capsys) -> None:
-    steer(
-        run, "--latent", "3", "--operation", operation, "--strength", "9", "--prompt", PROMPT, "--max-new-tokens", "3"
-    )
+    number = ["--strength", "9"] if OPERATIONS[operation].amount else []
+    steer(run, "--latent", "3", "--operation", operation, *number, "--prompt", PROMPT, "--max-new-tokens", "3")
     shown = capsys.readouterr().out
     assert "steered" in shown and PROMPT in shown
 
@@ -75,9 +74,9 @@ def test_a_recipe_is_saved_and_applied_again(run: str, tmp_path: Path, capsys) -
     assert Path(gguf).read_bytes()[:4] == b"GGUF"
 
 
-def test_tokens_are_explained(run: str, capsys) -> None:
-    args = [run, "--latent", "3", "--strength", "8", "--prompt", PROMPT, "--max-new-tokens", "3", "--explain"]
-    rows = as_json(capsys, *args)["explanation"]
+def test_logits_are_attributed(run: str, capsys) -> None:
+    args = [run, "--latent", "3", "--strength", "8", "--prompt", PROMPT, "--max-new-tokens", "3", "--attribute"]
+    rows = as_json(capsys, *args)["attribution"]
     assert len(rows) == 3
     for row in rows:
         total = row["steered"] + row["other_latents"] + row["error_term"] + row["gap"]
@@ -107,7 +106,13 @@ def test_tokens_are_explained(run: str, capsys) -> None:
         (["--latent", "3", "--strength", "1", "--gguf", "/dev/null/a.gguf"], "cannot be written: /dev/null is a file"),
         (["--latent", "3", "--strength", "1", "--gguf", "."], "is a folder; --gguf names a file"),
         (["--latent", "3", "--operation", "ablate", "--gguf", "never.gguf"], "can only add; Ablate"),
-        (["--latent", "3", "--strength", "1", "--save", "never", "--explain"], "give --prompt"),
+        (["--latent", "3", "--strength", "1", "--save", "never", "--attribute"], "give --prompt"),
+        (["--latent", "3", "--strength", "1", "--save", "never", "--compare"], "give --prompt"),
+        (["--latent", "3", "--operation", "ablate", "--strength", "9", "--prompt", PROMPT], "ablate takes no number"),
+        (["--latent", "3", "--operation", "project-out", "--strength", "1max", "--prompt", PROMPT], "takes a fraction"),
+        (["--latent", "3", "--operation", "clamp", "--strength", "auto", "--prompt", PROMPT], "--operation add only"),
+        (["--latent", "3", "--operation", "flop", "--strength", "1", "--prompt", PROMPT], "invalid choice 'flop'"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--top-p", "0"], "top_p=0.0"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(args: list[str], message: str, run: str, capsys) -> None:
@@ -117,6 +122,36 @@ def test_mistakes_are_one_line_and_exit_code_2(args: list[str], message: str, ru
     assert stop.value.code == 2
     assert message in error.replace("\n", " ") and "Traceback" not in error
     assert not Path("never").exists() and not Path("never.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--latent", "3"], "a recipe has its own latent; leave out --latent"),
+        (["--pole", "-"], "leave out --pole"),
+        (["--operation", "ablate"], "leave out --operation"),
+        (["--strength", "2"], "leave out --strength"),
+        (["--where", "prompt"], "leave out --where"),
+        (["--hook", HOOK], "leave out --hook"),
+        (["--attribute"], "steer from a run folder"),
+    ],
+)
+def test_what_a_recipe_decides_is_not_silently_ignored(
+    options: list[str], message: str, run: str, tmp_path: Path, capsys
+) -> None:
+    steer(run, "--latent", "3", "--strength", "8", "--save", str(tmp_path / "recipe"))
+    with pytest.raises(SystemExit) as stop:
+        steer(str(tmp_path / "recipe"), "--prompt", PROMPT, *options)
+    assert stop.value.code == 2 and message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_number_of_an_operation_is_used_or_its_default(run: str, capsys) -> None:
+    args = [run, "--latent", "3", "--prompt", PROMPT, "--max-new-tokens", "1"]
+    half = as_json(capsys, *args, "--operation", "project-out", "--strength", "0.5")["interventions"][0]
+    assert half["strength"] == 0.5
+    for operation, number in (("project-out", {"strength": 1.0}), ("scale", {"factor": 2.0})):
+        found = as_json(capsys, *args, "--operation", operation)["interventions"][0]
+        assert number.items() <= found.items()
 
 
 def test_a_recipe_is_replaced_only_when_asked(run: str, tmp_path: Path, capsys) -> None:

@@ -117,7 +117,7 @@ def test_a_flipped_byte_in_a_recipe(tmp_path: Path) -> None:
                 assert "\n" not in str(error), (position, error)
                 continue
             # A number or a name in the description may be another one; tensors are covered by hashes.
-            assert len(recipe.describe()) == len(parts)
+            assert len(recipe.settings()) == len(parts)
             assert torch.equal(recipe.interventions[0].vector.direction, vector().direction)
             assert torch.equal(recipe.interventions[2].sae.W_dec, RUN.sae.W_dec)
         assert refused, f"no flipped byte of {file.name} was noticed"

@@ -1,4 +1,4 @@
-"""Directions from texts, effects, calibration, dose and response, explanations: on a tiny model."""
+"""Directions from texts, effects, calibration, dose and response, attribution: on a tiny model."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from saelab.errors import UserError
 from saelab.steering import (
     Add,
     Clamp,
+    ProjectOut,
     Scale,
     SteeringVector,
     attach,
+    attribute_logits,
     calibrate,
     directions,
     dose_response,
     effect_size,
-    explain,
     generate,
     two_way,
 )
 from saelab.steering.directions import random_direction, text_activations
+from saelab.steering.measure.attribution import named_latents
 from saelab.steering.measure.dose_response import Curve
-from saelab.steering.measure.effects import Bench, concept_tokens, repetition
+from saelab.steering.measure.effects import UnsteeredBaseline, concept_tokens, repetition
 from tests.steering.models import HOOK, bridge, llama, tokenizer
 from tests.steering.test_steering import RUN, vector
 
@@ -107,7 +109,7 @@ def test_vectors_add_and_remember() -> None:
 
 def test_effects_match_their_definitions_prompt_by_prompt() -> None:
     concept, add = [7, 20, 33], Add(vector(), 5.0)
-    effects = Bench(llama(), PROMPTS, concept, tokenizer=tokenizer(), batch_size=3).measure(add)
+    effects = UnsteeredBaseline(llama(), PROMPTS, concept, tokenizer=tokenizer(), batch_size=3).measure(add)
     for row, text in enumerate(PROMPTS):
         p, q = log_probs(text), log_probs(text, add)
         ids = ids_of(text)[0]
@@ -121,7 +123,7 @@ def test_effects_match_their_definitions_prompt_by_prompt() -> None:
 
 
 def test_doing_nothing_costs_nothing() -> None:
-    effects = Bench(llama(), PROMPTS, [7], tokenizer=tokenizer()).measure(Add(vector(), 0.0))
+    effects = UnsteeredBaseline(llama(), PROMPTS, [7], tokenizer=tokenizer()).measure(Add(vector(), 0.0))
     assert effects.kl.tolist() == [0.0] * len(PROMPTS)
     assert effects.perplexity_ratio == 1.0
     assert effects.logit_shift.tolist() == [0.0] * len(PROMPTS)
@@ -131,9 +133,9 @@ def test_doing_nothing_costs_nothing() -> None:
 def test_calibration_spends_the_budget_and_no_more(budget: dict[str, float]) -> None:
     # Text of the model's own: on any other an untrained model's perplexity may well fall.
     texts = [f"{p} {generate(llama(), p, tokenizer=tokenizer(), max_new_tokens=12)}" for p in PROMPTS]
-    found = calibrate(vector(), llama(), texts, tokenizer=tokenizer(), **budget)
+    found = calibrate(llama(), vector(), texts, tokenizer=tokenizer(), **budget)
     assert found.reached
-    effects = Bench(llama(), texts, tokenizer=tokenizer())
+    effects = UnsteeredBaseline(llama(), texts, tokenizer=tokenizer())
 
     def damage(strength: float) -> float:
         measured = effects.measure(Add(vector(), strength))
@@ -145,14 +147,14 @@ def test_calibration_spends_the_budget_and_no_more(budget: dict[str, float]) -> 
 
 
 def test_calibration_says_when_the_budget_cannot_be_spent() -> None:
-    found = calibrate(lambda s: Scale(RUN, 3, 1 + s), llama(), PROMPTS, budget_kl=50, limit=2.0, tokenizer=tokenizer())
+    found = calibrate(llama(), lambda s: Scale(RUN, 3, 1 + s), PROMPTS, budget_kl=50, limit=2.0, tokenizer=tokenizer())
     assert not found.reached and found.strength == 2.0
     with pytest.raises(UserError, match="needs limit"):
-        calibrate(lambda s: Scale(RUN, 3, s), llama(), PROMPTS, budget_kl=1, tokenizer=tokenizer())
+        calibrate(llama(), lambda s: Scale(RUN, 3, s), PROMPTS, budget_kl=1, tokenizer=tokenizer())
     with pytest.raises(UserError, match="one budget"):
-        calibrate(vector(), llama(), PROMPTS, tokenizer=tokenizer())
+        calibrate(llama(), vector(), PROMPTS, tokenizer=tokenizer())
     with pytest.raises(UserError, match=r"0\.5 is not a finite number above 1\.0"):
-        calibrate(vector(), llama(), PROMPTS, budget_perplexity=0.5, tokenizer=tokenizer())
+        calibrate(llama(), vector(), PROMPTS, budget_perplexity=0.5, tokenizer=tokenizer())
 
 
 def planted() -> SteeringVector:
@@ -175,7 +177,7 @@ def test_dose_response_tells_a_direction_that_works_from_one_that_does_not() -> 
     assert all(a.logit_shift < b.logit_shift for a, b in itertools.pairwise(doses))
     assert {d.direction for d in good.doses} == {"vector", "difference of means", *(f"random {i}" for i in range(4))}
     assert all(d.repetition is not None for d in good.doses)
-    single = Bench(llama(), targets, [7, 20], tokenizer=tokenizer()).measure(Add(planted(), 3))
+    single = UnsteeredBaseline(llama(), targets, [7, 20], tokenizer=tokenizer()).measure(Add(planted(), 3))
     assert doses[1].logit_shift == pytest.approx(float(single.logit_shift.mean()))
 
 
@@ -194,15 +196,13 @@ def test_curves_are_compared_at_equal_damage() -> None:
 
 
 def test_effect_size_and_both_ways() -> None:
-    found = effect_size(RUN, llama(), PROMPTS, [3, 5, 9], 4.0, tokenizer=tokenizer())
-    assert (
-        found.kl[1]
-        == Bench(llama(), PROMPTS, tokenizer=tokenizer()).measure(Add(SteeringVector.from_latent(RUN, 5), 4.0)).mean_kl
-    )
+    found = effect_size(llama(), RUN, [3, 5, 9], PROMPTS, 4.0, tokenizer=tokenizer())
+    baseline = UnsteeredBaseline(llama(), PROMPTS, tokenizer=tokenizer())
+    assert found.kl[1] == baseline.measure(Add(SteeringVector.from_latent(RUN, 5), 4.0)).mean_kl
     assert found.low <= found.mean <= found.high
-    both = two_way(planted_run(), 0, llama(), PROMPTS, [7], [20], 4.0, tokenizer=tokenizer())
+    both = two_way(llama(), planted_run(), 0, PROMPTS, [7], [20], 4.0, tokenizer=tokenizer())
     assert both.verdict == "both ways"
-    none = two_way(planted_run(), 0, llama(), PROMPTS, [20], [7], 4.0, tokenizer=tokenizer())
+    none = two_way(llama(), planted_run(), 0, PROMPTS, [20], [7], 4.0, tokenizer=tokenizer())
     assert none.verdict == "neither way"
 
 
@@ -223,8 +223,8 @@ def planted_run():
     [Add(SteeringVector.from_latent(RUN, 11), 4.0), Clamp(RUN, 11, 6.0, where="generated"), Add(vector(), 4.0)],
     ids=["latent", "clamp", "direction"],
 )
-def test_an_explanation_adds_up(intervention) -> None:
-    rows = explain(
+def test_an_attribution_adds_up(intervention) -> None:
+    rows = attribute_logits(
         llama(), "w5 w6 w70 w8", intervention, RUN, max_new_tokens=4, tokenizer=tokenizer(), steps=64, top=64
     )
     assert len(rows) == 4
@@ -239,13 +239,24 @@ def test_an_explanation_adds_up(intervention) -> None:
         assert any(abs(row.earlier_positions) > 1e-4 for row in rows)
 
 
-def test_an_explanation_matches_finite_differences() -> None:
+def test_an_attribution_matches_finite_differences() -> None:
     """A small push: the logit's change is its gradient times the push."""
-    row = explain(llama(), "w5 w6 w70", Add(vector(), 1e-2), RUN, max_new_tokens=1, tokenizer=tokenizer(), steps=2)[0]
+    row = attribute_logits(
+        llama(), "w5 w6 w70", Add(vector(), 1e-2), RUN, max_new_tokens=1, tokenizer=tokenizer(), steps=2
+    )[0]
     before, after = (log_probs("w5 w6 w70", i)[-1] for i in ((), Add(vector(), 1e-2)))
     change = (after - after.mean() - before + before.mean())[row.token]
     assert row.change == pytest.approx(float(change), rel=1e-2)
     assert row.gap == pytest.approx(0, abs=2e-4)
+
+
+def test_latents_of_every_kind_of_intervention_count_as_steered() -> None:
+    made = [
+        Add(SteeringVector.from_latent(RUN, 3) - 2 * SteeringVector.from_latent(RUN, 5), 1.0),
+        ProjectOut([SteeringVector.from_latent(RUN, 7), SteeringVector.from_latents(RUN, {9: 1.0, 11: 1.0}), vector()]),
+        Clamp(RUN, 13, 1.0),
+    ]
+    assert named_latents(made) == {3, 5, 7, 9, 11, 13}
 
 
 def test_concepts_and_repetition() -> None:

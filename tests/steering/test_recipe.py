@@ -11,6 +11,7 @@ from gguf import GGUFReader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saelab.errors import UserError
+from saelab.sae.weights import save
 from saelab.steering import Ablate, Add, Clamp, MinClamp, ProjectOut, Recipe, Run, Scale, SteeringVector
 from saelab.steering.recipe import export_gguf
 from tests.steering.models import bridge, llama
@@ -54,6 +55,50 @@ def test_units_survive_without_the_index(tmp_path: Path) -> None:
     assert loaded[0].length == pytest.approx(8 * norm)
     assert loaded[0].vector.length("1norm") == 3.0
     assert loaded[2].target == 5.0
+
+
+def test_the_content_of_a_recipe_is_that_of_0_1_0(tmp_path: Path) -> None:
+    """A recipe is read by other versions: what each operation writes, key by key."""
+    made = [
+        Add(vector(), "0.5raw", where=[1, -1]),
+        ProjectOut([vector(0), vector(1)], strength=0.9),
+        Scale(RUN, 3, 8.0, pole=1, where="prompt"),
+        Clamp(RUN, 11, 7.0),
+        MinClamp(RUN, 7, 3.0, keep_error=True, skip_first=False),
+        Ablate(RUN, 5),
+    ]
+    Recipe.of(llama(), made).save(tmp_path / "recipe")
+    entries = json.loads((tmp_path / "recipe" / "recipe.json").read_text())["interventions"]
+    at, sha = {"hook_name": HOOK, "skip_first": True}, RUN.fingerprint
+    sae = {"keep_error": True, "sae": "sae_0", "sae_sha256": sha, "source": {"run": None, "sae_sha256": sha}}
+    about = {"hook_name": HOOK, "model": None, "max_activation": None, "rms_norm": None, "origin": {"kind": "tensor"}}
+    vectors = [{"tensor": f"vector_{i}", "norm": pytest.approx(6.0), **about} for i in range(3)]
+    add = {"op": "Add", "where": [1, -1], "strength": "0.5raw", "length": pytest.approx(3.0)}
+    assert entries == [
+        {**at, **add, "skip_first": False, "vectors": vectors[:1]},
+        {**at, "op": "ProjectOut", "where": "all", "skip_first": False, "strength": 0.9, "vectors": vectors[1:]},
+        {**at, "op": "Scale", "where": "prompt", "latent": 3, "pole": 1, "factor": 8.0, **sae},
+        {**at, "op": "Clamp", "where": "all", "latent": 11, "pole": 0, "value": 7.0, "given": 7.0, **sae},
+        {**at, "op": "MinClamp", "where": "all", "latent": 7, "pole": 0, "value": 3.0, "given": 3.0, **sae}
+        | {"skip_first": False},
+        {**at, "op": "Ablate", "where": "all", "latent": 5, "pole": 0, **sae},
+    ]
+
+
+def test_a_loaded_vector_still_says_why_it_has_no_maximum(tmp_path: Path) -> None:
+    save(RUN.sae, tmp_path / "run", {"hook_name": HOOK})
+    run = Run.open(tmp_path / "run")
+    Recipe.of(llama(), Add(-SteeringVector.from_latent(run, 3, "-"), 1.0)).save(tmp_path / "recipe")
+    (loaded,) = Recipe.load(tmp_path / "recipe").interventions
+    with pytest.raises(UserError, match=r"run has no feature index; build it with `saelab index"):
+        loaded.vector.length("1max")
+    with pytest.raises(UserError, match="only a single latent has a maximum"):
+        (loaded.vector + vector()).length("1max")
+    index = tmp_path / "run" / "features" / "features.parquet"
+    index.parent.mkdir()
+    index.write_bytes(b"")
+    with pytest.raises(UserError, match="latent 3 never fires on its - pole in the feature index"):
+        loaded.vector.length("1max")
 
 
 def other_model(**changes) -> LlamaForCausalLM:

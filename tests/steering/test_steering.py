@@ -276,6 +276,9 @@ def test_a_decode_loop_written_by_hand_is_followed() -> None:
         (lambda: [Scale(RUN, 3, 2.0), Scale(RUN, 4, 2.0, keep_error=False)], "must agree on keep_error"),
         (lambda: [Ablate(RUN, 3, pole="x")], "neither + nor -"),
         (lambda: [ProjectOut([])], "one or more vectors"),
+        (lambda: [Ablate(RUN, 3, pole=2)], "give 1, -1, or 0 for both"),
+        (lambda: [Clamp("runs/topk", 3, 1.0)], "Clamp takes a Run, not a str; open a folder with Run.open(path)"),
+        (lambda: [Clamp(RUN.sae, 3, 1.0)], "Run(sae, hook_name)"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(make, message: str) -> None:

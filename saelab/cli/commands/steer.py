@@ -1,4 +1,4 @@
-"""``saelab steer``: continue prompts with a latent turned up, clamped or taken out, or with a saved recipe."""
+"""``saelab steer``: continue prompts while one latent is steered, or with a saved recipe."""
 
 from __future__ import annotations
 
@@ -18,24 +18,18 @@ from saelab.layout import RECIPE
 from saelab.lm import load_model
 from saelab.runs import Run
 from saelab.steering import (
-    Ablate,
+    OPERATIONS,
     Add,
-    Clamp,
     Intervention,
-    MinClamp,
-    ProjectOut,
     Recipe,
     Sampling,
-    Scale,
     SteeringVector,
+    attribute_logits,
     calibrate,
-    explain,
     generate,
 )
 from saelab.steering.recipe import check_free, check_parent, export_gguf
-from saelab.steering.vectors import parse_strength, pole_sign
-
-Operation = Literal["add", "scale", "clamp", "min-clamp", "ablate", "project-out"]
+from saelab.steering.vectors import Strength, parse_strength, pole_sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,60 +39,70 @@ class Options:
     run: tyro.conf.Positional[str]
     """Run folder, an SAE of another tool (a file, a folder or a hub id such as hf://org/repo/path), or the folder of a
     recipe."""
-    prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
-    """Text to continue; give the option again for more prompts."""
     latent: int | None = None
-    """Latent to steer with (not for a recipe)."""
+    """Latent to steer with (not with a recipe)."""
     pole: str = "+"
     """Which pole of the latent: + or -."""
-    operation: Operation = "add"
-    """What to do: add the latent's direction, scale its activation, clamp it to a value, raise it to at least a value
-    (min-clamp), ablate it, or project its direction out."""
-    strength: str = "1max"
-    """For add: length in units of the activations, or multiples of the latent's maximum (0.8max), of the activations'
-    norm (0.5norm); auto finds it at --budget-kl. For clamp: an activation or a multiple of the maximum.
-    For scale: a factor."""
-    budget_kl: float = 0.3
-    """With --strength auto: mean KL per token on the prompts, in nats."""
+    operation: str = "add"  # choices and help: options_class()
+    strength: str | None = None
     where: Literal["all", "prompt", "generated"] = "all"
-    """On which tokens."""
+    """On which tokens to act."""
+    budget_kl: float = 0.3
+    """Damage that --strength auto may cause: mean KL per token on the prompts, in nats."""
     hook: str | None = None
     """Point of the model that the SAE belongs to; by default what its files say."""
     model: str | None = None
-    """Language model; by default the one the run's activations came from."""
-    max_new_tokens: int = 40
-    """Tokens to write."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 takes the likeliest token."""
-    seed: int = 0
-    """Seed of the sampling."""
+    """Language model; by default the one whose activations the SAE was trained on."""
+    prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
+    """Text to continue; give the option again for more prompts."""
     chat: bool = False
     """Wrap each prompt in the model's chat template, as a user's message."""
+    max_new_tokens: int = 40
+    """Tokens to generate per prompt."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
     compare: bool = False
     """Also continue each prompt without steering."""
-    explain: bool = False
-    """Split the logit of each steered token of the first prompt into latents and error term."""
+    attribute: bool = False
+    """Split the change of each steered token's logit (first prompt) into latents and error term."""
     save: Path | None = None
     """Write the intervention as a recipe into this folder."""
     overwrite: bool = False
     """Replace an existing recipe."""
     gguf: Path | None = None
-    """Write the vector as a llama.cpp control vector."""
+    """Write the vector as a llama.cpp control vector into this file."""
     json: bool = False
     """Print one JSON document on stdout."""
 
 
+def options_class() -> type[Options]:
+    """The options, with the operations that are registered now."""
+    summaries = " ".join(f"{name}: {cls.summary()}" for name, cls in OPERATIONS.items())
+    numbers = ", ".join(f"{name}: {cls.amount.title}" for name, cls in OPERATIONS.items() if cls.amount)
+    strength = (
+        f"The operation's number ({numbers}). A strength or an activation may have a unit: 0.8max (of the latent's "
+        "largest activation), 0.5norm (of the activations' norm), 1raw (of the vector's own length). auto finds the "
+        "strength of add that spends --budget-kl. Default: 1max where units are possible."
+    )
+    fields: list[Any] = [
+        ("operation", Annotated[Literal[tuple(OPERATIONS)], tyro.conf.arg(help=f"What to do. {summaries}")], "add"),
+        ("strength", Annotated[str | None, tyro.conf.arg(help=strength)], None),
+    ]
+    return dataclasses.make_dataclass("SteerOptions", fields, bases=(Options,), frozen=True)
+
+
 def main(args: Sequence[str]) -> None:
     """Load, steer, show."""
-    options = parse(Options, "steer", args, "Steer a language model with a latent or a recipe.")
+    options = parse(options_class(), "steer", args, "Steer a language model with a latent or a recipe.")
     if not options.prompt and options.save is None and options.gguf is None:
         raise UserError('nothing to do: give --prompt "text", --save RECIPE or --gguf FILE')
     check_outputs(options)
     if (Path(options.run) / RECIPE).is_file():
-        if options.latent is not None:
-            raise UserError("a recipe names its own latents; leave out --latent")
-        if options.hook is not None:
-            raise UserError("a recipe names its own hook points; leave out --hook")
+        check_recipe(options)
         run, recipe = None, Recipe.load(options.run)
         model = load(options.model or recipe.model.name)
     else:
@@ -111,11 +115,11 @@ def main(args: Sequence[str]) -> None:
         recipe = Recipe.of(model, intervention(options, run, model, prompts), name=f"latent {options.latent}")
     result = {
         "model": recipe.model.name,
-        "interventions": recipe.describe(),
+        "interventions": recipe.settings(),
         "texts": texts(options, recipe, model, prompts),
     }
-    if options.explain and prompts:
-        result["explanation"] = explained(options, recipe, run, model, prompts[0])
+    if options.attribute and run is not None:
+        result["attribution"] = attributed(options, recipe, run, model, prompts[0])
     if options.save is not None:
         recipe.save(options.save, options.overwrite)
     if options.gguf is not None:
@@ -128,9 +132,9 @@ def main(args: Sequence[str]) -> None:
 
 def check_outputs(options: Options) -> None:
     """Refuse before anything is loaded what could not be written afterwards."""
-    if options.explain and not options.prompt:
-        raise UserError('--explain explains what is written after a prompt: give --prompt "text"')
-    Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
+    if not options.prompt and (options.attribute or options.compare):
+        raise UserError('--attribute and --compare need a text to continue: give --prompt "text"')
+    Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     if options.save is not None:
         check_free(options.save, options.overwrite)
     if options.gguf is not None:
@@ -139,20 +143,39 @@ def check_outputs(options: Options) -> None:
         check_parent(options.gguf)
 
 
+def check_recipe(options: Options) -> None:
+    """Refuse options that a recipe decides, instead of ignoring them."""
+    for name in ("latent", "pole", "operation", "strength", "where", "hook"):
+        if getattr(options, name) != getattr(Options, name):
+            raise UserError(f"a recipe has its own {name}; leave out --{name}")
+    if options.attribute:
+        raise UserError("--attribute needs the SAE; steer from a run folder instead of a recipe")
+
+
 def check(options: Options, run: Run) -> None:
-    """Refuse what needs no language model to refuse."""
+    """Refuse what can be refused without the language model."""
     if options.latent is None:
         raise UserError("name the latent to steer with: --latent 12")
     run.check_latent(options.latent)
     _ = run.hook_name  # refuses where nothing says which
     pole_sign(options.pole)
     if options.strength != "auto":
-        parse_strength(options.strength)
-        make(options, run, options.strength)
-    elif options.operation != "add":
+        make(options, run, strength_of(options))
+    elif options.operation != Add.operation:
         raise UserError("--strength auto works with --operation add only")
     elif not options.prompt:
         raise UserError("--strength auto is found on prompts: give --prompt")
+
+
+def strength_of(options: Options) -> Strength | None:
+    """The number given to the operation, or its default; None for an operation without one."""
+    amount = OPERATIONS[options.operation].amount
+    if options.strength is not None:
+        parse_strength(options.strength)
+        return options.strength
+    if amount is None:
+        return None
+    return f"{amount.default:g}max" if amount.units else amount.default
 
 
 def load(name: str | None) -> Any:
@@ -171,31 +194,18 @@ def chat(model: Any, prompt: str) -> str:
     return model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
-def make(options: Options, run: Run, strength: str) -> Intervention:
-    """The intervention the options describe."""
-    latent, pole, where = options.latent or 0, pole_sign(options.pole), options.where
-    vector = SteeringVector.from_latent(run, latent, pole)
-    if options.operation == "add":
-        return Add(vector, strength, where=where)
-    if options.operation == "project-out":
-        return ProjectOut(vector, where=where)
-    if options.operation == "ablate":
-        return Ablate(run, latent, pole=pole, where=where)
-    if options.operation == "scale":
-        factor, unit = parse_strength(strength)
-        if unit:
-            raise UserError(f"--operation scale takes a factor such as --strength 2, not {strength}")
-        return Scale(run, latent, factor, pole=pole, where=where)
-    kind = Clamp if options.operation == "clamp" else MinClamp
-    return kind(run, latent, strength, pole=pole, where=where)
+def make(options: Options, run: Run, strength: Strength | None) -> Intervention:
+    """The intervention that the options describe."""
+    operation, pole = OPERATIONS[options.operation], pole_sign(options.pole)
+    return operation.on_latent(run, options.latent or 0, strength, pole=pole, where=options.where)
 
 
 def intervention(options: Options, run: Run, model: Any, prompts: Sequence[str]) -> Intervention:
-    """The intervention, its strength found by calibration where that was asked for."""
+    """The intervention; with --strength auto its strength is calibrated on the prompts."""
     if options.strength != "auto":
-        return make(options, run, options.strength)
+        return make(options, run, strength_of(options))
     vector = SteeringVector.from_latent(run, options.latent or 0, pole_sign(options.pole))
-    found = calibrate(vector, model, prompts, budget_kl=options.budget_kl)
+    found = calibrate(model, vector, prompts, budget_kl=options.budget_kl)
     console.print(
         f"strength {found.strength:.3g}: KL {found.damage:.3g} of a budget of {found.budget:g} nats per token"
     )
@@ -206,7 +216,7 @@ def texts(options: Options, recipe: Recipe, model: Any, prompts: Sequence[str]) 
     """Each prompt's continuations."""
     if not prompts:
         return []
-    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
+    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     with recipe.attach(model):
         steered = generate(model, list(prompts), **sampling)
     rows = [{"prompt": prompt, "steered": text} for prompt, text in zip(prompts, steered)]
@@ -216,16 +226,14 @@ def texts(options: Options, recipe: Recipe, model: Any, prompts: Sequence[str]) 
     return rows
 
 
-def explained(options: Options, recipe: Recipe, run: Run | None, model: Any, prompt: str) -> list[dict[str, Any]]:
-    """Every steered token of one prompt, explained."""
-    if run is None:
-        raise UserError("--explain needs the SAE: steer from a run folder")
-    rows = explain(model, prompt, recipe.interventions, run, max_new_tokens=options.max_new_tokens)
+def attributed(options: Options, recipe: Recipe, run: Run, model: Any, prompt: str) -> list[dict[str, Any]]:
+    """Every steered token of one prompt, its logit's change split into parts."""
+    rows = attribute_logits(model, prompt, recipe.interventions, run, max_new_tokens=options.max_new_tokens)
     return [dataclasses.asdict(row) | {"change": row.change} for row in rows]
 
 
 def show(options: Options, result: dict[str, Any]) -> None:
-    """The texts side by side, then the explanation."""
+    """The settings, the texts side by side, the attribution, the files written."""
     for entry in result["interventions"]:
         out.print(
             ", ".join(f"{key} {value}" for key, value in entry.items() if value not in (None, "")),
@@ -237,9 +245,9 @@ def show(options: Options, result: dict[str, Any]) -> None:
         for kind in ("unsteered", "steered"):
             if kind in row:
                 out.print(Text(f"  {kind:<10}", style="dim"), Text(row[kind]))
-    if "explanation" in result:
+    if "attribution" in result:
         table = Table("token", "logit change", "steered", "others", "error", "latents that moved most")
-        for row in result["explanation"]:
+        for row in result["attribution"]:
             others = ", ".join(f"{m['latent']} ({m['contribution']:+.2f})" for m in row["top_latents"][:3])
             numbers = [f"{row[name]:+.2f}" for name in ("change", "steered", "other_latents", "error_term")]
             table.add_row(Text(repr(row["text"])), *numbers, others)

@@ -1,10 +1,10 @@
-"""Why a steered model wrote a token: its logit's change, split by what the SAE sees of the steered activations.
+"""Attribution of a steered token's logit: how much of its change each latent and the error term account for.
 
-At the hook point the activations move from ``x`` to ``x'``. The SAE reads that move as latents whose activation
-changed and as a change of its error term: ``x' - x = sum_j (c'_j - c_j) d_j + (e' - e)``, exactly. The effect of each
-part on a logit is its share of the path integral of the gradient from ``x`` to ``x'`` (Sundararajan et al., 2017),
-summed over all positions, so that the parts add up to the whole change; what the sum of finitely many steps misses
-is reported as ``gap``.
+At the hook point the activations move from ``x`` to ``x'``. In terms of the SAE, latents change their activation and
+the error term changes: ``x' - x = sum_j (c'_j - c_j) d_j + (e' - e)``, exactly. The contribution of each part to a
+logit is its share of the path integral of the gradient from ``x`` to ``x'`` (integrated gradients, Sundararajan et
+al., 2017, arXiv 1703.01365), summed over all positions. The contributions add up to the change of the logit; the error
+of the numerical integration is reported as ``gap``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saelab.runs import Run, as_run
 from saelab.sae import SAE
 from saelab.steering.attachment import attach
 from saelab.steering.generation import forward, generate_tokens, tokenize, tokenizer_of
-from saelab.steering.interventions import Add, Intervention, LatentIntervention
+from saelab.steering.interventions import Intervention, LatentIntervention
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MovedLatent:
 
 
 @dataclass(frozen=True)
-class TokenExplanation:
+class TokenAttribution:
     """One generated token. Logits are relative to their mean over the vocabulary, which softmax does not see."""
 
     token: int
@@ -59,7 +59,7 @@ class TokenExplanation:
         return self.logit_after - self.logit_before
 
 
-def explain(
+def attribute_logits(
     model: nn.Module,
     prompt: str,
     interventions: Intervention | Sequence[Intervention],
@@ -70,8 +70,8 @@ def explain(
     steps: int = 16,
     top: int = 5,
     tokenizer: Any = None,
-) -> list[TokenExplanation]:
-    """Generate greedily from ``prompt`` under ``interventions`` (at one hook point) and explain every token.
+) -> list[TokenAttribution]:
+    """Generate greedily from ``prompt`` under ``interventions`` (at one hook point) and attribute every token's logit.
 
     ``run`` is the SAE of that hook point. ``latents`` are those that count as steered; by default the ones the
     interventions name, none for a direction that did not come from latents.
@@ -79,7 +79,9 @@ def explain(
     interventions = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     hooks = {i.hook_name for i in interventions}
     if len(hooks) != 1:
-        raise UserError(f"explain takes interventions at one hook point, not at {', '.join(sorted(hooks)) or 'none'}")
+        raise UserError(
+            f"attribution takes interventions at one hook point, not at {', '.join(sorted(hooks)) or 'none'}"
+        )
     hook_name = hooks.pop()
     source = as_run(run, hook_name)
     steered = sorted(named_latents(interventions) if latents is None else map(source.check_latent, latents))
@@ -91,7 +93,7 @@ def explain(
     split = _Split(source.sae, path.x[0], path.steered_x[0], steered)
     gradients = path.mean_gradients(range(ids.shape[1] - 1, text.shape[1] - 1), steps)
     return [
-        _explain_token(tokenizer, path, split, gradient, i, ids.shape[1] - 1 + i, top)
+        _attribute_token(tokenizer, path, split, gradient, i, ids.shape[1] - 1 + i, top)
         for i, gradient in enumerate(gradients)
     ]
 
@@ -102,8 +104,7 @@ def named_latents(interventions: Sequence[Intervention]) -> set[int]:
     for intervention in interventions:
         if isinstance(intervention, LatentIntervention):
             found.add(intervention.latent)
-        elif isinstance(intervention, Add):
-            found |= _latents_of(intervention.vector.origin)
+        found |= _latents_of([vector.origin for vector in intervention.directions])
     return found
 
 
@@ -175,9 +176,9 @@ class _Split:
         return entries.new_zeros(self.d_sae).index_add_(0, self.indices, entries)
 
 
-def _explain_token(
+def _attribute_token(
     tokenizer: Any, path: _Path, split: _Split, gradient: Tensor, i: int, position: int, top: int
-) -> TokenExplanation:
+) -> TokenAttribution:
     token = int(path.text[0, position + 1])
     before, after = float(path.logits[position, token]), float(path.steered_logits[position, token])
     by_position = (gradient.to(split.move) * split.move).sum(dim=1)
@@ -187,7 +188,7 @@ def _explain_token(
     error = float(by_position.sum() - by_latent.sum())
     changes = split.sum_by_latent(split.changes)
     best = others.abs().topk(min(top, split.d_sae)).indices.tolist()
-    return TokenExplanation(
+    return TokenAttribution(
         token,
         tokenizer.decode([token]),
         i,

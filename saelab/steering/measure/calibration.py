@@ -1,4 +1,4 @@
-"""The strength that spends a given budget of damage, found by bisection."""
+"""Calibration: the largest strength whose damage to a model's predictions stays within a budget, by bisection."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import nn
 from saelab.errors import UserError
 from saelab.steering.directions import text_activations
 from saelab.steering.generation import Prompts
-from saelab.steering.interventions import Add, Intervention
-from saelab.steering.measure.effects import Bench, Effects
+from saelab.steering.interventions import Intervention
+from saelab.steering.measure.effects import Effects, UnsteeredBaseline
+from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector
 
 
@@ -30,8 +31,8 @@ class Calibration:
 
 
 def calibrate(
-    vector: SteeringVector | Callable[[float], Intervention],
     model: nn.Module,
+    vector: SteeringVector | Callable[[float], Intervention],
     prompts: Prompts,
     *,
     budget_kl: float | None = None,
@@ -44,8 +45,9 @@ def calibrate(
 
     ``budget_kl`` is the mean KL(unsteered || steered) per token in nats, ``budget_perplexity`` the ratio of
     perplexities (1.1: ten per cent worse). The strength doubles from ``limit / 128`` until it exceeds the
-    budget, then the bracket is halved until it is narrower than ``tolerance`` of itself: the first crossing, should
-    damage not grow steadily. ``limit`` defaults to four times the root-mean-square norm of the activations.
+    budget, then the bracket is halved until it is narrower than ``tolerance`` of itself. Where damage does not grow
+    steadily with strength this finds the first crossing. ``limit`` defaults to four times the root-mean-square norm
+    of the activations.
     ``vector`` may be a function from a strength to any intervention; then ``limit`` is needed.
     """
     if (budget_kl is None) == (budget_perplexity is None):
@@ -56,16 +58,16 @@ def calibrate(
     floor = 0.0 if unit == "kl" else 1.0
     if not floor < budget < math.inf:
         raise UserError(f"the budget {budget} is not a finite number above {floor}, the damage of doing nothing")
-    bench = Bench(model, prompts, tokenizer=tokenizer)
+    baseline = UnsteeredBaseline(model, prompts, tokenizer=tokenizer)
     if isinstance(vector, SteeringVector):
-        limit = limit or 4 * (vector.rms_norm or _rms_norm(model, vector.hook_name, bench))
+        limit = limit or 4 * (vector.rms_norm or _rms_norm(model, vector.hook_name, baseline))
     elif limit is None:
         raise UserError("calibrating a function of strength needs limit, the largest strength to try")
     trace: list[tuple[float, float]] = []
 
     def damage(strength: float) -> float:
         intervention = Add(vector, strength) if isinstance(vector, SteeringVector) else vector(strength)
-        trace.append((strength, damage_of(bench.measure(intervention), unit)))
+        trace.append((strength, damage_of(baseline.measure(intervention), unit)))
         return trace[-1][1]
 
     low, low_damage, high = 0.0, floor, limit / 128
@@ -88,6 +90,6 @@ def damage_of(effects: Effects, unit: str) -> float:
     return effects.mean_kl if unit == "kl" else effects.perplexity_ratio
 
 
-def _rms_norm(model: nn.Module, hook_name: str, bench: Bench) -> float:
-    acts = text_activations(model, hook_name, bench.prompts, tokenizer=bench.tokenizer)
+def _rms_norm(model: nn.Module, hook_name: str, baseline: UnsteeredBaseline) -> float:
+    acts = text_activations(model, hook_name, baseline.prompts, tokenizer=baseline.tokenizer)
     return float(acts.square().sum(dim=1).mean().sqrt())

@@ -1,9 +1,9 @@
-"""Dose and response: what each strength buys and costs, beside the controls a claim has to beat.
+"""Dose-response curves: the effect and the damage of a vector at several strengths, compared with controls.
 
-A latent is worth steering with only if it moves the model towards the concept more than a difference of means does,
-and both more than a random direction, *at the same damage*: at the same strength the stronger direction may just be
-the more destructive one. So the verdict compares effects at one off-target KL, interpolated along each curve, with
-an interval over prompts and, for random directions, over the directions one might have drawn.
+A latent is useful for steering only if it moves the model towards the concept more than a difference of means does,
+and more than random directions do, *at the same damage*: at equal strength one direction may simply be more
+destructive than another. The verdict therefore compares effects at one off-target KL, interpolated along each curve,
+with an interval over prompts and, for random directions, over the sample of directions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import nn
 from saelab.errors import UserError
 from saelab.steering.directions import difference_of_means, random_direction
 from saelab.steering.generation import generate_tokens, tokenize
-from saelab.steering.interventions import Add
-from saelab.steering.measure.effects import Bench, Effects, repetition
+from saelab.steering.measure.effects import Effects, UnsteeredBaseline, repetition
+from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector, Strength
 
 Array = NDArray[np.float64]
@@ -132,7 +132,8 @@ def dose_response(
         )
     for i in range(n_random):
         directions[f"random {i}"] = random_direction(vector, seed + i)
-    on, off = Bench(model, targets, concept, tokenizer=tokenizer), Bench(model, neutral, tokenizer=tokenizer)
+    on = UnsteeredBaseline(model, targets, concept, tokenizer=tokenizer)
+    off = UnsteeredBaseline(model, neutral, tokenizer=tokenizer)
     if not on.concept.numel():
         raise UserError("concept is empty: give words or token ids whose probability should rise")
     doses: list[Dose] = []
@@ -164,16 +165,17 @@ def _dose(
 
 
 def _continue(
-    bench: Bench, add: Add, max_new_tokens: int, score: Callable[[str], float] | None
+    baseline: UnsteeredBaseline, add: Add, max_new_tokens: int, score: Callable[[str], float] | None
 ) -> tuple[float | None, float | None]:
     if max_new_tokens == 0:
         return None, None
-    ids, mask = tokenize(bench.tokenizer, bench.prompts)
-    rows = generate_tokens(bench.model, ids, mask, add, eos=bench.tokenizer.eos_token_id, max_new_tokens=max_new_tokens)
+    ids, mask = tokenize(baseline.tokenizer, baseline.prompts)
+    tokenizer = baseline.tokenizer
+    rows = generate_tokens(baseline.model, ids, mask, add, eos=tokenizer.eos_token_id, max_new_tokens=max_new_tokens)
     repeated = float(np.mean([repetition(row) for row in rows]))
     if score is None:
         return repeated, None
-    return repeated, float(np.mean([score(bench.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]))
+    return repeated, float(np.mean([score(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]))
 
 
 def _compare(curves: dict[str, Curve], kl_budget: float, seed: int) -> tuple[list[Contrast], float]:

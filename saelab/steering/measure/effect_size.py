@@ -1,4 +1,4 @@
-"""Two claims about latents as handles, put to the test: how hard they pull anywhere, and whether both ways."""
+"""Two claims about steering with latents, tested: how far latents move predictions, and whether in both directions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from saelab.metrics import bootstrap
 from saelab.runs import Run, as_run
 from saelab.sae import SAE
 from saelab.steering.generation import Prompts
-from saelab.steering.interventions import Add
-from saelab.steering.measure.effects import Bench
+from saelab.steering.measure.effects import UnsteeredBaseline
+from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector, Strength
 
 
@@ -32,10 +32,10 @@ class EffectSize:
 
 
 def effect_size(
-    run: Run | SAE | Path | str,
     model: nn.Module,
-    prompts: Prompts,
+    run: Run | SAE | Path | str,
     latents: Sequence[int],
+    prompts: Prompts,
     strength: Strength = "1max",
     *,
     pole: int = 1,
@@ -49,8 +49,9 @@ def effect_size(
     contexts) is compared between SAEs: the same prompts, an equal number of latents drawn at random, and a strength
     that is either the same length for all or, with ``"1max"``, each latent's own largest activation.
     """
-    source, bench = as_run(run, hook_name), Bench(model, prompts, tokenizer=tokenizer)
-    kl = [bench.measure(Add(SteeringVector.from_latent(source, latent, pole), strength)).mean_kl for latent in latents]
+    source, baseline = as_run(run, hook_name), UnsteeredBaseline(model, prompts, tokenizer=tokenizer)
+    adds = [Add(SteeringVector.from_latent(source, latent, pole), strength) for latent in latents]
+    kl = [baseline.measure(add).mean_kl for add in adds]
     low, high = bootstrap(np.array(kl), np.mean, seed=seed)
     return EffectSize(list(latents), str(strength), kl, float(np.mean(kl)), low, high)
 
@@ -73,9 +74,9 @@ class TwoWay:
 
 
 def two_way(
+    model: nn.Module,
     run: Run | SAE | Path | str,
     latent: int,
-    model: nn.Module,
     prompts: Prompts,
     plus: Sequence[str] | Sequence[int],
     minus: Sequence[str] | Sequence[int],
@@ -91,11 +92,11 @@ def two_way(
     own largest activation. Intervals are over prompts (at least two).
     """
     source = as_run(run, hook_name)
-    benches = [Bench(model, prompts, words, tokenizer=tokenizer) for words in (plus, minus)]
+    baselines = [UnsteeredBaseline(model, prompts, words, tokenizer=tokenizer) for words in (plus, minus)]
     ends = []
     for pole in (1, -1):
         add = Add(SteeringVector.from_latent(source, latent, pole), strength)
-        shifts = [bench.measure(add).logit_shift for bench in benches]
+        shifts = [baseline.measure(add).logit_shift for baseline in baselines]
         gap = (shifts[0] - shifts[1]).double().numpy()
         ends.append((float(gap.mean()), *bootstrap(gap, np.mean, seed=seed)))
     return TwoWay(latent, ends[0], ends[1])

@@ -1,7 +1,7 @@
-"""What an intervention does to a model's predictions: wanted effect, damage to everything else, repetition.
+"""Effects of an intervention on a model's predictions: on a concept's tokens, on all predictions, on repetition.
 
-All numbers compare the steered model with the same model unsteered, on the same tokens (teacher forcing), and come
-per prompt, so that whoever aggregates them can put an interval around the mean.
+All numbers compare the steered with the unsteered model on the same tokens (teacher forcing). They are given per
+prompt, so that an interval over prompts can be computed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ class Effects:
         return math.exp(float(self.cross_entropy.mean() - self.cross_entropy_before.mean()))
 
 
-class Bench:
-    """A set of prompts with the unsteered model's predictions on them, computed once."""
+class UnsteeredBaseline:
+    """The unsteered model's predictions on a set of prompts, computed once, to measure interventions against.
+
+    ``concept`` lists words or token ids whose probability and logits are measured too (see :func:`concept_tokens`).
+    """
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from saelab.errors import UserError
 from saelab.files import replace
 from saelab.lm.hook_names import layer_of
-from saelab.steering.interventions import Add
+from saelab.steering.operations import Add
 from saelab.steering.recipe.recipe import Recipe
 
 # Hugging Face class -> what llama.cpp calls the architecture; it is a hint, not checked by llama.cpp.

@@ -25,16 +25,14 @@ from saelab.files import new_folder, write_json, write_tensors
 from saelab.layout import RECIPE, VECTORS
 from saelab.runs import Run
 from saelab.sae.weights import load_sae, save, tensors_hash
-from saelab.steering import interventions as ops
 from saelab.steering.attachment import attach
-from saelab.steering.interventions import Add, Clamp, Intervention, LatentIntervention, ProjectOut, describe
+from saelab.steering.interventions import OPERATIONS, Intervention, LatentIntervention
 from saelab.steering.positions import Positions
 from saelab.steering.recipe.model import ModelIdentity
 from saelab.steering.vectors import SteeringVector
 
 FORMAT, VERSION = "saelab-recipe", 1
 AGAIN = "get the recipe again"
-_OPERATIONS = {name: getattr(ops, name) for name in ("Add", "ProjectOut", "Scale", "Clamp", "MinClamp", "Ablate")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +62,9 @@ class Recipe:
         with attach(model, self.interventions) as positions:
             yield positions
 
-    def describe(self) -> list[dict[str, Any]]:
-        """The settings of every intervention, without tensors: what there is to read before applying it."""
-        return [describe(intervention) for intervention in self.interventions]
+    def settings(self) -> list[dict[str, Any]]:
+        """The settings of every intervention, without tensors: what to read before the recipe is applied."""
+        return [intervention.settings() for intervention in self.interventions]
 
     def save(self, folder: Path | str, overwrite: bool = False) -> Path:
         """Write the recipe; the folder appears complete or not at all."""
@@ -80,21 +78,17 @@ class Recipe:
         vectors: dict[str, Tensor] = {}
         saes: dict[int, str] = {}
         entries = []
-        for intervention, entry in zip(self.interventions, self.describe()):
-            if callable(intervention.where):
-                raise UserError(
-                    "a token predicate cannot be written to a file; use all, prompt, generated or positions"
-                )
+        for intervention in self.interventions:
+            _check_savable(intervention)
+            entry = intervention.saved_settings()
             if isinstance(intervention, LatentIntervention):
                 entry["sae"] = saes.setdefault(id(intervention.sae), f"sae_{len(saes)}")
                 if not (folder / entry["sae"]).exists():
                     save(intervention.sae, folder / entry["sae"], {"hook_name": intervention.hook_name})
-                entry["sae_sha256"] = intervention.source.fingerprint
-                entry["source"] = intervention.source.provenance()
-                if isinstance(intervention, Clamp):
-                    entry |= {"given": entry["value"], "value": intervention.target}
+                entry["sae_sha256"] = intervention.run.fingerprint
+                entry["source"] = intervention.run.provenance()
             else:
-                entry["vectors"] = [_vector_entry(v, vectors) for v in _vectors(intervention)]
+                entry["vectors"] = [_vector_entry(v, vectors) for v in intervention.directions]
             entries.append(entry)
         write_tensors(folder / VECTORS, vectors)
         content = {
@@ -158,12 +152,15 @@ def _read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _vectors(intervention: Intervention) -> Sequence[SteeringVector]:
-    if isinstance(intervention, Add):
-        return (intervention.vector,)
-    if isinstance(intervention, ProjectOut):
-        return intervention.directions
-    raise UserError(f"{type(intervention).__name__} cannot be written to a recipe")
+def _check_savable(intervention: Intervention) -> None:
+    if callable(intervention.where):
+        raise UserError("a token predicate cannot be written to a file; use all, prompt, generated or positions")
+    name = type(intervention).__name__
+    if not intervention.operation:
+        raise UserError(
+            f"{name} cannot be written to a recipe, which finds operations by name; declare it with "
+            f'class {name}(..., operation="{name.lower()}")'
+        )
 
 
 def _vector_entry(vector: SteeringVector, vectors: dict[str, Tensor]) -> dict[str, Any]:
@@ -178,23 +175,21 @@ def _vector_entry(vector: SteeringVector, vectors: dict[str, Tensor]) -> dict[st
 def _intervention(
     entry: dict[str, Any], folder: Path, vectors: dict[str, Tensor], runs: dict[str, Run]
 ) -> Intervention:
-    operation = _OPERATIONS.get(entry["op"])
+    operation = next((cls for cls in OPERATIONS.values() if cls.__name__ == entry["op"]), None)
     if operation is None:
         raise UserError(
-            f"{folder / RECIPE} uses the operation {entry['op']!r}, which this saelab does not know; update saelab"
+            f"{folder / RECIPE} uses the operation {entry['op']!r}, which is not registered here; update saelab, or "
+            "import the module that defines it"
         )
-    where = entry["where"] if isinstance(entry["where"], str) else tuple(entry["where"])
-    common = {"where": where, "skip_first": entry["skip_first"], "hook_name": entry["hook_name"]}
     if "vectors" in entry:
         made = [
             SteeringVector(vectors[v["tensor"]], **{key: value for key, value in v.items() if key != "tensor"})
             for v in entry["vectors"]
         ]
-        return operation(made[0] if operation is Add else made, entry["strength"], **common)
+        return operation.from_settings(entry, vectors=made)
     name = entry["sae"]
     if name not in runs:
         runs[name] = Run(load_sae(folder / name), entry["hook_name"])
         if runs[name].fingerprint != entry["sae_sha256"]:
             raise UserError(f"{folder / name} does not match the hash in {RECIPE}; {AGAIN}")
-    settings = {key: entry[key] for key in ("factor", "value", "pole", "keep_error") if key in entry}
-    return operation(runs[name], entry["latent"], **settings, **common)
+    return operation.from_settings(entry, run=runs[name])
