@@ -9,7 +9,7 @@ from typing import Any
 from saelab.cli.console import console
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.interop.conversion import new_folder
+from saelab.files import new_folder
 from saelab.interop.fetch import wanted_files
 from saelab.runs import Run
 
