@@ -20,25 +20,40 @@ from torch import Tensor
 from saelab.distributed.world import Parallel
 from saelab.files import sync
 
-# Along which dimension a tensor is split over the dictionary ranks, by the parameter it belongs to.
-SPLIT = {"W_dec": 0, "W_enc": 1, "b_enc": 0, "tokens_since_fired": 0}
-SPLIT |= {"threshold": 0, "density": 0, "rates": 0, "latent_threshold": 0}  # of variants with a budget per batch
 NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 
 
-def split_dim(name: str, ndim: int) -> int | None:
+def split_dims(shard: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, int]:
+    """Along which dimension each tensor of ``shard`` is a slice of that of ``whole``, by name.
+
+    Those of equal shape are held in full by every rank and are left out. Of ``whole`` only the shapes are read.
+    """
+    shapes = {name: (part.shape, whole[name].shape) for name, part in shard.items()}
+    return {
+        name: dim
+        for name, (part, full) in shapes.items()
+        for dim, (size, full_size) in enumerate(zip(part, full, strict=True))
+        if size != full_size
+    }
+
+
+def split_dim(name: str, ndim: int, dims: Mapping[str, int]) -> int | None:
     """The split dimension of a tensor of an SAE or its training state (``optimizer.W_dec.exp_avg``, say)."""
-    dims = [SPLIT[part] for part in name.split(".") if part in SPLIT]
-    return dims[0] if dims and dims[0] < ndim else None
+    if name == "tokens_since_fired":
+        return 0 if dims else None
+    if name.startswith("optimizer."):
+        name = name.removeprefix("optimizer.").rpartition(".")[0]
+    dim = dims.get(name.removeprefix("ema."), ndim)
+    return dim if dim < ndim else None
 
 
-def write_sharded(path: Path, tensors: Mapping[str, Tensor], parallel: Parallel) -> None:
+def write_sharded(path: Path, tensors: Mapping[str, Tensor], dims: Mapping[str, int], parallel: Parallel) -> None:
     """Write the tensors of all dictionary ranks into one file; every process calls it.
 
-    The file appears under its name when it is complete.
+    ``dims`` is what :func:`split_dims` gives. The file appears under its name when it is complete.
     """
     partial = path.with_name(f".{path.name}.partial")  # all ranks know this name
-    shapes = {name: _whole_shape(name, tensor, parallel) for name, tensor in tensors.items()}
+    shapes = {name: _whole_shape(name, tensor, dims, parallel) for name, tensor in tensors.items()}
     header, start = _header(tensors, shapes)
     if parallel.is_main:
         with partial.open("wb") as file:
@@ -47,7 +62,7 @@ def write_sharded(path: Path, tensors: Mapping[str, Tensor], parallel: Parallel)
     parallel.barrier()
     if parallel.data_rank == 0:
         for name, tensor in tensors.items():
-            dim = split_dim(name, tensor.ndim)
+            dim = split_dim(name, tensor.ndim, dims)
             if (dim is None and parallel.dict_rank) or not tensor.numel():
                 continue
             values = tensor.detach().cpu().numpy()
@@ -65,32 +80,32 @@ def write_sharded(path: Path, tensors: Mapping[str, Tensor], parallel: Parallel)
     parallel.barrier()
 
 
-def read_slices(path: Path, parallel: Parallel) -> dict[str, Tensor]:
+def read_slices(path: Path, dims: Mapping[str, int], parallel: Parallel) -> dict[str, Tensor]:
     """This dictionary rank's slices of the tensors in a file, whoever wrote it."""
     tensors = {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dictionary
             view = file.get_slice(name)
             shape = view.get_shape()
-            dim = split_dim(name, len(shape))
-            if dim is None or parallel.dict_size == 1:
+            dim = split_dim(name, len(shape), dims)
+            if dim is None:
                 tensors[name] = file.get_tensor(name)
             else:
                 tensors[name] = view[(slice(None),) * dim + (parallel.latents(shape[dim]),)].contiguous()
     return tensors
 
 
-def slices(tensors: Mapping[str, Tensor], parallel: Parallel) -> dict[str, Tensor]:
+def slices(tensors: Mapping[str, Tensor], dims: Mapping[str, int], parallel: Parallel) -> dict[str, Tensor]:
     """This dictionary rank's slices of whole tensors, the same that :func:`read_slices` takes from a file."""
     parts = {}
     for name, tensor in tensors.items():
-        dim = None if parallel.dict_size == 1 else split_dim(name, tensor.ndim)
+        dim = split_dim(name, tensor.ndim, dims)
         parts[name] = tensor if dim is None else tensor[(slice(None),) * dim + (parallel.latents(tensor.shape[dim]),)]
     return parts
 
 
-def _whole_shape(name: str, tensor: Tensor, parallel: Parallel) -> list[int]:
-    dim = split_dim(name, tensor.ndim)
+def _whole_shape(name: str, tensor: Tensor, dims: Mapping[str, int], parallel: Parallel) -> list[int]:
+    dim = split_dim(name, tensor.ndim, dims)
     return [size * parallel.dict_size if i == dim else size for i, size in enumerate(tensor.shape)]
 
 

@@ -112,8 +112,11 @@ def configuration(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     call = signature(cls)
     bound = call.bind(*args, **kwargs)
     bound.apply_defaults()
-    left_out = {name for name in cls.only_if_set if bound.arguments.get(name) == call.parameters[name].default}
-    return {name: value for name, value in bound.arguments.items() if name not in left_out}
+    return {
+        name: value
+        for name, value in bound.arguments.items()
+        if name not in cls.only_if_set or value != call.parameters[name].default
+    }
 
 
 def check_json(config: dict[str, Any], name: str) -> None:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelab.distributed import Parallel
-from saelab.distributed.slices import read_slices, write_sharded
+from saelab.distributed.slices import read_slices, split_dims, write_sharded
 from saelab.errors import damaged
 from saelab.files import sync, write_json, write_tensors
 from saelab.layout import CHECKPOINTS, EXTRA, TRAIN_SCALARS, TRAIN_STATE, WEIGHTS
@@ -114,6 +115,12 @@ class Store:
     metadata: Mapping[str, Any]
     parallel: Parallel
 
+    @cached_property
+    def dims(self) -> dict[str, int]:
+        """What is split over the dictionary ranks: every tensor that has another shape in the whole SAE."""
+        shard, whole = ({**sae.state_dict(), **saved_tensors(sae)[0]} for sae in (self.sae, self.whole))
+        return split_dims(shard, whole)
+
     def save_step(self, state: TrainState) -> None:
         """Write a checkpoint between two steps; every process calls it."""
         state.fold(self.sae)
@@ -134,7 +141,7 @@ class Store:
             write_json(unfinished / TRAIN_SCALARS, scalars)
         self.parallel.barrier()
         self._write_weights(unfinished)
-        write_sharded(unfinished / TRAIN_STATE, tensors, self.parallel)
+        write_sharded(unfinished / TRAIN_STATE, tensors, self.dims, self.parallel)
         if self.parallel.is_main:
             commit_step(self.folder, step)
         self.parallel.barrier()
@@ -144,7 +151,7 @@ class Store:
         path = latest_step(self.folder)
         if path is None:
             return None
-        weights, tensors, scalars = load_step(path, self.sae, lambda file: read_slices(file, self.parallel))
+        weights, tensors, scalars = load_step(path, self.sae, lambda file: read_slices(file, self.dims, self.parallel))
         self.sae.load_state_dict(weights)
         return TrainState.restore(self.sae, tensors, scalars)
 
@@ -163,6 +170,6 @@ class Store:
 
     def _write_weights(self, folder: Path) -> None:
         weights, rest = saved_tensors(self.sae)
-        write_sharded(folder / WEIGHTS, weights, self.parallel)
+        write_sharded(folder / WEIGHTS, weights, self.dims, self.parallel)
         if rest:
-            write_sharded(folder / EXTRA, rest, self.parallel)
+            write_sharded(folder / EXTRA, rest, self.dims, self.parallel)

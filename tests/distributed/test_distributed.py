@@ -23,11 +23,12 @@ from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel, start_world
 from saelab.distributed.plan import traffic_per_step
 from saelab.distributed.sharding import build_shard
-from saelab.distributed.slices import read_slices, slices, split_dim
+from saelab.distributed.slices import read_slices, slices, split_dim, split_dims
 from saelab.errors import UserError
 from saelab.files import lock
 from saelab.layout import EXTRA
 from saelab.sae import build, mutual_choice
+from saelab.sae.topk import TopK
 from saelab.sae.weights import load_sae
 from saelab.training import TrainConfig, fit_steps, n_steps
 from saelab.training.checkpoints import latest_step
@@ -48,7 +49,7 @@ def tune_into(folder: Path, cache_path: str, parallel: Parallel) -> None:
     torch.manual_seed(7)
     whole = build("topk", D_IN, D_SAE, k=K)
     sae = build_shard("topk", D_IN, D_SAE, 0, parallel, k=K)
-    sae.load_state_dict(slices(whole.state_dict(), parallel))
+    sae.load_state_dict(slices(whole.state_dict(), split_dims(sae.state_dict(), whole.state_dict()), parallel))
     cache = ActivationCache(cache_path)
     for _ in fit_steps(sae, cache, CONFIG, folder, source="theirs", parallel=parallel):
         pass
@@ -61,6 +62,26 @@ def train_into(folder: Path, cache_path: str, variant: str, parallel: Parallel, 
     for metrics in generator:
         if metrics.step == stop:
             generator.close()
+
+
+def keep_marks(folder: Path, cache_path: str, parallel: Parallel) -> list[int]:
+    """Buffers of a variant that nobody knows, one number per latent, after a run was stopped and resumed."""
+
+    class Marked(TopK, variant="marked"):
+        marks: torch.Tensor
+
+        def __init__(self, d_in: int, d_sae: int, k: int = 2) -> None:
+            super().__init__(d_in, d_sae, k)
+            self.register_buffer("marks", torch.zeros(d_sae, dtype=torch.int64))
+
+    cache = ActivationCache(cache_path)
+    shards = [build_shard("marked", D_IN, D_SAE, 0, parallel, k=K) for _ in range(2)]
+    shards[0].marks.copy_(torch.arange(D_SAE)[parallel.latents(D_SAE)])  # pyright: ignore
+    for sae, resume in zip(shards, (False, True)):
+        steps = fit_steps(sae, cache, CONFIG, folder, resume=resume, parallel=parallel)
+        next(steps)
+        steps.close()
+    return shards[1].marks.tolist()  # pyright: ignore
 
 
 def worker(rank: int, world: int, port: int, folder: str, cache_path: str) -> None:
@@ -78,6 +99,7 @@ def worker(rank: int, world: int, port: int, folder: str, cache_path: str) -> No
     for variant in RESUMED:
         train_into(root / f"{variant}-one-then-four", cache_path, variant, parallel)
     tune_into(root / "tuned-4", cache_path, parallel)
+    (root / f"marks-{rank}.json").write_text(json.dumps(keep_marks(root / "marked", cache_path, parallel)))
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +208,22 @@ def test_traffic_is_what_the_formula_says(runs: Path, cache: ActivationCache, va
     assert sent.get("candidates", 0) <= (steps + aux * CONFIG.k_aux / K) * expected["candidates"] + counts + steps
 
 
+def test_every_rank_keeps_its_own_values_of_a_buffer_per_latent(runs: Path) -> None:
+    marks = [json.loads((runs / f"marks-{rank}.json").read_text()) for rank in range(4)]
+    assert marks == torch.arange(D_SAE).view(4, -1).tolist()
+
+
+@pytest.mark.parametrize("variant", [name for name, ranks in CASES if ranks == 4])
+def test_what_is_split_follows_from_the_shapes(variant: str) -> None:
+    sae, whole = (build(variant, D_IN, d_sae, k=K).state_dict() for d_sae in (D_SAE // 4, D_SAE))
+    expected = {"W_dec": 0, "W_enc": 1, "b_enc": 0}
+    if variant in {"mutual_choice", "feature_choice"}:
+        expected |= {"density.total": 0, "density.weight": 0}
+    if variant == "feature_choice":
+        expected |= {"rates": 0, "latent_threshold.total": 0, "latent_threshold.weight": 0}
+    assert split_dims(sae, whole) == expected
+
+
 def test_a_shard_starts_as_its_part_of_the_whole() -> None:
     torch.manual_seed(5)
     for d_in, d_sae in ((24, 64), (1000, 1200), (1001, 1100)):  # the last two need several blocks
@@ -204,11 +242,12 @@ def test_slices_of_a_file(tmp_path: Path) -> None:
         "optimizer.W_dec.step": torch.ones(()),
     }
     save_file(whole, tmp_path / "file")
-    part = read_slices(tmp_path / "file", Parallel(dict_size=4, dict_rank=2))
+    dims = {"W_enc": 1, "W_dec": 0, "b_enc": 0}
+    part = read_slices(tmp_path / "file", dims, Parallel(dict_size=4, dict_rank=2))
     assert torch.equal(part["W_enc"], whole["W_enc"][:, 4:6])
     assert torch.equal(part["optimizer.W_dec.exp_avg"], whole["optimizer.W_dec.exp_avg"][4:6])
     assert part["optimizer.W_dec.step"] == 1
-    assert [split_dim(name, n) for name, n in [("b_dec", 1), ("ema.b_enc", 1), ("optimizer.b_enc.step", 0)]] == [
+    assert [split_dim(name, n, dims) for name, n in [("b_dec", 1), ("ema.b_enc", 1), ("optimizer.b_enc.step", 0)]] == [
         None,
         0,
         None,

@@ -101,6 +101,12 @@ def test_an_option_that_nobody_hands_over_is_saved(registry: dict[str, type[SAE]
             super().__init__(d_in, d_sae, **options)
             self.width = width
 
+    class Few(VARIANTS["topk"], variant="few"):
+        def __init__(self, d_in: int, d_sae: int, few: int = 2) -> None:
+            super().__init__(d_in, d_sae, few)
+
+    assert build("few", 8, 32).config == {"d_in": 8, "d_sae": 32, "few": 2}
+
     class Fixed(Gain, variant="fixed"):
         def __init__(self, d_in: int, d_sae: int, **options: Any) -> None:
             super().__init__(d_in, d_sae, gain=2.0, **options)

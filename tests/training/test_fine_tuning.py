@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from saelab import ActivationCache, build, load
 from saelab.distributed import Parallel
 from saelab.distributed.sharding import build_shard
-from saelab.distributed.slices import slices
+from saelab.distributed.slices import slices, split_dims
 from saelab.sae import SAE, LayerNormed
 from saelab.sae.weights import load_metadata, load_sae, save
 from saelab.training import TrainConfig, adopt, fit_steps, train_steps
@@ -278,7 +278,8 @@ def test_processes_take_their_latents_of_the_first_weights() -> None:
     for rank in range(4):
         parallel = Parallel(dict_size=4, dict_rank=rank)
         shards.append(build_shard("topk", 8, 24, 0, parallel, k=2))
-        shards[-1].load_state_dict(slices(whole.state_dict(), parallel))
+        dims = split_dims(shards[-1].state_dict(), whole.state_dict())
+        shards[-1].load_state_dict(slices(whole.state_dict(), dims, parallel))
     for name, dim in {"W_enc": 1, "b_enc": 0, "W_dec": 0}.items():
         joined = torch.cat([shard.state_dict()[name] for shard in shards], dim)
         assert torch.equal(joined, whole.state_dict()[name])

@@ -24,7 +24,7 @@ from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel, launched, start_world
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.sharding import whole as whole_of
-from saelab.distributed.slices import slices
+from saelab.distributed.slices import slices, split_dims
 from saelab.distributed.world import end_world
 from saelab.errors import UserError, damaged
 from saelab.interop.fetch import full_name
@@ -114,9 +114,11 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
     cache = ActivationCache(options.cache)
     d_in = cache.d_in if source is None else source.sae.d_in
     sae = build_shard(options.variant, d_in, options.d_sae, options.seed, parallel, **config).to(device)
-    train_config = prepared(whole_of(sae, parallel), cache, part(TrainConfig, options), parallel)
+    whole = whole_of(sae, parallel)
+    train_config = prepared(whole, cache, part(TrainConfig, options), parallel)
     if source is not None:
-        sae.load_state_dict(slices(source.sae.state_dict(), parallel))
+        dims = split_dims(sae.state_dict(), whole.state_dict())
+        sae.load_state_dict(slices(source.sae.state_dict(), dims, parallel))
         announce(source, cache)
     # Last, so that a mistake in the options never costs the old run.
     with claim(options, parallel), stop_on_signals() as stop:
