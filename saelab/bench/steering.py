@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from saelab.lm.tokens import tokenize
 from saelab.runs import Run
 from saelab.sae import build
-from saelab.steering.generation import generate_tokens, tokenize
+from saelab.steering.generation import generate_tokens
 from saelab.steering.interventions import Intervention
 from saelab.steering.operations import Add, Clamp, Scale
 from saelab.steering.vectors import SteeringVector

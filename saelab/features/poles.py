@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.preprocessing import normalize
 
 from saelab.errors import UserError
 from saelab.features.index import FeatureIndex
@@ -40,9 +42,10 @@ def axis_score(index: FeatureIndex, latent: int, *, reach: int = 8, fewest: int 
     if len(index.poles) < 2:
         raise UserError("this SAE has no negative activations; only latents of signed SAEs have two poles")
     nan = float("nan")
-    rarity, backdrop = _backdrop(index, reach)
-    bags = [_bags(_firing(index.examples(latent, pole)), reach, rarity) for pole in (1, -1)]
-    if min(len(pole) for pole in bags) < fewest:
+    windows = [_tokens(example, reach) for example in _unrelated(index)]
+    poles = [[_tokens(example, reach) for example in _firing(index.examples(latent, pole))] for pole in (1, -1)]
+    backdrop, *bags = _bags(windows, poles)
+    if min(map(len, poles)) < fewest:
         return AxisScore(nan, nan, nan, _mean_similarity(backdrop, None), "one-sided")
     unrelated = _mean_similarity(backdrop, None)
     between = _mean_similarity(*bags) - unrelated
@@ -54,55 +57,40 @@ def axis_score(index: FeatureIndex, latent: int, *, reach: int = 8, fewest: int 
     return AxisScore(score, between, within, unrelated, verdict)
 
 
-Bag = dict[int, float]
-
-
 def _firing(examples: list[Example]) -> list[Example]:
     """Windows around firings, each row once."""
     return list({e.row: e for e in examples if e.kind in FIRING}.values())
+
+
+def _unrelated(index: FeatureIndex, sample: int = 200) -> list[Example]:
+    """Windows of many latents, on which they are silent: plain corpus text."""
+    latents = np.unique(np.linspace(0, index.d_sae - 1, min(sample, index.d_sae)).astype(int))
+    return [example for latent in latents for example in index.examples(int(latent), 1, "silent")[:2]]
 
 
 def _tokens(example: Example, reach: int) -> list[int]:
     return example.tokens[max(example.focus - reach, 0) : example.focus + reach + 1]
 
 
-def _bags(examples: list[Example], reach: int, rarity: dict[int, float]) -> list[Bag]:
-    """Unit-norm TF-IDF vectors."""
-    bags = []
-    for example in examples:
-        counted = Counter(_tokens(example, reach))
-        bag = {token: n * rarity.get(token, max(rarity.values(), default=1.0)) for token, n in counted.items()}
-        norm = np.sqrt(sum(v * v for v in bag.values())) or 1.0
-        bags.append({token: v / norm for token, v in bag.items()})
-    return bags
+def _bags(windows: list[list[int]], poles: list[list[list[int]]]) -> list[csr_matrix]:
+    """Unit-norm TF-IDF vectors ``[windows, tokens]`` of plain text and of the poles' windows.
+
+    A token's inverse document frequency is ``log((1 + n) / n_with_it)`` over the ``n`` windows of plain text; one that
+    is in none of them is as rare as the rarest. (scikit-learn's TfidfTransformer adds 1, which weighs common tokens.)
+    """
+    counter = CountVectorizer(analyzer=lambda tokens: tokens)
+    counter.fit([*windows, *poles[0], *poles[1], [-1]])  # the last so that there is a token
+    counts = [csr_matrix(counter.transform(part)) if part else csr_matrix((0, 1)) for part in (windows, *poles)]
+    seen = np.bincount(counts[0].indices, minlength=len(counter.vocabulary_))
+    rarity = np.log((1 + len(windows)) / np.maximum(seen, 1))
+    rarity[seen == 0] = rarity[seen > 0].max() if seen.any() else 1.0
+    return [csr_matrix(normalize(part.multiply(rarity))) if part.shape[0] else part for part in counts]
 
 
-def _backdrop(index: FeatureIndex, reach: int, sample: int = 200) -> tuple[dict[int, float], list[Bag]]:
-    """Inverse document frequency of tokens, and bags, of windows of many latents (silent ones: plain corpus text)."""
-    latents = np.unique(np.linspace(0, index.d_sae - 1, min(sample, index.d_sae)).astype(int))
-    windows: list[Example] = []
-    for latent in latents:
-        windows += index.examples(int(latent), 1, "silent")[:2]
-    seen = Counter(token for window in windows for token in set(_tokens(window, reach)))
-    rarity = {token: float(np.log((1 + len(windows)) / n)) for token, n in seen.items()}
-    return rarity, _bags(windows, reach, rarity)
-
-
-def _mean_similarity(a: list[Bag], b: list[Bag] | None) -> float:
+def _mean_similarity(a: csr_matrix, b: csr_matrix | None) -> float:
     """Mean cosine over pairs of one window of each list, or over pairs of different windows of one list."""
+    total = np.asarray(a.sum(axis=0)).ravel()
     if b is None:
-        total, norms = _sum(a), float(sum(v * v for bag in a for v in bag.values()))
-        pairs = len(a) * (len(a) - 1)
-        return (_dot(total, total) - norms) / pairs if pairs else 0.0
-    return _dot(_sum(a), _sum(b)) / max(len(a) * len(b), 1)
-
-
-def _sum(bags: list[Bag]) -> Bag:
-    total: Counter[int] = Counter()
-    for bag in bags:
-        total.update(bag)
-    return dict(total)
-
-
-def _dot(a: Bag, b: Bag) -> float:
-    return float(sum(v * b.get(token, 0.0) for token, v in a.items()))
+        pairs = a.shape[0] * (a.shape[0] - 1)
+        return float(total @ total - a.multiply(a).sum()) / pairs if pairs else 0.0
+    return float(total @ np.asarray(b.sum(axis=0)).ravel()) / max(a.shape[0] * b.shape[0], 1)

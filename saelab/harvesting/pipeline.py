@@ -16,9 +16,10 @@ from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
 from saelab.harvesting.config import HarvestConfig
 from saelab.harvesting.shards import ALONE, Progress, Share, fill, finish, open_writers
-from saelab.lm.fingerprint import token_strings, tokenizer_hash, weights_fingerprint
+from saelab.lm.fingerprint import tokenizer_hash, weights_fingerprint
 from saelab.lm.loading import load_model, model_name
 from saelab.lm.sites import locate
+from saelab.lm.tokens import token_strings
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -61,15 +61,3 @@ def tokenizer_hash(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def token_strings(tokenizer: Any) -> list[str]:
-    """How each token id reads; a token that is part of a character reads as the replacement character."""
-    size = max(tokenizer.get_vocab().values()) + 1
-    texts = tokenizer.batch_decode([[i] for i in range(size)], clean_up_tokenization_spaces=False)
-    pieces = tokenizer.convert_ids_to_tokens(list(range(size)))
-    # SentencePiece vocabularies mark a leading space, which decoding a token on its own strips.
-    return [
-        f" {text}" if (piece or "").startswith("▁") and not text.startswith(" ") else text
-        for text, piece in zip(texts, pieces)
-    ]

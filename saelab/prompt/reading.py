@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.errors import UserError
+from saelab.lm.tokens import decode_each, token_ids
 from saelab.sae import SAE
 from saelab.sparse import SparseCode
 
@@ -89,7 +89,9 @@ def read(
     from saelab.harvesting.activations import Reader
     from saelab.lm.sites import locate
 
-    ids, strings = tokenize(model.tokenizer, text, bos, max_tokens)
+    if not token_ids(model.tokenizer, text, bos=False):
+        raise UserError("the text is empty; type at least one word")
+    ids = token_ids(model.tokenizer, text, bos)[:max_tokens]
     reader = Reader(model, [locate(model, hook_name)])
     if (gradients or sae.selects_by_gradient) and len(ids) > 1:
         (acts,), (grads,) = reader.gradients(torch.tensor([ids]))
@@ -104,31 +106,4 @@ def read(
     with torch.no_grad():
         code = sae.encode(x, grads)
         recon = sae.decode(code)
-    return Reading(strings, x, grads, code, recon, first=int(bos and len(ids) > 1))
-
-
-def tokenize(tokenizer: Any, text: str, bos: bool, max_tokens: int = MAX_TOKENS) -> tuple[list[int], list[str]]:
-    """Token ids and how each reads."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not ids:
-        raise UserError("the text is empty; type at least one word")
-    if bos and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    ids = ids[:max_tokens]
-    return ids, decode_each(tokenizer, ids)
-
-
-def decode_each(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """How each token reads where it stands: the difference it makes to the decoded text before it.
-
-    Tokens that complete a character get it; those before it read as nothing.
-    """
-    strings, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and end < len(ids):
-            strings.append("")
-            continue
-        strings.append(text[len(shown) :])
-        shown = text
-    return strings
+    return Reading(decode_each(model.tokenizer, ids), x, grads, code, recon, first=int(bos and len(ids) > 1))

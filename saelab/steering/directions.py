@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from saelab.errors import UserError
 from saelab.lm import model_name
 from saelab.lm.sites import check_replaceable, device_of, locate, underlying
+from saelab.lm.tokens import tokenize, tokenizer_of
 from saelab.steering.attachment import attach
-from saelab.steering.generation import forward, tokenize, tokenizer_of
+from saelab.steering.generation import forward
 from saelab.steering.vectors import SteeringVector
 
 

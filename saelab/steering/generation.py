@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.sites import device_of, underlying
+from saelab.lm.tokens import Prompts, tokenize, tokenizer_of
 from saelab.steering.attachment import attach
 from saelab.steering.interventions import Intervention
-
-Prompts = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -175,32 +174,3 @@ def forward(
     if isinstance(output, Tensor):
         return output, None
     return output.logits, getattr(output, "past_key_values", None) if use_cache else None
-
-
-def tokenizer_of(model: nn.Module, tokenizer: Any = None) -> Any:
-    """The tokenizer given, or the model's own."""
-    found = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    if found is None:
-        raise UserError(f"{type(model).__name__} carries no tokenizer; give tokenizer=...")
-    return found
-
-
-def tokenize(tokenizer: Any, prompts: Prompts) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
-    """Token ids and attention mask, padded on the left.
-
-    Each text begins with the tokenizer's BOS token, where it has one, as the contexts of an activation cache do by
-    default; a text that already begins with it (a chat template) gets no second one. To decide it yourself give token
-    ids to :func:`generate_tokens`.
-    """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
-    bos = tokenizer.bos_token_id
-    rows = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
-    if not rows or not all(rows):
-        raise UserError("a prompt needs at least one token")
-    # The value is never read, since the mask hides it; a tokenizer without a padding token need not be changed.
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    longest = max(map(len, rows))
-    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from saelab.errors import UserError
+from saelab.lm.tokens import tokenize, tokenizer_of
 from saelab.runs import Run
 from saelab.steering import (
     OPERATIONS,
@@ -19,7 +20,6 @@ from saelab.steering import (
     generate_tokens,
 )
 from saelab.steering.directions import random_direction
-from saelab.steering.generation import tokenize, tokenizer_of
 from saelab.steering.positions import Where
 from saelab.steering.vectors import Strength
 
@@ -134,7 +134,7 @@ def continue_text(
     model: nn.Module, prompt: str, interventions: Sequence[Intervention], **sampling: Any
 ) -> Continuation:
     """The model's continuation of ``prompt`` under ``interventions``."""
-    from saelab.prompt.reading import decode_each
+    from saelab.lm.tokens import decode_each
 
     tokenizer = tokenizer_of(model)
     ids, mask = tokenize(tokenizer, prompt)

@@ -10,10 +10,10 @@ import torch
 
 from saelab.lm import load_hf_model, load_model
 from saelab.lm.sites import underlying
+from saelab.lm.tokens import tokenize
 from saelab.sae import build
 from saelab.steering import Add, Clamp, Intervention, Recipe, Run, Scale, SteeringVector, attach, generate_tokens
 from saelab.steering.directions import difference_of_means
-from saelab.steering.generation import tokenize
 
 pytestmark = pytest.mark.smollm2
 HOOK, NEW = "blocks.9.hook_resid_post", 5

@@ -17,6 +17,7 @@ from saelab.evaluation.tasks import passages as labelled
 from saelab.evaluation.tasks import scr_tpp, two_sided
 from saelab.evaluation.tasks.absorption import absorption, words_by_letter
 from saelab.evaluation.tasks.probing import sparse_probing
+from saelab.lm.tokens import token_ids
 from saelab.sae import SAE
 
 ON_PASSAGES = ("probing", "scr", "tpp")
@@ -85,15 +86,12 @@ class _Bench:
             )
         plain, site = plain_site(self.model, self.cache)
         check_same_model(plain, site, self.cache, *next(iter(self.cache.contexts("all"))))
-        start = [tokenizer.bos_token_id] if self.cache.manifest.bos != "none" else []
-
-        def encode(text: str) -> list[int]:
-            return [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        bos = self.cache.manifest.bos != "none"
 
         return labelled.from_texts(
-            plain, site, encode, texts, labels, source=str(self.config.labels),
+            plain, site, lambda text: token_ids(tokenizer, text, bos), texts, labels, source=str(self.config.labels),
             max_tokens=max(self.cache.manifest.context_length, 2),
-            skip_first=max(self.cache.manifest.skip_first, len(start)),
+            skip_first=max(self.cache.manifest.skip_first, int(bos)),
         )  # fmt: skip
 
 

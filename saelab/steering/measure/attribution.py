@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.sites import check_replaceable, device_of, locate, underlying
+from saelab.lm.tokens import tokenize, tokenizer_of
 from saelab.lm.unwrapped import frozen
 from saelab.runs import Run, as_run
 from saelab.sae import SAE
 from saelab.steering.attachment import attach
-from saelab.steering.generation import forward, generate_tokens, tokenize, tokenizer_of
+from saelab.steering.generation import forward, generate_tokens
 from saelab.steering.interventions import Intervention, LatentIntervention
 
 

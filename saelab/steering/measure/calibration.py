@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from saelab.errors import UserError
+from saelab.lm.tokens import Prompts
 from saelab.steering.directions import text_activations
-from saelab.steering.generation import Prompts
 from saelab.steering.interventions import Intervention
 from saelab.steering.measure.effects import Effects, UnsteeredBaseline
 from saelab.steering.operations import Add

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from saelab.errors import UserError
+from saelab.lm.tokens import tokenize
 from saelab.steering.directions import difference_of_means, random_direction
-from saelab.steering.generation import generate_tokens, tokenize
+from saelab.steering.generation import generate_tokens
 from saelab.steering.measure.effects import Effects, UnsteeredBaseline, repetition
 from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector, Strength

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from saelab.lm.tokens import Prompts
 from saelab.metrics import bootstrap
 from saelab.runs import Run, as_run
 from saelab.sae import SAE
-from saelab.steering.generation import Prompts
 from saelab.steering.measure.effects import UnsteeredBaseline
 from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector, Strength

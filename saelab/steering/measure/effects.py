@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.sites import underlying
+from saelab.lm.tokens import Prompts, token_ids, tokenize, tokenizer_of
 from saelab.steering.attachment import attach
-from saelab.steering.generation import Prompts, forward, tokenize, tokenizer_of
+from saelab.steering.generation import forward
 from saelab.steering.interventions import Intervention
 
 
@@ -110,7 +111,7 @@ def concept_tokens(tokenizer: Any, concept: Sequence[str] | Sequence[int]) -> In
     found: list[int] = []
     for item in concept:
         if isinstance(item, str):
-            pieces = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (item, f" {item}")]
+            pieces = [token_ids(tokenizer, text, bos=False) for text in (item, f" {item}")]
             found += [row[0] for row in pieces if row]
         else:
             found.append(int(item))
