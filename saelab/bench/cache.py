@@ -7,16 +7,16 @@ would do alone: it holds on a busy machine, where the other column does not.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 
+from saelab.bench.timing import Clock, write_out
 from saelab.data.cache.reader import WINDOW_BYTES, ActivationCache
 
 
@@ -25,24 +25,36 @@ def make(folder: Path, rows: int, d_in: int, dtype: str) -> ActivationCache:
     return ActivationCache.from_tensors(folder, acts, dtype=dtype, shard_rows=1 << 16, held_out=0)
 
 
-def timed(job: Callable[[], None]) -> tuple[float, float]:
-    """Seconds, and seconds of processor time over all threads."""
-    start, cpu = time.perf_counter(), time.process_time()
-    job()
-    return time.perf_counter() - start, time.process_time() - cpu
+@dataclass(frozen=True)
+class Settings:
+    """What to read, and how often."""
+
+    rows: int = 500_000
+    """Rows of the cache."""
+    d_in: int = 576
+    """Width of a row."""
+    dtype: str = "float16"
+    """float32, float16 or bfloat16."""
+    batch_size: int = 2048
+    """Rows per batch."""
+    window_bytes: int = WINDOW_BYTES
+    """Memory for shuffling."""
+    rounds: int = 5
+    """Times each way is timed."""
+    out: Path | None = None
+    """JSON file to write."""
 
 
-def compare(
-    rows: int, d_in: int, dtype: str, batch_size: int, window_bytes: int, rounds: int
-) -> dict[str, tuple[float, float]]:
+def compare(settings: Settings) -> dict[str, tuple[float, float]]:
     """GB/s and GB per CPU second of each way of reading: medians over the rounds."""
+    clock = Clock()
     with tempfile.TemporaryDirectory() as temporary:
-        make(Path(temporary) / "cache", rows, d_in, dtype)
-        cache = ActivationCache(Path(temporary) / "cache", window_bytes=window_bytes)
-        gigabytes = rows * d_in * getattr(torch, dtype).itemsize / 1e9
+        make(Path(temporary) / "cache", settings.rows, settings.d_in, settings.dtype)
+        cache = ActivationCache(Path(temporary) / "cache", window_bytes=settings.window_bytes)
+        gigabytes = settings.rows * settings.d_in * getattr(torch, settings.dtype).itemsize / 1e9
 
         def read(seed: int | None) -> None:
-            for _ in cache.batches(batch_size, seed=seed):
+            for _ in cache.batches(settings.batch_size, seed=seed):
                 pass
 
         def copy() -> None:
@@ -54,27 +66,17 @@ def compare(
             "corpus order": lambda: read(None),
             "plain copy": copy,
         }
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
-        for _ in range(rounds):
-            for name, job in jobs.items():
-                times[name].append(timed(job))
-    # The first round brings the file into the page cache and maps it.
-    columns = {name: list(zip(*found[1:])) for name, found in times.items()}
-    return {name: tuple(gigabytes / statistics.median(c) for c in found) for name, found in columns.items()}
+        clock.rounds(jobs, settings.rounds)  # the turn before brings the file into the page cache and maps it
+    return {name: (gigabytes / clock.median(name).wall, gigabytes / clock.median(name).cpu) for name in jobs}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m saelab.bench.cache", description=__doc__)
-    parser.add_argument("--rows", type=int, default=500_000, help="rows of the cache")
-    parser.add_argument("--d-in", type=int, default=576, help="width of a row")
-    parser.add_argument("--dtype", default="float16", help="float32, float16 or bfloat16")
-    parser.add_argument("--batch-size", type=int, default=2048, help="rows per batch")
-    parser.add_argument("--window-bytes", type=int, default=WINDOW_BYTES, help="memory for shuffling")
-    parser.add_argument("--rounds", type=int, default=6, help="times each way is run, the first not counted")
-    options = parser.parse_args()
-    found = compare(options.rows, options.d_in, options.dtype, options.batch_size, options.window_bytes, options.rounds)
+    """Measure and print."""
+    settings = tyro.cli(Settings, prog="python -m saelab.bench.cache", description=__doc__)
+    found = compare(settings)
     for name, (wall, cpu) in found.items():
         sys.stdout.write(f"{name:<14} {wall:6.2f} GB/s {cpu:6.2f} GB per CPU second\n")
+    write_out(settings.out, {name: {"GB/s": wall, "GB per CPU second": cpu} for name, (wall, cpu) in found.items()})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from saelab.bench.timing import write_out
 from saelab.data.cache import ActivationCache
 from saelab.distributed.plan import traffic_per_step
 from saelab.distributed.sharding import build_shard
@@ -137,8 +138,7 @@ def main() -> None:
     sizes = f"{options.batch_size} tokens, d_in {options.d_in}, d_sae {options.d_sae}, k {options.k}"
     console.print(f"megabytes sent per step and process: {sizes}")
     console.print(table(results, options.processes))
-    if options.out is not None:
-        options.out.write_text(json.dumps(results, indent=2) + "\n")
+    write_out(options.out, results)
 
 
 if __name__ == "__main__":

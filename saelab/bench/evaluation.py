@@ -8,7 +8,6 @@ model inside it, whose layers below the hook run once per context.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from saelab.bench.timing import Clock, write_out
 from saelab.data.cache import ActivationCache
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.evaluation.reconstruction import context_of_rows, measure_batch
@@ -42,6 +42,8 @@ class Settings:
     """Tokens of the whole evaluation; 0 leaves it out."""
     json: bool = False
     """Print JSON."""
+    out: Path | None = None
+    """JSON file to write."""
 
 
 @torch.no_grad()
@@ -54,29 +56,26 @@ def metrics_ratio(sae: SAE, cache: ActivationCache, rows: int, batch_size: int) 
     clusters = context_of_rows(cache, "all", rows)
     sums = ReconstructionSums(int(clusters[-1]) + 1, torch.tensor(cache.manifest.mean, dtype=torch.float64))
     firing = FiringCounts(sae.d_sae)
-    alone, whole, processor = [], [], []
+    clock, sizes = Clock(), []
     for start in range(0, rows, batch_size):
         x = cache.read(range(start, min(start + batch_size, rows))).acts
         own = clusters[start : start + batch_size]
-        started = _clocks()
-        sae.encode(x)
-        between = _clocks()
-        measure_batch(sae, x, None, own, sums, firing)
-        ended = _clocks()
-        if start:  # the first batch warms up
-            alone.append((between[0] - started[0]) / len(x))
-            whole.append((ended[0] - between[0]) / len(x))
-            processor.append((between[1] - started[1]) / (ended[1] - between[1]))
+        clock.time("encode", lambda x=x: sae.encode(x))
+        clock.time("metrics", lambda x=x, own=own: measure_batch(sae, x, None, own, sums, firing))
+        sizes.append(len(x))
+        if not start:  # the first batch warms up
+            clock.clear()
+    ratio = clock.ratio("encode", "metrics")
+
+    def speed(name: str) -> float:
+        return statistics.median(n / seconds.wall for n, seconds in zip(sizes[1:], clock.times[name]))
+
     return {
-        "encode_rows_per_second": 1 / statistics.median(alone),
-        "metrics_rows_per_second": 1 / statistics.median(whole),
-        "metrics_to_encode": statistics.median(a / b for a, b in zip(alone, whole)),
-        "metrics_to_encode_processor": statistics.median(processor),
+        "encode_rows_per_second": speed("encode"),
+        "metrics_rows_per_second": speed("metrics"),
+        "metrics_to_encode": ratio.wall,
+        "metrics_to_encode_processor": ratio.cpu,
     }
-
-
-def _clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
 
 
 def whole_ratio(sae: SAE, cache: ActivationCache, model: Any, tokens: int) -> dict[str, float]:
@@ -96,6 +95,7 @@ def main(args: Sequence[str] | None = None) -> None:
         from saelab.lm import load_model
 
         found |= whole_ratio(sae, cache, load_model(cache.manifest.model), settings.lm_tokens)
+    write_out(settings.out, found)
     if settings.json:
         console.print_json(data=found)
         return

@@ -8,16 +8,16 @@ other programs compete for the cores.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 import tempfile
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 
+from saelab.bench.timing import Clock, Seconds, write_out
 from saelab.errors import UserError
 from saelab.harvesting.config import HarvestConfig
 from saelab.harvesting.pipeline import harvest
@@ -43,57 +43,64 @@ def compare(model_name: str, layer: int, text: str, tokens: int, context_length:
     plain = truncated_model(str(bridge.cfg.model_name), layer + 1)
     config = HarvestConfig(tokens=tokens, context_length=context_length)
     inputs = torch.randint(0, bridge.cfg.d_vocab, (config.pass_contexts, context_length))
-    ours: list[tuple[float, float]] = []
-    theirs: list[tuple[float, float]] = []
-    last: tuple[float, float] | None = None
+    clock = Clock()
+    last: Seconds | None = None
 
     @torch.no_grad()
     def interleave(done: int, total: int) -> None:
         nonlocal last
-        now = clocks()
-        if last:
-            ours.append((now[0] - last[0], now[1] - last[1]))
-        plain(input_ids=inputs, use_cache=False)
-        last = clocks()
-        theirs.append((last[0] - now[0], last[1] - now[1]))
+        if last is not None:
+            clock.add("harvest", Seconds.now().since(last))
+        clock.time("plain", lambda: plain(input_ids=inputs, use_cache=False))
+        last = Seconds.now()
 
     with tempfile.TemporaryDirectory() as folder:
         harvest(bridge, hook, text, Path(folder) / "cache", config, progress=interleave)
         assert last is not None  # a harvest makes at least one pass
-        end = clocks()[0] - last[0]  # the last shard, and the statistics
-    if len(ours) < 2:
+        end = Seconds.now().since(last).wall  # the last shard, and the statistics
+    passes = len(clock.times.get("harvest", []))
+    if passes < 2:
         raise UserError(f"tokens={tokens} are too few for a comparison; give at least {3 * inputs.numel()}")
     # The first pass of either pays for warming up; the first of harvest also for opening everything.
-    n, passes = inputs.numel(), len(ours)
-    (wall, cpu), (plain_wall, plain_cpu) = (list(zip(*found)) for found in (ours, theirs[1:]))
+    del clock.times["plain"][0]
+    n, ours, theirs = inputs.numel(), clock.total("harvest"), clock.total("plain")
     return {
-        "harvest tokens/s": n * passes / (sum(wall) + end),
-        "plain tokens/s": n * passes / sum(plain_wall),
-        "ratio of median passes": statistics.median(plain_wall) / statistics.median(wall),
-        "ratio of processor time": sum(plain_cpu) / sum(cpu),
+        "harvest tokens/s": n * passes / (ours.wall + end),
+        "plain tokens/s": n * passes / theirs.wall,
+        "ratio of median passes": clock.median("plain").wall / clock.median("harvest").wall,
+        "ratio of processor time": theirs.cpu / ours.cpu,
         "passes": passes,
     }
 
 
-def clocks() -> tuple[float, float]:
-    """Seconds, and seconds of processor time over all threads."""
-    return time.perf_counter(), time.process_time()
+@dataclass(frozen=True)
+class Settings:
+    """What to harvest."""
+
+    model: str = "smollm2"
+    """`smollm2`, a hub id or a folder."""
+    layer: int = 9
+    """Harvest the residual stream after this layer."""
+    text: str = "wiki-sample"
+    """Text source."""
+    tokens: int = 40_000
+    """Tokens to harvest."""
+    context_length: int = 128
+    """Tokens per context."""
+    out: Path | None = None
+    """JSON file to write."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m saelab.bench.harvest", description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="smollm2, hub id or folder")
-    parser.add_argument("--layer", type=int, default=9, help="harvest the residual stream after this layer")
-    parser.add_argument("--text", default="wiki-sample", help="text source")
-    parser.add_argument("--tokens", type=int, default=40_000, help="tokens to harvest")
-    parser.add_argument("--context-length", type=int, default=128, help="tokens per context")
-    options = parser.parse_args()
+    """Measure and print."""
+    settings = tyro.cli(Settings, prog="python -m saelab.bench.harvest", description=__doc__)
     try:
-        found = compare(options.model, options.layer, options.text, options.tokens, options.context_length)
+        found = compare(settings.model, settings.layer, settings.text, settings.tokens, settings.context_length)
     except UserError as error:
-        parser.error(str(error))
+        sys.exit(str(error))
     for name, value in found.items():
         sys.stdout.write(f"{name:<24} {value:.3f}\n" if value < 10 else f"{name:<24} {value:,.0f}\n")
+    write_out(settings.out, found)
 
 
 if __name__ == "__main__":

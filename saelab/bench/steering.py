@@ -6,10 +6,9 @@ rounds of its rate divided by the unsteered rate of the same round.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from saelab.bench.timing import Clock, write_out
 from saelab.lm.tokens import tokenize
 from saelab.runs import Run
 from saelab.sae import build
@@ -47,6 +47,8 @@ class Settings:
     """Rounds; each times every kind once."""
     json: bool = False
     """Print JSON."""
+    out: Path | None = None
+    """JSON file to write."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +80,15 @@ def kinds(layer: int, d_in: int, d_sae: int, k: int) -> dict[str, tuple[Sequence
 def measure(model: nn.Module, ids: torch.Tensor, settings: Settings, d_in: int) -> list[Speed]:
     """Time every kind in turns."""
     steering = kinds(settings.layer, d_in, settings.d_sae, settings.k)
-    rates: dict[str, list[float]] = {name: [] for name in steering}
-    for turn in range(settings.rounds + 1):
-        for name, (interventions, _) in steering.items():
-            started = time.perf_counter()
-            generate_tokens(model, ids, None, interventions, max_new_tokens=settings.tokens)
-            if turn:  # the first round warms up
-                rates[name].append(settings.tokens / (time.perf_counter() - started))
-    base = rates["unsteered"]
+    clock = Clock()
+
+    def job(interventions: Sequence[Intervention]) -> Callable[[], object]:
+        return lambda: generate_tokens(model, ids, None, interventions, max_new_tokens=settings.tokens)
+
+    clock.rounds({name: job(interventions) for name, (interventions, _) in steering.items()}, settings.rounds)
     return [
-        Speed(name, statistics.median(found), statistics.median(r / b for r, b in zip(found, base)), steering[name][1])
-        for name, found in rates.items()
+        Speed(name, settings.tokens / clock.median(name).wall, clock.ratio("unsteered", name).wall, floor)
+        for name, (_, floor) in steering.items()
     ]
 
 
@@ -101,8 +101,11 @@ def main(args: Sequence[str] | None = None) -> None:
     ids, _ = tokenize(model.tokenizer, PROMPT)
     speeds = measure(model, ids, settings, model.cfg.d_model)
     console = Console(highlight=False)
+    used = {name: value for name, value in asdict(settings).items() if name != "out"}
+    found = {"settings": used, "speeds": [asdict(speed) for speed in speeds]}
+    write_out(settings.out, found)
     if settings.json:
-        console.print_json(data={"settings": asdict(settings), "speeds": [asdict(speed) for speed in speeds]})
+        console.print_json(data=found)
         return
     table = Table(
         "steering", "tokens/s", "of unsteered", "must keep", title=f"{settings.model}, d_sae {settings.d_sae}"

@@ -8,26 +8,22 @@ are already in memory; reading is measured on its own, and how long the sweep wa
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import tyro
 from rich.console import Console
 
+from saelab.bench.timing import Clock, write_out
 from saelab.data.cache import ActivationCache, Batch
 from saelab.sweep import run_sweep
 from saelab.sweep.grid import Entry, Grid, make_grid
 from saelab.training import batches, train_steps
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,21 +44,6 @@ class Options:
     """JSON file to write."""
 
 
-class Clock:
-    """Sums of wall and CPU seconds by name."""
-
-    def __init__(self) -> None:
-        self.wall: dict[str, float] = defaultdict(float)
-        self.cpu: dict[str, float] = defaultdict(float)
-
-    def time(self, name: str, work: Callable[[], T]) -> T:
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = work()
-        self.wall[name] += time.perf_counter() - wall
-        self.cpu[name] += time.process_time() - cpu
-        return result
-
-
 def compare(options: Options, folder: Path) -> dict[str, Any]:
     """Run both ways in ``folder`` and return the ratios."""
     steps = 2 * options.rounds + 2  # the first two warm up
@@ -75,8 +56,7 @@ def compare(options: Options, folder: Path) -> dict[str, Any]:
     for work in (lambda: [next(run) for run in alone], lambda: next(sweep), lambda: next(reading)):
         work()
         work()
-    clock.wall.clear()
-    clock.cpu.clear()
+    clock.clear()
     for _ in range(options.rounds):
         for _ in range(2):
             clock.time("alone", lambda: [next(run) for run in alone])
@@ -88,12 +68,13 @@ def compare(options: Options, folder: Path) -> dict[str, Any]:
     for run in alone:
         run.close()
     reading.close()
-    per_step = {name: clock.wall[name] / (2 * options.rounds) for name in ("alone", "sweep", "reading", "wait")}
+    total = {name: clock.total(name) for name in ("alone", "sweep", "reading", "wait")}
+    per_step = {name: seconds.wall / (2 * options.rounds) for name, seconds in total.items()}
     ratios = {
-        "sweep over sum of its parts, wall": clock.wall["sweep"] / (clock.wall["alone"] + clock.wall["reading"]),
-        "sweep over sum of its parts, cpu": clock.cpu["sweep"] / (clock.cpu["alone"] + clock.cpu["reading"]),
-        "share of the sweep's time spent waiting for the loader": clock.wall["wait"] / clock.wall["sweep"],
-        "loader's cpu over one SAE's step, cpu": clock.cpu["reading"] / (clock.cpu["alone"] / len(alone)),
+        "sweep over sum of its parts, wall": total["sweep"].wall / (total["alone"].wall + total["reading"].wall),
+        "sweep over sum of its parts, cpu": total["sweep"].cpu / (total["alone"].cpu + total["reading"].cpu),
+        "share of the sweep's time spent waiting for the loader": total["wait"].wall / total["sweep"].wall,
+        "loader's cpu over one SAE's step, cpu": total["reading"].cpu / (total["alone"].cpu / len(alone)),
     }
     return {"saes": len(alone), "threads": torch.get_num_threads(), "seconds per step": per_step, "ratios": ratios}
 
@@ -147,8 +128,7 @@ def main() -> None:
         console.print(f"{name:<10} {1e3 * seconds:9.1f} ms a step")
     for name, ratio in result["ratios"].items():
         console.print(f"{name:<60} {ratio:.3f}")
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_out(options.out, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from saelab import kernels
 from saelab.bench.kernels import steps
 from saelab.bench.kernels.memory import peak_megabytes
 from saelab.bench.kernels.parity import red_cases
+from saelab.bench.timing import Clock, write_out
 from saelab.kernels.dispatch import multiplies_bfloat16
 
 Rounds = dict[str, list[float]]
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.pursuit:
         n, d_in, d_sae, k = (int(part) for part in options.pursuit.split("x"))
         result["pursuit"] = _pursuit_report(n, d_in, d_sae, k, options, device)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_out(options.out, result)
     _say(f"written to {options.out}")
     return 0
 
@@ -168,16 +168,9 @@ def _pursuit_report(
 
 
 def _interleaved(candidates: dict[str, Callable[[], object]], rounds: int, device: str) -> Rounds:
-    times: Rounds = {name: [] for name in candidates}
-    for number in range(rounds + 1):
-        for name, run in candidates.items():
-            _wait(device)
-            begin = time.perf_counter()
-            run()
-            _wait(device)
-            if number:  # the first round compiles and allocates
-                times[name].append((time.perf_counter() - begin) * 1e3)
-    return times
+    clock = Clock(wait=lambda: _wait(device))
+    clock.rounds(candidates, rounds)  # the turn before compiles and allocates
+    return {name: [1e3 * seconds.wall for seconds in times] for name, times in clock.times.items()}
 
 
 def _ratios(rounds: Rounds, ours: str) -> dict[str, float]:

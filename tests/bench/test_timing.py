@@ -1,0 +1,66 @@
+"""The clock of the benchmarks: turns, warm-up, medians and ratios."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from saelab.bench.__main__ import benchmarks
+from saelab.bench.timing import Clock, Seconds, write_out
+
+
+def test_turns_are_taken_and_the_first_does_not_count() -> None:
+    clock, order = Clock(), []
+    clock.rounds({name: (lambda name=name: order.append(name)) for name in "ab"}, rounds=3)
+    assert order == list("ab") * 4
+    assert {name: len(times) for name, times in clock.times.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_taken_turn_by_turn() -> None:
+    clock = Clock()
+    for wall in (1.0, 10.0, 2.0):  # the machine was busy in the second turn
+        clock.add("ours", Seconds(wall, 1.0))
+        clock.add("theirs", Seconds(2 * wall, 4.0))
+    assert clock.ratio("theirs", "ours") == (2.0, 4.0)
+    assert clock.median("ours") == (2.0, 1.0)
+    assert clock.total("theirs") == (26.0, 12.0)
+    assert clock.total("nothing") == (0.0, 0.0)
+
+
+def test_the_result_of_timed_work_comes_back_after_the_device_is_done() -> None:
+    waited: list[int] = []
+    clock = Clock(wait=lambda: waited.append(1))
+    assert clock.time("work", lambda: len(waited)) == 1
+    assert len(waited) == 2 and clock.times["work"][0].wall >= 0
+
+
+def test_out_is_json(tmp_path: Path) -> None:
+    write_out(None, {})
+    write_out(tmp_path / "found.json", {"ratio": 0.5})
+    assert json.loads((tmp_path / "found.json").read_text()) == {"ratio": 0.5}
+
+
+@pytest.mark.parametrize("name", ["cache", "steering"])
+def test_a_small_cache_is_read_in_every_way(name: str) -> None:
+    if name == "cache":
+        from saelab.bench.cache import Settings, compare
+
+        found = compare(Settings(rows=3000, d_in=8, batch_size=256, rounds=2))
+        assert set(found) == {"shuffled", "corpus order", "plain copy"} and all(min(v) > 0 for v in found.values())
+    else:
+        from saelab.bench.steering import Settings, measure
+        from tests.steering.models import llama
+
+        ids = Settings(layer=1, d_sae=64, k=4, tokens=2, rounds=1)
+        import torch
+
+        speeds = measure(llama(), torch.tensor([[1, 5, 6]]), ids, 32)
+        assert speeds[0].ratio == 1 and len(speeds) == 5
+
+
+def test_the_benchmarks_are_listed() -> None:
+    found = benchmarks()
+    assert {name.rpartition(".")[2] for name in found} >= {"cache", "harvest", "sweep", "evaluation", "kernels"}
+    assert all(found.values()) and not any("timing" in name for name in found)
