@@ -83,3 +83,13 @@ def test_geometric_median_minimises_the_summed_distance() -> None:
     best = minimize(cost, x.mean(0).numpy(), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-9}).x
     torch.testing.assert_close(losses.geometric_median(x, 1000, 1e-9), torch.as_tensor(best), atol=1e-4, rtol=0)
     assert losses.geometric_median(torch.ones(5, 2)).tolist() == [1, 1]  # the start is the answer, at distance 0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_auxk_does_not_hide_broken_weights(value: float) -> None:
+    sae = build("topk", d_in=6, d_sae=10, k=2)
+    assert isinstance(sae, LinearSAE)
+    latents, x = torch.arange(3), torch.randn(8, 6)
+    with torch.no_grad():
+        sae.W_dec[latents] = value
+    assert not losses.auxk(sae, x, torch.randn(8, 6), latents, 3).isfinite()
