@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
+import loaders
 import pandas as pd
 import streamlit as st
 
@@ -26,11 +26,11 @@ def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> N
         asked = st.form_submit_button("Save", icon=":material/save:")
     if not asked:
         return
-    folder = saved.recipe_folder(common.workspace().root, name)
+    folder = saved.recipe_folder(loaders.workspace().root, name)
     of_run, _, measured = st.session_state.get("steering_doses", (None, None, None))
     promotes = [token for pick in found for token in steering_parts.promoted(run, model, pick)]
     about = saved.provenance(found, prompt, promotes, measured if of_run == run.name else None)
-    with common.model_lock(), st.spinner("Saving …"):
+    with loaders.model_lock(), st.spinner("Saving …"):
         recipe = Recipe.of(
             model, [steering.intervention(p, source) for p in found], name=name.strip(), provenance=about
         )
@@ -40,7 +40,7 @@ def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> N
 
 def show(run: Run) -> None:
     """Every recipe of the folder; the chosen one with its dose-response curves, and a button that loads it."""
-    root = common.workspace().root
+    root = loaders.workspace().root
     rows = saved.saved_recipes(root)
     if not rows:
         st.caption(f"Saved recipes appear here; they lie in `{viz.visible(root.name)}/{saved.RECIPES}`.")

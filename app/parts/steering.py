@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
+import loaders
+import page
+import session
 import streamlit as st
 
 from saelab import viz
@@ -35,7 +37,7 @@ def picks(run: Run, source: Any) -> list[Pick]:
         _put(found, steering.pick_latent(source, sent[1], sent[2]))
     taken = st.session_state.pop("steer_recipe", None)
     if taken is not None and taken[0] == run.name:
-        for pick in recipes.reopen(common.workspace().root, taken[1], source):
+        for pick in recipes.reopen(loaders.workspace().root, taken[1], source):
             _put(found, pick)
     return found
 
@@ -54,18 +56,20 @@ def add_latent(run: Run, source: Any) -> None:
         if st.form_submit_button("Add", icon=":material/add:"):
             _put(
                 st.session_state["steering_picks"][run.name],
-                steering.pick_latent(source, latent, 1 if pole != "−" else -1),
+                steering.pick_latent(source, int(latent), 1 if pole != "−" else -1),
             )
 
 
 def add_means(run: Run, source: Any, model: Any) -> None:
     """A difference of means of two sets of texts: the baseline every latent is measured against."""
     with st.expander("Vector from two sets of texts"), st.form("steering_means", border=False):
-        name = st.text_input("name", "means", key="steering_means_name", **common.KEEP)
-        positive = st.text_area("texts with the concept, one a line", key="steering_positive", height=90, **common.KEEP)
-        negative = st.text_area("texts without it, one a line", key="steering_negative", height=90, **common.KEEP)
+        name = st.text_input("name", "means", key="steering_means_name", **session.KEEP)
+        positive = st.text_area(
+            "texts with the concept, one a line", key="steering_positive", height=90, **session.KEEP
+        )
+        negative = st.text_area("texts without it, one a line", key="steering_negative", height=90, **session.KEEP)
         if st.form_submit_button("Make the vector", icon=":material/add:"):
-            with common.model_lock(), st.spinner("Reading the texts …"):
+            with loaders.model_lock(), st.spinner("Reading the texts …"):
                 vector = difference_of_means(model, source.hook_name, lines(positive), lines(negative))
             _put(st.session_state["steering_picks"][run.name], steering.pick_vector(vector, name.strip() or "means"))
 
@@ -78,16 +82,16 @@ def _effect(run: Run, model: Any, pick: Pick) -> None:
     """The tokens that the direction promotes, below its name."""
     tokens = promoted(run, model, pick)
     if tokens:
-        common.html(viz.caption("promotes " + " ".join(f"‘{token}’" for token in tokens)))
+        page.html(viz.caption("promotes " + " ".join(f"‘{token}’" for token in tokens)))
 
 
 def promoted(run: Run, model: Any, pick: Pick, count: int = 5) -> list[str]:
     """Tokens whose logits a pick raises most: the index's, or the model's own answer for any other direction."""
     if pick.latent is not None and run.has_index:
-        row = common.need_index(run).latent(pick.latent, pick.pole)
+        row = loaders.need_index(run).latent(pick.latent, pick.pole)
         if row["promoted"]:
             return row["promoted"][:count]
-    return common.promoted(run, model, pick.vector.direction, count)
+    return loaders.promoted(run, model, pick.vector.direction, count)
 
 
 def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
@@ -101,11 +105,11 @@ def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
                     st.rerun()
             _effect(run, model, pick)
             if pick.where != "all":
-                common.html(viz.caption(f"acts on: {pick.where}"))
+                page.html(viz.caption(f"acts on: {pick.where}"))
             with st.container(horizontal=True, vertical_alignment="bottom"):
                 pick = _operation_and_amount(pick)
             if size := steering.size(pick):
-                common.html(viz.caption(size))
+                page.html(viz.caption(size))
             found[i] = pick
     return found
 
@@ -130,20 +134,22 @@ def _operation_and_amount(pick: Pick) -> Pick:
     if amount.units:
         units = steering.units(pick)
         key = f"steering_unit_{pick.label}"
-        unit = st.selectbox("unit", units, units.index(unit), format_func=steering.UNITS.get, key=key, width=200)
+        unit = st.selectbox(
+            "unit", units, units.index(unit), format_func=steering.UNITS.__getitem__, key=key, width=200
+        )
     return pick.changed(operation=operation, amount=number, unit=unit)
 
 
 def generation(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     """The prompt's form and, side by side, what comes of it; returns the prompt."""
     with st.form("steering_form", border=False):
-        prompt = st.text_area("Prompt", "The weather today", key="steering_prompt", height=70, **common.KEEP)
+        prompt = st.text_area("Prompt", "The weather today", key="steering_prompt", height=70, **session.KEEP)
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            length = st.number_input("new tokens", 1, 400, 40, key="steering_length", width=130, **common.KEEP)
+            length = st.number_input("new tokens", 1, 400, 40, key="steering_length", width=130, **session.KEEP)
             temperature = st.number_input(
-                "temperature", 0.0, 2.0, 0.0, 0.1, key="steering_temperature", width=130, **common.KEEP
+                "temperature", 0.0, 2.0, 0.0, 0.1, key="steering_temperature", width=130, **session.KEEP
             )
-            seed = st.number_input("seed", 0, 10_000, 0, key="steering_seed", width=110, **common.KEEP)
+            seed = st.number_input("seed", 0, 10_000, 0, key="steering_seed", width=110, **session.KEEP)
             asked = st.form_submit_button("Generate", icon=":material/play_arrow:", type="primary", disabled=not picks)
     if not picks:
         st.caption("Pick a latent, or make a vector from two sets of texts.")
@@ -165,7 +171,7 @@ def generate(model: Any, source: Any, found: list[Pick], prompt: str, options: d
     }
     made = {}
     bar = st.progress(0.0, "Generating …")
-    with common.model_lock():
+    with loaders.model_lock():
         for i, (name, interventions) in enumerate(chosen.items()):
             bar.progress(i / len(chosen), f"Generating: {name} …")
             made[name] = steering.continue_text(model, prompt, interventions, **options)
@@ -180,7 +186,7 @@ def show(result: dict[str, Any]) -> None:
         with column, st.container(border=True, height="stretch"):
             st.markdown(f"**{name}**", help=CONTINUATIONS[name])
             marks = [0.0] * len(text.tokens) if name == "unsteered" else steering.changed(before, text.tokens)
-            common.html(viz.token_strip(text.strings, [0.55 * m for m in marks], common.colours(), 1.0, unit="changed"))
+            page.html(viz.token_strip(text.strings, [0.55 * m for m in marks], page.colours(), 1.0, unit="changed"))
     st.caption("Marked: tokens that are not in the longest runs shared with the unsteered continuation.")
 
 
@@ -189,20 +195,20 @@ def doses(run: Run, model: Any, found: list[Pick]) -> None:
     with st.expander("Measure a vector against its controls"), st.form("steering_dose", border=False):
         label = st.selectbox("vector", [p.label for p in found], format_func=viz.visible, key="dose_pick")
         concept = st.text_input(
-            "words whose probability should rise, separated by commas", key="dose_concept", **common.KEEP
+            "words whose probability should rise, separated by commas", key="dose_concept", **session.KEEP
         )
         columns = st.columns(2)
         targets = columns[0].text_area(
-            "prompts where they could come next", "The weather today is", key="dose_targets", **common.KEEP
+            "prompts where they could come next", "The weather today is", key="dose_targets", **session.KEEP
         )
-        neutral = columns[1].text_area("texts that should not change", NEUTRAL, key="dose_neutral", **common.KEEP)
-        positive = columns[0].text_area("texts with the concept (optional)", key="dose_positive", **common.KEEP)
-        negative = columns[1].text_area("texts without it (optional)", key="dose_negative", **common.KEEP)
+        neutral = columns[1].text_area("texts that should not change", NEUTRAL, key="dose_neutral", **session.KEEP)
+        positive = columns[0].text_area("texts with the concept (optional)", key="dose_positive", **session.KEEP)
+        negative = columns[1].text_area("texts without it (optional)", key="dose_negative", **session.KEEP)
         asked = st.form_submit_button("Measure", icon=":material/science:")
     pick = next(p for p in found if p.label == label)
     if asked:
         unit = steering.best_unit(pick.vector)
-        with common.model_lock(), st.spinner("Measuring doses …"):
+        with loaders.model_lock(), st.spinner("Measuring doses …"):
             measured = dose_response(
                 model,
                 pick.vector,
@@ -232,8 +238,8 @@ def dose_charts(found: list[dict[str, Any]], key: str = "dose") -> None:
             n: [d[what] for d in sorted(found, key=lambda d: d["strength"]) if d["direction"] == n] for n in names
         }
         with column:
-            figure = viz.dose_response(strengths, curves, common.colours(), title)
-            common.chart(figure, alt=f"{title} over strength", key=f"{key}_{what}")
+            figure = viz.dose_response(strengths, curves, page.colours(), title)
+            page.chart(figure, alt=f"{title} over strength", key=f"{key}_{what}")
     st.caption(
         "Logit shift: mean logit of the words minus that of all tokens, after the prompts where they could come next, "
         "steered − unsteered. Off-target KL: of the next-token distribution, unsteered against steered, on the texts "

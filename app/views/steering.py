@@ -1,21 +1,22 @@
 """The Steering page: latents and vectors, what to do with each, and what the model then writes."""
 
-import common
+import loaders
+import session
 import streamlit as st
 from parts import recipes as recipe_parts
 from parts import steering as steering_parts
 
 st.title("Steering", anchor=False)
-run = common.need_run()
+run = session.need_run()
 steer_tab, recipes_tab = st.tabs(["Steer", "Recipes"])
 with recipes_tab:
     # First, because a page without a language model ends below.
     recipe_parts.show(run)
 
 with steer_tab:
-    model = common.need_model(run, "Steering")
-    common.sae(run)  # shows that it is being loaded
-    source = common.opened(run)
+    model = loaders.need_model(run, "Steering")
+    loaders.sae(run)  # shows that it is being loaded
+    source = loaders.opened(run)
     picks = steering_parts.picks(run, source)
     left, right = st.columns([2, 3], gap="large")
     with left:
