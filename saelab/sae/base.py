@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab import kernels
-from saelab.errors import UserError, near_matches
+from saelab.errors import UserError, first_line, near_matches
 from saelab.kernels import SelectedPreActs
 from saelab.sae import options
 from saelab.sae.inference import TWO_SIDED, InferenceForm
@@ -375,7 +375,7 @@ def build(variant: str, d_in: int, d_sae: int, **config: Any) -> SAE:
     try:
         return VARIANTS[variant](d_in=d_in, d_sae=d_sae, **config)
     except TypeError as error:
-        raise UserError(f"variant {variant!r}: {error}") from error
+        raise UserError(f"variant {variant!r}: {first_line(error)}") from error
 
 
 def unit_rows(W: Tensor) -> Tensor:
