@@ -22,22 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from saelab.checkpoint import save_sae
-from saelab.features.autointerp import interpret_all
-from saelab.steer import Add, Clamp, ProjectOut, Recipe, Run, SteeringVector
-from saelab.train import TrainConfig, fit
 from safetensors.torch import save_file
 from torch import Tensor
 
 import saelab
 from saelab import ActivationCache
+from saelab.checkpoint import save_sae
 from saelab.cli import main
 from saelab.data.synthetic import Planted
 from saelab.features import FeatureIndex
+from saelab.features.autointerp import interpret_all
 from saelab.interop import load
 from saelab.lm import load_hf_model
 from saelab.sae import VARIANTS, build
+from saelab.steer import Add, Clamp, ProjectOut, Recipe, Run, SteeringVector
 from saelab.sweep import load_results, read_grid, run_sweep
+from saelab.train import TrainConfig, fit
 from saelab.workspace.notes import write_note
 from tests import tiny_lm
 
