@@ -10,6 +10,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 
+from saelab.devices import pick_device
 from saelab.errors import UserError, first_line, near_matches
 from saelab.lm.smollm2 import cache_home, quiet_progress, smollm2_folder, smollm2_version
 
@@ -23,19 +24,20 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 def load_model(
     name: str | Path = "smollm2",
     *,
-    device: str | torch.device | None = None,
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> TransformerBridge:
     """Load a causal language model, in evaluation mode.
 
     ``name`` is ``smollm2`` (the embedded default, no hub needed), a folder in Hugging Face layout (read without any
-    network access), or a hub id that TransformerLens can boot. ``device=None`` takes the accelerator when there is
-    one. Activations are those of the Hugging Face model: weights are not folded or centred. Raises UserError for a
-    model that cannot be found, or a transformers release under which the bridge is known to be wrong.
+    network access), or a hub id that TransformerLens can boot. ``device`` is a device of torch, or ``auto``: a GPU if
+    there is one, else the CPU. Activations are those of the Hugging Face model: weights are not folded or centred.
+    Raises UserError for a model that cannot be found, or a transformers release under which the bridge is known to be
+    wrong.
     """
     check_transformers()
-    dtype, source = _dtype(dtype), _source(name)
+    dtype, source, device = _dtype(dtype), _source(name), pick_device(device)
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
@@ -48,15 +50,15 @@ def load_model(
 
 
 def load_hf_model(
-    name: str | Path = "smollm2", *, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+    name: str | Path = "smollm2", *, device: str | torch.device = "auto", dtype: str | torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """The plain Hugging Face model behind :func:`load_model`, without hooks on its inside: what evaluation splices.
 
-    Takes the same names; it loads faster than the bridge and runs its fastest attention.
+    Takes the same names and devices; it loads faster than the bridge and runs its fastest attention.
     """
     from transformers import AutoModelForCausalLM
 
-    source = _source(name)
+    source, device = _source(name), pick_device(device)
     try:
         with quiet_progress():
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype))

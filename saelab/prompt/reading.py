@@ -98,7 +98,7 @@ def read(
         grads = grads[0].float()
     else:
         (acts,), grads = reader.activations(torch.tensor([ids])), None
-    x = acts[0].float().to(sae.device)
+    x, grads = acts[0].float().to(sae.device), None if grads is None else grads.to(sae.device)
     if x.shape[1] != sae.d_in:
         raise UserError(
             f"{hook_name} has width {x.shape[1]}, the SAE reads d_in={sae.d_in}; load the model it belongs to"

@@ -231,7 +231,7 @@ def test_benchmark_prints_both_ratios(world, monkeypatch, capsys):
     from saelab.bench import evaluation as bench
 
     save(world.sae, world.path / "run", {"model_name": "toy", "hook_name": world.cache.hook_name})
-    monkeypatch.setattr("saelab.lm.load_model", lambda name: world.model)
+    monkeypatch.setattr("saelab.lm.load_model", lambda name, **_: world.model)
     options = ["--rows", "200", "--batch-size", "50", "--lm-tokens", "100", "--json"]
     bench.main([str(world.path / "run"), "--cache", str(world.path / "cache"), *options])
     found = json.loads(capsys.readouterr().out)

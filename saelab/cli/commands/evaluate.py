@@ -11,6 +11,7 @@ import tyro
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.opening import open_with_cache
+from saelab.devices import pick_device
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, Evaluation, TaskConfig, evaluate, run_tasks, saebench_json
 from saelab.files import write_json
@@ -27,6 +28,8 @@ class Options:
     """Folder of the activation cache; its held-out rows are evaluated."""
     model: str | None = None
     """Language model for cross-entropy and KL; by default the one the cache was harvested from."""
+    device: str = "auto"
+    """Where the SAE and the language model run: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     saebench: Path | None = None
     """Also write SAEBench's JSON: a folder, which gets one file per evaluation in the folders of SAEBench's plots, or
     the name of a .json file for the core evaluation alone."""
@@ -54,7 +57,9 @@ def main(args: Sequence[str]) -> None:
     config, tasks = part(EvaluateConfig, options), part(TaskConfig, options)
     if options.saebench is not None and options.saebench.suffix == ".json" and tasks.tasks:
         raise UserError(f"--saebench {options.saebench} holds one result, tasks give several; name a folder")
-    result = run(options.run, options.cache, options.model, config, tasks, options.out, options.saebench)
+    result = run(
+        options.run, options.cache, options.model, config, tasks, options.out, options.saebench, options.device
+    )
     if options.json:
         print_json(result.content())
     else:
@@ -69,10 +74,12 @@ def run(
     tasks: TaskConfig | None = None,
     out: Path | None = None,
     saebench: Path | None = None,
+    device: str = "auto",
 ) -> Evaluation:
     """Load everything, evaluate with a progress bar, save, and say where."""
+    place = pick_device(device)
     (opened, cache, folder), wanted = open_with_cache(name, cache_folder, out), tasks or TaskConfig()
-    sae = opened.sae
+    sae = opened.sae.to(place)
     model, model_name = None, model_name or cache.manifest.model
     if config.lm_tokens and not model_name:
         console.print("the cache names no model: cross-entropy and KL are left out; give one with --model")
@@ -81,7 +88,7 @@ def run(
             raise UserError(f"{wanted.labels} must run through the language model; the cache names none, add --model")
         from saelab.lm import load_model
 
-        model = load_model(model_name)
+        model = load_model(model_name, device=place)
     with stages() as progress:
         # The tasks first: what is wrong with labels should not show after minutes of language model.
         found = run_tasks(sae, cache, wanted, model, seed=config.seed, progress=progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +27,9 @@ class Options:
     """Split of a dataset."""
     text_column: str | None = None
     """Field with the text; by default `text`, or the only text field."""
-    device: str | None = None
-    """Where the model runs; by default an accelerator if there is one, under torchrun each process' own."""
+    device: str = "auto"
+    """Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if there is one, under torchrun one for
+    each process."""
     model_dtype: str = "float32"
     """Precision the model runs in."""
     overwrite: bool = False
@@ -62,19 +62,15 @@ def main(args: Sequence[str]) -> None:
 
 def place(options: Any) -> tuple[Any, Any]:
     """This process' share of the harvest and its device; under torchrun, one process of many."""
-    import torch
-
-    from saelab.cli.device import pick_device
+    from saelab.devices import pick_device
     from saelab.distributed import launched, start_world
     from saelab.harvesting import Share
 
-    device = None if options.device is None else pick_device(options.device)
+    device = pick_device(options.device)
     if not launched():
         return Share(), device
     parallel = start_world(timeout_s=options.timeout_s)
     quiet(not parallel.is_main)
-    if device is None and (cards := torch.cuda.device_count()):
-        device = f"cuda:{int(os.environ['LOCAL_RANK']) % cards}"
     return Share(parallel.data_rank, parallel.data_size, parallel.barrier), device
 
 

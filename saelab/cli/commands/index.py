@@ -13,6 +13,7 @@ import tyro
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.opening import open_with_cache
 from saelab.data.cache import ActivationCache
+from saelab.devices import pick_device
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
 from saelab.layout import LOGIT_LENS
@@ -35,6 +36,8 @@ class Options:
     out: Path | None = None
     """Copy the SAE into this folder and write features/ there; by default what comes from the hub is copied into the
     working folder, under the name of its repository, and other SAEs are not copied."""
+    device: str = "auto"
+    """Where the SAE runs: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     overwrite: bool = False
     """Replace an existing index; the old one stays until the new one is complete."""
     json: bool = False
@@ -49,8 +52,8 @@ def main(args: Sequence[str]) -> None:
     """Build ``features/`` of a run folder."""
     options = parse(IndexOptions, "index", args, "Describe every latent of a trained SAE over a corpus.")
     config = part(IndexConfig, options)
-    places = options.run, options.cache
-    index = run(*places, options.model, config, options.overwrite, options.keep_unembedding, options.out)
+    places, keep = (options.run, options.cache), options.keep_unembedding
+    index = run(*places, options.model, config, options.overwrite, keep, options.out, options.device)
     if options.json:
         print_json(summary(index))
     else:
@@ -65,9 +68,12 @@ def run(
     overwrite: bool = False,
     keep_unembedding: bool = False,
     out: Path | None = None,
+    device: str = "auto",
 ) -> FeatureIndex:
     """Load everything and build the index with a progress bar."""
+    place = pick_device(device)
     opened, cache, folder = open_with_cache(name, cache_folder, out)
+    opened.sae.to(place)
     # What the run keeps answers for its own model; a model that is named is asked itself.
     lens = (None if model else LogitLens.open(folder / LOGIT_LENS, cache.manifest.model)) or load_lens(
         model or cache.manifest.model, cache

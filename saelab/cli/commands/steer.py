@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from rich.table import Table
 from rich.text import Text
 
 from saelab.cli.console import console, out, parse, print_json
 from saelab.cli.opening import open_run
+from saelab.devices import pick_device
 from saelab.errors import UserError
 from saelab.layout import RECIPE
 from saelab.lm import load_model
@@ -53,6 +55,8 @@ class Options:
     """Point of the model that the SAE belongs to; by default what its files say."""
     model: str | None = None
     """Language model; by default the one whose activations the SAE was trained on."""
+    device: str = "auto"
+    """Where the model and the SAE run: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """Text to continue; give the option again for more prompts."""
     chat: bool = False
@@ -101,14 +105,16 @@ def main(args: Sequence[str]) -> None:
     if not options.prompt and options.save is None and options.gguf is None:
         raise UserError('nothing to do: give --prompt "text", --save RECIPE or --gguf FILE')
     check_outputs(options)
+    device = pick_device(options.device)
     if (Path(options.run) / RECIPE).is_file():
         check_recipe(options)
         run, recipe = None, Recipe.load(options.run)
-        model = load(options.model or recipe.model.name)
+        model = load(options.model or recipe.model.name, device)
     else:
         run, recipe = open_run(options.run, options.hook or ""), None
         check(options, run)
-        model = load(options.model or run.model_name)
+        run.sae.to(device)
+        model = load(options.model or run.model_name, device)
     prompts = [chat(model, prompt) for prompt in options.prompt] if options.chat else options.prompt
     if recipe is None:
         assert run is not None
@@ -178,12 +184,12 @@ def strength_of(options: Options) -> Strength | None:
     return f"{amount.default:g}max" if amount.units else amount.default
 
 
-def load(name: str | None) -> Any:
+def load(name: str | None, device: torch.device) -> Any:
     """The language model by name."""
     if not name:
         raise UserError("the run does not say which language model it belongs to; give --model")
     console.print(f"loading {name}", markup=False)
-    return load_model(name)
+    return load_model(name, device=device)
 
 
 def chat(model: Any, prompt: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from rich.console import Group
 from rich.live import Live
@@ -16,9 +17,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from saelab.cli.console import console, out, output_folder, parse, print_json, progress_bar
-from saelab.cli.device import pick_device
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.data.cache import ActivationCache
+from saelab.devices import pick_device
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig
 from saelab.files import replace
@@ -41,7 +42,7 @@ class Options:
     out: Path
     """Folder to write: one run folder per SAE, sweep.parquet and report.html."""
     device: str = "auto"
-    """Where to train: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    """Where SAEs and the language model run: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     resume: bool = False
     """Continue the sweep in the folder; the result is bit-identical to that of an uninterrupted one."""
     checkpoint_steps: int = 500
@@ -81,7 +82,7 @@ def main(args: Sequence[str]) -> None:
             assert stop.signal is not None
             console.print(f"{stop.signal.name}: all SAEs saved; go on with --resume")
             sys.exit(stop.exit_code)
-        rows = evaluate(members, cache, config)
+        rows = evaluate(members, cache, config, device)
         path = save_results(rows, options.out)
         report = options.out / SWEEP_REPORT
         page = sweep_report(rows, title=options.out.name)
@@ -132,9 +133,11 @@ def view(members: Sequence[Member], bar: Progress) -> Group:
     return Group(table, bar)
 
 
-def evaluate(members: Sequence[Member], cache: ActivationCache, config: EvaluateConfig) -> list[dict[str, Any]]:
+def evaluate(
+    members: Sequence[Member], cache: ActivationCache, config: EvaluateConfig, device: torch.device
+) -> list[dict[str, Any]]:
     """Measure the finished SAEs on held-out tokens, under a progress bar."""
-    model = load_hf_model(cache.manifest.model) if config.lm_tokens else None
+    model = load_hf_model(cache.manifest.model, device=device) if config.lm_tokens else None
     with progress_bar() as bar:
         task = bar.add_task("measuring", total=len(members))
         return measure(members, cache, model, config, lambda _: bar.advance(task))

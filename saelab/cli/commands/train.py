@@ -16,11 +16,11 @@ import tyro
 from saelab import kernels
 from saelab.cli import report
 from saelab.cli.console import console, out, output_folder, parse, part, print_json, progress_bar, quiet
-from saelab.cli.device import pick_device
 from saelab.cli.fine_tuning import announce, check_options, fixed_options, open_start
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.variants import option_fields, value_of, variant_in
 from saelab.data.cache import ActivationCache
+from saelab.devices import pick_device
 from saelab.distributed import SINGLE, Parallel, launched, start_world
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.sharding import whole as whole_of

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm.sites import underlying
+from saelab.lm.sites import device_of, underlying
 from saelab.lm.tokens import Prompts, token_ids, tokenize, tokenizer_of
 from saelab.steering.attachment import attach
 from saelab.steering.generation import forward
@@ -63,7 +63,7 @@ class UnsteeredBaseline:
         self.tokenizer = tokenizer_of(model, tokenizer)
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.concept = concept_tokens(self.tokenizer, concept)
-        device = next(underlying(model).parameters()).device
+        device = device_of(model)
         self._batches = [
             tuple(t.to(device) for t in tokenize(self.tokenizer, self.prompts[i : i + batch_size]))
             for i in range(0, len(self.prompts), batch_size)

@@ -1,0 +1,28 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from saelab.errors import UserError, first_line
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """The device a name such as ``cpu`` or ``cuda:1`` stands for.
+
+    ``auto`` is the GPU of this process' number on its machine (``LOCAL_RANK``, which torchrun sets), or the CPU where
+    there is no GPU. UserError for a device that is not there.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # a device without storage refuses
+    except (RuntimeError, AssertionError) as error:
+        why = first_line(error).split(". ")[0]  # PyTorch goes on to list every backend it was built with
+        raise UserError(f"device {str(name)!r} is not available here ({why}); use cpu") from error
+    return device

@@ -1,0 +1,164 @@
+"""Evaluation and steering where the language model is on another device than the cache and the tokens."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saelab.cli import main
+from saelab.data.cache import ActivationCache
+from saelab.devices import pick_device
+from saelab.errors import UserError
+from saelab.evaluation import EvaluateConfig, TaskConfig, evaluate, run_tasks
+from saelab.harvesting import HarvestConfig, harvest
+from saelab.kernels import use_backend
+from saelab.lm import load_hf_model, load_model
+from saelab.prompt.reading import read
+from saelab.sae import build
+from saelab.sae.weights import save
+from saelab.steering import Ablate, Add, Run, SteeringVector, calibrate, generate
+from saelab.steering.directions import difference_of_means
+from tests import tiny_lm
+from tests.pretend_gpu import CUDA, PretendGpu, Remote, move, remote
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("devices")
+    tiny_lm.save_llama(root / "model")
+    (root / "text.txt").write_text(tiny_lm.sentences(400))
+    config = HarvestConfig(tokens=400, context_length=10, held_out=0.3)
+    harvest(load_model(root / "model", device="cpu"), HOOK, root / "text.txt", root / "cache", config)
+    return root
+
+
+def plain(folder: Path) -> Any:
+    model = load_hf_model(folder / "model", device="cpu")
+    model.tokenizer = tiny_lm.tokenizer()
+    return model
+
+
+def small_sae(cache: ActivationCache) -> Any:
+    sae = build("topk", d_in=cache.d_in, d_sae=32, k=4).eval()
+    with torch.no_grad():
+        sae.b_dec.copy_(torch.tensor(cache.manifest.mean))
+    return sae
+
+
+def test_the_pretended_device_does_not_mix() -> None:
+    with PretendGpu():
+        x, y = remote(torch.ones(3)), torch.ones(3)
+        assert (x.device, y.device, (x + 1).device, y.to("cuda").device) == (CUDA, y.cpu().device, CUDA, CUDA)
+        assert torch.equal((x + y.to(x)).cpu(), 2 * y)
+        for mixed in (lambda: x + y, lambda: torch.where(y > 0, x, x), lambda: x.gather(0, torch.zeros(1).long())):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
+
+
+def test_evaluation_moves_what_meets_the_model(folder: Path) -> None:
+    cache = ActivationCache(folder / "cache")
+    config, sae = EvaluateConfig(density_tokens=0), small_sae(cache)
+    expected = evaluate(sae, cache, plain(folder), config)
+    model = move(plain(folder))
+    with PretendGpu():
+        assert isinstance(next(model.parameters()), Remote)
+        got = evaluate(sae, cache, model, config)
+    for name, estimate in expected.metrics.items():
+        assert got[name] == pytest.approx(estimate.value, rel=1e-5, abs=1e-7), name
+
+
+def test_labelled_texts_run_through_a_model_elsewhere(folder: Path, tmp_path: Path) -> None:
+    cache = ActivationCache(folder / "cache")
+    lines = [{"text": tiny_lm.sentences(6, seed), "label": "ab"[seed % 2]} for seed in range(60)]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tasks = TaskConfig(tasks=("probing",), labels=tmp_path / "labels.jsonl")
+    sae = small_sae(cache)
+    expected = run_tasks(sae, cache, tasks, plain(folder))
+    model = move(plain(folder))
+    with PretendGpu():
+        assert run_tasks(sae, cache, tasks, model) == expected
+
+
+def test_steering_runs_on_a_model_elsewhere(folder: Path) -> None:
+    cache = ActivationCache(folder / "cache")
+    run = Run(small_sae(cache), HOOK)
+    vector = SteeringVector.from_latent(run, 3)
+
+    def everything(model: Any) -> Any:
+        with torch.no_grad():
+            texts = generate(
+                model, ["the cat", "seven ships left"], [Add(vector, 2.0), Ablate(run, 5)], max_new_tokens=3
+            )
+            means = difference_of_means(model, HOOK, ["the cat sat", "rain"], ["ships left"])
+            found = calibrate(vector, model, ["the cat sat on"], budget_kl=0.1)
+        return texts, means.norm, found.strength
+
+    expected = everything(plain(folder))
+    model = move(plain(folder))
+    with PretendGpu():
+        got = everything(model)
+    assert got[0] == expected[0]
+    assert got[1:] == pytest.approx(expected[1:], rel=1e-5)
+
+
+def test_gradients_of_a_prompt_go_to_the_sae(folder: Path) -> None:
+    """An SAE that selects by gradients at inference, on another device than the language model."""
+    model = load_model(folder / "model", device="cpu")
+    sae = build("gradient_topk", d_in=16, d_sae=32, k=4, grad_select="eval_only", grad_norm="none").eval()
+    expected = read(model, sae, "the cat sat on", HOOK)
+    move(sae)
+    with PretendGpu(), use_backend("reference"):
+        got = read(model, sae, "the cat sat on", HOOK)
+        assert (got.acts.device, got.recon.device) == (CUDA, CUDA)
+        assert got.grads is not None
+        assert got.grads.device == CUDA
+        torch.testing.assert_close(got.recon.cpu(), expected.recon, rtol=1e-4, atol=1e-5)
+
+
+def test_models_go_where_auto_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One meaning of ``device`` for both loaders, in Python and on the command line."""
+    asked: list[Any] = []
+
+    def pick(name: str | torch.device) -> torch.device:
+        asked.append(name)
+        return torch.device("meta" if name == "auto" else name)
+
+    monkeypatch.setattr("saelab.lm.loading.pick_device", pick)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.to", lambda self, device: setattr(self, "went", device) or self)
+        assert load_hf_model(folder / "model").went == torch.device("meta")
+    load_hf_model(folder / "model", device="cpu")
+    load_model(folder / "model", device="cpu")
+    assert asked == ["auto", "cpu", "cpu"]
+    defaults = {inspect.signature(load).parameters["device"].default for load in (load_model, load_hf_model)}
+    assert defaults == {"auto"}
+
+
+def test_auto_takes_the_gpu_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device("auto") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"device 'abacus' is not available here"):
+        pick_device("abacus")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "index", "steer"])
+def test_commands_refuse_a_device_that_is_not_there(command: str, folder: Path, capsys: Any) -> None:
+    save(small_sae(ActivationCache(folder / "cache")), folder / "run", {"hook_name": HOOK})
+    options = ["--latent", "1", "--prompt", "x"] if command == "steer" else ["--cache", str(folder / "cache")]
+    with pytest.raises(SystemExit) as error:
+        main([command, str(folder / "run"), *options, "--device", "abacus"])
+    assert error.value.code == 2
+    assert "device 'abacus' is not available here" in " ".join(capsys.readouterr().err.split())
