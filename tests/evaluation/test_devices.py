@@ -99,7 +99,7 @@ def test_steering_runs_on_a_model_elsewhere(folder: Path) -> None:
                 model, ["the cat", "seven ships left"], [Add(vector, 2.0), Ablate(run, 5)], max_new_tokens=3
             )
             means = difference_of_means(model, HOOK, ["the cat sat", "rain"], ["ships left"])
-            found = calibrate(vector, model, ["the cat sat on"], budget_kl=0.1)
+            found = calibrate(model, vector, ["the cat sat on"], budget_kl=0.1)
         return texts, means.norm, found.strength
 
     expected = everything(plain(folder))
