@@ -36,6 +36,7 @@ def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> N
         )
         recipe.save(folder)
     st.toast(f"Saved {folder.name}", icon=":material/check:")
+    st.rerun()  # the table of recipes was drawn before
 
 
 def show(run: Run) -> None:

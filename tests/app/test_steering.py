@@ -68,6 +68,7 @@ def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workpla
 
     app.text_input(key="recipe_name").input("More of it")
     succeed(app.button(key="FormSubmitter:steering_save-Save").click().run())
+    assert app.dataframe[0].value["name"].tolist() == ["More of it"], "the table shows it at once"
     recipe = Recipe.load(workplace / "recipes" / "More-of-it")
     assert recipe.settings()[0]["strength"] == "0.5max"
     saved = recipe.provenance
