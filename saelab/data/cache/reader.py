@@ -264,6 +264,14 @@ class ActivationCache:
         first, stop = self.split_rows(split)
         yield from self.shards.contexts(first, stop)
 
+    def shard_texts(self) -> Iterator[tuple[Int[Tensor, " t"], Int[Tensor, " t"], Int[Tensor, " rows"]]]:
+        """For each shard, in corpus order: its token ids, the document number of each, and the place of each of its
+        rows among them."""
+        for index, shard in enumerate(self.manifest.shards):
+            columns = self.shards.columns(index)
+            text, documents, slots = (columns[name].all() for name in ("text", "documents", "slots"))
+            yield text, documents + shard.document_offset, slots
+
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Check every byte of every shard against the manifest; UserError names the first shard that differs."""
         for done, shard in enumerate(self.manifest.shards, 1):

@@ -41,17 +41,15 @@ class Corpus:
         self.norms = self.array("norms", n_rows, np.float32)
         self.row_at[:] = -1
         base = row = 0
-        for index, shard in enumerate(cache.manifest.shards):
-            columns = cache.shards.columns(index)
-            text, slots = columns["text"].all().numpy(), columns["slots"].all().numpy()
+        for text, documents, slots in cache.shard_texts():
             here = slice(base, base + len(text))
-            self.text[here] = text
-            self.documents[here] = columns["documents"].all().numpy() + shard.document_offset
+            self.text[here] = text.numpy()
+            self.documents[here] = documents.numpy()
             self.positions[here] = np.arange(len(text)) % context
-            slots = slots[: max(n_rows - row, 0)]
-            self.row_at[base + slots] = np.arange(row, row + len(slots))
-            self.place_of[row : row + len(slots)] = base + slots
-            base, row = base + len(text), row + shard.rows
+            kept = slots.numpy()[: max(n_rows - row, 0)]
+            self.row_at[base + kept] = np.arange(row, row + len(kept))
+            self.place_of[row : row + len(kept)] = base + kept
+            base, row = base + len(text), row + len(slots)
 
     def array(self, name: str, n: int, dtype: type) -> NDArray:
         """A new array on disk that the system may page out."""
