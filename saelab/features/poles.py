@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.feature_extraction import DictVectorizer
 from sklearn.preprocessing import normalize
 
 from saelab.errors import UserError
@@ -72,25 +72,26 @@ def _tokens(example: Example, reach: int) -> list[int]:
     return example.tokens[max(example.focus - reach, 0) : example.focus + reach + 1]
 
 
-def _bags(windows: list[list[int]], poles: list[list[list[int]]]) -> list[csr_matrix]:
+def _bags(windows: list[list[int]], poles: list[list[list[int]]]) -> list[np.ndarray]:
     """Unit-norm TF-IDF vectors ``[windows, tokens]`` of plain text and of the poles' windows.
 
     A token's inverse document frequency is ``log((1 + n) / n_with_it)`` over the ``n`` windows of plain text; one that
     is in none of them is as rare as the rarest. (scikit-learn's TfidfTransformer adds 1, which weighs common tokens.)
     """
-    counter = CountVectorizer(analyzer=lambda tokens: tokens)
-    counter.fit([*windows, *poles[0], *poles[1], [-1]])  # the last so that there is a token
-    counts = [csr_matrix(counter.transform(part)) if part else csr_matrix((0, 1)) for part in (windows, *poles)]
-    seen = np.bincount(counts[0].indices, minlength=len(counter.vocabulary_))
+    parts = [[Counter(map(str, window)) for window in part] for part in (windows, *poles)]
+    vectorizer = DictVectorizer(sparse=False)
+    stacked = np.asarray(vectorizer.fit_transform([*parts[0], *parts[1], *parts[2], {"": 1}]))  # never without a token
+    sizes = np.cumsum([len(part) for part in parts])
+    seen = (stacked[: sizes[0]] > 0).sum(axis=0)
     rarity = np.log((1 + len(windows)) / np.maximum(seen, 1))
     rarity[seen == 0] = rarity[seen > 0].max() if seen.any() else 1.0
-    return [csr_matrix(normalize(part.multiply(rarity))) if part.shape[0] else part for part in counts]
+    return np.split(normalize(stacked * rarity), sizes)[:3]
 
 
-def _mean_similarity(a: csr_matrix, b: csr_matrix | None) -> float:
+def _mean_similarity(a: np.ndarray, b: np.ndarray | None) -> float:
     """Mean cosine over pairs of one window of each list, or over pairs of different windows of one list."""
-    total = np.asarray(a.sum(axis=0)).ravel()
+    total = a.sum(axis=0)
     if b is None:
-        pairs = a.shape[0] * (a.shape[0] - 1)
-        return float(total @ total - a.multiply(a).sum()) / pairs if pairs else 0.0
-    return float(total @ np.asarray(b.sum(axis=0)).ravel()) / max(a.shape[0] * b.shape[0], 1)
+        pairs = len(a) * (len(a) - 1)
+        return float(total @ total - (a * a).sum()) / pairs if pairs else 0.0
+    return float(total @ b.sum(axis=0)) / max(len(a) * len(b), 1)
