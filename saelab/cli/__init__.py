@@ -48,11 +48,11 @@ GROUPS = {
 }
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 
-# Remedies for errors of the operating system.
+# Remedies for operating-system errors.
 _FULL = "free some space or write to another disk, then run the command again"
 _FORBIDDEN = "choose a folder that you may write to"
 _UNREACHED = "check the connection and the address, then run the command again"
-_BROKEN = "check the disk or the share that it lies on, then run the command again"
+_BROKEN = "check the disk or the network share, then run the command again"
 _FILES = "raise the number of files a process may open (ulimit -n), then run the command again"
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
@@ -68,16 +68,16 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOMEM: "use smaller batches or another machine",
 }
-_ELSE = "mend that, then run the command again"
+_ELSE = "fix this, then run the command again"
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one command. Exits with code 2 and a line on stderr for invalid input and for errors of the system."""
+    """Run one command. Exits with code 2 and a line on stderr for invalid input and for operating-system errors."""
     args = list(sys.argv[1:] if args is None else args)
     console = Console(stderr=True, highlight=False)
     try:
         _dispatch(args)
-    except BrokenPipeError:  # `saelab ... | head`: the reader closed the pipe, which is no error
+    except BrokenPipeError:  # `saelab ... | head`: the reader closed the pipe, which is not an error
         sys.exit(141)
     except (UserError, OSError) as error:
         report(error)
@@ -117,7 +117,7 @@ def _overview() -> None:
 
 
 def _reason(error: OSError) -> str:
-    """An error of the system in one line: the file, what happened, and what to do."""
+    """An operating-system error in one line: the file, what happened, and what to do."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or first_line(error)}; {REMEDIES.get(error.errno or 0, _ELSE)}"
 

@@ -40,7 +40,7 @@ def parse(
 
 
 def part(cls: type[T], options: Any) -> T:
-    """The fields of the dataclass ``cls`` out of options that hold more."""
+    """The fields of the dataclass ``cls``, taken from options that hold more."""
     return cls(**{f.name: getattr(options, f.name) for f in dataclasses.fields(cls)})  # pyright: ignore[reportArgumentType]
 
 
@@ -56,14 +56,16 @@ def output_folder(folder: Path, overwrite: bool = False, resume: bool = False) -
         found = [path for path in folder.iterdir() if path.name != LOCK]
         if found and not resume:
             if not overwrite:
-                raise UserError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or name another")
+                raise UserError(
+                    f"{folder} exists; add --overwrite to replace it, --resume to continue, or name another"
+                )
             for path in found:  # the folder itself stays, since it is locked
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         yield
 
 
 def quiet(yes: bool) -> None:
-    """Print nothing but errors from this process; of several that do the same work, one prints."""
+    """Print errors only; for all but one of several processes that do the same work."""
     console.quiet = out.quiet = yes
 
 

@@ -1,4 +1,4 @@
-"""``saelab train --from``: the SAE that a fine-tuning starts from, and what it leaves to choose."""
+"""``saelab train --from``: open the SAE to fine-tune, and check the options against it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from saelab.sae import VARIANTS
 
 
 def open_start(name: str, variant: str | None) -> Run:
-    """The SAE at a path or hub id; ``variant`` is the one asked for, if any."""
+    """The SAE at a path or hub id; ``variant`` is the value of ``--variant``, if given."""
     run = open_run(name)
     if run.sae.variant not in VARIANTS:
         raise UserError(
-            f"{name} reads layer-normed activations; such an SAE cannot be trained, its input is not linear"
+            f"{name} reads layer-normed activations; such an SAE cannot be trained, because layer norm is not linear"
         )
     if variant is not None and variant != run.sae.variant:
         raise UserError(contradiction(run.origin, "variant", variant, run.sae.variant))
@@ -26,7 +26,7 @@ def open_start(name: str, variant: str | None) -> Run:
 
 
 def fixed_options(run: Run) -> dict[str, Any]:
-    """What the SAE says about the options of the training: the variant, its size and its own options."""
+    """The options that the SAE fixes: the variant, its size and the variant's own options."""
     names = {name for name, *_ in option_fields(run.sae.variant)} | {"d_sae"}
     known = {name: value for name, value in run.sae.config.items() if name in names}
     return {"variant": run.sae.variant, **known}
@@ -49,7 +49,7 @@ def check_options(run: Run, options: Any, defaults: Any) -> None:
 
 
 def remarks(run: Run, cache: ActivationCache) -> list[str]:
-    """What should be known before training ``run`` on ``cache``, one sentence each."""
+    """Warnings about training ``run`` on ``cache``, one sentence each."""
     found = []
     hook_name = run.recorded.get("hook_name")
     if hook_name and cache.hook_name and hook_name != cache.hook_name:
@@ -66,7 +66,7 @@ def contradiction(source: str, name: str, given: object, fixed: object) -> str:
 
 
 def announce(run: Run, cache: ActivationCache) -> None:
-    """Say what is being fine-tuned, and what should be known about it."""
+    """Print which SAE is being fine-tuned, and the warnings."""
     console.print(f"starting from {run.origin}", markup=False, soft_wrap=True)
     for remark in remarks(run, cache):
         console.print(f"note: {remark}", markup=False, soft_wrap=True)

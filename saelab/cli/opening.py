@@ -15,7 +15,7 @@ from saelab.runs import Run
 
 
 def open_run(name: Path | str, hook_name: str = "", **options: Any) -> Run:
-    """The SAE at a path or hub id, read; what is odd about its files is printed on stderr."""
+    """Open and read the SAE at a path or hub id; notes about its files are printed on stderr."""
     run = Run.open(name, hook_name, **options)
     _ = run.sae
     for note in run.notes:
@@ -29,7 +29,7 @@ def open_with_cache(name: Path | str, cache_folder: Path, out: Path | None) -> t
     UserError where the cache holds another model or hook point than the SAE was trained on; another text is fine.
     """
     run, cache = open_run(name), ActivationCache(cache_folder)
-    # Other tools name models in ways of their own, "gpt2-small" for "gpt2".
+    # Other tools use other names for a model, "gpt2-small" for "gpt2".
     names = ["hook_name"] if run.is_foreign else ["model_name", "hook_name"]
     have = {"model_name": cache.manifest.model, "hook_name": cache.hook_name}
     for key in names:
@@ -43,10 +43,10 @@ def open_with_cache(name: Path | str, cache_folder: Path, out: Path | None) -> t
 
 
 def results_folder(run: Run, out: Path | None = None) -> Path:
-    """Where to write what is measured of ``run``: into its folder, or into a copy of the SAE.
+    """The folder for results about ``run``: its own folder, or a copy of the SAE.
 
-    The copy is made in ``out``, and for an SAE of the hub, whose folder is the hub's cache, by default in the working
-    folder under the name of the repository. It is printed. With the SAE in it, the folder opens in every command.
+    The copy is made in ``out``. An SAE from the hub, whose folder is the hub's cache, is copied by default into the
+    working folder, under the name of its repository. The copy is printed; every command can open it.
     """
     path = run.path
     assert path is not None

@@ -1,4 +1,4 @@
-"""Stopping a long run: the first SIGINT or SIGTERM lets the current step end, the second one stops at once."""
+"""Stop a long run: the first SIGINT or SIGTERM lets the current step finish, the second one stops at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """While inside, SIGINT and SIGTERM set ``Stop.signal`` once; then the usual handlers are back."""
+    """Inside the block the first SIGINT or SIGTERM sets ``Stop.signal``; then the usual handlers are restored."""
     stop, before = Stop(), {}
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Command-line options of a variant, read off its constructor, so that a new variant needs no CLI code."""
+"""Command-line options of a variant, read from its constructor, so that a new variant needs no CLI code."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_a_model_of_an_earlier_session_is_forgotten(tmp_path: Path, monkeypatch:
 
 
 def test_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="not a folder"):
         prepare(Options(tmp_path / "missing"))
 
 

@@ -98,7 +98,10 @@ def test_logits_are_attributed(run: str, capsys) -> None:
         (["--latent", "3", "--operation", "scale", "--strength", "2norm", "--prompt", PROMPT], "takes a factor"),
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--model", "./nowhere"], "does not exist"),
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--hook", "blocks.9.hook_out"], "no hook point"),
-        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--hook", "blocks.1.hook_resid_mid"], "in its place"),
+        (
+            ["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--hook", "blocks.1.hook_resid_mid"],
+            "cannot be replaced",
+        ),
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--temperature", "nan"], "temperature=nan"),
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--max-new-tokens", "-3"], "max_new_tokens=-3"),
         (["--latent", "3", "--strength", "auto", "--prompt", PROMPT, "--budget-kl", "nan"], "the budget nan"),

@@ -24,11 +24,11 @@ class Options:
     """What to browse, and where to serve it."""
 
     folder: tyro.conf.Positional[Path | None] = None
-    """Folder that holds runs and caches, at any depth; nothing outside it is opened. By default `demo`, or, if that
-    does not exist, the trained SAEs that come with saelab."""
+    """Folder that holds runs and caches, at any depth; nothing outside it is opened. By default `demo`, or the trained
+    SAEs that come with saelab if there is no such folder."""
     model: str | None = None
-    """Language model for the pages that need one: smollm2, a hub id or a local folder; `none` for no model.
-    By default the model that the run names, if that is smollm2 or lies inside the folder."""
+    """Language model for the pages that need one: smollm2, a hub id or a local folder; `none` for no model. By default
+    the model recorded in the run, if it is smollm2 or lies inside the folder."""
     port: int = 8501
     """TCP port on 127.0.0.1."""
     browser: bool = True
@@ -52,7 +52,9 @@ def main(args: Sequence[str]) -> None:
 def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
     """The server's command line and environment; UserError where the folder does not exist."""
     if options.folder is None or not options.folder.is_dir():
-        raise UserError(f"{options.folder} is no folder; name the one that holds your runs, or run `saelab demo` first")
+        raise UserError(
+            f"{options.folder} is not a folder; name the one that holds your runs, or run `saelab demo` first"
+        )
     if importlib.util.find_spec("streamlit") is None:
         raise UserError("the app needs streamlit; install it with: pip install 'saelab[app]'")
     command = [

@@ -62,13 +62,13 @@ class Import:
     out: str
     """Folder or URL of the new cache."""
     column: str | None = None
-    """Column of the activations, where the dataset has several of floats."""
+    """Column with the activations; needed if several columns hold floats."""
     tokens: str | None = None
     """Column of the token ids, or the .npy file with them."""
     split: str = "train"
     """Split of a saved dataset."""
     context_length: int | None = None
-    """Rows per context, if the shape of the source does not tell."""
+    """Rows per context, where the shape of the source does not show it."""
     skip_first: int = 0
     """Positions at the start of each context to leave out (attention sinks); their text is kept."""
     model: str = ""

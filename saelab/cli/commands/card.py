@@ -1,4 +1,4 @@
-"""``saelab card``: the model card of a run folder, as it would stand on the hub."""
+"""``saelab card``: write the model card of a run folder, as it is shown on the hub."""
 
 from __future__ import annotations
 

@@ -21,18 +21,18 @@ from saelab.runs import Run
 
 @dataclasses.dataclass(frozen=True)
 class Options(FormatHints):
-    """From where to where."""
+    """What to convert, into which format."""
 
     source: tyro.conf.Positional[str]
     """File, folder or hub id (hf://org/repo/path) of an SAE, whichever tool wrote it."""
     out: tyro.conf.Positional[Path]
     """New folder to write."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the matrices in a saelab run folder (`--to saelab`); 16 bits halve it."""
+    """Precision of the matrices in a saelab run folder (`--to saelab`); 16 bits halve its size."""
     cache: Path | None = None
-    """For saedashboard: the indexed activation cache; adds the corpus and, from its model, logit histograms."""
+    """For saedashboard: the activation cache of the index; adds the name of the corpus and logit histograms."""
     latents: int | None = None
-    """For saedashboard: write only the first so many latents."""
+    """For saedashboard: number of latents to write, from the first; by default all."""
     json: bool = False
     """Print the proof as JSON."""
 
@@ -41,14 +41,14 @@ TO = "Format of the new folder. saedashboard writes the run's feature index as f
 
 
 def options_type() -> Any:
-    """The options with the formats that can be written as choices of ``--to``."""
+    """The options; the choices of ``--to`` are the formats that saelab can write."""
     choices = Literal[(*writers(), "saelab", "saedashboard")]  # pyright: ignore[reportInvalidTypeForm]
     to = ("to", Annotated[choices, tyro.conf.arg(help=TO)], dataclasses.field(default="saelens"))
     return dataclasses.make_dataclass("ConvertOptions", [to], bases=(Options,), frozen=True)
 
 
 def main(args: Sequence[str]) -> None:
-    """Convert, prove, and only then keep the result."""
+    """Convert, compare both SAEs numerically, and keep the result only if they agree."""
     options = parse(options_type(), "convert", args, "Convert an SAE and prove that it computes the same.")
     if options.out.exists():
         raise UserError(f"{options.out} exists; name a new folder")

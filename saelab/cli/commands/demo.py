@@ -1,4 +1,4 @@
-"""``saelab demo``: the main job end to end, from text to a browsable SAE, by the other commands."""
+"""``saelab demo``: the whole chain, from text to an SAE to browse, by calling the other commands."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Stage:
 
 
 def main(args: Sequence[str]) -> None:
-    """Run every stage whose product is missing, and print what to open next."""
+    """Run every stage whose output is missing, and print the next commands."""
     options = parse(
         Options,
         "demo",

@@ -31,11 +31,11 @@ class Options:
     device: str = "auto"
     """Where the SAE and the language model run: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     saebench: Path | None = None
-    """Also write SAEBench's JSON: a folder, which gets one file per evaluation in the folders of SAEBench's plots, or
-    the name of a .json file for the core evaluation alone."""
+    """Also write SAEBench's JSON files: name a folder to write one file per evaluation, in the subfolders that
+    SAEBench's plots read, or a .json file for the core evaluation alone."""
     out: Path | None = None
-    """Copy the SAE into this folder and write evaluation.json there; by default what comes from the hub is copied into
-    the working folder, under the name of its repository, and other SAEs are not copied."""
+    """Copy the SAE into this folder and write evaluation.json there. By default an SAE from the hub is copied into the
+    working folder, under the name of its repository; other SAEs are not copied."""
     json: bool = False
     """Print the evaluation as JSON on stdout."""
 
@@ -76,7 +76,7 @@ def run(
     saebench: Path | None = None,
     device: str = "auto",
 ) -> Evaluation:
-    """Load everything, evaluate with a progress bar, save, and say where."""
+    """Load everything, evaluate with a progress bar, save, and print where."""
     place = pick_device(device)
     (opened, cache, folder), wanted = open_with_cache(name, cache_folder, out), tasks or TaskConfig()
     sae = opened.sae.to(place)
@@ -85,12 +85,14 @@ def run(
         console.print("the cache names no model: cross-entropy and KL are left out; give one with --model")
     elif config.lm_tokens or wanted.labels is not None:
         if not model_name:
-            raise UserError(f"{wanted.labels} must run through the language model; the cache names none, add --model")
+            raise UserError(
+                f"{wanted.labels} must run through the language model; the cache names none, so give one with --model"
+            )
         from saelab.lm import load_model
 
         model = load_model(model_name, device=place)
     with stages() as progress:
-        # The tasks first: what is wrong with labels should not show after minutes of language model.
+        # The tasks come first, so that an error in the labels shows before minutes of language model passes.
         found = run_tasks(sae, cache, wanted, model, seed=config.seed, progress=progress)
         result = evaluate(sae, cache, model, config, progress)
         result.tasks = found

@@ -1,4 +1,4 @@
-"""``saelab explain``: have a language model behind an endpoint describe latents, and score what it says."""
+"""``saelab explain``: describe latents with a language model behind an endpoint, and score the descriptions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Options:
     latents: tuple[int, ...] = ()
     """Latents to explain; by default the first ones in the index that fire and have no explanation yet."""
     count: int = 10
-    """How many, where no latents are named; a signed latent's poles count separately."""
+    """Number of latents to explain if none are named; each pole of a signed latent counts as one."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the server's key; a local server needs none."""
     json: bool = False
@@ -44,7 +44,7 @@ ExplainOptions = dataclasses.make_dataclass("ExplainOptions", [], bases=(Interpr
 def main(args: Sequence[str]) -> None:
     """Explain latents one by one; each is saved when it is done."""
     options = parse(
-        ExplainOptions, "explain", args, "Have a language model describe latents, and score the descriptions."
+        ExplainOptions, "explain", args, "Describe latents with a language model, and score the descriptions."
     )
     config = part(InterpretConfig, options)
     index = FeatureIndex(options.run)
@@ -78,12 +78,12 @@ def choose(index: FeatureIndex, latents: Sequence[int], count: int) -> list[tupl
 
 
 def show(done: list[Explanation]) -> None:
-    """One line per explanation, with what guessing would reach."""
+    """One line per explanation, with the accuracy that guessing reaches."""
     for e in done:
         found, marks = e.detection, e.fuzzing
         out.print(f"{e.latent:>6}{'+' if e.pole > 0 else '-'}  {e.text}", markup=False)
         out.print(
             f"         detection {found.accuracy:.2f} (balanced {found.balanced_accuracy:.2f}), fuzzing "
-            f"{marks.accuracy:.2f} (balanced {marks.balanced_accuracy:.2f}); saying no to everything reaches "
+            f"{marks.accuracy:.2f} (balanced {marks.balanced_accuracy:.2f}); answering no to everything reaches "
             f"{found.guess_nothing:.2f}, {found.unanswered + marks.unanswered} unanswered"
         )

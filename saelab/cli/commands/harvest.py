@@ -13,7 +13,7 @@ from saelab.data.cache.merge import describe
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Which model, where in it, on which text."""
+    """Which model, which hook points, which text."""
 
     out: str
     """Folder or URL of the cache; with several hooks, each gets a sub-folder."""
@@ -37,14 +37,14 @@ class Options:
     resume: bool = False
     """Continue an interrupted harvest with the same settings; a finished one is left as it is."""
     timeout_s: float = 3600.0
-    """Seconds that a process under torchrun waits for the others before all stop; longer than the slowest takes for
-    one shard."""
+    """Seconds that a process under torchrun waits for the others before all stop; must exceed the time that the slowest
+    one needs for a shard."""
     json: bool = False
     """Print a description of the caches as JSON on stdout."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Parse, load the model, harvest with a progress bar, say what came out."""
+    """Parse, load the model, harvest with a progress bar, print a summary."""
     # Imported here: the settings belong to the gateway of the language models.
     from saelab.harvesting import HarvestConfig
 
@@ -56,12 +56,12 @@ def main(args: Sequence[str]) -> None:
     try:
         run(options, config)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command with --resume goes on after the last complete shard")
+        console.print("interrupted; the same command with --resume continues after the last complete shard")
         sys.exit(130)
 
 
 def place(options: Any) -> tuple[Any, Any]:
-    """This process' share of the harvest and its device; under torchrun, one process of many."""
+    """This process's share of the harvest and its device; under torchrun, one process of many."""
     from saelab.devices import pick_device
     from saelab.distributed import launched, start_world
     from saelab.harvesting import Share

@@ -32,10 +32,10 @@ class Options:
     model: str | None = None
     """Language model of the logit lens; by default the one the cache was harvested from. "none" leaves it out."""
     keep_unembedding: bool = False
-    """Keep the model's unembedding in the run folder (half precision): the next index needs no model."""
+    """Keep the model's unembedding in the run folder (half precision), so that the next index needs no model."""
     out: Path | None = None
-    """Copy the SAE into this folder and write features/ there; by default what comes from the hub is copied into the
-    working folder, under the name of its repository, and other SAEs are not copied."""
+    """Copy the SAE into this folder and write features/ there. By default an SAE from the hub is copied into the
+    working folder, under the name of its repository; other SAEs are not copied."""
     device: str = "auto"
     """Where the SAE runs: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     overwrite: bool = False
@@ -74,7 +74,7 @@ def run(
     place = pick_device(device)
     opened, cache, folder = open_with_cache(name, cache_folder, out)
     opened.sae.to(place)
-    # What the run keeps answers for its own model; a model that is named is asked itself.
+    # The unembedding kept in the run serves for the run's own model; a model given with --model is loaded.
     lens = (None if model else LogitLens.open(folder / LOGIT_LENS, cache.manifest.model)) or load_lens(
         model or cache.manifest.model, cache
     )
@@ -85,7 +85,7 @@ def run(
 
 
 def load_lens(model: str, cache: ActivationCache) -> LogitLens | None:
-    """The unembedding of a model by name; None, with a remark, where there is none to ask."""
+    """The unembedding of the named model; None, with a message, if no model is named."""
     if model == "none":
         return None
     if not model:
@@ -101,7 +101,7 @@ def load_lens(model: str, cache: ActivationCache) -> LogitLens | None:
 
 
 def summary(index: FeatureIndex) -> dict[str, Any]:
-    """What an index holds, in numbers."""
+    """The numbers of an index."""
     table = index.table()
     count, density = table["count"].to_numpy(), table["density"].to_numpy()
     fired = count.reshape(index.d_sae, -1).sum(1)
@@ -120,7 +120,7 @@ def summary(index: FeatureIndex) -> dict[str, Any]:
 
 
 def show(index: FeatureIndex) -> None:
-    """The same for people."""
+    """Print the summary as text."""
     found = summary(index)
     out.print(
         f"{found['latents']:,} latents over {found['tokens']:,} tokens in {found['seconds']:.1f} s "

@@ -1,4 +1,4 @@
-"""``saelab info``: versions, kernels and devices, for bug reports and for knowing what runs."""
+"""``saelab info``: print versions, kernels and devices, for bug reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformer-lens", "transformers", "triton", "numba", "num
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to print."""
+    """The output format."""
 
     json: bool = False
     """Print the facts as JSON on stdout."""

@@ -16,17 +16,17 @@ from saelab.runs.inspection import inspect
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FormatHints:
-    """What the user knows of a file that does not record it."""
+    """What the user can say about a file that does not record it."""
 
     k: int | None = None
-    """For a bare overcomplete state dict: latents per token, or steps of a pursuit."""
+    """For a bare overcomplete state dict: latents per token, or pursuit steps."""
     pursuit: bool = False
-    """For a bare overcomplete state dict: it is a matching pursuit."""
+    """For a bare overcomplete state dict: it belongs to a matching pursuit SAE."""
     threshold: float | None = None
     """For a bare overcomplete state dict: the running threshold of a BatchTopK SAE, in raw units."""
 
     def hints(self) -> dict[str, Any]:
-        """The given ones, as keyword arguments of the readers."""
+        """The hints that were given, as keyword arguments of the readers."""
         said = {"k": self.k, "pursuit": self.pursuit or None, "threshold": self.threshold}
         return {name: value for name, value in said.items() if value is not None}
 

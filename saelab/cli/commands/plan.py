@@ -16,7 +16,7 @@ from saelab.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Which SAE on how many GPUs of which kind."""
+    """Size of the SAE, number of GPUs, and the rates of the machine."""
 
     d_in: int = 4096
     """Width of the activations."""
@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> None:
         print_json([dataclasses.asdict(p) | {"bottleneck": p.bottleneck} for p in best])
     else:
         out.print(table(best, options.machine))
-        out.print("by formula, nothing overlapped; the rates of the machine are assumptions (see --help)")
+        out.print("computed by formula, without overlap; the rates of the machine are assumptions (see --help)")
 
 
 def table(plans: Sequence[Plan], machine: Machine) -> Table:

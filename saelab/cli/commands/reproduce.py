@@ -18,7 +18,7 @@ COLOURS = {"reproduced": "green", "not reproduced": "red", "not testable here": 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Which paper, and how much."""
+    """Which paper, and at which scale."""
 
     paper: tyro.conf.Positional[str]
     """abs-topk, g-sae, choice, mp-sae, or all."""
@@ -73,7 +73,7 @@ def main(args: Sequence[str]) -> None:
 def open_lab(options: Options, scale: Scale) -> Lab:
     """The cache, its model, and the folder that keeps trained SAEs."""
     if options.out is None:
-        raise UserError("rows on a cache need --out, where trained SAEs are kept")
+        raise UserError("claims on a cache need --out, the folder that keeps the trained SAEs")
     cache = ActivationCache(options.cache or "")
     name = options.model or cache.manifest.model
     model = decode = None

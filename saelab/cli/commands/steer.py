@@ -50,9 +50,9 @@ class Options:
     where: Literal["all", "prompt", "generated"] = "all"
     """On which tokens to act."""
     budget_kl: float = 0.3
-    """Damage that --strength auto may cause: mean KL per token on the prompts, in nats."""
+    """Damage that --strength auto may cause: mean KL divergence per token on the prompts, in nats."""
     hook: str | None = None
-    """Point of the model that the SAE belongs to; by default what its files say."""
+    """Hook point of the SAE; by default the one that its files record."""
     model: str | None = None
     """Language model; by default the one whose activations the SAE was trained on."""
     device: str = "auto"
@@ -84,13 +84,13 @@ class Options:
 
 
 def options_class() -> type[Options]:
-    """The options, with the operations that are registered now."""
+    """The options, with all registered operations."""
     summaries = " ".join(f"{name}: {cls.summary()}" for name, cls in OPERATIONS.items())
     numbers = ", ".join(f"{name}: {cls.amount.title}" for name, cls in OPERATIONS.items() if cls.amount)
     strength = (
         f"The operation's number ({numbers}). A strength or an activation may have a unit: 0.8max (of the latent's "
         "largest activation), 0.5norm (of the activations' norm), 1raw (of the vector's own length). auto finds the "
-        "strength of add that spends --budget-kl. Default: 1max where units are possible."
+        "strength of add that causes the damage --budget-kl. Default: 1max where units are possible."
     )
     fields: list[Any] = [
         ("operation", Annotated[Literal[tuple(OPERATIONS)], tyro.conf.arg(help=f"What to do. {summaries}")], "add"),
@@ -137,7 +137,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def check_outputs(options: Options) -> None:
-    """Refuse before anything is loaded what could not be written afterwards."""
+    """Refuse outputs that cannot be written, before anything is loaded."""
     if not options.prompt and (options.attribute or options.compare):
         raise UserError('--attribute and --compare need a text to continue: give --prompt "text"')
     Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
@@ -150,7 +150,7 @@ def check_outputs(options: Options) -> None:
 
 
 def check_recipe(options: Options) -> None:
-    """Refuse options that a recipe decides, instead of ignoring them."""
+    """Refuse options that the recipe already sets, instead of ignoring them."""
     for name in ("latent", "pole", "operation", "strength", "where", "hook"):
         if getattr(options, name) != getattr(Options, name):
             raise UserError(f"a recipe has its own {name}; leave out --{name}")
@@ -159,7 +159,7 @@ def check_recipe(options: Options) -> None:
 
 
 def check(options: Options, run: Run) -> None:
-    """Refuse what can be refused without the language model."""
+    """Check the options that do not need the language model."""
     if options.latent is None:
         raise UserError("name the latent to steer with: --latent 12")
     run.check_latent(options.latent)
@@ -170,7 +170,7 @@ def check(options: Options, run: Run) -> None:
     elif options.operation != Add.operation:
         raise UserError("--strength auto works with --operation add only")
     elif not options.prompt:
-        raise UserError("--strength auto is found on prompts: give --prompt")
+        raise UserError("--strength auto is calibrated on prompts; give --prompt")
 
 
 def strength_of(options: Options) -> Strength | None:
@@ -187,7 +187,7 @@ def strength_of(options: Options) -> Strength | None:
 def load(name: str | None, device: torch.device) -> Any:
     """The language model by name."""
     if not name:
-        raise UserError("the run does not say which language model it belongs to; give --model")
+        raise UserError("the run does not record its language model; give --model")
     console.print(f"loading {name}", markup=False)
     return load_model(name, device=device)
 

@@ -1,4 +1,4 @@
-"""``saelab sweep``: a grid of SAEs from one reading of one cache, with a live table and a report."""
+"""``saelab sweep``: train a grid of SAEs while reading one cache once, with a live table and a report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from saelab.viz.sweep import report as sweep_report
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to train on what."""
+    """Which cache, which grid, and where to write."""
 
     cache: tyro.conf.Positional[Path]
     """Folder of the activation cache; it is read once for all SAEs."""
@@ -74,13 +74,13 @@ def main(args: Sequence[str]) -> None:
         raise UserError(
             f"lm_tokens={options.lm_tokens} needs the language model, which {cache.path} does not name; leave it at 0"
         )
-    # Last, so that a mistake in the options never costs the old sweep.
+    # The old sweep is deleted last, so that an error in the options does not cost it.
     with output_folder(options.out, options.overwrite, options.resume):
         with stop_on_signals() as stop:
             members = train(grid, cache, options, device, stop)
         if members is None:
             assert stop.signal is not None
-            console.print(f"{stop.signal.name}: all SAEs saved; go on with --resume")
+            console.print(f"{stop.signal.name}: all SAEs saved; continue with --resume")
             sys.exit(stop.exit_code)
         rows = evaluate(members, cache, config, device)
         path = save_results(rows, options.out)
@@ -98,7 +98,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def train(grid: Grid, cache: ActivationCache, options: Options, device: Any, stop: Stop) -> list[Member] | None:
-    """Drive the sweep under a live table; None if a signal stopped it."""
+    """Run the sweep under a live table; None if a signal stopped it."""
     total, members, shown = n_steps(cache, grid.entries[0].train), [], 0.0
     console.print(f"{len(grid.entries)} SAEs, {total} steps of {grid.entries[0].train.batch_size} tokens")
     sweep = run_sweep(

@@ -1,4 +1,4 @@
-"""``saelab train``: one SAE on an activation cache, whatever the variant, with the variant's own options."""
+"""``saelab train``: train one SAE of any variant on an activation cache, with the variant's own options."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Options:
     out: Path
     """Run folder to write."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Go on from the weights of this SAE: a run, or a file, a folder or a hub id of any tool. It says its variant, its
-    size and what its codes depend on; options that contradict it are refused."""
+    """Fine-tune this SAE: a run, or a file, a folder or a hub id of any tool. Its variant, its size and the options
+    that its codes depend on are taken over; options that contradict them are refused."""
     variant: str = "topk"
-    """Which SAE; the variant's own options are listed with it."""
+    """The variant; `--variant NAME --help` lists its own options too."""
     d_sae: int = 4608
     """Latents."""
     device: str = "auto"
@@ -58,10 +58,10 @@ class Options:
     """Processes that share one copy of the dictionary, each holding d-sae / dict-ranks latents; the others divide
     every batch. Start several with `torchrun --nproc-per-node 4 -m saelab train ...`."""
     timeout_s: float = 60.0
-    """Seconds after which a process that waits in vain for another ends the run."""
+    """Seconds that a process waits for another one before it ends the run."""
     resume: bool = False
-    """Go on with the run in the folder, if one was begun there, with its settings; the result is bit-identical to
-    that of an uninterrupted run."""
+    """Continue the run in the folder, if there is one, with its settings; the result is bit-identical to that of an
+    uninterrupted run."""
     checkpoint_steps: int = 500
     """Steps between checkpoints; SIGINT and SIGTERM save one and stop."""
     overwrite: bool = False
@@ -120,13 +120,13 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
         dims = split_dims(sae.state_dict(), whole.state_dict())
         sae.load_state_dict(slices(source.sae.state_dict(), dims, parallel))
         announce(source, cache)
-    # Last, so that a mistake in the options never costs the old run.
+    # The old run is deleted last, so that an error in the options does not cost it.
     with claim(options, parallel), stop_on_signals() as stop:
         last = drive(sae, cache, train_config, options, stop, parallel)
     end_world()
     if last is not None and last.step < n_steps(cache, train_config):
-        name = stop.signal.name if stop.signal is not None else "another process was told to stop"
-        console.print(f"{name}: saved at step {last.step}; go on with --resume")
+        name = stop.signal.name if stop.signal is not None else "another process received a signal"
+        console.print(f"{name}: saved at step {last.step}; continue with --resume")
         sys.exit(stop.exit_code)
     if options.json and last is not None:
         print_json(last.row())
@@ -138,7 +138,7 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
 
 
 def claim(options: Any, parallel: Parallel) -> contextlib.ExitStack:
-    """The run folder, held by the main process for all; where it may not be written, all processes end at once."""
+    """Lock the run folder, in the main process; if it cannot be written, all processes end at once."""
     stack, refused = contextlib.ExitStack(), False
     if parallel.is_main:
         try:
@@ -146,7 +146,7 @@ def claim(options: Any, parallel: Parallel) -> contextlib.ExitStack:
         except (UserError, OSError) as error:
             if parallel.size == 1:
                 raise
-            report(error)  # before the others know: the launcher ends all processes when one has ended
+            report(error)  # printed before the others are told: the launcher ends all processes when one has ended
             refused = True
     if parallel.any(refused):
         end_world()
@@ -157,7 +157,7 @@ def claim(options: Any, parallel: Parallel) -> contextlib.ExitStack:
 def drive(
     sae: SAE, cache: ActivationCache, config: TrainConfig, options: Any, stop: Stop, parallel: Parallel
 ) -> StepMetrics | None:
-    """Run the training generator under a progress bar until it ends or a signal asks to stop."""
+    """Advance the training generator under a progress bar until it ends or a signal asks to stop."""
     total, last = n_steps(cache, config), None
     console.print(
         f"training {sae.variant}: d_in {sae.d_in}, d_sae {options.d_sae}, {total} steps of {config.batch_size} tokens, "
