@@ -1,1 +1,1 @@
-"""Where rows come from: text, activation caches, synthetic ground truth."""
+"""Sources of data: text, activation caches, synthetic activations with known features."""

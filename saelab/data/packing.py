@@ -1,4 +1,4 @@
-"""From documents to contexts of equal length."""
+"""Pack documents into contexts of equal length."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def resolve_bos(bos: Bos | Literal["auto"], tokenizer: Any) -> Bos:
 
 
 def pack(source: TextSource, tokenizer: Any, length: int, bos: Bos, batch: int) -> Iterator[Contexts]:
-    """Documents end to end, cut into contexts of ``length`` tokens, ``batch`` contexts at a time.
+    """Concatenate documents and cut them into contexts of ``length`` tokens, ``batch`` contexts at a time.
 
     ``bos="context"`` puts the BOS token at the start of every context, ``"document"`` at the start of every
     document, ``"none"`` nowhere. Tokens that do not fill a last context are dropped; the last batch may be short.

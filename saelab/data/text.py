@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded Wikipedia sample, local files, and ``datasets`` datasets.
+"""Sources of text: the embedded Wikipedia sample, local files, and ``datasets`` datasets.
 
 A source yields *pieces* ``(starts a document, text)``: long plain-text files come in several pieces, so that no file
 has to fit in memory.
@@ -28,7 +28,7 @@ Pieces = Iterator[tuple[bool, str]]
 
 @dataclass(frozen=True)
 class TextSource:
-    """Documents, what to call them, and a fingerprint that changes when they do."""
+    """Documents, their name, and a fingerprint that changes when they do."""
 
     name: str
     fingerprint: str
@@ -47,12 +47,12 @@ class TextSource:
 
 
 def open_text(source: str | Path, *, split: str = "train", column: str | None = None) -> TextSource:
-    """Find a text source.
+    """Open a text source by name.
 
-    ``source`` is ``wiki-sample``; a ``.txt`` (one document), ``.jsonl`` or ``.parquet`` file; a folder of such
-    files, or one written by ``Dataset.save_to_disk``; or the hub id of a dataset, ``id`` or ``id:config``, of which
-    ``split`` is streamed. ``column`` names the field with the text (default ``text``, else the only text field).
-    Raises UserError where nothing is found, with what to do.
+    ``source`` is ``wiki-sample``; a ``.txt`` (one document), ``.jsonl`` or ``.parquet`` file; a folder of such files,
+    or one written by ``Dataset.save_to_disk``; or the hub id of a dataset, ``id`` or ``id:config``, of which ``split``
+    is streamed. ``column`` names the field with the text (default ``text``, else the only text field). Raises
+    UserError, with the remedy, if there is no such source.
     """
     if str(source) == WIKI_SAMPLE:
         return _wiki_sample()
@@ -142,7 +142,7 @@ def _txt(path: Path, column: str | None) -> Pieces:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a ``.jsonl``, each with the place it stands at (``path:line``); empty lines are passed over."""
+    """The objects of a ``.jsonl``, each with its place (``path:line``); empty lines are skipped."""
     with _utf8(path) as file:
         # A file's own lines: a string in JSON may hold other characters that end lines elsewhere.
         for number, line in enumerate(file, 1):
@@ -152,10 +152,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"{path}:{number} is not valid JSON ({first_line(error)}); mend or remove the line"
+                    f"{path}:{number} is not valid JSON ({first_line(error)}); correct or remove the line"
                 ) from error
             if not isinstance(record, dict):
-                raise UserError(f"{path}:{number} is not a JSON object; mend or remove the line")
+                raise UserError(f"{path}:{number} is not a JSON object; correct or remove the line")
             yield f"{path}:{number}", record
 
 
@@ -168,7 +168,7 @@ def _parquet(path: Path, column: str | None) -> Pieces:
     import pyarrow
     import pyarrow.parquet
 
-    # Arrow reports damage as an invalid value, or as an error of the system.
+    # Arrow reports damage as an invalid value, or as an OSError.
     sound = damaged(path, "give a sound Parquet file", pyarrow.ArrowException, OSError)
     with sound, pyarrow.parquet.ParquetFile(path) as table:
         texts = [f.name for f in table.schema_arrow if f.type in (pyarrow.string(), pyarrow.large_string())]
@@ -188,7 +188,7 @@ def load_saved_dataset(path: Path, split: str) -> Any:
 
     try:
         data: Any = datasets.load_from_disk(str(path))
-    except Exception as error:  # arrow's, JSON's and the library's own, some without a common base
+    except Exception as error:  # exceptions of arrow, JSON and the library, some without a common base
         raise UserError(f"{path} cannot be read as a saved dataset ({first_line(error)}); save it again") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -236,5 +236,5 @@ def _column(texts: list[str], column: str | None, where: str) -> str:
 
 
 def storable(text: str) -> str:
-    """``text`` as a file can hold it: halves of characters, which some vocabularies give, become U+FFFD."""
+    """``text`` in a form that a file can hold: halves of characters, as some vocabularies give, become U+FFFD."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,4 +1,4 @@
-"""What a large SAE costs on many GPUs: memory, traffic and time per step, from formulas.
+"""Estimate what a large SAE costs on many GPUs: memory, traffic and time per step, from formulas.
 
 `saelab plan` prints it.
 """
@@ -82,7 +82,7 @@ def plan(gpus: int, dict_size: int, n: int, d_in: int, d_sae: int, k: int, machi
         "pre-activations (bf16)": 2 * tokens * latents,
         "candidates": dict_size * tokens * k * 8 * 3,  # gathered, sorted, ranked
     }
-    # Ranks of a dictionary sit side by side, so that those who exchange the most share a node where they fit.
+    # The ranks of a dictionary are adjacent, so that those that exchange the most share a node where they fit.
     inside = machine.fast_gbs if dict_size <= machine.node else machine.slow_gbs
     across = machine.fast_gbs if gpus <= machine.node else machine.slow_gbs
     bandwidth = machine.memory_tbs * 1e12

@@ -66,7 +66,7 @@ def build_shard(variant: str, d_in: int, d_sae: int, seed: int, parallel: Parall
 def _unsplittable(sae: SAE) -> str | None:
     """Why the latents of ``sae`` cannot be divided among processes, as a clause."""
     if not isinstance(sae, LinearSAE) or sae.budget_over is None:
-        return "its selection is no budget that ranks could share: budget_over is None"
+        return "its selection is not a budget that ranks can share: budget_over is None"
     for method in ("reconstruction_loss", "extra_losses"):
         if getattr(type(sae), method) is not getattr(SAE, method):
             return f"its {method} sees the whole dictionary"
@@ -138,10 +138,10 @@ def auxk(
 def winners(
     selected: SelectedPreActs, n: int, k: int, sae: LinearSAE, parallel: Parallel, latents: Tensor | None = None
 ) -> SelectedPreActs:
-    """Of this rank's candidates (as many per token for all tokens) those among the ``k`` largest of all ranks.
+    """Those of this rank's candidates (equally many for each token) that are among the ``k`` largest of all ranks.
 
-    Ties go to the lowest latent, as in a single process. ``latents`` renames the candidates' indices; the returned
-    ones are as they came.
+    Ties go to the lowest latent, as in a single process. ``latents`` gives the candidates' numbers in the whole
+    dictionary; the returned indices are the rank's own.
     """
     own = selected.indices.numel() // n
     values, indices = selected.values.view(n, own), selected.indices.view(n, own)
@@ -170,7 +170,7 @@ def _exchange(selected: SelectedPreActs, n: int, sae: LinearSAE, parallel: Paral
 
 
 def winners_of_batch(selected: SelectedPreActs, budget: int, sae: LinearSAE, parallel: Parallel) -> SelectedPreActs:
-    """Of this rank's ``budget`` candidates those among the ``budget`` largest of all ranks.
+    """Those of this rank's ``budget`` candidates that are among the ``budget`` largest of all ranks.
 
     Ties go to the lowest (token, latent), as in a single process.
     """

@@ -1,7 +1,7 @@
 """Tensors that several processes hold in slices, written into and read from one ordinary safetensors file.
 
-The file is the one a single process would write, so a run can go on with any number of dictionary ranks: each reads
-its own slice. Nothing is gathered: every rank writes its slice in place (ranks share a file system).
+The file is the one that a single process would write, so a run can continue with any number of dictionary ranks: each
+reads its own slice. Nothing is gathered: every rank writes its slice in place (ranks share a file system).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.i
 def split_dims(shard: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, int]:
     """Along which dimension each tensor of ``shard`` is a slice of that of ``whole``, by name.
 
-    Those of equal shape are held in full by every rank and are left out. Of ``whole`` only the shapes are read.
+    Tensors of equal shape are held in full by every rank and are left out. Only the shapes of ``whole`` are read.
     """
     shapes = {name: (part.shape, whole[name].shape) for name, part in shard.items()}
     return {
@@ -81,7 +81,7 @@ def write_sharded(path: Path, tensors: Mapping[str, Tensor], dims: Mapping[str, 
 
 
 def read_slices(path: Path, dims: Mapping[str, int], parallel: Parallel) -> dict[str, Tensor]:
-    """This dictionary rank's slices of the tensors in a file, whoever wrote it."""
+    """This dictionary rank's slices of the tensors in a file, whatever number of ranks wrote it."""
     tensors = {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dictionary

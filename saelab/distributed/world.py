@@ -1,4 +1,4 @@
-"""Who is who: the processes of a run as a mesh of data ranks times dictionary ranks, and their collectives.
+"""The processes of a run as a mesh of data ranks times dictionary ranks, and their collective operations.
 
 A *data rank* takes its share of every batch; a *dictionary rank* holds its share of the latents and sees all tokens
 of its data rank. The gradient of a parameter is summed over the data ranks; losses are normalised by the whole
@@ -23,7 +23,7 @@ from saelab.errors import UserError
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process' place in the mesh. The default is a single process, for which every method is the identity."""
+    """This process's place in the mesh. The default is a single process, for which every method is the identity."""
 
     data_size: int = 1
     data_rank: int = 0

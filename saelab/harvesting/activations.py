@@ -1,4 +1,4 @@
-"""Running a model up to its hooks, as fast as the plain Hugging Face model, and reading what is there.
+"""Run a model up to its hook points, as fast as the plain Hugging Face model, and read the activations.
 
 TransformerBridge forces eager attention and fires a hook point around every module, which costs up to a quarter of
 the time and is not needed to read a few points. So the same weights are put into a plain Hugging Face model with
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Stop(Exception):
-    """All hooks have fired: the rest of the model is not needed."""
+    """Raised when all hooks have fired, because the rest of the model is not needed."""
 
 
 class Reader:
@@ -51,7 +51,7 @@ class Reader:
         return [x.shape[-1] for x in found]
 
     def use_plain_model(self, tokens: Int[Tensor, "n_ctx ctx"]) -> bool:
-        """Switch to the plain model if, on ``tokens``, it gives what the bridge gives."""
+        """Switch to the plain model if it gives the same activations as the bridge on ``tokens``."""
         if any(site.side == "inner" for site in self.sites):
             return False
         plain = plain_model(self.model)
@@ -76,7 +76,7 @@ class Reader:
 
         def keep(index: int) -> Edit:
             def hook(x: Tensor) -> None:
-                # Modules further on may write into x in place, but only if the model goes on.
+                # Later modules may write into x in place, but only if the model runs that far.
                 found[index] = x if len(found) + 1 == len(self.sites) else x.clone()
                 if len(found) == len(self.sites):
                     raise _Stop

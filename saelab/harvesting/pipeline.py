@@ -1,4 +1,4 @@
-"""``harvest``: text through a model into activation caches, one per hook point."""
+"""``harvest``: run text through a model and write one activation cache per hook point."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def harvest(
 
     One hook name gives one cache at ``out``; a list gives a sub-folder of ``out`` per hook, all from the same pass.
     ``model`` is a loaded bridge or a name for :func:`load_model`, ``text`` a source or a name for :func:`open_text`.
-    ``progress`` is called with (tokens done, tokens asked for). With ``resume`` an interrupted harvest of the same
-    settings goes on with the shards that are missing, and the result is bit for bit the uninterrupted one. With
-    ``share`` several processes call this, and may resume what another number of them began. Raises UserError, before
-    anything is written, for whatever a user can mend.
+    ``progress`` is called with (tokens done, tokens asked for). With ``resume`` an interrupted harvest with the same
+    settings continues with the missing shards, and the result is bit for bit that of an uninterrupted one. With
+    ``share`` several processes call this; they may resume a harvest that another number of processes began. Raises
+    UserError, before anything is written, for every invalid input.
     """
     config = config or HarvestConfig()
     folders = [Folder(out)] if isinstance(hooks, str) else [Folder(out).sub(name) for name in hooks]
@@ -115,7 +115,7 @@ def harvest(
         if share.rank == 0:
             finish(opened, token_strings(bridge.tokenizer))
         share.wait()
-    finally:  # a harvest that failed is for any process to go on with
+    finally:  # any process may resume a harvest that failed
         for writer in made:
             writer.close()
     caches = [ActivationCache(folder.url) for folder in folders]

@@ -1,4 +1,4 @@
-"""Filling caches shard by shard, alone or as one of several processes."""
+"""Fill caches shard by shard, as one process or as one of several."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Share:
-    """This process' part of a harvest that ``size`` processes do together: shards ``rank``, ``rank + size``, ...
+    """This process's part of a harvest by ``size`` processes: shards ``rank``, ``rank + size``, ...
 
-    Contexts run across the borders of documents, so it is shards that are dealt out: the files are then, byte for
-    byte, those of a single process. Every process tokenises the whole text, which costs little beside the model.
+    Contexts cross the borders of documents, so the work is divided by shards: the files are then, byte for byte, those
+    that a single process writes. Every process tokenises the whole text, which costs little compared with the model.
     ``wait`` returns once all processes have called it; they write to one folder.
     """
 
@@ -40,12 +40,12 @@ ALONE = Share()
 def open_writers(
     writers: Callable[[], list[CacheWriter]], reader: Reader, first: Contexts, share: Share
 ) -> list[CacheWriter]:
-    """Rank 0 makes the folders, and notes all that the others have to know, before they look."""
+    """Open the writers. Rank 0 makes the folders and records what the others need, before they read it."""
     if share.rank > 0:
         share.wait()
         return writers()
     opened = writers()
-    # A kill between two hooks' shards leaves one more of the first: all go on with the shards they have in common.
+    # A kill between the shards of two hooks leaves one more of the first: continue with those they have in common.
     unfinished = [writer.done for writer in opened if not writer.complete]
     common = set.intersection(*unfinished) if unfinished else set()
     for writer in opened:
@@ -66,7 +66,7 @@ def fill(
     progress: Progress | None,
     share: Share,
 ) -> None:
-    """Write this process' missing shards."""
+    """Write this process's missing shards."""
     unfinished = [writer for writer in writers if not writer.complete]
     if not unfinished:
         return
@@ -94,7 +94,7 @@ def fill(
 
 
 def finish(writers: list[CacheWriter], vocabulary: list[str]) -> None:
-    """Turn the folders, all of whose shards are written, into caches."""
+    """Turn the folders into caches, once all their shards are written."""
     for writer in writers:
         if not writer.complete:
             writer.write_vocabulary(vocabulary)
@@ -102,7 +102,7 @@ def finish(writers: list[CacheWriter], vocabulary: list[str]) -> None:
 
 
 class Rows(NamedTuple):
-    """What one pass adds to a shard."""
+    """The rows that one forward pass adds to a shard."""
 
     acts: Float[Tensor, "rows d_in"]
     grads: Float[Tensor, "rows d_in"] | None
@@ -127,7 +127,7 @@ def _rows(writer: CacheWriter, acts: Tensor, grads: Tensor | None, shard: str, b
 
 
 def _grad_scale(grads: Tensor | None) -> float:
-    """A power of two for gradients like these, which are those of the first pass.
+    """A power of two to scale gradients by, chosen from those of the first pass.
 
     The largest entry becomes about 16: a factor 4000 below the end of float16, and what is 2^-18 of it (below
     float16's normal numbers without scaling) still has full precision.

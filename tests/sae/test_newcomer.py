@@ -195,7 +195,7 @@ def test_what_cannot_be_split_over_ranks_is_refused_with_the_reason(registry: di
             return {"l1": code.values.sum()}
 
     for name, reason in (
-        ("plain", "no budget that ranks could share"),
+        ("plain", "not a budget that ranks can share"),
         ("learned", "temperature is not per latent"),
         ("penalised", "extra_losses sees the whole dictionary"),
     ):

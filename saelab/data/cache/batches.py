@@ -1,4 +1,4 @@
-"""From shards to batches: windows are loaded one ahead, batches cut from them two ahead."""
+"""Read shards and cut batches from them: one window and two batches are prepared ahead."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class Buffers:
-    """Memory for windows, kept between passes: getting fresh memory takes longer than filling it."""
+    """Memory for windows, kept between passes, because allocating memory takes longer than filling it."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
@@ -51,11 +51,12 @@ class Buffers:
 
 
 def _huge(size: int) -> Tensor:
-    """Memory in huge pages where the system has them: random rows of a large window wait for the page table most."""
+    """Memory in huge pages where the system has them, because random reads in a large window mostly wait for page
+    lookups."""
     if not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE:
         return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, -(-size // HUGE) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # A kernel built without them says so; ordinary pages then serve.
+    # A kernel built without huge pages refuses; ordinary pages are used then.
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
@@ -131,7 +132,8 @@ def _cut(windows: Iterator[tuple[Window, dict[str, Tensor]]], batch_size: int, r
 
 
 def make_batch(shards: Shards, held: dict[str, Tensor], finite: bool | None = None) -> Batch:
-    """One batch in raw units; UserError where an activation is not finite, which is found out unless known."""
+    """One batch in raw units. Raises UserError for a non-finite activation; the check is skipped if its result is
+    known."""
     acts, rows = held["acts"].float(), held["rows"]
     if finite is None:
         finite = bool(acts.isfinite().all())

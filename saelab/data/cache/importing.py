@@ -1,7 +1,7 @@
-"""Activation caches from activations that other tools stored: ``.npy`` files, dataset columns, SAELens' Arrow caches.
+"""Make activation caches from files of other tools: ``.npy`` files, dataset columns, SAELens' Arrow caches.
 
-Sources are read block by block, so they may be larger than memory. What nnsight, plain hooks or anything else holds as
-tensors goes through :meth:`ActivationCache.from_tensors`.
+Sources are read block by block, so they may be larger than memory. For activations that are tensors already, from
+nnsight or hooks of your own, use :meth:`ActivationCache.from_tensors`.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def import_activations(
     """Write the cache ``path`` from stored activations.
 
     ``source`` is a ``.npy`` file (``[n, d_in]`` or ``[contexts, length, d_in]``), a dataset saved with ``save_to_disk``
-    (SAELens' activation caches are such), or a ``.parquet``, ``.jsonl`` or ``.arrow`` file. ``column`` names the
-    dataset's activations, where they are not the only numbers of two dimensions; ``tokens`` is the ``.npy`` file or
-    the column of token ids. Rows of a dataset are contexts ``[length, d_in]``, or single vectors which
+    (as SAELens' activation caches are), or a ``.parquet``, ``.jsonl`` or ``.arrow`` file. ``column`` names the
+    dataset's column of activations; it may be left out where only one column holds vectors; ``tokens`` is the ``.npy``
+    file or the column of token ids. Rows of a dataset are contexts ``[length, d_in]``, or single vectors which
     ``context_length`` joins to contexts. ``skip_first`` leaves out that many positions of each context, whose text is
     kept. ``provenance`` are manifest fields such as ``model``, ``hook_name`` and ``bos``.
     """
@@ -182,7 +182,9 @@ def _load(path: Path, split: str) -> Any:
     if is_saved_dataset(path):
         return load_saved_dataset(path, split)
     if path.suffix not in LOADERS:
-        raise UserError(f"{path} is no saved dataset (no state.json), nor a {', '.join(LOADERS)} file; convert it")
+        raise UserError(
+            f"{path} is neither a saved dataset (no state.json) nor a {', '.join(LOADERS)} file; convert it"
+        )
     try:
         return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # arrow, JSON and the library's own errors, some without a common base
@@ -198,7 +200,7 @@ def _column(path: Path, row: dict[str, Any], column: str | None) -> str:
     }
     if column is None:
         if len(floats) != 1:
-            raise UserError(f"say with column which holds the activations; {path} has {', '.join(floats or row)}")
+            raise UserError(f"name the column of the activations; {path} has {', '.join(floats or row)}")
         return next(iter(floats))
     if column not in floats:
         raise UserError(f"{path} has no column {column!r} of float vectors; {near_matches(column, floats or row)}")
@@ -208,5 +210,5 @@ def _column(path: Path, row: dict[str, Any], column: str | None) -> str:
 def _whole(rows: int, length: int, path: Path) -> None:
     if rows % length:
         raise UserError(
-            f"{path} has {rows} rows, which are no whole number of contexts of {length}; give another length"
+            f"{path} has {rows} rows, which are not a multiple of the context length {length}; give another length"
         )

@@ -14,14 +14,14 @@ from saelab.layout import MANIFEST
 
 FORMAT = "saelab.activations"
 VERSION = 1
-PARTIAL = "manifest.partial.json"  # there while it is being written; see partial_name
-OTHERS = "manifest.partial-"  # start of the names of what the other processes note meanwhile
+PARTIAL = "manifest.partial.json"  # exists while the cache is being written; see partial_name
+OTHERS = "manifest.partial-"  # prefix of the files in which the other processes record their shards
 REMEDY = "restore it or harvest the cache again"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 def partial_name(rank: int) -> str:
-    """Where one of the processes that write a cache together notes the shards it has written."""
+    """Name of the file in which one of several writing processes records its shards."""
     return PARTIAL if rank == 0 else f"{OTHERS}{rank}.json"
 
 
@@ -45,7 +45,7 @@ class ShardInfo:
 
 @dataclass
 class Manifest:
-    """Everything a reader of the cache must know without opening a shard.
+    """Everything that a reader needs to know before it opens a shard.
 
     Norms are Euclidean norms of one row. Statistics are float64 sums over the rows of the training split, taken
     from the values as stored. ``scale`` is ``2 ** round(-log2(rms_norm))``: a power of two, so that scaling the
@@ -97,7 +97,7 @@ class Manifest:
 
     @property
     def dropped_rows(self) -> int:
-        """Rows that ``max_norm`` kept out."""
+        """Rows that ``max_norm`` left out."""
         return self.n_tokens - self.n_contexts * self.skip_first - self.n_rows
 
     @property
@@ -106,7 +106,7 @@ class Manifest:
         return self.grad_scale is not None
 
     def identity(self) -> dict[str, Any]:
-        """What two harvests must share for one to continue the other: everything but progress and results.
+        """The fields in which two harvests must agree for one to continue the other: all but progress and results.
 
         ``side`` follows from the hook name, and folders begun before 0.2.0 lack it.
         """
@@ -121,7 +121,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
-        """The manifest in a file's content; UserError where it is none or of a newer version."""
+        """Parse a manifest. Raises UserError if it is not one, or of another format version."""
         with damaged(f"{where}/{MANIFEST}", REMEDY):
             data = json.loads(text)
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
@@ -138,7 +138,7 @@ class Manifest:
         return manifest
 
     def check(self) -> None:
-        """ValueError where a field is not what it must be for the shards to be found and read."""
+        """Raise ValueError for a field with which the shards could not be found and read."""
         counts = {name: getattr(self, name) for name in ("d_in", "context_length")}
         for shard in self.shards:
             Path(shard.file).relative_to(Path(shard.file).name)  # a shard lies in the folder, not elsewhere
@@ -161,10 +161,10 @@ class Manifest:
             raise ValueError(f"held_out_from is {self.held_out_from}, skip_first {self.skip_first}")
 
     def fingerprint(self) -> str:
-        """Changes when any activation changes, or where it comes from, or which rows are held out.
+        """A hash that changes with the activations, with their provenance and with the held-out rows.
 
-        It covers what identifies the data and nothing else, so that a field added to the manifest later leaves the
-        fingerprints of existing caches, and with them what was trained on them, as they are.
+        It covers the fields that identify the data and no others, so that a field added to the manifest later does not
+        change the fingerprints of existing caches, which runs refer to.
         """
         shards = [(s.sha256, s.rows, s.tokens, s.contexts, s.document_offset) for s in self.shards]
         about = {name: getattr(self, name) for name in IDENTIFYING}

@@ -1,4 +1,4 @@
-"""Looking after caches: what is in them, and joining several into one."""
+"""Describe activation caches, and merge several into one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from saelab.data.cache.writer import discard, finish, prepare, publish
 from saelab.errors import UserError
 from saelab.layout import MANIFEST, TOKENS
 
-# Rows of caches that differ in one of these do not belong together.
+# Caches that differ in one of these fields cannot be merged.
 _ALIKE = (
     *("d_in", "dtype", "hook_name", "hf_hook_name", "weights_fingerprint", "tokenizer_hash", "context_length"),
     *("bos", "skip_first", "max_norm", "has_grads"),
@@ -26,7 +26,7 @@ _ALIKE = (
 
 
 def caches_in(path: str | os.PathLike[str]) -> list[ActivationCache]:
-    """The cache at ``path``, or those in its sub-folders: what a harvest of several hooks writes."""
+    """The cache at ``path``, or the caches in its sub-folders, as a harvest of several hooks writes them."""
     folder = Folder(path)
     if folder.exists(MANIFEST):
         return [ActivationCache(path)]
@@ -35,7 +35,7 @@ def caches_in(path: str | os.PathLike[str]) -> list[ActivationCache]:
 
 
 def describe(cache: ActivationCache) -> dict[str, Any]:
-    """What a person wants to know of a cache; sizes in bytes, norms in raw units."""
+    """The facts that ``saelab cache info`` prints; sizes in bytes, norms in raw units."""
     m = cache.manifest
     return {
         "path": cache.path,
@@ -73,9 +73,9 @@ def merge(
 ) -> ActivationCache:
     """Join caches of the same hook of the same model, in the given order, into a new one.
 
-    Shards are copied; the held-out split (the last contexts of the whole) and the statistics are computed anew.
-    Gradients stored with different scales get the smallest of them, which costs nothing but the last bits of
-    entries that were already close to zero.
+    Shards are copied; the held-out split (the last contexts of the whole) and the statistics are computed again.
+    Gradients stored with different scales get the smallest of them, which costs nothing but the last bits of entries
+    that were already close to zero.
     """
     if not caches:
         raise UserError("nothing to merge; name at least one cache")

@@ -29,9 +29,9 @@ WINDOW_BYTES = 256 << 20
 class ActivationCache:
     """A folder (local or an fsspec URL) of activation shards in corpus order with a manifest.
 
-    Opening reads the manifest and checks that every shard is there in full length; ``verify=True`` also checks
-    every byte against the checksums. ``window_bytes`` bounds the memory that shuffling may use (twice, while the
-    next window loads).
+    Opening reads the manifest and checks that every shard exists with its full size; ``verify=True`` also checks every
+    byte against the checksums. ``window_bytes`` bounds the memory that shuffling may use (twice, while the next window
+    loads).
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = False, window_bytes: int = WINDOW_BYTES) -> None:
@@ -194,8 +194,8 @@ class ActivationCache:
     ) -> Generator[Batch]:
         """The first ``n`` rows of a split (all of them by default, or where it holds fewer), in batches.
 
-        ``seed=None`` is corpus order; see :meth:`batches`. Reading stops with the last row asked for. Raises UserError
-        where that is no row.
+        ``seed=None`` is corpus order; see :meth:`batches`. Nothing after the last of these rows is read. Raises
+        UserError if there is no row to read.
         """
         rows = self.n_split(split)
         left = rows if n is None else min(n, rows)
@@ -218,13 +218,13 @@ class ActivationCache:
             raise UserError(f"{self.path} holds no gradients; harvest it again with --gradients")
 
     def read(self, rows: Int[Tensor, " n"] | Sequence[int], *, grads: bool = False) -> Batch:
-        """The given rows, in the given order; gradients too where asked for."""
+        """The given rows, in the given order; with their gradients if ``grads``."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
         self._need_grads(grads)
         return make_batch(self.shards, self.shards.gather(rows, self._names(grads)) | {"rows": rows})
 
     def release(self) -> None:
-        """Let go of the mapped files, whose pages count as this process's memory; they are mapped again when read."""
+        """Unmap the files, whose pages count as this process's memory; they are mapped again when they are read."""
         self.shards.columns.cache_clear()
 
     def tokens_window(self, row: int, before: int, after: int) -> tuple[Int[Tensor, " m"], int]:
@@ -244,11 +244,11 @@ class ActivationCache:
 
     @property
     def n_vocabulary(self) -> int:
-        """Tokens in the vocabulary that lies with the cache; 0 without one."""
+        """Tokens in the vocabulary that is stored with the cache; 0 without one."""
         return len(self._vocabulary())
 
     def token_strings(self, tokens: Int[Tensor, " n"] | Sequence[int]) -> list[str]:
-        """How token ids read; needs no model. Ids stand for themselves where the cache has no vocabulary."""
+        """The text of token ids; needs no model. Without a vocabulary the text is the id itself."""
         ids = torch.as_tensor(tokens).tolist()
         known = self._vocabulary()
         return [known[i] if i < len(known) else f"<{i}>" for i in ids]

@@ -1,4 +1,4 @@
-"""Finding rows: which shard holds them, where in its text they stand."""
+"""Find rows: the shard that holds a row, and the position of its token in the shard's text."""
 
 from __future__ import annotations
 

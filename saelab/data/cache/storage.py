@@ -52,12 +52,13 @@ class Folder:
         return f"{self.root}/{name}"
 
     def _ask(self, operation: str, *args: Any, **options: Any) -> Any:
-        """An operation of the store. What is no error of the system (no credentials, say) is said in one line."""
+        """Call an operation of the store. An error that is not an OSError (missing credentials, say) becomes a
+        UserError."""
         try:
             return getattr(self.fs, operation)(*args, **options)
         except OSError:
             raise
-        except Exception as error:  # each store has exceptions of its own, without a common base
+        except Exception as error:  # each store has its own exceptions, without a common base
             raise UserError(f"{self.url}: {first_line(error)}; check the address and the credentials") from error
 
     def sub(self, name: str) -> Folder:

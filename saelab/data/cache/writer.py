@@ -26,11 +26,10 @@ _CHUNK = 8192  # rows per float64 chunk of the statistics
 class CacheWriter:
     """Writes the shards of a cache folder; ``finish`` computes statistics and marks the cache complete.
 
-    After each shard a partial manifest is written, so a killed harvest goes on with the shards that are missing: pass
-    ``resume=True`` and write those whose number is not in ``done``. ``complete`` says that nothing is missing.
-    Several processes may write one cache, each its own shards: rank 0 opens the folder first, and finishes it when
-    all have written theirs. Rank 0 also keeps other programs from writing the folder, until ``close``, which
-    ``finish`` and ``discard`` call.
+    After each shard a partial manifest is written, so that a killed harvest can continue: pass ``resume=True`` and
+    write the shards whose number is not in ``done``. ``complete`` is true when no shard is missing. Several processes
+    may write one cache, each its own shards: rank 0 opens the folder first, and finishes it when all have written
+    theirs. Rank 0 also locks the folder until ``close``, which ``finish`` and ``discard`` call.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class CacheWriter:
                 raise
         self.done = {shard.number for shard in self.manifest.shards}
         if rank > 0:
-            self.manifest = replace(self.manifest, shards=[])  # what rank 0 has noted already, it goes on noting
+            self.manifest = replace(self.manifest, shards=[])  # rank 0 keeps recording those that it has
 
     def _continue(self, found: Manifest) -> None:
         before, now = found.identity(), self.manifest.identity()
@@ -87,7 +86,7 @@ class CacheWriter:
                 raise UserError(f"cannot resume {self.folder.url}: {shard.file} is missing or truncated; start over")
 
     def _collect(self) -> None:
-        """Take over what the other processes have noted."""
+        """Take over the shards that the other processes have recorded."""
         others = [name for name in self.folder.names() if name.startswith(OTHERS)]
         parts = [Manifest.from_json(self.folder.read(name), self.folder.url) for name in others]
         shards = {shard.number: shard for part in [*parts, self.manifest] for shard in part.shards}
@@ -137,7 +136,7 @@ class CacheWriter:
         self._save()
 
     def storable(self, values: Tensor, what: str, shard: str, first: int = 0) -> Tensor:
-        """``values`` in the cache's dtype, refused when not finite before or after rounding.
+        """``values`` in the cache's dtype. Raises UserError if they are not finite before or after rounding.
 
         ``first`` is the row of ``shard`` that ``values`` begin at, for the message.
         """
@@ -154,11 +153,11 @@ class CacheWriter:
         return stored
 
     def write_vocabulary(self, strings: list[str]) -> None:
-        """How each token id reads, so that the cache can be shown without its model."""
+        """Store the text of each token id, so that the cache can be shown without its model."""
         self.folder.write(TOKENS, json.dumps([storable(s) for s in strings], ensure_ascii=False).encode())
 
     def set_grad_scale(self, scale: float) -> None:
-        """Note, for whoever goes on writing, what gradients are multiplied by; a scale that is set stays."""
+        """Record the factor by which gradients are multiplied, for the remaining shards; a scale already set stays."""
         if self.manifest.grad_scale is None:
             self.manifest.grad_scale = scale
             self._save()
@@ -183,7 +182,7 @@ class CacheWriter:
         return self.manifest
 
     def close(self) -> None:
-        """Let others write the folder. A cache that is not finished can be gone on with."""
+        """Release the lock on the folder. An unfinished cache can be resumed."""
         self._locked.close()
 
     def discard(self) -> None:
@@ -197,9 +196,9 @@ def shard_name(number: int) -> str:
 
 
 def prepare(folder: Folder, *, overwrite: bool, resume: bool, dry: bool = False) -> None:
-    """Refuse a folder that holds anything, unless told to replace or continue the cache in it.
+    """Refuse a folder that is not empty, unless the cache in it shall be replaced or continued.
 
-    ``dry`` only asks: nothing is removed yet.
+    With ``dry`` it only checks: nothing is removed yet.
     """
     names = folder.names()
     if not names or resume:
@@ -215,7 +214,7 @@ def prepare(folder: Folder, *, overwrite: bool, resume: bool, dry: bool = False)
 
 def discard(folder: Folder) -> None:
     """Remove the files of a cache."""
-    for name in (MANIFEST, PARTIAL, TOKENS):  # in this order: what is left after a kill is no complete cache
+    for name in (MANIFEST, PARTIAL, TOKENS):  # in this order: a kill leaves no complete cache
         folder.remove(name)
     for name in folder.names():
         if name.startswith(("shard_", OTHERS)):
