@@ -1,4 +1,4 @@
-"""Telling models and tokenizers apart by content."""
+"""Fingerprints that tell models and tokenizers apart by their content."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def weights_fingerprint(model: TransformerBridge | nn.Module) -> str:
     """Hash of names, shapes and evenly spaced values of all parameters; a bridge and the plain Hugging Face model
     with the same weights have the same.
 
-    Reads a thousandth of the weights, so it is quick on large models; any training step moves nearly every weight
-    and so changes it. Weights loaded in another dtype are different weights.
+    It reads a thousandth of the weights, so it is quick on large models; a training step moves nearly every weight and
+    so changes it. The same weights in another dtype have another fingerprint.
     """
     digest = hashlib.sha256()
     tensors, skeleton = hf_tensors(model), plain_skeleton(model)
@@ -57,7 +57,7 @@ def same_activations(found: Tensor, expected: Tensor) -> bool:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of everything that decides how text becomes tokens."""
+    """Hash of everything that determines how text becomes tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Names of places in a model: TransformerLens hook names, old or canonical, and Hugging Face module paths."""
+"""Names of hook points: TransformerLens names, old or canonical, and Hugging Face module paths."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def side_of(hook_name: str) -> str:
 
 
 def below_base(model: nn.Module, path: str, known: Container[str]) -> str | None:
-    """``path`` as it stands in the whole model, if that is in ``known``; it may begin at the model without its head."""
+    """The full path of ``path``, if that is in ``known``; ``path`` may begin at the model without its head."""
     base = getattr(model, "base_model_prefix", "")
     return next((p for p in (path, f"{base}.{path}") if p in known), None)
 

@@ -68,7 +68,7 @@ def load_hf_model(
 
 
 def check_transformers() -> None:
-    """Refuse transformers 5.24: under it TransformerBridge loses the KV cache without a word and generates garbage."""
+    """Refuse transformers 5.24, with which TransformerBridge silently loses the KV cache and generates garbage."""
     version = Version(importlib.metadata.version("transformers"))
     if version.release >= (5, 24):  # release candidates too
         raise UserError(
@@ -77,7 +77,7 @@ def check_transformers() -> None:
 
 
 def model_name(model: TransformerBridge | nn.Module) -> tuple[str, str]:
-    """What ``load_model`` would need to load this model again: its name and its revision."""
+    """The name and revision with which ``load_model`` loads this model again."""
     config = getattr(getattr(model, "original_model", model), "config", None)
     cfg = getattr(model, "cfg", None)  # of a bridge
     name = str(getattr(cfg, "model_name", None) or getattr(config, "_name_or_path", ""))

@@ -1,8 +1,8 @@
 """Places in a running model where activations are read or replaced: one side of one module.
 
-A site needs nothing but torch's own hooks, so it works on plain Hugging Face models and TransformerLens bridges alike.
-On a bridge the names are TransformerLens' own; on a plain model, which has no table of names, they are found by the
-structure of its blocks.
+A site uses only torch's own hooks, so it works on plain Hugging Face models and on TransformerLens bridges. On a
+bridge, names are resolved by TransformerLens; on a plain model, which has no table of names, by the structure of its
+blocks.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _POINTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlp.hook_post": ("in", _MLP),
     "mlp.out.hook_in": ("in", _MLP),
 }
-# Inputs that reach the later layers through their module alone, so that replacing them replaces all of them; others,
-# such as the middle of the residual stream, go past the module as well.
+# Inputs that reach the later layers through their module alone, so that replacing them there is complete; others, such
+# as the middle of the residual stream, also bypass the module.
 _BLOCK_INPUTS = {"hook_resid_pre", "hook_in"}
 _PROJECTION_INPUTS = {"attn.hook_z", "attn.o.hook_in", "mlp.hook_post", "mlp.out.hook_in"}
 # The linear map at the end of a sublayer, in the families of models.
@@ -66,8 +66,8 @@ class Site:
         """Call ``edit`` with the activations ``[batch, position, d_in]`` at this place of ``model``, until the handle
         is removed; the handle is a context manager.
 
-        What ``edit`` returns takes the activations' place; None leaves them as they are. UserError where only the
-        hooks of a bridge can read this place (side ``"inner"``).
+        The activations are replaced by what ``edit`` returns; None leaves them unchanged. Raises UserError where only
+        the hooks of a bridge can read this place (side ``"inner"``).
         """
         module = self.module(model)
         if self.side == "in":
@@ -83,11 +83,11 @@ class Site:
             # A component of a bridge keeps the model's own module inside; that one's children are the ones that run.
             module = _inside(module)._modules.get(name)
             if module is None:
-                raise UserError(f"the model has no module {self.path!r}; pass the model that {self.hook_name} is of")
+                raise UserError(f"the model has no module {self.path!r}; pass the model that has {self.hook_name}")
         return module
 
     def width(self, model: nn.Module) -> int | None:
-        """``d_in`` at this place; None where neither the module nor the model's configuration tells it."""
+        """``d_in`` at this place; None where neither the module nor the model's configuration shows it."""
         module = _inside(self.module(model))
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear):
@@ -115,19 +115,19 @@ def locate(model: nn.Module, name: str) -> Site:
 
 
 def check_replaceable(site: Site) -> Site:
-    """``site``, if what is put there is all that the later layers see of it; UserError otherwise.
+    """Return ``site`` if the later layers see only what is put there; raise UserError otherwise.
 
     That holds for the output of a module, the input of a block, and the input of the linear map that ends a sublayer
-    (``attn.hook_z``, ``mlp.hook_post``). It does not hold for the middle of the residual stream, say, which also
-    reaches the later layers past the module that a hook could act on.
+    (``attn.hook_z``, ``mlp.hook_post``). It does not hold for the middle of the residual stream, for example, which
+    also bypasses the module whose input a hook could replace.
     """
     whole = _point(site.canonical or site.hook_name) in _BLOCK_INPUTS | _PROJECTION_INPUTS
     if site.side == "out" or (site.side == "in" and whole):
         return site
     raise UserError(
-        f"{site.hook_name} does not reach the later layers through one module alone, so nothing can be put in its "
-        "place; use a residual stream (hook_resid_pre, hook_resid_post), attn.hook_z, mlp.hook_post, or an attention "
-        "or MLP output"
+        f"{site.hook_name} does not reach the later layers through one module alone, so it cannot be "
+        "replaced; use a residual stream (hook_resid_pre, hook_resid_post), attn.hook_z, mlp.hook_post, or an "
+        "attention or MLP output"
     )
 
 
@@ -142,7 +142,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def width(model: nn.Module) -> int | None:
-    """``d_model``, where the model's configuration tells it."""
+    """``d_model``, if the model's configuration has it."""
     for config in (getattr(model, "cfg", None), getattr(underlying(model), "config", None)):
         for name in ("d_model", "hidden_size", "n_embd"):
             if isinstance(getattr(config, name, None), int):
@@ -210,7 +210,7 @@ def _on_plain(model: nn.Module, hook_name: str) -> Site:
         names = (_POST_NORMS[point],)
     name = next((name for name in names if name == "" or name in children), None)
     if name is None:
-        raise UserError(f"{hook_name}: none of {', '.join(children)} is the sublayer it names")
+        raise UserError(f"{hook_name}: none of {', '.join(children)} is that sublayer")
     path = f"{prefix}.{index}.{name}".rstrip(".")
     return Site(hook_name, _projection(model, path, hook_name) if point in _PROJECTION_INPUTS else path, side)
 

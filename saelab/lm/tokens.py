@@ -1,7 +1,8 @@
-"""Text to token ids and back: what a model reads, and how each token looks to a person.
+"""Convert text to token ids, and token ids to readable text.
 
 Tokenizers are those of ``transformers``; special tokens are added here and never by the tokenizer. Contexts of an
-activation cache are packed by :mod:`saelab.data.packing`, which is handed a tokenizer and knows no language model.
+activation cache are packed by :mod:`saelab.data.packing`, which is given a tokenizer and does not import language
+models.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ def tokenize(tokenizer: Any, prompts: Prompts) -> tuple[Int[Tensor, "batch lengt
 
 
 def decode_each(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """How each token of a text reads where it stands: the difference it makes to the decoded text before it.
+    """The text of each token in its place: what it adds to the decoded text before it.
 
-    Tokens that complete a character get it; those before it read as nothing.
+    A character spread over several tokens belongs to the last of them; the others are empty.
     """
     strings, shown = [], ""
     for end in range(1, len(ids) + 1):
@@ -70,7 +71,7 @@ def decode_each(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def token_strings(tokenizer: Any) -> list[str]:
-    """How each token id of the vocabulary reads; a token that is part of a character reads as U+FFFD."""
+    """The text of each token id of the vocabulary; a token that is part of a character becomes U+FFFD."""
     size = max(tokenizer.get_vocab().values()) + 1
     texts = tokenizer.batch_decode([[i] for i in range(size)], clean_up_tokenization_spaces=False)
     pieces = tokenizer.convert_ids_to_tokens(list(range(size)))

@@ -1,4 +1,4 @@
-"""The end of a language model as plain tensors: what turns a residual stream into logits."""
+"""The final norm and unembedding of a language model as plain tensors."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def unembedding(model: TransformerBridge | str | Path) -> Unembedding:
 
 
 def _adds_one(norm: nn.Module) -> bool:
-    """Whether a norm multiplies by ``1 + weight`` (Gemma): told from what it does to a vector of its own root mean
-    square one."""
+    """Whether a norm multiplies by ``1 + weight`` (Gemma), found by applying it to a vector with a root mean square of
+    one."""
     weight = norm.get_parameter("weight")
     x = torch.ones(1, 1, len(weight), dtype=weight.dtype, device=weight.device)
     x[..., ::2] = -1.0

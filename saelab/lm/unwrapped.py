@@ -1,7 +1,7 @@
 """The Hugging Face model behind a bridge: its parameters by name, and a plain model over the same tensors.
 
-A bridge replaces modules of the model it wraps by components of its own, so parameter names and module paths have to
-be told from the components.
+A bridge replaces modules of the model it wraps by components of its own, so parameter names and module paths have to be
+derived from the components.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ WRAPPED = "_original_component"
 
 
 def plain_skeleton(model: TransformerBridge | nn.Module) -> nn.Module | None:
-    """An empty Hugging Face model of the same shape with fused attention; None for a model that is none."""
+    """An empty Hugging Face model of the same shape with fused attention; None if ``model`` is not a Hugging Face
+    model."""
     original: Any = getattr(model, "original_model", model)
     config = getattr(original, "config", None)
     if config is None or not hasattr(type(original), "_from_config"):
@@ -49,7 +50,7 @@ def plain_model(model: TransformerBridge) -> nn.Module | None:
 
 
 def hf_tensors(model: TransformerBridge | nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by Hugging Face name; what the bridge derived from them comes under names of its own."""
+    """Parameters and buffers by Hugging Face name; tensors that the bridge derived have names of their own."""
     found: dict[str, Tensor] = {}
 
     def visit(module: nn.Module, path: str) -> None:

@@ -103,7 +103,7 @@ def test_a_place_that_later_layers_see_past_is_refused(folder: Path, tmp_path: P
     model = load_model(folder / "model", device="cpu")
     cache = harvest(model, "blocks.1.hook_resid_mid", folder / "text.txt", tmp_path / "cache", CONFIG)
     for given in (model, load_hf_model(folder / "model", device="cpu")):
-        with pytest.raises(UserError, match="nothing can be put in its place"):
+        with pytest.raises(UserError, match="cannot be replaced"):
             evaluate(sae_of(cache), cache, given)
 
 
