@@ -1,4 +1,4 @@
-"""Matching the latents of two SAEs: which are shared, which split, which are absorbed, which stand alone."""
+"""Match the latents of two SAEs: which are shared, which are split or absorbed, and which only one of them has."""
 
 from __future__ import annotations
 
@@ -152,8 +152,8 @@ def _assign(table: Any, n_left: int, n_right: int) -> pd.DataFrame:
     if table.empty:
         return table[columns]
     i, j, gain = (table[name].to_numpy() for name in ("left", "right", "similarity"))
-    # Every left latent may also take a column of its own, at no gain: then a full matching always exists.
-    # Weights are shifted by one because the solver reads a stored zero as no edge.
+    # Each left latent may also take an extra column of its own, with no gain, so a full matching always exists. Weights
+    # are shifted by one because the solver reads a stored zero as no edge.
     rows = np.concatenate([i, np.arange(n_left)])
     cols = np.concatenate([j, n_right + np.arange(n_left)])
     weight = np.concatenate([1.0 + gain, np.ones(n_left)])

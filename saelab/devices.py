@@ -1,4 +1,4 @@
-"""Devices by name."""
+"""Names of devices, such as ``cuda:1`` or ``auto``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from saelab.errors import UserError, first_line
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device a name such as ``cpu`` or ``cuda:1`` stands for.
 
-    ``auto`` is the GPU of this process' number on its machine (``LOCAL_RANK``, which torchrun sets), or the CPU where
-    there is no GPU. UserError for a device that is not there.
+    ``auto`` is the GPU whose number is ``LOCAL_RANK`` (set by torchrun; 0 without it), or the CPU where there is no
+    GPU. Raises UserError for a device that this machine lacks.
     """
     if name == "auto":
         if not torch.cuda.is_available():
@@ -23,6 +23,6 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # a device without storage refuses
     except (RuntimeError, AssertionError) as error:
-        why = first_line(error).split(". ")[0]  # PyTorch goes on to list every backend it was built with
+        why = first_line(error).split(". ")[0]  # PyTorch then lists every backend it was built with
         raise UserError(f"device {str(name)!r} is not available here ({why}); use cpu") from error
     return device

@@ -23,7 +23,7 @@ MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, Overfl
 def damaged(where: object, remedy: str, *also: type[Exception]) -> Iterator[None]:
     """Turn any parsing error in this block into a UserError that names the file ``where`` and says ``remedy``.
 
-    ``also`` lists further exceptions to turn, such as those of a library.
+    ``also`` lists further exceptions to convert, such as those of a library.
     """
     try:
         yield

@@ -27,7 +27,7 @@ from torch import Tensor
 from saelab.errors import UserError
 
 LOCK = ".saelab.lock"  # in a folder while it is being written
-# What file systems say that have no locks; network file systems may be mounted without them.
+# Errors of file systems without locks; network file systems may be mounted without them.
 NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _save_plain(tensors: dict[str, Tensor], path: Path) -> None:
-    """``safetensors``' own writer, with an OSError where the system refuses, as from any other writer."""
+    """The writer of ``safetensors``, with an OSError where the operating system refuses, as other writers raise."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
@@ -59,11 +59,11 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with the name of a new file beside ``path``, and rename that file to ``path``."""
     partial = partial_path(path)
     partial.touch(exist_ok=False)
-    mode = partial.stat().st_mode  # what the umask leaves; safetensors lets nobody but the owner read its files
+    mode = partial.stat().st_mode  # as the umask allows; safetensors makes files that only the owner can read
     try:
         write(partial)
         partial.chmod(mode)
-        sync(partial)  # a system that loses power may otherwise keep the new name and not the content
+        sync(partial)  # otherwise the new name may survive a loss of power, and the content not
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -76,10 +76,10 @@ def partial_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, *, overwrite: bool = False, wait: bool = False) -> Iterator[Path]:
-    """An empty folder to fill, which becomes ``folder`` when the block ends, and goes away when the block fails.
+    """An empty folder to fill, which is renamed to ``folder`` when the block ends and removed if it fails.
 
-    With ``overwrite`` a folder of that name is replaced at the end. Raises UserError where it exists otherwise, and
-    while another process writes it, unless told to ``wait`` for that.
+    With ``overwrite`` a folder of that name is replaced at the end. Without it, an existing folder raises UserError. So
+    does a folder that another process is writing, unless ``wait`` is set.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder, beside=True, wait=wait):
@@ -99,7 +99,7 @@ def new_folder(folder: Path, *, overwrite: bool = False, wait: bool = False) -> 
 
 
 def remove_partial(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left half-written in a folder, of ``name`` alone where it is given.
+    """Remove the partial files that killed processes left in a folder; with ``name``, those of that name only.
 
     Only the one writer of the folder, or of that name in it, may call this.
     """
@@ -111,11 +111,10 @@ def remove_partial(folder: Path, name: str | None = None) -> None:
 def lock(folder: Path, *, beside: bool = False, wait: bool = False) -> Iterator[None]:
     """Keep other processes, on this and on other hosts, from writing ``folder`` while the block lasts.
 
-    The lock is a file in the folder, which is made if it is missing, and removed again if nothing was written into it;
-    or ``beside`` the folder, if it is the folder itself that will be replaced. A process that is killed holds nothing.
-    A process may lock a folder again while it holds it, but not ``beside`` it: nobody can go on with a folder that is
-    not there yet. Raises UserError while another process holds it, unless told to ``wait``. A file system without
-    locks is written all the same, with a warning.
+    The lock is a file in the folder, or ``beside`` the folder if the folder itself will be replaced. A missing folder
+    is made, and removed again if nothing was written into it. A killed process releases its locks. A process may lock a
+    folder again while it holds it, but not ``beside`` it. Raises UserError while another process holds the lock, unless
+    ``wait`` is set. On a file system without locks a warning is logged and the block runs without one.
     """
     made = not beside and not folder.exists()
     if made:
@@ -135,8 +134,8 @@ def lock(folder: Path, *, beside: bool = False, wait: bool = False) -> Iterator[
         yield
     finally:
         if held.lock_counter <= 1:
-            # While it is held: whoever opened it meanwhile sees that it is gone, and makes a new one. Windows, where an
-            # open file cannot be removed, removes it on release.
+            # Removed while the lock is held, so that a process that has opened the file sees that it is gone and makes
+            # a new one. Windows cannot remove an open file and removes it on release.
             with contextlib.suppress(OSError):
                 path.unlink()
         held.release()

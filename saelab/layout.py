@@ -1,6 +1,6 @@
-"""Names of the files and folders that saelab writes, for everyone who writes, reads or looks for one.
+"""Names of the files and folders that saelab writes.
 
-The names inside other tools' folders, which may coincide, stand with their formats in :mod:`saelab.interop.formats`.
+Names inside the folders of other tools are defined with their formats in :mod:`saelab.interop.formats`.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 # A run folder
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"  # as SAELens calls them
 EXTRA = "saelab_extra.safetensors"  # running statistics, training thresholds: what SAELens does not know
-RUN = "run.json"  # what is trained on what; there from the first step on
+RUN = "run.json"  # what is trained, on which data; written before the first step
 METRICS = "metrics.jsonl"  # one line per training step
 TENSORBOARD = "tensorboard"  # a folder
-WANDB = "wandb.json"  # under which id wandb knows the run
+WANDB = "wandb.json"  # the id of the run in wandb
 EVALUATION = "evaluation.json"
 EXPLANATIONS = "explanations.json"  # outside the index, so that building it again keeps them
 NOTES = "notes.json"

@@ -36,7 +36,7 @@ def auxk(
     W_enc = sae.W_enc.T[latents].T  # gathered by row of the transposed view: contiguous per latent
     b_enc = sae.b_enc[latents]
     k = min(k_aux, latents.numel())
-    # The bias of the decoder is no business of this loss: it gets no gradient from it.
+    # b_dec gets no gradient from this loss.
     b_in = None if sae.b_in is None else sae.b_in.detach()
     selected = kernels.select_topk(x, W_enc.detach(), b_enc.detach(), b_in, k, sae.signed)
     values = kernels.pre_acts_at(x, W_enc, b_enc, b_in, selected)
@@ -53,7 +53,7 @@ def relative(squares: Float[Tensor, ""], spread: Float[Tensor, ""]) -> Float[Ten
 def geometric_median(
     x: Float[Tensor, "n d_in"], max_steps: int = 100, tolerance: float = 1e-5
 ) -> Float[Tensor, " d_in"]:
-    """The point with the least summed distance to the rows of ``x`` (Weiszfeld's iteration from the mean).
+    """The point with the smallest sum of distances to the rows of ``x`` (Weiszfeld's iteration from the mean).
 
     ``tolerance`` is relative to the root-mean-square norm of the rows.
     """

@@ -1,4 +1,4 @@
-"""What is shipped beside the package: the app, and SAEs that need no training.
+"""Files that are installed with the package: the app, and trained SAEs.
 
 In a checkout they are folders of the repository; an installed wheel has them under ``share/saelab``.
 """
@@ -16,7 +16,7 @@ def folder(name: str, proof: str) -> Path:
     """The folder ``name`` ("app" or "checkpoints"), recognised by the file ``proof`` in it.
 
     Raises:
-        UserError: This installation has none.
+        UserError: This installation does not have it.
     """
     checkout = Path(saelab.__file__).parents[1] / name
     if (checkout / proof).is_file():

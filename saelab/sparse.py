@@ -1,4 +1,4 @@
-"""``SparseCode``: the active latents of a batch of tokens, as encoders return it and everything else takes it."""
+"""``SparseCode``: the active latents of a batch of tokens; encoders return it, decoders and metrics take it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SparseCode:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors live."""
+        """The device of its tensors."""
         return self.values.device
 
     def counts(self) -> Int[Tensor, " n"]:

@@ -55,7 +55,7 @@ def coherence_histogram(W_dec: Float[Tensor, "m d_in"], bins: int = 100) -> tupl
 def babel(W_dec: Float[Tensor, "m d_in"], r_max: int) -> Float[Tensor, " r_max"]:
     """Babel function ``mu_1(r) = max_j`` of the sum of the r largest ``|cos(d_i, d_j)|``, i != j, for r = 1 .. r_max.
 
-    Exact: the worst set for a fixed j is made of its r nearest directions, either sign.
+    Exact: the worst set for a fixed j consists of its r nearest directions, of either sign.
     """
     W = living_rows(W_dec)
     if not 1 <= r_max < W.shape[0]:

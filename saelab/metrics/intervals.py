@@ -44,7 +44,7 @@ class Estimate:
 def resampled_sums(*columns: Array, seed: int = 0) -> list[Array]:
     """Sums of each column over the contexts of the sample itself, and of each of 1,000 resamples of the bootstrap.
 
-    A column ``[n_contexts, ...]`` gives ``[1001, ...]``. What is drawn is held for a few resamples at a time, since a
+    A column ``[n_contexts, ...]`` gives ``[1001, ...]``. The draws are held for a few resamples at a time, since a
     cache may have millions of contexts.
     """
     n, rng = len(columns[0]), np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Against ground truth: does a trained dictionary hold the planted directions, and does its code fire with them?
+"""Recovery of ground truth: whether a dictionary holds the planted directions, and whether its code fires with them.
 
 A latent is matched to at most one planted feature. ``signed`` compares magnitudes, because a latent with two poles may
 hold a direction with the opposite sign.
@@ -109,8 +109,8 @@ def correlation_errors(
     """Flat and hierarchical MSE of the matched dictionary's cosines against the planted ones.
 
     Flat: ``mean (D D^T - D* D*^T)_ij^2`` over pairs i != j of one group (siblings); hierarchical: the same over pairs
-    of different levels. Directions at unit norm. The paper names both and prints no formula (Costa et al., 2025,
-    figure 4); this is our reading.
+    of different levels. Directions at unit norm. The paper names both and prints no formula (Costa et al., 2025, figure
+    4); the formula here is our interpretation.
     """
     order = matching.features.argsort()
     features = matching.features[order]

@@ -297,10 +297,10 @@ class Place(NamedTuple):
 def walk(root: Path) -> Iterator[Place]:
     """Every folder below ``root`` that may hold runs, caches or recipes; links are not followed.
 
-    Raises UserError where ``root`` is no folder.
+    Raises UserError where ``root`` is not a folder.
     """
     if not root.is_dir():
-        raise UserError(f"{root} is no folder; name the folder that holds your runs")
+        raise UserError(f"{root} is not a folder; name the folder that holds your runs")
     # What an SAE's files can be called, or the subfolders they are in: most folders hold nothing of the kind.
     parts = {pattern.partition("/")[0] for form in FORMATS.values() for pattern in form.files}
     is_part = re.compile("|".join(map(fnmatch.translate, sorted(parts)))).match

@@ -50,7 +50,7 @@ def test_files_of_other_kinds_are_not_listed(tmp_path: Path) -> None:
     assert Run.scan(tmp_path) == {}
     with pytest.raises(UserError, match="no SAE format known here"):
         Run.open(tmp_path)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         Run.scan(tmp_path / "missing")
 
 
