@@ -26,6 +26,7 @@ _EXPORTS = {
     "TrainState": "saelab.training",
     "load_model": "saelab.lm",
     "harvest": "saelab.harvesting",
+    "harvest_many": "saelab.harvesting",
     "HarvestConfig": "saelab.harvesting",
     "evaluate": "saelab.evaluation",
     "FeatureIndex": "saelab.features",

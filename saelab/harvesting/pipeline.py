@@ -1,11 +1,11 @@
-"""``harvest``: run text through a model and write one activation cache per hook point."""
+"""``harvest`` and ``harvest_many``: run text through a model and write one activation cache per hook point."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from saelab.data.cache import ActivationCache, CacheWriter, Manifest
 from saelab.data.cache.storage import Folder
@@ -25,39 +25,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-@overload
 def harvest(
     model: TransformerBridge | str,
-    hooks: str,
-    text: str | Path | TextSource,
-    out: str | Path,
-    config: HarvestConfig = ...,
-    *,
-    overwrite: bool = ...,
-    resume: bool = ...,
-    progress: Progress | None = ...,
-    share: Share = ...,
-) -> ActivationCache: ...
-
-
-@overload
-def harvest(
-    model: TransformerBridge | str,
-    hooks: list[str] | tuple[str, ...],
-    text: str | Path | TextSource,
-    out: str | Path,
-    config: HarvestConfig = ...,
-    *,
-    overwrite: bool = ...,
-    resume: bool = ...,
-    progress: Progress | None = ...,
-    share: Share = ...,
-) -> dict[str, ActivationCache]: ...
-
-
-def harvest(
-    model: TransformerBridge | str,
-    hooks: str | list[str] | tuple[str, ...],
+    hook: str,
     text: str | Path | TextSource,
     out: str | Path,
     config: HarvestConfig | None = None,
@@ -66,23 +36,58 @@ def harvest(
     resume: bool = False,
     progress: Progress | None = None,
     share: Share = ALONE,
-) -> ActivationCache | dict[str, ActivationCache]:
-    """Run text through a model, no further than needed, and keep the activations at some hook points.
+) -> ActivationCache:
+    """Run text through a model, no further than one hook point, and keep the activations there in a cache at ``out``.
 
-    One hook name gives one cache at ``out``; a list gives a sub-folder of ``out`` per hook, all from the same pass.
     ``model`` is a loaded bridge or a name for :func:`load_model`, ``text`` a source or a name for :func:`open_text`.
     ``progress`` is called with (tokens done, tokens asked for). With ``resume`` an interrupted harvest with the same
     settings continues with the missing shards, and the result is bit for bit that of an uninterrupted one. With
     ``share`` several processes call this; they may resume a harvest that another number of processes began. Raises
     UserError, before anything is written, for every invalid input.
     """
+    if not isinstance(hook, str):
+        raise UserError(f"hook={hook!r} is not the name of one hook point; call harvest_many for several")
+    folder = Folder(out)
+    _harvest(model, {hook: folder}, text, config, overwrite, resume, progress, share)
+    return ActivationCache(folder.url)
+
+
+def harvest_many(
+    model: TransformerBridge | str,
+    hooks: Sequence[str],
+    text: str | Path | TextSource,
+    out: str | Path,
+    config: HarvestConfig | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    share: Share = ALONE,
+) -> dict[str, ActivationCache]:
+    """:func:`harvest` at several hook points in one pass: a cache each, in the sub-folder of ``out`` of its name."""
+    if isinstance(hooks, str) or not hooks:
+        raise UserError(f"hooks={hooks!r} is not a list of hook points; call harvest for one")
+    folders = {name: Folder(out).sub(name) for name in hooks}
+    _harvest(model, folders, text, config, overwrite, resume, progress, share)
+    return {name: ActivationCache(folder.url) for name, folder in folders.items()}
+
+
+def _harvest(
+    model: TransformerBridge | str,
+    folders: Mapping[str, Folder],
+    text: str | Path | TextSource,
+    config: HarvestConfig | None,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress | None,
+    share: Share,
+) -> None:
+    """Write the cache of each hook point into its folder."""
     config = config or HarvestConfig()
-    folders = [Folder(out)] if isinstance(hooks, str) else [Folder(out).sub(name) for name in hooks]
-    for folder in folders if share.rank == 0 else []:
+    for folder in folders.values() if share.rank == 0 else []:
         prepare(folder, overwrite=overwrite, resume=resume, dry=True)
     bridge = load_model(model) if isinstance(model, str) else model
-    names = [hooks] if isinstance(hooks, str) else list(hooks)
-    sites = [locate(bridge, name) for name in names]
+    sites = [locate(bridge, name) for name in folders]
     source = text if isinstance(text, TextSource) else open_text(text)
     bos = resolve_bos(config.bos, bridge.tokenizer)
     packed = pack(source, bridge.tokenizer, config.context_length, bos, config.pass_contexts)
@@ -103,7 +108,7 @@ def harvest(
     made: list[CacheWriter] = []
 
     def writers() -> list[CacheWriter]:
-        for folder, manifest in zip(folders, manifests):
+        for folder, manifest in zip(folders.values(), manifests):
             made.append(CacheWriter(folder, manifest, overwrite=overwrite, resume=resume, rank=share.rank))
         return made
 
@@ -118,8 +123,6 @@ def harvest(
     finally:  # any process may resume a harvest that failed
         for writer in made:
             writer.close()
-    caches = [ActivationCache(folder.url) for folder in folders]
-    return caches[0] if isinstance(hooks, str) else dict(zip(names, caches))
 
 
 def _provenance(model: TransformerBridge, source: TextSource, config: HarvestConfig) -> dict[str, Any]:

@@ -121,8 +121,8 @@ def _rows(writer: CacheWriter, acts: Tensor, grads: Tensor | None, shard: str, b
     scaled = None
     if grads is not None:
         scaled = grads.flatten(0, 1)[slots].float() * (manifest.grad_scale or 1.0)
-        scaled = writer.storable(scaled, "gradients", shard, first)
-    stored = writer.storable(acts.flatten(0, 1)[slots], "activations", shard, first)
+        scaled = writer.cast(scaled, "gradients", shard, first)
+    stored = writer.cast(acts.flatten(0, 1)[slots], "activations", shard, first)
     return Rows(stored, scaled, slots.cpu(), keep.numel())
 
 
@@ -141,4 +141,4 @@ def _write(writer: CacheWriter, rows: list[Rows], text: Tensor, documents: Tenso
     slots = torch.cat([part.slots + offset for part, offset in zip(rows, offsets)])
     grads = [part.grads for part in rows if part.grads is not None]
     acts = torch.cat([part.acts for part in rows])
-    writer.write_shard(acts, text, slots, documents, torch.cat(grads) if grads else None, number)
+    writer.write_cast(acts, text, slots, documents, torch.cat(grads) if grads else None, number)

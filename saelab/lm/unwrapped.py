@@ -40,11 +40,17 @@ def plain_model(model: TransformerBridge) -> nn.Module | None:
         return None
     tensors = hf_tensors(model)
     for name, wanted in [*plain.named_parameters(), *plain.named_buffers()]:
-        if name not in tensors or tensors[name].shape != wanted.shape:
+        found = tensors.get(name)
+        if (
+            found is None
+            or found.shape != wanted.shape
+            or isinstance(found, nn.Parameter) != isinstance(wanted, nn.Parameter)
+        ):
             return None
+        # Not load_state_dict(assign=True): it passes over buffers that files do not hold (rotary frequencies), and
+        # gives the bridge's own parameters the requires_grad of the empty model.
         owner, _, leaf = name.rpartition(".")
-        module = plain.get_submodule(owner)
-        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensors[name]
+        setattr(plain.get_submodule(owner), leaf, found)
     plain.tie_weights()
     return plain.eval()
 

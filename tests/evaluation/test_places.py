@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, evaluate
-from saelab.harvesting import HarvestConfig, harvest
+from saelab.harvesting import HarvestConfig, harvest, harvest_many
 from saelab.lm import load_hf_model, load_model
 from saelab.sae import build
 from tests import tiny_lm
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("places")
     tiny_lm.save_llama(root / "model")
     (root / "text.txt").write_text(tiny_lm.sentences(600))
-    harvest(load_model(root / "model", device="cpu"), [*PLACES], root / "text.txt", root / "caches", CONFIG)
+    harvest_many(load_model(root / "model", device="cpu"), [*PLACES], root / "text.txt", root / "caches", CONFIG)
     return root
 
 

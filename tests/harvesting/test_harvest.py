@@ -17,10 +17,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from saelab.cli import main
-from saelab.data.cache import ActivationCache
+from saelab.data.cache import ActivationCache, CacheWriter
 from saelab.data.text import from_documents
 from saelab.errors import UserError
-from saelab.harvesting import HarvestConfig, Share, harvest
+from saelab.harvesting import HarvestConfig, Share, harvest, harvest_many
 from saelab.harvesting.activations import Reader
 from saelab.lm import load_model, locate
 from tests import tiny_lm
@@ -135,14 +135,14 @@ def harvest_together(rank: int, size: int, root: str, last: int) -> None:
 
     options = config(gradients=True, dtype="float16", shard_bytes=SETTINGS["shard_bytes"] // 2)
     hooks = [HOOK, "blocks.1.hook_mlp_out"]
-    harvest(model, hooks, TEXT, f"{root}/many", options, resume=True, share=Share(rank, size, wait))
+    harvest_many(model, hooks, TEXT, f"{root}/many", options, resume=True, share=Share(rank, size, wait))
 
 
 def test_several_processes_write_the_cache_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # spawned processes run it again
     model = load_model(tiny_lm.save_llama(tmp_path / "llama"), device="cpu")
     options = config(gradients=True, dtype="float16", shard_bytes=SETTINGS["shard_bytes"] // 2)
-    harvest(model, [HOOK, "blocks.1.hook_mlp_out"], TEXT, tmp_path / "whole", options)
+    harvest_many(model, [HOOK, "blocks.1.hook_mlp_out"], TEXT, tmp_path / "whole", options)
     shards = len(ActivationCache(tmp_path / "whole" / HOOK).manifest.shards)
     with pytest.raises(mp.ProcessExitedException):
         mp.spawn(harvest_together, (3, str(tmp_path), 3), nprocs=3)  # dies between two hooks' shards
@@ -161,7 +161,7 @@ def test_resuming_with_other_settings_is_refused(model: Any, cache: ActivationCa
 
 def test_many_hooks_in_one_pass(model: Any, cache: ActivationCache, tmp_path: Path) -> None:
     hooks = [HOOK, "blocks.1.hook_mlp_out", "model.layers.1.mlp.down_proj"]
-    caches = harvest(model, hooks, TEXT, tmp_path / "many", config())
+    caches = harvest_many(model, hooks, TEXT, tmp_path / "many", config())
     assert list(caches) == hooks
     together, alone = caches[HOOK].read(range(40)), cache.read(range(40))
     assert torch.equal(together.tokens, alone.tokens)
@@ -170,6 +170,28 @@ def test_many_hooks_in_one_pass(model: Any, cache: ActivationCache, tmp_path: Pa
     mlp = model.run_with_cache(expected[None])[1]["blocks.1.hook_mlp_out"][0, 1:]
     torch.testing.assert_close(caches[hooks[1]].read(range(15)).acts, mlp, rtol=1e-4, atol=1e-5)
     assert torch.equal(caches[hooks[2]].read(range(15)).acts, caches[hooks[1]].read(range(15)).acts)
+
+
+def test_one_hook_and_several_are_two_functions(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="call harvest_many for several"):
+        harvest(model, [HOOK], TEXT, tmp_path / "c", config())  # type: ignore[arg-type]
+    for hooks in (HOOK, []):
+        with pytest.raises(UserError, match="is not a list of hook points; call harvest for one"):
+            harvest_many(model, hooks, TEXT, tmp_path / "c", config())
+    assert not (tmp_path / "c").exists()
+
+
+def test_each_value_is_cast_and_checked_once(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {"activations": 0, "gradients": 0}
+    cast = CacheWriter.cast
+
+    def counted(self: CacheWriter, values: torch.Tensor, what: str, *rest: Any) -> torch.Tensor:
+        seen[what] += len(values)
+        return cast(self, values, what, *rest)
+
+    monkeypatch.setattr(CacheWriter, "cast", counted)
+    cache = harvest(model, HOOK, TEXT, tmp_path / "c", config(gradients=True))
+    assert seen == {"activations": cache.n_rows, "gradients": cache.n_rows}
 
 
 def test_gradients_are_stored_scaled_and_read_back(model: Any, tmp_path: Path) -> None:

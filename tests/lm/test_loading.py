@@ -11,6 +11,7 @@ import torch
 from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
 from saelab.lm import load_model, loading, locate, model_name, smollm2, weights_fingerprint
+from saelab.lm.unwrapped import hf_tensors, plain_model
 from tests import tiny_lm
 
 
@@ -103,6 +104,18 @@ def test_activations_are_those_of_the_bridge(family: str, name: str, request: py
     expected = model.run_with_cache(tokens)[1][name].flatten(2)
     # Fused and eager attention add in another order: float32, at most 24 terms a layer, three layers.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("save", [tiny_lm.save_llama, tiny_lm.save_gpt2])
+def test_the_plain_model_shares_the_tensors_and_leaves_the_bridge_alone(save: Any, tmp_path: Path) -> None:
+    model = load_model(save(tmp_path / "m"), device="cpu")
+    model.original_model.requires_grad_(False)
+    plain = plain_model(model)
+    assert plain is not None
+    tensors = hf_tensors(model)
+    for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]:
+        assert tensor is tensors[name], name
+    assert not any(p.requires_grad for p in model.original_model.parameters())
 
 
 def test_reading_stops_at_the_last_hook(llama: Any) -> None:

@@ -78,28 +78,22 @@ def run(options: Any, config: Any) -> None:
     """Harvest as the options say."""
     from saelab.data.text import open_text
     from saelab.distributed.world import end_world
-    from saelab.harvesting import harvest
+    from saelab.harvesting import harvest, harvest_many
     from saelab.lm import load_model
 
     share, device = place(options)
     source = open_text(options.text, split=options.text_split, column=options.text_column)
     with console.status(f"loading {options.model} (converted on first use)"):
         model = load_model(options.model, device=device, dtype=options.model_dtype)
-    hooks = options.hook[0] if len(options.hook) == 1 else options.hook
+    settings: Any = {"overwrite": options.overwrite, "resume": options.resume, "share": share}
     with counting("harvest") as progress:
-        caches = harvest(
-            model,
-            hooks,
-            source,
-            options.out,
-            config,
-            overwrite=options.overwrite,
-            resume=options.resume,
-            progress=progress,
-            share=share,
-        )
+        if len(options.hook) == 1:
+            cache = harvest(model, options.hook[0], source, options.out, config, progress=progress, **settings)
+            caches = {cache.hook_name: cache}
+        else:
+            caches = harvest_many(model, options.hook, source, options.out, config, progress=progress, **settings)
     end_world()
-    found = [describe(cache) for cache in (caches.values() if isinstance(caches, dict) else [caches])]
+    found = [describe(cache) for cache in caches.values()]
     if options.json:
         print_json(found[0] if len(found) == 1 else found)
         return

@@ -112,20 +112,34 @@ class CacheWriter:
 
         ``acts[i]`` belongs to ``text[slots[i]]``, and context ``c`` of the shard is
         ``text[c * context_length : (c + 1) * context_length]``. ``grads`` are already scaled by ``grad_scale``.
+        Raises UserError for values that are not finite in the cache's dtype.
         """
         number = max(self.done, default=-1) + 1 if number is None else number
         name = shard_name(number)
-        stored = self.storable(acts, "activations", name)
+        scaled = None if grads is None else self.cast(grads, "gradients", name)
+        self.write_cast(self.cast(acts, "activations", name), text, slots, documents, scaled, number)
+
+    def write_cast(
+        self,
+        acts: Float[Tensor, "rows d_in"],
+        text: Int[Tensor, " tokens"],
+        slots: Int[Tensor, " rows"],
+        documents: Int[Tensor, " tokens"],
+        grads: Float[Tensor, "rows d_in"] | None,
+        number: int,
+    ) -> None:
+        """``write_shard`` for ``acts`` and ``grads`` that :meth:`cast` returned."""
+        name = shard_name(number)
         tensors = {
-            "acts": stored,
+            "acts": acts,
             "tokens": text[slots].to(torch.int32),
             "text": text.to(torch.int32).contiguous(),
             "slots": slots.to(torch.int32).contiguous(),
             "documents": documents.to(torch.int32).contiguous(),
         }
         if grads is not None:
-            tensors["grads"] = self.storable(grads, "gradients", name)
-        tensors["sum"], tensors["moments"] = sums(stored)
+            tensors["grads"] = grads
+        tensors["sum"], tensors["moments"] = sums(acts)
         data = safetensors.torch.save(tensors)
         self.folder.write(name, data)
         contexts = math.ceil(text.numel() / self.manifest.context_length)
@@ -135,8 +149,10 @@ class CacheWriter:
         self.done.add(number)
         self._save()
 
-    def storable(self, values: Tensor, what: str, shard: str, first: int = 0) -> Tensor:
-        """``values`` in the cache's dtype. Raises UserError if they are not finite before or after rounding.
+    def cast(
+        self, values: Float[Tensor, "rows d_in"], what: str, shard: str, first: int = 0
+    ) -> Float[Tensor, "rows d_in"]:
+        """``values`` in the cache's dtype on the CPU. Raises UserError if one is not finite before or after rounding.
 
         ``first`` is the row of ``shard`` that ``values`` begin at, for the message.
         """
