@@ -44,7 +44,7 @@ def workspace() -> Workspace:
 
 @st.cache_resource(max_entries=6, show_spinner=False)
 def _opened(path: str, stamp: tuple[float, ...], _run: Run) -> Run:
-    return _run
+    return _run.unread()  # the scan's own may hold what stood in the files before they changed
 
 
 def opened(run: Run) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ class FeatureIndex:
     def table(self) -> pd.DataFrame:
         """One row per (latent, pole) with every column that is a single value. The caller owns the copy."""
         return self._table.copy()
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Some columns for all (latent, pole), in the order of :meth:`table`; lists of tokens too."""
+        with self._sound():
+            return self._features.read(columns=list(names))
 
     def latent(self, latent: int, pole: int = 1) -> dict[str, Any]:
         """Everything known about one (latent, pole): the columns of ``features.parquet``."""

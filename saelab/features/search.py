@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch import Tensor
 from saelab.errors import UserError
 from saelab.features.explanations import load
 from saelab.features.index import FeatureIndex
-from saelab.layout import FEATURES
 from saelab.metrics.density import DENSE, ULTRA_DENSE
 from saelab.sae import SAE
 from saelab.sae.base import unit_rows
@@ -161,7 +159,7 @@ def catalogue(index: FeatureIndex) -> pd.DataFrame:
     """
     table = index.table()
     names = [name for name in TEXT_COLUMNS.values() if name not in {"label", "explanation"}]
-    lists = pq.read_table(index.folder / FEATURES, columns=names)
+    lists = index.columns(names)
     table["label_lower"] = table["label"].fillna("").str.lower()
     explained = load(index.run_folder)
     keys = zip(table["latent"], table["pole"]) if explained else ()

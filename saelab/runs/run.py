@@ -90,6 +90,11 @@ class Run:
         """Every SAE below ``folder``, at any depth, by name: finished runs, runs in training, files of other tools."""
         return {run.name: run for place in walk(Path(folder)) for run in place.runs}
 
+    def unread(self) -> Run:
+        """The same SAE on disk with nothing read yet, for files that have changed. UserError for one in memory."""
+        path = self._path
+        return Run(path=path, name=self.name, origin=self.origin, options=dict(self._options), **self._given)
+
     @cached_property
     def sae(self) -> SAE:
         """The SAE in eval mode on raw activations. Raises UserError for what cannot be read."""

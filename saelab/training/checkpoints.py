@@ -40,10 +40,14 @@ def save_step(
     if step_path(folder, step).exists():
         return
     unfinished = begin_step(folder, step)
-    save(sae, unfinished, metadata)
-    write_tensors(unfinished / TRAIN_STATE, tensors)
-    write_json(unfinished / TRAIN_SCALARS, dict(scalars))
-    commit_step(folder, step)
+    try:
+        save(sae, unfinished, metadata)
+        write_tensors(unfinished / TRAIN_STATE, tensors)
+        write_json(unfinished / TRAIN_SCALARS, dict(scalars))
+        commit_step(folder, step)
+    except OSError:  # a full disk: what was written of it only takes space
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def step_path(folder: Path | str, step: int) -> Path:

@@ -74,8 +74,8 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "a: Is a directory; it is a folder; name a file"),
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "Connection refused; check the connection"),
-        (OSError("\nno such repository\nmore"), "no such repository; mend that"),
-        (OSError(), "OSError; mend that"),
+        (OSError("\nno such repository\nmore"), "no such repository; fix this"),
+        (OSError(), "OSError; fix this"),
     ],
 )
 def test_whatever_the_system_refuses_has_a_remedy(

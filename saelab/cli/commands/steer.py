@@ -45,8 +45,10 @@ class Options:
     """Latent to steer with (not with a recipe)."""
     pole: str = "+"
     """Which pole of the latent: + or -."""
-    operation: str = "add"  # choices and help: options_class()
+    operation: str = "add"
+    """What to do; options_class() completes choices and help from the registered operations."""
     strength: str | None = None
+    """The operation's number; options_class() completes the help."""
     where: Literal["all", "prompt", "generated"] = "all"
     """On which tokens to act."""
     budget_kl: float = 0.3
