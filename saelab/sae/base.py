@@ -1,4 +1,4 @@
-"""What every sparse autoencoder is: a dictionary, and a way to choose and weigh its latents."""
+"""The base classes of all sparse autoencoders: a dictionary, and an encoder that chooses and weighs its latents."""
 
 from __future__ import annotations
 
@@ -54,22 +54,22 @@ class SAE(nn.Module, ABC):
     needs_grads: ClassVar[bool] = False  # must be trained on a cache that holds gradients of the LM loss
     # Parameters and buffers (dotted names) in units of the activations: they scale when the data are rescaled.
     scaled: ClassVar[tuple[str, ...]] = ("b_dec",)
-    tunable: ClassVar[tuple[str, ...]] = ()  # options that act in training alone: a fine-tuning may change them
-    only_if_set: ClassVar[tuple[str, ...]] = ()  # options that the configuration leaves out where they have the default
+    tunable: ClassVar[tuple[str, ...]] = ()  # options that act only in training, which fine-tuning may change
+    only_if_set: ClassVar[tuple[str, ...]] = ()  # options that the configuration omits while they have their default
 
     def __init_subclass__(cls, variant: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         options.record(cls)
         if variant is not None:
             taken = VARIANTS.get(variant)
-            # A class that is defined again, in a notebook say, replaces the one before.
+            # A class that is defined again, in a notebook for example, replaces its earlier definition.
             if taken is not None and _place(taken) != _place(cls):
                 raise UserError(f"the variant name {variant!r} is taken by {'.'.join(_place(taken))}; choose another")
             cls.variant = variant
             VARIANTS[variant] = cls
 
     def __init__(self, d_in: int, d_sae: int, **config: Any) -> None:
-        """``config`` need not be given: a subclass' constructor keeps its own arguments."""
+        """``config`` is optional: the arguments of a subclass's constructor are recorded automatically."""
         super().__init__()
         if d_in < 1 or d_sae < 1:
             raise UserError(f"d_in={d_in} and d_sae={d_sae} must both be at least 1")
@@ -85,7 +85,7 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "n d_in"], grads: Float[Tensor, "n d_in"] | None = None) -> SparseCode:
-        """The code of ``x``. In eval mode a token's code never depends on the other tokens.
+        """The code of ``x``. In eval mode the code of a token does not depend on the other tokens.
 
         ``grads`` is the gradient of the language model's loss at ``x``; only variants with ``needs_grads`` use it.
         """
@@ -108,36 +108,36 @@ class SAE(nn.Module, ABC):
     def extra_losses(self, x: Tensor, code: SparseCode, error: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
         """Terms of the variant's own objective (a sparsity penalty, say), each a mean per token, weighted.
 
-        ``error`` is ``x - recon`` without gradient. Like the reconstruction term they are divided by the data's mean
-        squared deviation by the trainer.
+        ``error`` is ``x - recon`` without gradient. The trainer divides them, like the reconstruction term, by the
+        data's mean squared deviation.
         """
         return {}
 
     def aux_latents(self, dead: Int[Tensor, " m"], weight: float) -> dict[str, tuple[float, Tensor]]:
-        """Which latents should help to explain the residual (AuxK), by name of the term, with its weight.
+        """The latents that shall help to explain the residual (AuxK): loss term -> (weight, latents).
 
-        ``dead`` are the latents that have not fired for long, ``weight`` is the trainer's for them. Empty for variants
-        without such a loss.
+        ``dead`` lists the latents that have not fired for long, ``weight`` is the trainer's weight for them. Empty for
+        variants without such a loss.
         """
         return {}
 
     def schedule(self, step: int, n_steps: int) -> None:
-        """Set what depends on the step alone (warm-ups), before a step; a resumed run needs no memory of it."""
+        """Set what depends only on the step (warm-ups), before each step; a resumed run needs no memory of it."""
 
-    # The hooks below keep all they learn in buffers, so that a resumed run goes on exactly where it stopped.
+    # The methods below keep their state in buffers, so that a resumed run continues exactly where it stopped.
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
-        """See a training batch and its code, once per step: running statistics of the variant. Without gradients."""
+        """Update running statistics from a training batch and its code; called once per step, without gradients."""
 
     def after_step(self, step: int, n_steps: int) -> None:
-        """Follow an optimizer step: phases and constraints of the variant. Without gradients."""
+        """Apply phases and constraints of the variant after each optimizer step, without gradients."""
 
     def lr_scale(self, step: int, n_steps: int) -> float:
-        """What the trainer multiplies the learning rate of a step by, for variants that train in phases."""
+        """The factor on the learning rate of a step, for variants that train in phases."""
         return 1.0
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers of the variant that are worth a column in the training log."""
+        """Numbers of the variant for the training log."""
         return {}
 
     @torch.no_grad()
@@ -146,29 +146,29 @@ class SAE(nn.Module, ABC):
 
     @property
     def selects_by_gradient(self) -> bool:
-        """Whether codes in eval mode depend on ``grads``: then what they show has seen the next token."""
+        """Whether codes in eval mode depend on ``grads``, which contain the next token."""
         return False
 
     def inference_threshold(self) -> Tensor | None:
-        """What a pre-activation must exceed in eval mode, a number or ``[d_sae]``; None where k or a sign decides."""
+        """The threshold on pre-activations in eval mode, a number or ``[d_sae]``; None where k or the sign decides."""
         return None
 
     def inference_form(self) -> InferenceForm | None:
-        """What it computes in eval mode, in the vocabulary other tools share; None where they have no such rule."""
+        """What the SAE computes in eval mode, in SAELens' terms; None where other tools have no such rule."""
         return None
 
     def why_no_form(self) -> str:
-        """Why :meth:`inference_form` is None, as the rest of a sentence about the SAE."""
+        """Why :meth:`inference_form` is None, as the predicate of a sentence about the SAE."""
         if self.selects_by_gradient:
             return "uses gradients of the language model's loss at inference"
         return "has no linear encoder on raw activations"
 
     def contest(self, x: Float[Tensor, "1 d_in"], grads: Float[Tensor, "1 d_in"] | None = None) -> Scores | None:
-        """What selection compares in eval mode on one token; None where latents do not compete all at once."""
+        """The scores compared by selection on one token in eval mode; None where latents do not compete all at once."""
         return None
 
     def replay(self, x: Float[Tensor, " d_in"]) -> tuple[list[PursuitStep], float] | None:
-        """The steps in which a token's code is made, and the norm it starts from; None where it is made at once."""
+        """The steps that make a token's code, and the norm of the first residual; None if it is made at once."""
         return None
 
     @torch.no_grad()
@@ -178,9 +178,9 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def before_fine_tuning(self, scale: float) -> None:
-        """Make weights that were trained before, maybe elsewhere, ready for data that training multiplies by ``scale``.
+        """Prepare trained weights, of any tool, for fine-tuning on data that is multiplied by ``scale``.
 
-        They stay in units of raw activations, and so does every reconstruction.
+        The weights stay in units of raw activations, and reconstructions do not change.
         """
 
     @torch.no_grad()
@@ -211,7 +211,7 @@ class SAE(nn.Module, ABC):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode for the time of a block; afterwards, also after an error, the mode from before."""
+        """Eval mode inside the block; the former mode is restored afterwards, also after an error."""
         training = self.training
         self.eval()
         try:
@@ -221,7 +221,7 @@ class SAE(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters live."""
+        """The device of its parameters."""
         return self.W_dec.device
 
 
@@ -242,7 +242,7 @@ class LinearSAE(SAE):
 
     @property
     def budget_over(self) -> Literal["token", "batch", "latent"] | None:
-        """What shares a fixed number of selections, by size of the pre-activation or its magnitude; None: neither.
+        """The unit that has a fixed number of selections: a token, the batch or a latent; None without a budget.
 
         Only with such a budget can the dictionary be split over processes.
         """
@@ -250,18 +250,18 @@ class LinearSAE(SAE):
 
     @property
     def budget(self) -> int | float:
-        """Latents per token that a variant with ``budget_over`` spends now: its option ``k``."""
+        """Latents per token that a variant with ``budget_over`` currently selects: its option ``k``."""
         return self.config["k"]
 
     def join(self, part: int, gather: Callable[[Tensor], Tensor]) -> None:
-        """Be part number ``part`` of a dictionary that is split over processes, for variants with ``budget_over``.
+        """Become part number ``part`` of a dictionary that is split over processes; for variants with ``budget_over``.
 
         ``gather`` stacks a tensor over all parts, ``[parts, ...]``; every process calls it at the same places.
         """
 
     @property
     def b_in(self) -> Tensor | None:
-        """What is subtracted from the input: ``b_dec``, or nothing."""
+        """The vector that is subtracted from the input: ``b_dec``, or None."""
         return self.b_dec if self.config.get("apply_b_dec_to_input", True) else None
 
     @abstractmethod
@@ -304,7 +304,7 @@ class LinearSAE(SAE):
 
     @torch.no_grad()
     def inference_form(self) -> InferenceForm | None:
-        """Of a variant that names its SAELens architecture in ``saelens``, or has a threshold."""
+        """The form of a variant that names its SAELens architecture in ``saelens`` or has a threshold."""
         threshold = self.inference_threshold()
         if self.saelens is None and threshold is None:
             return None
@@ -357,7 +357,7 @@ def progress(share: float, step: int, n_steps: int) -> float:
 
 
 def current(variant: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What a file of an older release calls a variant and its options, in the names of this one."""
+    """The current names of a variant and its options, from those in a file of an older release."""
     options = dict(config)
     if variant == "abs_topk" and options.pop("scope", "token") == "batch":
         return "batch_topk", {**options, "signed": True}

@@ -1,4 +1,4 @@
-"""What the variants share whose tokens have a number k of latents to spend: k itself, and its warm-up."""
+"""Base class of the variants with a budget of k latents per token: k itself, and its warm-up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from saelab.sae.base import LinearSAE, check_k, check_share, progress
 
 
 class BudgetSAE(LinearSAE):
-    """An SAE with ``k`` latents per token, and more of them during the first steps where that is asked for."""
+    """An SAE with ``k`` latents per token, and optionally more during the first steps."""
 
     tunable = ("k_start", "k_warmup")
     only_if_set = ("k_start", "k_warmup")

@@ -5,10 +5,10 @@ to ``n * k``; tokens get as many latents as choose them. The law is fitted to th
 that comes first; a fresh, shorter learning-rate ramp starts the second phase. At inference every latent has a
 threshold, above which it is active as often as its budget says.
 
-Only the abstract and the reviews of the paper could be read: that densities follow a Zipf law which sets the budgets
-is known; the law's parameters, the split of the phases, the learning rates and the rule at inference are choices of
-ours, and no number of that paper is reproduced here. A latent may be made to choose tokens on which its affinity
-is zero or less: those count as inactive, and L0 stays below the budget (``realised_budget`` in the log).
+Only the abstract and the reviews of the paper were available. They say that densities follow a Zipf law which sets the
+budgets; the law's parameters, the split of the phases, the learning rates and the rule at inference are our choices,
+and no number of that paper is reproduced here. A latent may be made to choose tokens on which its affinity is zero or
+less: those count as inactive, and L0 stays below the budget (``realised_budget`` in the log).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
         self.second_lr, self.second_warmup = second_lr, second_warmup
         self.latent_threshold = RunningMean(d_sae)
         self.register_buffer("rates", torch.zeros(d_sae, dtype=torch.float64))  # m_j / n
-        # The step at which Feature Choice began, -1 before; readable also where the SAE is built without storage.
+        # The step at which Feature Choice began, -1 before; a plain number, also readable in an SAE without storage.
         self.register_buffer("switched", torch.tensor(-1, device="cpu"))
         self.register_buffer("realised", torch.zeros((), dtype=torch.float64))  # share of the budget spent, last batch
         if mutual_share == 0 and not self.rates.is_meta:  # without storage only sizes are wanted
@@ -79,7 +79,7 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
 
     @property
     def choosing(self) -> bool:
-        """Whether the latents choose, that is, whether the second phase has begun."""
+        """Whether the second phase has begun, in which latents choose their tokens."""
         return self.switched.item() >= 0
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
             self.latent_threshold.update(least.where(fired, 0), where=fired)
 
     def fit_law(self) -> None:
-        if not self.choosing:  # afterwards densities follow the law by force
+        if not self.choosing:  # afterwards the budgets force densities to follow the law
             super().fit_law()
 
     def after_step(self, step: int, n_steps: int) -> None:

@@ -1,12 +1,12 @@
 """g-SAE: the k latents with the largest first-order effect on the model's loss (Olmo et al., 2024, arXiv 2411.10397).
 
-Known from the paper: TopK, with ``beta * z * |W_dec g|`` added to the selection score, ``g`` the gradient of the
-language model's loss at the SAE's input. Could not be verified, and therefore options or choices of ours: the value of
-beta, any normalisation of the gradient (the size of ``g`` depends on how the loss is reduced), whether gradients
-are used at evaluation, and every training setting. A run of this file reproduces no number of that paper.
+The paper says: TopK, with ``beta * z * |W_dec g|`` added to the selection score, ``g`` the gradient of the language
+model's loss at the SAE's input. The following could not be verified and are therefore options or our choices: the value
+of beta, any normalisation of the gradient (the size of ``g`` depends on how the loss is reduced), whether gradients are
+used at evaluation, and every training setting. Nothing here reproduces a number of that paper.
 
-A gradient knows the label: with gradients at evaluation the selection has seen the next token, so losses measured that
-way are an upper bound and not comparable with other SAEs.
+The gradient contains the label: with gradients at evaluation the selection has seen the next token, so the results are
+an upper bound and not comparable with those of other SAEs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class GradientTopK(BudgetSAE, variant="gradient_topk"):
         self.grad_select = grad_select
         if signed or grad_select != "train_only":
             self.saelens = "abstopk" if grad_select == "train_only" else None
-        # What |W_dec g| is multiplied by in eval mode, in units of activations because g is in inverse ones.
+        # The factor on |W_dec g| in eval mode, in units of activations because g is in inverse ones.
         self.gain = RunningMean()
         if grad_norm == "none":
             self.gain.set_(self.gain.total.new_ones(()))

@@ -1,4 +1,4 @@
-"""What an SAE computes at inference, in the vocabulary other tools share.
+"""What an SAE computes at inference, in the terms that other tools share.
 
 However a variant was trained, in eval mode it has one of a few forms: TopK, AbsTopK, thresholds (one- or two-sided),
 ReLU, gated, matching pursuit. ``SAE.inference_form`` gives it, with SAELens' names for architectures and tensors.

@@ -24,7 +24,7 @@ EPSILON = 1e-5  # as in OpenAI's and SAELens' code
 class LayerNormed(SAE):
     """Wraps an SAE of layer-normed activations; ``d_sae`` counts the two bookkeeping latents at the end.
 
-    It is no variant of its own: it cannot be built or trained, only read from a checkpoint.
+    It is not a variant: it cannot be built or trained, only read from a checkpoint.
     """
 
     variant = "layer_normed"
@@ -45,7 +45,9 @@ class LayerNormed(SAE):
 
     def encode(self, x: Tensor, grads: Tensor | None = None) -> SparseCode:
         if self.training:
-            raise UserError("an SAE on layer-normed activations cannot be trained here; its input is not linear")
+            raise UserError(
+                "an SAE on layer-normed activations cannot be trained here, because layer norm is not linear"
+            )
         mean = x.mean(dim=1, keepdim=True)
         deviation = (x - mean).std(dim=1, keepdim=True)
         # The input is divided by the deviation plus epsilon, the output multiplied by the deviation alone.

@@ -1,4 +1,4 @@
-"""Matching pursuit: one latent at a time, each explaining what the ones before left (Costa et al., 2025, 2506.03093).
+"""Matching pursuit: one latent at a time, chosen on the residual of those before (Costa et al., 2025, 2506.03093).
 
 Encoder and decoder are one dictionary. Selection is by the largest signed product with the residual and coefficients
 pass a ReLU, as in the authors' toy code. The gradient runs through all coefficients and the whole chain of residuals,

@@ -1,8 +1,8 @@
 """Matryoshka BatchTopK: nested dictionaries, each of which must reconstruct on its own (Bussmann et al., 2025,
 arXiv 2503.17547).
 
-Latents are selected once, over the whole dictionary, as in BatchTopK. The loss adds up the squared errors of the
-prefixes of the dictionary, so that general features stay in the first group.
+Latents are selected once, over the whole dictionary, as in BatchTopK. The loss is the sum of the squared errors of the
+dictionary's prefixes, which keeps general features in the first group.
 
 With ``random_prefixes`` the prefixes are drawn anew in each step, and latents are ordered by how much they contribute
 (a running mean of their squared activations, as their directions have unit norm). This is how Nabeshima's variant

@@ -1,9 +1,9 @@
 """Mutual Choice: tokens and latents share one budget (Ayonrinde, 2024, arXiv 2411.02124).
 
 The allocation is that of BatchTopK: the ``n * k`` largest affinities. What is new is ``aux_zipf``, AuxK widened from
-dead latents to those that fire far less than a Zipf law fitted to all densities expects. Only the abstract and
-the reviews of the paper could be read: the law's form, the meaning of under-used (``under_used``), the weights and
-the rule at inference (a global threshold) are choices of ours, and no number of that paper is reproduced here.
+dead latents to those that fire far less than a Zipf law fitted to all densities expects. Only the abstract and the
+reviews of the paper were available: the law's form, the meaning of under-used (``under_used``), the weights and the
+rule at inference (a global threshold) are our choices, and no number of that paper is reproduced here.
 """
 
 from __future__ import annotations

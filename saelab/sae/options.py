@@ -1,4 +1,4 @@
-"""A variant's options are its constructor's keyword arguments: reading them off, and keeping them as its configuration.
+"""The options of a variant are the arguments of its constructor: read them, and record them as its configuration.
 
 A constructor that takes ``**options`` and passes them on has those of its parent class as well.
 """
@@ -17,12 +17,12 @@ from torch import nn
 
 from saelab.errors import UserError
 
-SIZES = ("d_in", "d_sae")  # arguments of every constructor that are no options: the data and the user decide
+SIZES = ("d_in", "d_sae")  # arguments of every constructor that are not options of the variant
 UNNAMED = {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}
 
 
 def constructors(cls: type) -> Iterator[Callable[..., None]]:
-    """The constructors that name the arguments of ``cls``: its own, and its parents' as far as it passes them on."""
+    """The constructors that declare the arguments of ``cls``: its own, and its parents' if it has ``**options``."""
     for parent in cls.__mro__:
         if parent is nn.Module:
             return
@@ -49,7 +49,7 @@ def signature(cls: type) -> inspect.Signature:
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """The defaults of a variant's options, of those that have one."""
+    """The defaults of a variant's options, for the options that have one."""
     known = signature(cls).parameters.items()
     return {name: parameter.default for name, parameter in known if parameter.default is not Parameter.empty}
 
@@ -72,7 +72,7 @@ def options(cls: type) -> dict[str, tuple[Any, Any]]:
 
 
 def record(cls: Any) -> None:
-    """Have the constructor of ``cls`` keep its arguments, defaults included, in ``self.config`` before it runs."""
+    """Make the constructor of ``cls`` store its arguments, defaults included, in ``self.config`` before it runs."""
     cls.__signature__ = signature(cls)
     original = vars(cls).get("__init__")
     if original is None:
@@ -94,12 +94,12 @@ def record(cls: Any) -> None:
 
 
 def _check_passed_on(sae: Any, call: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """An option that ``**options`` takes over has one value: the caller's, or the default where it is named."""
+    """Refuse a constructor that takes an option through ``**options`` and sets it itself."""
     left_out = vars(sae).get("_left_out", set())
     for name in left_out & set(call.bind(sae, *args, **kwargs).arguments):
         raise UserError(
-            f"{type(sae).__qualname__} takes the option {name} over by **options and sets it itself; name the options "
-            "that it takes in its constructor instead"
+            f"{type(sae).__qualname__} takes the option {name} through **options and sets it itself; name the "
+            "options that it takes in its constructor instead"
         )
     left_out -= set(call.parameters)
 

@@ -1,4 +1,4 @@
-"""What the baselines share that are made sparse by a penalty in the loss, not by a budget."""
+"""Base classes of the baselines that are sparse because of a penalty in the loss, not of a budget."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PenaltySAE(LinearSAE):
         self.register_buffer("strength", torch.tensor(1.0, dtype=torch.float64))
 
     def pressure(self) -> Tensor:
-        """What the configured weight of the penalty is multiplied by now."""
+        """The current factor on the configured weight of the penalty."""
         return self.ramp * self.strength
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
@@ -58,7 +58,7 @@ class PenaltySAE(LinearSAE):
 
     def contest(self, x: Tensor, grads: Tensor | None = None) -> Scores:
         scores = super().contest(x, grads)
-        # Without a threshold of its own every positive pre-activation is active.
+        # Without a threshold every positive pre-activation is active.
         return scores if scores.cut is not None else scores._replace(cut=scores.score.new_zeros(()))
 
     def diagnostics(self) -> dict[str, float]:
@@ -66,7 +66,7 @@ class PenaltySAE(LinearSAE):
 
 
 class L1SAE(PenaltySAE):
-    """A penalty SAE whose sparsity term is an L1 norm, of what is for the variant to say."""
+    """A penalty SAE whose sparsity term is an L1 norm; the variant decides of what."""
 
     tunable = ("l1", "penalty_warmup", "target_l0", "adapt_rate")
 

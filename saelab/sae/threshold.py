@@ -1,4 +1,4 @@
-"""What replaces a batch's budget at inference: thresholds, so that a token's code never depends on its neighbours."""
+"""Thresholds that replace a batch's budget at inference, so that a token's code does not depend on its neighbours."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ CHUNK = 4096  # tokens whose pre-activations are looked at together
 class RunningMean(nn.Module):
     """Exponential mean of a number or a vector, unbiased from the first update on; 0 before it.
 
-    Kept in float64 whatever the precision of the model around it: with a rate of 0.01, bfloat16 would round small
-    updates away.
+    Always kept in float64: with a rate of 0.01, bfloat16 would round small updates away.
     """
 
     total: Tensor
@@ -53,14 +52,14 @@ class RunningMean(nn.Module):
         return torch.where(self.weight > 0, self.total / self.weight, 0.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMean:
-        # Follow the model to another device, but not to another precision.
+        # Move to another device with the model, but keep the precision.
         device = fn(torch.empty(0, device=self.total.device)).device
         self.total, self.weight = self.total.to(device), self.weight.to(device)
         return self
 
 
 class BatchBudgetSAE(BudgetSAE):
-    """Spends ``n * k`` latents freely over a batch in training; in eval mode one threshold decides.
+    """Selects ``n * k`` latents over a batch in training; in eval mode one threshold decides.
 
     The threshold follows the smallest magnitude kept in each training batch and is set, when training ends, to the
     value at which a sample of training tokens has ``k`` active latents on average. Signed SAEs compare magnitudes.

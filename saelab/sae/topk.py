@@ -38,7 +38,7 @@ class TopK(BudgetSAE, variant="topk"):
     def initialise(self, x: Tensor, b_dec: Tensor) -> None:
         super().initialise(x, b_dec)
         if self.match_norm:
-            # A seed of its own: under the run's the probes would be the very numbers the dictionary was drawn from.
+            # A separate seed: with the run's seed the probes would be the numbers that the dictionary was drawn from.
             probes = torch.randn(PROBES, self.d_in, generator=torch.Generator().manual_seed(PROBE_SEED)).to(x)
             probes /= probes.norm(dim=1, keepdim=True)
             reached = (self.decode(self.encode(probes + self.b_dec)) - self.b_dec).norm(dim=1).mean()

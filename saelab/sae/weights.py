@@ -29,7 +29,7 @@ def save(
     """Write weights and configuration. ``metadata`` is provenance: model, hook, cache, seed, command.
 
     ``dtype`` is that of the matrices on disk (torch.float16 halves the folder), by default their own; biases and
-    thresholds keep theirs, and whoever loads the file computes in the configuration's dtype.
+    thresholds keep theirs. The loaded SAE computes in the dtype of the configuration.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,9 +43,9 @@ def save(
 
 
 def saved_tensors(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What goes into the weights' file, and what into the one beside it."""
+    """The tensors for SAELens' weights file, and those for the file beside it."""
     form, state = sae.inference_form(), sae.state_dict()
-    # SAELens accepts its own tensors and no others; what else the variant needs stands in a file of its own.
+    # SAELens refuses tensors that it does not know; the other tensors of the variant go into a second file.
     weights = form.tensors if form and form.in_saelens else state
     return weights, {name: value for name, value in state.items() if name not in weights}
 
@@ -115,7 +115,7 @@ def load_sae(folder: Path | str, device: str | torch.device = "cpu") -> SAE:
 def read_state(
     folder: Path | str, sae: SAE, load: Callable[[Path], dict[str, Tensor]] = load_file
 ) -> dict[str, Tensor]:
-    """The saved state of ``sae``, from SAELens' file and the one beside it, without what SAELens alone needs."""
+    """The saved state of ``sae``, from SAELens' file and the one beside it, without tensors that only SAELens needs."""
     folder = Path(folder)
     saved = load(folder / WEIGHTS)
     if (folder / EXTRA).is_file():

@@ -1,4 +1,4 @@
-"""The Zipf-Mandelbrot law of latent densities: fitting it, and spending a batch's budget according to it."""
+"""The Zipf-Mandelbrot law of latent densities: fit it, and divide a batch's budget by it."""
 
 from __future__ import annotations
 

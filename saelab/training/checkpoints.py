@@ -1,7 +1,7 @@
-"""Checkpoints of a run that is under way: weights and training state of one step, in one folder.
+"""Checkpoints of a run in training: weights and training state of one step, in one folder.
 
-One process writes them, or many that hold the latents in shards (:class:`Store`). Tensors go by name, in the shapes of
-the parameters they belong to (``W_dec [d_sae, d_in]``).
+They are written by one process, or by many that hold the latents in shards (:class:`Store`). Tensors have names, and
+the shapes of the parameters that they belong to (``W_dec [d_sae, d_in]``).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def step_path(folder: Path | str, step: int) -> Path:
 
 
 def unfinished_path(folder: Path | str, step: int) -> Path:
-    """Where the checkpoint of a step is written before it has its name."""
+    """The temporary folder in which the checkpoint of a step is written."""
     final = step_path(folder, step)
     return final.with_name(f".{final.name}")
 
@@ -64,7 +64,7 @@ def unfinished_path(folder: Path | str, step: int) -> Path:
 def begin_step(folder: Path | str, step: int) -> Path:
     """An empty folder to write a checkpoint's files into; :func:`commit_step` makes it the checkpoint."""
     unfinished = unfinished_path(folder, step)
-    # What a kill left behind has no business here any more: only one run writes a run folder.
+    # Remove what a killed run left: only one run writes a run folder.
     for leftover in unfinished.parent.glob(".step_*"):
         shutil.rmtree(leftover)
     unfinished.mkdir(parents=True)
@@ -84,7 +84,7 @@ def commit_step(folder: Path | str, step: int) -> None:
 
 
 def latest_step(folder: Path | str) -> Path | None:
-    """The newest checkpoint of a run that is under way, or None."""
+    """The newest checkpoint of a run in training, or None."""
     return max((Path(folder) / CHECKPOINTS).glob("step_*"), default=None)
 
 
@@ -96,7 +96,7 @@ def number_of(path: Path) -> int:
 def load_step(
     path: Path, sae: SAE, load: Callable[[Path], dict[str, Tensor]] = load_file
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Weights, tensors of the training state, and its scalars, as :func:`save_step` got them.
+    """Weights, tensors of the training state, and its scalars, as given to :func:`save_step`.
 
     ``load`` reads one file of tensors: all of them, or the slices that a process holds.
     """
@@ -111,7 +111,7 @@ def remove_steps(folder: Path | str) -> None:
 
 @dataclass(frozen=True)
 class Store:
-    """The run folder of an SAE. ``sae`` is this process' shard of ``whole``, or the same where nothing is split."""
+    """The run folder of an SAE. ``sae`` is this process's shard of ``whole``, or ``whole`` itself."""
 
     folder: Path
     sae: SAE
@@ -121,7 +121,7 @@ class Store:
 
     @cached_property
     def dims(self) -> dict[str, int]:
-        """What is split over the dictionary ranks: every tensor that has another shape in the whole SAE."""
+        """The tensors that are split over the dictionary ranks: those with another shape in the whole SAE."""
         shard, whole = ({**sae.state_dict(), **saved_tensors(sae)[0]} for sae in (self.sae, self.whole))
         return split_dims(shard, whole)
 

@@ -1,4 +1,4 @@
-"""How to train: one flat dataclass, checked before anything runs."""
+"""The training configuration: one flat dataclass, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TrainConfig:
     dead_after: int | None = None
     """Tokens without firing after which a latent is dead; by default a tenth of the run, at most 10 million."""
     ema: float | None = None
-    """Decay per step of an exponential moving average of the weights, which then is what is saved (0.999, say)."""
+    """Decay per step of an exponential moving average of the weights (0.999, for example); the average is saved."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the matrix product that selects latents; bf16 is for GPUs (slow on a CPU) and for variants with a
     budget. Weights, gradients, thresholds and statistics stay in fp32 or fp64 either way."""
@@ -66,7 +66,7 @@ class TrainConfig:
             raise UserError(f"ema={self.ema} is a decay per step, strictly between 0 and 1 (0.999, say)")
 
     def resolved(self, sae: SAE, cache: ActivationCache) -> TrainConfig:
-        """The same configuration with every default that depends on the data written out."""
+        """The same configuration with every data-dependent default filled in."""
         total = self.epochs * cache.n_split("train")
         values = asdict(self)
         values["lr"] = self.lr or 2e-4 / math.sqrt(sae.d_sae / 2**14)
@@ -78,7 +78,7 @@ class TrainConfig:
 def prepared(
     sae: SAE, cache: ActivationCache, config: TrainConfig | None = None, parallel: Parallel = SINGLE
 ) -> TrainConfig:
-    """``config`` with every default written out, once it is clear that the run can work; UserError where it cannot.
+    """Check ``config`` and fill in its defaults. Raises UserError for a run that cannot work.
 
     ``sae`` is the whole SAE, also where processes hold it in shards.
     """

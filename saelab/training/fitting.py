@@ -1,4 +1,4 @@
-"""A run folder: training with checkpoints and metrics on disk, to be killed and resumed at any moment."""
+"""Train into a run folder, with checkpoints and metrics on disk; a run may be killed and resumed at any moment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from saelab.training.loop import adopt, run_steps, start, train_steps
 from saelab.training.state import TrainState
 from saelab.training.step import StepMetrics
 
-SOURCE = "fine_tuned_from"  # its entry that names the SAE a run goes on from
+SOURCE = "fine_tuned_from"  # key of the SAE that the run is fine-tuned from
 
 
 def train(
@@ -47,9 +47,9 @@ def train(
     With ``out`` the run also fills that folder, from which it can be resumed after a kill (``resume=True``, ``sae``
     built as before). With ``source``, the name of a trained SAE whose weights ``sae`` has, these are fine-tuned.
     ``progress`` is called after every step. The result is None only where a resumed run has no step left.
-    :func:`train_steps` and :func:`fit_steps` are the same as generators, for loops of one's own. Raises UserError,
-    before anything is computed, where the run cannot work, and :class:`saelab.training.Diverged` where the loss is
-    not finite.
+    :func:`train_steps` and :func:`fit_steps` are generators that do the same, for a loop of your own. Raises UserError,
+    before anything is computed, where the run cannot work, and :class:`saelab.training.Diverged` where the loss is not
+    finite.
     """
     if out is not None:
         options: dict[str, Any] = {"resume": resume, "checkpoint_steps": checkpoint_steps, "source": source}
@@ -87,9 +87,9 @@ def fit_steps(
     early saves a checkpoint.
 
     Guarantee: kill the process at any moment and call again with ``resume=True`` (``sae`` built as before), and
-    weights, ``metrics.jsonl`` and data order come out bit-identical to those of a run that was never interrupted,
-    on the same machine with the same number of threads. With ``stream`` the caller hands in the batches, starting
-    after the step of the last checkpoint, and vouches for the cache; ``centre [d_in]`` is that of
+    weights, ``metrics.jsonl`` and data order come out bit-identical to those of a run that was never interrupted, on
+    the same machine with the same number of threads. With ``stream`` the caller supplies the batches, starting after
+    the step of the last checkpoint, and must ensure that the cache is unchanged; ``centre [d_in]`` is that of
     :func:`saelab.training.start`. With ``source``, the name of a trained SAE whose weights ``sae`` has, these are
     fine-tuned (see :func:`saelab.training.adopt`); they become the first checkpoint, so a resumed run takes any SAE of
     the same kind. With ``parallel`` all processes call this, each with its shard of the SAE, and the run may be resumed
@@ -147,7 +147,7 @@ def _fit(
 
 
 def describe(sae: SAE, cache: ActivationCache, config: TrainConfig, source: str | None = None) -> dict[str, Any]:
-    """What a run is: the SAE, the training configuration, the data. Kept in ``run.json`` and as provenance."""
+    """The description of a run, for ``run.json`` and the provenance: the SAE, the training configuration, the data."""
     manifest = cache.manifest
     return {
         **({} if source is None else {SOURCE: source}),
@@ -168,9 +168,9 @@ def describe(sae: SAE, cache: ActivationCache, config: TrainConfig, source: str 
 
 
 def _adopt(store: Store, cache: ActivationCache) -> TrainState:
-    """The first state of a fine-tuning, on disk before anything else says that the run has begun."""
+    """The first state of a fine-tuning run, saved as a checkpoint before any other file of the run."""
     state = adopt(store.sae, cache)
-    state.unfold(store.sae)  # a checkpoint is taken between steps, in units of the scaled data
+    state.unfold(store.sae)  # checkpoints are saved between steps, in units of the scaled data
     store.save_step(state)
     state.fold(store.sae)
     return state
@@ -213,10 +213,10 @@ def _resume(store: Store, cache: ActivationCache, about: dict[str, Any], verify:
         return None
     _same(before, about, store.folder)
     if verify:
-        cache.verify()  # the fingerprint vouches for the manifest, this for the activations
+        cache.verify()  # the fingerprint covers the manifest, this covers the activations
     state = store.restore()
     if state is None and SOURCE in about:
-        raise UserError(f"{store.folder} has lost the weights it began with; start the run again with --overwrite")
+        raise UserError(f"{store.folder} has lost its initial weights; start the run again with --overwrite")
     return state
 
 
@@ -232,7 +232,7 @@ def _same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     if origins[0] != origins[1]:
         raise UserError(f"{folder} was begun from {origins[0]}, not from {origins[1]}; resume it so or start a new run")
     for part, known in (("config", option_defaults(VARIANTS[now["variant"]])), ("train", asdict(TrainConfig()))):
-        # What one of them leaves out has its default.
+        # A setting that one of them leaves out has its default.
         was, wanted = (json.loads(json.dumps({**known, **run[part]})) for run in (before, now))
         for name, value in wanted.items():
             if was.get(name) != value:

@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl`` always, TensorBoard and wandb where asked for."""
+"""Logs of training metrics: ``metrics.jsonl`` always, TensorBoard and wandb on request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saelab.layout import METRICS, TENSORBOARD, WANDB
 
 
 class Log(Protocol):
-    """Something that takes one record per step."""
+    """A log that takes one record per step."""
 
     def write(self, row: dict[str, Any]) -> None: ...
 
@@ -69,7 +69,7 @@ class TensorBoard:
 class Wandb:
     """A wandb run named after the folder; needs the extra ``saelab[wandb]``.
 
-    Its id is kept in the folder, so that a resumed run continues it, also where the folder was moved meanwhile.
+    Its id is stored in the folder, so that a resumed run continues it, even if the folder was moved.
     """
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:

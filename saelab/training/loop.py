@@ -1,4 +1,4 @@
-"""The training loop, as a generator: the command line prints, the notebook plots, the app draws, all over this."""
+"""The training loop, as a generator: its caller may print, plot or stop after every step."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def train_steps(
 ) -> Generator[StepMetrics]:
     """Train ``sae`` in place on the training split of ``cache``, one step each time the generator is advanced.
 
-    A run that cannot work raises UserError at once; nothing is computed before the first ``next()``.
-    While the generator runs, the parameters are in units of the scaled data (see ``TrainState.scale``); when it
-    ends or is closed they are folded back, so that ``sae`` takes raw activations. Pass the ``state`` of an earlier
-    run to go on exactly where it stopped: weights, metrics and data order are then bit-identical to those of a run
-    that was never interrupted, on the same machine with the same number of threads. ``stream`` hands in the batches
-    that the run would read (a sweep reads them once for all its SAEs). ``parallel`` is this process' place among
-    many that run the same generator; ``sae`` is then this process' shard and ``config`` that of the whole SAE.
-    :func:`saelab.training.train` runs it to the end.
+    A run that cannot work raises UserError at once; nothing is computed before the first ``next()``. While the
+    generator runs, the parameters are in units of the scaled data (see ``TrainState.scale``); when it ends or is closed
+    they are folded back, so that ``sae`` takes raw activations. Pass the ``state`` of an earlier run to continue
+    exactly where it stopped: weights, metrics and data order are then bit-identical to those of a run that was never
+    interrupted, on the same machine with the same number of threads. ``stream`` supplies the batches that the run would
+    read (a sweep reads them once for all its SAEs). ``parallel`` is this process's place among many that run the same
+    generator; ``sae`` is then this process's shard and ``config`` that of the whole SAE. :func:`saelab.training.train`
+    runs it to the end.
     """
     config = prepared(whole_of(sae, parallel), cache, config, parallel)
     return run_steps(sae, cache, config, state, stream, parallel)
@@ -58,7 +58,7 @@ def run_steps(
         for batch in batches(cache, config, state.step, sae.needs_grads) if stream is None else stream:
             yield train_step(sae, batch, config, state, total, parallel)
         if state.step < total:
-            raise UserError(f"the stream ended after step {state.step} of {total}; hand in every batch of the run")
+            raise UserError(f"the stream ended after step {state.step} of {total}; supply every batch of the run")
         finish(sae, cache, config, state)
     finally:
         sae.eval()
@@ -81,9 +81,9 @@ def start(sae: SAE, cache: ActivationCache, config: TrainConfig, centre: Tensor 
 
 
 def adopt(sae: SAE, cache: ActivationCache) -> TrainState:
-    """The first state of a fine-tuning: ``sae``, trained already and in raw units, goes on from where it is.
+    """The first state of a fine-tuning run, which continues from the trained ``sae`` in raw units.
 
-    Its reconstructions stay as they are. Where its variant allows, the norms of dictionary rows move into the encoder,
+    The reconstructions do not change. Where the variant allows, the norms of dictionary rows move into the encoder,
     because training keeps the rows at unit norm.
     """
     sae.before_fine_tuning(cache.manifest.scale)
@@ -124,7 +124,7 @@ def batches(cache: ActivationCache, config: TrainConfig, step: int, grads: bool)
 
 @torch.no_grad()
 def finish(sae: SAE, cache: ActivationCache, config: TrainConfig, state: TrainState) -> None:
-    """Turn the trained weights into those to keep: averaged if asked for, unit-norm decoder, thresholds set."""
+    """Turn the trained weights into the final ones: averaged if configured, unit-norm decoder, thresholds set."""
     sae.schedule(state.step, n_steps(cache, config))
     if state.ema and config.ema is not None:
         correction = 1 - config.ema**state.step

@@ -1,7 +1,7 @@
 """``TrainState``: everything besides the weights that the next step depends on, and its form on disk.
 
-The data order and everything random inside a step are functions of the seeds and the step number, so neither a
-generator's state nor a cursor has to be kept: the step is the position.
+The data order and all random numbers of a step are functions of the seeds and the step number, so no state of a
+generator or of the reader is stored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training step, on one process or on this process' share of many."""
+"""One training step, in one process or in one of many that share the step."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _count(latents: Tensor, parallel: Parallel) -> int:
 
 
 def _share_statistics(sae: SAE, parallel: Parallel) -> None:
-    """Average what the variant has learned from each data rank's tokens, so that all ranks hold the same."""
+    """Average the statistics that the variant has collected on each data rank, so that all ranks hold the same."""
     if parallel.data_size > 1:
         for buffer in sae.buffers():
             if buffer.is_floating_point():
@@ -180,9 +180,9 @@ def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 @contextmanager
 def _randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Make what is random inside a step a function of the seed and the step, and leave the caller's generator alone.
+    """Make the random numbers of a step a function of seed and step; the caller's generator is not touched.
 
-    So a resumed run and a member of a sweep draw the same numbers as a run of its own.
+    So a resumed run and a member of a sweep draw the same numbers as a single uninterrupted run.
     """
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):

@@ -266,7 +266,7 @@ def test_without_its_first_weights_it_does_not_start_from_others(
     running.close()
     shutil.rmtree(tmp_path / "killed" / "checkpoints")
     resume = ["train", cache.path, "--out", str(tmp_path / "killed"), "--device", "cpu", "--resume"]
-    assert "has lost the weights it began with" in refused(resume, capsys)
+    assert "has lost its initial weights" in refused(resume, capsys)
 
 
 def test_processes_take_their_latents_of_the_first_weights() -> None:
