@@ -105,7 +105,7 @@ def spliced(
     config: EvaluateConfig,
     progress: Progress | None = None,
 ) -> SplicedRun:
-    """Run the first ``lm_tokens`` tokens of the split, by whole contexts, with each SAE spliced in by turns."""
+    """Run the first ``lm_tokens`` tokens of the split, by whole contexts, with one SAE after the other spliced in."""
     manifest = cache.manifest
 
     def replacing(sae: SAE) -> Replace:

@@ -51,8 +51,8 @@ def reconstruction(
 ) -> tuple[ReconstructionSums, FiringCounts]:
     """Encode and decode the first ``max_tokens`` rows of a split in corpus order; the sums carry all metrics.
 
-    ``grads`` gives the SAE the cached gradients of the language model's loss, where it can use them: the selection
-    then sees the labels, so the result is an upper bound and no number to compare.
+    With ``grads`` an SAE that selects by gradients gets the cached gradients of the language model's loss. The
+    selection then sees the labels, so the result is an upper bound and not comparable with other SAEs.
     """
     check_pair(sae, cache, split)
     total = min(max_tokens or cache.n_split(split), cache.n_split(split))
@@ -88,10 +88,10 @@ def count_firing(
     batch_size: int = 4096,
     progress: Progress | None = None,
 ) -> None:
-    """Widen the window of ``firing`` by ``n_tokens`` training rows in random order.
+    """Add ``n_tokens`` training rows, in random order, to the counts in ``firing``.
 
-    Whether a latent is dead is a statement about many tokens, more than a held-out split has; no metric of
-    reconstruction is taken here.
+    Whether a latent is dead shows only on many tokens, more than a held-out split has; no reconstruction is measured
+    here.
     """
     n_tokens, done = min(n_tokens, cache.n_split("train")), 0
     if n_tokens <= 0:

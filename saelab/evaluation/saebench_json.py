@@ -1,4 +1,4 @@
-"""Our evaluations in the JSON shape of SAEBench, so that its plots and pages read them.
+"""Evaluations in SAEBench's JSON format, so that its plots and pages can read them.
 
 One file per evaluation, named ``<id>_eval_results.json``: ``eval_type_id``, ``eval_config``, ``eval_id``,
 ``datetime_epoch_millis``, ``eval_result_metrics {category: {metric: number}}``, ``eval_result_details``, and the

@@ -1,4 +1,4 @@
-"""The place in a language model that a cache was harvested at, and whether the model is the one of the cache."""
+"""Find the place in a language model at which a cache was harvested, and check that it is the same model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search by example: latents that fire on a marked span and not in contrast text."""
+"""Search by example: find latents that fire on a marked span and not on contrast text."""
 
 from __future__ import annotations
 

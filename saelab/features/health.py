@@ -1,4 +1,4 @@
-"""Why latents are dead, and what ultra-dense latents follow."""
+"""Causes of dead latents, and the properties that ultra-dense latents follow."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from saelab.sae import SAE, LinearSAE
 from saelab.sae.base import unit_rows
 
 CAUSES = {
-    "duplicate": "its decoder row repeats that of a living latent, which wins instead",
-    "encoder collapsed": "its encoder vector is too short to win",
+    "duplicate": "its decoder row repeats that of a living latent, which is selected instead",
+    "encoder collapsed": "its encoder vector is too short for it to be selected",
     "bias too low": "without its encoder bias it would have fired",
     "threshold too high": "its pre-activation was positive, but never above its own threshold",
     "out-competed": "its pre-activation was positive, but others were larger every time",
@@ -75,7 +75,7 @@ def causes_of_death(
     cut = sae.inference_threshold() if isinstance(sae, LinearSAE) else None
     own = None if cut is None or cut.ndim == 0 else cut[dead.to(cut.device)].float().cpu().numpy()
     if own is not None and examined is not None:
-        examined[2] = own - examined[0]  # nobody competes: each latent has a threshold of its own
+        examined[2] = own - examined[0]  # latents do not compete: each has its own threshold
     for name, values in zip(EVIDENCE, examined or [np.full(len(dead), np.nan)] * len(EVIDENCE)):
         table[name] = values
     similarity = np.abs(cosine.numpy()) if sae.signed else cosine.numpy()

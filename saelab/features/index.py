@@ -1,4 +1,4 @@
-"""Reading a feature index: one latent at a time without touching the rest, or all of them as a table."""
+"""Read a feature index: one latent at a time without reading the rest, or all of them as a table."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class FeatureIndex:
             self._open()
 
     def _sound(self) -> AbstractContextManager[None]:
-        """Names the folder when what is read in this block is damaged."""
+        """Name the folder in the error if the data read in this block are damaged."""
         return damaged(self.folder, "run `saelab index` with --overwrite", pa.ArrowException, OSError)
 
     def _open(self) -> None:

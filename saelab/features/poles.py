@@ -1,4 +1,4 @@
-"""One axis or two features? Whether the poles of a signed latent live in the same contexts."""
+"""One axis or two features: whether the poles of a signed latent fire in the same contexts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AxisScore:
     Near 1 the poles share their contexts: opposite values of one variable. Near 0 they share only a direction: two
     features that the dictionary packed into one latent. ``verdict`` is "one axis" from 0.7 on, "two features" up to
     0.3, "mixed" in between, "one-sided" where a pole has too few windows, and "diffuse" where windows of one pole are
-    no more alike than those of different latents, so that the ratio says nothing.
+    no more alike than those of different latents, so that the ratio is meaningless.
     """
 
     score: float

@@ -2,7 +2,7 @@
 
 The folder holds ``batch-N.json`` (SAEDashboard's ``NeuronpediaDashboardBatch``), ``run_settings.json`` and
 ``skipped_indexes.json``. Latent ``j``'s negative pole, where there is one, is feature ``j + d_sae``, as in our exports
-of signed SAEs. Correlated neurons and features are left empty: SAEDashboard means Pearson correlations of activations
+of signed SAEs. Correlated neurons and features are left empty: SAEDashboard expects Pearson correlations of activations
 there, which an index does not hold.
 """
 
@@ -58,7 +58,7 @@ def write_dashboard(
     alive = index.table().set_index(["latent", "pole"])["count"]
     wanted = [(j, pole) for pole in index.poles for j in range(shown) if alive.loc[(j, pole)] > 0]
     numbers = [_number(j, pole, index.d_sae) for j, pole in wanted]
-    corpus, layer = _corpus(cache, meta), layer_of(meta["hook_name"]) or 0  # the format has no word for "not known"
+    corpus, layer = _corpus(cache, meta), layer_of(meta["hook_name"]) or 0  # the format has no value for "unknown"
     with new_folder(folder) as partial:
         for batch, start in enumerate(range(0, len(wanted), BATCH)):
             part = wanted[start : start + BATCH]

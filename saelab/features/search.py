@@ -38,7 +38,7 @@ _SPAN = re.compile(r"\[\[(.+?)\]\]", re.DOTALL)
 
 
 def find(table: pd.DataFrame, text: str, where: str = "anything") -> pd.DataFrame:
-    """Rows whose text columns contain ``text``, whatever the case; all rows for an empty text.
+    """Rows whose text columns contain ``text``, ignoring case; all rows for an empty text.
 
     ``where`` is one of ``TEXT_COLUMNS`` or "anything". The columns hold one string per latent, see
     :func:`catalogue`.

@@ -44,8 +44,7 @@ def unembedding(model: TransformerBridge | str | Path) -> Unembedding:
 
 
 def _adds_one(norm: nn.Module) -> bool:
-    """Whether a norm multiplies by ``1 + weight`` (Gemma), found by applying it to a vector with a root mean square of
-    one."""
+    """Whether a norm multiplies by ``1 + weight`` (Gemma), found by applying it to a vector of unit RMS."""
     weight = norm.get_parameter("weight")
     x = torch.ones(1, 1, len(weight), dtype=weight.dtype, device=weight.device)
     x[..., ::2] = -1.0

@@ -21,8 +21,7 @@ WRAPPED = "_original_component"
 
 
 def plain_skeleton(model: TransformerBridge | nn.Module) -> nn.Module | None:
-    """An empty Hugging Face model of the same shape with fused attention; None if ``model`` is not a Hugging Face
-    model."""
+    """An empty Hugging Face model of the same shape with fused attention; None for any other model."""
     original: Any = getattr(model, "original_model", model)
     config = getattr(original, "config", None)
     if config is None or not hasattr(type(original), "_from_config"):

@@ -1,4 +1,4 @@
-"""Why a latent won: the contest on one token, and what each active latent does to the loss."""
+"""Why latents were selected on one token, and the effect of each active latent on the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saelab.sae import SAE
 
 
 class Contender(NamedTuple):
-    """One latent in the contest for a token. ``margin`` is how far its score is above the cut (below: negative)."""
+    """One latent in the contest for a token. ``margin`` is its score minus the cut, negative for a loser."""
 
     latent: int
     pre_act: float
@@ -23,7 +23,7 @@ class Contender(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """Winners and the losers that came nearest, both by margin. ``rule`` says in words what the cut is."""
+    """Winners and the closest losers, both by margin. ``rule`` says in words what the cut is."""
 
     winners: list[Contender]
     losers: list[Contender]
@@ -45,7 +45,7 @@ class Effect(NamedTuple):
 def contest(
     sae: SAE, x: Float[Tensor, " d_in"], grad: Float[Tensor, " d_in"] | None = None, losers: int = 10
 ) -> Contest | None:
-    """Who won the token ``x`` (raw units, inference rule), by how much, and who came close.
+    """The latents selected on the token ``x`` (raw units, inference rule), their margins, and the closest losers.
 
     A latent's score is what the variant's selection compares (:meth:`saelab.SAE.contest`; ``grad`` is the loss's
     gradient at ``x``). With a threshold the margin is the distance to it; otherwise the distance between a winner and
@@ -76,7 +76,7 @@ def contest(
         cut_value = float(cut) if cut.ndim == 0 else None
         rule = rule if cut.ndim == 0 else "each latent's own threshold"
     fields = [t.tolist() for t in (u, score, value, margin)]
-    # By margin: where every latent has its own threshold, a high score says nothing of how close it came.
+    # By margin: where every latent has its own threshold, the score does not show how close a latent came.
     order = margin.argsort(descending=True, stable=True).tolist()
     contenders = [Contender(j, *(column[j] for column in fields)) for j in order]
     made, lost = ([c for c in contenders if (c.activation != 0) == side] for side in (True, False))

@@ -19,7 +19,7 @@ MAX_TOKENS = 512
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a model and an SAE make of one text.
+    """The tokens, activations and codes of one text.
 
     ``first`` is the number of leading positions the SAE was not trained on (the BOS token's activation is an
     attention sink); they are shown, but no ranking counts them.
@@ -81,10 +81,10 @@ def read(
 ) -> Reading:
     """Run ``text`` through ``model`` up to ``hook_name`` and encode every position with ``sae`` (raw units).
 
-    ``model`` is what :func:`saelab.lm.load_model` gives.
-    ``bos`` puts the tokenizer's BOS token in front, as the SAE's training data had it. ``gradients`` also computes
-    the gradient of the next-token loss; the code changes only where the SAE selects by gradients at inference.
-    Raises UserError for an empty text, a hook point the model lacks, and a width that does not fit.
+    ``model`` is what :func:`saelab.lm.load_model` gives. ``bos`` puts the tokenizer's BOS token in front, as in the
+    SAE's training data. ``gradients`` also computes the gradient of the next-token loss; the code changes only where
+    the SAE selects by gradients at inference. Raises UserError for an empty text, a hook point the model lacks, and a
+    width that does not fit.
     """
     from saelab.harvesting.activations import Reader
     from saelab.lm.sites import locate

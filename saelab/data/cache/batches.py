@@ -51,8 +51,7 @@ class Buffers:
 
 
 def _huge(size: int) -> Tensor:
-    """Memory in huge pages where the system has them, because random reads in a large window mostly wait for page
-    lookups."""
+    """Memory in huge pages if available: random reads in a large window mostly wait for page lookups."""
     if not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE:
         return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, -(-size // HUGE) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -132,8 +131,7 @@ def _cut(windows: Iterator[tuple[Window, dict[str, Tensor]]], batch_size: int, r
 
 
 def make_batch(shards: Shards, held: dict[str, Tensor], finite: bool | None = None) -> Batch:
-    """One batch in raw units. Raises UserError for a non-finite activation; the check is skipped if its result is
-    known."""
+    """One batch in raw units. Raises UserError for non-finite activations, unless they are known to be finite."""
     acts, rows = held["acts"].float(), held["rows"]
     if finite is None:
         finite = bool(acts.isfinite().all())

@@ -52,8 +52,7 @@ class Folder:
         return f"{self.root}/{name}"
 
     def _ask(self, operation: str, *args: Any, **options: Any) -> Any:
-        """Call an operation of the store. An error that is not an OSError (missing credentials, say) becomes a
-        UserError."""
+        """Call an operation of the store; errors other than OSError (missing credentials) become UserErrors."""
         try:
             return getattr(self.fs, operation)(*args, **options)
         except OSError:

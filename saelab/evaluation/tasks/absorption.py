@@ -1,8 +1,8 @@
-"""First-letter absorption: does a latent for "starts with B" stay silent on words that another latent swallowed?
+"""First-letter absorption: is a latent for "starts with B" silent on words that another latent has absorbed?
 
 The definition is SAEBench's (Karvonen et al., 2025; after Chanin et al., 2024). Activations are those under the first
 token of words in the cached text, labelled with the word's first letter; a logistic probe per letter is the ground
-truth. Models whose activations do not carry the letter cannot be measured, and that is checked first.
+truth. It is checked first that the model's activations carry the letter; otherwise absorption cannot be measured.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class TaskConfig:
 
 @dataclass
 class _Bench:
-    """What the tasks share; passages are read and encoded once."""
+    """The data that the tasks share; passages are read and encoded once."""
 
     sae: SAE
     cache: ActivationCache
@@ -166,7 +166,7 @@ TASKS: dict[str, Callable[[_Bench], dict[str, Any]]] = {
 
 
 def _decoder(cache: ActivationCache) -> Callable[[list[int]], str] | None:
-    """Token ids to text by the vocabulary that lies with the cache; None without one."""
+    """Token ids to text by the vocabulary stored with the cache; None without one."""
     return (lambda ids: "".join(cache.token_strings(ids))) if cache.n_vocabulary else None
 
 
@@ -177,7 +177,7 @@ def _vocabulary(cache: ActivationCache) -> list[str]:
 
 
 def _readout(model: Any) -> torch.Tensor | None:
-    """What turns a direction at the hook into logits, up to the norm's division; None without a loaded model."""
+    """The linear map from a direction at the hook to logits, up to the norm's division; None without a loaded model."""
     if not hasattr(model, "original_model"):
         return None
     from saelab.lm.unembed import unembedding

@@ -145,7 +145,7 @@ def read_jsonl(path: Path | str) -> tuple[list[str], dict[str, list[str]]]:
 
 
 class _Reached(Exception):
-    """The hook has been passed; what lies above is not needed."""
+    """Raised after the hook point, because the later layers are not needed."""
 
 
 @torch.no_grad()
@@ -163,8 +163,7 @@ def from_texts(
     """Run each text through a plain Hugging Face ``model`` to ``site``, and keep the activations after the first
     ``skip_first`` positions, on the CPU.
 
-    ``encode`` gives token ids with whatever goes in front of a text (BOS) already there. Texts with no token left
-    raise.
+    ``encode`` gives token ids, including a leading BOS token. Raises UserError for a text with no token left.
     """
     acts, owner = [], []
     for i, text in enumerate(texts):

@@ -1,9 +1,9 @@
-"""Sparse probing: how much of a concept do k latents know, against channels, the whole activation, and directions.
+"""Sparse probing: accuracy of k latents on a concept, compared with channels, the whole activation and directions.
 
 After SAEBench (Karvonen et al., 2025): one balanced one-against-the-rest task per class on mean-pooled passages; the k
 latents with the largest absolute difference of class means on the training part; scikit-learn's logistic regression
-(L2, C = 1); accuracy on the test part. The same axes always hold the dense probe, k raw channels, the projection on the
-difference of means, and the projection on a random direction.
+(L2, C = 1); accuracy on the test part. Always reported beside it: the dense probe, k raw channels, the projection on
+the difference of means, and the projection on a random direction.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Causal tasks on pooled passages: spurious-correlation removal (SCR) and targeted probe perturbation (TPP).
 
-Definitions of SAEBench (Karvonen et al., 2025), with two differences: probes are scikit-learn's logistic regressions
-on standardised activations, and a signed latent counts as two poles. Ablating a pole keeps the SAE's error in place.
-Beside the latents chosen by attribution stand the same number of random ones, and the removal of the difference of
+Definitions of SAEBench (Karvonen et al., 2025), with two differences: probes are scikit-learn's logistic regressions on
+standardised activations, and a signed latent counts as two poles. Ablating a pole keeps the SAE's error in place. The
+latents chosen by attribution are compared with the same number of random ones, and with removal of the difference of
 means.
 """
 
@@ -150,9 +150,9 @@ def tpp(
 ) -> dict[str, Any]:
     """TPP: ablating the poles of one class should hurt its own probe and spare the others.
 
-    ``score[n]`` is the drop of class i's probe after ablating its n top poles, minus the mean drop of the other
-    probes, averaged over classes. It takes three classes: of two, one's probe is the other's turned around, and every
-    drop of the one is a drop of the other.
+    ``score[n]`` is the drop of class i's probe after ablating its n top poles, minus the mean drop of the other probes,
+    averaged over classes. At least three classes are needed: with two, each probe is the negative of the other, and
+    both drop together.
     """
     values = passages.column(label)
     classes = frequent(values, min_class)

@@ -1,9 +1,9 @@
 """Two-sidedness: do the two signs of a latent mean two things, and are they opposite?
 
-A signed latent is compared with what an unsigned SAE can offer for the same purpose: a pair of latents whose
-directions are nearly opposite. Three questions: how many latents use both poles; do the poles fire in different
-contexts, beyond what two random halves of one pole differ by; and are their effects on logits opposite, which the
-linear readout makes exact for the poles of one latent and which is measured for a pair.
+A signed latent is compared with what an unsigned SAE can offer for the same purpose: a pair of latents whose directions
+are nearly opposite. Three questions: how many latents use both poles; do the poles fire in different contexts, more
+different than a random split; and are their effects on logits opposite (for the poles of one latent this is exact under
+the linear readout, for a pair it is measured).
 """
 
 from __future__ import annotations

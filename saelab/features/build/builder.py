@@ -31,7 +31,7 @@ from saelab.sae import SAE
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 PRE_ACTS = 1 << 25  # pre-activations computed at once: 128 MiB of them
-RELEASE_EVERY = 32  # batches after which the pages of the cache that were read are let go of
+RELEASE_EVERY = 32  # batches after which the mapped pages of the cache are released
 
 
 def build_index(
@@ -47,10 +47,10 @@ def build_index(
 ) -> FeatureIndex:
     """Index all latents of ``sae`` (raw units) over ``cache`` into ``folder/features``.
 
-    The cache is encoded once, in corpus order; the codes go to a temporary folder beside the index (about 16 bytes
-    per active latent and token) and memory stays bounded whatever the length of the corpus. Without ``lens`` the
-    logit columns are empty, and the metadata say so; ``token_strings[id]`` is the text of a token id, by default
-    asked of the cache. The index appears at once, at the end: a build that is killed leaves the old one, or none.
+    The cache is encoded once, in corpus order; the codes go to a temporary folder beside the index (about 16 bytes per
+    active latent and token) and memory stays bounded whatever the length of the corpus. Without ``lens`` the logit
+    columns are empty, and the metadata say so; ``token_strings[id]`` is the text of a token id, by default taken from
+    the cache. The index appears only when it is complete: a killed build leaves the old one, or none.
 
     Raises UserError when an index exists and ``overwrite`` is not set, or the cache does not fit the SAE.
     """

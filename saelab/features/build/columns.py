@@ -33,7 +33,7 @@ Columns = dict[str, Any]
 
 
 class Describer:
-    """Knows the corpus, the codes and the SAE; describes any range of slots from its firings."""
+    """Computes all columns for any range of slots from the corpus, the codes and the SAE."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Describer:
             return columns | {name: [[]] * (2 * (last - first)) for name in names}
         up, down = self.lens.extremes(W, self.config.tokens)
         for side, (values, ids), (other, other_ids) in (("promoted", up, down), ("suppressed", down, up)):
-            # What a positive activation promotes a negative one suppresses, by as much.
+            # A negative activation suppresses what a positive one promotes, by the same amount.
             logits = torch.stack([values, -other], 1).flatten(0, 1).cpu().numpy()
             tokens = torch.stack([ids, other_ids], 1).flatten(0, 1).cpu().numpy()
             columns[f"{side}_logits"], columns[f"{side}_ids"] = list(logits), list(tokens)

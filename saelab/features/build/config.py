@@ -15,7 +15,7 @@ OPTIONAL = (
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """What goes into an index, and how much memory its making may take."""
+    """The content of an index, and how much memory its building may take."""
 
     top: int = 16
     """Windows of the largest activations, one per context."""
@@ -24,11 +24,11 @@ class IndexConfig:
     random: int = 8
     """Windows sampled from all activations."""
     silent: int = 8
-    """Windows in which the latent does not fire: the negatives of detection scores."""
+    """Windows in which the latent does not fire: the negative examples of detection scores."""
     before: int = 24
     """Tokens in a window before the focus token."""
     after: int = 8
-    """Tokens in a window behind the focus token."""
+    """Tokens in a window after the focus token."""
     bins: int = 40
     """Bins of the magnitude histograms."""
     tokens: int = 10
@@ -48,13 +48,13 @@ class IndexConfig:
     max_tokens: int | None = None
     """Index only the first rows of the cache."""
     seed: int = 0
-    """Of the sampled examples."""
+    """Seed of the sampled examples."""
     run_entries: int = 1 << 22
     """Active latents x tokens held in memory before they are written to disk."""
     chunk_entries: int = 1 << 21
-    """Firings worked on at once; a latent with more is worked on alone."""
+    """Firings processed at once; a latent with more is processed alone."""
     chunk_latents: int = 512
-    """Latents worked on at once."""
+    """Latents processed at once."""
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(IndexConfig)):

@@ -1,4 +1,4 @@
-"""The text behind a cache's rows, laid out flat on disk so that windows can be cut for many rows at once."""
+"""The text of a cache, stored flat on disk so that windows can be cut for many rows at once."""
 
 from __future__ import annotations
 

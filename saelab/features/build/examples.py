@@ -1,4 +1,4 @@
-"""Which tokens stand for a latent, and the windows around them with the latent's activation on each token."""
+"""Choose example tokens for each latent, and cut windows around them with the latent's activation on each token."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Four kinds of rule are tried: the token itself is in the set (*token*), the one before it (*after*), the one behind it
 (*before*), or any of the last ``REACH`` tokens (*near*). Sets are chosen on one half of the contexts; the F1, precision
 and recall that are reported come from the other half, at the corpus's own rate of firing. Always guessing "fires" has
-``F1 = 2 d / (1 + d)`` at density ``d``: a rule no better than that is no label.
+``F1 = 2 d / (1 + d)`` at density ``d``: a rule that is not better than that gives no label.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Labeller:
         met = []
         for h, (slots, rows) in enumerate(halves):
             pairs = count_tokens(slots, self._neighbour(rows, OFFSETS[number]), self.size + 1)
-            # What is chosen needs support; what is scored counts whatever it meets.
+            # A token needs support to be chosen; in scoring, all its occurrences count.
             inside = (pairs.tokens < self.size) & (pairs.counts >= (MIN_SUPPORT if h == 0 else 1))
             slots, tokens, counts = (column[inside] for column in pairs)
             met.append((slots, tokens, np.minimum(counts * weight[slots], self.totals[h, number][tokens])))

@@ -1,4 +1,4 @@
-"""What a latent's decoder row is close to: tokens of the vocabulary, and other latents."""
+"""The tokens of the vocabulary and the other latents that a latent's decoder row is close to."""
 
 from __future__ import annotations
 

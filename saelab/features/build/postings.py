@@ -1,4 +1,4 @@
-"""Codes of a whole corpus on disk, readable both ways: by token, and by latent.
+"""Codes of a whole corpus on disk, readable by token and by latent.
 
 The pass over the cache appends codes; whenever a run of them is full it is transposed in memory and written, so
 memory is bounded by the run and the widest read, not by the corpus. Entries are addressed by *slot*:

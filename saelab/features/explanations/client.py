@@ -36,7 +36,7 @@ class ChatClient:
             raise UserError(f"endpoint {self.base_url!r} is not an http(s) address, e.g. http://localhost:8000/v1")
 
     def ask(self, messages: list[Message]) -> str:
-        """The model's answer. Raises UserError where the endpoint cannot be reached, refuses, or answers otherwise."""
+        """The model's answer. Raises UserError if the endpoint cannot be reached or its answer is unusable."""
         body = {
             "model": self.model,
             "messages": messages,

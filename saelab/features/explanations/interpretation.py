@@ -1,4 +1,4 @@
-"""Automatic interpretation of latents: explain from some windows, score on others, keep the result beside the index."""
+"""Automatic interpretation of latents: explain from some windows, score on others, save the result in the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BANDS = ("q75", "q50", "q25", "q00")
 
 @dataclass(frozen=True)
 class InterpretConfig:
-    """How much is shown to the models."""
+    """How many windows the models see."""
 
     explain_examples: int = 12
     """Windows that the explainer sees: the top ones and, in between, one of each band."""
@@ -33,7 +33,7 @@ class InterpretConfig:
     threshold: float = 0.3
     """Tokens count as active from this share of their window's largest activation on."""
     seed: int = 0
-    """Of the order of the windows, and of the marks that are misplaced for fuzzing."""
+    """Seed of the order of the windows, and of the marks that are misplaced for fuzzing."""
 
     def __post_init__(self) -> None:
         for name in ("explain_examples", "score_examples", "shown"):
@@ -101,9 +101,9 @@ def interpret_all(
     config: InterpretConfig | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Explanation], list[str]]:
-    """Interpret many (latent, pole)s, saving after each; returns what was explained, and why the others were not.
+    """Interpret many (latent, pole)s, saving after each; returns the explanations, and why the others have none.
 
-    An endpoint that fails stops the run with what is done so far saved.
+    An endpoint that fails stops the run; the explanations made before are saved.
     """
     done: list[Explanation] = []
     skipped: list[str] = []

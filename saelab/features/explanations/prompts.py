@@ -1,4 +1,4 @@
-"""What the explaining and the judging model are told. Corpus text is quoted as data, never as instructions."""
+"""Prompts of the explaining and the judging model. Corpus text is quoted as data, never as instructions."""
 
 from __future__ import annotations
 
