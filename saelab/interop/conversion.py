@@ -1,4 +1,4 @@
-"""Writing an SAE for another tool, or as a run folder, with a proof that what was written computes the same."""
+"""Write an SAE for another tool, or as a run folder, and check that the written SAE computes the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from saelab.sparse import SparseCode
 SIGNED = {"abstopk", TWO_SIDED}
 # Two float32 evaluations of one formula: dot products of length d_in and sums of k terms, with near-ties gap-checked.
 TOLERANCE = 1e-4
-CURVE_LINES = 256  # of the training curve that go along; more than a chart has pixels for is of no use
+CURVE_LINES = 256  # lines of the training curve that are copied; a chart cannot show more
 
 
 class Proof(NamedTuple):
@@ -46,8 +46,8 @@ def export(
     """Write ``sae`` to a new ``folder`` in the format ``to``: saelens, sparsify or dictionary-learning.
 
     Signed SAEs become the equivalent unsigned dictionary of twice the width where the format knows no sign. The files
-    are read back, both SAEs run on ``probe [n, d_in]`` (by default 256 random activations), and nothing is kept when
-    they differ by more than ``TOLERANCE``.
+    are read back, both SAEs run on ``probe [n, d_in]`` (by default 256 random activations), and nothing is kept if they
+    differ by more than ``TOLERANCE``.
     """
     known = writers()
     if to not in known:
@@ -73,8 +73,8 @@ def resave(
 ) -> Proof:
     """Write ``sae``, loaded from ``source``, to the new run folder ``folder`` with its matrices in ``dtype``.
 
-    The proof compares the file, read back, with the SAE whose matrices were rounded in memory: that nothing but the
-    rounding happened. Nothing is kept when they differ by more than ``TOLERANCE``.
+    The file, read back, is compared with the SAE whose matrices were rounded in memory, so that only rounding may
+    change it. Nothing is kept if they differ by more than ``TOLERANCE``.
     """
     with new_folder(Path(folder)) as temporary:
         save(sae, temporary, metadata, dtype)
@@ -138,7 +138,7 @@ def random_probe(sae: SAE) -> Tensor:
 
 
 def _copy_training_record(source: Path, folder: Path) -> None:
-    """What stays true of a copy: how it was trained, and the curve.
+    """Copy what stays true of a copy: the settings of the training, and its curve.
 
     Metrics and the feature index do not: rounding changes them a little, so they are measured again on the copy.
     """

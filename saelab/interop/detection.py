@@ -1,4 +1,4 @@
-"""Which format a path is in, and the SAE that lies there."""
+"""Detect the format of a path, and load the SAE in it."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def detect(path: Path) -> Format:
 def holds_sae(path: Path) -> bool:
     """Whether the file or folder ``path`` is another tool's SAE, by the detection that :func:`load` goes by.
 
-    Cheap for files of other kinds: only names that some format uses are looked at. What cannot be read is no SAE,
-    unless its name alone says that it is one.
+    Cheap for other files: only names that some format uses are looked at. A file that cannot be read is not an SAE,
+    unless its name alone identifies it.
     """
     names = [entry.name for entry in path.iterdir() if entry.is_file()] if path.is_dir() else [path.name]
     if not any(form.may_hold(name) for form in FORMATS.values() for name in names):
@@ -60,24 +60,26 @@ def holds_sae(path: Path) -> bool:
 
 
 def read(path: Path | str, **options: Any) -> Foreign:
-    """The SAE at ``path`` in canonical form; ``options`` say what a bare file does not (overcomplete: k, pursuit)."""
+    """The SAE at ``path`` in canonical form; ``options`` give what a bare file lacks (overcomplete: k, pursuit)."""
     path = Path(path)
     form = detect(path)
     if unknown := sorted(options.keys() - set(form.options)):
-        raise UserError(f"{path} is a {form.name} SAE, which says itself what {', '.join(unknown)} would; leave it out")
+        raise UserError(f"{path} is a {form.name} SAE, which does not take {', '.join(unknown)}; leave it out")
     try:
         return form.read(path, **options)
     except UserError:
         raise
     except MALFORMED as error:
-        raise UserError(f"{path} is no sound {form.name} SAE ({type(error).__name__}: {first_line(error)})") from error
+        raise UserError(
+            f"{path} is not a readable {form.name} SAE ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def load(path: Path | str, device: str | torch.device = "cpu", **options: Any) -> SAE:
-    """Any tool's SAE as one of ours, in eval mode on raw activations: a file, a folder, or a hub id.
+    """Load an SAE of any tool, from a file, a folder or a hub id, in eval mode and in units of raw activations.
 
-    No code in a file is ever run. A hub id is ``hf://org/repo`` or ``hf://org/repo/path/in/it``; without the prefix
-    it is asked of the hub only where there is no folder ``org`` here. Raises UserError for whatever is no SAE.
+    No code in a file is ever run. A hub id is ``hf://org/repo`` or ``hf://org/repo/path/in/it``; without the prefix it
+    is looked up on the hub only where there is no folder ``org`` here. Raises UserError for anything but an SAE.
     """
     local = resolve(path)
     sae = load_sae(local) if is_ours(local) and not options else read(local, **options).to_sae()

@@ -1,4 +1,4 @@
-"""Where an SAE lies: a path on this machine, or a place on the Hugging Face hub that is fetched first."""
+"""Resolve the name of an SAE: a path on this machine, or a hub id whose files are fetched."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ OWN = (CONFIG, WEIGHTS, EXTRA, EVALUATION, CARD)
 def resolve(name: Path | str) -> Path:
     """The file or folder ``name`` on this machine, fetched first where it is on the hub.
 
-    ``hf://org/repo`` and ``hf://org/repo/path/in/it`` are always asked of the hub. ``org/repo`` without the prefix is
-    only where there is neither such a path nor a folder ``org`` here, so that a mistyped path never leaves the machine.
+    ``hf://org/repo`` and ``hf://org/repo/path/in/it`` are looked up on the hub. ``org/repo`` without the prefix is
+    looked up only where there is neither such a path nor a folder ``org`` here, so that a mistyped path is never sent
+    to the hub.
     """
     text = str(name)
     if prefix := PREFIX.match(text):
@@ -43,7 +44,7 @@ def resolve(name: Path | str) -> Path:
 
 
 def full_name(name: Path | str) -> str:
-    """What to record of ``name`` so that it is found again: the absolute path of what exists here, or the hub id."""
+    """The name under which ``name`` is found again: its absolute path if it exists here, or the hub id."""
     text = str(name)
     if prefix := PREFIX.match(text):
         return f"hf://{text[prefix.end() :]}"
@@ -59,7 +60,7 @@ def split_id(hub_id: str) -> tuple[str, str]:
 
 
 def download(hub_id: str, revision: str | None = None) -> Path:
-    """Fetch the folder or file ``org/repo/path`` (the files of known formats) and return where it lies."""
+    """Fetch the folder or file ``org/repo/path`` (the files of known formats) and return its local path."""
     repo, inside = split_id(hub_id)
     wanted = wanted_files()
     patterns = [f"{inside}/{name}" for name in wanted] + [inside] if inside else wanted
@@ -79,5 +80,5 @@ def wanted_files() -> list[str]:
 
 
 def endpoint() -> str | None:
-    """Another hub than the public one, as huggingface_hub's own variable says."""
+    """The address of another hub than the public one, from huggingface_hub's environment variable."""
     return os.environ.get("HF_ENDPOINT") or None

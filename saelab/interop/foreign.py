@@ -17,7 +17,7 @@ from saelab.sae import SAE, LayerNormed, build
 
 @dataclass
 class Foreign:
-    """What a reader found. ``architecture`` is one of topk, abs_topk, jump_relu, relu, gated, matching_pursuit."""
+    """An SAE as read. ``architecture``: topk, abs_topk, jump_relu, relu, gated or matching_pursuit."""
 
     format: str
     architecture: str
@@ -35,7 +35,7 @@ class Foreign:
     input_scale: float = 1.0  # the SAE saw activations multiplied by this, and its output was divided by it
     pursuit: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # what is odd about it, one sentence each
+    notes: list[str] = field(default_factory=list)  # unusual facts about it, one sentence each
 
     @property
     def d_in(self) -> int:
@@ -64,9 +64,11 @@ class Foreign:
     def _config(self) -> dict[str, Any]:
         if self.architecture in {"topk", "abs_topk"}:
             if self.k is None:
-                raise UserError(f"this {self.format} SAE says nowhere how many latents k a token may use")
+                raise UserError(f"this {self.format} SAE does not record k, the number of latents per token")
             if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= self.d_sae:
-                raise UserError(f"this {self.format} SAE has k={self.k!r}, which is no number from 1 to {self.d_sae}")
+                raise UserError(
+                    f"this {self.format} SAE has k={self.k!r}, which is not a number from 1 to {self.d_sae}"
+                )
             return {"k": self.k}
         if self.architecture == "jump_relu":
             return {"apply_b_dec_to_input": self.subtracts_b_dec}

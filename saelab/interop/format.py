@@ -1,7 +1,7 @@
-"""What a file format of SAEs is to saelab, and the registry that the modules in ``formats/`` fill.
+"""``Format``, one file format of SAEs, and the registry that the modules in ``formats/`` fill.
 
-Adding a format is adding one file to ``formats/`` that ends with ``register(Format(...))``: loading, listing a folder,
-fetching from the hub and ``saelab convert`` all ask the registry.
+To add a format, add one file to ``formats/`` that ends with ``register(Format(...))``: loading, listing a folder,
+fetching from the hub and ``saelab convert`` use the registry.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Format(NamedTuple):
         sniff: Whether a file or folder is in this format; called for any path, raises nothing for a readable one.
         read: The SAE in canonical form; raises UserError for what cannot be read. Takes ``options`` by keyword.
         write: Writes an inference form and its metadata into an empty folder; None where saelab only reads.
-        options: What a user may have to say about files that do not say it themselves.
-        by_content: Whether ``sniff`` looks inside files. Such formats are asked after those known by a file's name.
+        options: Facts that the user may have to give because the files do not record them.
+        by_content: Whether ``sniff`` looks inside files. Such formats are tried after those known by a file's name.
     """
 
     name: str

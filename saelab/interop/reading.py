@@ -1,4 +1,4 @@
-"""Reading files that strangers made: safetensors, restricted torch files and npz; no code runs, memory is bounded."""
+"""Read untrusted files: safetensors, restricted torch files and npz; no code runs, and memory is bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAEBench: our SAEs as its ``BaseSAE``, and its own core evaluation on any model that saelab can load.
+"""SAEBench: wrap an SAE as its ``BaseSAE``, and run its core evaluation on any model that saelab can load.
 
 SAEBench (0.6) loads models by TransformerLens' list of names, which knows no local folders. Its measuring code takes
 any hooked model, so :func:`core` hands it one. It must be installed beside saelab: ``pip install sae-bench``.

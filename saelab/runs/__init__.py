@@ -1,4 +1,4 @@
-"""A trained SAE as one object: its weights and provenance, where it lies, and what was measured on it."""
+"""A trained SAE as one object: its path, weights, provenance and measurements."""
 
 from saelab.runs.run import Run, as_run
 

@@ -13,9 +13,10 @@ from saelab.runs.run import Run
 
 
 def model_card(run: Run, repo: str | None = None, path: str | None = None) -> str:
-    """The card of a run folder: for ``path`` in the hub repository ``repo``, or for the folder as it is.
+    """The card of a run folder, with the code that loads it from ``path`` in the hub repository ``repo``, or from the
+    folder.
 
-    Raises UserError for an SAE of another tool, whose files do not say enough.
+    Raises UserError for an SAE of another tool, whose files do not record enough.
     """
     if run.path is None or run.is_foreign or "saelab" not in run.recorded:
         raise UserError(f"{run.path} is not a run folder; convert it first: saelab convert SAE RUN --to saelab")

@@ -1,4 +1,4 @@
-"""What a checkpoint is: format, shapes, norms, hook, dead latents, and what is odd about it."""
+"""Describe a checkpoint: format, shapes, norms, hook point, dead latents, and anything unusual."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _measured(sae: SAE, cache: ActivationCache, max_rows: int, facts: dict[str, 
         code = sae.encode(x)
         fired[code.indices[code.values != 0].long()] = True
         error += (x - sae.decode(code)).double().square().sum().item()
-        y = x.double() - mean  # of the whole cache: near enough to lose no digits, and exchanged below
+        y = x.double() - mean  # of the whole cache: close enough to lose no digits, and replaced below
         square, shift = square + y.square().sum().item(), shift + y.sum(dim=0)
         rows += len(x)
     total = square - shift.square().sum().item() / rows

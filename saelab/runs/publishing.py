@@ -17,7 +17,7 @@ from saelab.layout import CARD, CONFIG, EVALUATION, EXTRA, WEIGHTS
 from saelab.runs.card import model_card
 from saelab.runs.run import Run
 
-# What lies between these lines of a repository's card is saelab's; the rest is kept as it is.
+# saelab writes the text between these lines of a repository's card and keeps the rest.
 BEGIN, END = "<!-- saelab: list of SAEs -->", "<!-- end of list -->"
 HEAD = ("| SAE | variant | widths | load it |", "|---|---|---|---|")
 
@@ -25,13 +25,13 @@ HEAD = ("| SAE | variant | widths | load it |", "|---|---|---|---|")
 def push_to_hub(run: Run | Path | str, repo: str, path: str | None = None, private: bool = False) -> str:
     """Upload a run's SAE to ``repo`` under ``path`` (by default its hook's name), with model cards, in one commit.
 
-    Returns the address of the commit. Needs the token of ``hf auth login`` or ``HF_TOKEN``. Raises UserError for
-    what is no run folder and where the hub refuses.
+    Returns the address of the commit. Needs the token of ``hf auth login`` or ``HF_TOKEN``. Raises UserError if it is
+    not a run folder, or if the hub refuses.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     path = path or run.recorded.get("hook_name")
     if not path:
-        raise UserError(f"{run.path} records no hook name; say with path= where in the repository it belongs")
+        raise UserError(f"{run.path} records no hook name; give its folder in the repository with path=")
     split_id(f"{repo}/{path}")
     card = model_card(run, repo, path)
     assert run.path is not None
@@ -54,8 +54,8 @@ def push_to_hub(run: Run | Path | str, repo: str, path: str | None = None, priva
 def repository_card(repo: str, run: Run, path: str, folders: list[str], old: str = "") -> str:
     """The card of a repository after ``run`` was put into its folder ``path``.
 
-    ``folders`` hold the SAEs that are there already and ``old`` is the present card: its text is kept, and in the list
-    the lines of other SAEs.
+    ``folders`` are those of the SAEs that are already there. ``old`` is the present card: its text is kept, and in the
+    list the lines of other SAEs.
     """
     before, mark, rest = old.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -1,4 +1,4 @@
-"""``Run``: one trained SAE of any tool, with everything that its files say."""
+"""``Run``: one trained SAE of any tool, with everything that its files record."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One trained SAE and what is known of it. Weights, measurements and the feature index are read when asked for.
+    """One trained SAE and its files. Weights, measurements and the feature index are read on first use.
 
-    ``Run.open`` opens a run folder, another tool's file or folder, or a place on the hub; ``Run.scan`` finds all below
-    a folder. ``Run(sae, hook_name)`` is an SAE in memory that was never saved.
+    ``Run.open`` opens a run folder, another tool's file or folder, or a hub id; ``Run.scan`` finds all SAEs below a
+    folder. ``Run(sae, hook_name)`` wraps an SAE in memory that was never saved.
 
     Attributes:
-        path: The folder or file it lies in; None for an SAE in memory.
-        name: What to call it: below a scanned folder its path there, with ``/``; else the name of its file or folder.
-        origin: Its absolute path or its hub id: the name under which others find it.
+        path: Its folder or file; None for an SAE in memory.
+        name: In a scan its path relative to the scanned folder, with ``/``; else the name of its file or folder.
+        origin: Its absolute path or its hub id.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Run:
     def open(cls, path: Path | str, hook_name: str = "", **options: Any) -> Run:
         """The SAE at ``path``: a run folder, any file or folder that :func:`saelab.load` reads, or a hub id.
 
-        ``hook_name`` says to which point of the model it belongs, and wins over what the files say. ``options`` say
-        what a bare file does not (see :func:`saelab.interop.read`). Raises UserError for a path that holds no SAE.
+        ``hook_name`` is the hook point of the SAE and overrides what the files say. ``options`` are what a bare file
+        does not record (see :func:`saelab.interop.read`). Raises UserError for a path that holds no SAE.
         """
         local = resolve(path)
         if not (is_ours(local) or (local / METRICS).is_file()):
@@ -102,14 +102,14 @@ class Run:
         if "saelab" in (self._own.get("metadata") or {}) and not self._options:
             return load_sae(path)
         if (path / METRICS).is_file() and find_format(path) is None:
-            raise UserError(f"{path} has no weights yet; wait for its first save, or go on with --resume")
+            raise UserError(f"{path} has no weights yet; wait for its first save, or continue the run with --resume")
         foreign = read(path, **dict(self._options))
-        self.__dict__.setdefault("config", _description(foreign))  # spares reading it again
+        self.__dict__.setdefault("config", _description(foreign))  # so that it is not read again
         return foreign.to_sae()
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``cfg.json``, or nothing while the first save is still to come; of another tool's SAE, what it would say.
+        """``cfg.json``, or nothing before the first save; for another tool's SAE the equivalent.
 
         A file that cannot be read gives ``{"error": ...}``: one damaged run must not hide the others.
         """
@@ -136,17 +136,17 @@ class Run:
 
     @property
     def notes(self) -> list[str]:
-        """What is odd about another tool's files, one sentence each."""
+        """Unusual facts about another tool's files, one sentence each."""
         return list(self.config.get("notes", ()))
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """The provenance that its own files state."""
+        """The provenance that its own files record."""
         return self.config.get("metadata") or {}
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """Provenance. Where another tool recorded no model or hook point, those of the index's cache are taken."""
+        """Provenance. If another tool recorded no model or hook point, those of the index's cache are used."""
         known = dict(self.recorded)
         if not known.get("hook_name") and known.get("hf_hook_name"):
             known["hook_name"] = known["hf_hook_name"]
@@ -158,10 +158,10 @@ class Run:
 
     @property
     def hook_name(self) -> str:
-        """The point of the model that it belongs to. Raises UserError where nothing says so."""
+        """The hook point of the SAE. Raises UserError if nothing records it."""
         if name := self.metadata.get("hook_name"):
             return name
-        raise UserError(f"{self._called} does not record where in the model it belongs; give hook_name (--hook)")
+        raise UserError(f"{self._called} does not record its hook point; give hook_name (--hook)")
 
     @property
     def model_name(self) -> str | None:
@@ -180,17 +180,17 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments, as far as the configuration tells."""
+        """The constructor's arguments, as far as the configuration records them."""
         return (self.recorded.get("saelab") or {}).get("config") or self.config
 
     @property
     def d_sae(self) -> int | None:
-        """Latents; None while the configuration is not there."""
+        """Latents; None before the configuration is written."""
         return self.config.get("d_sae")
 
     @property
     def has_weights(self) -> bool:
-        """Whether the first save is done, and can be read."""
+        """Whether the first save is complete and readable."""
         if self.path is None or self.is_foreign:
             return True
         return (self.path / WEIGHTS).is_file() and "d_sae" in self.config
@@ -227,7 +227,7 @@ class Run:
 
     @property
     def stamp(self) -> tuple[float, ...]:
-        """Modification times of its files; changes when the run does."""
+        """Modification times of its files, which change when the run does."""
         if self.path is None:
             return ()
         names = (METRICS, EVALUATION, f"{INDEX}/{FEATURES}", EXPLANATIONS)
@@ -240,9 +240,9 @@ class Run:
         return latent
 
     def max_activation(self, latent: int, pole: int = 1) -> float | None:
-        """The largest magnitude the latent reached on this pole in the index; None where it is not known.
+        """The largest magnitude of the latent on this pole in the index; None if it is unknown.
 
-        It is not known without an index, and on a pole on which the latent never fired.
+        It is unknown without an index, and on a pole on which the latent never fired.
         """
         self.check_latent(latent)
         if self.index is None or pole not in self.index.poles:
@@ -276,9 +276,9 @@ class Run:
 
 
 def as_run(run: Run | SAE | Path | str, hook_name: str = "") -> Run:
-    """A :class:`Run` that knows its hook point, from a path or a hub id, from an SAE with its ``hook_name``, or itself.
+    """A :class:`Run` with a known hook point, from a path, a hub id, an SAE and its ``hook_name``, or another Run.
 
-    Raises UserError where neither the files nor ``hook_name`` say to which point of the model the SAE belongs.
+    Raises UserError if neither the files nor ``hook_name`` give the hook point.
     """
     if isinstance(run, SAE):
         if not hook_name:
@@ -314,7 +314,7 @@ def walk(root: Path) -> Iterator[Place]:
         links = {entry for entry in (*folders, *names) if (folder / entry).is_symlink()}
         files = {*names} - links
         runs = _runs_in(folder, files, {entry for entry in (*folders, *names) if is_part(entry)}, links, root)
-        # A run's checkpoints are states of it, not runs; a folder of that name elsewhere is one of many.
+        # The checkpoints of a run are not runs; a folder of that name elsewhere is an ordinary folder.
         is_run = RUN in files or any(run.path == folder for run in runs)
         inner = {INDEX, CHECKPOINTS} if is_run else {INDEX}
         folders[:] = sorted(entry for entry in folders if not entry.startswith(".") and entry not in inner)
@@ -324,7 +324,7 @@ def walk(root: Path) -> Iterator[Place]:
 def _runs_in(folder: Path, files: set[str], parts: set[str], links: set[str], root: Path) -> list[Run]:
     if RECIPE in files or (folder.parent / RECIPE).is_file():
         return []  # the SAEs inside a recipe belong to it
-    # Reading an SAE must not lead out of the folder: where a part of one is a link, nothing is read.
+    # Reading an SAE must not lead out of the folder: an SAE of which a part is a link is not read.
     if METRICS in files or (parts and not parts & links and _holds_sae(folder)):
         return [Run(path=folder, name=folder.relative_to(root).as_posix())]
     found = [folder / name for name in sorted(files & parts)]
@@ -332,7 +332,7 @@ def _runs_in(folder: Path, files: set[str], parts: set[str], links: set[str], ro
 
 
 def _holds_sae(path: Path) -> bool:
-    """Whether a file or folder is an SAE. A torch file that cannot be read is none: only its content would tell."""
+    """Whether a file or folder is an SAE. A torch file that cannot be read does not count as one."""
     try:
         return find_format(path) is not None
     except (UserError, OSError):
@@ -353,7 +353,7 @@ def _description(found: Foreign) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def _read_description(path: Path, stamp: tuple[float, ...], options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    # The weights are let go of: a folder of large SAEs must not fill the memory by being listed.
+    # The weights are not kept: listing a folder of large SAEs must not fill the memory.
     return _description(read(path, **dict(options)))
 
 

@@ -65,7 +65,7 @@ def _class_of(raw: dict[str, Any], file: Path) -> str:
     if "W_enc" in raw:
         return "JumpReluAutoEncoder"
     if "k" in raw:
-        raise UserError(f"{file} is a TopK or a BatchTopK SAE; only its config.json, which is missing, says which")
+        raise UserError(f"{file} is a TopK or a BatchTopK SAE; its config.json, which says which, is missing")
     return "AutoEncoderNew" if "decoder.bias" in raw else "AutoEncoder"
 
 

@@ -1,7 +1,7 @@
 """overcomplete's bare state dicts: dictionaries with a linear encoder, a jump, or matching pursuit.
 
-The file names neither the class nor k. What it does say is used: ``thresholds`` means JumpReLU, no encoder means a
-pursuit, ``dictionary.C`` an archetypal dictionary. The rest must be told: ``k`` (TopK, or steps of a pursuit),
+The file names neither the class nor k. Some follow from its tensors: ``thresholds`` means JumpReLU, no encoder means a
+pursuit, ``dictionary.C`` an archetypal dictionary. The user gives the rest: ``k`` (TopK, or steps of a pursuit),
 ``pursuit=True``, ``threshold`` (BatchTopK keeps its running threshold outside its state).
 """
 
@@ -41,7 +41,9 @@ def read(path: Path, k: int | None = None, pursuit: bool = False, threshold: flo
         )
     if pursuit:
         if k is None:
-            raise UserError(f"{path} says nowhere how many atoms its pursuit picks; pass k (--k on the command line)")
+            raise UserError(
+                f"{path} does not record how many atoms its pursuit picks; pass k (--k on the command line)"
+            )
         steps = {"n_steps": k, "residual_stop": 0.0, "use_b_dec": False}
         notes.append("matching pursuit is assumed; an orthogonal one (OMPSAE) would compute other codes")
         return Foreign("overcomplete", "matching_pursuit", W_dec, torch.zeros(d_in), pursuit=steps, notes=notes)
@@ -52,9 +54,7 @@ def read(path: Path, k: int | None = None, pursuit: bool = False, threshold: flo
     tensors = checked(raw, {WEIGHT: (d_sae, d_in), BIAS: (d_sae,)}, path)
     levels = _thresholds(raw, d_sae, threshold, path)
     if levels is None and k is None:
-        notes.append(
-            "taken for a ReLU SAE: a TopK (k), pursuit (k, pursuit) or BatchTopK (threshold) one must be named"
-        )
+        notes.append("read as a ReLU SAE; for a TopK, pursuit or BatchTopK SAE give k, pursuit or threshold")
     return Foreign(
         format="overcomplete",
         architecture="jump_relu" if levels is not None else "relu" if k is None else "topk",
