@@ -1,4 +1,4 @@
-"""g-SAE (Olmo et al., 2024, arXiv 2411.10397): selection that knows the gradient of the language model's loss.
+"""g-SAE (Olmo et al., 2024, arXiv 2411.10397): selection by the gradient of the language model's loss.
 
 Beta, k, the loss's reduction and whether gradients are used at evaluation could not be verified from the paper; the
 rows below test its statements for one choice of them and reproduce none of its numbers.

@@ -1,4 +1,4 @@
-"""Training and measuring the SAEs of a comparison: same data, same order, same budget; what is done is kept."""
+"""Train and measure the SAEs of a comparison: same data, same order, same budget; results are kept."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Spec:
 
 @dataclass
 class Record:
-    """What was measured of one SAE."""
+    """The measurements of one SAE."""
 
     spec: Spec
     metrics: dict[str, float] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Record:
 
 @dataclass
 class Lab:
-    """A cache, the model it came from, and a folder that keeps what was trained and measured."""
+    """A cache, its language model, and the folder that keeps trained SAEs and measurements."""
 
     cache: ActivationCache
     model: Any
@@ -139,7 +139,7 @@ class Lab:
             write_json(self._path(record.spec), record.metrics)
 
     def _path(self, spec: Spec) -> Path:
-        # Numbers over other samples are other numbers.
+        # Numbers measured on other samples are not reused.
         return self.folder / spec.name / f"metrics-{self.scale.lm_tokens}-{self.scale.density_tokens}.json"
 
 

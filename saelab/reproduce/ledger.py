@@ -1,4 +1,4 @@
-"""What a paper claims, what was measured here, and the verdict: rows of a ledger with hardware, seeds and duration."""
+"""Ledgers: what a paper claims, what was measured here, and the verdict, with hardware, seeds and duration."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def above(difference: dict[str, Any]) -> Verdict:
 
 
 def fewer(difference: dict[str, Any], baseline: Sequence[float]) -> Verdict:
-    """As :func:`below`, for a share that the baseline must have some of: from zero nothing can fall."""
+    """As :func:`below`, but not testable where the share is zero for the baseline."""
     return below(difference) if max(baseline) > 0 else "not testable here"
 
 

@@ -1,4 +1,4 @@
-"""Comparisons on planted dictionaries: caches whose latents are known, and a readout that plays the language model."""
+"""Comparisons on planted dictionaries: caches with known latents, and a readout in place of a language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matching pursuit and its rivals on the hierarchical tree benchmark (Costa et al., 2025)."""
+"""Matching pursuit and other SAEs on the hierarchical tree benchmark (Costa et al., 2025)."""
 
 from __future__ import annotations
 

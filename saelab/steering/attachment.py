@@ -1,4 +1,4 @@
-"""``attach``: interventions on a running model, for as long as a ``with`` block lasts."""
+"""``attach``: apply interventions to a model inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def attach(model: nn.Module, interventions: Intervention | Sequence[Intervention
     """Steer every forward pass and every ``generate`` of ``model`` inside the ``with`` block.
 
     ``model`` is a TransformerLens bridge or a plain Hugging Face causal LM. Interventions at one hook point act in the
-    order given, except that neighbours on one SAE share one encoding and act together; hook points act in the order
-    of the model's layers. Prompt and generated tokens, cached and uncached steps, padded and single texts are treated
-    alike. The hooks are gone when the block ends, also by an exception.
+    order given, except that neighbours on one SAE share one encoding and act together; hook points act in the order of
+    the model's layers. Prompt and generated tokens, cached and uncached steps, padded and single texts are treated
+    alike. The hooks are removed when the block ends, also by an exception.
     """
     interventions = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     check_conflicts([i for i in interventions if isinstance(i, LatentIntervention)])
     # An unknown name is refused even when it would change nothing.
     sites = {name: check_replaceable(locate(model, name)) for name in {i.hook_name: None for i in interventions}}
     _check_widths(model, sites, interventions)
-    by_place: dict[tuple[str, str], list[Intervention]] = defaultdict(list)  # a place may go by several names
+    by_place: dict[tuple[str, str], list[Intervention]] = defaultdict(list)  # a hook point may have several names
     for intervention in interventions:
         site = sites[intervention.hook_name]
         if not intervention.idle:

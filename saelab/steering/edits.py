@@ -1,4 +1,4 @@
-"""Edits of single latents: the activations are encoded, the code is changed, and the difference is added back."""
+"""Edit single latents: encode the activations, change the code, and add the difference back."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class LatentEdits:
 
 
 def check_conflicts(interventions: Sequence[LatentIntervention]) -> None:
-    """Refuse two interventions that each decide the activation of one latent on the same tokens."""
+    """Refuse two interventions that both set the activation of one latent on the same tokens."""
     for i, first in enumerate(interventions):
         for second in interventions[:i]:
             same = first.sae is second.sae and first.hook_name == second.hook_name

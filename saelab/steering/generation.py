@@ -1,4 +1,4 @@
-"""Generation with interventions: many prompts at once, token by token, or side by side with the unsteered model."""
+"""Generate text with interventions: many prompts at once, token by token, or beside the unsteered model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every steering operation is: one change of the activations at one hook point.
+"""The base classes of steering operations; each is one change of the activations at one hook point.
 
 Two families. A :class:`VectorIntervention` changes the activations directly, along a direction. A
 :class:`LatentIntervention` encodes them, changes the activation of one latent and writes back only the difference,
@@ -13,8 +13,8 @@ An operation is one class. Declaring it with ``operation="name"`` registers it: 
         def change(self, values):
             return -values
 
-Settings of its own are dataclass fields (decorate the class with ``@dataclass(frozen=True, eq=False)``); they are
-saved and restored without further code. ``amount`` names the one that the command line and the app may set.
+An operation's own settings are dataclass fields (decorate the class with ``@dataclass(frozen=True, eq=False)``); they
+are saved and restored without further code. ``amount`` names the one that the command line and the app may set.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OPERATIONS: dict[str, type[Intervention]] = {}
 
 @dataclass(frozen=True)
 class Amount:
-    """The number that an operation takes: its name, and the range in which a person sets it."""
+    """The number that an operation takes: its name, and the range offered to the user."""
 
     field: str  # the argument of the operation's constructor
     title: str  # what the number is
@@ -118,7 +118,7 @@ class Intervention(ABC):
         }
 
     def saved_settings(self) -> dict[str, Any]:
-        """The settings as a recipe holds them: without anything that needs the feature index to be understood."""
+        """The settings as a recipe holds them, with no value that depends on the feature index."""
         return self.settings()
 
     @classmethod
@@ -224,7 +224,7 @@ class LatentIntervention(Intervention):
     latent: int
     pole: int = field(default=0, kw_only=True)
     keep_error: bool = field(default=True, kw_only=True)
-    # Codes of the first token mean nothing: SAEs are trained without it.
+    # The code of the first token is meaningless, because SAEs are trained without it.
     skip_first: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -249,8 +249,8 @@ class LatentIntervention(Intervention):
 
     @property
     def signs(self) -> int:
-        """The sign of the activations it decides, 0 for both: two interventions may share a latent but not a sign."""
-        # One with an ``edit`` of its own may change either, whatever its pole.
+        """The sign of the activations it sets, 0 for both; two interventions may share a latent but not a sign."""
+        # An operation that overrides ``edit`` may change either sign, whatever its pole.
         return self.pole if type(self).edit is LatentIntervention.edit else 0
 
     def edit(self, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

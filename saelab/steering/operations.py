@@ -98,7 +98,7 @@ class Scale(LatentIntervention, operation="scale"):
 class Clamp(LatentIntervention, operation="clamp"):
     """Set the latent's activation to a value on every token, whether it fires there or not.
 
-    ``value`` is an activation, or a strength with a unit: ``"0.8max"`` of the latent's maximum; with ``pole=-1`` that
+    ``value`` is an activation, or a strength with a unit: ``"0.8max"`` of the latent's maximum. With ``pole=-1`` that
     is the largest magnitude on the negative pole, and the value is negative.
     """
 
@@ -112,7 +112,7 @@ class Clamp(LatentIntervention, operation="clamp"):
 
     @cached_property
     def target(self) -> float:
-        """The activation aimed at."""
+        """The activation to set."""
         return self.activation(self.value, self.pole or 1)
 
     def saved_settings(self) -> dict[str, Any]:

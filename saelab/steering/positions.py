@@ -1,7 +1,7 @@
-"""Which tokens a forward pass carries: prompt or generated, and at what distance from the start of their text.
+"""The tokens of a forward pass: prompt or generated, and their distance from the start of their text.
 
 A block sees only a chunk ``[batch, length]``: the whole text in a prefill or an uncached step, one token in a cached
-step, with padding on the left in a batch. Steering must mean the same in all of them.
+step, with padding on the left in a batch. Steering must have the same effect in all of them.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def check_where(where: Where) -> Where:
 
 
 class Positions:
-    """Follows a model's forward passes; ``now`` describes the one under way."""
+    """Tracks a model's forward passes; ``now`` describes the current one."""
 
     def __init__(self) -> None:
         self._now: TokenContext | None = None

@@ -59,7 +59,7 @@ class SteeringVector:
     def from_latent(
         cls, run: Run | SAE | Path | str, latent: int, pole: int = 1, hook_name: str = ""
     ) -> SteeringVector:
-        """The dictionary row of a latent, turned round for its negative pole (``pole=-1``).
+        """The dictionary row of a latent, negated for its negative pole (``pole=-1``).
 
         ``run`` is a run folder, an open :class:`~saelab.runs.Run`, or an SAE (then name the ``hook_name``).
         """
@@ -135,7 +135,7 @@ class SteeringVector:
         return self._combine(other, -1.0, "difference")
 
     def __mul__(self, factor: float) -> SteeringVector:
-        """Scales the raw vector; a negative factor turns the direction round."""
+        """Scales the raw vector; a negative factor reverses the direction."""
         if factor == 0 or not math.isfinite(factor):
             raise UserError(f"a steering vector cannot be multiplied by {factor}; use strength 0 to switch it off")
         origin = {"kind": "multiple", "factor": float(factor), "of": self.origin}

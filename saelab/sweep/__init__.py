@@ -1,4 +1,4 @@
-"""Many SAEs from one reading of one cache: the grid, the run, and its table of results."""
+"""Sweeps: train many SAEs while reading one cache once; the grid, the runs and the table of results."""
 
 from saelab.sweep.grid import Entry, Grid, Halving, read_grid
 from saelab.sweep.member import Member

@@ -1,4 +1,4 @@
-"""The grid of a sweep: a TOML file that is multiplied out and checked before anything trains.
+"""The grid of a sweep: a TOML file whose lists are multiplied out, checked before anything trains.
 
 [train]                       # training options that all SAEs share; see `saelab train --help`
 epochs = 4
@@ -21,10 +21,10 @@ d_sae = 4608
 k = 32
 lr = [2e-4, 4e-4]
 
-[halving]                     # optional: stop the worse part of comparable SAEs on the way
+[halving]                     # optional: stop the worse SAEs of each group early
 at = [0.25, 0.5]              # shares of the steps
-keep = 0.5                    # share of a group that goes on
-within = ["k"]                # SAEs compete with those that agree in these keys
+keep = 0.5                    # share of a group that continues
+within = ["k"]                # SAEs that agree in these keys form a group
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from saelab.sae import SAE, VARIANTS, build
 from saelab.sae.options import options as variant_options
 from saelab.training import TrainConfig, check
 
-# What all SAEs of a sweep share, because they see the same batches.
+# Settings that all SAEs of a sweep share, because they see the same batches.
 SHARED = ("epochs", "batch_size", "data_seed")
 TRAIN = tuple(field.name for field in fields(TrainConfig))
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -71,7 +71,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Halving:
-    """Successive halving: at each share of the steps in ``at``, the best ``keep`` of every group goes on.
+    """Successive halving: at each share of the steps in ``at``, the best ``keep`` of every group continue.
 
     SAEs are compared by the mean training FVU of the last steps, within groups that agree in the keys ``within``.
     """
@@ -103,14 +103,14 @@ class Grid:
 
 
 def read_grid(path: Path | str) -> Grid:
-    """Parse a grid file; UserError where it is not one."""
+    """Parse a grid file. Raises UserError if it is not one."""
     path = Path(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the grid {path} ({error.strerror}); name a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML ({first_line(error)}); mend it") from error
+        raise UserError(f"{path} is not valid TOML ({first_line(error)}); correct it") from error
     try:
         return make_grid(content)
     except UserError as error:
@@ -148,7 +148,7 @@ def make_grid(content: Mapping[str, Any]) -> Grid:
 
 
 def check_grid(grid: Grid, cache: ActivationCache) -> None:
-    """Refuse the first entry that cannot be trained on ``cache``, by name; nothing is allocated."""
+    """Raise UserError for the first entry that cannot be trained on ``cache``, by name; nothing is allocated."""
     for number, entry in enumerate(grid.entries, 1):
         try:
             with torch.device("meta"):
@@ -240,7 +240,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is not None:
         return isinstance(value, origin) and all(_fits(one, inner[0]) for one in value)
     if hint in {int, float}:
-        # A whole number will do for a float, and True is no number.
+        # An integer is accepted for a float, and True is not a number.
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return isinstance(value, hint)
 

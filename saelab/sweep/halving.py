@@ -1,4 +1,4 @@
-"""Successive halving: who is stopped at a rung."""
+"""Successive halving: which SAEs are stopped at a rung."""
 
 from __future__ import annotations
 

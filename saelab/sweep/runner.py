@@ -1,4 +1,4 @@
-"""Training the SAEs of a grid side by side: every batch is read once and visits each of them."""
+"""Train the SAEs of a grid side by side: every batch is read once and used for each of them."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def run_sweep(
 ) -> Generator[list[Member]]:
     """Train every entry of ``grid`` into ``folder/NAME``; yields the members after every batch.
 
-    Each SAE ends in the very bytes that :func:`saelab.training.fit_steps` would have given it alone: it has its own
-    optimizer, schedule and checkpoints. One whose loss is not finite is stopped and reported in its ``message``, and
-    the others go on. Closing the generator saves all; after a kill at any moment ``resume=True`` continues, with the
+    Each SAE ends bit-identical to one that :func:`saelab.training.fit_steps` trains alone: it has its own optimizer,
+    schedule and checkpoints. One whose loss is not finite is stopped, with the reason in its ``message``, and the
+    others continue. Closing the generator saves all; after a kill at any moment ``resume=True`` continues, with the
     guarantee of :func:`saelab.training.fit_steps`. Raises UserError before anything trains if an entry is impossible,
     or the grid or the cache is not the one that was begun, or another process is writing the folder.
     """
@@ -96,7 +96,7 @@ def _run(
 
 
 def _advance(member: Member, position: int, record: dict[str, Any], folder: Path) -> None:
-    """Give a member the current batch, unless it has seen it before a kill."""
+    """Give a member the current batch, unless it saw the batch before a kill."""
     if member.status != "running" or member.run is None or member.step >= position:
         return
     try:
@@ -117,7 +117,7 @@ def _halve(grid: Grid, members: list[Member], position: int, total: int, record:
         if rung != position or str(rung) in record["rungs"]:
             continue
         lost = losers(grid.halving, [m for m in members if m.status == "running"], rung, total)
-        # Written down before it is acted on: a resumed sweep stops the same SAEs at the same step.
+        # The decision is saved first, so that a resumed sweep stops the same SAEs at the same step.
         record["rungs"][str(rung)] = [m.entry.name for m in lost]
         message = f"stopped by halving at step {rung}"
         for member in lost:
@@ -135,7 +135,7 @@ def _halt(member: Member) -> None:
 
 
 def _finish(member: Member) -> None:
-    """Let a member calibrate and save what it has learned."""
+    """Calibrate a member and save it."""
     if member.status == "running" and member.run is not None:
         next(member.run, None)  # no batch is left, so this runs to its end
         member.status, member.run = "finished", None
@@ -159,7 +159,7 @@ def _member(entry: Entry, folder: Path, record: dict[str, Any], total: int) -> M
 
 
 def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool) -> dict[str, Any]:
-    """``sweep.json``: what is trained on what, which rungs were decided and who was stopped."""
+    """``sweep.json``: the grid and the cache, the rungs that were decided, and the SAEs that were stopped."""
     about = json.loads(json.dumps({"grid": grid.content(), "cache_fingerprint": cache.fingerprint}))
     path = folder / SWEEP
     if resume and path.is_file():
@@ -172,7 +172,7 @@ def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool)
                 entry["train"], moved = without_warmups(entry["train"])
                 entry["options"] |= moved
             if not isinstance(record["rungs"], dict) or not isinstance(record["stopped"], dict):
-                raise TypeError("rungs and stopped are no tables")
+                raise TypeError("rungs and stopped are not tables")
         for part, remedy in (("cache_fingerprint", "restore the cache"), ("grid", "use the grid it was begun with")):
             if before[part] != about[part]:
                 raise UserError(f"{folder} was begun with another {part.split('_')[0]}; {remedy} or start a new sweep")

@@ -92,7 +92,7 @@ def activation_histogram(
     pole: int = 1,
     quantiles: Mapping[str, float] | None = None,
 ) -> go.Figure:
-    """How strongly a latent fires when it fires. Bins are drawn equally wide, whatever the spacing of ``edges``.
+    """Magnitudes of a latent's activations where it fires. Bins are drawn equally wide, whatever ``edges`` are.
 
     Counts stand on a log axis, because the tail is what a latent means. ``quantiles`` are magnitudes.
     """

@@ -1,4 +1,4 @@
-"""Corpus text made inert: tokens are data, whatever they look like.
+"""Escape corpus text, so that it is shown as data whatever it looks like.
 
 A token can be ``<script>``, markdown, a control character or a bidirectional override. ``visible`` replaces what a
 reader could not see (or what would rearrange the line) by a symbol; ``plain`` is that, escaped for HTML;

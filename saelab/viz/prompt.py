@@ -1,4 +1,4 @@
-"""Figures of a text seen through an SAE: which latents are active, and why they won."""
+"""Figures of a text seen through an SAE: which latents are active, and why they were selected."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def contest_bars(
     notes: Sequence[str] | None = None,
     gap: tuple[int, str] | None = None,
 ) -> go.Figure:
-    """Scores of the latents that contended for a token, winners filled, with the line they had to pass.
+    """Scores of the latents that competed for a token, winners filled, with the cut.
 
     ``cut`` is one number, or one per bar. ``notes`` say more of each bar when it is pointed at. ``gap`` is how many
     bars stand before those that were left out, and what to write there.

@@ -1,4 +1,4 @@
-"""A folder of runs and caches as the app and the notebooks see it."""
+"""A folder of runs and caches, as the app and the notebooks show it."""
 
 from saelab.runs.metrics_log import measured, read_metrics, series, thin
 from saelab.workspace.commands import evaluate_command, index_command, train_command

@@ -1,4 +1,4 @@
-"""The commands that make a run and its numbers again, spelled from what its files record."""
+"""The commands that reproduce a run and its numbers, built from what its files record."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from saelab.sae.base import current
 from saelab.training import TrainConfig
 from saelab.training.fitting import SOURCE, without_warmups
 
-CACHE = "CACHE"  # where nothing recorded which
+CACHE = "CACHE"  # placeholder where none is recorded
 
 
 def train_command(run: Run) -> str | None:
-    """How the run was trained; None for an SAE of another tool. Resolved defaults are spelled out."""
+    """The command that trained the run; None for an SAE of another tool. Resolved defaults are included."""
     own = run.metadata.get("saelab") or {}
     if run.is_foreign or own.get("variant") not in VARIANTS:
         return None
@@ -37,14 +37,14 @@ def train_command(run: Run) -> str | None:
 
 
 def evaluate_command(run: Run) -> str:
-    """How ``evaluation.json`` was made, or would be."""
+    """The command that makes ``evaluation.json``."""
     settings = run.evaluation.get("settings") or {}
     cache = settings.get("cache") or run.metadata.get("cache") or CACHE
     return _spell("evaluate", run.name, {"cache": cache, **_changed(EvaluateConfig, settings)})
 
 
 def index_command(run_name: str, meta: Mapping[str, Any]) -> str:
-    """How a feature index was made, from its own ``meta``."""
+    """The command that made a feature index, from its ``meta``."""
     return _spell("index", run_name, {"cache": meta["cache"], **_changed(IndexConfig, meta["config"])})
 
 

@@ -19,7 +19,7 @@ def read_notes(run_folder: Path | str) -> dict[int, dict[str, str]]:
     path = Path(run_folder) / NOTES
     if not path.is_file():
         return {}
-    with damaged(path, "mend or remove it"):
+    with damaged(path, "correct or remove it"):
         content = json.loads(path.read_bytes())
         return {int(latent): {k: str(v) for k, v in entry.items()} for latent, entry in content.items()}
 

@@ -24,7 +24,7 @@ TITLES = {"l0": "L0", "fvu": "FVU", "ce_recovered": "CE recovered", "dead": "dea
 
 @dataclass(frozen=True)
 class Number:
-    """One number and what is needed to get it again."""
+    """One number and what is needed to compute it again."""
 
     name: str
     value: float
@@ -134,7 +134,7 @@ def _evaluation(run: Run) -> dict[str, Number]:
 def pareto_points(runs: Iterable[Run], fidelity: str) -> dict[str, list[tuple[float, float, str]]]:
     """What :func:`saelab.viz.pareto` draws: ``{variant: [(L0, fidelity, provenance as safe HTML)]}``.
 
-    A variant of several widths is a series for each of them: a line between two widths is no trade-off.
+    A variant of several widths is a series for each of them: a line between two widths is not a trade-off.
     """
     runs = list(runs)
     widths: dict[str, set[int | None]] = {}

@@ -1,4 +1,4 @@
-"""Recipes that the Steering page saves in a folder: where they lie, what each does, and how to load one again."""
+"""Recipes that the Steering page saves in a folder: list them, and load one again."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _row(folder: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def provenance(picks: Sequence[Pick], prompt: str, promotes: Sequence[str], measured: Any = None) -> dict[str, Any]:
-    """What a saved recipe records of the page: picks, prompt, logit effect, doses and responses."""
+    """The state of the page that a recipe records: picks, prompt, logit effect, doses and responses."""
     about: dict[str, Any] = {
         "prompt": prompt,
         "promotes": list(promotes),

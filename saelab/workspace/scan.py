@@ -1,4 +1,4 @@
-"""A folder of work: which runs, caches and sweeps lie below it.
+"""Find the runs, caches and sweeps below a folder.
 
 Nothing outside the folder is opened: names are resolved first, links included.
 """
@@ -63,7 +63,7 @@ class Workspace:
             try:
                 cache = ActivationCache(folder)
             except (UserError, OSError):
-                continue  # a cache still being written is no answer to this question
+                continue  # a cache that is still being written does not count
             if wanted is not None and cache.fingerprint == wanted:
                 return cache
         return None

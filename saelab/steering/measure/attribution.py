@@ -1,4 +1,4 @@
-"""Attribution of a steered token's logit: how much of its change each latent and the error term account for.
+"""Attribute the change of a steered token's logit to the latents and the error term.
 
 At the hook point the activations move from ``x`` to ``x'``. In terms of the SAE, latents change their activation and
 the error term changes: ``x' - x = sum_j (c'_j - c_j) d_j + (e' - e)``, exactly. The contribution of each part to a

@@ -125,7 +125,7 @@ def dose_response(
     """
     lengths = sorted(vector.length(strength) for strength in strengths)
     if not lengths or lengths[0] <= 0:
-        raise UserError("strengths must be positive; turn the vector round (-vector) to steer the other way")
+        raise UserError("strengths must be positive; negate the vector (-vector) to steer the other way")
     directions = {"vector": vector}
     if positive or negative:
         directions["difference of means"] = difference_of_means(

@@ -1,4 +1,4 @@
-"""Two claims about steering with latents, tested: how far latents move predictions, and whether in both directions."""
+"""Test two claims about steering with latents: how far latents move predictions, and whether in both directions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def effect_size(
 
 @dataclass(frozen=True)
 class TwoWay:
-    """What one latent does at its two poles to the words of each pole."""
+    """The effect of one latent, steered to each pole, on the words of both poles."""
 
     latent: int
     up: tuple[float, float, float]  # logit shift of plus words against minus words at +strength: mean, low, high

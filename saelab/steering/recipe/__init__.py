@@ -1,4 +1,4 @@
-"""Recipes: interventions as a folder that can be given away, the model they belong to, and their export to GGUF."""
+"""Recipes: interventions saved as a folder to share, the model they belong to, and their export to GGUF."""
 
 from saelab.steering.recipe.gguf import export_gguf
 from saelab.steering.recipe.recipe import Recipe, check_free, check_parent

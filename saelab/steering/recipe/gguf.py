@@ -26,8 +26,8 @@ _ARCHITECTURES |= {"MistralForCausalLM": "llama", "GPTNeoXForCausalLM": "gptneox
 def export_gguf(recipe: Recipe, path: Path | str) -> Path:
     """Write the recipe's vectors, strengths folded in: apply with scale 1. Several at one layer are summed.
 
-    UserError for what the layout cannot say: other operations than Add, chosen tokens, other points than a block's
-    output, block 0.
+    Raises UserError for what the layout cannot hold: operations other than Add, chosen tokens, hook points other than a
+    block's output, block 0.
     """
     try:
         from gguf import GGUFWriter

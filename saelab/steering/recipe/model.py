@@ -1,4 +1,4 @@
-"""Which model a recipe belongs to, told by its configuration and its weights."""
+"""The identity of the model that a recipe belongs to: its configuration and a hash of its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saelab.lm.sites import blocks, underlying, width
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """A model as a recipe remembers it."""
+    """The identity of a model, as stored in a recipe."""
 
     name: str | None
     architecture: str  # the Hugging Face class
@@ -44,5 +44,5 @@ class ModelIdentity:
         if not any_weights and self.fingerprint != other.fingerprint:
             raise UserError(
                 f"the recipe was made for other weights ({self.name or self.architecture}, {self.fingerprint}); these "
-                f"are {other.name or other.architecture}, {other.fingerprint}. any_weights=True applies it all the same"
+                f"are {other.name or other.architecture}, {other.fingerprint}. any_weights=True applies it anyway"
             )

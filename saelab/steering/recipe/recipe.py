@@ -1,8 +1,8 @@
-"""``Recipe``: interventions as a folder that can be given away.
+"""``Recipe``: interventions saved as a folder that can be shared.
 
-``recipe.json`` says what is done where, to which model, and where each part came from; ``vectors.safetensors`` holds
-the directions, ``sae_N/`` the SAEs that latent interventions need. Every tensor is covered by a hash, nothing is
-pickled, and a recipe made for another model is refused.
+``recipe.json`` holds the interventions, the model and the origin of each part; ``vectors.safetensors`` holds the
+directions, ``sae_N/`` the SAEs that latent interventions need. Every tensor is covered by a hash, nothing is pickled,
+and a recipe made for another model is refused.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class Recipe:
     def attach(self, model: nn.Module, any_weights: bool = False) -> Iterator[Positions]:
         """Steer ``model``, a bridge or a plain Hugging Face model, while the ``with`` block lasts.
 
-        UserError when the model is not the one the recipe was made for; ``any_weights=True`` lets it act on a
-        fine-tuned, quantised or otherwise rounded relative of the same architecture and sizes.
+        Raises UserError if the recipe was made for another model. With ``any_weights=True`` it is also applied to a
+        fine-tuned, quantised or rounded model of the same architecture and sizes.
         """
         self.model.check(model, any_weights)
         with attach(model, self.interventions) as positions:
             yield positions
 
     def settings(self) -> list[dict[str, Any]]:
-        """The settings of every intervention, without tensors: what to read before the recipe is applied."""
+        """The settings of every intervention, without tensors, for reading before the recipe is applied."""
         return [intervention.settings() for intervention in self.interventions]
 
     def save(self, folder: Path | str, overwrite: bool = False) -> Path:
@@ -130,7 +130,7 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """UserError where the nearest existing folder above ``path`` is none, or cannot be written."""
+    """Raise UserError if the nearest existing parent of ``path`` is not a folder or cannot be written."""
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"{path} cannot be written: {above} is {'read-only' if above.is_dir() else 'a file'}")
@@ -147,7 +147,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise UserError(
             f"{path} has format {content.get('format')} version {content.get('version')}; this saelab reads "
-            f"{FORMAT} version {VERSION}; save it anew or update saelab"
+            f"{FORMAT} version {VERSION}; save it again or update saelab"
         )
     return content
 
