@@ -1,8 +1,8 @@
-"""What the pages read, loaded once: the workspace, SAEs, logs, indexes, the language model, comparisons.
+"""Load and cache what the pages show: the workspace, SAEs, logs, indexes, the language model, comparisons.
 
-Everything returned here is shared by all sessions of the server and must not be changed. Cached objects go by the path
-and the time stamp of their files, so that a run that was trained or indexed again is read again. The language model
-carries hooks while it computes: whoever uses it holds :func:`model_lock`.
+Everything returned here is shared by all sessions of the server and must not be changed. The key of a cached object is
+the path and the time stamp of its files, so that a run that was trained or indexed again is read again. The language
+model carries hooks while it runs: hold :func:`model_lock` to use it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def sae(run: Run) -> SAE:
 
 
 def place(run: Run) -> Path:
-    """Where a run of the workspace lies; only an SAE in memory, which no page shows, lies nowhere."""
+    """The folder or file of a run of the workspace. (Only an SAE in memory has none, and no page shows one.)"""
     assert run.path is not None
     return run.path
 
@@ -103,7 +103,7 @@ def catalogue(run: Run) -> pd.DataFrame:
 
 @st.cache_resource(show_spinner=False)
 def model_lock() -> threading.RLock:
-    """Hooks are state on the model, and the model is shared: whoever computes with it holds this."""
+    """The lock to hold while running the shared model, because hooks are state of the model."""
     return threading.RLock()
 
 
@@ -115,7 +115,7 @@ def _model(name: str) -> Any:
 
 
 def model_name(run: Run) -> str | None:
-    """The model this session may load: the one given to ``saelab app``, else one the run names and we trust."""
+    """The model that this session may load: the one given to ``saelab app``, else a trusted one that the run names."""
     given = os.environ.get(MODEL)
     return (None if given == "none" else given) if given else workspace().model_of(run)
 
@@ -124,7 +124,7 @@ def need_model(run: Run, purpose: str) -> Any:
     """The run's language model; without one the page ends and says why and what to do."""
     if not run.metadata.get("hook_name"):
         st.info(
-            f"{purpose} needs the hook point, and {viz.markdown(run.name)} does not record its own. "
+            f"{purpose} needs the hook point, which {viz.markdown(run.name)} does not record. "
             "Index it over a cache of that hook point (`saelab index RUN --cache CACHE`): then it is known.",
             icon=":material/info:",
         )
@@ -176,12 +176,12 @@ def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Rea
 
 
 def _distance(run: Run, other: Run) -> tuple[bool, ...]:
-    """How unlike two SAEs are, for sorting: another variant, another width, nothing known of its latents."""
+    """Sort key for how much two SAEs differ: another variant, another width, no feature index."""
     return other.variant != run.variant, other.d_sae != run.d_sae, not other.has_index
 
 
 def siblings(run: Run, most: int = 4) -> dict[str, Run]:
-    """Other SAEs of the folder on the same hook point and width, a few of them, those most like it first."""
+    """A few other SAEs of the folder on the same hook point and width, the most similar first."""
     same = {
         name: other
         for name, other in workspace().runs.items()

@@ -1,4 +1,4 @@
-"""What surrounds the content of every page: colours, style sheet, figures, the sidebar, and how a page is run."""
+"""What all pages share: colours, style sheet, figures, the sidebar, and the code that runs a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saelab.runs import Run
 
 
 def colours() -> viz.Palette:
-    """The palette of the theme the reader sees."""
+    """The palette of the current theme."""
     return viz.palette(st.context.theme.type == "dark")
 
 
@@ -52,9 +52,9 @@ def run_title(run: Run) -> str:
 
 
 def run_page(chosen: Any) -> None:
-    """Run a page; a mistake the user can mend is shown as one line."""
+    """Run a page; a UserError is shown as one line."""
     if chosen.title != "Latent" and "run" in st.session_state:
-        # That page's address says more, and one that changes twice would add to the browser's history.
+        # That page writes its own address; changing it twice would add an entry to the browser's history.
         show_link(run=st.session_state["run"])
     try:
         chosen.run()

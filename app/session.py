@@ -1,4 +1,4 @@
-"""The state of one reader's session: the chosen run and latent, the address that says so, and ways to other pages."""
+"""The state of a session: the chosen run and latent, the address that holds them, and links to other pages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Keep(TypedDict):
     persist_state: Literal["session"]
 
 
-KEEP: Keep = {"persist_state": "session"}  # what is typed and chosen outlives a visit to another page
+KEEP: Keep = {"persist_state": "session"}  # the input is kept while another page is visited
 
 
 def follow_link() -> None:
-    """Take run, latent and pole from the address, when it is not the one we wrote ourselves."""
+    """Take run, latent and pole from the address, unless this session wrote it."""
     params = st.query_params.to_dict()
     if not params or params == st.session_state.get("address"):
         return
@@ -40,7 +40,7 @@ def show_link(**params: Any) -> None:
 
 
 def need_run() -> Run:
-    """The chosen run; without one the page ends with what to do."""
+    """The chosen run; without one the page ends with the command that makes one."""
     found = workspace()
     if "run" not in st.session_state or st.session_state["run"] not in found.runs:
         st.info(
@@ -56,7 +56,7 @@ def open_latent(latent: int, pole: int = 1, run: Run | None = None) -> None:
     """Go to a latent's page, of another run where one is given."""
     st.session_state["latent"], st.session_state["pole"] = int(latent), int(pole)
     if run is not None and run.name != st.session_state.get("run"):
-        # The sidebar's widget exists by now in this pass; its choice is taken over at the start of the next.
+        # The sidebar's widget has been drawn in this pass; its choice is set at the start of the next.
         st.session_state["next_run"] = run.name
     st.switch_page("views/latent.py")
 

@@ -58,13 +58,13 @@ def deaths(run: Run, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def cause_summary(found: pd.DataFrame) -> None:
-    """How many died of what."""
+    """The number of dead latents by cause."""
     counts = Counter(found["cause"])
     page.html(viz.fact_table((cause, f"{n:,}", health.CAUSES[cause]) for cause, n in counts.most_common()))
 
 
 def death_table(run: Run, found: pd.DataFrame) -> dict[Any, Any] | None:
-    """All dead latents; the row of the chosen one."""
+    """The table of dead latents; returns the chosen row."""
     known = sorted(found["cause"].unique())
     causes = st.pills("cause", known, selection_mode="multi", key="health_causes") if len(known) > 1 else []
     shown = found[found["cause"].isin(causes)] if causes else found
@@ -89,7 +89,7 @@ def death_table(run: Run, found: pd.DataFrame) -> dict[Any, Any] | None:
     if "not examined" in known:
         cache = run.metadata.get("cache") or run.metadata.get("cache_fingerprint") or "its own"
         st.caption(
-            f"What else keeps a latent silent shows on activations: put the cache the SAE was trained on "
+            f"To examine the other causes, put the cache that the SAE was trained on "
             f"({viz.markdown(str(cache))}) into this folder."
         )
     event = st.dataframe(
@@ -116,7 +116,7 @@ def audit(index: Any, limit: float) -> None:
     if found.empty:
         st.success(f"No latent fires on more than {limit:.0%} of tokens.", icon=":material/check:")
         return
-    st.caption("What a latent that is nearly always on may stand for: the property its magnitude follows most closely.")
+    st.caption("Latents that are nearly always on, with the property that the magnitude of each follows most closely.")
     number, meanings = st.column_config.NumberColumn, index.meta["columns"]
     short = {
         "first_corr": "first token",

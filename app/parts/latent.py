@@ -57,7 +57,7 @@ def numbers(row: dict[str, Any], narrow: bool = False) -> None:
 
 
 def explanation(run: Run, latent: int, pole: int) -> None:
-    """What a language model said of it, with its scores beside what guessing would reach."""
+    """The explanation by a language model, with its scores beside those of guessing."""
     found = load(loaders.place(run)).get((latent, pole))
     if found is None:
         return
@@ -66,7 +66,7 @@ def explanation(run: Run, latent: int, pole: int) -> None:
     st.caption(
         f"by {viz.markdown(found['explainer'])} · balanced accuracy: {', '.join(scores)} (guessing reaches 50 %) · "
         f"accuracy of detection {_share(found['detection']['accuracy'])}, "
-        f"of saying no to everything {_share(found['detection']['guess_nothing'])}"
+        f"of answering no to everything {_share(found['detection']['guess_nothing'])}"
     )
 
 
@@ -92,7 +92,7 @@ def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
 
 
 def silent(index: Any, one_side: bool) -> None:
-    """What to say of a latent, or a pole, that never fired."""
+    """The text for a latent, or a pole, that never fired."""
     side = " on this side" if one_side else ""
     st.info(f"It never fired{side} in {index.meta['tokens']:,} tokens.", icon=":material/bedtime:")
 
@@ -130,7 +130,7 @@ def axis(run: Run, latent: int) -> None:
         "two features": "its poles share a direction, not their contexts",
         "mixed": "its poles share some of their contexts",
         "one-sided": "one side fires too rarely to compare the poles",
-        "diffuse": "contexts of one pole are no more alike than those of different latents, so nothing can be said",
+        "diffuse": "contexts of one pole are no more alike than those of different latents, so there is no verdict",
     }
     number = f" (score {score.score:.2f})" if score.score == score.score else ""
     st.markdown(

@@ -1,4 +1,4 @@
-"""Why a latent won, shown for each kind of SAE."""
+"""Why a latent was selected, for each kind of SAE."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _short(label: str, most: int = 28) -> str:
 
 
 def why(run: Run, reading: Any, position: int) -> None:
-    """The steps in which the code was made, or the contest of all latents for the token."""
+    """The steps that made the code, or the contest of all latents for the token."""
     st.markdown("**Why these won**")
     sae, x = loaders.sae(run), reading.acts[position]
     grad = None if reading.grads is None else reading.grads[position]
@@ -65,14 +65,14 @@ def why(run: Run, reading: Any, position: int) -> None:
     elif (found := explain.contest(sae, x, grad)) is not None:
         contest(run, found)
     else:
-        st.caption(f"A {viz.markdown(sae.variant)} SAE gives no account of its selection.")
+        st.caption(f"A {viz.markdown(sae.variant)} SAE cannot explain its selection.")
 
 
 def contest(run: Run, found: explain.Contest) -> None:
-    """Scores of winners and of the nearest losers, and what they had to pass."""
+    """Scores of winners and of the closest losers, and the cut."""
     first, last = found.winners, []
     if len(found.winners) > 12:
-        # The weakest winners are where the contest was decided.
+        # The weakest winners are shown, because they decide the contest.
         first, last = found.winners[:6], found.winners[-6:]
     shown = [*first, *last, *found.losers[:8]]
     left_out = len(found.winners) - len(first) - len(last)
@@ -119,7 +119,7 @@ def pursuit(run: Run, steps: list[PursuitStep], start: float) -> None:
 
 
 def effects(run: Run, reading: Any, position: int) -> None:
-    """Activation x gradient: what each latent does to the loss."""
+    """Activation x gradient: the effect of each latent on the loss."""
     st.subheader("Activation × gradient", anchor=False)
     st.caption(
         "Effect: activation × (decoder row · gradient of the summed next-token loss), the loss that the latent adds, "

@@ -1,4 +1,4 @@
-"""Saved recipes: saving what is on the Steering page, and loading a recipe into it."""
+"""Saved recipes: save the interventions of the Steering page, and load a recipe into it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def show(run: Run) -> None:
     )
     chosen = [i for i in event.selection.rows if i < len(rows)]
     if not chosen:
-        st.caption("Choose a recipe to see its dose and response, or to work on with it.")
+        st.caption("Choose a recipe to see its doses and responses, or to load it.")
         return
     row = rows[chosen[0]]
     if st.button("Load this recipe", key="recipe_reopen", icon=":material/open_in_full:"):

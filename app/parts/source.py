@@ -1,4 +1,4 @@
-"""Where numbers come from: formula, tokens, seed and the command that gives them again."""
+"""The source of numbers: formula, tokens, seed and the command that computes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def of_run(run: Run) -> None:
         st.caption(f"Note: {viz.markdown(note)}")
     known = workspace.numbers(run)
     if not known:
-        st.caption("Nothing was measured yet; `saelab evaluate RUN --cache CACHE` does.")
+        st.caption("Nothing has been measured yet; `saelab evaluate RUN --cache CACHE` measures the run.")
         return
     page.html(viz.fact_table([(workspace.TITLES[name], n.text(), n.sample()) for name, n in known.items()]))
     commands(*(n.command for n in known.values()))

@@ -30,7 +30,7 @@ CONTINUATIONS = {
 
 
 def picks(run: Run, source: Any) -> list[Pick]:
-    """This session's picks for this run, with a latent or a recipe that was just sent to the page."""
+    """This session's picks for this run, including a latent or a recipe that another page sent."""
     found: list[Pick] = st.session_state.setdefault("steering_picks", {}).setdefault(run.name, [])
     sent = st.session_state.pop("steer_pick", None)
     if sent is not None and sent[0] == run.name:
@@ -123,11 +123,11 @@ def _operation_and_amount(pick: Pick) -> Pick:
     amount = OPERATIONS[operation].amount
     if amount is None:
         return pick.changed(operation=operation)
-    # A recipe that was loaded has room beyond its own amount.
+    # The slider leaves room beyond the amount of a loaded recipe.
     largest = amount.largest if pick.start is None else max(amount.largest, 2 * abs(pick.start))
     least, number = -largest if amount.signed else 0.0, amount.default
     if operation == pick.operation:
-        # What was set outlives a visit to another page.
+        # The settings are kept while another page is visited.
         number = min(max(pick.amount, least), largest)
     number = st.slider(amount.title, least, largest, number, amount.step, key=f"steering_{operation}_{pick.label}")
     unit = pick.unit
@@ -141,7 +141,7 @@ def _operation_and_amount(pick: Pick) -> Pick:
 
 
 def generation(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
-    """The prompt's form and, side by side, what comes of it; returns the prompt."""
+    """The prompt's form and, side by side, its continuations; returns the prompt."""
     with st.form("steering_form", border=False):
         prompt = st.text_area("Prompt", "The weather today", key="steering_prompt", height=70, **session.KEEP)
         with st.container(horizontal=True, vertical_alignment="bottom"):

@@ -39,7 +39,7 @@ COLUMNS = {
 
 
 def decade(value: float) -> str:
-    """A density as people say it."""
+    """A density as text: per cent from 1 % up, else in scientific notation."""
     return f"{value:.0%}" if value >= 0.01 or value == 0 else f"{value:.0e}"
 
 

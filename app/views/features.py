@@ -1,4 +1,4 @@
-"""All latents of an SAE: search by text or by example, filter, look at one without leaving the table."""
+"""All latents of an SAE: search by text or by example, filter, and preview one beside the table."""
 
 import loaders
 import session
@@ -93,7 +93,7 @@ with by_text:
     if picked is not None:
         st.session_state["features_last"] = ((run.name, text), picked)
     elif last is not None and last[0] == (run.name, text):
-        # Who comes back from a latent's page finds the one looked at last.
+        # On return from a latent's page, the latent that was viewed last is selected.
         picked = last[1]
     with right:
         if picked is None and len(found):

@@ -1,4 +1,4 @@
-"""All SAEs below the folder: their numbers, where each number comes from, and how they trade sparsity for fidelity."""
+"""All SAEs below the folder: their numbers, the source of each, and the trade-off of sparsity and fidelity."""
 
 import loaders
 import page

@@ -25,7 +25,7 @@ with st.form("prompt_form", border=False):
         )
 name, reading = st.session_state.get("prompt_reading", (None, None))
 if asked or (reading is not None and name != run.name):
-    # Another SAE is shown the same text at once: that is how they are compared.
+    # Another SAE gets the same text at once, so that SAEs can be compared.
     reading = loaders.read_text(run, text, "Reading a prompt", gradients)
     st.session_state["prompt_reading"] = (run.name, reading)
 if reading is None:

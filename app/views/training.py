@@ -1,4 +1,4 @@
-"""Curves of runs that are training or have finished; they redraw themselves while a log grows."""
+"""Curves of runs in training or finished; they are redrawn while a log grows."""
 
 import loaders
 import page
