@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m saelab.bench.NAME`` prints each figure that the documentation quotes."""
+"""Benchmarks: ``python -m saelab.bench.NAME`` prints the figures that the documentation quotes."""

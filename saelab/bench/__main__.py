@@ -1,4 +1,4 @@
-"""``python -m saelab.bench``: the benchmarks there are, and what each compares."""
+"""``python -m saelab.bench``: list the benchmarks, and what each compares."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How fast a cache is read: ``python -m saelab.bench.cache``.
 
-Writes a cache, then reads it in turns with token-level shuffling, in corpus order, and as a plain copy of its files
-(what the memory can do). GB/s count bytes on disk; batches come out as float32. GB per CPU second is what one core
-would do alone: it holds on a busy machine, where the other column does not.
+Writes a cache, then reads it alternately with token-level shuffling, in corpus order, and as a plain copy of its files
+(the limit of the memory). GB/s count bytes on disk; batches are float32. GB per CPU second is the rate of one core
+alone; unlike GB/s it also holds on a busy machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What processes send each other, against the formula: ``python -m saelab.bench.distributed``.
+"""Bytes that processes send each other, compared with the formula: ``python -m saelab.bench.distributed``.
 
 Trains one SAE on several processes (gloo) in every layout, and sets three figures side by side, in bytes a step and
 process: the formula of :func:`saelab.distributed.plan.traffic_per_step`, what the tensors handed to collectives amount

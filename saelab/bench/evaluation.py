@@ -1,8 +1,8 @@
 """How fast evaluation is: ``python -m saelab.bench.evaluation RUN --cache CACHE``.
 
-Two ratios. Of the metrics without a language model to encoding alone: batch by batch in turns over the same rows, so
-that a busy machine slows both alike. And of a whole evaluation with cross-entropy and KL to the passes of the language
-model inside it, whose layers below the hook run once per context.
+Two ratios of time: the metrics without a language model to encoding alone, alternating batch by batch over the same
+rows, so that a busy machine slows both alike; and a whole evaluation with cross-entropy and KL to its passes of the
+language model, whose layers below the hook run once per context.
 """
 
 from __future__ import annotations

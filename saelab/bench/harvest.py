@@ -1,4 +1,4 @@
-"""How fast harvest is beside the plain Hugging Face model: ``python -m saelab.bench.harvest``.
+"""Speed of harvest compared with the plain Hugging Face model: ``python -m saelab.bench.harvest``.
 
 After every forward pass of a harvest (tokenising, capturing, rounding, checksums and files included) the plain model,
 cut off after the hooked layer, with PyTorch's fused attention, runs on as many tokens. Both see the same noise of

@@ -1,4 +1,4 @@
-"""``python -m saelab.bench.steering``: how many tokens a second generation keeps under steering.
+"""``python -m saelab.bench.steering``: the speed of generation with steering, relative to without.
 
 The kinds of steering take turns, so that a busy machine slows them alike; the ratio of a kind is the median over
 rounds of its rate divided by the unsteered rate of the same round.

@@ -1,8 +1,8 @@
 """Does a sweep cost more than its parts? ``python -m saelab.bench.sweep`` trains eight SAEs both ways and compares.
 
-Both ways run in one process, a few steps of each in turn, so that a busy machine slows both; what is printed are
-ratios of sums, in wall time and in this process' CPU time. The compute of an SAE alone is measured on batches that
-are already in memory; reading is measured on its own, and how long the sweep waits for it.
+Both ways run in one process, a few steps of each in turn, so that a busy machine slows both; what is printed are ratios
+of sums, in wall time and in this process's CPU time. The compute of an SAE alone is measured on batches that are
+already in memory; reading is measured on its own, and how long the sweep waits for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The clock of every benchmark: wall and processor time of named pieces of work that take turns.
+"""The clock of all benchmarks: wall and processor time of named pieces of work that alternate.
 
 Turns let a busy machine slow all pieces alike, so the ratio of two of them, taken turn by turn, holds where their
 speeds do not. Processor time counts all threads of the process, and holds also where other programs compete for the
@@ -30,7 +30,7 @@ class Seconds(NamedTuple):
         return cls(time.perf_counter(), time.process_time())
 
     def since(self, start: Seconds) -> Seconds:
-        """What has passed between ``start`` and this."""
+        """The time since ``start``."""
         return Seconds(self.wall - start.wall, self.cpu - start.cpu)
 
 
@@ -45,7 +45,7 @@ class Clock:
         self._wait = wait
 
     def time(self, name: str, work: Callable[[], T]) -> T:
-        """Do ``work`` and note how long it took."""
+        """Do ``work`` and record how long it took."""
         self._wait()
         start = Seconds.now()
         result = work()
@@ -54,7 +54,7 @@ class Clock:
         return result
 
     def add(self, name: str, seconds: Seconds) -> None:
-        """Note a time that was taken elsewhere."""
+        """Record a time that was measured elsewhere."""
         self.times.setdefault(name, []).append(seconds)
 
     def rounds(self, jobs: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> None:
@@ -66,7 +66,7 @@ class Clock:
                 self.clear()
 
     def clear(self) -> None:
-        """Forget what was noted, such as the first turn, which compiles and allocates."""
+        """Discard the times so far, such as those of the first turn, which compiles and allocates."""
         self.times.clear()
 
     def total(self, name: str) -> Seconds:

@@ -1,4 +1,4 @@
-"""Input cases shared by the parity tests and the benchmark: ordinary ones, and the ones that break kernels.
+"""Input cases shared by the parity tests and the benchmark: ordinary ones, and edge cases that break kernels.
 
 Each case is small, because it also runs under Triton's interpreter.
 """

@@ -1,4 +1,4 @@
-"""What an op refuses before anything is launched: each message names the value and the remedy."""
+"""Checks of an op's arguments before anything is launched; each message names the value and the remedy."""
 
 from __future__ import annotations
 

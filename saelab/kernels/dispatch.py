@@ -1,8 +1,8 @@
-"""Which implementation runs an op: the one place that knows.
+"""The choice of the implementation that runs an op.
 
 CUDA or ROCm tensors go to ``triton``, float32 tensors on the CPU to ``numba``, everything else to ``reference``. The
 environment variable ``SAELAB_KERNELS`` or :func:`use_backend` names one instead; a named backend that cannot take a
-tensor raises, it never hands over in silence.
+tensor raises ValueError instead of falling back.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def describe(dtype: torch.dtype = torch.float32) -> str:
-    """One line on what runs the ops on ``dtype`` here, for logs: the backend, its version, why it is not a faster one.
+    """One line for logs: the backend that runs the ops on ``dtype`` here, its version, and why not a faster one.
 
     On a CPU only float32 is compiled: bfloat16 products are emulated on most CPUs, and slower than float32 ones.
     """

@@ -1,4 +1,4 @@
-"""CPU memory that is used again instead of being asked for anew.
+"""Reuse of CPU memory instead of new allocations.
 
 A fresh ``[4096, 16384]`` float32 output costs more in page faults than the selection that reads it. Buffers of
 :func:`scratch` are lent to one caller at a time; outputs as large as a weight matrix come from :func:`recycled`.
@@ -91,5 +91,5 @@ def _borrow(size: int) -> Tensor:
         if fitting:
             return _idle.pop(min(fitting, key=lambda i: _idle[i].numel()))
         if _idle:
-            _idle.pop()  # too small for the work at hand: let it go rather than hoard
+            _idle.pop()  # too small for the current work: free it
     return torch.empty(size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Peak memory of one training step beyond what must be there: weights, gradients and the optimizer's two moments."""
+"""Peak memory of one training step beyond weights, gradients and the optimizer's two moments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has to hold before a speed is printed: the backend agrees with float64 on the cases that break kernels."""
+"""Parity checks before a speed is printed: the backend must agree with float64 on the edge cases."""
 
 from __future__ import annotations
 

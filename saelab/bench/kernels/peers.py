@@ -1,6 +1,6 @@
 """Time the steps of other libraries on one batch; run by the interpreter of an environment that has them.
 
-``python bench_peers.py WHAT N D_IN D_SAE K ROUNDS``, with ``topk`` or ``pursuit`` for WHAT, prints one JSON object: per
+``python peers.py WHAT N D_IN D_SAE K ROUNDS``, with ``topk`` or ``pursuit`` for WHAT, prints one JSON object: per
 library and version the median milliseconds of a step and of the bare encode product in the same rounds. This file
 imports nothing of ours; a library that is not installed is left out.
 """
@@ -70,7 +70,7 @@ def sae_lens_abs(x: Tensor, d_sae: int, k: int) -> Step:
 
 
 def pursuit(x: Tensor, d_sae: int, k: int):
-    """SAELens' class, told to take ``k`` steps whatever they find, as ours are."""
+    """SAELens' class, configured to always take ``k`` steps, like ours."""
     from sae_lens import MatchingPursuitTrainingSAE, MatchingPursuitTrainingSAEConfig
 
     config = MatchingPursuitTrainingSAEConfig(

@@ -1,4 +1,4 @@
-"""Compiled bounds on pre-activations from a bfloat16 product, and what follows from them; see ``numba_screen``."""
+"""Compiled bounds on pre-activations from a bfloat16 product, used by :mod:`saelab.kernels.numba.screen`."""
 
 from __future__ import annotations
 

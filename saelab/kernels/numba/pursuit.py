@@ -148,7 +148,7 @@ def _gram(W_dec: Tensor) -> Tensor:
     gram = (
         _kept[1] if _kept and _kept[1].shape[0] == W_dec.shape[0] else W_dec.new_empty(W_dec.shape[0], W_dec.shape[0])
     )
-    _kept.clear()  # an interrupted build must not look like a finished one
+    _kept.clear()  # so that an interrupted build does not look finished
     torch.mm(W_dec, W_dec.T, out=gram)
     _kept.extend([W_dec.clone(), gram])
     return gram

@@ -2,9 +2,10 @@
 
 On CPUs that multiply bfloat16 natively the product takes less than half the time of a float32 one. Rounding changes
 ``x . w`` by at most ``|dx| |w~| + |x| |dw|`` (``w~`` is ``w`` rounded, ``dx`` and ``dw`` what rounding took from each
-vector, all norms known), so what has its upper bound below the k-th largest lower bound is out. What remains, a few
-more than k per token, is computed in float32, and the k best of those are the k best of all. The bounds hold for any
-input; a token with too many left to compute, or with numbers that are not finite, is left to the float32 product.
+vector, all norms known), so a latent whose upper bound is below the k-th largest lower bound cannot win. The remaining
+ones, a few more than k per token, are computed in float32, and the k best of those are the k best of all. The bounds
+hold for any input; a token with too many left to compute, or with numbers that are not finite, is left to the float32
+product.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each op computes, in plain PyTorch: the definition, the test oracle and the fallback.
+"""The definition of each op in plain PyTorch, which is also the test oracle and the fallback.
 
 Every other backend is an optimisation of a function in this file. Shapes: ``x [n, d_in]``,
 ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``; a ragged code is the triple
