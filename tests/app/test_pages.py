@@ -97,7 +97,7 @@ def test_explanations_are_shown_and_searched(monkeypatch: pytest.MonkeyPatch, fo
     app.switch_page("views/latent.py").run()
     shown = " ".join(item.value for item in (*app.markdown, *app.caption))
     assert r"words near \*\*water\*\*" in shown
-    assert "detection 83%, fuzzing –" in shown and "saying no to everything 60%" in shown
+    assert "detection 83%, fuzzing –" in shown and "answering no to everything 60%" in shown
 
 
 def test_a_link_leads_to_its_latent(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

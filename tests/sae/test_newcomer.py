@@ -118,7 +118,7 @@ def test_an_option_that_nobody_hands_over_is_saved(registry: dict[str, type[SAE]
     save(build("narrow", 8, 32, gain=5.0), tmp_path / "inherited")
     loaded = load_sae(tmp_path / "inherited")
     assert isinstance(loaded, Narrow) and (loaded.gain, loaded.width) == (5.0, 3)
-    with pytest.raises(UserError, match=r"Fixed takes the option gain over by \*\*options and sets it itself"):
+    with pytest.raises(UserError, match=r"Fixed takes the option gain through \*\*options and sets it itself"):
         build("fixed", 8, 32)
     with pytest.raises(UserError, match=r"variant 'gain' has no option 'gian': did you mean gain"):
         build("gain", 8, 32, gian=2.0)

@@ -71,7 +71,7 @@ def test_an_sae_of_another_tool_steers_where_its_folder_says(sparsify: Path) -> 
 
 def test_a_hook_name_given_wins(sparsify: Path, openai: Path) -> None:
     assert Run.open(sparsify, "blocks.2.hook_resid_pre").hook_name == "blocks.2.hook_resid_pre"
-    with pytest.raises(UserError, match=r"autoencoder\.pt does not record where .* give hook_name"):
+    with pytest.raises(UserError, match=r"autoencoder\.pt does not record its hook point; give hook_name"):
         as_run(openai)
 
 
