@@ -20,10 +20,10 @@ from rich.console import Console
 from torch import Tensor
 
 from saelab.data.cache import ActivationCache
-from saelab.features.build.builder import build_index
-from saelab.features.build.config import IndexConfig
-from saelab.features.build.logit_lens import LogitLens
 from saelab.features.index import FeatureIndex
+from saelab.features.indexing.builder import build_index
+from saelab.features.indexing.config import IndexConfig
+from saelab.features.indexing.logit_lens import LogitLens
 from saelab.sae import build
 from saelab.sparse import SparseCode
 

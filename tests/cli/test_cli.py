@@ -93,7 +93,7 @@ def test_whatever_the_system_refuses_has_a_remedy(
 # Settings that are fields of a command's options, and live where they are used.
 SETTINGS = [
     *("training/config.py:TrainConfig", "evaluation/__init__.py:EvaluateConfig"),
-    *("features/build/config.py:IndexConfig", "features/explanations/interpretation.py:InterpretConfig"),
+    *("features/indexing/config.py:IndexConfig", "features/explanations/interpretation.py:InterpretConfig"),
     "evaluation/tasks/battery.py:TaskConfig",
     *("harvesting/config.py:HarvestConfig", "reproduce/lab.py:Scale", "distributed/plan.py:Machine"),
 ]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from saelab import SAE, ActivationCache, SparseCode, UserError, build
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
-from saelab.features.build.config import OPTIONAL
-from saelab.features.build.examples import BANDS
+from saelab.features.indexing.config import OPTIONAL
+from saelab.features.indexing.examples import BANDS
 
 CONTEXT, N_CONTEXTS, D_IN, D_SAE, VOCAB = 16, 20, 6, 12, 11
 # Small runs and chunks, so that merging runs and cutting chunks is exercised.

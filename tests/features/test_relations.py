@@ -10,10 +10,10 @@ import torch
 
 from saelab import SAE, ActivationCache, SparseCode
 from saelab.features import FeatureIndex, IndexConfig, build_index
-from saelab.features.build.corpus import Corpus
-from saelab.features.build.groups import group_top, systematic
-from saelab.features.build.labels import Labeller
-from saelab.features.build.partners import MIN_TOGETHER
+from saelab.features.indexing.corpus import Corpus
+from saelab.features.indexing.groups import group_top, systematic
+from saelab.features.indexing.labels import Labeller
+from saelab.features.indexing.partners import MIN_TOGETHER
 
 CONTEXT, N_CONTEXTS, VOCAB = 32, 80, 40
 RULES = ["token: w3 · w5", "after: w4", "before: w6", "near: w8"]

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from saelab.data.cache import ActivationCache
 from saelab.features import schema
-from saelab.features.build.config import IndexConfig
-from saelab.features.build.corpus import Corpus
-from saelab.features.build.examples import choose, example_table
-from saelab.features.build.labels import Labeller
-from saelab.features.build.logit_lens import LogitLens, neighbours
-from saelab.features.build.partners import Partners
-from saelab.features.build.postings import Postings
-from saelab.features.build.statistics import (
+from saelab.features.indexing.config import IndexConfig
+from saelab.features.indexing.corpus import Corpus
+from saelab.features.indexing.examples import choose, example_table
+from saelab.features.indexing.labels import Labeller
+from saelab.features.indexing.logit_lens import LogitLens, neighbours
+from saelab.features.indexing.partners import Partners
+from saelab.features.indexing.postings import Postings
+from saelab.features.indexing.statistics import (
     Covariates,
     count_tokens,
     histogram_edges,

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from saelab.features.build.groups import group_top, split_groups, systematic
-from saelab.features.build.postings import Entries, Postings
+from saelab.features.indexing.groups import group_top, split_groups, systematic
+from saelab.features.indexing.postings import Entries, Postings
 
 MIN_TOGETHER = 3  # firings seen together before a pair counts: PMI of fewer is noise
 

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from saelab.features.build.config import IndexConfig
-from saelab.features.build.corpus import Corpus
-from saelab.features.build.groups import rank_in_group, systematic
-from saelab.features.build.postings import Entries
-from saelab.features.build.statistics import Ranked
+from saelab.features.indexing.config import IndexConfig
+from saelab.features.indexing.corpus import Corpus
+from saelab.features.indexing.groups import rank_in_group, systematic
+from saelab.features.indexing.postings import Entries
+from saelab.features.indexing.statistics import Ranked
 from saelab.features.schema import EXAMPLE_COLUMNS
 
 BANDS = ("q75", "q50", "q25", "q00")  # quarters of the firings, from the largest magnitudes down

@@ -19,12 +19,12 @@ from saelab.data.cache import ActivationCache
 from saelab.data.text import storable
 from saelab.errors import UserError
 from saelab.features import schema
-from saelab.features.build.columns import Describer
-from saelab.features.build.config import IndexConfig
-from saelab.features.build.corpus import Corpus
-from saelab.features.build.logit_lens import LogitLens
-from saelab.features.build.postings import Postings, PostingsWriter
 from saelab.features.index import FeatureIndex
+from saelab.features.indexing.columns import Describer
+from saelab.features.indexing.config import IndexConfig
+from saelab.features.indexing.corpus import Corpus
+from saelab.features.indexing.logit_lens import LogitLens
+from saelab.features.indexing.postings import Postings, PostingsWriter
 from saelab.files import new_folder
 from saelab.layout import EXAMPLES, FEATURES, INDEX
 from saelab.sae import SAE

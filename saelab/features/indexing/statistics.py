@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saelab.features.build.corpus import Corpus
-from saelab.features.build.groups import by_group_descending, group_top, split_groups
-from saelab.features.build.postings import Entries
+from saelab.features.indexing.corpus import Corpus
+from saelab.features.indexing.groups import by_group_descending, group_top, split_groups
+from saelab.features.indexing.postings import Entries
 from saelab.features.schema import QUANTILES
 
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saelab.features.build.corpus import Corpus
-from saelab.features.build.groups import group_top, rank_in_group, systematic
-from saelab.features.build.postings import Entries
-from saelab.features.build.statistics import count_tokens
+from saelab.features.indexing.corpus import Corpus
+from saelab.features.indexing.groups import group_top, rank_in_group, systematic
+from saelab.features.indexing.postings import Entries
+from saelab.features.indexing.statistics import count_tokens
 
 KINDS = ("token", "after", "before", "near")
 OFFSETS = (0, -1, 1)
