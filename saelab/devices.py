@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 from saelab.errors import UserError, first_line
 
@@ -26,3 +27,13 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         why = first_line(error).split(". ")[0]  # PyTorch then lists every backend it was built with
         raise UserError(f"device {str(name)!r} is not available here ({why}); use cpu") from error
     return device
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64 (Apple's ``mps``)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """``x`` in float64, on its own device or, if that has no float64, on the CPU."""
+    return (x if widest_float(x.device) == torch.float64 else x.cpu()).double()

@@ -1,7 +1,7 @@
-"""A second device in a process without one: tensors that say they are on ``cuda`` and refuse to meet those that do not.
+"""A second device in a process without one: tensors that say they are on it and refuse to meet those that do not.
 
 Their values stay in the CPU's memory, so that everything is computed; only the rule that devices may not mix is added.
-Nothing below Python is watched: autograd, and extensions that read tensors themselves.
+Nothing below Python is watched: autograd, and extensions that read tensors themselves. ``mps`` refuses float64, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
-CUDA = torch.device("cuda", 0)
+CUDA, MPS = torch.device("cuda", 0), torch.device("mps", 0)
 
 
 class Remote(Tensor):
@@ -43,25 +43,44 @@ def move(module: nn.Module) -> nn.Module:
 
 _MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda}
 # What reads a tensor of another device, or writes into one, as torch does.
-_FREE = {Tensor.tolist, Tensor.item, Tensor.__repr__, Tensor.copy_}
+_FREE = {torch._has_compatible_shallow_copy_type, Tensor.tolist, Tensor.item, Tensor.__repr__, Tensor.copy_}
+_NAMES = {torch.device, torch._C._nn._parse_to}  # what only reads the name of a device
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put}
 
 
 class PretendGpu(TorchFunctionMode):
-    """While active, ``cuda`` is a device."""
+    """While active, ``device`` is one, and ``module.to`` moves to it and from it."""
+
+    def __init__(self, device: torch.device = CUDA) -> None:
+        super().__init__()
+        self.device = device
+
+    def __enter__(self) -> PretendGpu:
+        # Modules take a new parameter instead of overwriting the old one's values, which would keep its class.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _NAMES or func is Tensor.requires_grad_:  # which gives back its argument, a leaf
+            return func(*args, **kwargs)
         found = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]
-            return CUDA if isinstance(args[0], Remote) else func(*args)
+            return self.device if isinstance(args[0], Remote) else func(*args)
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):  # of attributes such as grad and is_leaf
+            out = func(*args)
+            return remote(out) if isinstance(args[0], Remote) else out
         target = isinstance(found[0], Remote) if found else False
         devices = [x for x in tree_iter((args, kwargs)) if _names_device(x)]
         like = isinstance(args[1], Remote) if func in _MOVES and len(args) > 1 and isinstance(args[1], Tensor) else None
         if func is Tensor.numpy and target:
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+            raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
         if devices:
-            target = torch.device(devices[0]).type == "cuda"
+            target = torch.device(devices[0]).type == self.device.type
         elif like is not None:
             target = like
         elif func is Tensor.cpu:
@@ -71,6 +90,12 @@ class PretendGpu(TorchFunctionMode):
             target = any(isinstance(x, Remote) for x in found)
         args, kwargs = tree_map(lambda x: _device(local(x)), (args, kwargs))
         out = func(*args, **kwargs)
+        if (
+            target
+            and self.device == MPS
+            and any(x.dtype == torch.float64 for x in tree_iter(out) if isinstance(x, Tensor))
+        ):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
         return tree_map(remote if target else local, out)
 
     def _check(self, func: Any, args: Any, found: list[Tensor]) -> None:
@@ -79,7 +104,7 @@ class PretendGpu(TorchFunctionMode):
         places = {isinstance(x, Remote) for x in sized}
         if len(places) > 1:
             name = getattr(func, "__name__", str(func))
-            raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got cuda:0 and cpu")
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got {self.device} and cpu")
 
 
 def _device(x: Any) -> Any:
@@ -88,4 +113,4 @@ def _device(x: Any) -> Any:
 
 
 def _names_device(x: Any) -> bool:
-    return isinstance(x, (torch.device, str)) and str(x).split(":")[0] in ("cpu", "cuda")
+    return isinstance(x, (torch.device, str)) and str(x).split(":")[0] in ("cpu", "cuda", "mps")

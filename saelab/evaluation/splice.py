@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saelab.devices import in_float64
 from saelab.errors import UserError
 from saelab.lm.sites import Site, device_of
 from saelab.metrics.intervals import Array, Estimate, from_resamples, resampled_sums
@@ -145,7 +146,7 @@ class SplicedRun:
                 lse_other = other.logsumexp(dim=1)
                 ce[name] += _cross_entropy(other, lse_other, wanted)
                 # sum_v p_v (log p_v - log q_v); the difference first, so that equal logits give exactly zero
-                kl[name] += float((torch.linalg.vecdot(p, clean - other) - (lse - lse_other)).double().sum())
+                kl[name] += float(in_float64(torch.linalg.vecdot(p, clean - other) - (lse - lse_other)).sum())
         return ce, kl
 
     def _logits(self, tokens: Tensor, rows: Tensor) -> dict[str, Tensor]:
@@ -189,4 +190,4 @@ class SplicedRun:
 
 
 def _cross_entropy(logits: Tensor, lse: Tensor, targets: Tensor) -> float:
-    return float((lse - logits.gather(1, targets[:, None])[:, 0]).double().sum())
+    return float(in_float64(lse - logits.gather(1, targets[:, None])[:, 0]).sum())

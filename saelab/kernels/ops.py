@@ -210,8 +210,10 @@ def _score_weights(grads: Tensor, W_dec: Tensor, beta: float, grad_norm: str) ->
         return 1.0, beta
     # sum over (i, j) of (g_i . w_j)^2 = <G^T G, W^T W>: two small products instead of one of n * d_sae * d_in.
     wide = torch.promote_types(grads.dtype, torch.float32)
-    small = (grads.T.to(wide) @ grads.to(wide)).double(), (W_dec.T.to(wide) @ W_dec.to(wide)).double()
-    mean_square = float((small[0] * small[1]).sum()) / max(grads.shape[0] * W_dec.shape[0], 1)
+    small = [grads.T.to(wide) @ grads.to(wide), W_dec.T.to(wide) @ W_dec.to(wide)]
+    if grads.device.type == "mps":  # which has no float64
+        small = [product.cpu() for product in small]
+    mean_square = float((small[0].double() * small[1].double()).sum()) / max(grads.shape[0] * W_dec.shape[0], 1)
     return 1.0, beta / math.sqrt(mean_square) if mean_square > 0 else 0.0
 
 

@@ -11,13 +11,14 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from saelab.devices import in_float64
 from saelab.errors import UserError
 from saelab.sparse import SparseCode
 
 
 def living_rows(W: Float[Tensor, "m d_in"]) -> Float[Tensor, "alive d_in"]:
     """The rows that are not zero, at unit norm, in float64."""
-    W = W.detach().double()
+    W = in_float64(W.detach())
     norms = W.norm(dim=1)
     return W[norms > 0] / norms[norms > 0, None]
 
@@ -84,7 +85,8 @@ def babel_co_selected(W_dec: Float[Tensor, "d_sae d_in"], code: SparseCode, r_ma
             continue
         chosen = W[code.indices[start:stop]]
         cosines = (chosen @ chosen.T).abs().fill_diagonal_(-1)
-        curve = cosines.topk(min(r_max, size - 1), dim=1).values.cumsum(dim=1).amax(dim=0).double()
+        curve = cosines.topk(min(r_max, size - 1), dim=1).values.cumsum(dim=1).amax(dim=0)
+        curve = in_float64(curve)
         total += torch.cat([curve, curve[-1:].expand(r_max - curve.numel())])
         n += 1
     if n == 0:
@@ -95,7 +97,7 @@ def babel_co_selected(W_dec: Float[Tensor, "d_sae d_in"], code: SparseCode, r_ma
 def effective_rank(code: SparseCode) -> float:
     """``exp`` of the entropy of the eigenvalues of ``Z^T Z``, normalised to sum 1, over the latents in use."""
     used, compact = code.indices.unique(return_inverse=True)
-    values = code.values.detach().double()
+    values = in_float64(code.values.detach())
     z = torch.zeros(code.n, used.numel(), dtype=torch.float64).index_put((code.rows(), compact), values)
     gram = z.T @ z if z.shape[0] >= z.shape[1] else z @ z.T
     eigenvalues = torch.linalg.eigvalsh(gram).clamp_min(0)
@@ -111,7 +113,8 @@ def match_directions(A: Tensor, B: Tensor, signed: bool = False) -> tuple[Tensor
     Returns the matched rows of A, of B, and their cosines; ``signed`` matches by magnitude, because a latent with two
     poles may have learned the opposite direction. Rows must not be zero.
     """
-    unit_a, unit_b = (W.detach().double() / W.detach().double().norm(dim=1, keepdim=True) for W in (A, B))
+    wide = (in_float64(W.detach()) for W in (A, B))
+    unit_a, unit_b = (W / W.norm(dim=1, keepdim=True) for W in wide)
     cosines = unit_a @ unit_b.T
     rows, columns = linear_sum_assignment((cosines.abs() if signed else cosines).numpy(), maximize=True)
     rows, columns = torch.from_numpy(rows), torch.from_numpy(columns)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from saelab.devices import in_float64
 from saelab.errors import UserError
 from saelab.metrics.dictionary import match_directions
 from saelab.sparse import SparseCode
@@ -43,7 +44,7 @@ def match_dictionary(
 
 def correlations(code: SparseCode, truth: SparseCode) -> Float[Tensor, "m d_sae"]:
     """Pearson's correlation over tokens of every planted activation with every latent; 0 where one is constant."""
-    a, b = truth.dense().double(), code.dense().detach().double()
+    a, b = in_float64(truth.dense()), in_float64(code.dense().detach())
     a, b = a - a.mean(dim=0), b - b.mean(dim=0)
     scale = a.norm(dim=0)[:, None] * b.norm(dim=0)[None]
     return torch.where(scale > 0, (a.T @ b) / scale.where(scale > 0, 1.0), 0.0)
@@ -73,8 +74,8 @@ def detection(code: SparseCode, truth: SparseCode, matching: Matching) -> Detect
     """Precision, recall and F1 of ``code != 0`` for ``truth != 0`` over the matched pairs."""
     want = (truth.dense() != 0)[:, matching.features]
     have = (code.dense() != 0)[:, matching.latents]
-    both = (want & have).sum(dim=0).double()
-    n_have, n_want = have.sum(dim=0), want.sum(dim=0)
+    both = in_float64((want & have).sum(dim=0))
+    n_have, n_want = (x.sum(dim=0).to(both.device) for x in (have, want))
     f1 = 2 * both / (n_have + n_want).clamp_min(1)
     return Detection(both / n_have.clamp_min(1), both / n_want.clamp_min(1), f1)
 
@@ -90,8 +91,7 @@ def absorption_cosine(
     ``parents[i]`` is the parent of planted feature i, -1 for roots. 0 when children were learned as planted in a tree
     whose levels are orthogonal; a latent that absorbed its parent scores up to 0.71 (Costa et al., 2025, table 1).
     """
-    W = W_dec.detach().double()
-    W, truth = W / W.norm(dim=1, keepdim=True), truth.double() / truth.double().norm(dim=1, keepdim=True)
+    W, truth = (rows / rows.norm(dim=1, keepdim=True) for rows in (in_float64(W_dec.detach()), in_float64(truth)))
     is_child = parents[matching.features] >= 0
     if not is_child.any():
         raise UserError("absorption needs children among the matched features; the planted tree has none")
@@ -114,8 +114,8 @@ def correlation_errors(
     """
     order = matching.features.argsort()
     features = matching.features[order]
-    W = W_dec.detach().double()[matching.latents[order]] * matching.cosines[order].sign()[:, None]
-    truth = truth.double()[features]
+    W = in_float64(W_dec.detach())[matching.latents[order]] * matching.cosines[order].sign()[:, None]
+    truth = in_float64(truth)[features]
     W, truth = W / W.norm(dim=1, keepdim=True), truth / truth.norm(dim=1, keepdim=True)
     error = (W @ W.T - truth @ truth.T).square()
     groups, levels = groups[features], levels[features]

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab import kernels
+from saelab.devices import widest_float
 from saelab.errors import UserError, first_line, near_matches
 from saelab.kernels import SelectedPreActs
 from saelab.sae import options
@@ -218,6 +219,15 @@ class SAE(nn.Module, ABC):
             yield
         finally:
             self.train(training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
+        def moved(x: Tensor) -> Tensor:
+            if x.dtype == torch.float64 and not isinstance(x, nn.Parameter):
+                # Buffers in float64 could not move to a device without it.
+                x = x.to(widest_float(fn(torch.empty(0, device=x.device)).device))
+            return fn(x)
+
+        return super()._apply(moved, recurse)
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from saelab import kernels
+from saelab.devices import in_float64
 from saelab.errors import UserError
 from saelab.kernels import SelectedPreActs
 from saelab.sae.base import Scores, check_share, progress
@@ -117,6 +118,6 @@ class GradientTopK(BudgetSAE, variant="gradient_topk"):
         if grads is None or self.grad_norm == "none" or self.grad_select == "train_only":
             return
         # sum over tokens and latents of (g . d)^2 = <G^T G, W^T W>: no [n, d_sae] product.
-        total = ((grads.T @ grads).double() * (self.W_dec.T @ self.W_dec).double()).sum()
+        total = (in_float64(grads.T @ grads) * in_float64(self.W_dec.T @ self.W_dec)).sum()
         if total > 0:
             self.gain.update((grads.shape[0] * self.d_sae / total).sqrt())

@@ -84,9 +84,11 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
     @torch.no_grad()
     def _draw(self, code: SparseCode) -> tuple[list[int], Tensor]:
         """Ends of this step's prefixes, and the place of each entry's latent in the order of contributions."""
-        power = torch.zeros_like(self.contribution).index_add_(0, code.indices, code.values.double().square())
+        power = torch.zeros_like(self.contribution).index_add_(
+            0, code.indices, code.values.to(self.contribution).square()
+        )
         self.contribution.lerp_(power / code.n, 1 - MEMORY)
-        lengths = torch.arange(1, self.d_sae, dtype=torch.float64, device=power.device)
+        lengths = torch.arange(1, self.d_sae, dtype=power.dtype, device=power.device)
         drawn = (lengths**-1.5).multinomial(self.random_prefixes).sort().values + 1
         order = self.contribution.argsort(descending=True, stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(self.d_sae, device=order.device))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab import kernels
+from saelab.devices import widest_float
 from saelab.kernels import SelectedPreActs
 from saelab.sae.base import LinearSAE
 from saelab.sae.budget import BudgetSAE
@@ -22,7 +23,8 @@ CHUNK = 4096  # tokens whose pre-activations are looked at together
 class RunningMean(nn.Module):
     """Exponential mean of a number or a vector, unbiased from the first update on; 0 before it.
 
-    Always kept in float64: with a rate of 0.01, bfloat16 would round small updates away.
+    Always kept in float64 (float32 on a device without it): with a rate of 0.01, bfloat16 would round small updates
+    away.
     """
 
     total: Tensor
@@ -38,8 +40,8 @@ class RunningMean(nn.Module):
     def update(self, value: Tensor, rate: float | None = None, where: Tensor | None = None) -> None:
         """Mix in ``value``, for the elements marked in ``where`` only."""
         rate = self.rate if rate is None else rate
-        step = rate if where is None else rate * where.double()
-        self.total += step * (value.double() - self.total)
+        step = rate if where is None else rate * where.to(self.total)
+        self.total += step * (value.to(self.total) - self.total)
         self.weight += step * (1 - self.weight)
 
     @torch.no_grad()
@@ -54,7 +56,8 @@ class RunningMean(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMean:
         # Move to another device with the model, but keep the precision.
         device = fn(torch.empty(0, device=self.total.device)).device
-        self.total, self.weight = self.total.to(device), self.weight.to(device)
+        dtype = widest_float(device)
+        self.total, self.weight = self.total.to(device, dtype), self.weight.to(device, dtype)
         return self
 
 

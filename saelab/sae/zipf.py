@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.devices import in_float64, widest_float
+
 TAIL = 0.2  # share of the live latents, the rarest, that the fit leaves out: densities fall below the law there
 OFFSETS = 256  # values of q that are tried
 GRID = 2**20
@@ -58,7 +60,8 @@ def log_constant(law: Zipf, density: Float[Tensor, " d_sae"], share: float = 1 -
 
 def _points(density: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, int]:
     """Ranks that are fitted, their log densities and weights, and how many ranks there were to choose from."""
-    live = density[density > 0].double().sort(descending=True).values
+    density = in_float64(density)
+    live = density[density > 0].sort(descending=True).values
     n = int(live.numel() * share)
     ranks = torch.arange(1, n + 1, device=density.device)
     if n > POINTS:
@@ -85,7 +88,8 @@ def rates(law: Zipf, d_sae: int, k: int | float) -> Float[Tensor, " d_sae"]:
 def by_rank(density: Float[Tensor, " d_sae"], values: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
     """Give the r-th of ``values`` to the latent with the r-th largest density; ties go to the lowest latent."""
     order = density.sort(descending=True, stable=True).indices
-    return torch.empty_like(values, device=density.device).scatter_(0, order, values.to(density.device))
+    values = values.to(density.device, widest_float(density.device))
+    return torch.empty_like(values).scatter_(0, order, values)
 
 
 def budgets(rates: Float[Tensor, " d_sae"], n: int, k: int | float, turn: int) -> Int[Tensor, " d_sae"]:
@@ -96,11 +100,11 @@ def budgets(rates: Float[Tensor, " d_sae"], n: int, k: int | float, turn: int) -
     """
     order = rates.sort(descending=True, stable=True).indices
     total = int(k * n)
-    upto = (rates[order].double() * n).cumsum(0)
+    upto = (in_float64(rates[order]) * n).cumsum(0)
     # On a grid, so that rounding cannot push a whole number across an integer: the start lies between grid points.
     upto = (upto * (total / upto[-1]) * GRID).round()
     # One random number would do for all latents (systematic sampling); multiples of the golden ratio are more even.
     start = math.floor(turn * 0.6180339887498949 % 1.0 * GRID) + 0.5
     steps = ((upto + start) / GRID).floor().long()
-    counts = torch.cat([steps[:1], steps.diff()])
+    counts = torch.cat([steps[:1], steps.diff()]).to(order.device)
     return torch.empty_like(counts).scatter_(0, order, counts)

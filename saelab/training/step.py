@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saelab.data.cache import Batch
+from saelab.devices import in_float64
 from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.sharding import REPLICATED, auxk, represent
 from saelab.errors import UserError
@@ -128,7 +129,7 @@ def _forward(
 
 
 def _report(values: dict[str, Tensor], parallel: Parallel) -> dict[str, float]:
-    stacked = torch.stack([value.detach().double() for value in values.values()]) / parallel.dict_size
+    stacked = torch.stack([in_float64(value.detach()) for value in values.values()]) / parallel.dict_size
     return dict(zip(values, parallel.sum_all(stacked, "statistics").tolist()))
 
 

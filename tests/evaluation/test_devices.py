@@ -1,4 +1,4 @@
-"""Evaluation and steering where the language model is on another device than the cache and the tokens."""
+"""Devices without float64, and language models on another device than the cache and the tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
-from saelab.devices import pick_device
+from saelab.devices import in_float64, pick_device, widest_float
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, TaskConfig, evaluate, run_tasks
 from saelab.harvesting import HarvestConfig, harvest
@@ -23,8 +23,9 @@ from saelab.sae import build
 from saelab.sae.weights import save
 from saelab.steering import Ablate, Add, Run, SteeringVector, calibrate, generate
 from saelab.steering.directions import difference_of_means
+from saelab.training import TrainConfig, train
 from tests import tiny_lm
-from tests.pretend_gpu import CUDA, PretendGpu, Remote, move, remote
+from tests.pretend_gpu import CUDA, MPS, PretendGpu, Remote, move, remote
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -64,12 +65,55 @@ def test_the_pretended_device_does_not_mix() -> None:
             x.numpy()
 
 
-def test_evaluation_moves_what_meets_the_model(folder: Path) -> None:
+def test_the_pretended_mps_has_no_float64() -> None:
+    with PretendGpu(MPS):
+        x = torch.ones(3, device="mps")
+        assert (x.device, (x + 1).device, x.cpu().double().dtype) == (MPS, MPS, torch.float64)
+        for wide in (x.double, lambda: torch.ones(3).double().to("mps"), lambda: x.sum(dtype=torch.float64)):
+            with pytest.raises(TypeError, match="float64"):
+                wide()
+        assert (in_float64(x).device.type, in_float64(x).dtype) == ("cpu", torch.float64)
+    assert [widest_float(torch.device(name)) for name in ("cpu", "cuda", "mps")] == [torch.float64] * 2 + [
+        torch.float32
+    ]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "batch_topk": {"k": 4},
+    "feature_choice": {"k": 4},
+    "gradient_topk": {"k": 4},
+    "matryoshka": {"k": 4, "random_prefixes": 2},
+}
+
+
+@pytest.mark.parametrize("variant", OPTIONS)
+def test_a_device_without_float64_trains_and_evaluates(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: torch.zeros(1))
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device: None)
+    generator = torch.Generator().manual_seed(0)
+    acts, grads = torch.randn(2, 60, 20, 8, generator=generator)
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts, grads=grads, held_out=0.3)
+    config, found = TrainConfig(batch_size=64, epochs=2, lr=1e-3), []
+    for device in ("cpu", "mps"):
+        torch.manual_seed(0)
+        with PretendGpu(MPS), use_backend("reference"):
+            sae = build(variant, d_in=8, d_sae=32, **OPTIONS[variant]).to(device)
+            assert sae.device.type == device
+            last = train(sae, cache, config, tmp_path / device)
+            metrics = evaluate(sae, cache, None, EvaluateConfig(density_tokens=100)).metrics
+        found.append([last.fvu, last.l0, metrics["fvu"].value, metrics["l0"].value])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("device", [CUDA, MPS])
+def test_evaluation_moves_what_meets_the_model(device: torch.device, folder: Path) -> None:
     cache = ActivationCache(folder / "cache")
     config, sae = EvaluateConfig(density_tokens=0), small_sae(cache)
     expected = evaluate(sae, cache, plain(folder), config)
     model = move(plain(folder))
-    with PretendGpu():
+    with PretendGpu(device):
         assert isinstance(next(model.parameters()), Remote)
         got = evaluate(sae, cache, model, config)
     for name, estimate in expected.metrics.items():
@@ -88,7 +132,8 @@ def test_labelled_texts_run_through_a_model_elsewhere(folder: Path, tmp_path: Pa
         assert run_tasks(sae, cache, tasks, model) == expected
 
 
-def test_steering_runs_on_a_model_elsewhere(folder: Path) -> None:
+@pytest.mark.parametrize("device", [CUDA, MPS])
+def test_steering_runs_on_a_model_elsewhere(device: torch.device, folder: Path) -> None:
     cache = ActivationCache(folder / "cache")
     run = Run(small_sae(cache), HOOK)
     vector = SteeringVector.from_latent(run, 3)
@@ -104,7 +149,7 @@ def test_steering_runs_on_a_model_elsewhere(folder: Path) -> None:
 
     expected = everything(plain(folder))
     model = move(plain(folder))
-    with PretendGpu():
+    with PretendGpu(device):
         got = everything(model)
     assert got[0] == expected[0]
     assert got[1:] == pytest.approx(expected[1:], rel=1e-5)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saelab.devices import in_float64
 from saelab.errors import UserError
 from saelab.lm.sites import device_of, underlying
 from saelab.lm.tokens import Prompts, token_ids, tokenize, tokenizer_of
@@ -125,5 +126,5 @@ def repetition(tokens: Sequence[int], n: int = 3) -> float:
 
 
 def _row_mean(values: Float[Tensor, "batch length"], chosen: Tensor) -> Float[Tensor, " batch"]:
-    total = torch.where(chosen, values, torch.zeros_like(values)).double().sum(dim=1)
-    return (total / chosen.sum(dim=1).clamp(min=1)).float().cpu()
+    total = in_float64(torch.where(chosen, values, torch.zeros_like(values))).sum(dim=1)
+    return (total / chosen.sum(dim=1).clamp(min=1).to(total.device)).float().cpu()
