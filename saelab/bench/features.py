@@ -6,99 +6,107 @@ throughput, then opens latents and filters a table.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from rich.console import Console
-from torch import Tensor
 
+from saelab.bench.timing import Clock, write_out
 from saelab.data.cache import ActivationCache
 from saelab.features.index import FeatureIndex
 from saelab.features.indexing.builder import build_index
 from saelab.features.indexing.config import IndexConfig
 from saelab.features.indexing.logit_lens import LogitLens
 from saelab.sae import build
-from saelab.sparse import SparseCode
 
 VOCAB, CONTEXT = 32_768, 128
 
 
-def main() -> None:
-    """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--latents", type=int, default=16_384)
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--width", type=int, default=576, help="d_in; the default is that of SmolLM2")
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--variant", default="topk")
-    parser.add_argument("--rows", type=int, default=65_536, help="latents of the table that is filtered")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.folder is not None:
-        _build(options)
-        return
-    console = Console(highlight=False)
+@dataclass(frozen=True)
+class Settings:
+    """Sizes; the defaults are those of docs/benchmarks.md."""
+
+    latents: int = 16_384
+    """Latents of the SAE whose index is built."""
+    tokens: int = 1_000_000
+    """Tokens of the planted cache."""
+    width: int = 576
+    """d_in; the default is that of SmolLM2."""
+    k: int = 32
+    """Latents per token."""
+    variant: str = "topk"
+    """Variant of the SAE."""
+    rows: int = 65_536
+    """Latents of the table that is filtered."""
+    pages: int = 50
+    """Latents that are opened."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    settings = tyro.cli(Settings, prog="python -m saelab.bench.features", description=__doc__, args=args)
     with tempfile.TemporaryDirectory() as name:
-        _cache(Path(name), options)
-        built = subprocess.run(
-            [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--folder", name], capture_output=True
-        )  # pyright: ignore
-        sys.stderr.buffer.write(built.stderr)
-        figures = json.loads(built.stdout) | _open(Path(name) / "run") | _filter(options.rows)
-    console.print_json(json.dumps(figures))
+        _cache(Path(name), settings)
+        values = json.dumps(asdict(settings) | {"out": None})
+        command = [sys.executable, "-c", "from saelab.bench.features import build_in; build_in()", name, values]
+        built = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        found = json.loads(built.stdout) | _open(Path(name) / "run", settings.pages) | _filter(settings.rows)
+    write_out(settings.out, found)
+    Console(highlight=False).print_json(data=found)
 
 
-def _cache(folder: Path, options: argparse.Namespace) -> None:
+def _cache(folder: Path, settings: Settings) -> None:
     """Activations around a planted dictionary, in float16, with Zipf-distributed tokens."""
     generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(2048, options.width, generator=generator), dim=1)
-    n = options.tokens - options.tokens % CONTEXT
-    acts = torch.empty(n, options.width, dtype=torch.float16)
+    directions = torch.nn.functional.normalize(torch.randn(2048, settings.width, generator=generator), dim=1)
+    n = settings.tokens - settings.tokens % CONTEXT
+    acts = torch.empty(n, settings.width, dtype=torch.float16)
     for part in torch.arange(n).split(1 << 16):
         picked = (torch.rand(len(part), 8, generator=generator) ** 3 * 2048).long()
         size = torch.rand(len(part), 8, 1, generator=generator) * 4
-        acts[part] = ((directions[picked] * size).sum(1) + 0.3 * torch.randn(len(part), options.width)).half()
+        acts[part] = ((directions[picked] * size).sum(1) + 0.3 * torch.randn(len(part), settings.width)).half()
     tokens = (torch.rand(n, generator=generator) ** 6 * VOCAB).long()
     ActivationCache.from_tensors(folder / "cache", acts, tokens, context_length=CONTEXT, dtype="float16")
 
 
-def _build(options: argparse.Namespace) -> None:
-    """In its own process: build the index, print seconds and peak memory as JSON."""
+def build_in() -> None:
+    """In its own process: build the index in the folder named first, print seconds and peak memory as JSON."""
+    folder, settings = Path(sys.argv[1]), Settings(**json.loads(sys.argv[2]))
     torch.manual_seed(0)
-    sae = build(options.variant, d_in=options.width, d_sae=options.latents, k=options.k).eval()
-    cache = ActivationCache(options.folder / "cache")
-    before, encode, cpu = _peak(), sae.encode, [0.0]
+    sae = build(settings.variant, d_in=settings.width, d_sae=settings.latents, k=settings.k).eval()
+    cache = ActivationCache(folder / "cache")
+    before, encode, clock = _peak(), sae.encode, Clock()
+    sae.encode = lambda *args: clock.time("encode", lambda: encode(*args))  # pyright: ignore[reportAttributeAccessIssue]
 
-    def timed(*args: Tensor) -> SparseCode:
-        tick = time.process_time()
-        code = encode(*args)
-        cpu[0] += time.process_time() - tick
-        return code
+    def work() -> FeatureIndex:
+        lens, strings = LogitLens(torch.randn(settings.width, VOCAB)), [f" t{i}" for i in range(VOCAB)]
+        return build_index(sae, cache, folder / "run", lens=lens, token_strings=strings)
 
-    sae.encode = timed  # pyright: ignore[reportAttributeAccessIssue]
-    started = time.process_time()
-    lens = LogitLens(torch.randn(options.width, VOCAB))
-    index = build_index(sae, cache, options.folder / "run", lens=lens, token_strings=[f" t{i}" for i in range(VOCAB)])
-    total, seconds, encoding = time.process_time() - started, index.meta["seconds"], index.meta["encode_seconds"]
+    index = clock.time("index", work)
+    cpu, total = clock.total("encode").cpu, clock.total("index").cpu
+    seconds, encoding = index.meta["seconds"], index.meta["encode_seconds"]
     figures = {
-        "variant": options.variant,
-        "latents": options.latents,
+        "variant": settings.variant,
+        "latents": settings.latents,
         "tokens": index.meta["tokens"],
-        "d_in": options.width,
-        "k": options.k,
+        "d_in": settings.width,
+        "k": settings.k,
         "encode_seconds": round(encoding, 1),
         "index_seconds": round(seconds, 1),
         "share_of_encode_throughput": round(encoding / seconds, 3),
-        "encode_cpu_seconds": round(cpu[0], 1),
+        "encode_cpu_seconds": round(cpu, 1),
         "index_cpu_seconds": round(total, 1),
-        "share_by_cpu_time": round(cpu[0] / total, 3),
+        "share_by_cpu_time": round(cpu / total, 3),
         "peak_memory_MB": round(_peak()),
         "of_which_before_MB": round(before),
         "index_MB": round(sum(f.stat().st_size for f in index.folder.iterdir()) / 2**20),
@@ -115,16 +123,19 @@ def _peak() -> float:
     raise OSError("the kernel does not tell this process's peak memory")
 
 
-def _open(folder: Path) -> dict[str, float]:
-    """Seconds to open an index and read one latent's page: the median and the worst of 50, each from the start."""
-    times = []
-    for latent in np.random.default_rng(0).integers(0, FeatureIndex(folder).d_sae, 50):
-        started = time.perf_counter()
+def _open(folder: Path, pages: int) -> dict[str, float]:
+    """Seconds to open an index and read one latent's page: median and worst of ``pages``, each from the start."""
+    clock = Clock()
+
+    def page(latent: int) -> None:
         index = FeatureIndex(folder)
-        index.latent(int(latent))
-        index.examples(int(latent))
-        times.append(time.perf_counter() - started)
-    return {"page_seconds_median": round(float(np.median(times)), 4), "page_seconds_worst": round(max(times), 4)}
+        index.latent(latent)
+        index.examples(latent)
+
+    for latent in np.random.default_rng(0).integers(0, FeatureIndex(folder).d_sae, pages).tolist():
+        clock.time("page", lambda latent=latent: page(latent))
+    worst = max(seconds.wall for seconds in clock.times["page"])
+    return {"page_seconds_median": round(clock.median("page").wall, 4), "page_seconds_worst": round(worst, 4)}
 
 
 def _filter(rows: int) -> dict[str, float]:
@@ -135,15 +146,17 @@ def _filter(rows: int) -> dict[str, float]:
         cache = ActivationCache.from_tensors(Path(name) / "cache", torch.randn(2048, 8), tokens, context_length=CONTEXT)
         config = IndexConfig(top=1, band=0, random=0, silent=0, chunk_latents=4096)
         index = build_index(sae, cache, Path(name) / "run", token_strings=[f" t{i}" for i in range(100)], config=config)
-        started = time.perf_counter()
-        index.table()
-        read = time.perf_counter() - started
-        started = time.perf_counter()
-        table = index.table()
-        hit = (table["density"] > 1e-4) & (table["density"] < 0.1) & table["label"].str.contains("t1", regex=False)
-        table.loc[hit | (table["token_entropy"] < 3)].sort_values(by="max", ascending=False)  # pyright: ignore
-        filtered = time.perf_counter() - started
-    return {"table_latents": rows, "table_read_seconds": round(read, 3), "table_filter_seconds": round(filtered, 3)}
+
+        def filtered() -> None:
+            table = index.table()
+            hit = (table["density"] > 1e-4) & (table["density"] < 0.1) & table["label"].str.contains("t1", regex=False)
+            table.loc[hit | (table["token_entropy"] < 3)].sort_values(by="max", ascending=False)  # pyright: ignore
+
+        clock = Clock()
+        clock.time("read", index.table)
+        clock.time("filter", filtered)
+    seconds = {name: round(clock.total(name).wall, 3) for name in ("read", "filter")}
+    return {"table_latents": rows, "table_read_seconds": seconds["read"], "table_filter_seconds": seconds["filter"]}
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from saelab.files import write_json
-
 T = TypeVar("T")
 
 
@@ -86,4 +84,6 @@ class Clock:
 def write_out(out: Path | None, content: Any) -> None:
     """Write what a benchmark found, as JSON, where ``--out`` says."""
     if out is not None:
+        from saelab.files import write_json  # not above: the clock is also used where saelab is not installed
+
         write_json(out, content)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,24 @@ def test_the_benchmarks_are_listed() -> None:
     found = benchmarks()
     assert {name.rpartition(".")[2] for name in found} >= {"cache", "harvest", "sweep", "evaluation", "kernels"}
     assert all(found.values()) and not any("timing" in name for name in found)
+
+
+def test_a_small_feature_index_is_timed(tmp_path: Path) -> None:
+    from saelab.bench.features import main
+
+    sizes = {"latents": 64, "tokens": 2048, "width": 8, "k": 4, "rows": 64, "pages": 2}
+    main([f"--{name}={value}" for name, value in sizes.items()] + ["--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["latents"], found["tokens"], found["table_latents"]) == (64, 2048, 64)
+    assert 0 < found["share_by_cpu_time"] < 1
+    assert found["page_seconds_worst"] >= found["page_seconds_median"] > 0
+
+
+def test_other_packages_are_timed_without_saelab(tmp_path: Path) -> None:
+    """By a script that another environment's Python runs: it takes the clock and nothing else."""
+    from saelab.bench.kernels import peers
+
+    check = "import sys, runpy; clock = runpy.run_path(sys.argv[1])['new_clock']()"
+    check += "; clock.rounds({'a': int}, 2); print(len(clock.times['a']), 'saelab' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check, peers.__file__], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["2", "False"], done.stderr

@@ -6,17 +6,18 @@ over rounds of the ratio within a round. No speed is shown when a parity check i
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
+import tyro
 from torch import Tensor
 
 from saelab import kernels
@@ -30,8 +31,27 @@ Rounds = dict[str, list[float]]
 GEMM, OURS = "encode GEMM alone", "step, topk"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = _options(arguments)
+@dataclass(frozen=True)
+class Settings:
+    """What to time. A shape is n x d_in x d_sae x k."""
+
+    shape: tuple[str, ...] = ("4096x576x16384x32",)
+    """Shapes of a training step."""
+    pursuit: str = "1024x576x4096x32"
+    """Shape of matching pursuit; empty skips it."""
+    rounds: int = 5
+    """Rounds after the first, which does not count."""
+    dense: bool = True
+    """Also time plain dense autograd, the slowest candidate."""
+    peers_python: Path | None = None
+    """Interpreter of an environment with the other packages."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Check parity, measure and print; returns the exit status."""
+    settings = tyro.cli(Settings, prog="python -m saelab.bench.kernels", description=__doc__, args=args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = kernels.backend()
     red = red_cases(backend, device)
@@ -40,30 +60,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     result: dict[str, object] = {"backend": kernels.describe(), "machine": _machine(device), "shapes": {}}
     _say(f"parity: green on every case · {kernels.describe()} · {_machine(device)}")
-    for shape in options.shape:
+    for shape in settings.shape:
         n, d_in, d_sae, k = (int(part) for part in shape.split("x"))
-        report = _step_report(n, d_in, d_sae, k, options, device)
+        report = _step_report(n, d_in, d_sae, k, settings, device)
         result["shapes"][shape] = report  # pyright: ignore
-    if options.pursuit:
-        n, d_in, d_sae, k = (int(part) for part in options.pursuit.split("x"))
-        result["pursuit"] = _pursuit_report(n, d_in, d_sae, k, options, device)
-    write_out(options.out, result)
-    _say(f"written to {options.out}")
+    if settings.pursuit:
+        n, d_in, d_sae, k = (int(part) for part in settings.pursuit.split("x"))
+        result["pursuit"] = _pursuit_report(n, d_in, d_sae, k, settings, device)
+    write_out(settings.out, result)
     return 0
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m saelab.bench.kernels", description=__doc__)
-    parser.add_argument("--shape", nargs="*", default=["4096x576x16384x32"], help="n x d_in x d_sae x k")
-    parser.add_argument("--pursuit", default="1024x576x4096x32", help="shape of matching pursuit; empty skips it")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-dense", action="store_true", help="skip plain dense autograd, the slowest candidate")
-    parser.add_argument("--peers-python", type=Path, help="interpreter of an environment with the other packages")
-    parser.add_argument("--out", type=Path, default=Path("kernel_bench.json"))
-    return parser.parse_args(arguments)
-
-
-def _step_report(n: int, d_in: int, d_sae: int, k: int, options: argparse.Namespace, device: str) -> dict[str, object]:
+def _step_report(n: int, d_in: int, d_sae: int, k: int, settings: Settings, device: str) -> dict[str, object]:
     x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(1)).to(device)
     p = steps.Parameters(d_in, d_sae, device)
     buffer, buffer16 = (torch.empty(n, d_sae, dtype=t, device=device) for t in (torch.float32, torch.bfloat16))
@@ -74,7 +82,7 @@ def _step_report(n: int, d_in: int, d_sae: int, k: int, options: argparse.Namesp
         "step, batch budget": steps.ours(p, x, k, per_batch=True),
         "structure of sparsify": steps.row_scatter(steps.Parameters(d_in, d_sae, device), x, k),
     }
-    if not options.no_dense:
+    if settings.dense:
         candidates["dense autograd, default Adam"] = steps.dense(
             steps.Parameters(d_in, d_sae, device, column_major=False, fused=False), x, k
         )
@@ -82,18 +90,18 @@ def _step_report(n: int, d_in: int, d_sae: int, k: int, options: argparse.Namesp
         x16, W16 = x.bfloat16(), p.W_enc.detach().bfloat16()
         candidates["bfloat16 product alone"] = lambda: torch.mm(x16, W16, out=buffer16)
     candidates |= _parts(p, x, buffer, k)
-    rounds = _interleaved(candidates, options.rounds, device)
-    _say(f"\nn={n} d_in={d_in} d_sae={d_sae} k={k}, median of {options.rounds} rounds", _floor(n, d_in, d_sae, k))
+    rounds = _interleaved(candidates, settings.rounds, device)
+    _say(f"\nn={n} d_in={d_in} d_sae={d_sae} k={k}, median of {settings.rounds} rounds", _floor(n, d_in, d_sae, k))
     _table(rounds, GEMM, OURS)
     report: dict[str, object] = {"milliseconds": rounds, "ratios": _ratios(rounds, OURS)}
     if device == "cpu":
         report["peak_megabytes"] = peak_megabytes(n, d_in, d_sae, k)
         _say(f"peak memory beyond weights, gradients and optimizer: {report['peak_megabytes']:.0f} MB")
-    if options.peers_python:
+    if settings.peers_python:
         counterpart = {"SAELens AbsTopK": "step, absolute topk"}
         products = _ratios(rounds, GEMM)
         ours = defaultdict(lambda: products[OURS], {name: products[step] for name, step in counterpart.items()})
-        report["peers"] = _peers(options, "topk", (n, d_in, d_sae, k), ours)
+        report["peers"] = _peers(settings, "topk", (n, d_in, d_sae, k), ours)
     return report
 
 
@@ -121,7 +129,7 @@ def _parts(p: steps.Parameters, x: Tensor, z: Tensor, k: int) -> dict[str, Calla
 
 
 def _peers(
-    options: argparse.Namespace, what: str, shape: tuple[int, ...], ours: Mapping[str, float]
+    settings: Settings, what: str, shape: tuple[int, ...], ours: Mapping[str, float]
 ) -> dict[str, dict[str, object]]:
     """The packages themselves, timed by the interpreter that has them.
 
@@ -129,10 +137,10 @@ def _peers(
     what our counterpart of each takes, in times of the product.
     """
     script = Path(__file__).with_name("peers.py")
-    command = [str(options.peers_python), str(script), what, *map(str, shape), str(options.rounds)]
+    command = [str(settings.peers_python), str(script), what, *map(str, shape), str(settings.rounds)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{options.peers_python} could not time the other packages:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{settings.peers_python} could not time the other packages:\n{done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     for name, figures in found.items():
         figures["times_ours"] = figures["milliseconds"] / figures["gemm"] / ours[name]
@@ -143,9 +151,7 @@ def _peers(
     return found
 
 
-def _pursuit_report(
-    n: int, d_in: int, d_sae: int, k: int, options: argparse.Namespace, device: str
-) -> dict[str, object]:
+def _pursuit_report(n: int, d_in: int, d_sae: int, k: int, settings: Settings, device: str) -> dict[str, object]:
     x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(1)).to(device)
     report: dict[str, object] = {}
     product, rounds = torch.empty(n, d_sae, device=device), {}
@@ -157,13 +163,13 @@ def _pursuit_report(
             "pursuit": steps.pursuit(mine, x, k, train),
             "structure of SAELens": steps.dense_pursuit(theirs, x, k, train),
         }
-        rounds[name] = times = _interleaved(candidates, options.rounds, device)
+        rounds[name] = times = _interleaved(candidates, settings.rounds, device)
         _say(f"\nmatching pursuit, {name}, n={n} d_in={d_in} d_sae={d_sae} steps={k}")
         _table(times, "pursuit", "pursuit")
         report[name] = {"milliseconds": times, "ratios": _ratios(times, "pursuit")}
-    if options.peers_python:
+    if settings.peers_python:
         ours = {name: _ratios(times, GEMM)["pursuit"] for name, times in rounds.items()}
-        report["peers"] = _peers(options, "pursuit", (n, d_in, d_sae, k), ours)
+        report["peers"] = _peers(settings, "pursuit", (n, d_in, d_sae, k), ours)
     return report
 
 

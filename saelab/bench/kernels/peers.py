@@ -1,8 +1,8 @@
 """Time the steps of other libraries on one batch; run by the interpreter of an environment that has them.
 
 ``python peers.py WHAT N D_IN D_SAE K ROUNDS``, with ``topk`` or ``pursuit`` for WHAT, prints one JSON object: per
-library and version the median milliseconds of a step and of the bare encode product in the same rounds. This file
-imports nothing of ours; a library that is not installed is left out.
+library and version the median milliseconds of a step and of the bare encode product in the same rounds. That
+environment need not have saelab: the clock is loaded by its path. A library that is not installed is left out.
 """
 
 # pyright: reportMissingImports=false
@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
-from importlib.util import find_spec
-from statistics import median
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,10 +109,14 @@ PEERS: dict[str, dict[str, tuple[str, str, Make]]] = {
 }
 
 
-def milliseconds(run: Step) -> float:
-    begin = time.perf_counter()
-    run()
-    return (time.perf_counter() - begin) * 1e3
+def new_clock() -> Any:
+    """The clock of all benchmarks, without the package it is in."""
+    spec = spec_from_file_location("timing", Path(__file__).parents[1] / "timing.py")
+    assert spec is not None
+    assert spec.loader is not None
+    timing = module_from_spec(spec)
+    spec.loader.exec_module(timing)
+    return timing.Clock()
 
 
 def main(what: str, n: int, d_in: int, d_sae: int, k: int, rounds: int) -> dict[str, dict[str, float | str]]:
@@ -123,12 +127,12 @@ def main(what: str, n: int, d_in: int, d_sae: int, k: int, rounds: int) -> dict[
         if find_spec(module) is None:
             continue
         step = make(x, d_sae, k)
-        step()
-        pairs = [(milliseconds(lambda: torch.mm(x, W, out=product)), milliseconds(step)) for _ in range(rounds)]
+        clock = new_clock()
+        clock.rounds({"gemm": lambda: torch.mm(x, W, out=product), "step": step}, rounds)
         found[name] = {
             "package": f"{distribution} {version(distribution)}",
-            "gemm": median(pair[0] for pair in pairs),
-            "milliseconds": median(pair[1] for pair in pairs),
+            "gemm": 1e3 * clock.median("gemm").wall,
+            "milliseconds": 1e3 * clock.median("step").wall,
         }
     return found
 
