@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # a page loads these when it needs them
     import pandas as pd
     from torch import Tensor
 
-    from saelab.comparison import Matching
+    from saelab.comparison import LatentMatching
     from saelab.features import FeatureIndex, LogitLens
     from saelab.features.poles import AxisScore
     from saelab.prompt.reading import Reading
@@ -165,12 +165,12 @@ def promoted(run: Run, model: Any, direction: Tensor, count: int) -> list[str]:
 
 def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Reading:
     """A text inside the model and the run's SAE; needs the model and holds its lock."""
-    from saelab.prompt.reading import read
+    from saelab.prompt.reading import read_prompt
 
     model = need_model(run, purpose)
     meta = run.metadata
     with model_lock(), st.spinner("Running the model …"):
-        return read(
+        return read_prompt(
             model, sae(run), text, meta["hook_name"], bos=bool(meta.get("prepend_bos", True)), gradients=gradients
         )
 
@@ -195,7 +195,7 @@ def siblings(run: Run, most: int = 4) -> dict[str, Run]:
 
 
 @st.cache_data(max_entries=8, show_spinner="Matching latents …")
-def _matching(key: tuple[Any, ...], _left: Run, _right: Run) -> Matching:
+def _matching(key: tuple[Any, ...], _left: Run, _right: Run) -> LatentMatching:
     from saelab.comparison import match_saes
 
     cache = workspace().cache_of(_left)
@@ -204,7 +204,7 @@ def _matching(key: tuple[Any, ...], _left: Run, _right: Run) -> Matching:
     return match_saes(sae(_left), sae(_right), cache, tokens=16_384)
 
 
-def matching(left: Run, right: Run) -> Matching:
+def matching(left: Run, right: Run) -> LatentMatching:
     """The latents of two SAEs matched, by activations as well where both were trained on a cache of the folder."""
     return _matching((str(left.path), left.stamp, str(right.path), right.stamp), left, right)
 

@@ -19,7 +19,7 @@ from saelab.sae.base import unit_rows
 
 
 @dataclass(frozen=True)
-class Matching:
+class LatentMatching:
     """``pairs``: left, right, cosine, correlation, similarity of each matched pair, most similar first.
 
     ``left`` and ``right`` have one row per latent of either SAE: latent, status, partner (its match, or -1), best (its
@@ -51,7 +51,7 @@ def match_saes(
     related: float = 0.3,
     contained: float = 0.5,
     candidates: int = 32,
-) -> Matching:
+) -> LatentMatching:
     """Match latents one to one so that the total similarity is the largest possible.
 
     Similarity is the cosine of the decoder rows, averaged with the Pearson correlation of the activations over the
@@ -77,7 +77,7 @@ def match_saes(
     back = None if codes is None else codes[::-1]
     swapped = table.rename(columns={"left": "right", "right": "left"})
     turned = pairs.rename(columns={"left": "right", "right": "left"})
-    return Matching(
+    return LatentMatching(
         pairs,
         _statuses(table, pairs, codes, left.d_sae, contained, "only-left"),
         _statuses(swapped, turned, back, right.d_sae, contained, "only-right"),

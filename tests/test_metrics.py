@@ -20,8 +20,8 @@ from saelab.metrics import (
     babel_co_selected,
     coherence_histogram,
     correlation_errors,
-    detection,
     effective_rank,
+    feature_detection,
     intervals,
     match_dictionary,
     max_cosines,
@@ -272,9 +272,9 @@ def test_perfect_and_broken_recovery():
     assert matching.mean_cosine == pytest.approx(1)
     assert mcc(code, truth, signed=True) == pytest.approx(1)
     assert mcc(code, truth) < 1
-    assert detection(code, truth, matching).f1.min() == pytest.approx(1)
+    assert feature_detection(code, truth, matching).f1.min() == pytest.approx(1)
     noisy = SparseCode.from_dense(code.dense() * (torch.rand(3000, 12) < 0.5))
-    got = detection(noisy, truth, matching)
+    got = feature_detection(noisy, truth, matching)
     want = [
         f1_score(truth.dense()[:, f] != 0, noisy.dense()[:, m] != 0)
         for f, m in zip(matching.features, matching.latents)

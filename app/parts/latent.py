@@ -152,7 +152,7 @@ def facts(rows: dict[int, dict[str, Any]]) -> None:
     page.html(viz.fact_table(listed))
 
 
-def stability(run: Run, latent: int) -> None:
+def other_saes(run: Run, latent: int) -> None:
     """The closest latent in other SAEs of the folder that read the same activations; a click opens one."""
     others = loaders.siblings(run)
     if not others:

@@ -75,7 +75,7 @@ if chosen_beside := near or together:
 
 left, right = st.columns(2, gap="medium")
 with left:
-    latent_parts.stability(run, latent)
+    latent_parts.other_saes(run, latent)
     st.subheader("Correlations and weights", anchor=False)
     latent_parts.facts(rows)
 with right:

@@ -82,7 +82,7 @@ def write_dashboard(
     return folder
 
 
-class Corpus:
+class CorpusInfo:
     """What the bundle says about the text behind the index."""
 
     def __init__(self, name: str, contexts: int, length: int) -> None:
@@ -97,10 +97,10 @@ class Corpus:
         }
 
 
-def _corpus(cache: ActivationCache | None, meta: dict[str, Any]) -> Corpus:
+def _corpus(cache: ActivationCache | None, meta: dict[str, Any]) -> CorpusInfo:
     length = int(meta["context_length"])
     stored = max(length - int(meta["skip_first"]), 1)  # rows of a full context
-    return Corpus(cache.manifest.text if cache is not None else "", -(-meta["tokens"] // stored), length)
+    return CorpusInfo(cache.manifest.text if cache is not None else "", -(-meta["tokens"] // stored), length)
 
 
 def _number(latent: int, pole: int, d_sae: int) -> int:
@@ -109,7 +109,7 @@ def _number(latent: int, pole: int, d_sae: int) -> int:
 
 @torch.no_grad()
 def _features(
-    index: FeatureIndex, sae: SAE, wanted: list[tuple[int, int]], corpus: Corpus, lens: LogitLens | None
+    index: FeatureIndex, sae: SAE, wanted: list[tuple[int, int]], corpus: CorpusInfo, lens: LogitLens | None
 ) -> Iterator[dict[str, Any]]:
     rows = torch.stack([pole * sae.W_dec[j].float().cpu() for j, pole in wanted])
     effects = lens.effects(rows).cpu().numpy() if lens is not None else None

@@ -15,7 +15,7 @@ from saelab.data.text import TextSource, open_text
 from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
 from saelab.harvesting.config import HarvestConfig
-from saelab.harvesting.shards import ALONE, Progress, Share, fill, finish, open_writers
+from saelab.harvesting.shards import ALONE, Progress, Share, fill, finish_caches, open_writers
 from saelab.lm.fingerprint import tokenizer_hash, weights_fingerprint
 from saelab.lm.loading import load_model, model_name
 from saelab.lm.sites import locate
@@ -118,7 +118,7 @@ def _harvest(
         fill(reader, opened, itertools.chain([first], batches), total, progress, share)
         share.wait()
         if share.rank == 0:
-            finish(opened, token_strings(bridge.tokenizer))
+            finish_caches(opened, token_strings(bridge.tokenizer))
         share.wait()
     finally:  # any process may resume a harvest that failed
         for writer in made:

@@ -93,7 +93,7 @@ def fill(
                     _write(writer, rows, text, documents, number)
 
 
-def finish(writers: list[CacheWriter], vocabulary: list[str]) -> None:
+def finish_caches(writers: list[CacheWriter], vocabulary: list[str]) -> None:
     """Turn the folders into caches, once all their shards are written."""
     for writer in writers:
         if not writer.complete:

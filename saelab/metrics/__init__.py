@@ -15,12 +15,12 @@ from saelab.metrics.dictionary import (
 from saelab.metrics.intervals import Estimate, bootstrap, proportion, t_interval
 from saelab.metrics.reconstruction import FORMULAS, LEGACY, ReconstructionSums
 from saelab.metrics.recovery import (
-    Detection,
-    Matching,
+    FeatureDetection,
+    FeatureMatching,
     absorption_cosine,
     correlation_errors,
     correlations,
-    detection,
+    feature_detection,
     match_dictionary,
     mcc,
 )
@@ -28,10 +28,10 @@ from saelab.metrics.recovery import (
 __all__ = [
     "FORMULAS",
     "LEGACY",
-    "Detection",
     "Estimate",
+    "FeatureDetection",
+    "FeatureMatching",
     "FiringCounts",
-    "Matching",
     "ReconstructionSums",
     "ZipfFit",
     "absorption_cosine",
@@ -41,8 +41,8 @@ __all__ = [
     "coherence_histogram",
     "correlation_errors",
     "correlations",
-    "detection",
     "effective_rank",
+    "feature_detection",
     "match_dictionary",
     "match_directions",
     "max_cosines",

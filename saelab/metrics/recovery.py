@@ -20,7 +20,7 @@ from saelab.sparse import SparseCode
 
 
 @dataclass(frozen=True)
-class Matching:
+class FeatureMatching:
     """Planted feature ``features[i]`` is held by latent ``latents[i]`` with cosine ``cosines[i]``."""
 
     features: Int[Tensor, " m"]
@@ -35,11 +35,11 @@ class Matching:
 
 def match_dictionary(
     W_dec: Float[Tensor, "d_sae d_in"], truth: Float[Tensor, "m d_in"], signed: bool = False
-) -> Matching:
+) -> FeatureMatching:
     """The one-to-one matching with the largest sum of cosines between planted and learned directions."""
     alive = (W_dec.detach().norm(dim=1) > 0).nonzero().flatten()
     features, latents, cosines = match_directions(truth, W_dec[alive], signed)
-    return Matching(features, alive[latents], cosines)
+    return FeatureMatching(features, alive[latents], cosines)
 
 
 def correlations(code: SparseCode, truth: SparseCode) -> Float[Tensor, "m d_sae"]:
@@ -62,7 +62,7 @@ def mcc(code: SparseCode, truth: SparseCode, signed: bool = False) -> float:
 
 
 @dataclass(frozen=True)
-class Detection:
+class FeatureDetection:
     """How a latent's firing detects its planted feature, per feature; undefined ratios count as 0."""
 
     precision: Float[Tensor, " m"]
@@ -70,21 +70,21 @@ class Detection:
     f1: Float[Tensor, " m"]
 
 
-def detection(code: SparseCode, truth: SparseCode, matching: Matching) -> Detection:
+def feature_detection(code: SparseCode, truth: SparseCode, matching: FeatureMatching) -> FeatureDetection:
     """Precision, recall and F1 of ``code != 0`` for ``truth != 0`` over the matched pairs."""
     want = (truth.dense() != 0)[:, matching.features]
     have = (code.dense() != 0)[:, matching.latents]
     both = in_float64((want & have).sum(dim=0))
     n_have, n_want = (x.sum(dim=0).to(both.device) for x in (have, want))
     f1 = 2 * both / (n_have + n_want).clamp_min(1)
-    return Detection(both / n_have.clamp_min(1), both / n_want.clamp_min(1), f1)
+    return FeatureDetection(both / n_have.clamp_min(1), both / n_want.clamp_min(1), f1)
 
 
 def absorption_cosine(
     W_dec: Float[Tensor, "d_sae d_in"],
     truth: Float[Tensor, "m d_in"],
     parents: Int[Tensor, " m"],
-    matching: Matching,
+    matching: FeatureMatching,
 ) -> float:
     """Mean cosine between the learned directions of children and the true directions of their parents.
 
@@ -104,7 +104,7 @@ def correlation_errors(
     truth: Float[Tensor, "m d_in"],
     groups: Int[Tensor, " m"],
     levels: Int[Tensor, " m"],
-    matching: Matching,
+    matching: FeatureMatching,
 ) -> tuple[float, float]:
     """Flat and hierarchical MSE of the matched dictionary's cosines against the planted ones.
 

@@ -69,7 +69,7 @@ class Reading:
         return list(best.items())
 
 
-def read(
+def read_prompt(
     model: Any,
     sae: SAE,
     text: str,

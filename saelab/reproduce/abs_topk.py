@@ -11,7 +11,7 @@ from saelab.data.synthetic import Planted
 from saelab.evaluation.tasks import passages as labelled
 from saelab.evaluation.tasks import scr_tpp, two_sided
 from saelab.evaluation.tasks.probing import sparse_probing
-from saelab.reproduce.lab import Lab, Scale, Spec, at_equal_l0, fit, table
+from saelab.reproduce.lab import Lab, Scale, Spec, at_equal_l0, table, train_spec
 from saelab.reproduce.ledger import Row, above, all_of, below, paired, summary
 from saelab.reproduce.planted_worlds import World
 
@@ -27,7 +27,7 @@ def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
         planted = Planted(d, n, l0=3, zipf=0.3, signed=n, seed=seed)
         world = World.make(folder / f"signed-{seed}", planted, 40_000 if quick else 50_000, seed)
         for label, variant, width in (("abs_topk", "abs_topk", n), ("topk", "topk", n), ("topk_double", "topk", 2 * n)):
-            sae = fit(Spec(label, variant, width, {"k": k}, seed), world.cache, scale)
+            sae = train_spec(Spec(label, variant, width, {"k": k}, seed), world.cache, scale)
             fvu = float(losses.fvu(world.x, sae(world.x).detach()))
             l0 = float(sae.encode(world.x).l0().double().mean())
             results[label].append({"fvu": fvu, "l0": l0, **world.recovery(sae)})

@@ -16,7 +16,7 @@ from saelab import losses
 from saelab.data.synthetic import Planted
 from saelab.evaluation.reconstruction import count_firing
 from saelab.metrics import FiringCounts, zipf_fit
-from saelab.reproduce.lab import Lab, Record, Scale, Spec, at_equal_l0, difference, fit, table, values
+from saelab.reproduce.lab import Lab, Record, Scale, Spec, at_equal_l0, difference, table, train_spec, values
 from saelab.reproduce.ledger import Row, Verdict, below, fewer, paired, summary
 from saelab.reproduce.planted_worlds import World
 from saelab.sae import SAE
@@ -38,7 +38,7 @@ def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
         planted = Planted(d, n, l0=3, zipf=1.0, noise=0.02, seed=seed)
         world = World.make(folder / f"zipf-{seed}", planted, 40_000 if quick else 50_000, seed, n_test=20_000)
         for variant in variants:
-            sae = fit(Spec(variant, variant, width, {"k": k}, seed), world.cache, scale)
+            sae = train_spec(Spec(variant, variant, width, {"k": k}, seed), world.cache, scale)
             counts, code = FiringCounts(sae.d_sae), sae.encode(world.x).detach()
             counts.update(code)
             recon = sae.decode(code).detach()

@@ -20,7 +20,7 @@ from saelab.data.synthetic import Planted
 from saelab.evaluation import EvaluateConfig, spliced
 from saelab.evaluation.same_model import plain_site
 from saelab.lm.sites import device_of
-from saelab.reproduce.lab import Lab, Scale, Spec, at_equal_l0, difference, fit, table, values
+from saelab.reproduce.lab import Lab, Scale, Spec, at_equal_l0, difference, table, train_spec, values
 from saelab.reproduce.ledger import Row, above, below, fewer, paired, summary
 from saelab.reproduce.planted_worlds import Readout
 from saelab.sae import SAE, build
@@ -44,8 +44,8 @@ def synthetic(folder: Path, seeds: Sequence[int], quick: bool) -> list[Row]:
         path = folder / f"readout-{seed}"
         cache = ActivationCache.from_tensors(path, x, grads=grads, held_out=0.1, overwrite=True)
         config = {"k": k, "beta": BETA}
-        saes = {"topk": fit(Spec("topk", "topk", n, {"k": k}, seed), cache, scale),
-                "g_sae": fit(Spec("g_sae", "gradient_topk", n, config, seed), cache, scale)}  # fmt: skip
+        saes = {"topk": train_spec(Spec("topk", "topk", n, {"k": k}, seed), cache, scale),
+                "g_sae": train_spec(Spec("g_sae", "gradient_topk", n, config, seed), cache, scale)}  # fmt: skip
         test, _ = planted.sample(20_000, seed=seed + 10_000)
         labels = readout.labels(test, seed + 20_000)
         for name, sae in saes.items():

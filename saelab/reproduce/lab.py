@@ -106,7 +106,7 @@ class Lab:
             self.seconds[spec.name] = load_metadata(folder)["seconds"]
             return load_sae(folder)
         started = time.time()
-        sae = fit(spec, self.cache, self.scale)
+        sae = train_spec(spec, self.cache, self.scale)
         self.seconds[spec.name] = time.time() - started
         self.log(f"trained {spec.name} in {self.seconds[spec.name]:.0f} s")
         save(sae, folder, {"train": {"seed": spec.seed}, "seconds": self.seconds[spec.name]})
@@ -143,7 +143,7 @@ class Lab:
         return self.folder / spec.name / f"metrics-{self.scale.lm_tokens}-{self.scale.density_tokens}.json"
 
 
-def fit(spec: Spec, cache: ActivationCache, scale: Scale) -> SAE:
+def train_spec(spec: Spec, cache: ActivationCache, scale: Scale) -> SAE:
     """One training run; the seed decides the initial weights and the order of the data."""
     torch.manual_seed(spec.seed)
     sae = build(spec.variant, d_in=cache.d_in, d_sae=spec.d_sae, **spec.config)

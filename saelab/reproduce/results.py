@@ -15,7 +15,7 @@ from saelab.reproduce import PAPERS
 DIFFERENCE = re.compile(r"difference(s?\.|$|_of_\d)")  # of the compared, not the "difference of means" of two classes
 
 
-def read(folder: Path | str) -> list[dict[str, Any]]:
+def read_ledgers(folder: Path | str) -> list[dict[str, Any]]:
     """The ledgers of a folder, in the order of ``PAPERS``."""
     paths = [Path(folder) / f"{name}.json" for name in PAPERS]
     found = [json.loads(path.read_text()) for path in paths if path.is_file()]
@@ -83,4 +83,4 @@ def markdown(ledgers: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(markdown(read(sys.argv[1] if len(sys.argv) > 1 else "notebooks/results")))
+    sys.stdout.write(markdown(read_ledgers(sys.argv[1] if len(sys.argv) > 1 else "notebooks/results")))

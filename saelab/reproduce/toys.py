@@ -129,7 +129,7 @@ def clip_each(parameters: Sequence[Tensor], max_norm: float = 1.0) -> None:
             p.grad.mul_(factor.view(-1, *[1] * (p.dim() - 1)))
 
 
-def fit(toys: Toys, sample: Callable[[int], Tensor], steps: int = STEPS) -> None:
+def train_toys(toys: Toys, sample: Callable[[int], Tensor], steps: int = STEPS) -> None:
     """Train all replicas; ``sample(n)`` gives ``[r, n, d]``."""
     parameters = list(toys.parameters())
     optimizer = torch.optim.Adam(parameters, lr=LR, betas=BETAS, fused=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saelab.data.synthetic import Magnitudes, Tree
 from saelab.metrics import absorption_cosine, correlation_errors, match_dictionary
-from saelab.reproduce.toys import Kind, Toys, fit
+from saelab.reproduce.toys import Kind, Toys, train_toys
 
 N_TEST = 5000
 RECOVERED = 0.9  # matched cosine from which a child counts as found; one that absorbed its parent has about 0.7
@@ -51,7 +51,7 @@ def run_toys(kind: Kind, trees: Sequence[Tree], seeds: Sequence[int], steps: int
         return torch.stack([tree.sample(n, g)[0] for tree, g in zip(trees, generators)])
 
     toys = Toys(kind, len(trees), seed=seeds[0])
-    fit(toys, sample, steps)
+    train_toys(toys, sample, steps)
     tests = [tree.sample(N_TEST, torch.Generator().manual_seed(10_000 + s))[0] for tree, s in zip(trees, seeds)]
     z = toys.codes(torch.stack(tests))
     recon = (z @ toys.W_dec + toys.b_dec).detach()

@@ -2,7 +2,7 @@
 
 from saelab.training.config import TrainConfig, check, n_steps, prepared
 from saelab.training.fitting import finished, fit_steps, read_run, train
-from saelab.training.loop import adopt, batches, centre_of, finish, start, train_steps
+from saelab.training.loop import adopt, batches, centre_of, finalise, start, train_steps
 from saelab.training.state import TrainState
 from saelab.training.step import Diverged, StepMetrics, train_step
 
@@ -15,7 +15,7 @@ __all__ = [
     "batches",
     "centre_of",
     "check",
-    "finish",
+    "finalise",
     "finished",
     "fit_steps",
     "n_steps",

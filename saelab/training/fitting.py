@@ -98,7 +98,7 @@ def fit_steps(
     """
     whole = whole_of(sae, parallel)
     config = prepared(whole, cache, config, parallel)
-    about = describe(whole, cache, config, source)
+    about = run_description(whole, cache, config, source)
     store = Store(Path(folder), sae, whole, {**about, **(metadata or {})}, parallel)
     return _fit(store, cache, config, about, resume, checkpoint_steps, logs, stream, centre)
 
@@ -146,7 +146,7 @@ def _fit(
         store.save_final()
 
 
-def describe(sae: SAE, cache: ActivationCache, config: TrainConfig, source: str | None = None) -> dict[str, Any]:
+def run_description(sae: SAE, cache: ActivationCache, config: TrainConfig, source: str | None = None) -> dict[str, Any]:
     """The description of a run, for ``run.json`` and the provenance: the SAE, the training configuration, the data."""
     manifest = cache.manifest
     return {
@@ -182,7 +182,7 @@ def finished(folder: Path | str) -> bool:
 
 
 def read_run(folder: Path | str) -> dict[str, Any] | None:
-    """What :func:`describe` said of the run in a folder, or None if none was begun there."""
+    """What :func:`run_description` said of the run in a folder, or None if none was begun there."""
     path = Path(folder) / RUN
     if not path.is_file():
         return None

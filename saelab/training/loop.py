@@ -59,7 +59,7 @@ def run_steps(
             yield train_step(sae, batch, config, state, total, parallel)
         if state.step < total:
             raise UserError(f"the stream ended after step {state.step} of {total}; supply every batch of the run")
-        finish(sae, cache, config, state)
+        finalise(sae, cache, config, state)
     finally:
         sae.eval()
         state.fold(sae)
@@ -123,7 +123,7 @@ def batches(cache: ActivationCache, config: TrainConfig, step: int, grads: bool)
 
 
 @torch.no_grad()
-def finish(sae: SAE, cache: ActivationCache, config: TrainConfig, state: TrainState) -> None:
+def finalise(sae: SAE, cache: ActivationCache, config: TrainConfig, state: TrainState) -> None:
     """Turn the trained weights into the final ones: averaged if configured, unit-norm decoder, thresholds set."""
     sae.schedule(state.step, n_steps(cache, config))
     if state.ema and config.ema is not None:

@@ -12,7 +12,7 @@ import torch
 
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
-from saelab.data.cache.merge import caches_in, describe, merge
+from saelab.data.cache.merge import cache_summary, caches_in, merge
 from saelab.errors import UserError
 
 
@@ -71,7 +71,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["rows"] == 200
     main(["cache", "info", str(tmp_path / "all"), "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found == json.loads(json.dumps(describe(ActivationCache(tmp_path / "all"))))
+    assert found == json.loads(json.dumps(cache_summary(ActivationCache(tmp_path / "all"))))
     main(["cache", "verify", str(tmp_path / "all"), "--json"])
     assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "all"), "shards": 5, "intact": True}
     victim = tmp_path / "all" / "shard_00003.safetensors"

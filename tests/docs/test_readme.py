@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from saelab import cli
-from saelab.reproduce.results import claims, markdown, read
+from saelab.reproduce.results import claims, markdown, read_ledgers
 from saelab.sae import VARIANTS
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_readme_names_every_variant_and_command() -> None:
 
 
 def test_the_claims_are_those_of_the_ledgers() -> None:
-    ledgers = read(ROOT / "notebooks" / "results")
+    ledgers = read_ledgers(ROOT / "notebooks" / "results")
     table = CLAIMS.partition("<!-- claims -->\n")[2].partition("<!-- /claims -->")[0]
     assert table.strip() == markdown(ledgers).strip()
     verdicts = [row["verdict"] for row in claims(ledgers)]

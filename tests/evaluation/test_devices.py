@@ -18,7 +18,7 @@ from saelab.evaluation import EvaluateConfig, TaskConfig, evaluate, run_tasks
 from saelab.harvesting import HarvestConfig, harvest
 from saelab.kernels import use_backend
 from saelab.lm import load_hf_model, load_model
-from saelab.prompt.reading import read
+from saelab.prompt.reading import read_prompt
 from saelab.sae import build
 from saelab.sae.weights import save
 from saelab.steering import Ablate, Add, Run, SteeringVector, calibrate, generate
@@ -159,10 +159,10 @@ def test_gradients_of_a_prompt_go_to_the_sae(folder: Path) -> None:
     """An SAE that selects by gradients at inference, on another device than the language model."""
     model = load_model(folder / "model", device="cpu")
     sae = build("gradient_topk", d_in=16, d_sae=32, k=4, grad_select="eval_only", grad_norm="none").eval()
-    expected = read(model, sae, "the cat sat on", HOOK)
+    expected = read_prompt(model, sae, "the cat sat on", HOOK)
     move(sae)
     with PretendGpu(), use_backend("reference"):
-        got = read(model, sae, "the cat sat on", HOOK)
+        got = read_prompt(model, sae, "the cat sat on", HOOK)
         assert (got.acts.device, got.recon.device) == (CUDA, CUDA)
         assert got.grads is not None
         assert got.grads.device == CUDA

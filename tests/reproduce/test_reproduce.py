@@ -33,8 +33,8 @@ from saelab.reproduce import (
 from saelab.reproduce.lab import Record, Spec, at_equal_l0, table
 from saelab.reproduce.ledger import above, below, paired, summary
 from saelab.reproduce.planted_worlds import Readout
-from saelab.reproduce.results import claims, curves, markdown, read
-from saelab.reproduce.toys import PURSUIT_STEPS, RESIDUAL_STOP, STEPS, Toys, clip_each, fit, schedule
+from saelab.reproduce.results import claims, curves, markdown, read_ledgers
+from saelab.reproduce.toys import PURSUIT_STEPS, RESIDUAL_STOP, STEPS, Toys, clip_each, schedule, train_toys
 from saelab.reproduce.tree import TreeScore, run_toys, score
 from saelab.sae import build
 
@@ -89,8 +89,8 @@ def test_toy_replicas_are_independent():
     with torch.no_grad():
         for a, b in zip(alone.parameters(), together.parameters()):
             a.copy_(b[1:])
-    fit(together, sampler([0, 1]), 60)
-    fit(alone, sampler([1]), 60)
+    train_toys(together, sampler([0, 1]), 60)
+    train_toys(alone, sampler([1]), 60)
     # Adam divides by small roots: float32 rounding of another batch shape grows over 60 steps
     torch.testing.assert_close(alone.W_dec[0], together.W_dec[1], atol=1e-3, rtol=1e-3)
 
@@ -286,7 +286,7 @@ def test_saved_ledgers_become_a_table_and_curves(tmp_path):
         Row("choice", "steering", "s", {}, "not testable here", "needs a judge"),
     ]  # fmt: skip
     Ledger("choice", False, [0, 1, 2], rows).save(tmp_path / "choice.json")
-    ledgers = read(tmp_path)
+    ledgers = read_ledgers(tmp_path)
     found = claims(ledgers)
     assert [row["activations"] for row in found] == ["real", "planted", "real"]
     assert found[0]["measured"] == "fvu difference topk -0.2 (-0.448 to +0.0484)"
@@ -296,7 +296,7 @@ def test_saved_ledgers_become_a_table_and_curves(tmp_path):
     assert [(l0, round(value, 4)) for l0, value, _ in curve] == [(8, 0.135), (16, 0.0725)]
     assert "sd over seeds 0.0100" in curve[0][2]
     with pytest.raises(UserError, match="holds no ledger"):
-        read(tmp_path / "none")
+        read_ledgers(tmp_path / "none")
 
 
 def test_a_ledger_names_the_options_that_repeat_it(lab):

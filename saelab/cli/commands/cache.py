@@ -15,7 +15,7 @@ from rich.table import Table
 from saelab.cli.console import console, counting, out, parse, print_json, stages
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.importing import import_activations
-from saelab.data.cache.merge import caches_in, describe, merge
+from saelab.data.cache.merge import cache_summary, caches_in, merge
 from saelab.errors import UserError, near_matches
 
 
@@ -102,7 +102,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def info(options: Info) -> None:
-    found = [describe(cache) for cache in caches_in(options.cache)]
+    found = [cache_summary(cache) for cache in caches_in(options.cache)]
     if options.json:
         print_json(found[0] if len(found) == 1 else found)
         return
@@ -126,9 +126,9 @@ def join(options: Merge) -> None:
     with console.status("merging"):
         merged = merge([ActivationCache(path) for path in options.caches], options.out, overwrite=options.overwrite)
     if options.json:
-        print_json(describe(merged))
+        print_json(cache_summary(merged))
     else:
-        out.print(_table(describe(merged)))
+        out.print(_table(cache_summary(merged)))
 
 
 def take(options: Import) -> None:
@@ -149,9 +149,9 @@ def take(options: Import) -> None:
             **given,
         )
     if options.json:
-        print_json(describe(cache))
+        print_json(cache_summary(cache))
     else:
-        out.print(_table(describe(cache)))
+        out.print(_table(cache_summary(cache)))
 
 
 def _table(description: dict[str, Any]) -> Table:

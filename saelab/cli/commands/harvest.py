@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saelab.cli.console import console, counting, out, parse, part, print_json, quiet
-from saelab.data.cache.merge import describe
+from saelab.data.cache.merge import cache_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def run(options: Any, config: Any) -> None:
         else:
             caches = harvest_many(model, options.hook, source, options.out, config, progress=progress, **settings)
     end_world()
-    found = [describe(cache) for cache in caches.values()]
+    found = [cache_summary(cache) for cache in caches.values()]
     if options.json:
         print_json(found[0] if len(found) == 1 else found)
         return

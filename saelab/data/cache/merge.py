@@ -14,7 +14,7 @@ import safetensors.torch
 from saelab.data.cache.manifest import PARTIAL, Manifest, ShardInfo
 from saelab.data.cache.reader import ActivationCache
 from saelab.data.cache.storage import Folder
-from saelab.data.cache.writer import discard, finish, prepare, publish
+from saelab.data.cache.writer import complete_manifest, discard, prepare, publish
 from saelab.errors import UserError
 from saelab.layout import MANIFEST, TOKENS
 
@@ -34,7 +34,7 @@ def caches_in(path: str | os.PathLike[str]) -> list[ActivationCache]:
     return [ActivationCache(sub.url) for sub in found] or [ActivationCache(path)]
 
 
-def describe(cache: ActivationCache) -> dict[str, Any]:
+def cache_summary(cache: ActivationCache) -> dict[str, Any]:
     """The facts that ``saelab cache info`` prints; sizes in bytes, norms in raw units."""
     m = cache.manifest
     return {
@@ -109,7 +109,7 @@ def merge(
             folder.write(PARTIAL, manifest.to_json().encode())  # marks it as a cache, to be overwritten after a kill
             for cache in caches:
                 _append(folder, manifest, cache)
-            finish(folder, manifest)
+            complete_manifest(folder, manifest)
             if caches[0].folder.exists(TOKENS):
                 folder.write(TOKENS, caches[0].folder.read(TOKENS))
             publish(folder, manifest)

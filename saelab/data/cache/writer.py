@@ -191,7 +191,7 @@ class CacheWriter:
         self._collect()
         if missing := set(range(len(self.manifest.shards))) - {shard.number for shard in self.manifest.shards}:
             raise UserError(f"{self.folder.url} lacks {shard_name(min(missing))}; run the same harvest with --resume")
-        finish(self.folder, self.manifest)
+        complete_manifest(self.folder, self.manifest)
         publish(self.folder, self.manifest)
         self.complete = True
         self.close()
@@ -251,7 +251,7 @@ def sums(acts: Float[Tensor, "rows d_in"]) -> tuple[Float[Tensor, " d_in"], Floa
     return total, moments
 
 
-def finish(folder: Folder, manifest: Manifest) -> None:
+def complete_manifest(folder: Folder, manifest: Manifest) -> None:
     """Fill in everything in ``manifest`` that depends on all shards."""
     n_rows = manifest.n_rows
     if n_rows == 0:

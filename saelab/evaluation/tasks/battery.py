@@ -54,7 +54,7 @@ class TaskConfig:
 
 
 @dataclass
-class _Bench:
+class _TaskData:
     """The data that the tasks share; passages are read and encoded once."""
 
     sae: SAE
@@ -110,53 +110,53 @@ def run_tasks(
     Raises UserError, which says what to do, where labels or text do not suffice for a task.
     """
     check_pair(sae, cache, "all")
-    bench, results = _Bench(sae, cache, model, config, seed), {}
+    data, results = _TaskData(sae, cache, model, config, seed), {}
     with sae.evaluating():
         for done, name in enumerate(config.tasks):
             if progress is not None:
                 progress("tasks", done, len(config.tasks))
-            results[name] = TASKS[name](bench)
+            results[name] = TASKS[name](data)
         if progress is not None and config.tasks:
             progress("tasks", len(config.tasks), len(config.tasks))
     return results
 
 
-def _probing(bench: _Bench) -> dict[str, Any]:
-    pooled, passages, columns = bench.labelled()
-    found = {name: sparse_probing(pooled, passages, name, seed=bench.seed) for name in columns}
+def _probing(data: _TaskData) -> dict[str, Any]:
+    pooled, passages, columns = data.labelled()
+    found = {name: sparse_probing(pooled, passages, name, seed=data.seed) for name in columns}
     return {name: {metric: e.row() for metric, e in rows.items()} for name, rows in found.items()}
 
 
-def _tpp(bench: _Bench) -> dict[str, Any]:
-    pooled, passages, columns = bench.labelled()
-    several = [name for name in columns if bench.config.columns or len(set(passages.labels[name])) > 2]
+def _tpp(data: _TaskData) -> dict[str, Any]:
+    pooled, passages, columns = data.labelled()
+    several = [name for name in columns if data.config.columns or len(set(passages.labels[name])) > 2]
     if not several:
         raise UserError(f"tpp needs a label of three classes or more; {passages.source} has {', '.join(columns)}")
-    return {name: scr_tpp.tpp(pooled, passages, name, seed=bench.seed) for name in several}
+    return {name: scr_tpp.tpp(pooled, passages, name, seed=data.seed) for name in several}
 
 
-def _scr(bench: _Bench) -> dict[str, Any]:
-    pooled, passages, columns = bench.labelled()
+def _scr(data: _TaskData) -> dict[str, Any]:
+    pooled, passages, columns = data.labelled()
     if len(columns) < 2:
         raise UserError(f"scr needs two labels; {passages.source} offers {', '.join(columns)}: add a second label")
     a, b = columns[:2]
-    found = scr_tpp.scr_over_classes(pooled, passages.column(a), passages.column(b), seed=bench.seed)
+    found = scr_tpp.scr_over_classes(pooled, passages.column(a), passages.column(b), seed=data.seed)
     return {f"{a} / {b}": found}
 
 
-def _absorption(bench: _Bench) -> dict[str, Any]:
-    strings = _vocabulary(bench.cache)
-    acts, letters = words_by_letter(bench.cache, strings)
-    return absorption(bench.sae, acts, letters, seed=bench.seed)
+def _absorption(data: _TaskData) -> dict[str, Any]:
+    strings = _vocabulary(data.cache)
+    acts, letters = words_by_letter(data.cache, strings)
+    return absorption(data.sae, acts, letters, seed=data.seed)
 
 
-def _two_sided(bench: _Bench) -> dict[str, Any]:
-    firings = two_sided.collect(bench.sae, bench.cache, bench.config.task_tokens)
-    found = two_sided.two_sidedness(bench.sae, firings, bench.seed, readout=_readout(bench.model))
+def _two_sided(data: _TaskData) -> dict[str, Any]:
+    firings = two_sided.collect(data.sae, data.cache, data.config.task_tokens)
+    found = two_sided.two_sidedness(data.sae, firings, data.seed, readout=_readout(data.model))
     return {name: e.row() for name, e in found.items()}
 
 
-TASKS: dict[str, Callable[[_Bench], dict[str, Any]]] = {
+TASKS: dict[str, Callable[[_TaskData], dict[str, Any]]] = {
     "probing": _probing,
     "scr": _scr,
     "tpp": _tpp,

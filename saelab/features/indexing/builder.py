@@ -116,7 +116,7 @@ def _write(
         pq.ParquetWriter(target / EXAMPLES, examples, **options) as example_file,
     ):
         for start, stop in postings.slot_ranges(config.chunk_entries, 2 * config.chunk_latents):
-            columns, windows = describer.describe(start, stop)
+            columns, windows = describer.tables(start, stop)
             feature_file.write_table(columns)
             # Small row groups: a latent's page reads one of them.
             example_file.write_table(windows, row_group_size=4096)

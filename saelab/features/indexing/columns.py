@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 
 from saelab.data.cache import ActivationCache
@@ -59,7 +60,7 @@ class Describer:
         self.mean = torch.tensor(cache.manifest.mean, dtype=torch.float32)
         self.lens_strings = None if lens is None else _pad(vocabulary, lens.unembed.shape[1])
 
-    def describe(self, start: int, stop: int) -> tuple[pa.Table, pa.Table]:
+    def tables(self, start: int, stop: int) -> tuple[pa.Table, pa.Table]:
         """``features.parquet`` and ``examples.parquet`` rows of slots ``start .. stop`` (whole latents)."""
         entries, rng = self.postings.entries(start, stop), np.random.default_rng([self.config.seed, start])
         slots, n = entries.slots(), stop - start
@@ -71,8 +72,8 @@ class Describer:
             **self._tokens(entries.rows, slots, n),
             **self.covariates.correlate(entries, slots),
             **self._directions(start // 2, stop // 2),
-            **self.labeller.describe(entries, rng),
-            **self.partners.describe(entries, start, rng),
+            **self.labeller.columns(entries, rng),
+            **self.partners.columns(entries, start, rng),
         }
         chosen = choose(entries, slots, ranked, self.corpus, len(self.poles), self.config, rng)
         windows = example_table(chosen, entries, self.corpus, start, self.vocabulary, self.config)
@@ -105,8 +106,8 @@ class Describer:
         up, down = self.lens.extremes(W, self.config.tokens)
         for side, (values, ids), (other, other_ids) in (("promoted", up, down), ("suppressed", down, up)):
             # A negative activation suppresses what a positive one promotes, by the same amount.
-            logits = torch.stack([values, -other], 1).flatten(0, 1).cpu().numpy()
-            tokens = torch.stack([ids, other_ids], 1).flatten(0, 1).cpu().numpy()
+            logits = rearrange([values, -other], "pole latent token -> (latent pole) token").cpu().numpy()
+            tokens = rearrange([ids, other_ids], "pole latent token -> (latent pole) token").cpu().numpy()
             columns[f"{side}_logits"], columns[f"{side}_ids"] = list(logits), list(tokens)
             columns[side] = [self.lens_strings.take(pa.array(row)).to_pylist() for row in tokens]  # pyright: ignore
         return columns

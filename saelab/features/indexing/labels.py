@@ -94,7 +94,7 @@ class Labeller:
         seen[self.size] = 0
         return seen
 
-    def describe(self, entries: Entries, rng: np.random.Generator) -> dict[str, Any]:
+    def columns(self, entries: Entries, rng: np.random.Generator) -> dict[str, Any]:
         """label, label_score, label_precision and label_recall of every slot of a range."""
         n = len(entries.ptr) - 1
         counts = np.diff(entries.ptr)

@@ -25,7 +25,7 @@ class Partners:
     def __init__(self, postings: Postings, sample: int, listed: int) -> None:
         self.postings, self.sample, self.listed = postings, sample, listed
 
-    def describe(self, entries: Entries, start: int, rng: np.random.Generator) -> dict[str, Any]:
+    def columns(self, entries: Entries, start: int, rng: np.random.Generator) -> dict[str, Any]:
         """The ``listed`` best partners by Jaccard index, then those by PMI not among them."""
         n = len(entries.ptr) - 1
         slots, partners, jaccard, pmi = self._pairs(entries, start, rng)
