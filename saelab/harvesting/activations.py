@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -139,4 +140,4 @@ def _bridge_hook(read: Edit) -> Callable[..., Any]:
 
 def _flat(x: Tensor) -> Tensor:
     """``[n_ctx, ctx, d_in]``: heads, where there are any, side by side."""
-    return x.flatten(2)
+    return rearrange(x, "context position ... -> context position (...)")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from einops import reduce
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.opening import open_with_cache
@@ -104,7 +105,7 @@ def summary(index: FeatureIndex) -> dict[str, Any]:
     """The numbers of an index."""
     table = index.table()
     count, density = table["count"].to_numpy(), table["density"].to_numpy()
-    fired = count.reshape(index.d_sae, -1).sum(1)
+    fired = reduce(count, "(latent pole) -> latent", "sum", latent=index.d_sae)
     return {
         "latents": index.d_sae,
         "poles": list(index.poles),

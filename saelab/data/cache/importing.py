@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from saelab.data.cache.manifest import Manifest, check_provenance
@@ -128,7 +129,8 @@ def _npy(path: Path, tokens: str | None, context_length: int | None) -> Source:
     def blocks(n: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         step = max(n // length, 1) * length
         for start in range(0, rows, step):
-            part = torch.from_numpy(np.array(flat[start : start + step])).reshape(-1, length, d_in)
+            part = torch.from_numpy(np.array(flat[start : start + step]))
+            part = rearrange(part, "(context position) d_in -> context position d_in", position=length)
             yield part, None if ids is None else torch.from_numpy(np.array(ids[start : start + step]))
 
     return Source(str(path), rows, length, d_in, blocks)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from einops import reduce
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -112,7 +113,7 @@ class Postings:
     def slot_ranges(self, max_entries: int, max_slots: int) -> Iterator[tuple[int, int]]:
         """Consecutive even-aligned slot ranges with few enough entries to hold (one latent's may be more)."""
         start, held = 0, 0
-        pairs = self.counts.reshape(-1, 2).sum(1)
+        pairs = reduce(self.counts, "(latent pole) -> latent", "sum", pole=2)
         for latent, count in enumerate(pairs):
             full = held + count > max_entries or 2 * latent - start >= max_slots
             if full and 2 * latent > start:
