@@ -70,7 +70,7 @@ def hf_tensors(model: TransformerBridge | nn.Module) -> dict[str, Tensor]:
 
 
 def _join(path: str, key: str, child: nn.Module) -> str:
-    """A component says what it stands for: its name below its parent, or for a block its full path."""
+    """The name of a component's module: its ``name`` below its parent, or the full path that a block gives."""
     name = getattr(child, "name", None) if WRAPPED in child._modules else None
     own = f"{path}.{key}".lstrip(".")
     return own if not name or own == name else f"{path}.{name}".lstrip(".")

@@ -182,7 +182,7 @@ def finished(folder: Path | str) -> bool:
 
 
 def read_run(folder: Path | str) -> dict[str, Any] | None:
-    """What :func:`run_description` said of the run in a folder, or None if none was begun there."""
+    """The :func:`run_description` stored in a run folder, or None if no run was begun there."""
     path = Path(folder) / RUN
     if not path.is_file():
         return None
