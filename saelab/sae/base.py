@@ -56,6 +56,7 @@ class SAE(nn.Module, ABC):
     # Parameters and buffers (dotted names) in units of the activations: they scale when the data are rescaled.
     scaled: ClassVar[tuple[str, ...]] = ("b_dec",)
     tunable: ClassVar[tuple[str, ...]] = ()  # options that act only in training, which fine-tuning may change
+    l0_option: ClassVar[str] = "k"  # which option says how many latents are active per token, if one does
     only_if_set: ClassVar[tuple[str, ...]] = ()  # options that the configuration omits while they have their default
 
     def __init_subclass__(cls, variant: str | None = None, **kwargs: Any) -> None:
@@ -144,6 +145,10 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Estimate what inference needs (thresholds) on a sample of training activations, once training has ended."""
+
+    def remarks(self) -> list[str]:
+        """What a user should know about the trained SAE, one sentence each; usually nothing."""
+        return []
 
     @property
     def selects_by_gradient(self) -> bool:
@@ -375,9 +380,10 @@ def current(variant: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any
 
 
 def build(variant: str, d_in: int, d_sae: int, **config: Any) -> SAE:
-    """Construct a variant by its registry name."""
+    """Construct a variant by its registry name. ``l0`` is understood by every variant with such a number."""
     if variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}: {near_matches(variant, VARIANTS)}")
+    config = options.with_l0(VARIANTS[variant], config)
     known = options.signature(VARIANTS[variant]).parameters
     for name in config:
         if name not in known:

@@ -38,6 +38,10 @@ class GatedSAE(L1SAE, variant="gated"):
         h = pre_acts - self.b_enc[indices]
         return (self.r_mag.exp()[indices] * h + self.b_mag[indices]).relu()
 
+    def scores(self, x: Tensor) -> Tensor:
+        gate = self.pre_acts(x, slice(0, self.d_sae))
+        return gate[self.r_mag.exp() * (gate - self.b_enc) + self.b_mag > 0]
+
     @torch.no_grad()
     def before_fine_tuning(self, scale: float) -> None:
         super().before_fine_tuning(scale)

@@ -24,8 +24,9 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
 
     saelens = "jumprelu"
     scaled = (*PenaltySAE.scaled, "threshold", "bandwidth")
-    only_if_set = ("tanh_scale",)
-    tunable = ("penalty", "target_l0", "penalty_weight", "penalty_warmup", "bandwidth", "tanh_scale")
+    only_if_set = ("tanh_scale", "l0")
+    tunable = ("penalty", "target_l0", "penalty_weight", "penalty_warmup", "bandwidth", "tanh_scale", "l0")
+    shift_above = 0.0  # moving thresholds leaves the values as they are
     bandwidth: Tensor
 
     def __init__(
@@ -40,6 +41,7 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
         bandwidth: float = 0.001,
         apply_b_dec_to_input: bool = False,
         tanh_scale: float = 4.0,
+        l0: int | float | None = None,
     ) -> None:
         """
         Args:
@@ -48,15 +50,19 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
                 there times the norm of d_j, which is 1 here).
             target_l0: Active latents per token that the target penalty aims at.
             penalty_weight: Weight of the penalty, for activations of unit mean square norm.
-            penalty_warmup: Share of the steps over which the penalty rises from 0.
+            penalty_warmup: Share of the steps over which the penalty rises from 0; with l0, over which the L0 that is
+                wanted falls to it.
             threshold: Initial threshold of every latent, for activations of unit mean square norm.
             bandwidth: Width of the kernel in the straight-through estimators, in the same unit.
             apply_b_dec_to_input: Subtract b_dec before encoding.
             tanh_scale: Slope of the tanh penalty at 0, for activations of unit mean square norm.
+            l0: Active latents per token to end at. A controller sets the weight of L0 / l0 (of the tanh penalty, where
+                that is chosen), which begins at a tenth of penalty-weight, and at the end one number is added to all
+                thresholds. Takes the place of penalty=target and target-l0.
         """
         if not tanh_scale > 0:
             raise UserError(f"tanh_scale={tanh_scale} must be positive")
-        super().__init__(d_in, d_sae, penalty_warmup)
+        super().__init__(d_in, d_sae, penalty_warmup, l0=l0, start=0.1)
         self.penalty, self.target_l0, self.penalty_weight = penalty, target_l0, penalty_weight
         self.tanh_scale = tanh_scale
         self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold)))
@@ -70,13 +76,21 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
     def activate(self, pre_acts: Tensor, indices: Tensor) -> Tensor:
         return _Jump.apply(pre_acts, self.threshold[indices], self.bandwidth)  # pyright: ignore
 
+    def scores(self, x: Tensor) -> Tensor:
+        u = self.pre_acts(x, slice(0, self.d_sae))
+        return (u - self.threshold)[u > 0]
+
+    def shift_(self, cut: float) -> None:
+        self.threshold.add_(cut).clamp_(min=0)
+
     def extra_losses(self, x: Tensor, code: SparseCode, error: Tensor) -> dict[str, Tensor]:
+        weight = self.penalty_weight * self.pressure() / (1 if self.control is None else self.control.l0)
         if self.penalty == "tanh":
             cost = torch.tanh(self.tanh_scale * code.values).sum() / code.n
-            return {"tanh_penalty": self.penalty_weight * self.pressure() * cost}
+            return {"tanh_penalty": weight * cost}
         l0 = _Step.apply(self.threshold[code.indices], code.values.detach(), self.bandwidth).sum() / code.n  # pyright: ignore
-        cost = l0 if self.penalty == "l0" else (l0 / self.target_l0 - 1).square()
-        return {"l0_penalty": self.penalty_weight * self.pressure() * cost}
+        counted = self.penalty == "l0" or self.control is not None
+        return {"l0_penalty": weight * (l0 if counted else (l0 / self.target_l0 - 1).square())}
 
     @torch.no_grad()
     def after_step(self, step: int, n_steps: int) -> None:

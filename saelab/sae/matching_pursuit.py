@@ -29,6 +29,7 @@ class MatchingPursuit(SAE, variant="matching_pursuit"):
     """``n_steps`` times: ``j = argmax d_j . r``, ``c = ReLU(d_j . r)``, ``z_j += c``, ``r -= c d_j``."""
 
     saelens = "matching_pursuit"
+    l0_option = "n_steps"
     scaled = ("b_dec", "residual_stop")
     tunable = ("norm", "revive_weight")
 

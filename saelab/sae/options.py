@@ -9,7 +9,7 @@ import functools
 import inspect
 import json
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from inspect import Parameter
 from typing import Any
 
@@ -129,3 +129,21 @@ def check_json(config: dict[str, Any], name: str) -> None:
                 f"{option}={value!r:.60} of the variant {name} cannot be saved as JSON; an option is a number, a text, "
                 "a flag, None, or a list of these"
             ) from error
+
+
+def with_l0(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with ``l0``, latents per token, as the option that says so in this variant: ``k`` of a budget, say.
+
+    UserError where both are given and differ, or ``l0`` is not what that option can be.
+    """
+    config, own = dict(config), cls.l0_option
+    if own == "l0" or "l0" not in config or own not in signature(cls).parameters:
+        return config
+    l0 = config.pop("l0")
+    if l0 is None:
+        return config
+    if config.get(own, l0) != l0:
+        raise UserError(f"l0={l0} and {own}={config[own]} are the same option of {cls.variant}; give one of them")
+    if options(cls)[own][0] is int and not isinstance(l0, int):
+        raise UserError(f"l0={l0} must be a whole number for {cls.variant}, whose {own} is one")
+    return {**config, own: l0}

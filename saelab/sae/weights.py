@@ -52,7 +52,7 @@ def saved_tensors(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def save_config(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the configuration alone, the last file of a finished run; ``sae`` needs no storage."""
-    form = sae.inference_form()
+    form, remarks = sae.inference_form(), sae.remarks()
     write_json(
         Path(folder) / CONFIG,
         {
@@ -67,6 +67,7 @@ def save_config(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None
             "reshape_activations": "none",
             "metadata": {
                 **(metadata or {}),
+                **({"remarks": remarks} if remarks else {}),
                 "sae_lens_version": SAELENS_VERSION,
                 "training_architecture": sae.variant,
                 "saelab_version": __version__,

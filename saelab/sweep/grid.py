@@ -11,6 +11,11 @@ k = [16, 32, 64]
 seed = [0, 1]
 
 [[grid]]
+variant = ["topk", "jump_relu", "gated"]
+d_sae = 4608
+l0 = [16, 32]                 # latents per token of every variant: k where there is a budget
+
+[[grid]]
 variant = "matryoshka"
 d_sae = 4608
 groups = [[0.25, 0.75], [0.5, 0.5]]   # where one value is a list, a list of lists
@@ -43,6 +48,7 @@ import torch
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, first_line, near_matches
 from saelab.sae import SAE, VARIANTS, build
+from saelab.sae.options import defaults, with_l0
 from saelab.sae.options import options as variant_options
 from saelab.training import TrainConfig, check
 
@@ -62,6 +68,12 @@ class Entry:
     options: dict[str, Any]  # of the variant
     train: TrainConfig
     keys: dict[str, Any]
+
+    @property
+    def l0(self) -> float | None:
+        """Active latents per token that were asked for; None where a penalty has a weight instead."""
+        cls = VARIANTS[self.variant]
+        return self.options.get(cls.l0_option, defaults(cls).get(cls.l0_option))
 
     def build(self, d_in: int) -> SAE:
         """The untrained SAE: the one that `saelab train` with the same options starts from."""
@@ -170,13 +182,16 @@ def _entry(number: int, keys: dict[str, Any], shared: Mapping[str, Any], varying
     try:
         _check_types({"d_sae": keys["d_sae"], **shared, **own}, {"d_sae": int, **get_type_hints(TrainConfig)})
         if keys["variant"] in VARIANTS:  # another one is refused where the SAE is built
-            known = variant_options(VARIANTS[keys["variant"]])
+            cls = VARIANTS[keys["variant"]]
+            known, options = variant_options(cls), with_l0(cls, options)
             _check_types(options, {name: hint for name, (hint, _) in known.items()})
         train = TrainConfig(**{**shared, **own})
     except UserError as error:
         raise _blame(number, keys, error) from error
     named = [
-        key for key in ("variant", "k", "d_sae", "lr", "seed") if key in keys and (key in varying or key == "variant")
+        key
+        for key in ("variant", "l0", "k", "d_sae", "lr", "seed")
+        if key in keys and (key in varying or key == "variant")
     ]
     named += [key for key in keys if key in varying and key not in named]
     name = "_".join(_word(keys[key]) if key == "variant" else f"{key}-{_word(keys[key])}" for key in named)

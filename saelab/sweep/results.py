@@ -16,7 +16,10 @@ from saelab.errors import UserError, damaged
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.files import replace
 from saelab.layout import SWEEP_TABLE
+from saelab.sae import VARIANTS
+from saelab.sae.controller import NEAR
 from saelab.sae.weights import load_sae
+from saelab.sweep.grid import Entry
 from saelab.sweep.member import Member
 from saelab.training import read_run
 
@@ -26,6 +29,7 @@ SCHEMA = pa.schema(
         ("name", pa.string()),
         ("variant", pa.string()),
         ("k", pa.float64()),
+        ("asked_l0", pa.float64()),  # latents per token asked for, of any variant: k, n_steps or l0
         ("d_sae", pa.int64()),
         ("seed", pa.int64()),
         ("lr", pa.float64()),
@@ -51,10 +55,13 @@ def measure(
     rows = []
     for member in members:
         values: dict[str, float | None] = dict.fromkeys(MEASURED)
+        message = member.message
         if member.status == "finished":
-            evaluation = evaluate(load_sae(member.folder), cache, model, config)
+            sae = load_sae(member.folder)
+            evaluation = evaluate(sae, cache, model, config)
             evaluation.save(member.folder)
             values |= {name: evaluation.metrics[name].value for name in MEASURED if name in evaluation.metrics}
+            message = message or "; ".join(sae.remarks()) or _off(member.entry, values["l0"])
         entry = member.entry
         about = _lr(member) | {"seed": entry.train.seed, "options": json.dumps(entry.options)}
         rows.append(
@@ -62,10 +69,11 @@ def measure(
                 "name": entry.name,
                 "variant": entry.variant,
                 "k": entry.options.get("k"),
+                "asked_l0": entry.l0,
                 "d_sae": entry.d_sae,
                 **about,
                 "status": member.status,
-                "message": member.message,
+                "message": message,
                 "step": member.step,
                 **values,
                 "folder": member.folder.name,
@@ -90,6 +98,14 @@ def load_results(folder: Path | str) -> list[dict[str, Any]]:
         raise UserError(f"{folder} has no {SWEEP_TABLE}; finish the sweep with `saelab sweep ... --resume`")
     with damaged(path, "finish the sweep again with `saelab sweep ... --resume`", pa.ArrowException, OSError):
         return pq.read_table(path).to_pylist()
+
+
+def _off(entry: Entry, l0: float | None) -> str:
+    """Whether a penalty led to another L0 on held-out tokens than on the training tokens it was set on."""
+    asked = entry.l0 if VARIANTS[entry.variant].l0_option == "l0" else None
+    if asked is None or l0 is None or abs(l0 / asked - 1) <= NEAR:
+        return ""
+    return f"l0={asked:g} was reached on training tokens; held-out tokens have {l0:.3g}"
 
 
 def _lr(member: Member) -> dict[str, float | None]:

@@ -18,7 +18,7 @@ from saelab.cli import report
 from saelab.cli.console import console, out, output_folder, parse, part, print_json, progress_bar, quiet
 from saelab.cli.fine_tuning import announce, check_options, fixed_options, open_start
 from saelab.cli.signals import Stop, stop_on_signals
-from saelab.cli.variants import option_fields, value_of, variant_in
+from saelab.cli.variants import l0_field, option_fields, resolve_l0, value_of, variant_in
 from saelab.data.cache import ActivationCache
 from saelab.devices import pick_device
 from saelab.distributed import SINGLE, Parallel, launched, start_world
@@ -83,7 +83,8 @@ def main(args: Sequence[str]) -> None:
         source = open_start(name, value_of(args, "--variant"))
     variant = source.sae.variant if source else variant_in(args, default=saved["variant"] if saved else "topk")
     # The training options come after ours in the list of fields, so they are the first base.
-    cls = dataclasses.make_dataclass("TrainOptions", option_fields(variant), bases=(TrainConfig, Options), frozen=True)
+    own = [*option_fields(variant), *l0_field(variant)]
+    cls = dataclasses.make_dataclass("TrainOptions", own, bases=(TrainConfig, Options), frozen=True)
     default = None
     if saved:
         same_variant = saved["config"] if variant == saved["variant"] else {}
@@ -94,6 +95,7 @@ def main(args: Sequence[str]) -> None:
     elif source:
         default = cls(cache=tyro.MISSING, out=tyro.MISSING, **fixed_options(source))
     options = parse(cls, "train", args, f"Train a {variant} SAE: {VARIANTS[variant].__doc__}", default)
+    options = resolve_l0(options, variant, args)
     if source:
         check_options(source, options, default)
     run(options, {name: getattr(options, name) for name, *_ in option_fields(variant)}, source)
@@ -132,6 +134,8 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
         print_json(last.row())
     elif last is not None:
         out.print(f"{options.variant}: FVU {last.fvu:.4f}, L0 {last.l0:.1f}, {last.dead} dead latents")
+    for remark in sae.remarks() if parallel.is_main else ():
+        console.print(f"note: {remark}", markup=False, soft_wrap=True)
     if not options.json:
         out.print(f"saved to {options.out}", markup=False, soft_wrap=True)
     return last
