@@ -106,6 +106,10 @@ def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
             _effect(run, model, pick)
             if pick.where != "all":
                 page.html(viz.caption(f"acts on: {pick.where}"))
+            if pick.skip_first is not None:
+                page.html(viz.caption(f"first token: {'left unchanged' if pick.skip_first else 'steered as well'}"))
+            if pick.keep_error is False:
+                page.html(viz.caption("the SAE's reconstruction error is dropped"))
             with st.container(horizontal=True, vertical_alignment="bottom"):
                 pick = _operation_and_amount(pick)
             if size := steering.size(pick):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -91,7 +92,10 @@ def reopen(root: Path, folder: str, source: Run) -> list[Pick]:
 def _pick(step: Intervention, label: str, folder: str, source: Run) -> Pick:
     number: Any = getattr(step, step.amount.field) if step.amount else None
     units = step.amount is not None and step.amount.units
-    common = {"operation": step.operation, "where": step.where}
+    common: dict[str, Any] = {"operation": step.operation, "where": step.where}
+    for field in dataclasses.fields(step):  # where they differ from the defaults, which other operations do not share
+        if field.name in ("skip_first", "keep_error") and getattr(step, field.name) != field.default:
+            common[field.name] = getattr(step, field.name)
     if isinstance(step, LatentIntervention):
         if step.run.fingerprint != source.fingerprint:
             raise UserError(f"{folder} changes latents of another SAE; choose the run it was saved from")

@@ -44,6 +44,10 @@ class Pick:
     """The amount it came with, where it came from a saved recipe."""
     where: Where = "all"
     """The tokens it acts on."""
+    skip_first: bool | None = None
+    """Whether each text's first token is left alone; None for the default of the operation."""
+    keep_error: bool | None = None
+    """Whether the SAE's reconstruction error stays, for operations on a latent; None for the default."""
 
     def changed(self, **fields: Any) -> Pick:
         """The pick with some of its fields replaced."""
@@ -91,11 +95,14 @@ def operations(pick: Pick) -> list[str]:
 def intervention(pick: Pick, source: Run) -> Intervention:
     """What a pick does to the model."""
     operation = OPERATIONS[pick.operation]
+    skip = {} if pick.skip_first is None else {"skip_first": pick.skip_first}
     if issubclass(operation, VectorIntervention):
-        return operation.on_vector(pick.vector, pick.strength, where=pick.where)
+        return replace(operation.on_vector(pick.vector, pick.strength, where=pick.where), **skip)
     if pick.latent is None:
         raise UserError(f"{pick.operation} needs a latent; for a vector made from texts choose another operation")
-    return operation.on_latent(source, pick.latent, pick.strength, pole=pick.pole, where=pick.where)
+    error = {} if pick.keep_error is None else {"keep_error": pick.keep_error}
+    step = operation.on_latent(source, pick.latent, pick.strength, pole=pick.pole, where=pick.where)
+    return replace(step, **skip, **error)
 
 
 def size(pick: Pick) -> str:

@@ -97,13 +97,18 @@ def test_a_recipe_comes_back_to_the_page_as_it_was(workplace: Path, folder: Path
         plain.changed(operation="scale", amount=3.0),
         plain.changed(operation="ablate"),
         plain.changed(operation="clamp", amount=0.5, where="generated"),
+        plain.changed(operation="clamp", amount=0.25, skip_first=False, keep_error=False),
         steering.pick_vector(direction, "means").changed(amount=-2.0),
+        steering.pick_vector(direction, "means").changed(amount=1.0, skip_first=True),
         steering.pick_vector(direction, "means").changed(operation="project-out"),
     ]
     about = recipes.provenance(picks, "prompt", [])
     recipe = Recipe.of(model, [steering.intervention(pick, source) for pick in picks], provenance=about)
     recipe.save(recipes.recipe_folder(workplace, "all"))
     back = recipes.reopen(workplace, "all", source)
+    again = [steering.intervention(pick, source).settings() for pick in back]
+    for key in ("op", "where", "skip_first", "keep_error"):
+        assert [step.get(key) for step in again] == [step.get(key) for step in recipe.settings()], key
     for before, after in zip(picks, back, strict=True):
         assert (after.label, after.operation, after.latent) == (before.label, before.operation, before.latent)
         assert after.where == before.where

@@ -116,6 +116,7 @@ def test_logits_are_attributed(run: str, capsys) -> None:
         (["--latent", "3", "--operation", "clamp", "--strength", "auto", "--prompt", PROMPT], "--operation add only"),
         (["--latent", "3", "--operation", "flop", "--strength", "1", "--prompt", PROMPT], "invalid choice 'flop'"),
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--top-p", "0"], "top_p=0.0"),
+        (["--latent", "3", "--budget-kl", "0.1", "--prompt", "w1"], "--budget-kl limits the damage of --strength auto"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(args: list[str], message: str, run: str, capsys) -> None:

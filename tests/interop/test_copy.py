@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,22 @@ def test_saelens_computes_in_float32_from_a_folder_in_16_bits(tmp_path: Path) ->
     x = torch.randn(32, 12)
     assert theirs.dtype == torch.float32
     torch.testing.assert_close(theirs.encode(x), ours.encode(x).dense(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_card_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made("topk", tmp_path / "run")
+    (run / "README.md").write_text("the old card")
+    write = Path.write_text
+
+    def full_disk(self: Path, text: str, **options: Any) -> int:
+        write(self, text[:10], **options)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises((OSError, SystemExit)):
+            main(["card", str(run)])
+    assert (run / "README.md").read_text() == "the old card"
 
 
 def test_card_says_what_the_run_is_and_how_to_load_it(tmp_path: Path) -> None:

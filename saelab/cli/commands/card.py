@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from saelab.cli.console import out, parse
+from saelab.files import replace
 from saelab.layout import CARD
 from saelab.runs import Run
 from saelab.runs.card import model_card
@@ -28,5 +29,6 @@ def main(args: Sequence[str]) -> None:
     """Write README.md into the run."""
     options = parse(Options, "card", args, "Write the model card of a run: what it is, its metrics, how to load it.")
     path = options.run / CARD
-    path.write_text(model_card(Run.open(options.run), options.repo), encoding="utf-8")
+    card = model_card(Run.open(options.run), options.repo)
+    replace(path, lambda partial: partial.write_text(card, encoding="utf-8"))
     out.print(f"saved to {path}", markup=False, soft_wrap=True)

@@ -51,8 +51,8 @@ class Options:
     """The operation's number; options_class() completes the help."""
     where: Literal["all", "prompt", "generated"] = "all"
     """On which tokens to act."""
-    budget_kl: float = 0.3
-    """Damage that --strength auto may cause: mean KL divergence per token on the prompts, in nats."""
+    budget_kl: float | None = None
+    """Damage that --strength auto may cause: mean KL divergence per token on the prompts, in nats; 0.3 by default."""
     hook: str | None = None
     """Hook point of the SAE; by default the one that its files record."""
     model: str | None = None
@@ -142,6 +142,8 @@ def check_outputs(options: Options) -> None:
     """Refuse outputs that cannot be written, before anything is loaded."""
     if not options.prompt and (options.attribute or options.compare):
         raise UserError('--attribute and --compare need a text to continue: give --prompt "text"')
+    if options.budget_kl is not None and options.strength != "auto":
+        raise UserError("--budget-kl limits the damage of --strength auto; add that, or leave out --budget-kl")
     Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     if options.save is not None:
         check_free(options.save, options.overwrite)
@@ -213,7 +215,7 @@ def intervention(options: Options, run: Run, model: Any, prompts: Sequence[str])
     if options.strength != "auto":
         return make(options, run, strength_of(options))
     vector = SteeringVector.from_latent(run, options.latent or 0, pole_sign(options.pole))
-    found = calibrate(model, vector, prompts, budget_kl=options.budget_kl)
+    found = calibrate(model, vector, prompts, budget_kl=0.3 if options.budget_kl is None else options.budget_kl)
     console.print(
         f"strength {found.strength:.3g}: KL {found.damage:.3g} of a budget of {found.budget:g} nats per token"
     )
