@@ -16,7 +16,9 @@ from unittest.mock import patch
 import pytest
 
 from saelab import cli
+from saelab.interop.format import FORMATS
 from saelab.sae import VARIANTS
+from saelab.steering import OPERATIONS
 from tests import tiny_lm
 
 FOLDER = Path(__file__).parents[2] / "docs"
@@ -80,7 +82,7 @@ def test_a_page_runs(page: Path, made: Path, tmp_path: Path, monkeypatch: pytest
         shutil.rmtree(tmp_path / "sae")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    with patch.dict(VARIANTS):  # pages that add a variant leave the registry as it was
+    with patch.dict(VARIANTS), patch.dict(OPERATIONS), patch.dict(FORMATS):  # pages add to them
         for language, code in BLOCK.findall(page.read_text()):
             run(language, shrunk(code), names, page.name)
 
