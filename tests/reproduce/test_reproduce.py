@@ -218,7 +218,7 @@ def test_rows_on_a_language_model(lab, module, monkeypatch):
     content = [row.content() for row in rows]
     json.dumps(content, allow_nan=False)
     assert all(row.measured for row in rows if row.verdict != "not testable here")
-    monkeypatch.setattr("saelab.reproduce.lab.fit", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr("saelab.reproduce.lab.train_spec", lambda *a: pytest.fail("trained again"))
     again = [row.content() for row in module.real(lab, (0, 1, 2))]
     assert [r["verdict"] for r in again] == [r["verdict"] for r in content]
 
