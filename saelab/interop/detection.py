@@ -44,21 +44,6 @@ def detect(path: Path) -> Format:
     raise UserError(f"{path} is in no SAE format known here (found {inside}); known: {', '.join(sorted(FORMATS))}")
 
 
-def holds_sae(path: Path) -> bool:
-    """Whether the file or folder ``path`` is another tool's SAE, by the detection that :func:`load` goes by.
-
-    Cheap for other files: only names that some format uses are looked at. A file that cannot be read is not an SAE,
-    unless its name alone identifies it.
-    """
-    names = [entry.name for entry in path.iterdir() if entry.is_file()] if path.is_dir() else [path.name]
-    if not any(form.may_hold(name) for form in FORMATS.values() for name in names):
-        return False
-    try:
-        return find_format(path) is not None
-    except (UserError, OSError):
-        return False
-
-
 def read(path: Path | str, **options: Any) -> Foreign:
     """The SAE at ``path`` in canonical form; ``options`` give what a bare file lacks (overcomplete: k, pursuit)."""
     path = Path(path)
