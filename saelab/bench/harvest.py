@@ -33,7 +33,7 @@ def truncated_model(folder: str, n_layers: int) -> Any:
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = n_layers
     with quiet_progress():
-        return AutoModel.from_pretrained(folder, config=config, attn_implementation="sdpa").eval()
+        return AutoModel.from_pretrained(folder, config=config).eval()
 
 
 def compare(model_name: str, layer: int, text: str, tokens: int, context_length: int) -> dict[str, float]:

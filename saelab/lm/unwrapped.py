@@ -21,7 +21,8 @@ WRAPPED = "_original_component"
 
 
 def plain_skeleton(model: TransformerBridge | nn.Module) -> nn.Module | None:
-    """An empty Hugging Face model of the same shape with fused attention; None for any other model."""
+    """An empty Hugging Face model of the same shape, with fused attention where its architecture has it; None for any
+    other model."""
     original: Any = getattr(model, "original_model", model)
     config = getattr(original, "config", None)
     if config is None or not hasattr(type(original), "_from_config"):
@@ -29,7 +30,8 @@ def plain_skeleton(model: TransformerBridge | nn.Module) -> nn.Module | None:
     config = copy.deepcopy(config)
     config.output_attentions = False
     with torch.device("meta"):
-        return type(original)._from_config(config, attn_implementation="sdpa")
+        # None lets transformers choose: asking for fused attention by name fails where an architecture has none.
+        return type(original)._from_config(config, attn_implementation=None)
 
 
 def plain_model(model: TransformerBridge) -> nn.Module | None:
