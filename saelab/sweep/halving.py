@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
-from saelab.layout import METRICS
 from saelab.sweep.grid import Halving
 from saelab.sweep.member import Member
+from saelab.training.log import recent_fvu
 
 
 def losers(halving: Halving, members: Sequence[Member], rung: int, total: int) -> list[Member]:
@@ -29,14 +27,3 @@ def _value(member: Member, key: str) -> object:
     """What a group agrees in; ``k`` and ``l0`` are two names of one thing."""
     keys = member.entry.keys
     return keys.get("k", keys.get("l0")) if key in {"k", "l0"} else keys.get(key)
-
-
-def recent_fvu(folder: Path, step: int, total: int) -> float:
-    """Mean training FVU over the last twentieth of the run up to ``step``, read from the run's own log."""
-    window = max(1, total // 20)
-    values = []
-    for line in (folder / METRICS).read_text().splitlines():
-        row = json.loads(line)
-        if step - window < row["step"] <= step:
-            values.append(row["fvu"])
-    return math.fsum(values) / len(values)

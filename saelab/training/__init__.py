@@ -1,10 +1,11 @@
 """Training: the loop, its configuration, its resumable state, and the run folder that it writes."""
 
 from saelab.training.config import TrainConfig, check, n_steps, prepared
+from saelab.training.divergence import Diverged
 from saelab.training.fitting import finished, fit_steps, read_run, train
 from saelab.training.loop import adopt, batches, centre_of, finalise, start, train_steps
 from saelab.training.state import TrainState
-from saelab.training.step import Diverged, StepMetrics, train_step
+from saelab.training.step import StepMetrics, train_step
 
 __all__ = [
     "Diverged",

@@ -20,8 +20,9 @@ from saelab.layout import CONFIG, RUN
 from saelab.sae import SAE, VARIANTS
 from saelab.sae.base import current
 from saelab.sae.options import defaults as option_defaults
-from saelab.training.checkpoints import Store, remove_steps
+from saelab.training.checkpoints import Store, latest_step, remove_steps
 from saelab.training.config import TrainConfig, n_steps, prepared
+from saelab.training.divergence import DOUBTFUL, Diverged
 from saelab.training.log import JsonLines, Log
 from saelab.training.loop import adopt, run_steps, start, train_steps
 from saelab.training.state import TrainState
@@ -133,17 +134,41 @@ def _fit(
             if parallel.is_main:
                 logs = [stack.enter_context(closing(JsonLines(folder, state.step))), *logs]
             loop = stack.enter_context(closing(run_steps(sae, cache, config, state, stream, parallel)))
-            for metrics in loop:
-                for log in logs:
-                    log.write(metrics.row())
-                if metrics.step % checkpoint_steps == 0 and metrics.step < total:
-                    store.save_step(state)
-                try:
-                    yield metrics
-                except GeneratorExit:
-                    store.save_step(state)
-                    raise
+            try:
+                yield from _logged(loop, store, state, checkpoint_steps, total, logs)
+            except Diverged as error:
+                raise Diverged(f"{error}; {_kept(folder)}") from error
         store.save_final()
+
+
+def _logged(
+    loop: Iterable[StepMetrics],
+    store: Store,
+    state: TrainState,
+    checkpoint_steps: int,
+    total: int,
+    logs: Sequence[Log],
+) -> Generator[StepMetrics]:
+    """The steps of ``loop``, with a line in every log, and checkpoints on the way and where the caller stops."""
+    for metrics in loop:
+        for log in logs:
+            log.write(metrics.row())
+        # A checkpoint replaces the one before, which is better where the error is about to explode.
+        if metrics.step % checkpoint_steps == 0 and metrics.step < total and state.excess <= DOUBTFUL:
+            store.save_step(state)
+        try:
+            yield metrics
+        except GeneratorExit:
+            store.save_step(state)
+            raise
+
+
+def _kept(folder: Path) -> str:
+    """Where a run that diverged can be taken up, for its message."""
+    path = latest_step(folder)
+    if path is None:
+        return "there is no checkpoint from before"
+    return f"{path} is from before: go on from it with --from and a lower lr"
 
 
 def run_description(sae: SAE, cache: ActivationCache, config: TrainConfig, source: str | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,17 @@ class JsonLines:
 
     def close(self) -> None:
         self.file.close()
+
+
+def recent_fvu(folder: Path, step: int, total: int) -> float:
+    """Mean training FVU over the last twentieth of the run up to ``step``, read from the run's own log."""
+    window = max(1, total // 20)
+    values = []
+    for line in (folder / METRICS).read_text().splitlines():
+        row = json.loads(line)
+        if step - window < row["step"] <= step:
+            values.append(row["fvu"])
+    return math.fsum(values) / len(values)
 
 
 class TensorBoard:

@@ -33,6 +33,8 @@ class TrainState:
     step: int = 0
     tokens_seen: int = 0
     ema: dict[str, Tensor] = field(default_factory=dict)  # running sums of the weights, not yet bias-corrected
+    first_fvu: float = 0.0  # of the first batch; 0 before it, and in runs begun before 0.2.0
+    excess: float = 0.0  # the last batch's FVU over that without training (see training.divergence); not saved
 
     @torch.no_grad()
     def fold(self, sae: SAE) -> None:
@@ -55,7 +57,8 @@ class TrainState:
 
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
-        return {"step": self.step, "tokens_seen": self.tokens_seen, "scale": self.scale, "variance": self.variance}
+        names = ("step", "tokens_seen", "scale", "variance", "first_fvu")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def restore(cls, sae: SAE, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> TrainState:

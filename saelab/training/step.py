@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,15 +14,11 @@ from saelab.data.cache import Batch
 from saelab.devices import in_float64
 from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.sharding import REPLICATED, auxk, represent
-from saelab.errors import UserError
 from saelab.sae import SAE, LinearSAE
 from saelab.training.config import TrainConfig
+from saelab.training.divergence import excess
 from saelab.training.schedule import learning_rate
 from saelab.training.state import TrainState
-
-
-class Diverged(UserError):
-    """The loss or the gradient became NaN or infinite; the message names the step and what to change."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,10 @@ def train_step(
 
     # One transfer from the device for everything that is reported, before anything non-finite reaches the weights.
     numbers = _report({"loss": loss, **parts}, parallel) | {"grad_norm": grad_norm.item()}
-    if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
-        raise Diverged(_diagnosis(state.step + 1, numbers, config))
+    energy = numbers.pop("energy")
+    if state.step == 0:
+        state.first_fvu = numbers["fvu"]
+    state.excess = excess(state.step + 1, numbers, energy, state.first_fvu, config)
 
     lr = learning_rate(config, state.step, total) * sae.lr_scale(state.step, total)
     for group in state.optimizer.param_groups:
@@ -125,7 +122,8 @@ def _forward(
     fvu = error.square().sum() / (n * state.variance)
     # All dictionary ranks compute the same loss, but each counts its own latents.
     l0 = (code.values != 0).sum() / n * parallel.dict_size
-    return loss, {"fvu": fvu, "l0": l0, **terms}, _count(dead, parallel)
+    energy = x.square().sum() / (n * state.variance)
+    return loss, {"fvu": fvu, "l0": l0, "energy": energy, **terms}, _count(dead, parallel)
 
 
 def _report(values: dict[str, Tensor], parallel: Parallel) -> dict[str, float]:
@@ -190,10 +188,3 @@ def _randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
         # The CPU's generator looks at 32 bits only; a large odd factor keeps the seeds' step ranges apart.
         torch.manual_seed((seed * 0x9E3779B1 + step) % 2**32)
         yield
-
-
-def _diagnosis(step: int, numbers: dict[str, float], config: TrainConfig) -> str:
-    # The activations are not to blame: the cache refuses to hand out non-finite ones.
-    what = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
-    values = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-    return f"the {what} is not finite at step {step} ({values}); lower lr={config.lr:.2g} or set grad_clip"

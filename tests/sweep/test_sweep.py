@@ -25,10 +25,11 @@ from saelab.sae import VARIANTS, build
 from saelab.sae.weights import load_sae
 from saelab.sweep import load_results, read_grid, run_sweep
 from saelab.sweep.grid import check_grid, make_grid
-from saelab.sweep.halving import losers, recent_fvu
+from saelab.sweep.halving import losers
 from saelab.sweep.runner import Member
 from saelab.training import TrainConfig, fit_steps
 from saelab.training.checkpoints import latest_step
+from saelab.training.log import recent_fvu
 from tests import planted, tiny_lm
 from tests.planted import activations, contents
 

@@ -33,8 +33,9 @@ from saelab.runs import Run
 from saelab.sae import SAE, VARIANTS
 from saelab.training import StepMetrics, TrainConfig, finished, fit_steps, n_steps, prepared, read_run
 from saelab.training.checkpoints import latest_step, number_of
+from saelab.training.divergence import failure
 from saelab.training.fitting import SOURCE
-from saelab.training.log import Log, TensorBoard, Wandb
+from saelab.training.log import Log, TensorBoard, Wandb, recent_fvu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +135,17 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
         print_json(last.row())
     elif last is not None:
         out.print(f"{options.variant}: FVU {last.fvu:.4f}, L0 {last.l0:.1f}, {last.dead} dead latents")
-    for remark in sae.remarks() if parallel.is_main else ():
+    for remark in remarks(sae, last, train_config, options.out) if parallel.is_main else ():
         console.print(f"note: {remark}", markup=False, soft_wrap=True)
     if not options.json:
         out.print(f"saved to {options.out}", markup=False, soft_wrap=True)
     return last
+
+
+def remarks(sae: SAE, last: StepMetrics | None, config: TrainConfig, folder: Path) -> list[str]:
+    """What the user should know about the finished run."""
+    failed = "" if last is None else failure(recent_fvu(folder, last.step, last.step), config.lr)
+    return [*sae.remarks(), *filter(None, [failed])]
 
 
 def claim(options: Any, parallel: Parallel) -> contextlib.ExitStack:
