@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from saelab.data.text import TextSource
+from saelab.data.chat import SEPARATOR, TEXT, Rendered, render, roles_of
+from saelab.data.text.source import TextSource
 from saelab.errors import UserError
 
 Bos = Literal["context", "document", "none"]
+NOTHING = "none"
+# Between documents many chat models have not seen their EOS token, which ends a turn, but one of these.
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 _BATCH = 1 << 20  # characters handed to the tokenizer at a time: it works on them in parallel
 
 
 class Contexts(NamedTuple):
-    """Equally long token sequences, and the number of the document that each token comes from."""
+    """Equally long token sequences, with the number of the document and of the role (in ``ROLES``) of each token.
+
+    A separator belongs to the document that it ends.
+    """
 
     tokens: Int[Tensor, "n_ctx ctx"]
     documents: Int[Tensor, "n_ctx ctx"]
+    roles: Int[Tensor, "n_ctx ctx"]
 
 
 def resolve_bos(bos: Bos | Literal["auto"], tokenizer: Any) -> Bos:
@@ -35,11 +44,51 @@ def resolve_bos(bos: Bos | Literal["auto"], tokenizer: Any) -> Bos:
     return bos
 
 
-def pack(source: TextSource, tokenizer: Any, length: int, bos: Bos, batch: int) -> Iterator[Contexts]:
+def resolve_separator(separator: str, tokenizer: Any, bos: Bos) -> str:
+    """What stands between two documents: the text of a token or a line end, or ``none`` for nothing.
+
+    ``auto`` is nothing with a BOS token per document, which separates them already; else the vocabulary's end-of-text
+    token, else the EOS token, else a line end. ``eos`` and ``newline`` are these, anything else a token of the
+    vocabulary. UserError for a token that the vocabulary lacks.
+    """
+    if separator == "auto" and bos == "document":
+        return NOTHING
+    if separator in ("auto", "eos", "newline"):
+        ends = [token for token in END_OF_TEXT if separator == "auto" and _token_id(tokenizer, token) is not None]
+        eos = [] if separator == "newline" or tokenizer.eos_token is None else [str(tokenizer.eos_token)]
+        if separator == "eos" and not eos:
+            raise UserError("the tokenizer has no EOS token; use --separator newline, none, or a token that it has")
+        return [*ends, *eos, "\n"][0]
+    if separator != NOTHING and _token_id(tokenizer, separator) is None:
+        raise UserError(
+            f"separator {separator!r} is no token of the vocabulary; give one that is, or auto, eos, newline or none"
+        )
+    return separator
+
+
+def _token_id(tokenizer: Any, token: str) -> int | None:
+    number = tokenizer.convert_tokens_to_ids(token)
+    known = number is not None and (number != tokenizer.unk_token_id or token == tokenizer.unk_token)
+    return number if known else None
+
+
+def _separator_ids(separator: str, tokenizer: Any) -> list[int]:
+    if separator == NOTHING:
+        return []
+    number = _token_id(tokenizer, separator)
+    return tokenizer(separator, add_special_tokens=False)["input_ids"] if number is None else [number]
+
+
+def pack(
+    source: TextSource, tokenizer: Any, length: int, bos: Bos, batch: int, separator: str = NOTHING
+) -> Iterator[Contexts]:
     """Concatenate documents and cut them into contexts of ``length`` tokens, ``batch`` contexts at a time.
 
     ``bos="context"`` puts the BOS token at the start of every context, ``"document"`` at the start of every
-    document, ``"none"`` nowhere. Tokens that do not fill a last context are dropped; the last batch may be short.
+    document, ``"none"`` nowhere. ``separator``, as :func:`resolve_separator` gives it, stands between documents. Chats
+    go through the tokenizer's chat template, without the BOS token that it may begin with; those that the template
+    refuses are counted in ``source.left_out``. Tokens that do not fill a last context are dropped; the last batch may
+    be short.
     """
     prefix = 1 if bos == "context" else 0
     body = length - prefix
@@ -47,7 +96,8 @@ def pack(source: TextSource, tokenizer: Any, length: int, bos: Bos, batch: int) 
         raise UserError(f"context length {length} leaves no room for text; raise it")
     held: list[np.ndarray] = []
     count, wanted = 0, batch * body
-    for part in _tokens(source, tokenizer, tokenizer.bos_token_id if bos == "document" else None):
+    between = _separator_ids(separator, tokenizer)
+    for part in _tokens(source, tokenizer, tokenizer.bos_token_id if bos == "document" else None, between):
         held.append(part)
         count += part.shape[1]
         while count >= wanted:
@@ -60,27 +110,59 @@ def pack(source: TextSource, tokenizer: Any, length: int, bos: Bos, batch: int) 
         yield _contexts(flat[:, : count // body * body], body, tokenizer.bos_token_id if prefix else None)
 
 
-def _tokens(source: TextSource, tokenizer: Any, bos_id: int | None) -> Iterator[np.ndarray]:
-    """``[2, m]``: token ids and document numbers of a few documents at a time."""
+def _tokens(source: TextSource, tokenizer: Any, bos_id: int | None, between: Sequence[int]) -> Iterator[np.ndarray]:
+    """``[3, m]``: token ids, document numbers and role numbers of a few documents at a time."""
     document = -1
-    for group in _grouped(source):
-        ids = tokenizer([text for _, text in group], add_special_tokens=False, verbose=False)["input_ids"]
-        rows, owners = [], []
-        for (starts, _), row in zip(group, ids):
+    for group in _grouped(source, tokenizer):
+        parts = []
+        for starts, ids, roles in _tokenized(group, tokenizer):
+            if starts and between and document >= 0:
+                parts.append(_part(between, document, SEPARATOR))
             document += starts
             if starts and bos_id is not None:
-                row = [bos_id, *row]
-            rows.append(np.asarray(row, dtype=np.int64))
-            owners.append(np.full(len(row), document))
-        yield np.stack([np.concatenate(rows), np.concatenate(owners)])
+                parts.append(_part([bos_id], document, TEXT))
+            parts.append(_part(ids, document, roles))
+        yield np.concatenate(parts, axis=1)
 
 
-def _grouped(source: TextSource) -> Iterator[list[tuple[bool, str]]]:
-    group: list[tuple[bool, str]] = []
+def _part(ids: Sequence[int], document: int, roles: int | NDArray[np.int64]) -> np.ndarray:
+    return np.stack(np.broadcast_arrays(np.asarray(ids, dtype=np.int64), document, roles))
+
+
+def _tokenized(
+    group: list[tuple[bool, str | Rendered]], tokenizer: Any
+) -> Iterator[tuple[bool, Sequence[int], int | NDArray[np.int64]]]:
+    """(starts a document, token ids, roles) of each piece."""
+    chats = any(isinstance(piece, Rendered) for _, piece in group)
+    if chats and not tokenizer.is_fast:
+        raise UserError("chats need a fast tokenizer, which tells the place of each token; give text instead")
+    texts = [piece.text if isinstance(piece, Rendered) else piece for _, piece in group]
+    options = {"return_offsets_mapping": True} if chats else {}
+    found = tokenizer(texts, add_special_tokens=False, verbose=False, **options)
+    for number, (starts, piece) in enumerate(group):
+        ids = found["input_ids"][number]
+        if isinstance(piece, str):
+            yield starts, ids, TEXT
+            continue
+        roles = roles_of(found["offset_mapping"][number], piece.spans)
+        own_bos = bool(ids) and ids[0] == tokenizer.bos_token_id  # the template's; where BOS goes is decided here
+        yield starts, ids[own_bos:], roles[own_bos:]
+
+
+def _grouped(source: TextSource, tokenizer: Any) -> Iterator[list[tuple[bool, str | Rendered]]]:
+    group: list[tuple[bool, str | Rendered]] = []
     size = 0
-    for piece in source.pieces():
-        group.append(piece)
-        size += len(piece[1])
+    for starts, piece in source.pieces():
+        if not isinstance(piece, str):
+            try:
+                piece = render(tokenizer, piece)
+            except UserError:
+                raise
+            except ValueError as error:
+                source.left_out[f"chats that the template refuses ({error})"] += 1
+                continue
+        group.append((starts, piece))
+        size += len(piece.text if isinstance(piece, Rendered) else piece)
         if size >= _BATCH:
             yield group
             group, size = [], 0
@@ -89,8 +171,9 @@ def _grouped(source: TextSource) -> Iterator[list[tuple[bool, str]]]:
 
 
 def _contexts(flat: np.ndarray, body: int, bos_id: int | None) -> Contexts:
-    tokens, documents = torch.from_numpy(flat.reshape(2, -1, body).copy())
+    tokens, documents, roles = torch.from_numpy(flat.reshape(3, -1, body).copy())
     if bos_id is not None:
         tokens = torch.cat([torch.full((len(tokens), 1), bos_id), tokens], dim=1)
         documents = torch.cat([documents[:, :1], documents], dim=1)
-    return Contexts(tokens, documents)
+        roles = torch.cat([torch.full((len(roles), 1), TEXT), roles], dim=1)
+    return Contexts(tokens, documents, roles)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from saelab.data.cache.manifest import DTYPES
+from saelab.data.chat import check_roles
 from saelab.data.packing import Bos
 from saelab.errors import UserError, near_matches
 
@@ -24,6 +25,12 @@ class HarvestConfig:
     bos: Bos | Literal["auto"] = "auto"
     """Where the tokenizer's BOS token goes: at the start of each context, of each document, or nowhere; auto is
     context where there is a BOS token."""
+    separator: str = "auto"
+    """What stands between two documents, without a stored row: eos, newline, none, or a token of the vocabulary; auto
+    is the end-of-text or EOS token of the vocabulary, else a line end, and nothing with a BOS token per document."""
+    roles: tuple[str, ...] = ()
+    """Of chats, keep only tokens of these roles: system, developer, user, assistant, tool, other, template (the chat
+    template's own), text (documents that are no chats); by default all."""
     skip_first: int = 1
     """Positions at the start of each context that are not stored: the first is an attention sink, unlike the rest."""
     max_norm: float | None = None
@@ -45,6 +52,7 @@ class HarvestConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.skip_first < self.context_length:
             raise UserError(f"skip_first={self.skip_first} must be below context_length={self.context_length}")
+        check_roles(self.roles)
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}; {near_matches(self.dtype, DTYPES)}")
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from saelab.data.cache import ActivationCache, CacheWriter, Manifest
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import prepare
-from saelab.data.packing import Contexts, pack, resolve_bos
+from saelab.data.packing import Contexts, pack, resolve_bos, resolve_separator
 from saelab.data.text import TextSource, open_text
+from saelab.data.text.source import listed
 from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
 from saelab.harvesting.config import HarvestConfig
@@ -90,15 +91,19 @@ def _harvest(
     sites = [locate(bridge, name) for name in folders]
     source = text if isinstance(text, TextSource) else open_text(text)
     bos = resolve_bos(config.bos, bridge.tokenizer)
-    packed = pack(source, bridge.tokenizer, config.context_length, bos, config.pass_contexts)
+    separator = resolve_separator(config.separator, bridge.tokenizer, bos)
+    packed = pack(source, bridge.tokenizer, config.context_length, bos, config.pass_contexts, separator)
     batches = _limited(packed, config.contexts)
     first = next(batches, None)
     if first is None:
-        raise UserError(f"{source.name} is shorter than one context of {config.context_length} tokens; lower it")
+        without = f" (left out: {listed(source.left_out)})" if source.left_out else ""
+        raise UserError(
+            f"{source.name}{without} is shorter than one context of {config.context_length} tokens; lower it"
+        )
     reader = Reader(bridge, sites)
     reader.use_plain_model(first.tokens[:1])
     widths = reader.widths(first.tokens[:1])
-    shared: dict[str, Any] = _provenance(bridge, source, config) | {"bos": bos}
+    shared: dict[str, Any] = _provenance(bridge, source, config) | {"bos": bos, "separator": separator}
     shared["settings"]["shard_passes"] = config.shard_passes(max(widths))
     manifests = [
         Manifest(d_in=d_in, hook_name=site.hook_name, hf_hook_name=site.path, side=site.side, **shared)
@@ -118,7 +123,7 @@ def _harvest(
         fill(reader, opened, itertools.chain([first], batches), total, progress, share)
         share.wait()
         if share.rank == 0:
-            finish_caches(opened, token_strings(bridge.tokenizer))
+            finish_caches(opened, token_strings(bridge.tokenizer), dict(source.left_out))
         share.wait()
     finally:  # any process may resume a harvest that failed
         for writer in made:
@@ -137,6 +142,7 @@ def _provenance(model: TransformerBridge, source: TextSource, config: HarvestCon
         "text": source.name,
         "text_fingerprint": source.fingerprint,
         "context_length": config.context_length,
+        "kept_roles": list(config.roles),
         "skip_first": config.skip_first,
         "max_norm": config.max_norm,
         "dtype": config.dtype,
@@ -148,5 +154,5 @@ def _provenance(model: TransformerBridge, source: TextSource, config: HarvestCon
 def _limited(batches: Iterator[Contexts], wanted: int) -> Iterator[Contexts]:
     """The first ``wanted`` contexts."""
     while wanted > 0 and (batch := next(batches, None)) is not None:
-        yield Contexts(batch.tokens[:wanted], batch.documents[:wanted])
+        yield Contexts(*(column[:wanted] for column in batch))
         wanted -= len(batch.tokens)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.data.cache import CacheWriter
 from saelab.data.cache.manifest import power_of_two
 from saelab.data.cache.writer import shard_name
+from saelab.data.chat import ROLES, SEPARATOR
 from saelab.data.packing import Contexts
 from saelab.harvesting.activations import Reader
 
@@ -71,6 +72,7 @@ def fill(
     if not unfinished:
         return
     settings, covered = writers[0].manifest.settings, 0
+    kept = kept_roles(writers[0].manifest.kept_roles)
     for number in itertools.count():
         group = list(itertools.islice(batches, settings["shard_passes"]))
         if not group:
@@ -83,20 +85,27 @@ def fill(
                 continue
             acts, grads = reader.both(batch.tokens, settings["gradients"])
             for index, writer in enumerate(writers):
-                parts[index].append(_rows(writer, acts[index], grads[index], shard_name(number), parts[index]))
+                parts[index].append(_rows(writer, acts[index], grads[index], kept[batch.roles], parts[index], number))
             if progress is not None:
                 progress(covered, total)
         if mine:
-            text, documents = (torch.cat([getattr(b, n).flatten() for b in group]) for n in ("tokens", "documents"))
+            names = ("tokens", "documents", "roles")
+            columns = [torch.cat([getattr(batch, name).flatten() for batch in group]) for name in names]
             for writer, rows in zip(writers, parts):
                 if not writer.complete:
-                    _write(writer, rows, text, documents, number)
+                    _write(writer, rows, columns, number)
 
 
-def finish_caches(writers: list[CacheWriter], vocabulary: list[str]) -> None:
+def kept_roles(names: Sequence[str]) -> Bool[Tensor, " roles"]:
+    """Whether tokens of each of ``ROLES`` get a row: those named, or all but separators."""
+    return torch.tensor([name in names if names else number != SEPARATOR for number, name in enumerate(ROLES)])
+
+
+def finish_caches(writers: list[CacheWriter], vocabulary: list[str], left_out: dict[str, int]) -> None:
     """Turn the folders into caches, once all their shards are written."""
     for writer in writers:
         if not writer.complete:
+            writer.manifest.left_out = left_out
             writer.write_vocabulary(vocabulary)
             writer.finish()
 
@@ -110,11 +119,13 @@ class Rows(NamedTuple):
     tokens: int  # of text in the pass
 
 
-def _rows(writer: CacheWriter, acts: Tensor, grads: Tensor | None, shard: str, before: list[Rows]) -> Rows:
-    """The positions that get a row, in the cache's dtype; gradients scaled."""
-    manifest, first = writer.manifest, sum(len(part.acts) for part in before)
-    keep = torch.zeros(acts.shape[:2], dtype=torch.bool, device=acts.device)
-    keep[:, manifest.skip_first :] = True
+def _rows(
+    writer: CacheWriter, acts: Tensor, grads: Tensor | None, keep: Tensor, before: list[Rows], number: int
+) -> Rows:
+    """The positions that get a row, of those in ``keep [n_ctx, ctx]``, in the cache's dtype; gradients scaled."""
+    manifest, first, shard = writer.manifest, sum(len(part.acts) for part in before), shard_name(number)
+    keep = keep.to(acts.device, copy=True)
+    keep[:, : manifest.skip_first] = False
     if manifest.max_norm is not None:
         keep &= acts.float().norm(dim=-1) <= manifest.max_norm
     slots = keep.flatten().nonzero().flatten()
@@ -136,9 +147,10 @@ def _grad_scale(grads: Tensor | None) -> float:
     return power_of_two(16 / largest) if largest > 0 else 1.0
 
 
-def _write(writer: CacheWriter, rows: list[Rows], text: Tensor, documents: Tensor, number: int) -> None:
+def _write(writer: CacheWriter, rows: list[Rows], columns: list[Tensor], number: int) -> None:
     offsets = itertools.accumulate((part.tokens for part in rows), initial=0)
     slots = torch.cat([part.slots + offset for part, offset in zip(rows, offsets)])
     grads = [part.grads for part in rows if part.grads is not None]
     acts = torch.cat([part.acts for part in rows])
-    writer.write_cast(acts, text, slots, documents, torch.cat(grads) if grads else None, number)
+    text, documents, roles = columns
+    writer.write_cast(acts, text, slots, documents, torch.cat(grads) if grads else None, number, roles)

@@ -11,9 +11,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from saelab.data import text as text_module
 from saelab.data.packing import pack, resolve_bos
-from saelab.data.text import from_documents, open_text
+from saelab.data.text import files, from_documents, open_text, wikipedia
 from saelab.errors import UserError
 from tests import tiny_lm
 
@@ -48,7 +47,7 @@ def test_local_files(tmp_path: Path, kind: str, column: str) -> None:
 
 
 def test_a_text_file_is_one_document_however_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_module, "_PIECE", 50)
+    monkeypatch.setattr(files, "PIECE", 50)
     content = "\n".join(tiny_lm.sentences(9, seed) for seed in range(20))
     (tmp_path / "a.txt").write_text(content)
     source = open_text(tmp_path / "a.txt")
@@ -109,7 +108,7 @@ def test_bad_text_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no"):
         open_text(tmp_path / "empty")
-    monkeypatch.setattr(text_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wikipedia.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'saelab\[demo\]'"):
         open_text("wiki-sample")
 

@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def config(**options: Any) -> HarvestConfig:
-    return HarvestConfig(**{"dtype": "float32", **SETTINGS, **options})
+    return HarvestConfig(**{"dtype": "float32", "separator": "none", **SETTINGS, **options})
 
 
 @pytest.fixture(scope="module")

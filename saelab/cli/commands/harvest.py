@@ -21,12 +21,13 @@ class Options:
     """Hook points: TransformerLens names or Hugging Face module paths."""
     model: str = "smollm2"
     """Language model: `smollm2`, a hub id or a local folder."""
-    text: str = "wiki-sample"
-    """Text: `wiki-sample`, a .txt, .jsonl or .parquet file, a folder of them, or a dataset's hub id."""
+    text: tuple[str, ...] = ("wiki-sample",)
+    """Text, one or more: `wiki-sample`, a .txt, .jsonl or .parquet file (also .gz, .bz2, .xz, .zst), a folder of them,
+    or a dataset's hub id."""
     text_split: str = "train"
     """Split of a dataset."""
     text_column: str | None = None
-    """Field with the text; by default `text`, or the only text field."""
+    """Field with the text or the chat; by default `text`, else `messages`, else the only text field."""
     device: str = "auto"
     """Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if there is one, under torchrun one for
     each process."""
@@ -77,6 +78,7 @@ def place(options: Any) -> tuple[Any, Any]:
 def run(options: Any, config: Any) -> None:
     """Harvest as the options say."""
     from saelab.data.text import open_text
+    from saelab.data.text.source import listed
     from saelab.distributed.world import end_world
     from saelab.harvesting import harvest, harvest_many
     from saelab.lm import load_model
@@ -103,5 +105,9 @@ def run(options: Any, config: Any) -> None:
             f"mean norm {cache['mean_norm']:.4g}) from {cache['documents']} documents of {cache['text']}"
         )
         out.print(f"saved to {cache['path']}", markup=False, soft_wrap=True)
+    if found[0]["left_out"]:
+        console.print(f"left out of the text: {listed(found[0]['left_out'])}", markup=False)
     if found[0]["tokens"] < config.tokens:
-        console.print(f"{options.text} ended after {found[0]['tokens']:,} of {config.tokens:,} tokens", markup=False)
+        console.print(
+            f"{found[0]['text']} ended after {found[0]['tokens']:,} of {config.tokens:,} tokens", markup=False
+        )

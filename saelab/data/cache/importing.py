@@ -20,7 +20,7 @@ from saelab.data.cache.manifest import Manifest, check_provenance
 from saelab.data.cache.reader import ActivationCache
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import CacheWriter
-from saelab.data.text import is_saved_dataset, load_saved_dataset
+from saelab.data.text.rows import is_saved_dataset, load_saved_dataset
 from saelab.errors import UserError, first_line, near_matches
 
 TOKEN_COLUMNS = ("token_ids", "tokens", "input_ids")

@@ -66,6 +66,8 @@ class Manifest:
     hf_hook_name: str = ""  # the same point in the Hugging Face model, e.g. model.layers.9
     side: str = ""  # "out" or "in": output or first input of that module; "inner": neither; "" before 0.2.0
     bos: str = "none"  # "context", "document" or "none"
+    separator: str = "none"  # the token between two documents, which has no row; "none" also before 0.2.0
+    kept_roles: list[str] = field(default_factory=list)  # of chats: other tokens have no row; empty where all have
     skip_first: int = 0  # positions at the start of each context that have no row
     max_norm: float | None = None  # rows with a larger norm were dropped
     grad_scale: float | None = None  # stored gradients = gradients x this power of two; None without gradients
@@ -77,6 +79,8 @@ class Manifest:
     variance: float = 0.0  # mean ||x - mean||^2, summed over dimensions
     scale: float = 1.0
     n_documents: int = 0
+    roles: list[str] = field(default_factory=list)  # names of the numbers in the shards' "roles"; empty without chats
+    left_out: dict[str, int] = field(default_factory=dict)  # records and files of the text not read, by reason
     settings: dict[str, Any] = field(default_factory=dict)  # what else a resumed harvest must agree on
     shards: list[ShardInfo] = field(default_factory=list)
 
@@ -97,7 +101,7 @@ class Manifest:
 
     @property
     def dropped_rows(self) -> int:
-        """Rows that ``max_norm`` left out."""
+        """Tokens without a row, besides the skipped ones: separators, other roles, and norms above ``max_norm``."""
         return self.n_tokens - self.n_contexts * self.skip_first - self.n_rows
 
     @property
@@ -111,7 +115,7 @@ class Manifest:
         ``side`` follows from the hook name, and folders begun before 0.2.0 lack it.
         """
         data = asdict(self)
-        for name in ("side", "shards", "mean", "n_documents", "grad_scale", *_RESULTS):
+        for name in ("side", "shards", "mean", "n_documents", "roles", "left_out", "grad_scale", *_RESULTS):
             data.pop(name)
         return data
 

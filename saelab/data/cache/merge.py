@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from saelab.layout import MANIFEST, TOKENS
 # Caches that differ in one of these fields cannot be merged.
 _ALIKE = (
     *("d_in", "dtype", "hook_name", "hf_hook_name", "weights_fingerprint", "tokenizer_hash", "context_length"),
-    *("bos", "skip_first", "max_norm", "has_grads"),
+    *("bos", "separator", "kept_roles", "skip_first", "max_norm", "has_grads"),
 )
 
 
@@ -52,9 +53,12 @@ def cache_summary(cache: ActivationCache) -> dict[str, Any]:
         "documents": m.n_documents,
         "context_length": m.context_length,
         "bos": m.bos,
+        "separator": m.separator,
+        "roles": m.kept_roles or m.roles,
         "skip_first": m.skip_first,
         "max_norm": m.max_norm,
         "dropped_rows": m.dropped_rows,
+        "left_out": m.left_out,
         "d_in": m.d_in,
         "dtype": m.dtype,
         "gradients": m.has_grads,
@@ -102,6 +106,8 @@ def merge(
         settings={},
         shards=[],
         n_documents=0,
+        roles=max((cache.manifest.roles for cache in caches), key=len),
+        left_out=dict(sum((Counter(cache.manifest.left_out) for cache in caches), Counter())),
     )
     with folder.lock():
         prepare(folder, overwrite=overwrite, resume=False)

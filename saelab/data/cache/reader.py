@@ -272,6 +272,12 @@ class ActivationCache:
             text, documents, slots = (columns[name].all() for name in ("text", "documents", "slots"))
             yield text, documents + shard.document_offset, slots
 
+    def shard_roles(self) -> Iterator[Int[Tensor, " t"]]:
+        """For each shard, in corpus order: the number in ``ROLES`` of the role of each of its tokens."""
+        for index, shard in enumerate(self.manifest.shards):
+            column = self.shards.columns(index).get("roles")
+            yield torch.zeros(shard.tokens, dtype=torch.int8) if column is None else column.all()
+
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Check every byte of every shard against the manifest; UserError names the first shard that differs."""
         for done, shard in enumerate(self.manifest.shards, 1):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from saelab.data.cache.manifest import DTYPES, OTHERS, PARTIAL, Manifest, ShardInfo, partial_name
 from saelab.data.cache.storage import Folder
-from saelab.data.text import storable
+from saelab.data.chat import ROLES, SEPARATOR
+from saelab.data.vocabulary import storable
 from saelab.errors import UserError
 from saelab.files import remove_partial
 from saelab.layout import MANIFEST, TOKENS
@@ -92,6 +93,7 @@ class CacheWriter:
         shards = {shard.number: shard for part in [*parts, self.manifest] for shard in part.shards}
         self.manifest.shards = [shards[number] for number in sorted(shards)]
         self.manifest.n_documents = max(part.n_documents for part in [*parts, self.manifest])
+        self.manifest.roles = max((part.roles for part in [*parts, self.manifest]), key=len)
         self._save()
         for name in others:
             self.folder.remove(name)
@@ -127,9 +129,12 @@ class CacheWriter:
         documents: Int[Tensor, " tokens"],
         grads: Float[Tensor, "rows d_in"] | None,
         number: int,
+        roles: Int[Tensor, " tokens"] | None = None,
     ) -> None:
-        """``write_shard`` for ``acts`` and ``grads`` that :meth:`cast` returned."""
+        """``write_shard`` for ``acts`` and ``grads`` that :meth:`cast` returned; ``roles`` are numbers in ``ROLES``."""
         name = shard_name(number)
+        if not len(acts):
+            raise UserError(f"{name} would hold no row: too few tokens are kept; keep more, or make shards larger")
         tensors = {
             "acts": acts,
             "tokens": text[slots].to(torch.int32),
@@ -139,6 +144,9 @@ class CacheWriter:
         }
         if grads is not None:
             tensors["grads"] = grads
+        if roles is not None and bool((roles > SEPARATOR).any()):
+            tensors["roles"] = roles.to(torch.int8).contiguous()
+            self.manifest.roles = list(ROLES)
         tensors["sum"], tensors["moments"] = sums(acts)
         data = safetensors.torch.save(tensors)
         self.folder.write(name, data)

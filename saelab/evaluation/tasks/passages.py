@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
-from saelab.data.text import json_lines
+from saelab.data.text.files import json_lines
 from saelab.errors import UserError
 from saelab.lm.sites import Site, device_of
 from saelab.sae import SAE

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from saelab.data.cache import ActivationCache
-from saelab.data.text import storable
+from saelab.data.vocabulary import storable
 from saelab.errors import UserError
 from saelab.features import schema
 from saelab.features.index import FeatureIndex

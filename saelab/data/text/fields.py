@@ -1,0 +1,118 @@
+"""Which field of a record holds its text or its chat, and what a record without one is."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from saelab.data.text.source import Document, Message
+from saelab.errors import UserError
+
+CHATS = ("messages", "conversations")
+PROBE = 1000  # records that decide which field it is
+SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+
+
+def texts(
+    records: Iterable[tuple[str, dict[str, Any]]], column: str | None, where: str, left_out: Counter[str]
+) -> Iterator[Document]:
+    """The text of each record ``(place, fields)``, always of one and the same field.
+
+    The first ``PROBE`` records decide which (:func:`choose`). A record where the field is missing, null, empty or of
+    another kind is passed over and counted. Raises UserError where no field is the text, and where a ``text`` turns
+    up after another field was taken for it.
+    """
+    records = iter(records)
+    probe = list(itertools.islice(records, PROBE))
+    if not probe:
+        return
+    kinds: dict[str, set[str]] = {}
+    for _, record in probe:
+        for name, value in record.items():
+            kinds.setdefault(name, set()).add(kind_of(value))
+    name = choose(kinds, column, where)
+    for place, record in itertools.chain(probe, records):
+        if column is None and name != "text" and "text" in record:
+            raise UserError(f"{place} has a field 'text', the records before have {name!r}; name one as --text-column")
+        document, reason = usable(record.get(name), name)
+        if reason:
+            left_out[reason] += 1
+        else:
+            yield document
+
+
+def choose(kinds: dict[str, set[str]], column: str | None, where: str) -> str:
+    """The field with the text, given the kinds of value seen in each: the one asked for; ``text``; a chat
+    (``messages``, ``conversations``); the only one that holds text. UserError names the fields there are."""
+    found = [name for name, seen in kinds.items() if seen & {"text", "chat"}]
+    if column is not None:
+        if column not in kinds or not kinds[column] & {"text", "chat", "nothing"}:
+            raise UserError(f"{where} has no text field {column!r}; it has {_names(found, kinds)}")
+        return column
+    if "text" in kinds and kinds["text"] & {"text", "chat", "nothing"}:
+        return "text"
+    for name in CHATS:
+        if "chat" in kinds.get(name, ()):
+            return name
+    if len(found) == 1:
+        return found[0]
+    raise UserError(f"{where} has no field 'text'; name the text column: it has {_names(found, kinds)}")
+
+
+def _names(found: list[str], kinds: dict[str, set[str]]) -> str:
+    if found:
+        return ", ".join(found)
+    return f"none with text, only {', '.join(kinds)}" if kinds else "none"
+
+
+def kind_of(value: Any) -> str:
+    """``text``, ``chat``, ``nothing`` for null, or ``other``."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, str):
+        return "text"
+    return "chat" if chat(value) is not None else "other"
+
+
+def usable(value: Any, name: str) -> tuple[Document, str]:
+    """A field's text or chat and "", or "" and why the record is left out."""
+    if value is None:
+        return "", f"records without {name!r}"
+    if isinstance(value, str):
+        return value, "" if value else f"records with an empty {name!r}"
+    messages = chat(value)
+    if messages is None:
+        return "", f"records whose {name!r} is not text"
+    if not any(message["content"].strip() for message in messages):
+        return "", f"records with an empty {name!r}"
+    return messages, ""
+
+
+def chat(value: Any) -> list[Message] | None:
+    """A list of messages ``{role, content}`` or ``{from, value}``; None for anything else.
+
+    A content in parts, as multimodal data has it, is the text of its parts; null is empty. Other keys of a message
+    (tool calls) are dropped.
+    """
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    messages = []
+    for message in value:
+        if not isinstance(message, dict):
+            return None
+        if "role" in message and "content" in message:
+            role, content = message["role"], message["content"]
+        elif "from" in message and "value" in message:
+            role, content = message["from"], message["value"]
+            role = SHAREGPT.get(role, role)
+        else:
+            return None
+        if isinstance(content, (list, tuple)):
+            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+        content = "" if content is None else content
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        messages.append({"role": role, "content": content})
+    return messages

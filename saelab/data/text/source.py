@@ -1,0 +1,57 @@
+"""What a source of text is: documents, their name, and a count of what was left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+Message = dict[str, str]  # role, content
+Document = str | list[Message]
+Pieces = Iterator[tuple[bool, Document]]
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Documents, their name, and a fingerprint that changes when they do.
+
+    ``pieces`` yields ``(starts a document, text)``: long plain-text files come in several pieces, so that no file has
+    to fit in memory. A chat is one piece, a list of messages ``{"role": ..., "content": ...}``. ``left_out`` counts
+    what the latest reading passed over, by reason.
+    """
+
+    name: str
+    fingerprint: str
+    pieces: Callable[[], Pieces]
+    left_out: Counter[str] = field(default_factory=Counter, compare=False)
+
+    def documents(self) -> Iterator[Document]:
+        """Whole documents."""
+        parts: list[str] = []
+        for starts, piece in self.pieces():
+            if starts and parts:
+                yield "".join(parts)
+                parts = []
+            if isinstance(piece, str):
+                parts.append(piece)
+            else:
+                yield piece
+        if parts:
+            yield "".join(parts)
+
+
+def counted(name: str, fingerprint: str, read: Callable[[Counter[str]], Pieces]) -> TextSource:
+    """A source whose ``read`` is given the counter of what it leaves out, empty at the start of each reading."""
+    left_out: Counter[str] = Counter()
+
+    def pieces() -> Pieces:
+        left_out.clear()
+        yield from read(left_out)
+
+    return TextSource(name, fingerprint, pieces, left_out)
+
+
+def listed(left_out: Counter[str] | dict[str, int]) -> str:
+    """``3 records without 'text', 2 empty files``: what was left out, the most frequent reason first."""
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {reason}" for reason, count in ordered)

@@ -1,0 +1,159 @@
+"""Chats go through the model's template, each token knows its role, and documents do not run into each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from saelab.data.chat import ROLES, render
+from saelab.data.packing import Contexts, pack, resolve_separator
+from saelab.data.text import TextSource, from_documents
+from saelab.errors import UserError
+from tests import tiny_lm
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+# As Llama 2: roles have no words of their own, contents are trimmed, a system message moves into the first turn.
+INST = (
+    "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% set messages = messages[1:] %}"
+    "{% endif %}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ bos_token }}[INST] {% if s and loop.first %}<<{{ s }}>> {% endif %}"
+    "{{ m['content'].strip() }} [/INST]{% else %} {{ m['content'].strip() }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+# As Qwen 3: what stands before </think> is taken out of the content.
+THINKING = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'].split('</think>')[-1].lstrip() }}</{{ m['role'] }}>"
+    "{% endfor %}"
+)
+CHAT = [
+    {"role": "system", "content": "user"},  # a content that is also a word of the template
+    {"role": "user", "content": " the cat sat\n"},
+    {"role": "assistant", "content": "rain fell. 猫 over old roofs"},
+]
+
+
+def tokenizer(template: str | None) -> Any:
+    made = tiny_lm.tokenizer()
+    made.chat_template = template
+    return made
+
+
+def by_role(found: Any, tokenizer: Any) -> dict[str, str]:
+    """The text of each role's tokens, joined."""
+    tokens, roles = found.tokens.flatten(), found.roles.flatten()
+    return {
+        name: tokenizer.decode(tokens[roles == number]) for number, name in enumerate(ROLES) if (roles == number).any()
+    }
+
+
+def packed(source: TextSource, own: Any, bos: Any = "none", separator: str = "none", length: int = 4) -> Contexts:
+    parts = list(pack(source, own, length, bos, 8, separator))
+    return Contexts(*(torch.cat(columns) for columns in zip(*parts)))
+
+
+@pytest.mark.parametrize("template", [CHATML, INST, THINKING])
+def test_each_token_has_the_role_of_its_message(template: str) -> None:
+    own = tokenizer(template)
+    found = packed(from_documents([CHAT]), own, length=1)
+    roles = by_role(found, own)
+    assert roles["system"] == "user"
+    assert roles["user"].strip() == "the cat sat"
+    assert roles["assistant"].strip() == "rain fell. 猫 over old roofs"
+    whole = own.apply_chat_template(CHAT, tokenize=False)
+    expected = own(whole, add_special_tokens=False)["input_ids"]
+    begins = expected[0] == own.bos_token_id
+    assert found.tokens.flatten().tolist() == expected[begins:]  # the tokens that the model was trained on
+    assert "INST" not in "".join(roles[name] for name in ("user", "assistant")) and "im_end" not in roles["user"]
+
+
+def test_contents_that_the_template_changes() -> None:
+    own = tokenizer(THINKING)
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "a</think>\n\nold roofs"}]
+    text, spans = render(own, messages)
+    assert text == "<user>the cat</user><assistant>old roofs</assistant>"
+    assert [(text[a:b], ROLES[role]) for a, b, role in spans] == [("the cat", "user")]
+
+
+def test_chats_begin_as_bos_says() -> None:
+    own = tokenizer(INST)
+    chat = CHAT[1:]
+    for bos, expected in (("none", 0), ("document", 2), ("context", 1)):
+        found = packed(from_documents([chat, chat]), own, bos, length=40)
+        assert int((found.tokens == own.bos_token_id).sum(1).max()) == expected
+
+
+def test_a_refused_chat_is_left_out_and_no_template_is_one_line() -> None:
+    own = tokenizer(INST)
+    source = from_documents([CHAT[1:], CHAT[2:], CHAT])
+    assert int(packed(source, own, length=1).documents.max()) == 1
+    assert source.left_out == {"chats that the template refuses (roles must alternate)": 1}
+    with pytest.raises(UserError, match=r"has no chat template, which messages need; give a model that has one"):
+        packed(source, tokenizer(None))
+
+
+def test_shared_gpt_and_parts_are_chats(tmp_path: Any) -> None:
+    import json
+
+    from saelab.data.text import open_text
+
+    share = {"conversations": [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "sat"}], "source": "x"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(share), encoding="utf-8")
+    parts = {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "mat"}]}]
+    }
+    empty = {"messages": [{"role": "user", "content": None}]}
+    (tmp_path / "b.jsonl").write_text(f"{json.dumps(parts)}\n{json.dumps(empty)}\n", encoding="utf-8")
+    source = open_text(tmp_path)
+    first, second = source.documents()
+    assert first == [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    assert second == [{"role": "user", "content": "the mat"}]
+    assert source.left_out == {"records with an empty 'messages'": 1}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_chats_of_tables(tmp_path: Any, kind: str) -> None:
+    import datasets
+
+    from saelab.data.text import open_text
+
+    data = datasets.Dataset.from_list([{"messages": CHAT, "source": "x"}, {"messages": None, "source": "y"}])
+    if kind == "parquet":
+        data.to_parquet(str(tmp_path / "a.parquet"))
+    else:
+        data.save_to_disk(str(tmp_path / "saved"))
+    source = open_text(tmp_path / "a.parquet" if kind == "parquet" else tmp_path / "saved")
+    assert list(source.documents()) == [CHAT]
+    assert source.left_out == {"records without 'messages'": 1}
+
+
+def test_a_separator_stands_between_documents_and_has_its_own_role() -> None:
+    own = tokenizer(None)
+    documents = ["the cat", "sat on", "a mat"]
+    found = packed(from_documents(documents), own, separator="</s>", length=1)
+    assert own.decode(found.tokens.flatten()) == "the cat</s>sat on</s>a mat"
+    inserted = found.roles.flatten() == ROLES.index("separator")
+    assert found.tokens.flatten()[inserted].tolist() == [own.eos_token_id] * 2
+    assert found.documents.flatten()[inserted].tolist() == [0, 1]
+    assert own.decode(packed(from_documents(documents), own, separator="\n", length=1).tokens.flatten()) == "\n".join(
+        documents
+    )
+
+
+def test_the_separator_is_one_that_the_model_knows() -> None:
+    own = tokenizer(None)
+    assert resolve_separator("auto", own, "context") == "</s>"
+    assert resolve_separator("auto", own, "document") == "none"
+    assert resolve_separator("newline", own, "none") == "\n"
+    assert resolve_separator("none", own, "context") == "none"
+    own.add_special_tokens({"eos_token": "<|im_end|>"})
+    own.add_tokens(["<|endoftext|>"])  # as chat models have it: EOS ends a turn, not a document
+    assert resolve_separator("auto", own, "none") == "<|endoftext|>"
+    assert resolve_separator("eos", own, "none") == "<|im_end|>"
+    assert resolve_separator("<s>", own, "none") == "<s>"
+    with pytest.raises(UserError, match=r"separator '<doc>' is no token of the vocabulary"):
+        resolve_separator("<doc>", own, "none")
+    own.eos_token = None
+    with pytest.raises(UserError, match="no EOS token"):
+        resolve_separator("eos", own, "none")
