@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.manifest import Manifest
 from saelab.errors import UserError
-from saelab.lm.fingerprint import SAME_MODEL, relative_gap
-from saelab.lm.hook_names import side_of
+from saelab.lm.fingerprint import DTYPES, coarser, row_gaps, same_activations
+from saelab.lm.hook_names import layer_of, side_of
+from saelab.lm.record import ModelRecord, differences
 from saelab.lm.sites import Site, check_replaceable, device_of, locate, underlying
 from saelab.lm.unwrapped import plain_model
 
@@ -47,9 +48,10 @@ def _splice_site(site: Site) -> Site:
 
 @torch.no_grad()
 def check_same_model(model: nn.Module, site: Site, cache: ActivationCache, tokens: Tensor, rows: Tensor) -> None:
-    """Refuse a model that does not produce what the cache holds, judged on one context.
+    """Refuse a model that does not produce what the cache holds, judged on every stored row of one context.
 
-    ``tokens`` and ``rows`` are as :meth:`ActivationCache.contexts` gives them; ``model`` is on any device.
+    ``tokens`` and ``rows`` are as :meth:`ActivationCache.contexts` gives them; ``model`` is on any device. The weights
+    are compared too, because those above the hook point do not show in the activations.
     """
     seen: list[Tensor] = []
     with site.register(model, lambda acts: seen.append(acts[0])):
@@ -59,10 +61,20 @@ def check_same_model(model: nn.Module, site: Site, cache: ActivationCache, token
         raise UserError(
             f"the model's activations have width {live.shape[-1]}, the cache's {stored.shape[1]}; pass its own model"
         )
-    gap = relative_gap(live[rows >= 0], stored)
-    if not gap <= SAME_MODEL:
-        raise UserError(
-            f"{cache.path} was harvested from another model than the one given "
-            f"({cache.manifest.model or 'unnamed'} at {cache.hook_name}; activations differ by {gap:.2g} of their "
-            "norm); pass that model"
-        )
+    record, live = ModelRecord.from_manifest(cache.manifest), live[rows >= 0]
+    if record.has_weights_of(model) and _same(live, stored, record, cache):
+        return
+    gap = float(row_gaps(live, stored).median())
+    raise UserError(
+        f"{cache.path} was harvested from another model than the one given ({cache.manifest.model or 'unnamed'} at "
+        f"{cache.hook_name}; half of the rows differ by more than {gap:.2g} of their norm): "
+        f"{differences(model, record)}; pass that model"
+    )
+
+
+def _same(live: Tensor, stored: Tensor, record: ModelRecord, cache: ActivationCache) -> bool:
+    layer = layer_of(cache.hook_name or cache.manifest.hf_hook_name)
+    # A cache that does not say in which precision its model ran may have been harvested in bfloat16.
+    dtype = coarser(live.dtype, DTYPES.get(record.dtype, torch.bfloat16))
+    written = DTYPES[cache.manifest.dtype]
+    return same_activations(live, stored, 1 if layer is None else layer + 1, dtype, written)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.fingerprint import relative_gap, same_activations
+from saelab.lm.hook_names import layer_of
 from saelab.lm.sites import Edit, Site, device_of
 from saelab.lm.unwrapped import frozen, plain_model
 
@@ -63,7 +64,7 @@ class Reader:
         fast = self.activations(tokens)
         self.plain = None
         for site, a, b in zip(self.sites, fast, self.activations(tokens)):
-            if not same_activations(a, b):
+            if not same_activations(a, b, (layer_of(site.hook_name) or 0) + 1):
                 gap = relative_gap(a, b)
                 _log.warning("reading through the bridge: the plain model differs by %.2g at %s", gap, site.hook_name)
                 return False

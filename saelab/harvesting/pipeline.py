@@ -17,8 +17,9 @@ from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
 from saelab.harvesting.config import HarvestConfig
 from saelab.harvesting.shards import ALONE, Progress, Share, fill, finish_caches, open_writers
-from saelab.lm.fingerprint import tokenizer_hash, weights_fingerprint
+from saelab.lm.fingerprint import tokenizer_hash
 from saelab.lm.loading import load_model, model_name
+from saelab.lm.record import ModelRecord
 from saelab.lm.sites import locate
 from saelab.lm.tokens import token_strings
 
@@ -132,11 +133,14 @@ def _harvest(
 
 def _provenance(model: TransformerBridge, source: TextSource, config: HarvestConfig) -> dict[str, Any]:
     name, revision = model_name(model)
+    record = ModelRecord.of(model)
     settings = {"tokens": config.tokens, "pass_contexts": config.pass_contexts, "gradients": config.gradients}
     return {
         "model": name,
         "revision": revision,
-        "weights_fingerprint": weights_fingerprint(model),
+        "model_dtype": record.dtype,
+        "weights_fingerprint": record.fingerprint,
+        "weights_rounded": record.rounded,
         "tokenizer": str(model.tokenizer.name_or_path) if name != "smollm2" else name,
         "tokenizer_hash": tokenizer_hash(model.tokenizer),
         "text": source.name,

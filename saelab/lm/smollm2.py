@@ -45,7 +45,7 @@ def smollm2_folder() -> Path:
         _log.info("converting SmolLM2-135M-Instruct to %s, once", target)
         try:
             with new_folder(target, wait=True) as partial:
-                _convert(_gguf_file(), partial)
+                convert(_gguf_file(), partial)
         except UserError:
             if not target.exists():
                 raise  # else another process has converted it while this one waited
@@ -62,7 +62,8 @@ def _gguf_file() -> Path:
     return files[0]
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def convert(gguf: Path, folder: Path) -> None:
+    """Write the model in a GGUF file as an ordinary checkpoint (float32 safetensors, tokenizer) into ``folder``."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {gguf.name} needs the package gguf; {REMEDY}")
     import torch

@@ -57,7 +57,9 @@ class Manifest:
     context_length: int = 1  # tokens in a context; the last context of a shard may be shorter
     model: str = ""
     revision: str = ""
+    model_dtype: str = ""  # precision the model ran in; "" before 0.2.0
     weights_fingerprint: str = ""
+    weights_rounded: dict[str, str] = field(default_factory=dict)  # fingerprints of the weights rounded to these dtypes
     tokenizer: str = ""
     tokenizer_hash: str = ""
     text: str = ""
@@ -112,10 +114,11 @@ class Manifest:
     def identity(self) -> dict[str, Any]:
         """The fields in which two harvests must agree for one to continue the other: all but progress and results.
 
-        ``side`` follows from the hook name, and folders begun before 0.2.0 lack it.
+        ``side`` follows from the hook name and the other two from the weights; folders begun before 0.2.0 lack them.
         """
         data = asdict(self)
-        for name in ("side", "shards", "mean", "n_documents", "roles", "left_out", "grad_scale", *_RESULTS):
+        later = ("side", "model_dtype", "weights_rounded")
+        for name in (*later, "shards", "mean", "n_documents", "roles", "left_out", "grad_scale", *_RESULTS):
             data.pop(name)
         return data
 
@@ -190,7 +193,8 @@ IDENTIFYING = (
 )
 _RESULTS = ("held_out_from", "rms_norm", "mean_norm", "variance", "scale")
 PROVENANCE = (
-    *("model", "revision", "weights_fingerprint", "tokenizer", "tokenizer_hash", "text", "text_fingerprint"),
+    *("model", "revision", "model_dtype", "weights_fingerprint", "weights_rounded"),
+    *("tokenizer", "tokenizer_hash", "text", "text_fingerprint"),
     *("hook_name", "hf_hook_name", "side", "bos", "skip_first", "max_norm", "settings"),
 )
 

@@ -1,0 +1,92 @@
+"""Which language model activations come from, as files record it, and whether a loaded model is that one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from saelab.errors import UserError
+from saelab.lm.fingerprint import DTYPES, dtype_name, model_dtype, weights_fingerprint
+from saelab.lm.loading import model_name
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The language model that activations come from, as caches, runs and indexes record it; all optional.
+
+    ``rounded`` holds the fingerprint that the same weights have in each narrower dtype, so that a model loaded in
+    bfloat16 is recognised as the one that was harvested in float32.
+    """
+
+    name: str = ""
+    revision: str = ""
+    dtype: str = ""  # the model ran in it
+    fingerprint: str = ""
+    rounded: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: TransformerBridge | nn.Module, name: str = "", revision: str = "") -> ModelRecord:
+        """The record of a loaded model."""
+        own, narrower = weights_fingerprint(model), ("float16", "bfloat16")
+        rounded = {dtype: weights_fingerprint(model, DTYPES[dtype]) for dtype in narrower}
+        return cls(name, revision, dtype_name(model_dtype(model)), own, rounded)
+
+    @classmethod
+    def from_json(cls, content: Any) -> ModelRecord:
+        """The record in a file; what is missing or of another type is unknown."""
+        known = content if isinstance(content, dict) else {}
+        texts = {name: str(known.get(name) or "") for name in ("name", "revision", "dtype", "fingerprint")}
+        rounded = known.get("rounded")
+        return cls(**texts, rounded=dict(rounded) if isinstance(rounded, dict) else {})
+
+    @classmethod
+    def from_manifest(cls, manifest: Any) -> ModelRecord:
+        """The record in the manifest of an activation cache."""
+        fingerprint, rounded = manifest.weights_fingerprint, dict(manifest.weights_rounded)
+        return cls(manifest.model, manifest.revision, manifest.model_dtype, fingerprint, rounded)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON."""
+        return asdict(self)
+
+    def has_weights_of(self, model: TransformerBridge | nn.Module) -> bool:
+        """Whether the weights of ``model`` are the recorded ones, or one of the two is the other rounded.
+
+        True where no weights were recorded.
+        """
+        found = weights_fingerprint(model)
+        if not self.fingerprint or found == self.fingerprint or found in self.rounded.values():
+            return True
+        return any(weights_fingerprint(model, DTYPES[name]) == self.fingerprint for name in ("float16", "bfloat16"))
+
+
+def check_weights(model: TransformerBridge | nn.Module, record: ModelRecord, what: str, any_weights: bool) -> None:
+    """Refuse a model whose weights are not those of ``record``; ``what`` names what was made from them."""
+    if any_weights or record.has_weights_of(model):
+        return
+    raise UserError(
+        f"{what} was made with other weights than those of the model given: {differences(model, record)}; give that "
+        "model (--model, --revision), or --any-weights to use this one all the same"
+    )
+
+
+def differences(model: TransformerBridge | nn.Module, record: ModelRecord) -> str:
+    """In what ``model`` differs from the recorded one: weights, revision, dtype, or else edits and hooks."""
+    name, revision = model_name(model)
+    dtype, found = dtype_name(model_dtype(model)), []
+    if not record.has_weights_of(model):
+        found.append(f"weights ({weights_fingerprint(model)}, recorded {record.fingerprint})")
+    if record.revision and revision and record.revision != revision:
+        found.append(f"revision ({revision}, recorded {record.revision})")
+    if record.dtype and record.dtype != dtype:
+        found.append(f"dtype ({dtype}, recorded {record.dtype}; --model-dtype sets it)")
+    if record.name and name != record.name:
+        found.append(f"name ({name or 'none'}, recorded {record.name})")
+    if found:
+        return ", ".join(found)
+    return "the weights agree, so hooks or other edits were set on one of the two models"
