@@ -32,8 +32,14 @@ def plain_site(model: Any, cache: ActivationCache) -> tuple[nn.Module, Site]:
 
 
 def _recorded(model: nn.Module, manifest: Manifest) -> Site:
-    """The place that the manifest names, if the plain ``model`` has such a module; else found by its hook name."""
+    """The place that the manifest names, found by its hook name; by its path where the name is not of this model's."""
     path = manifest.hf_hook_name
+    if manifest.hook_name:
+        try:
+            return locate(model, manifest.hook_name)
+        except UserError:
+            if path not in dict(model.named_modules()):
+                raise
     if path in dict(model.named_modules()):
         return Site(manifest.hook_name, path, manifest.side or side_of(manifest.hook_name or path))
     return locate(model, manifest.hook_name or path)

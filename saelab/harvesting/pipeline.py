@@ -102,7 +102,7 @@ def _harvest(
             f"{source.name}{without} is shorter than one context of {config.context_length} tokens; lower it"
         )
     reader = Reader(bridge, sites)
-    reader.use_plain_model(first.tokens[:1])
+    reader.use_plain_model(first.tokens[:1], config.skip_first)
     widths = reader.widths(first.tokens[:1])
     shared: dict[str, Any] = _provenance(bridge, source, config) | {"bos": bos, "separator": separator}
     shared["settings"]["shard_passes"] = config.shard_passes(max(widths))

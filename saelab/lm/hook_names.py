@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from saelab.errors import UserError, near_matches
-
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -33,25 +31,6 @@ def canonical_name(model: TransformerBridge, name: str) -> str | None:
             return None
     hook = str(getattr(point, "name", ""))
     return hook if hook in model.hook_dict and model.hook_dict[hook] is point else None
-
-
-def resolve(model: TransformerBridge, name: str) -> tuple[str, str]:
-    """Hook name and canonical name of a TransformerLens hook name or of a Hugging Face module path (its output).
-
-    A path may begin at the base model, as sparsify's do: ``layers.9`` is ``model.layers.9``.
-    UserError with near matches where the model has no such point.
-    """
-    canonical = canonical_name(model, name)
-    if canonical is not None:
-        return name, canonical
-    sites = {module_path(model, hook): hook for hook in model.hook_dict if hook.endswith(".hook_out")}
-    path = below_base(model.original_model, name, sites)
-    if path is None:
-        # A familiar name is offered where it exists: parallel blocks have no hook_resid_mid.
-        familiar = {short(hook) for hook in model.hook_dict if canonical_name(model, short(hook))}
-        known = {*familiar, *model.hook_dict, *sites}
-        raise UserError(f"the model has no hook point {name!r}: {near_matches(name, sorted(known))}")
-    return short(sites[path]), sites[path]
 
 
 def side_of(hook_name: str) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 WRAPPED = "_original_component"
+_LIBRARIES = ("transformer_lens", "transformers", "accelerate", "torch")  # whose own hooks change nothing
 
 
 def plain_skeleton(model: TransformerBridge | nn.Module) -> nn.Module | None:
@@ -76,6 +77,18 @@ def _join(path: str, key: str, child: nn.Module) -> str:
     name = getattr(child, "name", None) if WRAPPED in child._modules else None
     own = f"{path}.{key}".lstrip(".")
     return own if not name or own == name else f"{path}.{name}".lstrip(".")
+
+
+def has_hooks(bridge: TransformerBridge) -> bool:
+    """Whether hooks are set on a bridge, at its hook points or on its modules, by anyone but the libraries."""
+    if any(point.fwd_hooks or point.bwd_hooks for point in bridge.hook_dict.values()):
+        return True
+    hooks = [
+        hook
+        for module in bridge.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return any(not (getattr(hook, "__module__", None) or "").startswith(_LIBRARIES) for hook in hooks)
 
 
 @contextlib.contextmanager

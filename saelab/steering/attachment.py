@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,11 @@ def attach(model: nn.Module, interventions: Intervention | Sequence[Intervention
     # An unknown name is refused even when it would change nothing.
     sites = {name: check_replaceable(locate(model, name)) for name in {i.hook_name: None for i in interventions}}
     _check_widths(model, sites, interventions)
-    by_place: dict[tuple[str, str], list[Intervention]] = defaultdict(list)  # a hook point may have several names
+    by_place: dict[tuple[Any, ...], list[Intervention]] = defaultdict(list)  # a hook point may have several names
     for intervention in interventions:
         site = sites[intervention.hook_name]
         if not intervention.idle:
-            by_place[site.path, site.side].append(intervention)
+            by_place[site.place].append(intervention)
     with ExitStack() as stack:
         positions = stack.enter_context(Positions().follow(model))
         for group in by_place.values():

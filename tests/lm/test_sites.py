@@ -115,7 +115,7 @@ def test_a_bridge_that_computes_past_its_modules_is_not_edited_there(tmp_path: P
 def test_a_mixture_of_experts_has_no_one_projection() -> None:
     sizes = SIZES | {"num_local_experts": 2, "num_key_value_heads": 2}
     model = MixtralForCausalLM(MixtralConfig(vocab_size=320, **sizes))
-    with pytest.raises(UserError, match="does not end in one linear map"):
+    with pytest.raises(UserError, match="mixture of experts"):
         locate(model, "blocks.1.mlp.hook_post")
     assert locate(model, "blocks.1.attn.hook_z").path == "model.layers.1.self_attn.o_proj"
 

@@ -268,8 +268,11 @@ def test_a_decode_loop_written_by_hand_is_followed() -> None:
         (lambda: [Add(vector(), "3 elephants")], "is not a number"),
         (lambda: [Add(vector(), float("nan"))], "not finite"),
         (lambda: [Add(vector(hook="blocks.7.hook_resid_post"), 1.0)], "the model has 3 blocks, 0 to 2"),
-        (lambda: [Add(vector(hook="blocks.1.hook_resid_pots"), 0.0)], "did you mean hook_resid_post"),
-        (lambda: [Add(vector(hook="blocks.1.hook_resid_mid"), 0.0)], "no place for 'blocks.1.hook_resid_mid'"),
+        (lambda: [Add(vector(hook="blocks.1.hook_resid_pots"), 0.0)], "did you mean blocks.1.hook_resid_post"),
+        (
+            lambda: [Add(vector(hook="blocks.1.hook_resid_mid"), 0.0)],
+            "does not reach the later layers",
+        ),
         (lambda: [Add(vector(hook="model.layer.1"), 1.0)], "did you mean model.layers.1"),
         (lambda: [Add(SteeringVector.from_tensor(torch.ones(31), HOOK), 1.0)], "width 31, the model's activations 32"),
         (lambda: [Add(vector(), 1.0, where="promt")], "where='promt' is not one of all, prompt, generated"),

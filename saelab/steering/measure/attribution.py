@@ -125,7 +125,7 @@ class _Path:
     def __init__(
         self, model: nn.Module, hook_name: str, text: Tensor, prompt: int, interventions: Sequence[Intervention]
     ) -> None:
-        self.root, self.site = underlying(model), check_replaceable(locate(model, hook_name))
+        self.model, self.root, self.site = model, underlying(model), check_replaceable(locate(model, hook_name))
         self.text = text.to(device_of(model))
         with attach(model, []):
             self.x, self.logits = self._read()
@@ -135,7 +135,7 @@ class _Path:
     @torch.no_grad()
     def _read(self) -> tuple[Float[Tensor, "1 length d_in"], Float[Tensor, "length vocabulary"]]:
         seen: list[Tensor] = []
-        with self.site.register(self.root, lambda x: seen.append(x.clone())):
+        with self.site.register(self.model, lambda x: seen.append(x.clone())):
             logits = forward(self.root, self.text, torch.ones_like(self.text))[0]
         return seen[0], _centred(logits[0])
 
@@ -146,7 +146,7 @@ class _Path:
         line.requires_grad_()
         texts = self.text.expand(steps, -1)
         with frozen(self.root), torch.enable_grad():
-            with self.site.register(self.root, lambda x: line):
+            with self.site.register(self.model, lambda x: line):
                 logits = forward(self.root, texts, torch.ones_like(texts))[0]
             for position in positions:
                 wanted = _centred(logits[:, position])[:, self.text[0, position + 1]].sum()

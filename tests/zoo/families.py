@@ -1,0 +1,302 @@
+"""Tiny random language models, one of each family: 2 to 4 blocks of width 32 with a byte-level tokenizer.
+
+``FAMILIES`` gives the class and the configuration of each family; ``save`` writes one into a folder as any published
+checkpoint is laid out. Nothing in them is degenerate: norms have weights and biases that differ, biases are not zero,
+and matrices are scaled so that each sublayer matters.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from tests import tiny_lm
+
+VOCABULARY, WIDTH, BLOCKS, HEADS, CONTEXT = 320, 32, 3, 4, 64
+# Parameters with a meaning that a random value would destroy: decay rates and step sizes of state spaces.
+_LEFT_ALONE = ("A_log", "dt_bias", "dt_proj.bias", ".D", "time_decay", "time_first", "rg_lru", "linear_attn")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model: its class, the settings of its configuration, and what is unusual about it."""
+
+    model: str  # class of transformers
+    config: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] | None = None  # settings of the language model inside a multimodal one
+
+    @property
+    def known(self) -> bool:
+        """Whether the installed transformers has it."""
+        return hasattr(transformers, self.model) and hasattr(transformers, self.config)
+
+    def build(self, seed: int = 0) -> Any:
+        """The model, with random weights, in evaluation mode."""
+        config = getattr(transformers, self.config)(**self.settings)
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            part.bos_token_id, part.eos_token_id, part.pad_token_id = 0, 1, 1
+        torch.manual_seed(seed)
+        model = getattr(transformers, self.model)(config).eval()
+        _randomise(model, seed)
+        return model
+
+
+def _randomise(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in _LEFT_ALONE):
+                continue
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * noise(parameter))
+            elif any(part in name for part in ("embed", "wte", "wpe", "embd")):
+                parameter.copy_(noise(parameter))
+            else:
+                parameter.copy_(noise(parameter) / parameter.shape[-1] ** 0.5)
+
+
+def save(name: str, folder: Path, seed: int = 0) -> Path:
+    """Write the model and its tokenizer; the folder opens as any checkpoint in Hugging Face layout does."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    model = FAMILIES[name].build(seed)
+    model.generation_config.pad_token_id = 1
+    model.save_pretrained(folder)
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.pad_token = "</s>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _sizes(**more: Any) -> dict[str, Any]:
+    """Settings in the names that most configurations share."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        **more,
+    }
+
+
+def _old(**more: Any) -> dict[str, Any]:
+    """The same in GPT-2's names."""
+    return {
+        "vocab_size": VOCABULARY,
+        "n_embd": WIDTH,
+        "n_layer": BLOCKS,
+        "n_head": HEADS,
+        "n_positions": CONTEXT,
+        **more,
+    }
+
+
+def _causal(stem: str, **settings: Any) -> Family:
+    return Family(f"{stem}ForCausalLM", f"{stem}Config", settings)
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_LATENT_ATTENTION = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_GEMMA = {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+_ALL_HEADS = {"num_key_value_heads": HEADS}
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("GPT2LMHeadModel", "GPT2Config", _old()),
+    "gpt-neo": _causal(
+        "GPTNeo",
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_layers=2,
+        num_heads=HEADS,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+        max_position_embeddings=CONTEXT,
+    ),
+    "gpt-j": _causal("GPTJ", **_old(rotary_dim=4)),
+    "pythia": _causal("GPTNeoX", **_sizes(**_ALL_HEADS, rotary_pct=0.5)),
+    "gpt-bigcode": _causal("GPTBigCode", **_old(multi_query=True)),
+    "codegen": _causal("CodeGen", **_old(n_embd=64, rotary_dim=4)),
+    "openai-gpt": Family("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", _old()),
+    "xglm": _causal(
+        "XGLM",
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        ffn_dim=48,
+        num_layers=BLOCKS,
+        attention_heads=HEADS,
+        max_position_embeddings=CONTEXT,
+    ),
+    "opt": _causal("OPT", **_sizes(**_ALL_HEADS, ffn_dim=48, word_embed_proj_dim=WIDTH)),
+    "opt-350m": _causal("OPT", **_sizes(**_ALL_HEADS, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)),
+    "bloom": _causal("Bloom", vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=BLOCKS, n_head=HEADS),
+    "mpt": _causal("Mpt", vocab_size=VOCABULARY, d_model=WIDTH, n_layers=BLOCKS, n_heads=HEADS, max_seq_len=CONTEXT),
+    "falcon-7b": _causal(
+        "Falcon", **_sizes(**_ALL_HEADS, multi_query=True, parallel_attn=True, bias=False, alibi=False)
+    ),
+    "falcon-40b": _causal(
+        "Falcon", **_sizes(**_ALL_HEADS, new_decoder_architecture=True, num_kv_heads=2, bias=False, alibi=False)
+    ),
+    "falcon-rw": _causal(
+        "Falcon", **_sizes(**_ALL_HEADS, multi_query=False, parallel_attn=False, bias=True, alibi=True)
+    ),
+    "llama": _causal("Llama", **_sizes()),
+    "llama3": _causal(
+        "Llama",
+        **_sizes(
+            tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+    ),
+    "mistral": _causal("Mistral", **_sizes(sliding_window=16)),
+    "ministral3": _causal("Ministral3", **_sizes(head_dim=8)),
+    "mixtral": _causal("Mixtral", **_sizes(**_LOCAL_EXPERTS)),
+    "gemma1": _causal("Gemma", **_sizes(head_dim=8)),
+    "gemma2": _causal("Gemma2", **_sizes(**_GEMMA, final_logit_softcapping=5.0, attn_logit_softcapping=10.0)),
+    "gemma3": Family("Gemma3ForCausalLM", "Gemma3TextConfig", _sizes(**_GEMMA, layer_types=_SLIDING)),
+    "gemma3-multimodal": Family(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": _sizes(**_GEMMA, layer_types=_SLIDING),
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 5,  # more than the language model has
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 5,
+            "eoi_token_index": 6,
+            "image_token_index": 7,
+        },
+    ),
+    "vaultgemma": _causal("VaultGemma", **_sizes(**_GEMMA, layer_types=_SLIDING)),
+    "phi2": _causal("Phi", **_sizes(**_ALL_HEADS, partial_rotary_factor=0.5)),
+    "phi3": _causal("Phi3", **_sizes()),
+    "phi3.5-moe": _causal("Phimoe", **_sizes(**_LOCAL_EXPERTS)),
+    "qwen2": _causal("Qwen2", **_sizes(tie_word_embeddings=True)),
+    "qwen2-moe": _causal("Qwen2Moe", **_sizes(**_EXPERTS, shared_expert_intermediate_size=24)),
+    "qwen3": _causal("Qwen3", **_sizes(head_dim=16)),
+    "qwen3-moe": _causal("Qwen3Moe", **_sizes(**_EXPERTS, head_dim=8, decoder_sparse_step=1)),
+    "qwen3-next": _causal(
+        "Qwen3Next",
+        **_sizes(
+            **_EXPERTS,
+            head_dim=8,
+            shared_expert_intermediate_size=24,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        ),
+    ),
+    "olmo1": _causal("Olmo", **_sizes()),
+    "olmo2": _causal("Olmo2", **_sizes()),
+    "olmo3": _causal("Olmo3", **_sizes(sliding_window=16, layer_types=_SLIDING)),
+    "olmoe": _causal("Olmoe", **_sizes(num_experts=4, num_experts_per_tok=2)),
+    "stablelm": _causal("StableLm", **_sizes(**_ALL_HEADS, use_parallel_residual=False, partial_rotary_factor=0.5)),
+    "stablelm-parallel": _causal("StableLm", **_sizes(**_ALL_HEADS, use_parallel_residual=True)),
+    "starcoder2": _causal("Starcoder2", **_sizes(use_bias=True)),
+    "nemotron": _causal("Nemotron", **_sizes(head_dim=8)),
+    "cohere": _causal("Cohere", **_sizes(logit_scale=0.25)),
+    "cohere2": _causal("Cohere2", **_sizes(logit_scale=0.25, head_dim=8, sliding_window=16, layer_types=_SLIDING)),
+    "granite": _causal(
+        "Granite",
+        **_sizes(embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.25),
+    ),
+    "granite-moe": _causal("GraniteMoe", **_sizes(**_LOCAL_EXPERTS, residual_multiplier=0.5, embedding_multiplier=3.0)),
+    "smollm3": _causal("SmolLM3", **_sizes(no_rope_layers=[1, 0, 1])),
+    "glm": _causal("Glm", **_sizes(head_dim=8, partial_rotary_factor=0.5)),
+    "glm4": _causal("Glm4", **_sizes(head_dim=8, partial_rotary_factor=0.5)),
+    "glm4-moe": _causal(
+        "Glm4Moe",
+        **_sizes(
+            head_dim=8,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+        ),
+    ),
+    "deepseek-v2": _causal("DeepseekV2", **_sizes(**_LATENT_ATTENTION, **_ALL_HEADS)),
+    "deepseek-v3": _causal("DeepseekV3", **_sizes(**_LATENT_ATTENTION, **_ALL_HEADS)),
+    "gpt-oss": _causal("GptOss", **_sizes(**_LOCAL_EXPERTS, head_dim=8, sliding_window=16, layer_types=_SLIDING)),
+    "exaone4": _causal("Exaone4", **_sizes(sliding_window=16, layer_types=_SLIDING)),
+    "ernie4.5": _causal("Ernie4_5", **_sizes(head_dim=8)),
+    "hunyuan": _causal("HunYuanDenseV1", **_sizes(head_dim=8)),
+    "apertus": _causal("Apertus", **_sizes()),
+    "arcee": _causal("Arcee", **_sizes()),
+    "seed-oss": _causal("SeedOss", **_sizes(head_dim=8)),
+    "bitnet": _causal("BitNet", **_sizes()),
+    "lfm2": _causal("Lfm2", **_sizes(layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False)),
+    "mamba": _causal("Mamba", vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=BLOCKS, state_size=8),
+    "mamba2": _causal(
+        "Mamba2",
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=BLOCKS,
+        state_size=8,
+        num_heads=8,
+        head_dim=8,
+        n_groups=1,
+    ),
+    "falcon-mamba": _causal(
+        "FalconMamba", vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=BLOCKS, state_size=8
+    ),
+    "jamba": _causal(
+        "Jamba",
+        **_sizes(
+            num_experts=2,
+            num_experts_per_tok=1,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            mamba_d_state=8,
+            use_mamba_kernels=False,
+        ),
+    ),
+    "biogpt": _causal("BioGpt", **_sizes(**_ALL_HEADS)),
+    "persimmon": _causal("Persimmon", **_sizes(**_ALL_HEADS, partial_rotary_factor=0.5)),
+    "helium": _causal("Helium", **_sizes(head_dim=8)),
+    "diffllama": _causal("DiffLlama", **_sizes()),
+}
