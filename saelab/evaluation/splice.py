@@ -111,6 +111,7 @@ class SplicedRun:
         self.model, self.site, self.mean, self.replace, self.residual = model, site, mean, dict(replace), residual
         self.sums = {name: LossSums() for name in replace}
         self.reused: dict[str, tuple[Tensor, Tensor]] = {}  # ablation -> (hidden states, logits) of an earlier context
+        self.grows: bool | None = None  # whether the batch may grow at the hook; found on the first context
         self.seconds_lm = 0.0  # in the model, SAE excluded
         self.passes_reused = 0
 
@@ -152,18 +153,21 @@ class SplicedRun:
     def _logits(self, tokens: Tensor, rows: Tensor) -> dict[str, Tensor]:
         hidden: dict[str, Tensor] = {}
         seconds_edit = 0.0
+        if self.grows is None:
+            self.grows = self._batch_may_grow(tokens)
+        copies = 1 if self.grows else 1 + len(ABLATIONS) + len(self.replace)
 
         def edit(acts: Tensor) -> Tensor:
             nonlocal seconds_edit
             started = time.perf_counter()
             hidden.update(self._variants(acts[0], rows))
-            stacked = torch.stack(list(hidden.values()))
+            stacked = torch.stack([*hidden.values(), *[acts[0]] * (copies - len(hidden))])
             seconds_edit += time.perf_counter() - started
             return stacked
 
         started = time.perf_counter()
         with self.site.register(self.model, edit):
-            out = self.model(input_ids=tokens[None].to(device_of(self.model)), use_cache=False).logits
+            out = self._run(tokens.expand(copies, -1))
         self.seconds_lm += time.perf_counter() - started - seconds_edit
         logits = dict(zip(hidden, out))
         for name in ABLATIONS:
@@ -173,6 +177,28 @@ class SplicedRun:
             elif self.residual:
                 self.reused[name] = (hidden[name], logits[name].clone())
         return logits
+
+    def _batch_may_grow(self, tokens: Tensor) -> bool:
+        """Whether the layers above the hook take more rows than those below; else every row runs from the start.
+
+        What a model prepares for its input's rows (ALiBi in BLOOM), or adds to later (outputs of a sublayer), need not
+        fit. Two rows that are the one row must have its logits.
+        """
+        expected = self._run(tokens[None])[0]
+        try:
+            with self.site.register(self.model, lambda acts: torch.cat([acts, acts])):
+                found = self._run(tokens[None])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        if found.shape != (2, *expected.shape):
+            return False
+        gap = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+        return bool((gap <= 64 * torch.finfo(expected.dtype).eps ** 0.75).all())
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens.to(device_of(self.model)), use_cache=False).logits
 
     def _variants(self, acts: Tensor, rows: Tensor) -> dict[str, Tensor]:
         own = rows[rows >= 0]

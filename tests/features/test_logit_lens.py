@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saelab.features import LogitLens
 from saelab.lm import load_model, unembedding
-from saelab.lm.unembed import _adds_one
+from saelab.lm.unembed import _probe
 from tests.tiny_lm import save_gpt2, save_llama
 
 
@@ -44,17 +44,32 @@ def test_a_direction_moves_the_logits_as_the_lens_says(tmp_path: Path, save: Cal
 
 
 class OnePlus(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, d_in: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(8) * 0.1)
+        self.weight = nn.Parameter(torch.randn(d_in) * 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x / x.square().mean(-1, keepdim=True).sqrt() * (1 + self.weight)
 
 
-def test_a_norm_that_multiplies_by_one_plus_its_weight_is_told() -> None:
-    assert _adds_one(OnePlus())
-    assert not _adds_one(nn.LayerNorm(8))
-    plain = nn.RMSNorm(8)
-    nn.init.uniform_(plain.weight, 0.5, 3.0)
-    assert not _adds_one(plain)
+@pytest.mark.parametrize("d_in", [8, 9])
+def test_a_norm_is_told_by_what_it_does(d_in: int) -> None:
+    def probed(norm: nn.Module) -> bool:
+        if isinstance(getattr(norm, "weight", None), nn.Parameter):
+            nn.init.uniform_(norm.get_parameter("weight"), 0.5, 3.0)
+        weight, centred = _probe(norm, d_in)
+        expected = norm.weight + float(isinstance(norm, OnePlus)) if hasattr(norm, "weight") else torch.ones(d_in)
+        torch.testing.assert_close(weight, expected.detach(), rtol=1e-4, atol=1e-4)
+        return centred
+
+    assert not probed(OnePlus(d_in))
+    assert not probed(nn.RMSNorm(d_in))
+    assert probed(nn.LayerNorm(d_in))
+    assert probed(Unnamed())
+
+
+class Unnamed(nn.Module):
+    """A centring norm without weights that is not of a class of torch, as OLMo 1 has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:])
