@@ -51,7 +51,8 @@ def unembedding(model: TransformerBridge | nn.Module | str | Path) -> Unembeddin
 def _of_plain(model: nn.Module) -> Unembedding:
     tail = _run(model)
     weight = _matrix(tail.head).T * tail.scale
-    norm_weight, centred, x, projections = None, False, tail.start, []
+    norm_weight: Tensor | None = None
+    centred, x, projections, normed = False, tail.start, [], False
     while not torch.equal(x, tail.head_input):
         module, y = next(((m, y) for m, given, y in tail.calls if torch.equal(given, x)), (None, x))
         if module is None or torch.equal(x, y):
@@ -61,16 +62,14 @@ def _of_plain(model: nn.Module) -> Unembedding:
             )
         if isinstance(module, nn.Linear):
             projections.append(_matrix(module).T)
-        elif projections or norm_weight is not None:
+        elif projections or normed:
             raise UserError(f"{type(model).__name__} has more than one norm at its end; leave the logit lens out")
         else:
             norm_weight, centred = _probe(module, x.shape[-1])
+            norm_weight, normed = norm_weight if list(module.parameters()) else None, True
         x = y
     for matrix in reversed(projections):
         weight = matrix @ weight
-    # A norm adds a small number to the variance, so a probe of one without weights does not give exactly 1.
-    if norm_weight is not None and bool(((norm_weight - 1).abs() < 1e-4).all()):
-        norm_weight = None
     return Unembedding(weight.contiguous(), norm_weight, centred)
 
 
