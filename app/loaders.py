@@ -154,8 +154,10 @@ def _lens(name: str, _model: Any) -> LogitLens:
 
 @st.cache_data(max_entries=256, show_spinner=False)
 def _promoted(name: str, key: bytes, count: int, _direction: Tensor, _model: Any) -> list[str]:
+    from saelab.lm.tokens import token_text
+
     (_, ids), _ = _lens(name, _model).extremes(_direction[None].float(), count)
-    return [_model.tokenizer.decode([token]) for token in ids[0].tolist()]
+    return [token_text(_model.tokenizer, token) for token in ids[0].tolist()]
 
 
 def promoted(run: Run, model: Any, direction: Tensor, count: int) -> list[str]:

@@ -9,7 +9,7 @@ from loaders import workspace
 from session import show_link
 
 from saelab import viz
-from saelab.errors import UserError
+from saelab.errors import UserError, first_line
 from saelab.runs import Run
 
 
@@ -60,3 +60,8 @@ def run_page(chosen: Any) -> None:
         chosen.run()
     except UserError as error:
         st.error(viz.markdown(str(error)), icon=":material/error:")
+    except OSError as error:  # of the disk or the network share
+        what = (
+            f"{error.filename or 'A file'} cannot be read now ({error.strerror or first_line(error)}); reload the page"
+        )
+        st.error(viz.markdown(what), icon=":material/error:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal, TypedDict
 
 import streamlit as st
@@ -27,8 +28,8 @@ def follow_link() -> None:
     if params.get("run") in workspace().runs:
         st.session_state["run"] = params["run"]
     for name in ("latent", "pole"):
-        if params.get(name, "").lstrip("-").isdigit():
-            st.session_state[name] = int(params[name])
+        with contextlib.suppress(ValueError):  # an address may hold anything
+            st.session_state[name] = int(params.get(name, ""))
 
 
 def show_link(**params: Any) -> None:

@@ -19,7 +19,7 @@ run = session.need_run()
 index = loaders.need_index(run)
 table = loaders.catalogue(run)
 signed = len(index.poles) > 1
-latent = min(st.session_state.get("latent", 0), index.d_sae - 1)
+latent = min(max(st.session_state.get("latent", 0), 0), index.d_sae - 1)
 pole = st.session_state.get("pole", 1)
 rows = {p: index.latent(latent, p) for p in index.poles}
 

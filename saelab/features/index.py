@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from saelab.features.schema import META_KEY, VERSION, Example
 from saelab.layout import EXAMPLES, FEATURES, INDEX
 
 
+class _Unreadable(Exception):
+    """The reader's report of damaged data."""
+
+
 class FeatureIndex:
-    """The index of a run folder. Opening reads two footers; latents are read when asked for.
+    """The index of a run folder. Opening reads two footers; latents are read when asked for, by several threads too.
 
     Raises UserError when there is no index, or one of another version.
     """
@@ -28,6 +33,8 @@ class FeatureIndex:
     def __init__(self, run_folder: Path | str) -> None:
         self.run_folder = Path(run_folder)
         self.folder = self.run_folder / INDEX
+        # Arrow's reader is not made for several threads: it loses track of what it has read ahead.
+        self._reading = threading.RLock()
         for name in (FEATURES, EXAMPLES):
             if not (self.folder / name).is_file():
                 raise UserError(
@@ -51,9 +58,23 @@ class FeatureIndex:
         with self._sound():
             self._open()
 
-    def _sound(self) -> AbstractContextManager[None]:
-        """Name the folder in the error if the data read in this block are damaged."""
-        return damaged(self.folder, "run `saelab index` with --overwrite", pa.ArrowException, OSError)
+    @contextlib.contextmanager
+    def _sound(self) -> Iterator[None]:
+        """Let one thread read at a time, and name the folder in the error if the data read in this block are damaged.
+
+        An error that the system reports (a number of open files, a network share) is not damage and stays what it is.
+        """
+        with self._reading, damaged(self.folder, "run `saelab index` with --overwrite", _Unreadable):
+            try:
+                yield
+            except pa.ArrowMemoryError as error:
+                raise UserError(f"not enough memory to read {self.folder}; close other programs") from error
+            except pa.ArrowException as error:
+                raise _Unreadable(str(error)) from error
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                raise _Unreadable(str(error)) from error
 
     def _open(self) -> None:
         self._group_starts = _group_starts(self._features)

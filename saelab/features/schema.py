@@ -29,7 +29,7 @@ FEATURE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "histogram": (pa.list_(pa.int64()), "firing tokens per magnitude bin; edges in the metadata"),
     "token_entropy": (pa.float32(), "entropy in bits of the token it fires on"),
     "token_share": (pa.float32(), "share of firings on its most frequent token"),
-    "top_tokens": (_STRINGS, "most frequent tokens it fires on"),
+    "top_tokens": (_STRINGS, "most frequent tokens it fires on; a part of a character counts as the character"),
     "top_token_counts": (_INTS, "firings on each of them"),
     "position_corr": (pa.float32(), "Pearson correlation of the magnitude with the position in the context"),
     "frequency_corr": (pa.float32(), "Pearson correlation of the magnitude with log(count of the token in the corpus)"),
@@ -65,7 +65,10 @@ EXAMPLE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "document": (pa.int32(), "its document"),
     "value": (pa.float32(), "signed activation at the focus token"),
     "tokens": (_INTS, "token ids of the window"),
-    "strings": (_STRINGS, "the same tokens as text"),
+    "strings": (
+        _STRINGS,
+        "the same tokens as text; a character spread over several tokens is shown with the last of them",
+    ),
     "activations": (_FLOATS, "signed activation at each; 0 also where the cache holds no row (skipped positions)"),
     "focus": (pa.int16(), "position of the focus token in the window"),
 }
@@ -96,6 +99,11 @@ class Example:
     def text(self) -> str:
         """The window as one string."""
         return "".join(self.strings)
+
+    def shown_at(self, place: int) -> int:
+        """Where a token is to be seen: a part of a character is shown with the token that completes it."""
+        later = (p for p in range(place, len(self.strings)) if self.strings[p])
+        return next(later, place)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Example:

@@ -21,7 +21,7 @@ from saelab.lm.fingerprint import tokenizer_hash
 from saelab.lm.loading import load_model, model_name
 from saelab.lm.record import ModelRecord
 from saelab.lm.sites import locate
-from saelab.lm.tokens import token_strings
+from saelab.lm.tokens import vocabulary
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -124,7 +124,7 @@ def _harvest(
         fill(reader, opened, itertools.chain([first], batches), total, progress, share)
         share.wait()
         if share.rank == 0:
-            finish_caches(opened, token_strings(bridge.tokenizer), dict(source.left_out))
+            finish_caches(opened, vocabulary(bridge.tokenizer), dict(source.left_out))
         share.wait()
     finally:  # any process may resume a harvest that failed
         for writer in made:

@@ -17,6 +17,7 @@ from saelab.data.cache.writer import shard_name
 from saelab.data.chat import ROLES, SEPARATOR
 from saelab.data.packing import Contexts
 from saelab.harvesting.activations import Reader
+from saelab.vocabulary import Vocabulary
 
 Progress = Callable[[int, int], None]
 
@@ -101,7 +102,7 @@ def kept_roles(names: Sequence[str]) -> Bool[Tensor, " roles"]:
     return torch.tensor([name in names if names else number != SEPARATOR for number, name in enumerate(ROLES)])
 
 
-def finish_caches(writers: list[CacheWriter], vocabulary: list[str], left_out: dict[str, int]) -> None:
+def finish_caches(writers: list[CacheWriter], vocabulary: Vocabulary, left_out: dict[str, int]) -> None:
     """Turn the folders into caches, once all their shards are written."""
     for writer in writers:
         if not writer.complete:

@@ -7,6 +7,7 @@ models.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.vocabulary import Vocabulary
 
 Prompts = str | Sequence[str]
 
@@ -57,26 +59,81 @@ def tokenize(tokenizer: Any, prompts: Prompts) -> tuple[Int[Tensor, "batch lengt
 def decode_each(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token in its place: what it adds to the decoded text before it.
 
-    A character spread over several tokens belongs to the last of them; the others are empty.
+    A character spread over several tokens belongs to the last of them; the others are empty. Bytes at the end that are
+    no whole character, where a text was cut, are shown as ``<E3 81>``.
     """
-    strings, shown = [], ""
+    strings, shown, whole, since = [], "", "", 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and end < len(ids):
-            strings.append("")
-            continue
+        cut = _cut(tokenizer, ids[since:end]) if text.endswith("\ufffd") else b""
+        if not cut:
+            whole, since = text, end
+        elif end < len(ids):
+            text = text.rstrip("\ufffd")
+            text = text if len(text) > len(shown) else shown
+        else:
+            text = whole + Vocabulary([""], {0: cut})[0]
         strings.append(text[len(shown) :])
         shown = text
     return strings
 
 
-def token_strings(tokenizer: Any) -> list[str]:
-    """The text of each token id of the vocabulary; a token that is part of a character becomes U+FFFD."""
+def _cut(tokenizer: Any, ids: Sequence[int]) -> bytes:
+    """The bytes of tokens that do not end with a whole character; nothing if they do."""
+    parts = [_bytes(tokenizer, number) for number in ids]
+    data = b"".join(part for part in parts if part is not None)
+    return b"" if None in parts or _whole(data) else data
+
+
+def vocabulary(tokenizer: Any) -> Vocabulary:
+    """The text of each token id of the vocabulary as it reads within a text, and the bytes of parts of characters."""
     size = max(tokenizer.get_vocab().values()) + 1
-    texts = tokenizer.batch_decode([[i] for i in range(size)], clean_up_tokenization_spaces=False)
-    pieces = tokenizer.convert_ids_to_tokens(list(range(size)))
-    # SentencePiece vocabularies mark a leading space, which decoding a token on its own strips.
-    return [
-        f" {text}" if (piece or "").startswith("▁") and not text.startswith(" ") else text
-        for text, piece in zip(texts, pieces)
+    # Decoders treat the first token otherwise than the rest: they strip its space, or keep the ## of a word's middle.
+    front = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    before = tokenizer.decode(front, clean_up_tokenization_spaces=False) if front else ""
+    texts = tokenizer.batch_decode([[*front, i] for i in range(size)], clean_up_tokenization_spaces=False)
+    texts = [
+        text[len(before) :] if text.startswith(before) else tokenizer.decode([i], clean_up_tokenization_spaces=False)
+        for i, text in enumerate(texts)
     ]
+    cut = [i for i, text in enumerate(texts) if "\ufffd" in text]
+    found = {i: _bytes(tokenizer, i) for i in cut}
+    return Vocabulary(texts, {i: data for i, data in found.items() if data is not None})
+
+
+def token_text(tokenizer: Any, number: int) -> str:
+    """The text of one token alone."""
+    text = tokenizer.decode([number], clean_up_tokenization_spaces=False)
+    data = _bytes(tokenizer, number) if "\ufffd" in text else None
+    return text if data is None else Vocabulary([""], {0: data})[0]
+
+
+def _bytes(tokenizer: Any, number: int) -> bytes | None:
+    """The bytes of a token that is no whole character; None for any other."""
+    piece = tokenizer.convert_ids_to_tokens(number) or ""
+    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):  # SentencePiece's fallback
+        data = bytes.fromhex(match[1])
+    elif piece and all(char in _BYTE_OF for char in piece):  # byte-level vocabularies
+        data = bytes(_BYTE_OF[char] for char in piece)
+    else:
+        return None
+    return None if _whole(data) else data
+
+
+def _whole(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters by which byte-level vocabularies write bytes: printable ones stand for themselves, the others, in
+    order, are the letters from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_letters()

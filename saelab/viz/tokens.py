@@ -8,6 +8,8 @@ from typing import Any
 from saelab.viz.escape import plain
 from saelab.viz.theme import Palette
 
+PART = "·"
+
 
 def style_sheet(colours: Palette) -> str:
     """The CSS that the fragments of this module expect, once a page."""
@@ -98,6 +100,8 @@ def _span(token: str, strength: float, value: float, focus: bool, colours: Palet
     classes += ["sl-focus"] if focus else []
     attributes = f' class="{" ".join(classes)}"' if classes else ""
     attributes += f' style="background:{colours.tint(strength)}"' if strength else ""
+    if not token and (strength or focus):
+        token = PART  # of a character that a later token completes; the activation must not be lost from sight
     # A space that a token begins with stays outside: where the line breaks there, a mark on it would stand alone.
     word = token.lstrip(" ") or token
     space = token[: len(token) - len(word)]

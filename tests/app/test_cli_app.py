@@ -28,6 +28,9 @@ def test_a_model_of_an_earlier_session_is_forgotten(tmp_path: Path, monkeypatch:
 def test_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder"):
         prepare(Options(tmp_path / "missing"))
+    for port in (0, -1, 65536, 99999):
+        with pytest.raises(UserError, match=f"port {port} is no TCP port"):
+            prepare(Options(tmp_path, port=port))
 
 
 def test_the_shipped_saes_are_shown_until_there_is_a_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

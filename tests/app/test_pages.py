@@ -108,10 +108,12 @@ def test_a_link_leads_to_its_latent(monkeypatch: pytest.MonkeyPatch, folder: Pat
     assert not app.exception and app.session_state["run"] == "runs/gated"
     assert "#7" in app.title[0].value
     # What is no run of the folder and no number is ignored.
-    app = AppTest.from_file(ENTRY, default_timeout=60)
-    app.query_params["run"], app.query_params["latent"] = "../../etc", "1e9"
-    app.switch_page("views/latent.py").run()
-    assert not app.exception and app.session_state["run"] in ("runs/abs_topk",)
+    for latent in ("1e9", "--5", "-5", "²", "9" * 5000):
+        app = AppTest.from_file(ENTRY, default_timeout=60)
+        app.query_params["run"], app.query_params["latent"] = "../../etc", latent
+        app.switch_page("views/latent.py").run()
+        assert not app.exception and app.session_state["run"] in ("runs/abs_topk",)
+        assert not app.error and "#0" in app.title[0].value
 
 
 def test_notes_are_saved_to_the_run(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from saelab.errors import UserError
-from saelab.lm.tokens import decode_each, token_ids, token_strings, tokenize, tokenizer_of
+from saelab.lm.tokens import decode_each, token_ids, tokenize, tokenizer_of, vocabulary
 from tests.steering.models import llama, tokenizer
 
 
@@ -33,7 +33,7 @@ def test_tokens_read_as_they_stand() -> None:
     own = tokenizer()
     ids = token_ids(own, "w5 w6", bos=False)
     assert "".join(decode_each(own, ids)) == own.decode(ids)
-    assert len(token_strings(own)) == max(own.get_vocab().values()) + 1
+    assert len(vocabulary(own)) == max(own.get_vocab().values()) + 1
 
 
 def test_a_model_without_tokenizer_is_named() -> None:

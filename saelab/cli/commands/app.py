@@ -55,6 +55,8 @@ def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
         raise UserError(
             f"{options.folder} is not a folder; name the one that holds your runs, or run `saelab demo` first"
         )
+    if not 0 < options.port < 1 << 16:
+        raise UserError(f"port {options.port} is no TCP port; give one from 1024 to 65535")
     if importlib.util.find_spec("streamlit") is None:
         raise UserError("the app needs streamlit; install it with: pip install 'saelab[app]'")
     command = [

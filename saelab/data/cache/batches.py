@@ -42,7 +42,10 @@ class Buffers:
         """Two buffers of ``size`` bytes: one to read from while the other fills."""
         held = []
         for _ in range(2):
-            found = self._free.pop() if self._free else torch.empty(0, dtype=torch.uint8)
+            try:
+                found = self._free.pop()  # atomic: several threads may read one cache
+            except IndexError:
+                found = torch.empty(0, dtype=torch.uint8)
             held.append(found if len(found) >= size else _huge(size))
         try:
             yield held

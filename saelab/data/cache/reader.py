@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -21,6 +20,7 @@ from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import CacheWriter
 from saelab.errors import UserError, damaged
 from saelab.layout import MANIFEST, TOKENS
+from saelab.vocabulary import Vocabulary
 
 Split = Literal["train", "held_out", "all"]
 WINDOW_BYTES = 256 << 20
@@ -54,7 +54,6 @@ class ActivationCache:
                 )
         self.shards = Shards(self.folder, self.manifest)
         self._buffers = Buffers()
-        self._vocabulary = functools.cache(self._read_vocabulary)
         if verify:
             self.verify()
 
@@ -245,19 +244,20 @@ class ActivationCache:
     @property
     def n_vocabulary(self) -> int:
         """Tokens in the vocabulary that is stored with the cache; 0 without one."""
-        return len(self._vocabulary())
+        return len(self.vocabulary)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The text of each token id; empty where none is stored with the cache."""
+        if not self.folder.exists(TOKENS):
+            return Vocabulary([])
+        with damaged(f"{self.path}/{TOKENS}", REMEDY):
+            return Vocabulary.from_json(self.folder.read(TOKENS))
 
     def token_strings(self, tokens: Int[Tensor, " n"] | Sequence[int]) -> list[str]:
-        """The text of token ids; needs no model. Without a vocabulary the text is the id itself."""
-        ids = torch.as_tensor(tokens).tolist()
-        known = self._vocabulary()
-        return [known[i] if i < len(known) else f"<{i}>" for i in ids]
-
-    def _read_vocabulary(self) -> list[str]:
-        if not self.folder.exists(TOKENS):
-            return []
-        with damaged(f"{self.path}/{TOKENS}", REMEDY):
-            return [str(text) for text in json.loads(self.folder.read(TOKENS))]
+        """The text of each token of a run of text; needs no model. Joined they are the text: a character that several
+        tokens share is shown with the last of them. Without a vocabulary the text of a token is its id."""
+        return self.vocabulary.side_by_side(torch.as_tensor(tokens).tolist())
 
     def contexts(self, split: Split = "train") -> Iterator[tuple[Int[Tensor, " m"], Int[Tensor, " m"]]]:
         """For each context of a split: its token ids, and the cache row of each token (-1 where none is stored)."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from saelab.data.cache.manifest import DTYPES, OTHERS, PARTIAL, Manifest, ShardInfo, partial_name
 from saelab.data.cache.storage import Folder
 from saelab.data.chat import ROLES, SEPARATOR
-from saelab.data.vocabulary import storable
 from saelab.errors import UserError
 from saelab.files import remove_partial
 from saelab.layout import MANIFEST, TOKENS
+from saelab.vocabulary import Vocabulary
 
 _CHUNK = 8192  # rows per float64 chunk of the statistics
 
@@ -176,9 +176,10 @@ class CacheWriter:
             raise UserError(f"{what} are not finite in {shard}, row {first + row}; check the model in a wider dtype")
         return stored
 
-    def write_vocabulary(self, strings: list[str]) -> None:
+    def write_vocabulary(self, strings: Sequence[str]) -> None:
         """Store the text of each token id, so that the cache can be shown without its model."""
-        self.folder.write(TOKENS, json.dumps([storable(s) for s in strings], ensure_ascii=False).encode())
+        found = strings if isinstance(strings, Vocabulary) else Vocabulary(strings)
+        self.folder.write(TOKENS, found.to_json().encode())
 
     def set_grad_scale(self, scale: float) -> None:
         """Record the factor by which gradients are multiplied, for the remaining shards; a scale already set stays."""

@@ -173,7 +173,7 @@ def _decoder(cache: ActivationCache) -> Callable[[list[int]], str] | None:
 def _vocabulary(cache: ActivationCache) -> list[str]:
     if not cache.n_vocabulary:
         raise UserError(f"{cache.path} has no vocabulary, so its words are unknown; harvest it from a language model")
-    return cache.token_strings(range(cache.n_vocabulary))
+    return list(cache.vocabulary)
 
 
 def _readout(model: Any) -> torch.Tensor | None:

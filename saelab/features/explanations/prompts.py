@@ -34,6 +34,7 @@ not, for example {sample}."""
 def marked(example: Example, places: Collection[int]) -> str:
     """The window's text with runs of the given places between marks."""
     out, inside = [], False
+    places = {example.shown_at(place) for place in places}
     for place, text in enumerate(example.strings):
         if (place in places) != inside:
             out.append(CLOSE if inside else OPEN)
@@ -56,7 +57,8 @@ def explain(examples: Sequence[Example], largest: float, threshold: float) -> li
         places = active_places(example, threshold)
         best = sorted(places, key=lambda p: -abs(example.activations[p]))[:5]
         strengths = ", ".join(
-            f"{example.strings[p]!r} {round(10 * abs(example.activations[p]) / largest)}" for p in sorted(best)
+            f"{example.strings[example.shown_at(p)]!r} {round(10 * abs(example.activations[p]) / largest)}"
+            for p in sorted(best)
         )
         blocks.append(f"Excerpt {number}: {marked(example, places)}\nStrengths: {strengths}")
     return [{"role": "system", "content": EXPLAIN}, {"role": "user", "content": "\n\n".join(blocks)}]

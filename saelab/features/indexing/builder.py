@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import torch
 
 from saelab.data.cache import ActivationCache
-from saelab.data.vocabulary import storable
 from saelab.errors import UserError
 from saelab.features import schema
 from saelab.features.index import FeatureIndex
@@ -28,6 +27,7 @@ from saelab.features.indexing.postings import Postings, PostingsWriter
 from saelab.files import new_folder
 from saelab.layout import EXAMPLES, FEATURES, INDEX
 from saelab.sae import SAE
+from saelab.vocabulary import Vocabulary
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 PRE_ACTS = 1 << 25  # pre-activations computed at once: 128 MiB of them
@@ -67,7 +67,8 @@ def build_index(
         started = time.perf_counter()
         corpus = Corpus(cache, scratch / "corpus", n_rows)
         postings, encode_seconds = _encode(sae, cache, corpus, scratch / "codes", config, report)
-        describer = Describer(sae, cache, corpus, postings, config, lens, _vocabulary(corpus, cache, token_strings))
+        vocabulary = _vocabulary(corpus, cache, token_strings, 0 if lens is None else lens.unembed.shape[1])
+        describer = Describer(sae, cache, corpus, postings, config, lens, vocabulary)
         meta = _meta(sae, cache, config, describer, n_rows)
         meta["encode_seconds"] = encode_seconds
         _write(target, describer, postings, config, meta, report, started)
@@ -150,13 +151,16 @@ def _meta(sae: SAE, cache: ActivationCache, config: IndexConfig, describer: Desc
     }
 
 
-def _vocabulary(corpus: Corpus, cache: Any, strings: Sequence[str] | None) -> pa.Array:
-    """Text of every token id up to the largest in the corpus."""
+def _vocabulary(corpus: Corpus, cache: ActivationCache, strings: Sequence[str] | None, size: int) -> pa.Array:
+    """Text of every token id, at least ``size``, then the characters of which tokens of the corpus are parts."""
     largest = int(corpus.text.max())
-    known = list(cache.token_strings(list(range(largest + 1))) if strings is None else strings)
-    if len(known) <= largest:
+    known = cache.vocabulary if strings is None else strings
+    known = known if isinstance(known, Vocabulary) else Vocabulary(known)
+    if strings is not None and len(known) <= largest:
         raise UserError(
             f"token id {largest} of the cache has no text: the vocabulary has {len(known)} entries; "
             "give token_strings for all"
         )
-    return pa.array([storable(text) for text in known], pa.string())
+    # An unembedding may have more rows than the tokenizer has tokens.
+    names = [known.alone(number) for number in range(max(len(known), largest + 1, size))]
+    return pa.array(corpus.name_parts(known, names), pa.string())

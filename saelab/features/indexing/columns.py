@@ -58,7 +58,7 @@ class Describer:
         self.unit = unit_rows(self.W_dec)
         self.weights = _weights(sae)
         self.mean = torch.tensor(cache.manifest.mean, dtype=torch.float32)
-        self.lens_strings = None if lens is None else _pad(vocabulary, lens.unembed.shape[1])
+        self.lens_strings = None if lens is None else vocabulary.slice(0, lens.unembed.shape[1])
 
     def tables(self, start: int, stop: int) -> tuple[pa.Table, pa.Table]:
         """``features.parquet`` and ``examples.parquet`` rows of slots ``start .. stop`` (whole latents)."""
@@ -86,7 +86,7 @@ class Describer:
         return table, windows.cast(schema.arrow_schema(schema.EXAMPLE_COLUMNS))
 
     def _tokens(self, rows: NDArray[np.int64], slots: NDArray[np.int64], n: int) -> Columns:
-        pairs = count_tokens(slots, self.corpus.tokens(rows), len(self.vocabulary))
+        pairs = count_tokens(slots, self.corpus.counted(rows), len(self.vocabulary))
         columns = token_statistics(pairs, n, self.config.top_tokens)
         columns["top_tokens"] = [self.vocabulary.take(pa.array(ids)).to_pylist() for ids in columns["top_tokens"]]
         return columns
@@ -123,9 +123,3 @@ def _weights(sae: SAE) -> dict[str, NDArray[np.float32]]:
         "encoder_bias": missing if bias is None else bias.detach().float().cpu().numpy(),
         "decoder_norm": sae.W_dec.detach().float().norm(dim=1).cpu().numpy(),
     }
-
-
-def _pad(vocabulary: pa.Array, size: int) -> pa.Array:
-    """The vocabulary lengthened to ``size``: an unembedding may have more rows than the tokenizer has tokens."""
-    extra = [f"<{number}>" for number in range(len(vocabulary), size)]
-    return pa.concat_arrays([vocabulary, pa.array(extra, pa.string())])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saelab.data.cache import ActivationCache
+from saelab.vocabulary import Vocabulary
 
 
 class Windows(NamedTuple):
@@ -23,7 +24,10 @@ class Corpus:
     """Arrays over the text (every token, stored or not) and over the rows of a cache.
 
     ``text``, ``documents``, ``positions`` (in the context) and ``row_at`` (-1 where no activation is stored) are
-    indexed by place; ``place_of`` and ``norms`` by row.
+    indexed by place; ``place_of`` and ``norms`` by row. ``shown`` and ``units`` are the numbers of two strings for each
+    place: what a window shows there, and what the token counts as. Both are the token, but for a token that is part of
+    a character: it shows the character if it completes it and nothing else, and always counts as the character. See
+    :meth:`name_parts`.
     """
 
     def __init__(self, cache: ActivationCache, folder: Path, n_rows: int) -> None:
@@ -40,6 +44,7 @@ class Corpus:
         self.place_of = self.array("place_of", n_rows, np.int64)
         self.norms = self.array("norms", n_rows, np.float32)
         self.row_at[:] = -1
+        self.shown = self.units = self.text
         base = row = 0
         for text, documents, slots in cache.shard_texts():
             here = slice(base, base + len(text))
@@ -51,6 +56,37 @@ class Corpus:
             self.place_of[row : row + len(kept)] = base + kept
             base, row = base + len(text), row + len(slots)
 
+    def name_parts(self, vocabulary: Vocabulary, names: list[str]) -> list[str]:
+        """Fill ``shown`` and ``units`` with numbers of ``names``, the text of each token id, to which the characters
+        that are spread over several tokens are added; returns the longer list."""
+        is_part = np.zeros(len(names), bool)
+        is_part[list(vocabulary.parts)] = True
+        if not any(is_part[self.text[piece]].any() for piece in self._pieces()):
+            return names
+        self.shown, self.units = (self.array(name, len(self.text), np.int32) for name in ("shown", "units"))
+        added: dict[str, int] = {}
+        for piece in self._pieces():
+            text = np.array(self.text[piece])
+            shown, units = text.copy(), text.copy()
+            part = is_part[text]
+            first = part & ~(np.concatenate([[False], part[:-1]]) & (self.positions[piece] > 0))
+            last = part & ~np.concatenate([(part & ~first)[1:], [False]])
+            for start, end in zip(np.flatnonzero(first), np.flatnonzero(last) + 1):
+                for target, texts in zip((shown, units), vocabulary.run(tuple(text[start:end].tolist()))):
+                    target[start:end] = [added.setdefault(t, len(names) + len(added)) for t in texts]
+            self.shown[piece], self.units[piece] = shown, units
+        return [*names, *added]
+
+    def _pieces(self, size: int = 1 << 20) -> Iterator[slice]:
+        """The whole text in pieces of whole contexts."""
+        start = 0
+        while start < len(self.text):
+            stop = min(start + size, len(self.text))
+            while stop < len(self.text) and self.positions[stop]:
+                stop += 1
+            yield slice(start, stop)
+            start = stop
+
     def array(self, name: str, n: int, dtype: type) -> NDArray:
         """A new array on disk that the system may page out."""
         return np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(max(n, 1),))
@@ -59,6 +95,10 @@ class Corpus:
         """All row numbers, a piece at a time."""
         for start in range(0, self.n_rows, size):
             yield np.arange(start, min(start + size, self.n_rows))
+
+    def counted(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """What the token of each row counts as."""
+        return self.units[self.place_of[rows]]
 
     def tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """Token of each row."""

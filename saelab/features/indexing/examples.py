@@ -123,7 +123,7 @@ def example_table(
     centre = corpus.place_of[chosen.rows]
     focus_value = values[:, config.before]
     offsets = pa.array(np.concatenate([[0], np.cumsum(inside.sum(1))]), pa.int32())
-    tokens = pa.array(corpus.text[places[inside]])
+    tokens, shown = pa.array(corpus.text[places[inside]]), pa.array(corpus.shown[places[inside]])
     slots = chosen.slots + first_slot
     columns: dict[str, Any] = {
         "latent": slots // 2,
@@ -134,7 +134,7 @@ def example_table(
         "document": corpus.documents[centre],
         "value": focus_value,
         "tokens": pa.ListArray.from_arrays(offsets, tokens),
-        "strings": pa.ListArray.from_arrays(offsets, vocabulary.take(tokens)),
+        "strings": pa.ListArray.from_arrays(offsets, vocabulary.take(shown)),
         "activations": pa.ListArray.from_arrays(offsets, pa.array(values[inside])),
         "focus": inside[:, : config.before].sum(1),
     }

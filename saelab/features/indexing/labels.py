@@ -75,12 +75,12 @@ class Labeller:
         """Token at an offset from each row's, or ``size`` outside its context."""
         window = self.corpus.windows(rows, -min(offset, 0), max(offset, 0))
         at = 0 if offset <= 0 else -1
-        return np.where(window.inside[:, at], self.corpus.text[window.places[:, at]], self.size).astype(np.int64)
+        return np.where(window.inside[:, at], self.corpus.units[window.places[:, at]], self.size).astype(np.int64)
 
     def _recent(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The last ``REACH`` tokens of each row, its own included; ``size`` outside the context. ``[n, REACH]``."""
         window = self.corpus.windows(rows, REACH - 1, 0)
-        return np.where(window.inside, self.corpus.text[window.places], self.size).astype(np.int64)
+        return np.where(window.inside, self.corpus.units[window.places], self.size).astype(np.int64)
 
     def _background(self, half: int, rng: np.random.Generator) -> NDArray[np.uint8]:
         """Bit ``w`` of line ``t``: token ``t`` is near in the ``w``-th of ``BACKGROUND`` random rows of a half."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.sites import check_replaceable, device_of, locate, underlying
-from saelab.lm.tokens import tokenize, tokenizer_of
+from saelab.lm.tokens import token_text, tokenize, tokenizer_of
 from saelab.lm.unwrapped import frozen
 from saelab.runs import Run, as_run
 from saelab.sae import SAE
@@ -191,7 +191,7 @@ def _attribute_token(
     best = others.abs().topk(min(top, split.d_sae)).indices.tolist()
     return TokenAttribution(
         token,
-        tokenizer.decode([token]),
+        token_text(tokenizer, token),
         i,
         before,
         after,

@@ -7,21 +7,14 @@ empty; joined they are the text. Alone, and where a character was cut, such byte
 
 from __future__ import annotations
 
-import codecs
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_HEX = "saelab.hex"
-
-
-def _as_hex(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return hexadecimal(error.object[error.start : error.end]), error.end
-
-
-codecs.register_error(_HEX, _as_hex)
+# In text decoded with surrogateescape: one character, or bytes that belong to none.
+_PIECES = re.compile("[\udc80-\udcff]+|.", re.DOTALL)
 
 
 def hexadecimal(data: bytes) -> str:
@@ -34,18 +27,28 @@ def storable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def _characters(data: bytes) -> Iterator[tuple[int, int, str]]:
+    """(first byte, last byte + 1, text) of each character, and of each run of bytes that belong to none."""
+    stop = 0
+    for piece in _PIECES.findall(data.decode("utf-8", "surrogateescape")):
+        raw = piece.encode("utf-8", "surrogateescape")
+        start, stop = stop, stop + len(raw)
+        yield start, stop, hexadecimal(raw) if "\udc80" <= piece[0] <= "\udcff" else piece
+
+
 class Vocabulary(Sequence[str]):
     """The text of each token id; ``parts`` holds the bytes of those that are no whole characters.
 
-    ``vocabulary[id]`` is the text of the token alone; a token that usually begins a word has its space. Ids behind the
-    last have no text of their own and are shown as ``<id>``.
+    ``vocabulary[id]`` is the text of the token alone, with its space if it begins a word. Ids behind the last have no
+    text of their own; :meth:`alone` gives ``<id>`` for them.
     """
 
     def __init__(self, texts: Sequence[str], parts: Mapping[int, bytes] | None = None) -> None:
         self.parts = dict(parts or {})
         self.texts = [storable(text) for text in texts]
         for number, data in self.parts.items():
-            self.texts[number] = data.decode("utf-8", _HEX)
+            self.texts[number] = "".join(text for *_, text in _characters(data))
+        self._run = functools.lru_cache(maxsize=1 << 16)(self._read_run)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,22 +62,38 @@ class Vocabulary(Sequence[str]):
 
     def side_by_side(self, ids: Sequence[int]) -> list[str]:
         """The text of each token of a run of text: a character belongs to the token that completes it."""
-        shown, run = [], 0
-        for end, number in enumerate([*ids, None]):
+        shown, start = [], 0
+        for place, number in enumerate([*ids, None]):
             if number is not None and number in self.parts:
                 continue
-            if end > run:
-                shown += self.complete(ids[run:end])
+            if place > start:
+                shown += self.run(tuple(ids[start:place]))[0]
             if number is not None:
                 shown.append(self.alone(number))
-            run = end + 1
+            start = place + 1
         return shown
 
-    def complete(self, ids: Sequence[int]) -> list[str]:
-        """The text of each of several tokens that all have ``parts``."""
-        decoder = codecs.getincrementaldecoder("utf-8")(_HEX)
-        last = len(ids) - 1
-        return [decoder.decode(self.parts[number], final=place == last) for place, number in enumerate(ids)]
+    def run(self, ids: tuple[int, ...]) -> tuple[list[str], list[str]]:
+        """Of each of several tokens that all have ``parts``: the characters that it completes, and all those of which
+        it has a byte."""
+        return self._run(ids)
+
+    def _read_run(self, ids: tuple[int, ...]) -> tuple[list[str], list[str]]:
+        found = list(_characters(b"".join(self.parts[number] for number in ids)))
+        completed, touched, start, first = [], [], 0, 0
+        for number in ids:
+            stop = start + len(self.parts[number])
+            while first < len(found) and found[first][1] <= start:
+                first += 1
+            here = []
+            for piece in found[first:]:
+                if piece[0] >= stop:
+                    break
+                here.append(piece)
+            completed.append("".join(text for _, end, text in here if end <= stop))
+            touched.append("".join(text for *_, text in here))
+            start = stop
+        return completed, touched
 
     def to_json(self) -> str:
         """A list with the text of each token, or the list of its bytes where they are no whole characters."""
@@ -85,5 +104,7 @@ class Vocabulary(Sequence[str]):
     def from_json(cls, data: str | bytes) -> Vocabulary:
         """What :meth:`to_json` wrote, or a list of texts, as 0.1.0 wrote. ValueError for anything else."""
         entries = json.loads(data)
+        if not isinstance(entries, list):
+            raise ValueError("not a list of tokens")
         parts = {number: bytes(entry) for number, entry in enumerate(entries) if isinstance(entry, list)}
         return cls(["" if isinstance(entry, list) else str(entry) for entry in entries], parts)

@@ -1,0 +1,95 @@
+"""The index of a byte-level vocabulary in other scripts: whole characters in windows, top tokens, labels and search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from saelab import viz
+from saelab.data.cache import ActivationCache
+from saelab.features import FeatureIndex, build_index
+from saelab.features.explanations.prompts import active_places, marked
+from saelab.features.indexing.config import IndexConfig
+from saelab.features.indexing.corpus import Corpus
+from saelab.features.search import catalogue, find
+from saelab.lm.tokens import vocabulary
+from saelab.sae import SAE
+from saelab.sparse import SparseCode
+from tests.lm.languages import SENTENCES, train
+
+CONTEXT = 25  # cuts characters of three tokens
+
+
+class Lookup(SAE):
+    variant = "lookup"
+
+    def __init__(self, code: torch.Tensor) -> None:
+        super().__init__(4, code.shape[1])
+        self.code = code
+
+    def encode(self, x: torch.Tensor, grads: torch.Tensor | None = None) -> SparseCode:
+        return SparseCode.from_dense(self.code[x[:, 0].long()])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    own = train("byte fallback")
+    text = SENTENCES["Japanese"] * 40
+    ids = torch.tensor(own(text, add_special_tokens=False)["input_ids"])
+    acts = torch.randn(len(ids), 4)
+    acts[:, 0] = torch.arange(len(ids))
+    folder = tmp_path_factory.mktemp("c") / "cache"
+    return ActivationCache.from_tensors(folder, acts, ids, context_length=CONTEXT, vocabulary=vocabulary(own))
+
+
+@pytest.fixture(scope="module")
+def index(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> FeatureIndex:
+    """Latent 0 fires on all three tokens of 猫, latent 1 on the last one of each character, latent 2 on its first."""
+    shards = list(cache.shard_texts())
+    text = torch.cat([ids for ids, *_ in shards])
+    parts = cache.vocabulary.parts
+    cat = torch.tensor([parts[n][0] if n in parts else -1 for n in text.tolist()])
+    code = torch.zeros(len(text), 3)
+    for place in range(len(text) - 2):
+        if cat[place : place + 3].tolist() == list("猫".encode()):
+            code[place : place + 3, 0] = 1 + torch.rand(3)
+            code[place + 2, 1], code[place, 2] = 2, 3
+    return build_index(Lookup(code), cache, tmp_path_factory.mktemp("r") / "run", config=IndexConfig(before=5, after=5))
+
+
+def test_windows_show_the_text(index: FeatureIndex) -> None:
+    for latent in range(3):
+        for example in index.examples(latent):
+            if "<" in example.text:  # a character that the end of a context cuts
+                continue
+            assert example.text in SENTENCES["Japanese"] * 2
+            assert len(example.strings) == len(example.tokens) == len(example.activations)
+    tops = [example.strings[example.focus] for example in index.examples(1, kind="top")]
+    assert "猫" in tops and set(tops) <= {"猫", "<8C AB>", "<AB>"}  # the others: cut by the start of a context
+
+
+def test_a_token_counts_as_its_character(index: FeatureIndex) -> None:
+    for latent in range(3):
+        assert index.latent(latent)["top_tokens"][0] == "猫"
+    assert index.latent(0)["label"] == "token: 猫" and index.latent(0)["label_score"] > 0.9
+    assert sorted(find(catalogue(index), "猫", "fires on")["latent"]) == [0, 1, 2]
+
+
+def test_an_activation_on_a_part_of_a_character_is_seen(index: FeatureIndex) -> None:
+    example = next(e for e in index.examples(2, kind="top") if "<" not in e.text)
+    assert example.strings[example.focus] == ""
+    html = viz.token_strip(example.strings, example.activations, viz.LIGHT, focus=example.focus)
+    assert ">·</span>" in html
+    assert "<<猫>>" in marked(example, active_places(example))
+
+
+def test_the_corpus_agrees_with_the_vocabulary(cache: ActivationCache, tmp_path: Path) -> None:
+    corpus = Corpus(cache, tmp_path / "corpus", cache.n_rows)
+    names = corpus.name_parts(cache.vocabulary, list(cache.vocabulary))
+    for start in range(0, len(corpus.text), CONTEXT):
+        ids = corpus.text[start : start + CONTEXT].tolist()
+        shown = [names[number] for number in corpus.shown[start : start + CONTEXT]]
+        assert shown == cache.vocabulary.side_by_side(ids)
+        assert "\ufffd" not in "".join(names[number] for number in corpus.units[start : start + CONTEXT])
