@@ -18,7 +18,8 @@ def open_start(name: str, variant: str | None) -> Run:
     run = open_run(name)
     if run.sae.variant not in VARIANTS:
         raise UserError(
-            f"{name} reads layer-normed activations; such an SAE cannot be trained, because layer norm is not linear"
+            f"{name} reads activations normalised token by token ({run.sae.config.get('normalize')}), "
+            "and such an SAE cannot be trained here; train a new one"
         )
     if variant is not None and variant != run.sae.variant:
         raise UserError(contradiction(run.origin, "variant", variant, run.sae.variant))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.files import new_folder
 from saelab.interop.fetch import wanted_files
+from saelab.lm.hook_names import short
 from saelab.runs import Run
 
 
@@ -18,9 +21,14 @@ def open_run(name: Path | str, hook_name: str = "", **options: Any) -> Run:
     """Open and read the SAE at a path or hub id; notes about its files are printed on stderr."""
     run = Run.open(name, hook_name, **options)
     _ = run.sae
-    for note in run.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    print_notes(run.notes)
     return run
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print remarks on an SAE's files on stderr, one line each."""
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 def open_with_cache(name: Path | str, cache_folder: Path, out: Path | None) -> tuple[Run, ActivationCache, Path]:
@@ -34,12 +42,33 @@ def open_with_cache(name: Path | str, cache_folder: Path, out: Path | None) -> t
     have = {"model_name": cache.manifest.model, "hook_name": cache.hook_name}
     for key in names:
         want = run.recorded.get(key)
-        if want and have[key] and want != have[key]:
+        if want and have[key] and short(want) != short(have[key]):
             raise UserError(
                 f"{run.path} was trained on {key}={want}, {cache.path} holds {have[key]}; "
                 "use a cache of the same model and hook point"
             )
+    print_notes(differences(run, cache))
     return run, cache, results_folder(run, out)
+
+
+def differences(run: Run, cache: ActivationCache) -> list[str]:
+    """How the model and the text of the cache differ from what the SAE was trained on, one sentence each."""
+    found, recorded, manifest = [], run.recorded, cache.manifest
+    model, here = recorded.get("model_name"), manifest.model
+    if run.is_foreign and model and here and not (_plain(model) in _plain(here) or _plain(here) in _plain(model)):
+        found.append(f"the SAE was trained on {model}, the cache holds activations of {here}")
+    if recorded.get("prepend_bos") and manifest.bos == "none":
+        found.append("the SAE was trained on contexts that begin with BOS, those of the cache do not")
+    size = recorded.get("context_size")
+    if isinstance(size, int) and manifest.context_length > size:
+        found.append(f"the SAE was trained on contexts of {size} tokens, the cache has {manifest.context_length}")
+    return found
+
+
+def _plain(model: str) -> str:
+    """A model's name as different tools would agree on it: ``gpt2-small`` is ``openai-community/gpt2``."""
+    name = model.rpartition("/")[2].lower().replace("instruct", "it")
+    return re.sub("[^a-z0-9]", "", name.replace("gpt2-small", "gpt2"))
 
 
 def results_folder(run: Run, out: Path | None = None) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from saelab.errors import MALFORMED, UserError, first_line
+from saelab.interop.collections import complete, on_hub
 from saelab.interop.fetch import download, resolve, split_id
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format
@@ -51,7 +52,9 @@ def read(path: Path | str, **options: Any) -> Foreign:
     if unknown := sorted(options.keys() - set(form.options)):
         raise UserError(f"{path} is a {form.name} SAE, which does not take {', '.join(unknown)}; leave it out")
     try:
-        return form.read(path, **options)
+        foreign = form.read(path, **options)
+        complete(foreign, path)
+        return foreign
     except UserError:
         raise
     except MALFORMED as error:
@@ -60,19 +63,25 @@ def read(path: Path | str, **options: Any) -> Foreign:
         ) from error
 
 
-def load(path: Path | str, device: str | torch.device = "cpu", **options: Any) -> SAE:
+def load(path: Path | str, inside: str = "", *, device: str | torch.device = "cpu", **options: Any) -> SAE:
     """Load an SAE of any tool, from a file, a folder or a hub id, in eval mode and in units of raw activations.
 
     No code in a file is ever run. A hub id is ``hf://org/repo`` or ``hf://org/repo/path/in/it``; without the prefix it
-    is looked up on the hub only where there is no folder ``org`` here. Raises UserError for anything but an SAE.
+    is looked up on the hub only where there is no folder ``org`` here. ``inside`` is the path in the repository or in
+    the folder, which may be called by its name alone if it is one of a known collection:
+    ``load("gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")``. Raises UserError for anything but an SAE.
     """
-    local = resolve(path)
+    local = resolve(f"{path}/{inside}" if inside else path)
     sae = load_sae(local) if is_ours(local) and not options else read(local, **options).to_sae()
     return sae.to(device)
 
 
 def from_pretrained(repo: str, path: str = "", revision: str | None = None) -> SAE:
-    """The SAE in folder ``path`` (in SAELens' layout the hook's name) of the hub repository ``org/repo``."""
+    """The SAE in folder ``path`` (in SAELens' layout the hook's name) of the hub repository ``org/repo``.
+
+    ``repo`` may also be the name of a known collection, and ``path`` the id that SAELens gives the SAE in it.
+    """
     hub_id = f"{repo}/{path}" if path else repo
+    hub_id = on_hub(hub_id) or hub_id
     split_id(hub_id)
     return load(download(hub_id, revision))

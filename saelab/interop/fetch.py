@@ -10,11 +10,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from saelab.errors import UserError, first_line
+from saelab.interop.collections import on_hub
 from saelab.interop.formats import FORMATS
 from saelab.layout import CARD, CONFIG, EVALUATION, EXTRA, WEIGHTS
 
 # org/repo, then optionally a folder or file in it; no empty parts, no dots that climb.
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(/[\w.-]+)*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(/[\w.:-]+)*")
 PREFIX = re.compile(r"hf:/{1,2}")  # pathlib makes one slash of two
 REACH = "check its name, the connection and your token"
 OWN = (CONFIG, WEIGHTS, EXTRA, EVALUATION, CARD)
@@ -25,7 +26,7 @@ def resolve(name: Path | str) -> Path:
 
     ``hf://org/repo`` and ``hf://org/repo/path/in/it`` are looked up on the hub. ``org/repo`` without the prefix is
     looked up only where there is neither such a path nor a folder ``org`` here, so that a mistyped path is never sent
-    to the hub.
+    to the hub. The same holds for the name of a known collection, ``gemma-scope-2b-pt-res/layer_12/...``.
     """
     text = str(name)
     if prefix := PREFIX.match(text):
@@ -38,7 +39,7 @@ def resolve(name: Path | str) -> Path:
     if Path(top).exists():
         raise UserError(f"{text} does not exist in {top} here; for a repository of the hub write hf://{text}")
     try:
-        return download(text)
+        return download(on_hub(text) or text)
     except UserError as error:
         raise UserError(f"{text} does not exist here, and neither does a folder {top}; on the hub, {error}") from error
 
@@ -48,7 +49,9 @@ def full_name(name: Path | str) -> str:
     text = str(name)
     if prefix := PREFIX.match(text):
         return f"hf://{text[prefix.end() :]}"
-    return str(Path(text).resolve()) if Path(text).exists() else text
+    if Path(text).exists():
+        return str(Path(text).resolve())
+    return f"hf://{place}" if (place := on_hub(text)) else text
 
 
 def split_id(hub_id: str) -> tuple[str, str]:

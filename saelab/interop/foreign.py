@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.sae import SAE, LayerNormed, build
+from saelab.sae import SAE, Normalised, build
 
 
 @dataclass
@@ -30,11 +30,14 @@ class Foreign:
     r_mag: Tensor | None = None
     b_mag: Tensor | None = None
     subtracts_b_dec: bool = True
-    layer_norm: bool = False
+    normalize: str | None = (
+        None  # what is done to each token before encoding: layer_norm, constant_norm_rescale, center
+    )
     rescale_by_decoder_norm: bool = False
     input_scale: float = 1.0  # the SAE saw activations multiplied by this, and its output was divided by it
     pursuit: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    known_from: dict[str, str] = field(default_factory=dict)  # entry of the metadata -> how it is known
     notes: list[str] = field(default_factory=list)  # unusual facts about it, one sentence each
 
     @property
@@ -50,6 +53,8 @@ class Foreign:
     @torch.no_grad()
     def to_sae(self) -> SAE:
         """Our variant with the same codes and reconstructions, in eval mode."""
+        if not 0 < self.input_scale < float("inf"):
+            raise UserError(f"input_scale={self.input_scale} is not a positive number; correct it")
         sae = build(self.architecture, self.d_in, self.d_sae, **self._config())
         weights = self._weights()
         parameters = dict(sae.named_parameters())
@@ -59,7 +64,7 @@ class Foreign:
             parameters[name].copy_(value)
         if self.input_scale != 1.0:
             sae.rescale_(1 / self.input_scale)
-        return (LayerNormed(sae) if self.layer_norm else sae).eval()
+        return (sae if self.normalize is None else Normalised(sae, self.normalize)).eval()
 
     def _config(self) -> dict[str, Any]:
         if self.architecture in {"topk", "abs_topk"}:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelab.errors import UserError, first_line
+from saelab.interop import kind
 
 MAX_NUMBERS = 2**33  # tensors of one SAE: 32 GiB in float32, above any published SAE
 MAX_JSON = 16 * 2**20  # bytes
@@ -50,13 +51,18 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def checked(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: Path) -> dict[str, Any]:
-    """The named tensors in float32, after checking that each is there, has its shape and is finite."""
+    """The named tensors in float32, after checking that each is there, has its shape and is finite.
+
+    Raises UserError for the tensors of a transcoder or crosscoder, too.
+    """
+    kind.check_tensors(origin, tensors)
     out = {}
     for name, shape in shapes.items():
         tensor = tensors.get(name)
         if not isinstance(tensor, Tensor):
             raise UserError(f"{origin} has no tensor {name!r}; it holds {', '.join(map(str, list(tensors)[:8]))}")
         if tuple(tensor.shape) != shape:
+            kind.check_decoder(origin, name, tensors, shape)
             raise UserError(f"{origin}: {name} has shape {tuple(tensor.shape)} where {shape} is expected")
         if not tensor.is_floating_point():
             raise UserError(f"{origin}: {name} has dtype {tensor.dtype}, expected floating point")
@@ -70,6 +76,7 @@ def matrix_shape(tensors: Mapping[str, Any], name: str, origin: Path) -> tuple[i
     """The two sizes of the matrix ``name``."""
     tensor = tensors.get(name)
     if not isinstance(tensor, Tensor) or tensor.ndim != 2:
+        kind.check_tensors(origin, tensors)
         raise UserError(f"{origin} has no matrix {name!r}; it holds {', '.join(map(str, list(tensors)[:8]))}")
     return tensor.shape[0], tensor.shape[1]
 

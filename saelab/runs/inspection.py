@@ -18,6 +18,8 @@ from saelab.sae import SAE
 DEAD_RATIO = 1e-3  # an encoder this much shorter than the median is taken for collapsed
 SILENT = -9.5  # SAELens stores log10(firing rate + 1e-10): below this a latent did not fire once
 SPARSITY = "sparsity.safetensors"
+PREPARATION = ("context_size", "prepend_bos", "dataset_path")  # how the activations were prepared
+KNOWN = ("model_name", "hook_name", "hf_hook_name")
 
 
 @torch.no_grad()
@@ -45,6 +47,9 @@ def inspect(
         "config": {k: v for k, v in sae.config.items() if k not in {"d_in", "d_sae"}},
         "model": metadata.get("model_name"),
         "hook": metadata.get("hook_name") or metadata.get("hf_hook_name"),
+        "collection": metadata.get("collection"),
+        "trained_on": {name: metadata[name] for name in PREPARATION if metadata.get(name) is not None},
+        "known_from": {name: run.known_from[name] for name in KNOWN if name in run.known_from},
         "decoder_norm": _spread(norms),
         "b_dec_norm": sae.b_dec.norm().item(),
         "notes": notes,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saelab.errors import UserError, damaged
+from saelab.interop.collections import on_hub
 from saelab.interop.detection import detect, find_format, is_ours, read
 from saelab.interop.fetch import PREFIX, full_name, resolve
 from saelab.interop.foreign import Foreign
@@ -82,7 +83,8 @@ class Run:
         local = resolve(path)
         if not (is_ours(local) or (local / METRICS).is_file()):
             detect(local)
-        origin = full_name(path if PREFIX.match(str(path)) or Path(path).exists() else f"hf://{path}")
+        known = PREFIX.match(str(path)) or Path(path).exists() or on_hub(str(path))
+        origin = full_name(path if known else f"hf://{path}")
         return cls(hook_name=hook_name, path=local, origin=origin, options=options)
 
     @classmethod
@@ -136,8 +138,14 @@ class Run:
 
     @property
     def notes(self) -> list[str]:
-        """Unusual facts about another tool's files, one sentence each."""
-        return list(self.config.get("notes", ()))
+        """Unusual facts about another tool's files, one sentence each; a converted SAE keeps them."""
+        return list(self.config.get("notes") or (self.recorded.get("converted") or {}).get("notes", ()))
+
+    @property
+    def known_from(self) -> dict[str, str]:
+        """How each entry of ``recorded`` is known: from the files, or from the table of public collections."""
+        found = self.config.get("known_from") or (self.recorded.get("converted") or {}).get("known_from") or {}
+        return dict(found)
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -347,6 +355,7 @@ def _description(found: Foreign) -> dict[str, Any]:
         "d_sae": found.d_sae,
         "k": found.k,
         "notes": list(found.notes),
+        "known_from": dict(found.known_from),
         "metadata": {name: value for name, value in found.metadata.items() if value is not None},
     }
 

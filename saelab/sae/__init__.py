@@ -4,9 +4,9 @@ import importlib
 import pkgutil
 
 from saelab.sae.base import SAE, VARIANTS, LinearSAE, build
-from saelab.sae.layer_norm import LayerNormed, restore
+from saelab.sae.normalised import Normalised, restore
 
-__all__ = ["SAE", "VARIANTS", "LayerNormed", "LinearSAE", "build", "restore"]
+__all__ = ["SAE", "VARIANTS", "LinearSAE", "Normalised", "build", "restore"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

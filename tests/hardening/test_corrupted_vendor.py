@@ -35,7 +35,7 @@ def damaged(path: Path, seed: str) -> Iterator[int]:
 
 
 def sound(sae: SAE) -> None:
-    assert (sae.d_in, sae.d_sae - 2 * (sae.variant == "layer_normed")) == (D_IN, D_SAE)
+    assert (sae.d_in, sae.d_sae - 2 * (sae.variant == "normalised")) == (D_IN, D_SAE)
     for name, value in sae.state_dict().items():
         assert value.isfinite().all(), name
     sae(torch.ones(2, D_IN))

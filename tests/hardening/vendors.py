@@ -81,7 +81,10 @@ def llama_scope(folder: Path) -> Path:
 def llamascopium(folder: Path) -> Path:
     w, names = weights(), {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
     write(folder / "sae_weights.safetensors", {names[name]: value for name, value in w.items()})
-    return write(folder / "config.json", {"act_fn": "topk", "top_k": K, "hook_point_in": "blocks.1.hook_mlp_out"})
+    return write(
+        folder / "config.json",
+        {"act_fn": "topk", "top_k": K, "norm_activation": "inference", "hook_point_in": "blocks.1.hook_mlp_out"},
+    )
 
 
 def qwen_scope(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from saelab.interop import FORMATS, export, load, prove
 from saelab.interop.fetch import split_id
 from saelab.layout import WEIGHTS
 from saelab.runs.inspection import inspect
-from saelab.sae import SAE, LayerNormed, LinearSAE, build
+from saelab.sae import SAE, LinearSAE, Normalised, build
 from saelab.sae.weights import save
 from tests.interop.examples import D_IN, D_SAE, example
 
@@ -167,7 +167,7 @@ class OwnRule(LinearSAE):
 
 
 def test_a_refused_export_says_why(tmp_path: Path) -> None:
-    layer_normed = LayerNormed(example("topk"))
+    layer_normed = Normalised(example("topk"))
     for sae, reason in (
         (OwnRule(D_IN, D_SAE).eval(), "selects latents by a rule of its own"),
         (build("gradient_topk", D_IN, D_SAE, k=2, grad_select="train_and_eval").eval(), "uses gradients of the lang"),

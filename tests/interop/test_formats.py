@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saelab.errors import UserError
 from saelab.interop import detect, load, read
 from tests.interop.examples import D_IN, D_SAE, probe
 
@@ -90,7 +89,7 @@ def test_gemma_scope_one_and_two(tmp_path: Path) -> None:
     threshold = torch.full((D_SAE,), 0.3)
     pre = x @ w["W_enc"] + w["b_enc"]
     f = pre * (pre > threshold)
-    one = tmp_path / "layer_20" / "width_16k" / "average_l0_71"
+    one = tmp_path / "gemma-scope-9b-pt-res" / "layer_20" / "width_16k" / "average_l0_71"
     one.mkdir(parents=True)
     np.savez(one / "params.npz", **{k: v.numpy() for k, v in {**w, "threshold": threshold}.items()})
     check(one, f, f @ w["W_dec"] + w["b_dec"], "gemma_scope")
@@ -137,7 +136,10 @@ def test_llamascopium_has_saelens_file_name_and_other_tensors(tmp_path: Path) ->
         {"W_E": w["W_enc"], "b_E": w["b_enc"], "W_D": w["W_dec"], "b_D": w["b_dec"]},
         tmp_path / "sae_weights.safetensors",
     )
-    write_json(tmp_path / "config.json", {"act_fn": "topk", "top_k": 5, "hook_point_in": "blocks.2.hook_resid_post"})
+    write_json(
+        tmp_path / "config.json",
+        {"act_fn": "topk", "top_k": 5, "norm_activation": "inference", "hook_point_in": "blocks.2.hook_resid_post"},
+    )
     f = topk(x @ w["W_enc"] + w["b_enc"], 5)
     check(tmp_path, f, f @ w["W_dec"] + w["b_dec"], "llamascopium")
 
@@ -212,11 +214,3 @@ def test_old_flat_saelens_configuration(tmp_path: Path) -> None:
     f = topk((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 4)
     check(tmp_path, f, f @ w["W_dec"] + w["b_dec"], "saelens")
     assert read(tmp_path).metadata == {"hook_name": "blocks.5.hook_resid_pre", "model_name": "tiny"}
-
-
-def test_transcoders_are_refused_by_name(tmp_path: Path) -> None:
-    save_file(weights(), tmp_path / "sae_weights.safetensors")
-    config = {"architecture": "transcoder", "d_in": D_IN, "d_sae": D_SAE, "metadata": {"sae_lens_version": "6.5.0"}}
-    write_json(tmp_path / "cfg.json", config)
-    with pytest.raises(UserError, match="out of saelab's scope"):
-        load(tmp_path)

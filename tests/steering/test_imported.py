@@ -15,7 +15,7 @@ from saelab.errors import UserError
 from saelab.files import write_json
 from saelab.interop import load
 from saelab.runs import as_run
-from saelab.sae import LayerNormed
+from saelab.sae import Normalised
 from saelab.sae.weights import load_sae, save
 from saelab.steering import Add, Clamp, Recipe, Run, SteeringVector
 from tests.steering.models import D_MODEL, HOOK, bridge, folder, llama
@@ -77,7 +77,7 @@ def test_a_hook_name_given_wins(sparsify: Path, openai: Path) -> None:
 
 def test_a_recipe_may_hold_a_layer_normed_sae(openai: Path, tmp_path: Path) -> None:
     run = Run.open(openai, HOOK)
-    assert isinstance(run.sae, LayerNormed)
+    assert isinstance(run.sae, Normalised)
     made = [Clamp(run, 3, 9.0), Clamp(run, 7, 5.0)]
     expected = plain(llama(), interventions=made)
     assert expected != plain(llama())

@@ -14,7 +14,7 @@ from saelab import ActivationCache, build, load
 from saelab.distributed import Parallel
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.slices import slices, split_dims
-from saelab.sae import SAE, LayerNormed
+from saelab.sae import SAE, Normalised
 from saelab.sae.weights import load_metadata, load_sae, save
 from saelab.training import TrainConfig, adopt, fit_steps, train_steps
 from tests.hardening.place import call, refused
@@ -202,7 +202,7 @@ def test_impossible_beginnings_are_refused(
     if case == "width":
         cache = ActivationCache.from_tensors(tmp_path / "wide", torch.randn(600, 9))
     elif case == "layer-normed":
-        save(LayerNormed(load(theirs)), theirs := tmp_path / "normed")
+        save(Normalised(load(theirs)), theirs := tmp_path / "normed")
     elif case == "missing":
         theirs = tmp_path / "nowhere"
     else:

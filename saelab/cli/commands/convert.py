@@ -58,16 +58,24 @@ def main(args: Sequence[str]) -> None:
         dashboard(run, options)
         return
     if options.to == "saelab":
-        proof = resave(run.sae, run.path, options.out, run.recorded, getattr(torch, options.dtype))
+        proof = resave(run.sae, run.path, options.out, provenance(run), getattr(torch, options.dtype))
     elif options.dtype != "float32":
         raise UserError(f"--dtype {options.dtype} is for --to saelab; {options.to} folders are written in float32")
     else:
-        proof = export(run.sae, options.out, options.to, run.recorded)
+        proof = export(run.sae, options.out, options.to, provenance(run))
     if options.json:
         print_json({"max_relative_encode": proof.encode, "max_relative_decode": proof.decode, "tolerance": TOLERANCE})
         return
     out.print(f"max |Δ encode| {proof.encode:.1e}, max |Δ decode| {proof.decode:.1e} (relative, limit {TOLERANCE:.0e})")
     out.print(f"{options.source} -> {options.out} ({options.to})", markup=False, soft_wrap=True)
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """What the new files record: what the old ones do, and of another tool's SAE where it is from and its notes."""
+    if not run.is_foreign:
+        return run.recorded
+    source = {"format": run.format, "source": run.origin, "notes": run.notes, "known_from": run.known_from}
+    return {**run.recorded, "converted": source}
 
 
 def dashboard(run: Run, options: Options) -> None:

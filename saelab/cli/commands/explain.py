@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ from pathlib import Path
 import tyro
 
 from saelab.cli.console import console, counting, out, parse, part, print_json
+from saelab.cli.opening import print_notes
 from saelab.errors import UserError
 from saelab.features import FeatureIndex
 from saelab.features.explanations import ChatClient, Explanation, InterpretConfig, interpret_all, load
+from saelab.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,8 @@ def main(args: Sequence[str]) -> None:
     )
     config = part(InterpretConfig, options)
     index = FeatureIndex(options.run)
+    with contextlib.suppress(UserError):  # an index can be explained without the weights beside it
+        print_notes(Run.open(options.run).notes)
     key = os.environ.get(options.key_variable)
     explainer = ChatClient(options.endpoint, options.model, key)
     judge = ChatClient(options.endpoint, options.judge or options.model, key)

@@ -24,10 +24,13 @@ class FormatHints:
     """For a bare overcomplete state dict: it belongs to a matching pursuit SAE."""
     threshold: float | None = None
     """For a bare overcomplete state dict: the running threshold of a BatchTopK SAE, in raw units."""
+    input_scale: float | None = None
+    """For an SAE of SAELens or Llamascopium that was trained on scaled activations: the factor, if no file has it."""
 
     def hints(self) -> dict[str, Any]:
         """The hints that were given, as keyword arguments of the readers."""
         said = {"k": self.k, "pursuit": self.pursuit or None, "threshold": self.threshold}
+        said["input_scale"] = self.input_scale
         return {name: value for name, value in said.items() if value is not None}
 
 

@@ -11,13 +11,25 @@ from torch import Tensor
 
 from saelab.errors import UserError
 from saelab.files import write_json
+from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register, subtracting_bias
+from saelab.interop.origin import Origin
 from saelab.interop.reading import checked, matrix_shape, read_json, read_tensors, tensor_names
 from saelab.lm.hook_names import layer_of
 from saelab.sae.inference import InferenceForm
 
 BACKUP = {"step", "ae", "optimizer"}  # keys of a mid-run backup, which has the name of the final file
+# Words of submodule_name, and of the folder's name where that is missing -> hook point of the block.
+PLACES = {
+    "resid_post": "hook_resid_post",
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_out": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "attention_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+}
 
 
 def sniff(path: Path) -> bool:
@@ -35,6 +47,11 @@ def read(path: Path) -> Foreign:
     file = path / "ae.pt" if path.is_dir() else path
     config = read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else {}
     trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
+    kind.check_type(file, trainer.get("dict_class"), "dict_class")
+    if buffer.get("io") == "in_and_out":
+        kind.refuse(file, "transcoder", "its buffer held inputs and outputs of a module (io=in_and_out)")
+    if not trainer.get("submodule_name"):
+        kind.check_names(path)
     raw, notes = read_tensors(file), []
     scale = 1.0
     if set(raw) >= BACKUP:
@@ -49,12 +66,28 @@ def read(path: Path) -> Foreign:
     foreign = READERS[name](raw, file)
     foreign.notes = notes + foreign.notes
     foreign.input_scale = 1 / scale
-    foreign.metadata = {
-        "model_name": trainer.get("lm_name"),
-        "hook_name": f"blocks.{trainer['layer']}.hook_resid_post" if trainer.get("layer") is not None else None,
-        "context_size": buffer.get("ctx_len"),
-    }
+    foreign.metadata = {"model_name": trainer.get("lm_name"), "context_size": buffer.get("ctx_len")}
+    foreign.metadata["hook_name"] = _hook(trainer, buffer, path, foreign)
     return foreign
+
+
+def _hook(trainer: dict[str, Any], buffer: dict[str, Any], path: Path, foreign: Foreign) -> str | None:
+    """The hook point: the block is recorded, the place in it stands in the name of the submodule or of the folder."""
+    layer, name = trainer.get("layer"), str(trainer.get("submodule_name") or "")
+    if layer is None:
+        return None
+    inside = Origin.of(path).inside
+    place = next((hook for word, hook in PLACES.items() if word in (name or inside)), None)
+    if place is None and not name:
+        foreign.notes.append(
+            f"its place in block {layer} is not recorded; the residual stream behind the block is assumed"
+        )
+        foreign.known_from["hook_name"] = "its configuration (the block); the residual stream is assumed"
+        return f"blocks.{layer}.hook_resid_post"
+    if place is None or (buffer.get("io") == "in" and place.endswith("_out")):
+        foreign.notes.append(f"reads {buffer.get('io', 'out')} of {name} in block {layer}: give its hook point")
+        return None
+    return f"blocks.{layer}.{place}"
 
 
 def _class_of(raw: dict[str, Any], file: Path) -> str:

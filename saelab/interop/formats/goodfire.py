@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.reading import read_linear, read_tensors, tensor_names
@@ -16,6 +17,7 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path) -> Foreign:
     """Goodfire: ``encoder_linear.*``, ``decoder_linear.*``, ReLU, nothing subtracted."""
+    kind.check_names(path)
     raw = {str(name).replace("_linear.", "."): value for name, value in read_tensors(path).items()}
     return Foreign("goodfire", "relu", subtracts_b_dec=False, **read_linear(raw, path))
 

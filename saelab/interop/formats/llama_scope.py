@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from saelab.errors import UserError
+from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.reading import read_json, read_linear, read_tensors
@@ -20,6 +21,13 @@ def sniff(path: Path) -> bool:
 def read(path: Path) -> Foreign:
     """Llama Scope: ``checkpoints/final.safetensors``, one threshold for all latents, inputs scaled to norm sqrt(d)."""
     config = read_json(path / "hyperparams.json")
+    hook_in, hook_out = config.get("hook_point_in"), config.get("hook_point_out")
+    kind.check_hooks(path, hook_in, hook_out, "hyperparams.json")
+    if not hook_out:
+        kind.check_names(path)
+    for name, wanted in {"act_fn": "jumprelu", "norm_activation": "dataset-wise"}.items():
+        if config.get(name, wanted) != wanted:
+            raise UserError(f"{path}: {name}={config[name]!r} has no counterpart in Llama Scope's files; {wanted} has")
     file = path / "checkpoints" / "final.safetensors"
     tensors = read_linear(read_tensors(file), file)
     d_in, d_sae = tensors["W_enc"].shape
@@ -32,13 +40,17 @@ def read(path: Path) -> Foreign:
         ) from error
     scale = d_in**0.5 / norm
     # Published weights act on scaled inputs; SAELens scales the threshold, so it is stored for raw units times scale.
+    levels = torch.full((d_sae,), threshold * scale)
+    if config.get("sparsity_include_decoder_norm"):  # a latent fires where u * |d| exceeds the threshold
+        levels = levels / tensors["W_dec"].norm(dim=1).clamp_min(torch.finfo(levels.dtype).tiny)
     return Foreign(
         format="llama_scope",
         architecture="jump_relu",
-        threshold=torch.full((d_sae,), threshold * scale),
-        subtracts_b_dec=False,
+        threshold=levels,
+        subtracts_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
         input_scale=scale,
-        metadata={"hook_name": config.get("hook_point_in"), "model_name": "meta-llama/Llama-3.1-8B"},
+        metadata={"hook_name": hook_in},
+        notes=[f"trained on activations times {scale:.4g}; the factor is folded in"],
         **tensors,
     )
 

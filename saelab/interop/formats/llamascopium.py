@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from saelab.errors import UserError
+from saelab.interop import kind, normalisation
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.reading import checked, matrix_shape, read_json, read_linear, read_tensors
+
+NORM = "dataset_average_activation_norm."  # followed by the hook point: a scalar in the weights
+THRESHOLD = "log_jumprelu_threshold"  # possibly behind the name of a module
+ACTIVATIONS = {"relu": "relu", "jumprelu": "jump_relu", "topk": "topk"}
 
 
 def sniff(path: Path) -> bool:
@@ -16,32 +24,84 @@ def sniff(path: Path) -> bool:
     return not is_saelens and (path / "config.json").is_file() and (path / "sae_weights.safetensors").is_file()
 
 
-def read(path: Path) -> Foreign:
-    """Llamascopium: ``W_E b_E W_D b_D`` or ``encoder.*`` in a file named like SAELens' own."""
+def read(path: Path, input_scale: float | None = None) -> Foreign:
+    """Llamascopium: ``W_E b_E W_D b_D`` or ``encoder.*`` in a file named like SAELens' own.
+
+    ``input_scale`` is what its activations were multiplied by, where the files do not say it.
+    """
     config, file = read_json(path / "config.json"), path / "sae_weights.safetensors"
+    kind.check_hooks(path, config.get("hook_point_in"), config.get("hook_point_out"))
+    if config.get("sae_type", "sae") != "sae":
+        kind.refuse(path, str(config["sae_type"]), f"its configuration has sae_type={config['sae_type']!r}")
+    if not config.get("hook_point_out"):
+        kind.check_names(path)
     raw = read_tensors(file)
-    renamed = {"W_E": "W_enc", "W_D": "W_dec", "b_E": "b_enc", "b_D": "b_dec"}
-    if "W_E" in raw:
-        raw = {renamed.get(name, name): value for name, value in raw.items()}
-        d_in, d_sae = matrix_shape(raw, "W_enc", file)
-        shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-        tensors = checked(raw, shapes, file)
-    else:
-        tensors = read_linear(raw, file)
+    tensors = _tensors(raw, config, file)
     act = config.get("act_fn", "relu")
-    if act not in {"relu", "jumprelu", "topk"}:
-        raise UserError(f"{path}: activation {act!r} has no counterpart here")
-    log_threshold = next((raw[name] for name in raw if str(name).endswith("log_jumprelu_threshold")), None)
-    return Foreign(
+    if act not in ACTIVATIONS:
+        raise UserError(f"{path}: activation {act!r} has no counterpart here; {', '.join(ACTIVATIONS)} have")
+    if config.get("use_glu_encoder"):
+        raise UserError(f"{path} has a gated linear encoder (use_glu_encoder), which has no counterpart here")
+    foreign = Foreign(
         format="llamascopium",
-        architecture={"relu": "relu", "jumprelu": "jump_relu", "topk": "topk"}[act],
+        architecture=ACTIVATIONS[act],
         k=config.get("top_k"),
-        threshold=log_threshold.float().exp() if act == "jumprelu" and log_threshold is not None else None,
         subtracts_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
         metadata={"hook_name": config.get("hook_point_in")},
-        notes=["its dataset-wise input scale is not in the folder: right only if it has been folded"],
         **tensors,
     )
+    _select(foreign, config, raw, file)
+    _normalise(foreign, config, raw, path, input_scale)
+    return foreign
 
 
-register(Format("llamascopium", ("config.json", "sae_weights.safetensors"), sniff, read))
+def _tensors(raw: dict[str, Any], config: dict[str, Any], file: Path) -> dict[str, Any]:
+    if "W_E" not in raw:
+        return read_linear(raw, file)
+    renamed = {"W_E": "W_enc", "W_D": "W_dec", "b_E": "b_enc", "b_D": "b_dec"}
+    raw = {renamed.get(name, name): value for name, value in raw.items()}
+    d_in, d_sae = matrix_shape(raw, "W_enc", file)
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,)}
+    if config.get("use_decoder_bias", True):
+        return checked(raw, {**shapes, "b_dec": (d_in,)}, file)
+    return {**checked(raw, shapes, file), "b_dec": torch.zeros(d_in)}
+
+
+def _select(foreign: Foreign, config: dict[str, Any], raw: dict[str, Any], file: Path) -> None:
+    """The threshold, and selection by ``u * |d|``; values are ``u``, so dictionary and biases stay as they are."""
+    by_norm = bool(config.get("sparsity_include_decoder_norm", True))
+    norms = foreign.W_dec.norm(dim=1) if by_norm else torch.ones(foreign.d_sae)
+    if foreign.architecture == "jump_relu":
+        name = next(
+            (str(name) for name in raw if str(name).endswith("log_jumprelu_threshold")), "log_jumprelu_threshold"
+        )
+        levels = checked(raw, {name: (foreign.d_sae,)}, file)[name].exp()
+        foreign.threshold = levels / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    elif foreign.architecture == "topk" and (norms - 1).abs().max() > 1e-3:
+        # Codes are those of the dictionary with unit rows: u * |d| for u.
+        foreign.rescale_by_decoder_norm = True
+        foreign.notes.append("latents are selected by activation times decoder norm; the norms are folded in")
+
+
+def _normalise(
+    foreign: Foreign, config: dict[str, Any], raw: dict[str, Any], path: Path, input_scale: float | None
+) -> None:
+    how = config.get("norm_activation", "dataset-wise" if input_scale is None else "inference")
+    norm = raw.get(f"{NORM}{config.get('hook_point_in')}")
+    if input_scale is not None:
+        foreign.input_scale = input_scale
+    elif how == "dataset-wise":
+        if norm is None or not float(norm) > 0:
+            normalisation.no_scale(path, "norm_activation=dataset-wise")
+        foreign.input_scale = foreign.d_in**0.5 / float(norm)
+    elif how == "token-wise":
+        foreign.normalize = "constant_norm_rescale"
+        foreign.notes.append(normalisation.per_token("constant_norm_rescale"))
+    elif how != "inference":
+        raise UserError(f"{path}: norm_activation={how!r} depends on the batch, which has no counterpart here")
+    if foreign.input_scale != 1.0:
+        foreign.notes.append(f"trained on activations times {foreign.input_scale:.4g}; the factor is folded in")
+
+
+FILES = ("config.json", "sae_weights.safetensors")
+register(Format("llamascopium", FILES, sniff, read, options=("input_scale",)))

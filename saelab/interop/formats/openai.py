@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from saelab.errors import UserError
+from saelab.interop import kind, normalisation
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.reading import checked, matrix_shape, read_tensors, tensor_names
@@ -16,6 +18,7 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path) -> Foreign:
     """OpenAI's GPT-2 SAEs: ``pre_bias``, ``latent_bias``; TopK ones read layer-normed activations."""
+    kind.check_names(path)
     raw = read_tensors(path)
     d_sae, d_in = matrix_shape(raw, "encoder.weight", path)
     shapes = {
@@ -25,9 +28,13 @@ def read(path: Path) -> Foreign:
         "pre_bias": (d_in,),
     }
     tensors = checked(raw, shapes, path)
-    topk = "TopK" in str(raw.get("activation", ""))
-    state = raw.get("activation_state_dict") or {}
-    k = raw.get("activation.k", state.get("k"))
+    activation, state = str(raw.get("activation", "ReLU")), raw.get("activation_state_dict") or {}
+    topk = activation == "TopK"
+    k, after = raw.get("activation.k", state.get("k")), raw.get("activation.postact_fn", state.get("postact_fn"))
+    if not topk and activation != "ReLU":
+        raise UserError(f"{path}: activation {activation!r} has no counterpart here, only TopK and ReLU have")
+    if topk and after not in {None, "ReLU"}:
+        raise UserError(f"{path}: TopK followed by {after!r} has no counterpart here; only ReLU has")
     return Foreign(
         format="openai",
         architecture="topk" if topk else "relu",
@@ -36,8 +43,8 @@ def read(path: Path) -> Foreign:
         W_dec=tensors["decoder.weight"].T,
         b_dec=tensors["pre_bias"],
         k=int(k) if k is not None else None,
-        layer_norm=topk,
-        notes=["reads layer-normed activations"] if topk else [],
+        normalize="layer_norm" if topk else None,
+        notes=[normalisation.per_token("layer_norm")] if topk else [],
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
+from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.reading import checked, matrix_shape, read_tensors, tensor_names
@@ -30,6 +31,7 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path, k: int | None = None, pursuit: bool = False, threshold: float | None = None) -> Foreign:
     """TopK, BatchTopK, Jump, plain and pursuit SAEs with a linear or no encoder; there is no offset."""
+    kind.check_names(path)
     raw = read_tensors(path)
     if "Q" in raw:
         raise UserError(f"{path} is a quantised SAE (QSAE), which has no counterpart here")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.reading import checked, matrix_shape, read_tensors
@@ -17,11 +18,12 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path) -> Foreign:
     """Qwen Scope ``layerN.sae.pt``: both matrices transposed; k stands in the name of the repository (``L0_50``)."""
+    kind.check_names(path)
     raw = read_tensors(path)
     d_sae, d_in = matrix_shape(raw, "W_enc", path)
     shapes = {"W_enc": (d_sae, d_in), "W_dec": (d_in, d_sae), "b_enc": (d_sae,), "b_dec": (d_in,)}
     tensors = checked(raw, shapes, path)
-    k, layer = re.search(r"L0_(\d+)", str(path)), re.search(r"layer(\d+)", path.name)
+    k, layer = re.search(r"L0_(\d+)", str(path.absolute())), re.search(r"layer(\d+)", path.name)
     return Foreign(
         format="qwen_scope",
         architecture="topk",
@@ -32,6 +34,7 @@ def read(path: Path) -> Foreign:
         k=int(k[1]) if k else None,
         subtracts_b_dec=False,
         metadata={"hook_name": f"blocks.{layer[1]}.hook_resid_post"} if layer else {},
+        known_from={"hook_name": f"the file's name, {path.name}; Qwen Scope has SAEs of the residual stream alone"},
     )
 
 

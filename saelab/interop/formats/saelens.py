@@ -10,6 +10,7 @@ import torch
 from saelab._version import __version__
 from saelab.errors import UserError, near_matches
 from saelab.files import write_json, write_tensors
+from saelab.interop import collections, kind, normalisation
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.reading import checked, read_json, read_tensors
@@ -27,17 +28,16 @@ ARCHITECTURES = {
     "batchtopk": "jump_relu",
     "matryoshka_batchtopk": "jump_relu",
 }
-NOT_SAES = {"transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "temporal"}
+OTHER = {"transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "temporal"}
 METADATA = (
-    "model_name",
-    "hook_name",
-    "hf_hook_name",
-    "context_size",
-    "prepend_bos",
-    "dataset_path",
-    "neuronpedia_id",
-    "sae_lens_version",
+    *("model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "hook_name_out", "hf_hook_name"),
+    *("hook_head_index", "context_size", "prepend_bos", "exclude_special_tokens", "seqpos_slice", "dataset_path"),
+    *("neuronpedia_id", "sae_lens_version"),
 )
+# Options of TransformerLens that change activations, beside center_writing_weights, which is applied.
+PROCESSING = ("fold_value_biases", "refactor_factored_attn_matrices")
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"  # in a checkpoint of the training
+FACTORS = ("finetuning_scaling_factor", "scaling_factor")  # names of the factor per latent that fine-tuning adds
 
 
 def sniff(path: Path) -> bool:
@@ -45,22 +45,20 @@ def sniff(path: Path) -> bool:
     return (path / "cfg.json").is_file() and (path / "sae_weights.safetensors").is_file()
 
 
-def read(path: Path) -> Foreign:
-    """Read a SAELens folder. Raises UserError for transcoders and for what does not hold what ``cfg.json`` says."""
+def read(path: Path, input_scale: float | None = None) -> Foreign:
+    """Read a SAELens folder; ``input_scale`` is what its activations were multiplied by, where no file says it.
+
+    Raises UserError for transcoders and for what does not hold what ``cfg.json`` says.
+    """
     config = read_json(path / "cfg.json")
     if not isinstance(config.get("metadata", {}), dict):
         raise UserError(f"{path / 'cfg.json'}: metadata is not an object")
-    notes = _notes(config)
+    notes = []
     if _is_flat(config):
         config = _from_flat(config)
         notes.append("configuration in the flat layout from before SAELens 6")
-    architecture = str(config.get("architecture", "standard"))
-    if architecture in NOT_SAES:
-        raise UserError(f"{path} is a {architecture}: transcoders and temporal SAEs are out of saelab's scope")
-    if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"{path}: unknown SAELens architecture {architecture!r}; {near_matches(architecture, ARCHITECTURES)}"
-        )
+    architecture = _architecture(config, path)
+    metadata = dict(config.get("metadata", {}))
     d_in, d_sae = _width(config, "d_in", path), _width(config, "d_sae", path)
     raw = read_tensors(path / "sae_weights.safetensors")
     shapes = {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
@@ -83,32 +81,125 @@ def read(path: Path) -> Foreign:
         r_mag=tensors.get("r_mag"),
         b_mag=tensors.get("b_mag"),
         subtracts_b_dec=bool(config.get("apply_b_dec_to_input", True)),
-        layer_norm=config.get("normalize_activations") == "layer_norm",
         rescale_by_decoder_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
-        metadata=dict(config.get("metadata", {})),
-        notes=notes,
+        metadata=metadata,
+        notes=notes + _notes(config, metadata),
     )
     if architecture in {"batchtopk", "matryoshka_batchtopk"}:
         foreign.threshold = _training_threshold(raw, d_sae, path)
-        notes.append(f"a {architecture} training checkpoint: its running threshold is used, as at inference")
+        foreign.notes.append(f"a {architecture} training checkpoint: its running threshold is used, as at inference")
     if architecture == "matching_pursuit":
         foreign.pursuit = _pursuit(config)
         foreign.subtracts_b_dec = foreign.pursuit["use_b_dec"]
+    _scale_latents(foreign, config, raw, path)
+    _normalise(foreign, config, path, input_scale)
     return foreign
 
 
-def _notes(config: dict[str, Any]) -> list[str]:
-    notes = []
-    if config.get("normalize_activations") not in {None, "none", False, "layer_norm"}:
-        notes.append(
-            f"trained with normalize_activations={config['normalize_activations']!r}, whose scale is not in the "
-            "folder: right only if it has been folded into the weights, as SAELens' final output is"
+def _architecture(config: dict[str, Any], path: Path) -> str:
+    """SAELens' name of the architecture; UserError for what is no SAE, or has an activation function of its own."""
+    architecture, metadata = str(config.get("architecture", "standard")), config.get("metadata", {})
+    if architecture in OTHER:
+        what = "temporal SAE" if architecture == "temporal" else "transcoder"
+        kind.refuse(path, what, f"its architecture is {architecture}")
+    if config.get("is_transcoder"):
+        kind.refuse(path, "transcoder", "its configuration has is_transcoder=true")
+    kind.check_hooks(path, metadata.get("hook_name"), metadata.get("hook_name_out") or config.get("out_hook_point"))
+    if config.get("d_out") not in {None, config.get("d_in")}:
+        kind.refuse(path, "transcoder", f"it reads width {config.get('d_in')} and writes width {config['d_out']}")
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: unknown SAELens architecture {architecture!r}; {near_matches(architecture, ARCHITECTURES)}"
         )
-    if config.get("reshape_activations") == "hook_z":
+    if config.get("activation_fn", "relu") not in {"relu", "topk", None}:
+        raise UserError(f"{path}: activation {config['activation_fn']!r} has no counterpart here; relu and topk have")
+    return architecture
+
+
+def _notes(config: dict[str, Any], metadata: dict[str, Any]) -> list[str]:
+    notes = []
+    if config.get("reshape_activations") == "hook_z" or str(metadata.get("hook_name")).endswith("hook_z"):
         notes.append("reads attention heads' outputs laid side by side (hook_z): pass [n, heads * d_head]")
-    if config.get("finetuning_scaling_factor"):
-        notes.append("has a fine-tuning scaling factor, which is not applied")
+    if metadata.get("hook_head_index") is not None:
+        notes.append(f"reads a single attention head, number {metadata['hook_head_index']}")
+    if metadata.get("exclude_special_tokens"):
+        notes.append("trained without special tokens, so it says nothing about them")
+    if (positions := metadata.get("seqpos_slice")) and any(bound is not None for bound in positions):
+        notes.append(f"trained on positions {positions} of each context only")
+    options = metadata.get("model_from_pretrained_kwargs")
+    changed = {k: v for k, v in options.items() if v and k in PROCESSING} if isinstance(options, dict) else {}
+    if changed:
+        notes.append(f"trained on a model that TransformerLens changed ({', '.join(changed)}); activations may differ")
     return notes
+
+
+def _scale_latents(foreign: Foreign, config: dict[str, Any], raw: dict[str, Any], path: Path) -> None:
+    """Fold the factor per latent that fine-tuning learned: the decoder multiplies its latents by it."""
+    name = next((name for name in FACTORS if name in raw), None)
+    if name is None:
+        if config.get("finetuning_scaling_factor"):
+            raise UserError(f"{path} says it has a fine-tuning scaling factor, which its weights lack; get it again")
+        return
+    factor = checked(raw, {name: (foreign.d_sae,)}, path / "sae_weights.safetensors")[name]
+    if torch.allclose(factor, torch.ones_like(factor)):
+        return
+    if not config.get("finetuning_scaling_factor"):
+        raise UserError(
+            f"{path}: its weights hold a fine-tuning scaling factor and its cfg.json says it is not used; "
+            "set finetuning_scaling_factor there to true, or delete the tensor"
+        )
+    foreign.W_dec = foreign.W_dec * factor[:, None]
+    foreign.notes.append("its fine-tuning scaling factor is folded into the decoder")
+
+
+def _normalise(foreign: Foreign, config: dict[str, Any], path: Path, input_scale: float | None) -> None:
+    """Apply the normalisation of the activations that the SAE was trained with, or refuse the SAE."""
+    # What was converted is what the converter wrote, whatever its folder is called.
+    member = None if "converted" in foreign.metadata else collections.find(path, "saelens")
+    facts = {**(member.facts if member else {})}
+    how = facts.get("normalize_activations") or config.get("normalize_activations") or "none"
+    if how in {True, "expected_average_only_in"}:
+        scaler = read_json(path / SCALER) if (path / SCALER).is_file() else {}
+        factor = input_scale or scaler.get("scaling_factor") or facts.get("input_scale")
+        if factor is None:
+            normalisation.no_scale(path, "normalize_activations=expected_average_only_in")
+        foreign.input_scale = float(factor)
+        foreign.notes.append(f"trained on activations times {foreign.input_scale:.4g}; the factor is folded in")
+    elif how == "covariance_whitening":
+        _whiten(foreign, path)
+    elif how in {"layer_norm", "constant_norm_rescale"}:
+        foreign.normalize = str(how)
+        foreign.notes.append(normalisation.per_token(str(how)))
+    elif how != "none":
+        raise UserError(f"{path}: normalize_activations={how!r} has no counterpart here")
+    elif input_scale is not None:
+        foreign.input_scale = input_scale
+    options = facts.get("model_from_pretrained_kwargs") or foreign.metadata.get("model_from_pretrained_kwargs")
+    known = {**(member.metadata if member else {}), **{k: v for k, v in foreign.metadata.items() if v is not None}}
+    if foreign.normalize != "layer_norm" and normalisation.is_centred(
+        options, known.get("model_name"), known.get("hook_name")
+    ):
+        if foreign.normalize is not None:
+            raise UserError(f"{path}: center_writing_weights together with {how} has no counterpart here")
+        foreign.normalize = "center"
+        foreign.notes.append(
+            "trained on a model with center_writing_weights: each token's mean over the dimensions is subtracted "
+            "before encoding and added after decoding"
+        )
+
+
+def _whiten(foreign: Foreign, path: Path) -> None:
+    if not (path / WHITENING).is_file() or foreign.W_enc is None:
+        raise UserError(
+            f"{path} was trained on whitened activations, and {WHITENING} is not beside it; get the final SAE, in "
+            "which SAELens has folded the whitening"
+        )
+    shape = (foreign.d_in, foreign.d_in)
+    shapes = {"mean": (foreign.d_in,), "matrix": shape, "inverse_matrix": shape}
+    t = {name: value for name, value in read_tensors(path / WHITENING).items() if name in shapes}
+    checked(t, shapes, path / WHITENING)
+    normalisation.fold_whitening(foreign, t["mean"], t["matrix"], t["inverse_matrix"])
+    foreign.notes.append("trained on whitened activations; the whitening is folded in")
 
 
 def _is_flat(config: dict[str, Any]) -> bool:
@@ -172,4 +263,5 @@ def write(form: InferenceForm, folder: Path, metadata: dict[str, Any]) -> None:
     write_json(folder / "cfg.json", config)
 
 
-register(Format("saelens", ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors"), sniff, read, write))
+FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", SCALER, WHITENING)
+register(Format("saelens", FILES, sniff, read, write, options=("input_scale",)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from saelab.errors import UserError
 from saelab.files import write_json, write_tensors
+from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register, subtracting_bias
 from saelab.interop.reading import checked, matrix_shape, read_json, read_tensors
@@ -24,8 +26,11 @@ def read(path: Path) -> Foreign:
     The default configuration stores ``num_latents: 0``, so widths are read off the tensors.
     """
     config, origin = read_json(path / "cfg.json"), path / "sae.safetensors"
-    if config.get("transcode") or config.get("skip_connection"):
-        raise UserError(f"{path} is a transcoder; transcoders are out of saelab's scope")
+    for name in ("transcode", "skip_connection"):
+        if config.get(name):
+            kind.refuse(path, "transcoder", f"its configuration has {name}=true")
+    if config.get("transcode") is None:  # from before sparsify trained transcoders, or by hand
+        kind.check_names(path)
     if config.get("activation", "topk") != "topk":
         raise UserError(f"{path}: activation {config['activation']!r} has no counterpart here; only topk has")
     raw = read_tensors(origin)
@@ -43,10 +48,23 @@ def read(path: Path) -> Foreign:
         W_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
         k=config.get("k"),
-        # Its folders are named after a module of the model, "layers.9" say.
-        metadata={"hf_hook_name": path.name} if "." in path.name else {},
+        metadata=_metadata(path),
         notes=notes,
     )
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Its folders are named after a module of the model, ``layers.9`` say; the run's configuration is above them."""
+    folder = path.absolute()
+    seeded = re.fullmatch(r"seed\d+", folder.name)
+    module = folder.parent if seeded else folder
+    found: dict[str, Any] = {"hf_hook_name": module.name} if "." in module.name or module.name == "embed_tokens" else {}
+    run = module.parent / "config.json"
+    if run.is_file():
+        settings = read_json(run)
+        found |= {"model_name": settings.get("model"), "context_size": settings.get("ctx_len")}
+        found["dataset_path"] = settings.get("dataset")
+    return found
 
 
 def write(form: InferenceForm, folder: Path, metadata: dict[str, Any]) -> None:

@@ -1,0 +1,177 @@
+"""Transcoders and crosscoders of every tool are told from SAEs and refused in one line that says how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from saelab.errors import UserError
+from saelab.interop import load
+from saelab.runs import Run
+from tests.interop import collected
+from tests.interop.collected import D_IN, D_SAE, cached, put, weights
+
+IN, OUT = "blocks.8.ln2.hook_normalized", "blocks.8.hook_mlp_out"
+HF_IN, HF_OUT = (f"model.layers.8.{name}_feedforward_layernorm.output" for name in ("pre", "post"))
+
+
+def gemma_1(root: Path) -> Path:
+    return collected.gemma_scope(root / "gemma-scope-2b-pt-transcoders" / "layer_8" / "width_16k" / "average_l0_6")
+
+
+def gemma_1_in_the_hubs_cache(root: Path) -> Path:
+    repository = cached(root, "google/gemma-scope-2b-pt-transcoders")
+    folder = collected.gemma_scope(repository / "layer_8" / "width_16k" / "average_l0_6")
+    collected.into_blobs(folder, repository)
+    return folder / "params.npz"
+
+
+def gemma_2(root: Path) -> Path:
+    return collected.gemma_scope_2(root / "layer_8_width_16k_l0_big", HF_IN, HF_OUT, type="transcoder")
+
+
+def gemma_2_by_its_hooks_alone(root: Path) -> Path:
+    return collected.gemma_scope_2(root / "renamed", HF_IN, HF_OUT)
+
+
+def gemma_2_with_a_skip(root: Path) -> Path:
+    folder = collected.gemma_scope_2(root / "layer_8_width_16k_l0_big_affine", HF_IN, HF_IN)
+    skip = {"affine_skip_connection": torch.eye(D_IN), "threshold": collected.threshold()}
+    put(folder / "params.safetensors", {**{k.replace("W_", "w_"): v for k, v in weights().items()}, **skip})
+    return folder
+
+
+def gemma_2_without_a_configuration(root: Path) -> Path:
+    folder = gemma_2(root / "gemma-scope-2-1b-pt" / "transcoder_all")
+    (folder / "config.json").unlink()
+    return folder
+
+
+def gemma_2_crosscoder(root: Path) -> Path:
+    folder = collected.gemma_scope_2(root / "layer_2_5", "model.layers.2.output")
+    w = {"w_enc": torch.randn(3, D_IN, D_SAE), "w_dec": torch.randn(3, D_SAE, D_IN)}
+    put(folder / "params.safetensors", {**w, "b_enc": torch.zeros(D_SAE), "b_dec": torch.zeros(3, D_IN)})
+    return folder
+
+
+def llama(root: Path) -> Path:
+    return collected.llama_scope(root / "Llama3_1-8B-Base-L8TC-8x", IN, OUT)
+
+
+def llama_without_its_output(root: Path) -> Path:
+    return collected.llama_scope(root / "Llama3_1-8B-Base-L8TC-8x", IN, "")
+
+
+def llamascopium(root: Path) -> Path:
+    return collected.llamascopium(root / "tc", IN, OUT)
+
+
+def llamascopium_crosscoder(root: Path) -> Path:
+    return collected.llamascopium(root / "cc", IN, IN, sae_type="crosscoder")
+
+
+def saelens(root: Path) -> Path:
+    more = {"d_out": D_IN, "metadata": {"hook_name_out": OUT}}
+    return collected.saelens(root / "sae", "jumprelu_transcoder", IN, **more)
+
+
+def saelens_that_calls_itself_standard(root: Path) -> Path:
+    return collected.saelens(root / "sae", "standard", IN, metadata={"hook_name_out": OUT})
+
+
+def saelens_skip(root: Path) -> Path:
+    return collected.saelens(root / "sae", "standard", tensors={"W_skip": torch.eye(D_IN)})
+
+
+def saelens_of_another_width(root: Path) -> Path:
+    return collected.saelens(root / "sae", "standard", tensors=weights(d_out=24))
+
+
+def saelens_flat(root: Path) -> Path:
+    return collected.saelens_flat(root / "sae", is_transcoder=True)
+
+
+def sparsify(root: Path) -> Path:
+    return collected.sparsify(root / "layers.8.mlp", transcode=True)
+
+
+def sparsify_skip(root: Path) -> Path:
+    return collected.sparsify(root / "layers.8.mlp", skip_connection=True)
+
+
+def dictionary_learning(root: Path) -> Path:
+    return collected.dictionary_learning(root / "trainer_0", io="in_and_out")
+
+
+def dictionary_learning_crosscoder(root: Path) -> Path:
+    return collected.dictionary_learning(root / "trainer_0", dict_class="BatchTopKCrossCoder")
+
+
+def goodfire(root: Path) -> Path:
+    path = root / "model.pth"
+    wide = {name.replace(".", "_linear."): v for name, v in collected.linear(weights(d_out=24)).items()}
+    put(path, wide)
+    return path
+
+
+def qwen(root: Path) -> Path:
+    return collected.qwen_scope(root / "Transcoder-Qwen3-1.7B-W32K-L0_4")
+
+
+def openai(root: Path) -> Path:
+    return collected.openai(root / "skip_transcoders" / "0.pt")
+
+
+def overcomplete(root: Path) -> Path:
+    return collected.overcomplete(root / "clt" / "layer_0.pt")
+
+
+CASES = {
+    gemma_1: "transcoder.*by the name 'gemma-scope-2b-pt-transcoders'",
+    gemma_1_in_the_hubs_cache: "transcoder.*by the name 'gemma-scope-2b-pt-transcoders'",
+    gemma_2: "transcoder.*type='transcoder'",
+    gemma_2_by_its_hooks_alone: "transcoder.*reads model.layers.8.pre_feed.* and writes model.layers.8.post_feed",
+    gemma_2_with_a_skip: "transcoder.*skip connection, affine_skip_connection",
+    gemma_2_without_a_configuration: "transcoder.*by the name 'transcoder_all'",
+    gemma_2_crosscoder: r"crosscoder.*serves several layers \(3 x 40 x 16\)",
+    llama: "transcoder.*hyperparams.json it reads blocks.8.ln2.hook_normalized and writes blocks.8.hook_mlp_out",
+    llama_without_its_output: "transcoder.*by the name 'Llama3_1-8B-Base-L8TC-8x'",
+    llamascopium: "transcoder.*reads blocks.8.ln2.hook_normalized and writes blocks.8.hook_mlp_out",
+    llamascopium_crosscoder: "crosscoder.*sae_type='crosscoder'",
+    saelens: "transcoder.*architecture is jumprelu_transcoder",
+    saelens_that_calls_itself_standard: "transcoder.*reads .* and writes blocks.8.hook_mlp_out",
+    saelens_skip: "transcoder.*skip connection, W_skip",
+    saelens_of_another_width: "transcoder.*reads activations of width 16 and writes width 24",
+    saelens_flat: "transcoder.*is_transcoder=true",
+    sparsify: "transcoder.*transcode=true",
+    sparsify_skip: "transcoder.*skip_connection=true",
+    dictionary_learning: "transcoder.*io=in_and_out",
+    dictionary_learning_crosscoder: "crosscoder.*dict_class='BatchTopKCrossCoder'",
+    goodfire: "transcoder.*width 16 and writes width 24",
+    qwen: "transcoder.*by the name 'Transcoder-Qwen3",
+    openai: "transcoder.*by the name 'skip_transcoders'",
+    overcomplete: "cross-layer transcoder.*by the name 'clt'",
+}
+
+
+@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
+def test_what_writes_elsewhere_is_refused(make: collected.Maker, tmp_path: Path) -> None:
+    path = make(tmp_path / "files")
+    for opened in (load, lambda path: Run.open(path).sae):
+        with pytest.raises(UserError, match=CASES[make]) as error:
+            opened(path)
+        assert "\n" not in str(error.value) and "not an SAE" in str(error.value)
+
+
+def test_folders_far_above_do_not_count(tmp_path: Path) -> None:
+    far = tmp_path / "transcoders" / "a" / "b" / "c" / "d" / "e"
+    assert load(collected.goodfire(far / "model.pth")).d_sae == D_SAE
+
+
+def test_a_file_that_says_it_is_an_sae_is_believed(tmp_path: Path) -> None:
+    folder = tmp_path / "my-transcoders"
+    assert load(collected.saelens(folder / "one")).d_sae == D_SAE
+    assert load(collected.llama_scope(folder / "two", OUT, OUT)).d_sae == D_SAE
+    assert load(collected.sparsify(folder / "three")).d_sae == D_SAE
