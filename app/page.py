@@ -44,6 +44,8 @@ def sidebar() -> None:
         if st.session_state["run"] not in names:
             st.session_state["run"] = names[0]
         st.selectbox("SAE", names, key="run", format_func=lambda name: viz.visible(run_title(found.runs[name])))
+        for note in found.runs[st.session_state["run"]].notes:
+            st.caption(f":material/info: {viz.markdown(note)}")
 
 
 def run_title(run: Run) -> str:

@@ -14,6 +14,7 @@ TENSORBOARD = "tensorboard"  # a folder
 WANDB = "wandb.json"  # the id of the run in wandb
 EVALUATION = "evaluation.json"
 EXPLANATIONS = "explanations.json"  # outside the index, so that building it again keeps them
+LABELS = "labels.parquet"  # imported ones; outside the index for the same reason
 NOTES = "notes.json"
 LOGIT_LENS = "logit_lens.safetensors"
 CARD = "README.md"  # the model card

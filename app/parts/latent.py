@@ -10,7 +10,7 @@ import session
 import streamlit as st
 
 from saelab import viz
-from saelab.features.explanations import load
+from saelab.features.explanations import imported_labels, load
 from saelab.features.search import counterparts
 from saelab.runs import Run
 from saelab.workspace.notes import read_notes, write_note
@@ -31,12 +31,19 @@ FACTS = {
 
 
 def title(row: dict[str, Any], signed: bool, notes: dict[int, dict[str, str]] | None = None) -> str:
-    """``#12 −`` and the label: the researcher's own before the index's."""
+    """``#12 −`` and the label: that in ``notes`` (see :func:`names`) before the index's."""
     pole = "" if not signed else (" +" if row["pole"] > 0 else " −")
     label = (notes or {}).get(row["latent"], {}).get("label") or row.get("label")
     if label and len(label) > LONGEST_TITLE:
         label = label[: LONGEST_TITLE - 1] + "…"
     return f"\\#{row['latent']}{pole}" + (f" · {viz.markdown(label)}" if label else "")
+
+
+def names(run: Run) -> dict[int, dict[str, str]]:
+    """Latent -> ``{"label": ...}`` for titles: the researcher's own, or else an imported one."""
+    imported = {latent: {"label": label.text} for latent, label in imported_labels(loaders.place(run)).items()}
+    own = {latent: note for latent, note in read_notes(loaders.place(run)).items() if note.get("label")}
+    return {**imported, **own}
 
 
 def numbers(row: dict[str, Any], narrow: bool = False) -> None:
@@ -57,7 +64,12 @@ def numbers(row: dict[str, Any], narrow: bool = False) -> None:
 
 
 def explanation(run: Run, latent: int, pole: int) -> None:
-    """The explanation by a language model, with its scores beside those of guessing."""
+    """The explanation by a language model, with its scores beside those of guessing, and an imported label."""
+    label = imported_labels(loaders.place(run)).get(latent) if pole > 0 else None
+    if label is not None:
+        st.markdown(f":material/label: {viz.markdown(label.text)}")
+        by = " · ".join(viz.markdown(part) for part in (label.source, label.explainer, label.method) if part)
+        st.caption(f"imported label{': ' if by else ''}{by}")
     found = load(loaders.place(run)).get((latent, pole))
     if found is None:
         return
@@ -79,7 +91,7 @@ def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
     row = index.latent(latent, pole)
     with st.container(border=True):
         name, button = st.columns([5, 2], vertical_alignment="center")
-        name.markdown(f"##### {title(row, len(index.poles) > 1, read_notes(loaders.place(run)))}")
+        name.markdown(f"##### {title(row, len(index.poles) > 1, names(run))}")
         if button.button("Open", key=f"{key}_open", width="stretch"):
             session.open_latent(latent, pole, run)
         if not row["count"]:

@@ -7,8 +7,6 @@ from parts import latent as latent_parts
 from parts import source as source_parts
 from parts import tables
 
-from saelab.workspace.notes import read_notes
-
 KINDS = {"top": "top", "q75": "75–100 %", "q50": "50–75 %", "q25": "25–50 %", "q00": "0–25 %", "random": "random"}
 SOURCES = (
     *("density", "max", "mean", "token_entropy", "histogram", "promoted_logits", "neighbour_cosines"),
@@ -24,7 +22,7 @@ pole = st.session_state.get("pole", 1)
 rows = {p: index.latent(latent, p) for p in index.poles}
 
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
-    st.title(f"Latent {latent_parts.title(rows[1], False, read_notes(loaders.place(run)))}", anchor=False)
+    st.title(f"Latent {latent_parts.title(rows[1], False, latent_parts.names(run))}", anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom", width="content"):
         chosen = st.number_input("latent", 0, index.d_sae - 1, latent, key=f"latent_number_{latent}", width=150)
         if chosen != latent:

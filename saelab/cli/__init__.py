@@ -30,6 +30,7 @@ GROUPS = {
         "evaluate": "measure an SAE on held-out activations and in the language model",
         "index": "describe every latent of an SAE over a corpus",
         "explain": "describe latents with a language model, and score the descriptions",
+        "labels": "import labels of a public SAE's latents from Neuronpedia's export",
     },
     "use": {
         "app": "browse latents, explain prompts and steer in the web app",

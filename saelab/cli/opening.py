@@ -53,16 +53,22 @@ def open_with_cache(name: Path | str, cache_folder: Path, out: Path | None) -> t
 
 def differences(run: Run, cache: ActivationCache) -> list[str]:
     """How the model and the text of the cache differ from what the SAE was trained on, one sentence each."""
-    found, recorded, manifest = [], run.recorded, cache.manifest
-    model, here = recorded.get("model_name"), manifest.model
-    if run.is_foreign and model and here and not (_plain(model) in _plain(here) or _plain(here) in _plain(model)):
-        found.append(f"the SAE was trained on {model}, the cache holds activations of {here}")
+    found: list[str] = []
+    recorded, manifest = run.recorded, cache.manifest
+    if run.is_foreign and not same_model(manifest.model, run):
+        found.append(f"the SAE was trained on {run.model_name}, the cache holds activations of {manifest.model}")
     if recorded.get("prepend_bos") and manifest.bos == "none":
         found.append("the SAE was trained on contexts that begin with BOS, those of the cache do not")
     size = recorded.get("context_size")
     if isinstance(size, int) and manifest.context_length > size:
         found.append(f"the SAE was trained on contexts of {size} tokens, the cache has {manifest.context_length}")
     return found
+
+
+def same_model(name: str, run: Run) -> bool:
+    """Whether ``name`` can be the model of ``run``: tools call a model differently. True where either is unknown."""
+    ours, theirs = _plain(run.model_name or ""), _plain(name)
+    return ours in theirs or theirs in ours
 
 
 def _plain(model: str) -> str:

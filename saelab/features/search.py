@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.features.explanations import load
+from saelab.features.explanations import imported_labels, load
 from saelab.features.index import FeatureIndex
 from saelab.metrics.density import DENSE, ULTRA_DENSE
 from saelab.sae import SAE
@@ -155,15 +155,17 @@ def catalogue(index: FeatureIndex) -> pd.DataFrame:
 
     ``top_tokens``, ``promoted`` and ``suppressed`` are joined by spaces, each token in quotes so that its own spaces
     show; ``label_lower``, ``top_tokens_lower``, ... are what :func:`find` searches. ``telling`` is the label's score
-    times the bits of a firing (-log2 density), ``explanation`` what ``saelab explain`` saved.
+    times the bits of a firing (-log2 density), ``explanation`` what ``saelab explain`` saved, or an
+    imported label.
     """
     table = index.table()
     names = [name for name in TEXT_COLUMNS.values() if name not in {"label", "explanation"}]
     lists = index.columns(names)
     table["label_lower"] = table["label"].fillna("").str.lower()
-    explained = load(index.run_folder)
-    keys = zip(table["latent"], table["pole"]) if explained else ()
-    table["explanation"] = [explained.get(key, {}).get("text", "") for key in keys] or ""
+    texts = {(latent, 1): label.text for latent, label in imported_labels(index.run_folder).items()}
+    texts |= {key: row.get("text", "") for key, row in load(index.run_folder).items()}
+    keys = zip(table["latent"], table["pole"]) if texts else ()
+    table["explanation"] = [texts.get(key, "") for key in keys] or ""
     table["explanation_lower"] = table["explanation"].str.lower()
     # A label that predicts a rare latent says more than one that predicts "the".
     rarity = -np.log2(table["density"].clip(lower=1 / max(index.meta["tokens"], 1)))

@@ -26,6 +26,7 @@ from saelab.layout import (
     EXPLANATIONS,
     FEATURES,
     INDEX,
+    LABELS,
     METRICS,
     RECIPE,
     RUN,
@@ -238,7 +239,7 @@ class Run:
         """Modification times of its files, which change when the run does."""
         if self.path is None:
             return ()
-        names = (METRICS, EVALUATION, f"{INDEX}/{FEATURES}", EXPLANATIONS)
+        names = (METRICS, EVALUATION, f"{INDEX}/{FEATURES}", EXPLANATIONS, LABELS)
         return (*self._stamp_of_weights, *(_mtime(self.path / name) for name in names))
 
     def check_latent(self, latent: int) -> int:
@@ -300,7 +301,7 @@ def as_run(run: Run | SAE | Path | str, hook_name: str = "") -> Run:
 
 
 class Place(NamedTuple):
-    """One folder met on a walk: its own files (links left out), and the SAEs in it."""
+    """One folder met on a walk: its files, without links that lead out of the walked folder, and the SAEs in it."""
 
     folder: Path
     files: set[str]
@@ -308,7 +309,9 @@ class Place(NamedTuple):
 
 
 def walk(root: Path) -> Iterator[Place]:
-    """Every folder below ``root`` that may hold runs, caches or recipes; links are not followed.
+    """Every folder below ``root`` that may hold runs, caches or recipes.
+
+    Links to folders are not followed; links to files count if the file is below ``root``, as in the hub's cache.
 
     Raises UserError where ``root`` is not a folder.
     """
@@ -317,9 +320,10 @@ def walk(root: Path) -> Iterator[Place]:
     # What an SAE's files can be called, or the subfolders they are in: most folders hold nothing of the kind.
     parts = {pattern.partition("/")[0] for form in FORMATS.values() for pattern in form.files}
     is_part = re.compile("|".join(map(fnmatch.translate, sorted(parts)))).match
+    inside = root.resolve()
     for name, folders, names in os.walk(root, followlinks=False):
         folder = Path(name)
-        links = {entry for entry in (*folders, *names) if (folder / entry).is_symlink()}
+        links = {entry for entry in (*folders, *names) if _leads_out(folder / entry, inside)}
         files = {*names} - links
         runs = _runs_in(folder, files, {entry for entry in (*folders, *names) if is_part(entry)}, links, root)
         # The checkpoints of a run are not runs; a folder of that name elsewhere is an ordinary folder.
@@ -327,6 +331,11 @@ def walk(root: Path) -> Iterator[Place]:
         inner = {INDEX, CHECKPOINTS} if is_run else {INDEX}
         folders[:] = sorted(entry for entry in folders if not entry.startswith(".") and entry not in inner)
         yield Place(folder, files, runs)
+
+
+def _leads_out(path: Path, root: Path) -> bool:
+    """Whether a path is a link to a folder, or to a file that is not below ``root``."""
+    return path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root))
 
 
 def _runs_in(folder: Path, files: set[str], parts: set[str], links: set[str], root: Path) -> list[Run]:

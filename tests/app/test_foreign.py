@@ -11,10 +11,11 @@ from test_pages import VIEWS, launch
 
 from saelab import viz
 from saelab.cli import main
-from saelab.interop import export
+from saelab.interop import export, read
 from saelab.sae.weights import load_metadata, load_sae
 from saelab.workspace import Workspace
 from tests.hardening.vendors import VENDORS
+from tests.interop import collected
 
 FORMATS = {"saelens": "topk", "sparsify": "abs_topk", "dictionary-learning": "topk"}
 
@@ -96,6 +97,54 @@ def test_what_cannot_be_read_is_one_row(monkeypatch: pytest.MonkeyPatch, folder:
     states = dict(zip(app.dataframe[0].value["run"], app.dataframe[0].value["state"]))
     assert states["good"] == "from sparsify"
     assert "torn" in states["torn"] and "cfg.json is damaged" in states["broken"]
+
+
+def test_the_hubs_cache_is_listed_and_a_transcoder_says_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("res", "transcoders"):
+        repository = collected.cached(tmp_path, f"google/gemma-scope-2b-pt-{name}")
+        collected.gemma_scope(repository / "layer_3" / "width_16k" / "average_l0_9")
+        collected.into_blobs(repository, repository)
+    app = launch(monkeypatch, tmp_path, model="none")
+    assert not app.error
+    assert ["-res/" in name for name in app.selectbox(key="run").options] == [True]
+    states = dict(zip(app.dataframe[0].value["run"], app.dataframe[0].value["state"]))
+    said = next(state for name, state in states.items() if "transcoders" in name)
+    assert "is a transcoder, not an SAE" in said
+
+
+def test_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
+    collected.gemma_scope(tmp_path / "elsewhere" / "one")
+    (tmp_path / "root" / "two").mkdir(parents=True)
+    (tmp_path / "root" / "two" / "params.npz").symlink_to(tmp_path / "elsewhere" / "one" / "params.npz")
+    (tmp_path / "root" / "three").symlink_to(tmp_path / "elsewhere")
+    assert not Workspace.scan(tmp_path / "root").runs
+
+
+def test_notes_are_on_every_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    notes = read(collected.saelens(tmp_path / "sae", normalize_activations="constant_norm_rescale")).notes
+    app = launch(monkeypatch, tmp_path, model="none")
+    for view in VIEWS:
+        app.switch_page(f"views/{view}").run()
+        assert any(viz.markdown(notes[0]) in caption.value for caption in app.sidebar.caption), view
+
+
+def test_an_imported_label_is_shown_with_its_source(
+    monkeypatch: pytest.MonkeyPatch, strangers: Path, tmp_path: Path
+) -> None:
+    line = {"modelId": "tiny", "layer": "0-res-xy", "index": "5", "description": "rivers *and* seas"}
+    made = {"explanationModelName": "gpt-4o-mini", "typeName": "oai_token-act-pair"}
+    (tmp_path / "labels.jsonl").write_text(json.dumps({**line, **made}))
+    main(["labels", str(strangers / "saelens"), str(tmp_path / "labels.jsonl")])
+    app = launch(monkeypatch, strangers, model="none")
+    app.session_state["latent"] = 5
+    app.selectbox(key="run").select("saelens")
+    app.switch_page("views/latent.py").run()
+    assert not app.exception and not app.error, (app.exception, app.error)
+    assert "rivers" in app.title[0].value
+    said = " ".join(caption.value for caption in app.caption)
+    assert "imported label" in said and viz.markdown("gpt-4o-mini") in said and viz.markdown("0-res-xy") in said
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
