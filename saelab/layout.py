@@ -28,7 +28,7 @@ INDEX = "features"
 FEATURES, EXAMPLES = "features.parquet", "examples.parquet"
 
 # A sweep's folder, beside one run folder per SAE
-SWEEP = "sweep.json"  # the grid, the cache, and which runs were stopped
+SWEEP = "sweep.json"  # the grid, the cache, which runs were stopped, and the learning rates that were tried
 SWEEP_TABLE = "sweep.parquet"  # there once the sweep is finished
 SWEEP_REPORT = "report.html"
 

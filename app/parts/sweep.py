@@ -14,7 +14,7 @@ from saelab import viz
 from saelab.layout import SWEEP_TABLE
 from saelab.runs import Run
 from saelab.sweep.results import load_results
-from saelab.viz.sweep import AXES, COLUMNS, pareto_of
+from saelab.viz.sweep import AXES, COLUMNS, RATES, pareto_of, rates_of
 from saelab.workspace import FORMULAS, Workspace
 
 SHORT = {"fvu": "FVU", "dead_fraction": "dead", "ce_loss_recovered_zero": "CE recovered"}
@@ -52,6 +52,10 @@ def show(found: Workspace, logged: dict[str, Run]) -> None:
             page.chart(figure, alt=f"{AXES[value]} against L0 for every SAE of the sweep", key="training_pareto")
         else:
             st.caption("No SAE of this sweep was measured.")
+        rates = rates_of(rows, page.colours(), height=240)
+        if rates is not None:
+            st.caption(RATES)
+            page.chart(rates, alt="FVU on validation tokens against the learning rates tried", key="training_rates")
     with right:
         event = _table(rows, measured)
         picked = [rows[i] for i in event.selection.rows if i < len(rows)]
@@ -76,7 +80,7 @@ def _table(rows: list[dict[str, Any]], measured: list[str]) -> Any:
         "ce_loss_recovered_zero": number(
             "CE recovered", format="percent", help=f"{FORMULAS['ce_recovered']}, against zero ablation"
         ),
-        "lr": number(format="%.1e"),
+        "lr": number(format="%.1e", help="Learning rate; where it was tuned, the best one on validation tokens"),
     }
     view = view.drop(columns=[c for c in view.columns if c in AXES and c not in measured])
     if not any(view["message"]):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from saelab.data.cache import ActivationCache
-from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.evaluation.reconstruction import Progress, check_pair, count_firing, reconstruction
 from saelab.evaluation.report import Evaluation
@@ -34,7 +33,7 @@ __all__ = [
 class EvaluateConfig:
     """How much to evaluate. Counts are in tokens."""
 
-    split: Split = "held_out"
+    split: Literal["train", "held_out", "all"] = "held_out"
     """Rows of the cache to evaluate on; only the held-out ones are an honest test."""
     max_tokens: int | None = None
     """Rows for the metrics of reconstruction; by default the whole split."""

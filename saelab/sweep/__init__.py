@@ -1,16 +1,19 @@
 """Sweeps: train many SAEs while reading one cache once; the grid, the runs and the table of results."""
 
-from saelab.sweep.grid import Entry, Grid, Halving, read_grid
+from saelab.sweep.grid import Entry, Grid, Halving, make_grid, read_grid
 from saelab.sweep.member import Member
 from saelab.sweep.results import load_results, measure, save_results
 from saelab.sweep.runner import run_sweep
+from saelab.sweep.tuning import Tuning
 
 __all__ = [
     "Entry",
     "Grid",
     "Halving",
     "Member",
+    "Tuning",
     "load_results",
+    "make_grid",
     "measure",
     "read_grid",
     "run_sweep",

@@ -26,6 +26,18 @@ d_sae = 4608
 k = 32
 lr = [2e-4, 4e-4]
 
+[[grid]]
+variant = ["topk", "matching_pursuit"]
+d_sae = 4608
+l0 = 32
+lr = "tune"                   # the best of several on validation rows; { tune = [5e-4, 1e-3, 2e-3] } names them
+seed = [0, 1, 2]              # tuned with the first seed
+
+[tune]                        # optional: these are the defaults
+factors = [0.25, 0.5, 1, 2, 4]  # rates to try, as multiples of the default rate
+validation = 0.05             # share of the training contexts
+stop_early = true             # stop rates that are far behind
+
 [halving]                     # optional: stop the worse SAEs of each group early
 at = [0.25, 0.5]              # shares of the steps
 keep = 0.5                    # share of a group that continues
@@ -35,6 +47,7 @@ within = ["k"]                # SAEs that agree in these keys form a group
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -50,10 +63,12 @@ from saelab.errors import UserError, first_line, near_matches
 from saelab.sae import SAE, VARIANTS, build
 from saelab.sae.options import defaults, with_l0
 from saelab.sae.options import options as variant_options
+from saelab.sweep.tuning import Tuning, rates_of
 from saelab.training import TrainConfig, check
 
 # Settings that all SAEs of a sweep share, because they see the same batches.
 SHARED = ("epochs", "batch_size", "data_seed")
+TABLES = ("train", "grid", "halving", "tune")
 TRAIN = tuple(field.name for field in fields(TrainConfig))
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -68,6 +83,7 @@ class Entry:
     options: dict[str, Any]  # of the variant
     train: TrainConfig
     keys: dict[str, Any]
+    rates: tuple[float, ...] | None = None  # learning rates to choose from, () for multiples of the default; else None
 
     @property
     def l0(self) -> float | None:
@@ -79,6 +95,15 @@ class Entry:
         """The untrained SAE: the one that `saelab train` with the same options starts from."""
         torch.manual_seed(self.train.seed)
         return build(self.variant, d_in=d_in, d_sae=self.d_sae, **self.options)
+
+    def outline(self, d_in: int) -> SAE:
+        """The same SAE without memory for its weights."""
+        with torch.device("meta"):
+            return build(self.variant, d_in=d_in, d_sae=self.d_sae, **self.options)
+
+    def keys_but(self, name: str) -> str:
+        """What the grid says about the SAE, but for one key, as text to compare."""
+        return json.dumps({key: value for key, value in self.keys.items() if key != name}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -105,13 +130,20 @@ class Grid:
 
     entries: tuple[Entry, ...]
     halving: Halving | None = None
+    tuning: Tuning | None = None  # None where no entry's learning rate is tuned
 
     def content(self) -> dict[str, Any]:
-        """The grid as JSON, to recognise it again."""
-        return {
-            "entries": [asdict(entry) for entry in self.entries],
-            "halving": None if self.halving is None else asdict(self.halving),
-        }
+        """The grid as JSON, to recognise it again; without tuning it has the form of version 0.1.0."""
+        entries = [asdict(entry) for entry in self.entries]
+        for entry in entries:
+            if entry["rates"] is None:
+                del entry["rates"]
+        tuning = {} if self.tuning is None else {"tuning": asdict(self.tuning)}
+        return {"entries": entries, "halving": None if self.halving is None else asdict(self.halving), **tuning}
+
+    def view(self, cache: ActivationCache) -> ActivationCache:
+        """``cache`` as all SAEs of this grid see it: where rates are tuned, with validation rows set apart."""
+        return cache if self.tuning is None else cache.with_validation(self.tuning.validation)
 
 
 def read_grid(path: Path | str) -> Grid:
@@ -132,8 +164,8 @@ def read_grid(path: Path | str) -> Grid:
 def make_grid(content: Mapping[str, Any]) -> Grid:
     """A grid from the content of a grid file."""
     for name in content:
-        if name not in {"train", "grid", "halving"}:
-            raise UserError(f"unknown table [{name}] in the grid: {near_matches(name, ('train', 'grid', 'halving'))}")
+        if name not in TABLES:
+            raise UserError(f"unknown table [{name}] in the grid: {near_matches(name, TABLES)}")
     blocks = content.get("grid")
     if not isinstance(blocks, list) or not blocks:
         raise UserError("the grid has no [[grid]] block; add one with at least a variant and d_sae")
@@ -148,24 +180,41 @@ def make_grid(content: Mapping[str, Any]) -> Grid:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"the grid lists {name} {names.count(name)} times; remove the duplicate")
-    if "halving" not in content:
-        return Grid(entries)
-    halving = _table(content["halving"], "[halving]")
-    _known(halving, [field.name for field in fields(Halving)], "[halving]")
-    if "at" not in halving:
-        raise UserError("[halving] needs at = [...], the shares of the steps at which to stop the worse SAEs")
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in halving.items()}
-    _check_types(values, get_type_hints(Halving), "[halving]: ")
-    return Grid(entries, Halving(**values))
+    tuned = any(entry.rates is not None for entry in entries)
+    if "halving" in content and tuned:
+        raise UserError('[halving] and lr = "tune" both stop SAEs early; use one of them')
+    if "tune" in content and not tuned:
+        raise UserError('[tune] has no effect, since no lr is "tune"; write lr = "tune" or remove it')
+    halving = _settings(content, "halving", Halving, ("at",)) if "halving" in content else None
+    tuning = _settings(content, "tune", Tuning) if tuned else None
+    return Grid(entries, halving, tuning)
+
+
+def _settings(content: Mapping[str, Any], name: str, cls: type, required: Sequence[str] = ()) -> Any:
+    """The table ``[name]`` as an object."""
+    table, where = _table(content.get(name, {}), f"[{name}]"), f"[{name}]"
+    _known(table, [field.name for field in fields(cls)], where)
+    for key in required:
+        if key not in table:
+            raise UserError(f"{where} needs {key} = [...], the shares of the steps at which to stop the worse SAEs")
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
+    _check_types(values, get_type_hints(cls), f"{where}: ")
+    return cls(**values)
 
 
 def check_grid(grid: Grid, cache: ActivationCache) -> None:
-    """Raise UserError for the first entry that cannot be trained on ``cache``, by name; nothing is allocated."""
+    """Raise UserError for the first entry that cannot be trained on ``cache``, by name; nothing is allocated.
+
+    Validation rows must fill a batch where rates are tuned: fewer do not tell neighbouring rates apart.
+    """
+    cache = grid.view(cache)
+    rows, size = cache.n_split("validation"), grid.entries[0].train.batch_size
+    if grid.tuning is not None and rows < size:
+        found = f"validation={grid.tuning.validation} gives {rows} validation rows, fewer than a batch of {size}"
+        raise UserError(f"{found}; raise it in [tune], lower batch_size or harvest more tokens")
     for number, entry in enumerate(grid.entries, 1):
         try:
-            with torch.device("meta"):
-                sae = build(entry.variant, d_in=cache.d_in, d_sae=entry.d_sae, **entry.options)
-            check(sae, cache, entry.train)
+            check(entry.outline(cache.d_in), cache, entry.train)
         except UserError as error:
             raise _blame(number, entry.keys, error) from error
 
@@ -178,14 +227,20 @@ def _entry(number: int, keys: dict[str, Any], shared: Mapping[str, Any], varying
         if name in keys:
             raise _blame(number, keys, f"{name} is shared by all SAEs of a sweep; put it under [train]")
     own = {name: value for name, value in keys.items() if name in TRAIN}
+    training = {**shared, **own}
     options = {name: value for name, value in keys.items() if name not in {*TRAIN, "variant", "d_sae"}}
     try:
-        _check_types({"d_sae": keys["d_sae"], **shared, **own}, {"d_sae": int, **get_type_hints(TrainConfig)})
+        rates = rates_of(training.get("lr"))
+        if rates is not None:
+            del training["lr"]
+        _check_types({"d_sae": keys["d_sae"], **training}, {"d_sae": int, **get_type_hints(TrainConfig)})
         if keys["variant"] in VARIANTS:  # another one is refused where the SAE is built
             cls = VARIANTS[keys["variant"]]
             known, options = variant_options(cls), with_l0(cls, options)
             _check_types(options, {name: hint for name, (hint, _) in known.items()})
-        train = TrainConfig(**{**shared, **own})
+            if rates is not None and cls.l0_option == "l0" and options.get("l0") is None:
+                raise UserError("rates are tuned at equal L0, since fewer active latents raise FVU; give it an l0")
+        train = TrainConfig(**training)
     except UserError as error:
         raise _blame(number, keys, error) from error
     named = [
@@ -195,7 +250,7 @@ def _entry(number: int, keys: dict[str, Any], shared: Mapping[str, Any], varying
     ]
     named += [key for key in keys if key in varying and key not in named]
     name = "_".join(_word(keys[key]) if key == "variant" else f"{key}-{_word(keys[key])}" for key in named)
-    return Entry(name, keys["variant"], keys["d_sae"], options, train, keys)
+    return Entry(name, keys["variant"], keys["d_sae"], options, train, keys, rates)
 
 
 def _blame(number: int, keys: Mapping[str, Any], error: object) -> UserError:
@@ -216,6 +271,8 @@ def _varies(key: str, combinations: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, Mapping):  # { tune = [...] }
+        return "-".join([*value, *(f"{_word(item)}" for items in value.values() for item in items)])
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}"
     return "".join(c if c.isalnum() or c in "._-+" else "-" for c in str(value))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from saelab.sweep.grid import Entry
 from saelab.training import StepMetrics
@@ -25,3 +25,4 @@ class Member:
     message: str = ""
     last: StepMetrics | None = None
     run: Generator[StepMetrics] | None = None
+    tried: list[dict[str, Any]] = field(default_factory=list)  # learning rates, where it was tuned; see choice.Group

@@ -22,6 +22,8 @@ from saelab.sae.weights import load_sae
 from saelab.sweep.grid import Entry
 from saelab.sweep.member import Member
 from saelab.training import read_run
+from saelab.training.divergence import failure
+from saelab.training.fitting import VALIDATION
 
 MEASURED = ("fvu", "l0", "dead_fraction", "ce_loss_recovered_zero")
 SCHEMA = pa.schema(
@@ -39,6 +41,7 @@ SCHEMA = pa.schema(
         ("step", pa.int64()),
         *((name, pa.float64()) for name in MEASURED),  # on held-out tokens; null where not measured
         ("folder", pa.string()),  # relative to the table
+        ("tried", pa.string()),  # learning rates, as JSON (see choice.Group), where it was tuned; null elsewhere
     ]
 )
 
@@ -58,10 +61,11 @@ def measure(
         message = member.message
         if member.status == "finished":
             sae = load_sae(member.folder)
-            evaluation = evaluate(sae, cache, model, config)
+            evaluation = evaluate(sae, _as_trained(member, cache), model, config)
             evaluation.save(member.folder)
             values |= {name: evaluation.metrics[name].value for name in MEASURED if name in evaluation.metrics}
-            message = message or "; ".join(sae.remarks()) or _off(member.entry, values["l0"])
+            remarks = [*sae.remarks(), _failed(member, values["fvu"])]
+            message = "; ".join(filter(None, [message, *remarks])) or _off(member.entry, values["l0"])
         entry = member.entry
         about = _lr(member) | {"seed": entry.train.seed, "options": json.dumps(entry.options)}
         rows.append(
@@ -77,6 +81,7 @@ def measure(
                 "step": member.step,
                 **values,
                 "folder": member.folder.name,
+                "tried": json.dumps(member.tried) if member.tried else None,
             }
         )
         if progress is not None:
@@ -97,7 +102,18 @@ def load_results(folder: Path | str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{folder} has no {SWEEP_TABLE}; finish the sweep with `saelab sweep ... --resume`")
     with damaged(path, "finish the sweep again with `saelab sweep ... --resume`", pa.ArrowException, OSError):
-        return pq.read_table(path).to_pylist()
+        # Version 0.1.0 wrote fewer columns.
+        return [dict.fromkeys(SCHEMA.names) | row for row in pq.read_table(path).to_pylist()]
+
+
+def _as_trained(member: Member, cache: ActivationCache) -> ActivationCache:
+    """The cache without the validation rows that the SAE's learning rate was chosen on."""
+    span = (read_run(member.folder) or {}).get(VALIDATION)
+    return cache if span is None else cache.with_validation_from(span[0])
+
+
+def _failed(member: Member, fvu: float | None) -> str:
+    return "" if fvu is None else failure(fvu, _lr(member)["lr"])
 
 
 def _off(entry: Entry, l0: float | None) -> str:

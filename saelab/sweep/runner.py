@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from saelab.errors import UserError, damaged
 from saelab.files import lock, remove_partial, write_json
 from saelab.layout import SWEEP
 from saelab.sae import VARIANTS
+from saelab.sweep.choice import CANDIDATES, Group, groups_of, validation_score
 from saelab.sweep.grid import Entry, Grid, check_grid
-from saelab.sweep.halving import losers
+from saelab.sweep.halving import STRAGGLING, losers, stragglers
 from saelab.sweep.member import Member
 from saelab.training import Diverged, batches, centre_of, finished, fit_steps, n_steps
 from saelab.training.checkpoints import latest_step, number_of
@@ -32,99 +35,185 @@ def run_sweep(
     checkpoint_steps: int = 500,
     device: torch.device | str = "cpu",
 ) -> Generator[list[Member]]:
-    """Train every entry of ``grid`` into ``folder/NAME``; yields the members after every batch.
+    """Train every entry of ``grid`` into ``folder/NAME``; yields the members after every batch, the entries' last.
 
     Each SAE ends bit-identical to one that :func:`saelab.training.fit_steps` trains alone: it has its own optimizer,
-    schedule and checkpoints. One whose loss is not finite is stopped, with the reason in its ``message``, and the
-    others continue. Closing the generator saves all; after a kill at any moment ``resume=True`` continues, with the
-    guarantee of :func:`saelab.training.fit_steps`. Raises UserError before anything trains if an entry is impossible,
-    or the grid or the cache is not the one that was begun, or another process is writing the folder.
+    schedule and checkpoints. One that diverges is stopped, with the reason in its ``message``, and the others continue.
+    Closing the generator saves all; after a kill at any moment ``resume=True`` continues, with the guarantee of
+    :func:`saelab.training.fit_steps`. Raises UserError before anything trains if an entry is impossible, or the grid or
+    the cache is not the one that was begun, or another process is writing the folder.
+
+    Where learning rates are tuned, all SAEs train on ``grid.view(cache)``, without its validation rows. All rates of
+    all groups (entries that differ only in their seed) train in the same reading of the cache as the other entries, at
+    the first seed of their group. The one with the smallest FVU on the validation rows becomes that seed's SAE. Another
+    reading trains the other seeds at that rate, and rates beyond the given multiples where the best was at the edge.
     """
+    folder, cache = Path(folder), grid.view(cache)
     check_grid(grid, cache)
-    with lock(Path(folder)):
-        yield from _run(grid, cache, Path(folder), resume, checkpoint_steps, device)
+    with lock(folder):
+        record = _open_record(folder, grid, cache, resume)
+        groups = groups_of(grid, cache, record, folder)
+        yield from _Sweep(grid, cache, folder, resume, checkpoint_steps, torch.device(device), record, groups).run()
 
 
-def _run(
-    grid: Grid, cache: ActivationCache, folder: Path, resume: bool, checkpoint_steps: int, device: torch.device | str
-) -> Generator[list[Member]]:
-    record = _open_record(folder, grid, cache, resume)
-    shared = grid.entries[0].train
-    total = n_steps(cache, shared)
-    members = [_member(entry, folder / entry.name, record, total) for entry in grid.entries]
-    active = [m for m in members if m.status == "running"]
-    centre = centre_of(cache, shared, torch.device(device)) if any(m.step == 0 for m in active) else None
-    position = min((m.step for m in active), default=total)
-    current: list[Batch] = []
+@dataclass(frozen=True)
+class _Sweep:
+    grid: Grid
+    cache: ActivationCache
+    folder: Path
+    resume: bool
+    checkpoint_steps: int
+    device: torch.device
+    record: dict[str, Any]  # the content of sweep.json
+    groups: Sequence[Group]
 
-    def feed() -> Iterator[Batch]:
-        while current:
-            yield current[0]
+    def run(self) -> Generator[list[Member]]:
+        """Read the cache until nothing is left to train: once, and again where rates were tuned."""
+        fixed = [self.member(entry, self.folder / entry.name) for entry in self.grid.entries if entry.rates is None]
+        while True:
+            tuned = [self.settled(group) for group in self.groups]
+            members = [*fixed, *itertools.chain(*tuned)]
+            if not any(member.status == "running" for member in members):
+                break
+            yield from self.read(members, tuned)
+        by_name = {member.entry.name: member for member in members}
+        yield [by_name[entry.name] for entry in self.grid.entries]
 
-    for member in active:
-        sae = member.entry.build(cache.d_in).to(device)
-        member.run = fit_steps(
-            sae,
-            cache,
-            member.entry.train,
-            member.folder,
-            resume=resume,
-            checkpoint_steps=checkpoint_steps,
-            stream=feed(),
-            centre=centre,
-        )
-    grads = any(VARIANTS[m.entry.variant].needs_grads for m in active)
-    try:
-        with closing(batches(cache, shared, position, grads)) as stream:
-            for batch in stream:
-                current[:] = [batch]
-                position += 1
-                for member in members:
-                    _advance(member, position, record, folder)
-                _halve(grid, members, position, total, record, folder)
-                yield members
-                if not any(m.status == "running" for m in members):
-                    break
-        current.clear()
+    @property
+    def total(self) -> int:
+        """Steps of every SAE."""
+        return n_steps(self.cache, self.grid.entries[0].train)
+
+    def save(self) -> None:
+        """Write ``sweep.json``."""
+        write_json(self.folder / SWEEP, self.record)
+
+    def member(self, entry: Entry, folder: Path) -> Member:
+        """An SAE as it is on disk."""
+        member = Member(entry, folder)
+        if finished(folder):
+            member.status, member.step = "finished", self.total
+        elif (path := latest_step(folder)) is not None:
+            member.step = number_of(path)
+        stopped = self.record["stopped"].get(entry.name)
+        if stopped is not None:
+            member.message = stopped["message"]
+            if stopped["status"] == "diverged":
+                member.status, member.step = "diverged", stopped["step"]
+            else:
+                member.stop_at = stopped["step"]
+                member.status = "halted" if member.step >= stopped["step"] else "running"
+        return member
+
+    def settled(self, group: Group) -> list[Member]:
+        """What a group trains next, or has trained; records rates that have ended, and chooses one if all have."""
+        if not group.settled:
+            score = validation_score(self.cache, self.device)
+            for entry in group.candidates:
+                group.try_out(self.member(entry, group.place(entry)), score)
+            group.settle()
+            self.save()
+        group.promote()
+        if not group.settled:
+            return [self.member(entry, group.place(entry)) for entry in group.candidates]
+        members = [self.member(entry, self.folder / entry.name) for entry in group.chosen]
+        if not members:
+            members = [Member(entry, self.folder / entry.name, status="diverged") for entry in group.entries]
+        members[0].message = members[0].message or group.record["message"]
         for member in members:
-            _finish(member)
-        yield members
-    finally:
-        for member in members:
-            if member.run is not None:
-                member.run.close()
+            member.tried = group.record["tried"]
+        return members
 
+    def read(self, members: list[Member], tuned: Sequence[Sequence[Member]]) -> Generator[list[Member]]:
+        """Train those that are running in one reading of the cache, from the step that the slowest has reached."""
+        shared, active = self.grid.entries[0].train, [m for m in members if m.status == "running"]
+        centre = centre_of(self.cache, shared, self.device) if any(m.step == 0 for m in active) else None
+        position = min(m.step for m in active)
+        current: list[Batch] = []
 
-def _advance(member: Member, position: int, record: dict[str, Any], folder: Path) -> None:
-    """Give a member the current batch, unless it saw the batch before a kill."""
-    if member.status != "running" or member.run is None or member.step >= position:
-        return
-    try:
-        member.last = next(member.run)
-        member.step = member.last.step
-    except Diverged as error:
-        member.status, member.message, member.run, member.step = "diverged", str(error), None, position
-        record["stopped"][member.entry.name] = {"status": "diverged", "step": position, "message": str(error)}
-        write_json(folder / SWEEP, record)
-    if member.step == member.stop_at:
-        _halt(member)
+        def feed() -> Iterator[Batch]:
+            while current:
+                yield current[0]
 
+        for member in active:
+            member.run = fit_steps(
+                member.entry.build(self.cache.d_in).to(self.device),
+                self.cache,
+                member.entry.train,
+                member.folder,
+                resume=self.resume,
+                checkpoint_steps=self.checkpoint_steps,
+                stream=feed(),
+                centre=centre,
+            )
+        grads = any(VARIANTS[m.entry.variant].needs_grads for m in active)
+        try:
+            with closing(batches(self.cache, shared, position, grads)) as stream:
+                for batch in stream:
+                    current[:] = [batch]
+                    position += 1
+                    for member in active:
+                        self.advance(member, position)
+                    self.halve(members, tuned, position)
+                    yield members
+                    if not any(m.status == "running" for m in active):
+                        break
+            current.clear()
+            for member in active:
+                _finish(member)
+        finally:
+            for member in active:
+                if member.run is not None:
+                    member.run.close()
 
-def _halve(grid: Grid, members: list[Member], position: int, total: int, record: dict[str, Any], folder: Path) -> None:
-    if grid.halving is None:
-        return
-    for rung in (round(share * total) for share in grid.halving.at):
-        if rung != position or str(rung) in record["rungs"]:
-            continue
-        lost = losers(grid.halving, [m for m in members if m.status == "running"], rung, total)
+    def advance(self, member: Member, position: int) -> None:
+        """Give a member the current batch, unless it saw the batch before a kill."""
+        if member.status != "running" or member.run is None or member.step >= position:
+            return
+        try:
+            member.last = next(member.run)
+            member.step = member.last.step
+        except Diverged as error:
+            member.status, member.message, member.run, member.step = "diverged", str(error), None, position
+            self.record["stopped"][member.entry.name] = {
+                "status": "diverged",
+                "step": position,
+                "message": str(error),
+            }
+            self.save()
+        if member.step == member.stop_at:
+            _halt(member)
+
+    def halve(self, members: Sequence[Member], tuned: Sequence[Sequence[Member]], position: int) -> None:
+        """Stop the worse SAEs where the step is a rung, and rates that are far behind where rates are tuned."""
+        grid, total = self.grid, self.total
+        shares = grid.halving.at if grid.halving is not None else STRAGGLING if self.stops_early else ()
+        for share in shares:
+            rung = round(share * total)
+            if rung != position or str(rung) in self.record["rungs"]:
+                continue
+            if grid.halving is not None:
+                lost = losers(grid.halving, [m for m in members if m.status == "running"], rung, total)
+                reason = f"stopped by halving at step {rung}"
+            else:
+                lost = stragglers(tuned, share, rung, total)
+                reason = f"stopped at step {rung}, where its FVU was over {STRAGGLING[share]:g} times the best rate's"
+            self.stop(lost, rung, reason)
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether rates that are far behind are stopped: in the first reading, while all of them train."""
+        return self.grid.tuning is not None and self.grid.tuning.stop_early
+
+    def stop(self, lost: Sequence[Member], rung: int, reason: str) -> None:
+        """Stop members at the current step."""
         # The decision is saved first, so that a resumed sweep stops the same SAEs at the same step.
-        record["rungs"][str(rung)] = [m.entry.name for m in lost]
-        message = f"stopped by halving at step {rung}"
+        self.record["rungs"][str(rung)] = [m.entry.name for m in lost]
         for member in lost:
-            record["stopped"][member.entry.name] = {"status": "halted", "step": rung, "message": message}
-        write_json(folder / SWEEP, record)
+            self.record["stopped"][member.entry.name] = {"status": "halted", "step": rung, "message": reason}
+        self.save()
         for member in lost:
-            member.stop_at, member.message = rung, message
+            member.stop_at, member.message = rung, reason
             _halt(member)
 
 
@@ -141,29 +230,12 @@ def _finish(member: Member) -> None:
         member.status, member.run = "finished", None
 
 
-def _member(entry: Entry, folder: Path, record: dict[str, Any], total: int) -> Member:
-    member = Member(entry, folder)
-    if finished(folder):
-        member.status, member.step = "finished", total
-    elif (path := latest_step(folder)) is not None:
-        member.step = number_of(path)
-    stopped = record["stopped"].get(entry.name)
-    if stopped is not None:
-        member.message = stopped["message"]
-        if stopped["status"] == "diverged":
-            member.status, member.step = "diverged", stopped["step"]
-        else:
-            member.stop_at = stopped["step"]
-            member.status = "halted" if member.step >= stopped["step"] else "running"
-    return member
-
-
 def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool) -> dict[str, Any]:
     """``sweep.json``: the grid and the cache, the rungs that were decided, and the SAEs that were stopped."""
     about = json.loads(json.dumps({"grid": grid.content(), "cache_fingerprint": cache.fingerprint}))
     path = folder / SWEEP
     if resume and path.is_file():
-        for run in (folder, *(folder / entry.name for entry in grid.entries)):
+        for run in (folder, *(folder / entry.name for entry in grid.entries), *folder.glob(f"{CANDIDATES}/*/*")):
             remove_partial(run)
         with damaged(path, "start the sweep again with --overwrite"):
             record = json.loads(path.read_bytes())
@@ -173,6 +245,9 @@ def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool)
                 entry["options"] |= moved
             if not isinstance(record["rungs"], dict) or not isinstance(record["stopped"], dict):
                 raise TypeError("rungs and stopped are not tables")
+            for name, group in record.get("tuning", {}).items():
+                if not {"rates", "given", "tried", "chosen"} <= group.keys():
+                    raise TypeError(f"the rates of {name} are incomplete")
         for part, remedy in (("cache_fingerprint", "restore the cache"), ("grid", "use the grid it was begun with")):
             if before[part] != about[part]:
                 raise UserError(f"{folder} was begun with another {part.split('_')[0]}; {remedy} or start a new sweep")

@@ -16,7 +16,7 @@ from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.sharding import whole as whole_of
 from saelab.errors import UserError, damaged
 from saelab.files import lock, remove_partial, write_json
-from saelab.layout import CONFIG, RUN
+from saelab.layout import CHECKPOINTS, CONFIG, RUN
 from saelab.sae import SAE, VARIANTS
 from saelab.sae.base import current
 from saelab.sae.options import defaults as option_defaults
@@ -29,6 +29,7 @@ from saelab.training.state import TrainState
 from saelab.training.step import StepMetrics
 
 SOURCE = "fine_tuned_from"  # key of the SAE that the run is fine-tuned from
+VALIDATION = "validation_rows"  # key of the span of training rows that the run leaves out, if it does
 
 
 def train(
@@ -168,7 +169,7 @@ def _kept(folder: Path) -> str:
     path = latest_step(folder)
     if path is None:
         return "there is no checkpoint from before"
-    return f"{path} is from before: go on from it with --from and a lower lr"
+    return f"{CHECKPOINTS}/{path.name} in the run folder is from before: go on from it with --from and a lower lr"
 
 
 def run_description(sae: SAE, cache: ActivationCache, config: TrainConfig, source: str | None = None) -> dict[str, Any]:
@@ -189,6 +190,7 @@ def run_description(sae: SAE, cache: ActivationCache, config: TrainConfig, sourc
         "rms_norm": manifest.rms_norm,  # the unit of steering strengths
         "cache": str(cache.path),
         "cache_fingerprint": cache.fingerprint,
+        **({VALIDATION: list(cache.split_rows("validation"))} if cache.n_split("validation") else {}),
     }
 
 
@@ -250,6 +252,10 @@ def _same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
         raise UserError(
             f"the cache {now['cache']} is not the one {folder} was trained on (fingerprint {now['cache_fingerprint']}, "
             f"was {before['cache_fingerprint']}); restore it or start a new run"
+        )
+    if before.get(VALIDATION) != now.get(VALIDATION):
+        raise UserError(
+            f"{folder} was begun by a sweep that tunes and does not train on its validation rows; resume the sweep"
         )
     if before["variant"] != now["variant"]:
         raise UserError(f"{folder} trains a {before['variant']} SAE, not {now['variant']}; start a new run")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
+from saelab.viz.axes import base, log_axis
 from saelab.viz.charts import pareto
 from saelab.viz.escape import label as safe
 from saelab.viz.theme import LIGHT, Palette
@@ -18,6 +20,7 @@ AXES = {
     "dead_fraction": "dead latents, share of the dictionary",
     "ce_loss_recovered_zero": "CE loss recovered (against zero ablation)",
 }
+RATES = "Learning rates tried, on validation tokens; the star is the one chosen"
 COLUMNS = ("name", "status", "step", "l0", "fvu", "dead_fraction", "ce_loss_recovered_zero", "lr", "seed", "message")
 
 
@@ -33,6 +36,42 @@ def pareto_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = 
     return pareto(points, colours, "L0 on held-out tokens", AXES[value])
 
 
+def rates_of(rows: Sequence[Mapping[str, Any]], colours: Palette = LIGHT, height: int = 320) -> go.Figure | None:
+    """Learning rate against FVU on validation rows, one series per tuned SAE, the chosen rate as a star.
+
+    None where no rate was tuned. Rates that were stopped early or diverged have no FVU and are left out; hovering over
+    the chosen one lists them.
+    """
+    leads = {row["tried"]: row for row in reversed(rows) if row.get("tried")}  # seeds share what was tried
+    if not leads:
+        return None
+    figure = base(colours, height, "learning rate", "FVU on validation tokens", showlegend=len(leads) > 1)
+    shown: list[float] = []
+    for tried, row in reversed(leads.items()):
+        trials = json.loads(tried)
+        measured = [trial for trial in trials if trial["fvu"] is not None]
+        shown += [trial["lr"] for trial in measured]
+        rest = "".join(f"<br>{trial['lr']:.3g} {trial['status']}" for trial in trials if trial["fvu"] is None)
+        figure.add_scatter(
+            x=[trial["lr"] for trial in measured],
+            y=[trial["fvu"] for trial in measured],
+            text=[
+                f"{safe(row['name'])}<br>lr {t['lr']:.3g}<br>FVU {t['fvu']:.4f}, L0 {t['l0']:.1f}"
+                + (f"<br>chosen{rest}" if t["lr"] == row["lr"] else "")
+                for t in measured
+            ],
+            name=safe(row["name"]),
+            mode="lines+markers",
+            marker={
+                "size": [14 if trial["lr"] == row["lr"] else 8 for trial in measured],
+                "symbol": ["star" if trial["lr"] == row["lr"] else "circle" for trial in measured],
+            },
+            line={"width": 1, "dash": "dot"},
+            hovertemplate="%{text}<extra></extra>",
+        )
+    return figure.update_xaxes(log_axis(shown)) if shown else figure
+
+
 def report(rows: Sequence[Mapping[str, Any]], title: str = "sweep") -> str:
     """The charts that have data, then the table, as one HTML page."""
     shown = [value for value in AXES if any(row[value] is not None for row in rows)]
@@ -40,6 +79,10 @@ def report(rows: Sequence[Mapping[str, Any]], title: str = "sweep") -> str:
     for number, value in enumerate(shown):
         figure = pareto_of(rows, value).to_html(full_html=False, include_plotlyjs=number == 0)
         parts.append(f"<h2>{html.escape(AXES[value])}</h2>{figure}")
+    rates = rates_of(rows)
+    if rates is not None:
+        page = rates.to_html(full_html=False, include_plotlyjs=not shown)
+        parts.append(f"<h2>{html.escape(RATES)}</h2>{page}")
     head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
     body = "".join(f"<tr>{''.join(_cell(row[column]) for column in COLUMNS)}</tr>" for row in rows)
     style = (

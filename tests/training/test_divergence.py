@@ -67,7 +67,7 @@ def stop_after(cache: ActivationCache, folder: Path, step: int, factor: float):
 
 
 def test_the_last_checkpoint_is_kept_and_can_be_gone_on_with(cache: ActivationCache, tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match=r"exploded by step 14: .*step_00000010 is from before: go on from"):
+    with pytest.raises(Diverged, match=r"exploded by step 14: .*step_00000010 in the run folder is from before"):
         stop_after(cache, tmp_path / "run", 13, 1e4)
     kept = latest_step(tmp_path / "run")
     assert kept is not None and load_sae(kept).d_sae == D_SAE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -99,21 +100,24 @@ def main(args: Sequence[str]) -> None:
 
 def train(grid: Grid, cache: ActivationCache, options: Options, device: Any, stop: Stop) -> list[Member] | None:
     """Run the sweep under a live table; None if a signal stopped it."""
-    total, members, shown = n_steps(cache, grid.entries[0].train), [], 0.0
-    console.print(f"{len(grid.entries)} SAEs, {total} steps of {grid.entries[0].train.batch_size} tokens")
+    cache, config = grid.view(cache), grid.entries[0].train
+    total, members, shown, done = n_steps(cache, config), [], 0.0, 0
+    rows = cache.n_split("validation")
+    tuned = f"; learning rates are compared on {rows} validation rows, which no SAE trains on" if grid.tuning else ""
+    console.print(f"{len(grid.entries)} SAEs, {total} steps of {config.batch_size} tokens{tuned}")
     sweep = run_sweep(
         grid, cache, options.out, resume=options.resume, checkpoint_steps=options.checkpoint_steps, device=device
     )
     bar = progress_bar("speed")
-    task, started, begun = bar.add_task("sweep", total=total, speed=""), time.perf_counter(), None
+    task, started = bar.add_task("sweep", total=total, speed=""), time.perf_counter()
     with Live(console=console, refresh_per_second=2) as live:
         for members in sweep:
             step = max((m.step for m in members if m.status == "running"), default=total)
-            begun = step - 1 if begun is None else begun
+            done += 1
             if time.perf_counter() - shown > 0.5:
                 shown = time.perf_counter()
-                tokens = (step - begun) * grid.entries[0].train.batch_size
-                bar.update(task, completed=step, speed=f"{tokens / (shown - started):,.0f} tokens/s")
+                speed = done * config.batch_size / (shown - started)
+                bar.update(task, completed=step, speed=f"{speed:,.0f} tokens/s")
                 live.update(view(members, bar))
             if stop.signal is not None and any(m.status == "running" for m in members):
                 sweep.close()
@@ -145,9 +149,14 @@ def evaluate(
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The results, best FVU first within each sparsity."""
-    table = Table("SAE", "status", "L0", "FVU", "dead", "CE recovered", box=None, pad_edge=False)
+    table = Table("SAE", "status", "lr", "L0", "FVU", "dead", "CE recovered", box=None, pad_edge=False)
     for row in sorted(rows, key=lambda r: (r["l0"] is None, r["l0"] or 0.0)):
         numbers = [row["l0"], row["fvu"], row["dead_fraction"], row["ce_loss_recovered_zero"]]
         cells = ["" if n is None else f"{n:.{d}f}" for n, d in zip(numbers, (1, 4, 3, 4))]
-        table.add_row(row["name"], row["status"], *cells)
+        table.add_row(row["name"], row["status"], _rate(row), *cells)
     return table
+
+
+def _rate(row: dict[str, Any]) -> str:
+    lr = "" if row["lr"] is None else f"{row['lr']:.2g}"
+    return f"{lr} of {len(json.loads(row['tried']))}" if row["tried"] else lr

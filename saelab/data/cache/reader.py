@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,7 +23,7 @@ from saelab.errors import UserError, damaged
 from saelab.layout import MANIFEST, TOKENS
 from saelab.vocabulary import Vocabulary
 
-Split = Literal["train", "held_out", "all"]
+Split = Literal["train", "validation", "held_out", "all"]
 WINDOW_BYTES = 256 << 20
 
 
@@ -53,6 +54,7 @@ class ActivationCache:
                     "restore it or harvest the cache again"
                 )
         self.shards = Shards(self.folder, self.manifest)
+        self._validation_from = self.manifest.held_out_from
         self._buffers = Buffers()
         if verify:
             self.verify()
@@ -132,11 +134,32 @@ class ActivationCache:
 
     def split_rows(self, split: Split) -> tuple[int, int]:
         """First row of a split and the row after its last."""
-        boundary = self.manifest.held_out_from
-        spans = {"train": (0, boundary), "held_out": (boundary, self.n_rows), "all": (0, self.n_rows)}
+        first, boundary = self._validation_from, self.manifest.held_out_from
+        spans = {"train": (0, first), "validation": (first, boundary)}
+        spans |= {"held_out": (boundary, self.n_rows), "all": (0, self.n_rows)}
         if split not in spans:
             raise UserError(f"unknown split {split!r}; choose train, held_out or all")
         return spans[split]
+
+    def with_validation(self, share: float) -> ActivationCache:
+        """The same cache with the last ``share`` of its training contexts in the split ``validation``, not ``train``.
+
+        That split is empty otherwise. Choices (a learning rate) are made on it, so that the held-out rows, on which
+        results are reported, are not part of any choice. The manifest's statistics remain those of all training rows.
+        """
+        if not 0 < share < 1:
+            raise UserError(f"validation={share} must be a share of the training contexts, between 0 and 1")
+        contexts = self.shards.context_of(self.manifest.held_out_from)
+        keep = contexts - max(1, round(share * contexts))
+        return self.with_validation_from(self.shards.first_row(keep))
+
+    def with_validation_from(self, row: int) -> ActivationCache:
+        """The same cache with the training rows from ``row`` on in the split ``validation``."""
+        if not 0 <= row <= self.manifest.held_out_from:
+            raise UserError(f"validation rows cannot begin at {row}: {self.path} has {self.n_rows} rows")
+        view = copy.copy(self)
+        view._validation_from = row
+        return view
 
     def n_split(self, split: Split) -> int:
         """Rows in a split."""

@@ -60,6 +60,23 @@ class Shards:
         index, local = self.locate(row)
         return index, int(self.columns(index)["slots"].slices([(local, local + 1)])[0])
 
+    def context_of(self, row: int) -> int:
+        """Number of the context that a row belongs to, counted over the cache; all contexts for the end of the rows."""
+        if row == self.starts[-1]:
+            return self.manifest.n_contexts
+        index, slot = self.slot(row)
+        before = sum(shard.contexts for shard in self.manifest.shards[:index])
+        return before + slot // self.manifest.context_length
+
+    def first_row(self, context: int) -> int:
+        """The first row of a context, or of the next one that has rows; the end of the rows if none has."""
+        for index, shard in enumerate(self.manifest.shards):
+            if context < shard.contexts:
+                slots = self.columns(index)["slots"].all()
+                return self.starts[index] + int(torch.searchsorted(slots, context * self.manifest.context_length))
+            context -= shard.contexts
+        return self.starts[-1]
+
     def pieces(self, spans: Sequence[tuple[int, int]], names: Sequence[str]) -> dict[str, list[Tensor]]:
         """Rows of each global span, for each named tensor; spans must ascend."""
         by_shard: dict[int, list[tuple[int, int]]] = {}

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.data.cache.manifest import DTYPES, OTHERS, PARTIAL, Manifest, ShardInfo, partial_name
+from saelab.data.cache.shards import Shards
 from saelab.data.cache.storage import Folder
 from saelab.data.chat import ROLES, SEPARATOR
 from saelab.errors import UserError
@@ -291,11 +292,4 @@ def _held_out_row(folder: Folder, manifest: Manifest) -> int:
     if manifest.held_out_fraction == 0:
         return manifest.n_rows
     keep = manifest.n_contexts - max(1, round(manifest.held_out_fraction * manifest.n_contexts))
-    row = 0
-    for shard in manifest.shards:
-        if keep < shard.contexts:
-            slots = folder.tensors(shard.file)["slots"].all()
-            return row + int(torch.searchsorted(slots, keep * manifest.context_length))
-        keep -= shard.contexts
-        row += shard.rows
-    return row
+    return Shards(folder, manifest).first_row(keep)
