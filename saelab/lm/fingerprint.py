@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from saelab.lm.unwrapped import WRAPPED
+from saelab.lm.structure import WRAPPED
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

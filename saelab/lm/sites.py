@@ -266,6 +266,8 @@ def _on_bridge(bridge: TransformerBridge, name: str, canonical: str, site: Site 
     if site is None:
         side = "inner" if _point(name) in _POINTS else _side(canonical)
         return Site(own, module_path(bridge, canonical), side, canonical)
+    if _point(name) in _PARTIAL and module_path(bridge, canonical) != site.path:
+        canonical = ""  # where norms follow the sublayers, TransformerLens shows another tensor by that name
     return replace(site, hook_name=name, canonical=canonical)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm.unwrapped import WRAPPED
 
+WRAPPED = "_original_component"  # the name of the model's own module in a component of a bridge
 _BLOCK_LISTS = ("layers", "h", "blocks", "block", "layer")
 _OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder", "mtp")
 # The names that a sublayer has in the families of models.

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from saelab.lm.structure import WRAPPED, inside, modules, underlying
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-WRAPPED = "_original_component"
 _LIBRARIES = ("transformer_lens", "transformers", "accelerate", "torch")  # whose own hooks change nothing
 
 
@@ -68,7 +69,13 @@ def hf_tensors(model: TransformerBridge | nn.Module) -> dict[str, Tensor]:
         for key, child in module.named_children():
             visit(child, path if key == WRAPPED else _join(path, key, child))
 
-    visit(getattr(model, "original_model", model), "")
+    visit(underlying(model), "")
+    # Some components take the name of another place (a vision tower); by where they stand all have their own.
+    for path, module in modules(model):
+        own = inside(module)
+        for leaf, tensor in [*own._parameters.items(), *own._buffers.items()]:
+            if tensor is not None:
+                found.setdefault(f"{path}.{leaf}".lstrip("."), tensor)
     return found
 
 

@@ -8,7 +8,8 @@ and matrices are scaled so that each sublayer matters.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,23 @@ VOCABULARY, WIDTH, BLOCKS, HEADS, CONTEXT = 320, 32, 3, 4, 64
 _LEFT_ALONE = ("A_log", "dt_bias", "dt_proj.bias", ".D", "time_decay", "time_first", "rg_lru", "linear_attn")
 
 
+Read = Callable[[Tensor], Tensor]
+Places = dict[str, tuple[str, str, Read] | None]
+
+
 @dataclass(frozen=True)
 class Family:
-    """One kind of model: its class, the settings of its configuration, and what is unusual about it."""
+    """One kind of model: its class, the settings of its configuration, and where its activations are.
+
+    ``places`` tells for each point of a block the module below the block, its side, and what is to be made of the
+    tensor there; None where a model has no such activations.
+    """
 
     model: str  # class of transformers
     config: str
     settings: dict[str, Any] = field(default_factory=dict)
-    text: dict[str, Any] | None = None  # settings of the language model inside a multimodal one
+    places: Places = field(default_factory=dict)
+    blocks: str = "model.layers"
 
     @property
     def known(self) -> bool:
@@ -108,6 +118,152 @@ def _causal(stem: str, **settings: Any) -> Family:
     return Family(f"{stem}ForCausalLM", f"{stem}Config", settings)
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def places(
+    *,
+    attn: str | None = "self_attn",
+    mlp: str | None = "mlp",
+    mid: str | None = "post_attention_layernorm:in",
+    z: str = "o_proj",
+    qkv: tuple[str, ...] | None = ("q_proj", "k_proj", "v_proj"),
+    parts: Sequence[Read] = (_same, _same, _same),
+    pre: str | None = "gate_proj:out",
+    post: str | None = "down_proj:in",
+    attn_out: str | None = "",
+    mlp_out: str | None = "",
+    factor: float = 1.0,
+) -> Places:
+    """Where a family has its activations; the defaults are Llama's. ``path:side`` below the block, or below the
+    sublayer for z, qkv, pre and post."""
+
+    def at(place: str | None, read: Read = _same) -> tuple[str, str, Read] | None:
+        return None if place is None else (*place.split(":"), read)  # type: ignore[return-value]
+
+    inside = "" if mlp in ("", None) else f"{mlp}."
+    maps = [None] * 3 if qkv is None or attn is None else [f"{attn}.{qkv[i % len(qkv)]}:out" for i in range(3)]
+    return {
+        "hook_resid_pre": ("", "in", _same),
+        "hook_resid_post": ("", "out", _same),
+        "hook_resid_mid": at(mid),
+        "hook_attn_out": at(attn and (attn_out or f"{attn}:out"), lambda x: x * factor),
+        "hook_mlp_out": at(None if mlp is None else mlp_out or f"{mlp}:out", lambda x: x * factor),
+        "attn.hook_z": at(attn and f"{attn}.{z}:in"),
+        **{f"attn.hook_{letter}": at(maps[i], parts[i]) for i, letter in enumerate("qkv")},
+        "mlp.hook_pre": at(pre and inside + pre),
+        "mlp.hook_post": at(post and inside + post),
+    }
+
+
+def _thirds(i: int) -> Read:
+    return lambda x: x.chunk(3, dim=-1)[i]
+
+
+def _by_head(i: int) -> Read:
+    return lambda x: x.unflatten(-1, (HEADS, 3, -1))[..., i, :].flatten(-2)
+
+
+def _sized(kv_heads: int) -> list[Read]:
+    return [lambda x, i=i: x.split((WIDTH, kv_heads * 8, kv_heads * 8), dim=-1)[i] for i in range(3)]
+
+
+def _by_group(i: int) -> Read:
+    slots = (slice(0, 2), slice(2, 3), slice(3, 4))[i]
+    return lambda x: x.unflatten(-1, (2, 4, 8))[..., slots, :].flatten(-3)
+
+
+def _codegen(i: int) -> Read:
+    return lambda x: x.unflatten(-1, (4, 3, 16))[..., (0, 2, 1)[i], :].flatten(-2)
+
+
+_THIRDS, _HEADS, _GROUPS, _PARTS = ([f(i) for i in range(3)] for f in (_thirds, _by_head, _by_group, _codegen))
+_NEURONS: dict[str, Any] = {"pre": None, "post": None}  # of a mixture of experts: none
+_LLAMA, _MIXTURE = places(), places(**_NEURONS)
+_UNGATED = places(pre="up_proj:out")
+_PARALLEL = places(mid=None)
+_GEMMA_LIKE = places(
+    mid="pre_feedforward_layernorm:in",
+    attn_out="post_attention_layernorm:out",
+    mlp_out="post_feedforward_layernorm:out",
+)
+_OLMO_LIKE = places(mid="mlp:in", attn_out="post_attention_layernorm:out", mlp_out="post_feedforward_layernorm:out")
+_GPT2: dict[str, Any] = {"attn": "attn", "mid": "ln_2:in", "z": "c_proj", "pre": "c_fc:out", "post": "c_proj:in"}
+_GPTJ: dict[str, Any] = {"attn": "attn", "mid": None, "z": "out_proj", "pre": "fc_in:out", "post": "fc_out:in"}
+_NEOX: dict[str, Any] = {
+    "z": "dense",
+    "qkv": ("query_key_value",),
+    "pre": "dense_h_to_4h:out",
+    "post": "dense_4h_to_h:in",
+}
+_OPT: dict[str, Any] = {"mlp": "", "z": "out_proj", "pre": "fc1:out", "post": "fc2:in", "mlp_out": "fc2:out"}
+_FALCON: dict[str, Any] = _NEOX | {"attn": "self_attention"}
+_LATENT = places(qkv=None, **_NEURONS)
+_NOTHING = places(attn=None, mlp=None, mid=None, **_NEURONS)
+
+# Families that differ from Llama: where their activations are, and their list of blocks.
+_ELSEWHERE: dict[str, tuple[Places, str]] = {
+    "gpt2": (places(**_GPT2, qkv=("c_attn",), parts=_THIRDS), "transformer.h"),
+    "gpt-neo": (places(**_GPT2 | {"attn": "attn.attention", "z": "out_proj"}), "transformer.h"),
+    "gpt-j": (places(**_GPTJ), "transformer.h"),
+    "pythia": (places(**_NEOX, attn="attention", mid=None, parts=_HEADS), "gpt_neox.layers"),
+    "gpt-bigcode": (places(**_GPT2, qkv=("c_attn",), parts=_sized(1)), "transformer.h"),
+    "codegen": (places(**_GPTJ, qkv=("qkv_proj",), parts=_PARTS), "transformer.h"),
+    "openai-gpt": (places(**_GPT2 | {"mid": "ln_1:out"}, qkv=("c_attn",), parts=_THIRDS), "transformer.h"),
+    "xglm": (places(**_OPT, mid="final_layer_norm:in"), "model.layers"),
+    "opt": (places(**_OPT, mid="final_layer_norm:in"), "model.decoder.layers"),
+    "opt-350m": (places(**_OPT, mid="self_attn_layer_norm:out"), "model.decoder.layers"),
+    "biogpt": (places(**_OPT, mid="final_layer_norm:in"), "biogpt.layers"),
+    "bloom": (
+        places(**_FALCON, parts=_HEADS, attn_out="self_attention.dense:out", mlp_out="mlp.dense_4h_to_h:out"),
+        "transformer.h",
+    ),
+    "mpt": (
+        places(
+            attn="attn",
+            mlp="ffn",
+            mid="norm_2:in",
+            z="out_proj",
+            qkv=("Wqkv",),
+            parts=_THIRDS,
+            pre="up_proj:out",
+            mlp_out="ffn.down_proj:out",
+        ),
+        "transformer.blocks",
+    ),
+    "falcon-7b": (places(**_FALCON, mid=None, parts=_sized(1)), "transformer.h"),
+    "falcon-40b": (places(**_FALCON, mid=None, parts=_GROUPS), "transformer.h"),
+    "falcon-rw": (places(**_FALCON, parts=_HEADS), "transformer.h"),
+    "persimmon": (places(**_NEOX, parts=_HEADS), "model.layers"),
+    "phi2": (places(mid=None, z="dense", pre="fc1:out", post="fc2:in"), "model.layers"),
+    "phi3": (places(qkv=("qkv_proj",), parts=_sized(2), pre="activation_fn:in"), "model.layers"),
+    "glm": (places(pre="activation_fn:in"), "model.layers"),
+    "glm4": (
+        places(pre="activation_fn:in", attn_out="post_self_attn_layernorm:out", mlp_out="post_mlp_layernorm:out"),
+        "model.layers",
+    ),
+    "starcoder2": (places(pre="c_fc:out", post="c_proj:in"), "model.layers"),
+    "lfm2": (places(mlp="feed_forward", mid="ffn_norm:in", z="out_proj", pre="w1:out", post="w2:in"), "model.layers"),
+    "jamba": (places(mlp="feed_forward", mid="pre_ff_layernorm:in", **_NEURONS), "model.layers"),
+    "granite": (places(factor=0.5), "model.layers"),
+    "granite-moe": (places(mlp="block_sparse_moe", factor=0.5, **_NEURONS), "model.layers"),
+    "apertus": (places(pre="up_proj:out", mid="feedforward_layernorm:in"), "model.layers"),
+    "qwen3-next": (_MIXTURE | {"attn.hook_q": None}, "model.layers"),
+    "gemma3-multimodal": (_GEMMA_LIKE, "model.language_model.layers"),
+    "vaultgemma": (places(mid="pre_feedforward_layernorm:in"), "model.layers"),
+}
+_ELSEWHERE |= dict.fromkeys(("mamba", "mamba2", "falcon-mamba"), (_NOTHING, "backbone.layers"))
+_ELSEWHERE |= dict.fromkeys(("arcee", "nemotron"), (_UNGATED, "model.layers"))
+_ELSEWHERE |= dict.fromkeys(("cohere", "cohere2", "stablelm-parallel"), (_PARALLEL, "model.layers"))
+_ELSEWHERE |= dict.fromkeys(("gemma2", "gemma3"), (_GEMMA_LIKE, "model.layers"))
+_ELSEWHERE |= dict.fromkeys(("olmo2", "olmo3", "exaone4"), (_OLMO_LIKE, "model.layers"))
+_ELSEWHERE |= dict.fromkeys(("deepseek-v2", "deepseek-v3"), (_LATENT, "model.layers"))
+_ELSEWHERE |= dict.fromkeys(
+    ("mixtral", "phi3.5-moe", "qwen2-moe", "qwen3-moe", "olmoe", "glm4-moe", "gpt-oss"), (_MIXTURE, "model.layers")
+)
+
+
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _LATENT_ATTENTION = {
@@ -127,7 +283,7 @@ _GEMMA = {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _ALL_HEADS = {"num_key_value_heads": HEADS}
 
-FAMILIES: dict[str, Family] = {
+_MODELS: dict[str, Family] = {
     "gpt2": Family("GPT2LMHeadModel", "GPT2Config", _old()),
     "gpt-neo": _causal(
         "GPTNeo",
@@ -300,3 +456,26 @@ FAMILIES: dict[str, Family] = {
     "helium": _causal("Helium", **_sizes(head_dim=8)),
     "diffllama": _causal("DiffLlama", **_sizes()),
 }
+
+FAMILIES: dict[str, Family] = {
+    name: replace(
+        family, places=_ELSEWHERE.get(name, (_LLAMA, ""))[0], blocks=_ELSEWHERE.get(name, ("", "model.layers"))[1]
+    )
+    for name, family in _MODELS.items()
+    if family.known
+}
+# One of each kind: fused and separate maps, parallel and sequential blocks, norms before and behind, multipliers, two
+# mixtures, no attention, several modalities, and one that TransformerLens does not know.
+QUICK = (
+    "gpt2",
+    "pythia",
+    "bloom",
+    "gemma2",
+    "opt-350m",
+    "gpt-oss",
+    "mamba",
+    "phi3",
+    "granite",
+    "gemma3-multimodal",
+    "biogpt",
+)
