@@ -16,6 +16,7 @@ EVALUATION = "evaluation.json"
 EXPLANATIONS = "explanations.json"  # outside the index, so that building it again keeps them
 LABELS = "labels.parquet"  # imported ones; outside the index for the same reason
 NOTES = "notes.json"
+SOURCE = "saelab_source.json"  # in a copy of another tool's SAE: the repository and the path it is from
 LOGIT_LENS = "logit_lens.safetensors"
 CARD = "README.md"  # the model card
 

@@ -12,7 +12,9 @@ from saelab.cli.console import console
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.files import new_folder
+from saelab.interop import resave
 from saelab.interop.fetch import wanted_files
+from saelab.interop.origin import Origin
 from saelab.lm.hook_names import short
 from saelab.runs import Run
 
@@ -81,18 +83,19 @@ def results_folder(run: Run, out: Path | None = None) -> Path:
     """The folder for results about ``run``: its own folder, or a copy of the SAE.
 
     The copy is made in ``out``. An SAE from the hub, whose folder is the hub's cache, is copied by default into the
-    working folder, under the name of its repository. The copy is printed; every command can open it.
+    working folder, under the name of its repository. A single file cannot hold results: it is converted into a run
+    folder. Where the copy is gets printed; every command can open it.
     """
     path = run.path
     assert path is not None
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is a file, and results need a folder: `saelab convert {path} NEW --to saelens` makes one"
-        )
     on_hub = run.origin.startswith("hf://")
     if out is None and not on_hub:
-        return path
+        if path.is_dir():
+            return path
+        raise UserError(f"{path} is a file, and results need a folder: name a new one with --out, to convert it into")
     folder = out or Path(*run.origin.removeprefix("hf://").split("/")[1:])
+    if not path.is_dir():
+        return _converted(run, folder if out else folder.with_suffix(""))
     files = {file.relative_to(path): file for pattern in wanted_files() for file in path.glob(pattern)}
     if folder.exists():
         if any(not (folder / f).is_file() or (folder / f).stat().st_size != s.stat().st_size for f, s in files.items()):
@@ -102,5 +105,27 @@ def results_folder(run: Run, out: Path | None = None) -> Path:
         for name, file in files.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, temporary / name)
+        if run.is_foreign:
+            Origin.of(path).write(temporary)
     console.print(f"copied {run.origin} to {folder}; results go there", markup=False, soft_wrap=True)
     return folder
+
+
+def _converted(run: Run, folder: Path) -> Path:
+    if folder.exists():
+        source = Run.open(folder).recorded.get("converted") or {}
+        if source.get("source") != run.origin:
+            raise UserError(f"{folder} exists and is not the SAE of {run.origin}; name a new folder with --out")
+        return folder
+    assert run.path is not None
+    resave(run.sae, run.path, folder, provenance(run))
+    console.print(f"converted {run.origin} to {folder}; results go there", markup=False, soft_wrap=True)
+    return folder
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """What a converted SAE records: what its files did, and of another tool's where it is from and the notes on it."""
+    if not run.is_foreign:
+        return run.recorded
+    source = {"format": run.format, "source": run.origin, "notes": run.notes, "known_from": run.known_from}
+    return {**run.recorded, "converted": source}

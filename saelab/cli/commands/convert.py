@@ -12,7 +12,7 @@ import tyro
 
 from saelab.cli.commands.inspect import FormatHints
 from saelab.cli.console import counting, out, parse, print_json
-from saelab.cli.opening import open_run
+from saelab.cli.opening import open_run, provenance
 from saelab.errors import UserError
 from saelab.interop import export, resave, writers
 from saelab.interop.conversion import TOLERANCE
@@ -68,14 +68,6 @@ def main(args: Sequence[str]) -> None:
         return
     out.print(f"max |Δ encode| {proof.encode:.1e}, max |Δ decode| {proof.decode:.1e} (relative, limit {TOLERANCE:.0e})")
     out.print(f"{options.source} -> {options.out} ({options.to})", markup=False, soft_wrap=True)
-
-
-def provenance(run: Run) -> dict[str, Any]:
-    """What the new files record: what the old ones do, and of another tool's SAE where it is from and its notes."""
-    if not run.is_foreign:
-        return run.recorded
-    source = {"format": run.format, "source": run.origin, "notes": run.notes, "known_from": run.known_from}
-    return {**run.recorded, "converted": source}
 
 
 def dashboard(run: Run, options: Options) -> None:

@@ -35,7 +35,7 @@ class Options:
     SAEBench's plots read, or a .json file for the core evaluation alone."""
     out: Path | None = None
     """Copy the SAE into this folder and write evaluation.json there. By default an SAE from the hub is copied into the
-    working folder, under the name of its repository; other SAEs are not copied."""
+    working folder, under the name of its repository; other SAEs are not copied. A single file is converted."""
     json: bool = False
     """Print the evaluation as JSON on stdout."""
 

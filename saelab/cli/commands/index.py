@@ -36,7 +36,7 @@ class Options:
     """Keep the model's unembedding in the run folder (half precision), so that the next index needs no model."""
     out: Path | None = None
     """Copy the SAE into this folder and write features/ there. By default an SAE from the hub is copied into the
-    working folder, under the name of its repository; other SAEs are not copied."""
+    working folder, under the name of its repository; other SAEs are not copied. A single file is converted."""
     device: str = "auto"
     """Where the SAE runs: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     overwrite: bool = False

@@ -28,7 +28,7 @@ class Options:
     """Hook point of the SAE, where its files do not record it, e.g. blocks.9.hook_resid_post."""
     out: Path | None = None
     """Copy the SAE into this folder and write the labels there. By default an SAE from the hub is copied into the
-    working folder, under the name of its repository; other SAEs are not copied."""
+    working folder, under the name of its repository; other SAEs are not copied. A single file is converted."""
     json: bool = False
     """Print the counts as JSON on stdout."""
 
