@@ -176,8 +176,8 @@ def main(output: Path = OUTPUT) -> None:
     for name, page in pages.items():
         path = output / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_text() != page:
-            path.write_text(page)
+        if not path.is_file() or path.read_text(encoding="utf-8") != page:
+            path.write_text(page, encoding="utf-8")
     for path in (output / "reference").iterdir():
         if f"reference/{path.name}" not in pages:
             path.unlink()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from saelab.errors import UserError
 
+WINDOWS = os.name == "nt"
 LOCK = ".saelab.lock"  # in a folder while it is being written
 # Errors of file systems without locks; network file systems may be mounted without them.
 NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader, or a crash at any moment, sees the old file or the new one."""
-    replace(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
+    replace(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -146,7 +147,10 @@ def lock(folder: Path, *, beside: bool = False, wait: bool = False) -> Iterator[
 
 def sync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if WINDOWS and path.is_dir():
+        return  # it opens no folders
+    # Windows writes nothing out for a file that is open for reading only.
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -143,6 +143,30 @@ def test_heavy_dependencies_have_one_gateway(path: Path) -> None:
         assert allowed is None or own in allowed, f"{name} is imported by {path.name}, not by {allowed}"
 
 
+def without_encoding(path: Path) -> Iterator[str]:
+    """Calls that read or write text in the encoding of the machine, which is UTF-8 on some only."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+            continue
+        function = node.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        owner = getattr(getattr(function, "value", None), "id", "")
+        modes = [a.value for a in [*node.args, *(w.value for w in node.keywords)] if isinstance(a, ast.Constant)]
+        text = not any(isinstance(mode, str) and "b" in mode for mode in modes)
+        if name in {"read_text", "write_text"} and owner != "loaders" and text:
+            yield f"{path.name}:{node.lineno}"
+        if name == "open" and text and owner[:1].islower() | (not owner) and owner != "os":
+            mode = next((mode for mode in modes if isinstance(mode, str)), "r")
+            if set(mode) <= set("rwxat+") or not modes:
+                yield f"{path.name}:{node.lineno}"
+
+
+def test_text_is_utf_8_on_every_machine() -> None:
+    files = [*FILES, *sorted((ROOT / "app").rglob("*.py")), ROOT / "docs" / "generate.py"]
+    found = [place for path in files for place in without_encoding(path)]
+    assert found == []
+
+
 def test_files_and_functions_stay_readable() -> None:
     files = [*FILES, *sorted((ROOT / "app").rglob("*.py"))]
     assert [path.name for path in files if path.read_text().count("\n") > MAX_FILE] == []

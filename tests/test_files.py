@@ -136,3 +136,27 @@ def test_leftovers_of_every_writer_are_found(tmp_path: Path) -> None:
     (tmp_path / ".made.0123abcd.partial" / "deep").mkdir(parents=True)
     files.remove_partial(tmp_path)
     assert names(tmp_path) == [".mine", "other.partial"]
+
+
+def test_windows_is_given_what_it_can_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens no folders, and refuses to write out a file that is open for reading only."""
+    fcntl = pytest.importorskip("fcntl")
+    opened, synced = os.open, []
+
+    def open_as_windows(path: Path, flags: int, *rest: int) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *rest)
+
+    def sync_as_windows(handle: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        synced.append(handle)
+
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(os, "open", open_as_windows)
+    monkeypatch.setattr(os, "fsync", sync_as_windows)
+    files.write_json(tmp_path / "a.json", {"ł": 1})
+    files.sync(tmp_path)
+    files.sync(tmp_path / "a.json")
+    assert len(synced) == 2 and (tmp_path / "a.json").read_text(encoding="utf-8").startswith("{")

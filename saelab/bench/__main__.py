@@ -15,7 +15,7 @@ def benchmarks() -> dict[str, str]:
     for path in [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/__main__.py"))]:
         name = path.stem if path.parent == folder else path.parent.name
         if name not in NOT_ONE:
-            says = ast.get_docstring(ast.parse(path.read_text())) or ""
+            says = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             found[f"saelab.bench.{name}"] = " ".join(says.split("\n\n")[0].split())
     return found
 

@@ -61,7 +61,7 @@ def measure(options: Options, folder: Path) -> list[dict[str, Any]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(_worker, (options, port, folder), nprocs=options.processes)
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("layout-*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("layout-*.json"))]
 
 
 def layouts(processes: int) -> list[int]:
@@ -97,12 +97,12 @@ def _layout(options: Options, dict_ranks: int, folder: Path) -> None:
         sizes = (options.batch_size, options.d_in, options.d_sae, options.k, parallel.data_size, dict_ranks)
         counted = {name: value / options.steps for name, value in (parallel.traffic - before).items()}
         result = {"dict_ranks": dict_ranks, "formula": traffic_per_step(*sizes), "counted": counted, "wire": wire}
-        (folder / f"layout-{dict_ranks:04d}.json").write_text(json.dumps(result))
+        (folder / f"layout-{dict_ranks:04d}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _loopback() -> int:
     """Bytes that the loopback interface has sent since the machine started."""
-    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text(encoding="utf-8"))
 
 
 def table(results: list[dict[str, Any]], processes: int) -> Table:

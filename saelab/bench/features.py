@@ -117,7 +117,7 @@ def build_in() -> None:
 
 def _peak() -> float:
     """Largest resident memory of this process so far, in MB; mapped files count while they are in memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     raise OSError("the kernel does not tell this process's peak memory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -75,6 +76,9 @@ _ELSE = "fix this, then run the command again"
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command. Exits with code 2 and a line on stderr for invalid input and for operating-system errors."""
     args = list(sys.argv[1:] if args is None else args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A console may lack the letters of a model's text: they are written as \\u0142 instead of ending the command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(stderr=True, highlight=False)
     try:
         _dispatch(args)

@@ -22,6 +22,8 @@ T = TypeVar("T")
 # Progress and remarks go to stderr, results to stdout, so that --json can be piped.
 console = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
+# The dots that turn are not in every console's encoding.
+SPINNER = "dots" if console.encoding.startswith("utf") else "line"
 
 
 def parse(

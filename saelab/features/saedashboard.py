@@ -65,7 +65,7 @@ def write_dashboard(
             features = list(_features(index, sae, part, corpus, lens))
             document = {"model_id": meta["model"], "layer": layer, "sae_set": sae_set}
             document |= {"sae_id_suffix": None, "features": features}
-            (partial / f"batch-{batch}.json").write_text(json.dumps(document))
+            (partial / f"batch-{batch}.json").write_text(json.dumps(document), encoding="utf-8")
             if progress is not None:
                 progress(start + len(part), len(wanted))
         settings = {
@@ -75,10 +75,12 @@ def write_dashboard(
             **corpus.settings,
         }
         settings |= {"n_features_at_a_time": BATCH, "model_id": meta["model"], "layer": layer}
-        (partial / "run_settings.json").write_text(json.dumps(settings, indent=2))
+        (partial / "run_settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
         skipped = sorted(set(range(index.d_sae * len(index.poles))) - set(numbers))
         names = {"model_id": meta["model"], "layer": str(layer), "sae_set": sae_set}
-        (partial / "skipped_indexes.json").write_text(json.dumps({**names, "skipped_indexes": skipped}))
+        (partial / "skipped_indexes.json").write_text(
+            json.dumps({**names, "skipped_indexes": skipped}), encoding="utf-8"
+        )
     return folder
 
 

@@ -145,7 +145,8 @@ def _copy_training_record(source: Path, folder: Path) -> None:
     if (source / RUN).is_file():
         shutil.copyfile(source / RUN, folder / RUN)
     if (source / METRICS).is_file():
-        (folder / METRICS).write_text("".join(thinned((source / METRICS).read_text().splitlines(True))))
+        lines = (source / METRICS).read_text(encoding="utf-8").splitlines(True)
+        (folder / METRICS).write_text("".join(thinned(lines)), encoding="utf-8")
 
 
 def thinned(lines: Sequence[str]) -> list[str]:

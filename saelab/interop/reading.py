@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise UserError(f"{path} has {path.stat().st_size} bytes, too many for a configuration")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({first_line(error)}); {AGAIN}") from error
     if not isinstance(content, dict):

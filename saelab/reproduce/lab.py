@@ -123,7 +123,7 @@ class Lab:
     def _offline(self, spec: Spec) -> dict[str, float]:
         sae, path = self.sae(spec), self._path(spec)
         if path.exists():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         result = evaluate(sae, self.cache, config=EvaluateConfig(density_tokens=self.scale.density_tokens))
         metrics = {name: e.value for name, e in result.metrics.items() if not name.startswith("legacy")}
         write_json(path, metrics)

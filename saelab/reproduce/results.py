@@ -18,7 +18,7 @@ DIFFERENCE = re.compile(r"difference(s?\.|$|_of_\d)")  # of the compared, not th
 def read_ledgers(folder: Path | str) -> list[dict[str, Any]]:
     """The ledgers of a folder, in the order of ``PAPERS``."""
     paths = [Path(folder) / f"{name}.json" for name in PAPERS]
-    found = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
     if not found:
         raise UserError(f"{folder} holds no ledger; run `saelab reproduce all --cache CACHE --out {folder}`")
     return found

@@ -41,7 +41,7 @@ def push_to_hub(run: Run | Path | str, repo: str, path: str | None = None, priva
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         present = set(api.list_repo_files(repo))
-        old = Path(api.hf_hub_download(repo, CARD)).read_text() if CARD in present else ""
+        old = Path(api.hf_hub_download(repo, CARD)).read_text(encoding="utf-8") if CARD in present else ""
         folders = sorted({name.removesuffix(f"/{CONFIG}") for name in present if name.endswith(f"/{CONFIG}")})
         files[CARD] = repository_card(repo, run, path, folders, old).encode()
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]

@@ -37,7 +37,7 @@ class JsonLines:
                     if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                         break
                     kept += len(line)
-        self.file = path.open("r+" if kept else "w", buffering=1)
+        self.file = path.open("r+" if kept else "w", buffering=1, encoding="utf-8")
         self.file.truncate(kept)
         self.file.seek(kept)
 
@@ -52,7 +52,7 @@ def recent_fvu(folder: Path, step: int, total: int) -> float:
     """Mean training FVU over the last twentieth of the run up to ``step``, read from the run's own log."""
     window = max(1, total // 20)
     values = []
-    for line in (folder / METRICS).read_text().splitlines():
+    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if step - window < row["step"] <= step:
             values.append(row["fvu"])

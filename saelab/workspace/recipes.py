@@ -18,6 +18,7 @@ from saelab.steering.vectors import SteeringVector, parse_strength
 from saelab.workspace.steering import Pick, pick_latent, pick_vector
 
 RECIPES = "recipes"
+RESERVED = re.compile("con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)  # names of devices on Windows
 
 
 def recipe_folder(root: Path, name: str) -> Path:
@@ -25,6 +26,8 @@ def recipe_folder(root: Path, name: str) -> Path:
     slug = re.sub(r"[^\w-]+", "-", name.strip()).strip("-_")
     if not slug:
         raise UserError("give the recipe a name of letters, digits or dashes")
+    if RESERVED.fullmatch(slug):
+        slug = f"recipe-{slug}"
     return root / RECIPES / slug[:80]
 
 

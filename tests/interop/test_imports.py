@@ -214,3 +214,32 @@ def npy(tmp_path: Path, content: np.ndarray) -> Path:
 def broken(tmp_path: Path, name: str) -> Path:
     (tmp_path / name).write_bytes(b"\x93NUMPY no such thing {[")
     return tmp_path / name
+
+
+@pytest.mark.parametrize("kind", ["<f2", ">f2", ">f4", "<f8", ">f8", "longdouble"])
+def test_every_kind_of_number_of_numpy(tmp_path: Path, kind: str) -> None:
+    acts = np.random.default_rng(0).normal(size=(40, 6)).astype(kind)
+    ids = np.arange(40).astype(">u2")
+    np.save(tmp_path / "acts.npy", acts)
+    np.save(tmp_path / "ids.npy", ids)
+    cache = import_activations(tmp_path / "c", tmp_path / "acts.npy", tokens=str(tmp_path / "ids.npy"))
+    assert cache.manifest.dtype == ("float16" if "f2" in kind else "float32")
+    found = cache.read(range(40))
+    assert torch.equal(found.acts, torch.from_numpy(acts.astype(np.float32))) and found.tokens.tolist() == ids.tolist()
+    wide = import_activations(tmp_path / "w", tmp_path / "acts.npy", dtype="float32")
+    assert wide.manifest.dtype == "float32"
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_columns_keep_their_precision(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    acts = np.random.default_rng(0).normal(size=(12, 6)).astype(kind)
+    features = datasets.Features({"acts": datasets.Sequence(datasets.Value(kind))})
+    data = datasets.Dataset.from_dict({"acts": list(acts)}, features=features)
+    data.to_parquet(str(tmp_path / "acts.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    for number, source in enumerate(("acts.parquet", "saved")):
+        cache = import_activations(tmp_path / f"c{number}", tmp_path / source)
+        assert cache.manifest.dtype == kind
+        assert torch.equal(cache.read(range(12)).acts, torch.from_numpy(acts.astype(np.float32)))

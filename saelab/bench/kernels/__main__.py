@@ -203,7 +203,7 @@ def _floor(n: int, d_in: int, d_sae: int, k: int) -> str:
 def _machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    about = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    about = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
     names = [line.partition(":")[2].strip() for line in about.splitlines() if line.startswith("model name")]
     name = f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"

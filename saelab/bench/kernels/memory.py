@@ -28,7 +28,7 @@ def measure(n: int, d_in: int, d_sae: int, k: int) -> float:
     p.optimizer.step()
     before = _status("VmRSS")
     p.optimizer.zero_grad()
-    CLEAR.write_text("5")  # the high-water mark starts anew
+    CLEAR.write_text("5", encoding="utf-8")  # the high-water mark starts anew
     for _ in range(2):
         steps.ours(p, x, k)()
     return (_status("VmHWM") - before) / 1024
@@ -36,7 +36,7 @@ def measure(n: int, d_in: int, d_sae: int, k: int) -> float:
 
 def _status(field: str) -> int:
     """Kibibytes."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(field + ":"))
     return int(line.split()[1])
 
 

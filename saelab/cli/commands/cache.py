@@ -12,7 +12,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from saelab.cli.console import console, counting, out, parse, print_json, stages
+from saelab.cli.console import SPINNER, console, counting, out, parse, print_json, stages
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.importing import import_activations
 from saelab.data.cache.merge import cache_summary, caches_in, merge
@@ -75,8 +75,8 @@ class Import:
     """Language model the activations come from: smollm2, a folder or a hub id."""
     hook_name: Annotated[str, tyro.conf.arg(name="hook", aliases=["--hook-name"])] = ""
     """Hook point, e.g. blocks.9.hook_resid_post; by default the column's name if that is a hook point."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision on disk."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Precision on disk; auto keeps float16, and is float32 for everything else."""
     held_out: float = 0.05
     """Share of the contexts, from the end, kept for evaluation."""
     overwrite: bool = False
@@ -123,7 +123,7 @@ def verify(options: Verify) -> None:
 
 
 def join(options: Merge) -> None:
-    with console.status("merging"):
+    with console.status("merging", spinner=SPINNER):
         merged = merge([ActivationCache(path) for path in options.caches], options.out, overwrite=options.overwrite)
     if options.json:
         print_json(cache_summary(merged))

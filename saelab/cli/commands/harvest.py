@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from saelab.cli.console import console, counting, out, parse, part, print_json, quiet
+from saelab.cli.console import SPINNER, console, counting, out, parse, part, print_json, quiet
 from saelab.data.cache.merge import cache_summary
 
 
@@ -85,7 +85,7 @@ def run(options: Any, config: Any) -> None:
 
     share, device = place(options)
     source = open_text(options.text, split=options.text_split, column=options.text_column)
-    with console.status(f"loading {options.model} (converted on first use)"):
+    with console.status(f"loading {options.model} (converted on first use)", spinner=SPINNER):
         model = load_model(options.model, device=device, dtype=options.model_dtype)
     settings: Any = {"overwrite": options.overwrite, "resume": options.resume, "share": share}
     with counting("harvest") as progress:

@@ -35,6 +35,7 @@ class Source(NamedTuple):
     length: int  # rows in a context
     d_in: int
     blocks: Callable[[int], Iterator[tuple[Tensor, Tensor | None]]]
+    dtype: str = "float32"  # on disk, if nobody asks for another
     hook_name: str = ""
 
 
@@ -47,7 +48,7 @@ def import_activations(
     split: str = "train",
     context_length: int | None = None,
     skip_first: int = 0,
-    dtype: str = "float32",
+    dtype: str = "auto",
     held_out: float = 0.05,
     shard_rows: int = 1 << 16,
     overwrite: bool = False,
@@ -61,7 +62,8 @@ def import_activations(
     dataset's column of activations; it may be left out where only one column holds vectors; ``tokens`` is the ``.npy``
     file or the column of token ids. Rows of a dataset are contexts ``[length, d_in]``, or single vectors which
     ``context_length`` joins to contexts. ``skip_first`` leaves out that many positions of each context, whose text is
-    kept. ``provenance`` are manifest fields such as ``model``, ``hook_name`` and ``bos``.
+    kept. ``dtype`` is the precision on disk; ``auto`` keeps float16 and stores everything else as float32.
+    ``provenance`` are manifest fields such as ``model``, ``hook_name`` and ``bos``.
     """
     check_provenance(provenance)
     found = _open(Path(source), column, tokens, split, context_length)
@@ -74,7 +76,7 @@ def import_activations(
     provenance.setdefault("text", found.name)
     manifest = Manifest(
         d_in=found.d_in,
-        dtype=dtype,
+        dtype=found.dtype if dtype == "auto" else dtype,
         context_length=found.length,
         skip_first=skip_first,
         held_out_fraction=held_out,
@@ -129,11 +131,19 @@ def _npy(path: Path, tokens: str | None, context_length: int | None) -> Source:
     def blocks(n: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         step = max(n // length, 1) * length
         for start in range(0, rows, step):
-            part = torch.from_numpy(np.array(flat[start : start + step]))
-            part = rearrange(part, "(context position) d_in -> context position d_in", position=length)
-            yield part, None if ids is None else torch.from_numpy(np.array(ids[start : start + step]))
+            part = rearrange(
+                _tensor(flat[start : start + step]), "(context position) d_in -> context position d_in", position=length
+            )
+            yield part, None if ids is None else _tensor(ids[start : start + step])
 
-    return Source(str(path), rows, length, d_in, blocks)
+    return Source(str(path), rows, length, d_in, blocks, "float16" if acts.dtype.itemsize == 2 else "float32")
+
+
+def _tensor(part: np.ndarray) -> Tensor:
+    """A copy of part of a file, whatever the byte order and the width of its numbers."""
+    if np.issubdtype(part.dtype, np.integer):
+        return torch.from_numpy(part.astype(np.int64))
+    return torch.from_numpy(part.astype(np.float16 if part.dtype.itemsize == 2 else np.float32))
 
 
 def _array(path: Path) -> np.ndarray:
@@ -175,7 +185,15 @@ def _dataset(path: Path, column: str | None, tokens: str | None, split: str, con
                     "contexts must be equally long"
                 ) from error
 
-    return Source(str(path), rows, length, d_in, blocks, column if "hook_" in column else "")
+    stored = _stored_dtype(data.features[column])
+    return Source(str(path), rows, length, d_in, blocks, stored, column if "hook_" in column else "")
+
+
+def _stored_dtype(feature: Any) -> str:
+    """float16 for a column of such numbers, whatever their shape; else float32."""
+    while isinstance(feature, (list, tuple)) or hasattr(feature, "feature"):
+        feature = feature[0] if isinstance(feature, (list, tuple)) else feature.feature
+    return "float16" if getattr(feature, "dtype", "") == "float16" else "float32"
 
 
 def _load(path: Path, split: str) -> Any:
