@@ -13,7 +13,8 @@ from saelab.errors import UserError
 from saelab.lm.fingerprint import DTYPES, coarser, row_gaps, same_activations
 from saelab.lm.hook_names import layer_of, side_of
 from saelab.lm.record import ModelRecord, differences
-from saelab.lm.sites import Site, check_replaceable, device_of, locate, underlying
+from saelab.lm.sites import Site, check_replaceable, device_of, locate
+from saelab.lm.structure import opened, underlying
 from saelab.lm.unwrapped import plain_model
 
 
@@ -23,6 +24,7 @@ def plain_site(model: Any, cache: ActivationCache) -> tuple[nn.Module, Site]:
     UserError where the model has no such place, or one whose replacement the later layers would not see in full.
     """
     manifest = cache.manifest
+    model = opened(model)
     if underlying(model) is model:
         return model, _splice_site(_recorded(model, manifest))
     site, plain = locate(model, manifest.hook_name), plain_model(model)

@@ -23,7 +23,7 @@ from saelab.errors import UserError, first_line
 from saelab.lm.fingerprint import relative_gap, same_activations
 from saelab.lm.hook_names import layer_of
 from saelab.lm.sites import Edit, Site, device_of, locate, replaceable
-from saelab.lm.structure import underlying
+from saelab.lm.structure import opened, underlying
 from saelab.lm.unwrapped import frozen, has_hooks, plain_model
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Reader:
     """
 
     def __init__(self, model: TransformerBridge | nn.Module, sites: Sequence[Site]) -> None:
+        model = opened(model)
         self.model, self.sites = model, list(sites)
         self.device = device_of(model)
         self.plain: nn.Module | None = model if underlying(model) is model else None

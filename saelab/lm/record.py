@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from saelab.errors import UserError
 from saelab.lm.fingerprint import DTYPES, dtype_name, model_dtype, weights_fingerprint
-from saelab.lm.loading import model_name
+from saelab.lm.loading import load_hf_model, load_model, model_name
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -59,8 +61,10 @@ class ModelRecord:
 
         True where no weights were recorded.
         """
+        if not self.fingerprint:
+            return True
         found = weights_fingerprint(model)
-        if not self.fingerprint or found == self.fingerprint or found in self.rounded.values():
+        if found == self.fingerprint or found in self.rounded.values():
             return True
         return any(weights_fingerprint(model, DTYPES[name]) == self.fingerprint for name in ("float16", "bfloat16"))
 
@@ -90,3 +94,32 @@ def differences(model: TransformerBridge | nn.Module, record: ModelRecord) -> st
     if found:
         return ", ".join(found)
     return "the weights agree, so hooks or other edits were set on one of the two models"
+
+
+def load_recorded(
+    record: ModelRecord,
+    what: str,
+    *,
+    name: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | None = None,
+    revision: str | None = None,
+    device_map: str | None = None,
+    any_weights: bool = False,
+    plain: bool = False,
+) -> Any:
+    """Load the recorded model, in the recorded precision and revision unless others are given, and check its weights.
+
+    ``what`` names what was made from the model, for the message. ``plain`` asks for the model without a bridge.
+    UserError where neither the record nor ``name`` says which model, and where the weights are others.
+    """
+    wanted = name or record.name
+    if not wanted:
+        raise UserError(f"{what} does not name its language model; give one with --model")
+    if revision is None and wanted == record.name and re.fullmatch("[0-9a-f]{40}", record.revision):
+        revision = record.revision  # of a hub id; a branch may have moved on since
+    load = load_hf_model if plain else load_model
+    precision = dtype or (record.dtype if record.dtype in DTYPES else "float32")
+    model = load(wanted, device=device, dtype=precision, revision=revision, device_map=device_map)
+    check_weights(model, record, what, any_weights)
+    return model

@@ -30,6 +30,7 @@ from saelab.lm.structure import (
     last_map,
     mlp,
     modules,
+    opened,
     projection,
     text_config,
     underlying,
@@ -83,6 +84,7 @@ class Site:
         The activations are replaced by what ``edit`` returns; None leaves them unchanged. Raises UserError where only
         the hooks of a bridge can read this place (side ``"inner"``).
         """
+        model = opened(model)
         if self.canonical and underlying(model) is not model:
             return _on_hook_point(cast("TransformerBridge", model).hook_dict[self.canonical], edit)
         if self.side == "inner":
@@ -125,6 +127,7 @@ def locate(model: nn.Module, name: str) -> Site:
     the model has no such place, or the reason why a place cannot be read. Every place can be read; ask
     :func:`check_replaceable` before writing to one.
     """
+    model = opened(model)
     site = _find(model, name)
     if site is None:
         raise UserError(f"the model has no hook point {name!r}: {near_matches(name, _existing(model, name))}")

@@ -28,9 +28,35 @@ _SINGLE = {"q": ("q_proj", "query"), "k": ("k_proj", "key"), "v": ("v_proj", "va
 _FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")
 
 
+def opened(model: nn.Module) -> nn.Module:
+    """The bridge or the plain model inside what ``torch.compile`` or PEFT made of it; any other model itself.
+
+    UserError for an adapter that puts tokens in front of the text: positions would not be those of the text.
+    """
+    model = model._modules.get("_orig_mod") or model  # torch.compile
+    if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
+        return model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UserError(
+            f"this {type(model).__name__} puts tokens of its own in front of the text; saelab takes adapters that "
+            "change weights, such as LoRA"
+        )
+    return opened(model.get_base_model())  # with the adapter in its layers
+
+
 def underlying(model: nn.Module) -> nn.Module:
-    """The module whose ``forward`` maps tokens to logits: a bridge's inner model, or the model itself."""
+    """The module whose ``forward`` maps tokens to logits: a bridge's inner model, or the plain model itself."""
+    model = opened(model)
     return getattr(model, "original_model", model)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` has compiled a model, or a part of it."""
+    for module in {id(m): m for m in (model, *underlying(model).modules())}.values():
+        compiled = getattr(module, "_compiled_call_impl", None) or module.__dict__.get("_compiled_call")
+        if compiled or "_orig_mod" in module._modules or hasattr(module.forward, "_torchdynamo_orig_callable"):
+            return True
+    return False
 
 
 def inside(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.structure import underlying
 from saelab.vocabulary import Vocabulary
 
 Prompts = str | Sequence[str]
@@ -27,6 +28,17 @@ def tokenizer_of(model: nn.Module, tokenizer: Any = None) -> Any:
     if found is None:
         raise UserError(f"{type(model).__name__} carries no tokenizer; give tokenizer=...")
     return found
+
+
+def end_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a text or a turn: those of the model's generation settings and of its configuration, which
+    may name several, and the tokenizer's EOS token; sorted, empty where none is known."""
+    root, found = underlying(model), set[int]()
+    config = getattr(root, "config", None)
+    for holder in (getattr(root, "generation_config", None), config, getattr(config, "text_config", None), tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        found |= {int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None}
+    return tuple(sorted(found))
 
 
 def token_ids(tokenizer: Any, text: str, bos: bool = True) -> list[int]:

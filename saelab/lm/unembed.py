@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.loading import load_hf_model
-from saelab.lm.structure import blocks, modules, text_config, underlying
+from saelab.lm.structure import blocks, modules, opened, text_config, underlying
 from saelab.lm.unwrapped import plain_model
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def unembedding(model: TransformerBridge | nn.Module | str | Path) -> Unembeddin
         found = unembedding(load_hf_model(model, device="cpu"))
         gc.collect()  # without this the rest of the model may stay in memory
         return found
+    model = opened(model)
     plain = model if underlying(model) is model else plain_model(model)  # pyright: ignore[reportArgumentType]
     return _of_bridge(model) if plain is None else _of_plain(plain)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.sites import Site, check_replaceable, locate
+from saelab.lm.structure import is_compiled
 from saelab.steering.edits import LatentEdits, check_conflicts
 from saelab.steering.interventions import Intervention, LatentIntervention, VectorIntervention
 from saelab.steering.positions import Positions, TokenContext
@@ -26,7 +27,8 @@ def attach(model: nn.Module, interventions: Intervention | Sequence[Intervention
     ``model`` is a TransformerLens bridge or a plain Hugging Face causal LM. Interventions at one hook point act in the
     order given, except that neighbours on one SAE share one encoding and act together; hook points act in the order of
     the model's layers. Prompt and generated tokens, cached and uncached steps, padded and single texts are treated
-    alike. The hooks are removed when the block ends, also by an exception.
+    alike. The hooks are removed when the block ends, also by an exception. A model that ``torch.compile`` has compiled
+    runs uncompiled inside the block.
     """
     interventions = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     check_conflicts([i for i in interventions if isinstance(i, LatentIntervention)])
@@ -39,6 +41,9 @@ def attach(model: nn.Module, interventions: Intervention | Sequence[Intervention
         if not intervention.idle:
             by_place[site.place].append(intervention)
     with ExitStack() as stack:
+        if is_compiled(model):
+            # Code that was compiled before a hook was set does not know of it.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         positions = stack.enter_context(Positions().follow(model))
         for group in by_place.values():
             site, hook = sites[group[0].hook_name], _hook(_edits(group), positions)
@@ -90,7 +95,7 @@ def _vector_edit(intervention: VectorIntervention) -> Edit:
         change = prepared.get((x.device, x.dtype))
         if change is None:
             change = prepared[x.device, x.dtype] = intervention.prepare(x)
-        return change(x) if mask is True else torch.where(mask[..., None], change(x), x)
+        return change(x) if mask is True else torch.where(mask[..., None].to(x.device), change(x), x)
 
     return edit
 

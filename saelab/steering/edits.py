@@ -44,7 +44,8 @@ class LatentEdits:
         masks = [context.select(i.where, i.skip_first) for i in self.interventions]
         if all(mask is False for mask in masks):
             return None
-        full = [torch.full(x.shape[:2], m, device=x.device) if isinstance(m, bool) else m for m in masks]
+        # The blocks of a model may be on several devices; the masks are where its tokens are.
+        full = [torch.full(x.shape[:2], m, device=x.device) if isinstance(m, bool) else m.to(x.device) for m in masks]
         chosen = torch.stack(full).any(dim=0)
         rows = x[chosen].to(self.sae.W_dec)
         if rows.shape[0] == 0:
@@ -62,7 +63,14 @@ class LatentEdits:
         new = base + change @ self.sae.W_dec[self.latents]
         if self.keep_error:  # a token whose code did not change keeps its activations bit for bit
             new = torch.where((change != 0).any(dim=1, keepdim=True), new, base)
-        return x.clone().masked_scatter_(chosen[..., None], new.to(x))
+        new = new.to(x)
+        if not bool(new.isfinite().all()):
+            latents, dtype = ", ".join(map(str, self.latents)), str(x.dtype).removeprefix("torch.")
+            raise UserError(
+                f"steering latent {latents} gives activations that are not finite in {dtype}; lower the strength, or "
+                "load the model in float32 (--model-dtype float32)"
+            )
+        return x.clone().masked_scatter_(chosen[..., None], new)
 
 
 def check_conflicts(interventions: Sequence[LatentIntervention]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.sites import device_of, underlying
-from saelab.lm.tokens import Prompts, tokenize, tokenizer_of
+from saelab.lm.tokens import Prompts, end_ids, tokenize, tokenizer_of
 from saelab.steering.attachment import attach
 from saelab.steering.interventions import Intervention
 
@@ -39,7 +40,13 @@ class Sampling:
             raise UserError(f"top_p={self.top_p} is a probability, above 0 and at most 1")
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Int[Tensor, " batch"]:
-        """One token per row of ``logits [batch, vocabulary]``."""
+        """One token per row of ``logits [batch, vocabulary]``; UserError where a row is not a distribution."""
+        # The maximum of a row is not finite where it holds a NaN or an infinity, and where all of it is minus infinity.
+        if not bool(logits.amax(dim=-1).isfinite().all()):
+            raise UserError(
+                f"the model's logits are not finite in {str(logits.dtype).removeprefix('torch.')}: lower the strength, "
+                "or load the model in float32 (--model-dtype float32)"
+            )
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         probs = (logits.float() / self.temperature).softmax(dim=-1)
@@ -60,11 +67,12 @@ def generate(
 ) -> str | list[str]:
     """The model's continuation of each prompt, without the prompt. A single prompt gives a single string.
 
-    ``sampling`` takes the fields of :class:`Sampling`; ``tokenizer`` is needed for a plain Hugging Face model.
+    ``sampling`` takes the fields of :class:`Sampling`; ``tokenizer`` is needed for a plain Hugging Face model. A text
+    ends at any token that :func:`saelab.lm.tokens.end_ids` lists.
     """
     tokenizer = tokenizer_of(model, tokenizer)
     ids, mask = tokenize(tokenizer, prompts)
-    rows = generate_tokens(model, ids, mask, interventions, eos=tokenizer.eos_token_id, **sampling)
+    rows = generate_tokens(model, ids, mask, interventions, eos=end_ids(model, tokenizer), **sampling)
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     return texts[0] if isinstance(prompts, str) else texts
 
@@ -83,7 +91,7 @@ def stream(
     written: list[int] = []
     shown = ""
     with attach(model, interventions) as positions, positions.generating(ids.shape[1]):
-        for tokens in _steps(model, ids, mask, Sampling(**sampling), tokenizer.eos_token_id):
+        for tokens in _steps(model, ids, mask, Sampling(**sampling), end_ids(model, tokenizer)):
             written.append(int(tokens[0]))
             text = tokenizer.decode(written, skip_special_tokens=True)
             if not text.endswith("\ufffd"):  # a character may be spread over several tokens
@@ -97,18 +105,19 @@ def generate_tokens(
     mask: Int[Tensor, "batch length"] | None = None,
     interventions: Intervention | Sequence[Intervention] = (),
     *,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     **sampling: Any,
 ) -> list[list[int]]:
-    """Token ids of each row's continuation, up to and without the end-of-text token ``eos``."""
+    """Token ids of each row's continuation, up to and without the first end-of-text token ``eos``, one or several."""
+    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     mask = torch.ones_like(ids) if mask is None else mask
     settings = Sampling(**sampling)
     with attach(model, interventions) as positions, positions.generating(ids.shape[1]):
-        steps = list(_steps(model, ids, mask, settings, eos))
+        steps = list(_steps(model, ids, mask, settings, ends))
     rows = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in range(ids.shape[0])]
-    if eos is None or not settings.stop_at_eos:
+    if not settings.stop_at_eos:
         return rows
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -136,19 +145,19 @@ def compare(
 
 
 @torch.no_grad()
-def _steps(model: nn.Module, ids: Tensor, mask: Tensor, settings: Sampling, eos: int | None) -> Iterator[Tensor]:
+def _steps(model: nn.Module, ids: Tensor, mask: Tensor, settings: Sampling, ends: Sequence[int]) -> Iterator[Tensor]:
     root, device = underlying(model), device_of(model)
     ids, mask = ids.to(device), mask.to(device)
     generator = torch.Generator().manual_seed(settings.seed)
-    eos = eos if settings.stop_at_eos else None
+    eos = torch.tensor(ends if settings.stop_at_eos else (), dtype=torch.int64, device=device)
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     cache, fresh = None, ids
     for _ in range(settings.max_new_tokens):
         logits, cache = forward(root, fresh, mask, cache, settings.use_cache, last_only=True)
         tokens = settings.draw(logits[:, -1], generator)
-        if eos is not None:
-            tokens = torch.where(done, torch.full_like(tokens, eos), tokens)
-            done |= tokens == eos
+        if eos.numel():
+            tokens = torch.where(done, eos[0], tokens)
+            done |= torch.isin(tokens, eos)
         if bool(done.all()):
             return
         yield tokens

@@ -45,6 +45,9 @@ class Add(VectorIntervention, operation="add"):
 
     def prepare(self, like: Tensor) -> Callable[[Tensor], Tensor]:
         shift = (self.vector.direction * self.length).to(like)
+        if not bool(shift.isfinite().all()):
+            dtype = str(like.dtype).removeprefix("torch.")
+            raise UserError(f"strength {self.strength} overflows {dtype}, in which the model runs; lower it")
         return lambda x: x + shift
 
 

@@ -30,9 +30,10 @@ class TokenContext:
     batch: int
     past: int  # columns already in the cache
     length: int
-    start: Int[Tensor, " batch"] | None  # column of each row's first real token; None where there is no padding
+    order: Int[Tensor, "batch length"] | None  # of each token among the real ones of its row; None without padding
     real: Bool[Tensor, "batch length"] | None  # False on padding; None where there is none in this pass
     prompt_length: int  # columns of the prompt, padding included
+    prompt_tokens: Int[Tensor, " batch"] | None  # real tokens in each row's prompt; None without padding
     tokens: Int[Tensor, "batch length"] | None
     device: torch.device
 
@@ -43,10 +44,8 @@ class TokenContext:
 
     @property
     def positions(self) -> Int[Tensor, "batch length"]:
-        """Distance of each token from its text's first token; negative on padding."""
-        if self.start is None:
-            return self.slots.expand(self.batch, -1)
-        return self.slots[None, :] - self.start[:, None]
+        """Distance of each token from its text's first token, padding not counted; negative on padding."""
+        return self.slots.expand(self.batch, -1) if self.order is None else self.order
 
     @property
     def generated(self) -> Bool[Tensor, "batch length"]:
@@ -61,7 +60,7 @@ class TokenContext:
         masks = [] if chosen is True else [chosen]
         if self.real is not None:
             masks.append(self.real)
-        if skip_first and (self.start is not None or self.past == 0):
+        if skip_first and (self.order is not None or self.past == 0):
             masks.append(self.positions != 0)
         if not masks:
             return True
@@ -88,8 +87,9 @@ class TokenContext:
                 )
             return mask
         wanted = torch.tensor([p for p in where if p >= 0], device=self.device)
-        from_end = torch.tensor([self.prompt_length + p for p in where if p < 0], device=self.device)
-        return torch.isin(self.positions, wanted) | torch.isin(self.slots, from_end)[None, :]
+        before = torch.tensor([p for p in where if p < 0], device=self.device)
+        ends = self.prompt_length if self.prompt_tokens is None else self.prompt_tokens[:, None]
+        return torch.isin(self.positions, wanted) | torch.isin(self.positions - ends, before)
 
 
 # "all", "prompt", "generated", positions in the text, or a predicate that returns a mask [batch, length].
@@ -110,6 +110,7 @@ class Positions:
         self._now: TokenContext | None = None
         self._depth = 0  # of nested calls of generate()
         self._prompt_length: int | None = None
+        self._prompt_mask: Tensor | None = None  # the mask that generate() was given
 
     @property
     def now(self) -> TokenContext:
@@ -146,11 +147,13 @@ class Positions:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if self._depth == 0:
                 self._prompt_length = _given_length(args, kwargs)
+                self._prompt_mask = _flat_mask(kwargs.get("attention_mask"))
             self._depth += 1
             try:
                 return generate(*args, **kwargs)
             finally:
                 self._depth -= 1
+                self._prompt_mask = None if self._depth == 0 else self._prompt_mask
 
         return wrapped
 
@@ -173,14 +176,39 @@ class Positions:
         prompt_length = self._prompt_length
         if prompt_length is None or (past == 0 and self._depth == 0):
             self._prompt_length = prompt_length = past + length
-        start = real = None
-        mask = given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+        order = real = prompt_tokens = None
+        mask = self._mask(given.get("attention_mask"), batch, past + length)
+        if mask is not None and not bool(mask.all()):
             mask = mask.to(carrier.device)
-            start = mask.long().argmax(dim=1)
-            chunk = mask[:, past : past + length].bool()
+            chunk, count = mask[:, past : past + length], mask.long().cumsum(dim=1)
+            order = torch.where(chunk, count[:, past : past + length] - 1, -1)
+            prompt_tokens = mask[:, :prompt_length].sum(dim=1)
             real = None if bool(chunk.all()) else chunk
-        self._now = TokenContext(batch, past, length, start, real, prompt_length, ids, carrier.device)
+        device = carrier.device
+        self._now = TokenContext(batch, past, length, order, real, prompt_length, prompt_tokens, ids, device)
+
+    def _mask(self, given: Any, batch: int, columns: int) -> Tensor | None:
+        """Which columns hold real tokens ``[batch, columns]``; None where nothing says so.
+
+        With a static cache generate() hands the model masks of attention, ``[batch, 1, length, columns]``, and several
+        of them where some layers see a window; what it was given itself is then the better source.
+        """
+        flat = _flat_mask(given)
+        if flat is None and self._prompt_mask is not None:
+            prompt = self._prompt_mask
+            prompt = prompt.repeat_interleave(max(batch // len(prompt), 1), dim=0)  # beams, several answers
+            flat = torch.cat([prompt, prompt.new_ones(batch, max(columns - prompt.shape[1], 0))], dim=1)
+        if flat is None:
+            given = (given.get("full_attention") or None) if isinstance(given, dict) else given
+            if not isinstance(given, Tensor) or given.ndim != 4:
+                return None
+            last = given[:, 0, -1]  # a text's last token sees all others
+            flat = last if last.dtype == torch.bool else last == 0
+        return flat[:, :columns]
+
+
+def _flat_mask(mask: Any) -> Tensor | None:
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _past_length(cache: Any) -> int:

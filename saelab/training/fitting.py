@@ -17,6 +17,7 @@ from saelab.distributed.sharding import whole as whole_of
 from saelab.errors import UserError, damaged
 from saelab.files import lock, remove_partial, write_json
 from saelab.layout import CHECKPOINTS, CONFIG, RUN
+from saelab.lm.record import ModelRecord
 from saelab.sae import SAE, VARIANTS
 from saelab.sae.base import current
 from saelab.sae.options import defaults as option_defaults
@@ -182,6 +183,7 @@ def run_description(sae: SAE, cache: ActivationCache, config: TrainConfig, sourc
         "train": asdict(config),
         "steps": n_steps(cache, config),
         "model_name": manifest.model,
+        "language_model": ModelRecord.from_manifest(manifest).to_json(),
         "hook_name": manifest.hook_name,
         "hf_hook_name": manifest.hf_hook_name,
         "context_size": manifest.context_length,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from saelab.errors import UserError
-from saelab.lm.tokens import tokenize, tokenizer_of
+from saelab.lm.tokens import end_ids, tokenize, tokenizer_of
 from saelab.runs import Run
 from saelab.steering import (
     OPERATIONS,
@@ -145,7 +145,7 @@ def continue_text(
 
     tokenizer = tokenizer_of(model)
     ids, mask = tokenize(tokenizer, prompt)
-    row = generate_tokens(model, ids, mask, list(interventions), eos=tokenizer.eos_token_id, **sampling)[0]
+    row = generate_tokens(model, ids, mask, list(interventions), eos=end_ids(model, tokenizer), **sampling)[0]
     return Continuation(row, decode_each(tokenizer, row))
 
 

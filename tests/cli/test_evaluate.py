@@ -74,7 +74,7 @@ def world(tmp_path, monkeypatch):
         sae.W_enc.copy_(torch.eye(D))
         sae.b_dec.zero_()
     save(sae, tmp_path / "run", {"model_name": "toy", "hook_name": cache.hook_name})
-    monkeypatch.setattr("saelab.lm.load_model", lambda name, **_: model)
+    monkeypatch.setattr("saelab.lm.record.load_model", lambda name, **_: model)
     return SimpleNamespace(model=model, cache=cache, sae=sae, path=tmp_path)
 
 

@@ -51,12 +51,13 @@ def test_a_kept_unembedding_stands_in_for_the_model(
     save(build("topk", 8, 32, k=3), tmp_path / "run", {"hook_name": "blocks.1.hook_resid_post"})
     asked = []
 
-    def ask(name: str) -> Unembedding:
-        asked.append(name)
+    def ask(model: str) -> Unembedding:
+        asked.append(model)
         generator = torch.Generator().manual_seed(0)
         return Unembedding(torch.randn(8, 60, generator=generator), torch.rand(8, generator=generator), True)
 
     monkeypatch.setattr("saelab.cli.commands.index.unembedding", ask)
+    monkeypatch.setattr("saelab.lm.record.load_model", lambda name, **_: name)
     command = ["index", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--overwrite"]
     main(command)
     assert not (tmp_path / "run" / "logit_lens.safetensors").exists()

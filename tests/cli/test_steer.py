@@ -97,7 +97,10 @@ def test_logits_are_attributed(run: str, capsys) -> None:
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--chat"], "no chat template"),
         (["--latent", "3", "--operation", "scale", "--strength", "2norm", "--prompt", PROMPT], "takes a factor"),
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--model", "./nowhere"], "does not exist"),
-        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--hook", "blocks.9.hook_out"], "no hook point"),
+        (
+            ["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--hook", "blocks.9.hook_out"],
+            "the model has 3 blocks",
+        ),
         (
             ["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--hook", "blocks.1.hook_resid_mid"],
             "cannot be replaced",

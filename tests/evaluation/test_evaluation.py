@@ -232,7 +232,7 @@ def test_benchmark_prints_both_ratios(world, monkeypatch, capsys):
     from saelab.bench.timing import Seconds
 
     save(world.sae, world.path / "run", {"model_name": "toy", "hook_name": world.cache.hook_name})
-    monkeypatch.setattr("saelab.lm.load_model", lambda name, **_: world.model)
+    monkeypatch.setattr("saelab.lm.record.load_model", lambda name, **_: world.model)
     done = 0  # the clock of this test: calls, so that a busy machine makes no difference
 
     def counted(name):

@@ -49,10 +49,10 @@ def cut(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """No long work, no models, no server; relative paths are inside the place."""
     for name in ("train.drive", "sweep.train", "evaluate.evaluate", "index.build_index", "explain.interpret_all"):
         monkeypatch.setattr(f"saelab.cli.commands.{name}", began)
-    for name in ("reproduce.reproduce", "steer.load_model", "convert.export", "convert.resave"):
+    for name in ("reproduce.reproduce", "steer.open_model", "convert.export", "convert.resave"):
         monkeypatch.setattr(f"saelab.cli.commands.{name}", began)
-    for name in ("saelab.lm.load_model", "saelab.lm.load_hf_model", "saelab.cli.commands.index.unembedding"):
-        monkeypatch.setattr(name, no_model)
+    for name in ("load_model", "load_hf_model", "record.load_model", "record.load_hf_model"):
+        monkeypatch.setattr(f"saelab.lm.{name}", no_model)
     monkeypatch.setattr("saelab.data.text.open_text", no_model)
     monkeypatch.setattr("saelab.interop.fetch.download", no_model)
     monkeypatch.setattr("saelab.cli.commands.demo.stages", lambda options: began())

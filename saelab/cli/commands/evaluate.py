@@ -10,11 +10,13 @@ from typing import Any
 import tyro
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
+from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_with_cache
 from saelab.devices import pick_device
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, Evaluation, TaskConfig, evaluate, run_tasks, saebench_json
 from saelab.files import write_json
+from saelab.lm.record import ModelRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +28,6 @@ class Options:
     folder, for a hub id into a copy of it."""
     cache: Path
     """Folder of the activation cache; its held-out rows are evaluated."""
-    model: str | None = None
-    """Language model for cross-entropy and KL; by default the one the cache was harvested from."""
-    device: str = "auto"
-    """Where the SAE and the language model run: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     saebench: Path | None = None
     """Also write SAEBench's JSON files: name a folder to write one file per evaluation, in the subfolders that
     SAEBench's plots read, or a .json file for the core evaluation alone."""
@@ -42,7 +40,7 @@ class Options:
 
 # The evaluation's options come after ours in the list of fields, so they are the first base.
 EvaluateOptions = dataclasses.make_dataclass(
-    "EvaluateOptions", [], bases=(TaskConfig, EvaluateConfig, Options), frozen=True
+    "EvaluateOptions", [], bases=(TaskConfig, EvaluateConfig, ModelOptions, Options), frozen=True
 )
 SHOWN = (
     *("fvu", "l0", "cosine", "relative_reconstruction_bias", "dead_fraction", "dense_fraction"),
@@ -57,9 +55,8 @@ def main(args: Sequence[str]) -> None:
     config, tasks = part(EvaluateConfig, options), part(TaskConfig, options)
     if options.saebench is not None and options.saebench.suffix == ".json" and tasks.tasks:
         raise UserError(f"--saebench {options.saebench} holds one result, tasks give several; name a folder")
-    result = run(
-        options.run, options.cache, options.model, config, tasks, options.out, options.saebench, options.device
-    )
+    model = part(ModelOptions, options)
+    result = run(options.run, options.cache, model, config, tasks, options.out, options.saebench)
     if options.json:
         print_json(result.content())
     else:
@@ -69,28 +66,25 @@ def main(args: Sequence[str]) -> None:
 def run(
     name: Path | str,
     cache_folder: Path,
-    model_name: str | None,
+    options: ModelOptions,
     config: EvaluateConfig,
     tasks: TaskConfig | None = None,
     out: Path | None = None,
     saebench: Path | None = None,
-    device: str = "auto",
 ) -> Evaluation:
     """Load everything, evaluate with a progress bar, save, and print where."""
-    place = pick_device(device)
+    place = pick_device(options.device)
     (opened, cache, folder), wanted = open_with_cache(name, cache_folder, out), tasks or TaskConfig()
     sae = opened.sae.to(place)
-    model, model_name = None, model_name or cache.manifest.model
-    if config.lm_tokens and not model_name:
+    model, known = None, options.model or cache.manifest.model
+    if config.lm_tokens and not known:
         console.print("the cache names no model: cross-entropy and KL are left out; give one with --model")
     elif config.lm_tokens or wanted.labels is not None:
-        if not model_name:
+        if not known:
             raise UserError(
                 f"{wanted.labels} must run through the language model; the cache names none, so give one with --model"
             )
-        from saelab.lm import load_model
-
-        model = load_model(model_name, device=place)
+        model = open_model(options, ModelRecord.from_manifest(cache.manifest), str(cache.path))
     with stages() as progress:
         # The tasks come first, so that an error in the labels shows before minutes of language model passes.
         found = run_tasks(sae, cache, wanted, model, seed=config.seed, progress=progress)

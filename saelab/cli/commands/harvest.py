@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from saelab.cli.console import SPINNER, console, counting, out, parse, part, print_json, quiet
 from saelab.data.cache.merge import cache_summary
@@ -20,7 +20,9 @@ class Options:
     hook: tuple[str, ...] = ("blocks.9.hook_resid_post",)
     """Hook points: TransformerLens names or Hugging Face module paths."""
     model: str = "smollm2"
-    """Language model: `smollm2`, a hub id or a local folder."""
+    """Language model: `smollm2`, `gemma3-270m`, a hub id, or a local folder (of a PEFT adapter too)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     text: tuple[str, ...] = ("wiki-sample",)
     """Text, one or more: `wiki-sample`, a .txt, .jsonl or .parquet file (also .gz, .bz2, .xz, .zst), a folder of them,
     or a dataset's hub id."""
@@ -31,8 +33,10 @@ class Options:
     device: str = "auto"
     """Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if there is one, under torchrun one for
     each process."""
-    model_dtype: str = "float32"
-    """Precision the model runs in."""
+    device_map: str | None = None
+    """Spread the model over several devices: auto, balanced, sequential (needs accelerate)."""
+    model_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision the model runs in; the cache records it, and later commands use it."""
     overwrite: bool = False
     """Replace an existing cache."""
     resume: bool = False
@@ -86,7 +90,8 @@ def run(options: Any, config: Any) -> None:
     share, device = place(options)
     source = open_text(options.text, split=options.text_split, column=options.text_column)
     with console.status(f"loading {options.model} (converted on first use)", spinner=SPINNER):
-        model = load_model(options.model, device=device, dtype=options.model_dtype)
+        where = {"device_map": options.device_map, "device": device, "revision": options.revision}
+        model = load_model(options.model, dtype=options.model_dtype, **where)
     settings: Any = {"overwrite": options.overwrite, "resume": options.resume, "share": share}
     with counting("harvest") as progress:
         if len(options.hook) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import tyro
 from einops import reduce
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
+from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_with_cache
 from saelab.data.cache import ActivationCache
 from saelab.devices import pick_device
@@ -19,6 +21,7 @@ from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
 from saelab.layout import LOGIT_LENS
 from saelab.lm import unembedding
+from saelab.lm.record import ModelRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,23 +33,27 @@ class Options:
     folder, for a hub id into a copy of it."""
     cache: Path
     """Folder of the activation cache."""
-    model: str | None = None
-    """Language model of the logit lens; by default the one the cache was harvested from. "none" leaves it out."""
     keep_unembedding: bool = False
     """Keep the model's unembedding in the run folder (half precision), so that the next index needs no model."""
     out: Path | None = None
     """Copy the SAE into this folder and write features/ there. By default an SAE from the hub is copied into the
     working folder, under the name of its repository; other SAEs are not copied. A single file is converted."""
-    device: str = "auto"
-    """Where the SAE runs: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     overwrite: bool = False
     """Replace an existing index; the old one stays until the new one is complete."""
     json: bool = False
     """Print a summary as JSON on stdout."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LensOptions(ModelOptions):
+    """The model of the logit lens."""
+
+    model: str | None = None
+    """Language model of the logit lens; by default the one the cache was harvested from. "none" leaves it out."""
+
+
 # The index's options come after ours in the list of fields, so they are the first base.
-IndexOptions = dataclasses.make_dataclass("IndexOptions", [], bases=(IndexConfig, Options), frozen=True)
+IndexOptions = dataclasses.make_dataclass("IndexOptions", [], bases=(IndexConfig, LensOptions, Options), frozen=True)
 
 
 def main(args: Sequence[str]) -> None:
@@ -54,7 +61,7 @@ def main(args: Sequence[str]) -> None:
     options = parse(IndexOptions, "index", args, "Describe every latent of a trained SAE over a corpus.")
     config = part(IndexConfig, options)
     places, keep = (options.run, options.cache), options.keep_unembedding
-    index = run(*places, options.model, config, options.overwrite, keep, options.out, options.device)
+    index = run(*places, part(LensOptions, options), config, options.overwrite, keep, options.out)
     if options.json:
         print_json(summary(index))
     else:
@@ -64,39 +71,42 @@ def main(args: Sequence[str]) -> None:
 def run(
     name: Path | str,
     cache_folder: Path,
-    model: str | None,
+    model: LensOptions,
     config: IndexConfig,
     overwrite: bool = False,
     keep_unembedding: bool = False,
     out: Path | None = None,
-    device: str = "auto",
 ) -> FeatureIndex:
     """Load everything and build the index with a progress bar."""
-    place = pick_device(device)
+    place = pick_device(model.device)
     opened, cache, folder = open_with_cache(name, cache_folder, out)
     opened.sae.to(place)
+    record = ModelRecord.from_manifest(cache.manifest)
     # The unembedding kept in the run serves for the run's own model; a model given with --model is loaded.
-    lens = (None if model else LogitLens.open(folder / LOGIT_LENS, cache.manifest.model)) or load_lens(
-        model or cache.manifest.model, cache
-    )
+    kept = None if model.model else LogitLens.open(folder / LOGIT_LENS, record.name, record.fingerprint)
+    lens = kept or load_lens(model, cache)
     if keep_unembedding and lens is not None:
-        lens.save(folder / LOGIT_LENS, model or cache.manifest.model)
+        lens.save(folder / LOGIT_LENS, model.model or record.name, record.fingerprint)
     with stages() as progress:
         return build_index(opened.sae, cache, folder, lens=lens, config=config, progress=progress, overwrite=overwrite)
 
 
-def load_lens(model: str, cache: ActivationCache) -> LogitLens | None:
-    """The unembedding of the named model; None, with a message, if no model is named."""
-    if model == "none":
+def load_lens(options: LensOptions, cache: ActivationCache) -> LogitLens | None:
+    """The unembedding of the model asked for; None, with a message, if no model is named."""
+    record = ModelRecord.from_manifest(cache.manifest)
+    if options.model == "none":
         return None
-    if not model:
+    if not options.model and not record.name:
         console.print("the cache names no model: the logit lens is left out; give one with --model")
         return None
+    model = open_model(dataclasses.replace(options, device="cpu"), record, str(cache.path))
     weights = unembedding(model)
+    del model
+    gc.collect()  # a bridge refers to itself: without this the rest of the model would stay in memory
     if weights.weight.shape[0] != cache.d_in:
         raise UserError(
-            f"{model} unembeds d_in={weights.weight.shape[0]}, {cache.path} holds d_in={cache.d_in}; "
-            "give its own model with --model, or --model none"
+            f"{options.model or record.name} unembeds d_in={weights.weight.shape[0]}, {cache.path} holds "
+            f"d_in={cache.d_in}; give its own model with --model, or --model none"
         )
     return LogitLens(weights.weight, weights.norm_weight, weights.centred)
 

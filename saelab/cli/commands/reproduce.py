@@ -78,9 +78,9 @@ def open_lab(options: Options, scale: Scale) -> Lab:
     name = options.model or cache.manifest.model
     model = decode = None
     if name:
-        from saelab.lm import load_model
+        from saelab.lm.record import ModelRecord, load_recorded
 
-        model = load_model(name)
+        model = load_recorded(ModelRecord.from_manifest(cache.manifest), str(cache.path), name=name)
         decode = model.tokenizer.decode
     # Another cache or recipe gives other SAEs: each has its own folder of runs.
     recipe = f"{cache.fingerprint}-{scale.d_sae}x{scale.epochs}x{scale.batch_size}x{scale.lr or 'auto'}"

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from rich.table import Table
 from rich.text import Text
 
 from saelab.cli.console import console, out, parse, print_json
+from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_run
 from saelab.devices import pick_device
 from saelab.errors import UserError
 from saelab.layout import RECIPE
-from saelab.lm import load_model
 from saelab.runs import Run
+from saelab.runs.language_model import model_record
 from saelab.steering import (
     OPERATIONS,
     Add,
@@ -35,7 +35,7 @@ from saelab.steering.vectors import Strength, parse_strength, pole_sign
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class OwnOptions:
     """What to steer with, and what to write."""
 
     run: tyro.conf.Positional[str]
@@ -55,10 +55,6 @@ class Options:
     """Damage that --strength auto may cause: mean KL divergence per token on the prompts, in nats; 0.3 by default."""
     hook: str | None = None
     """Hook point of the SAE; by default the one that its files record."""
-    model: str | None = None
-    """Language model; by default the one whose activations the SAE was trained on."""
-    device: str = "auto"
-    """Where the model and the SAE run: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """Text to continue; give the option again for more prompts."""
     chat: bool = False
@@ -83,6 +79,11 @@ class Options:
     """Write the vector as a llama.cpp control vector into this file."""
     json: bool = False
     """Print one JSON document on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ModelOptions, OwnOptions):
+    """What to steer, with what, and what to write."""
 
 
 def options_class() -> type[Options]:
@@ -111,12 +112,14 @@ def main(args: Sequence[str]) -> None:
     if (Path(options.run) / RECIPE).is_file():
         check_recipe(options)
         run, recipe = None, Recipe.load(options.run)
-        model = load(options.model or recipe.model.name, device)
+        # The recipe checks the model itself: its architecture and sizes too.
+        anyhow = dataclasses.replace(options, any_weights=True)
+        model = open_model(anyhow, recipe.model.record, f"the recipe {options.run}")
     else:
         run, recipe = open_run(options.run, options.hook or ""), None
         check(options, run)
         run.sae.to(device)
-        model = load(options.model or run.model_name, device)
+        model = open_model(options, model_record(run), f"the SAE {options.run}")
     prompts = [chat(model, prompt) for prompt in options.prompt] if options.chat else options.prompt
     if recipe is None:
         assert run is not None
@@ -188,14 +191,6 @@ def strength_of(options: Options) -> Strength | None:
     return f"{amount.default:g}max" if amount.units else amount.default
 
 
-def load(name: str | None, device: torch.device) -> Any:
-    """The language model by name."""
-    if not name:
-        raise UserError("the run does not record its language model; give --model")
-    console.print(f"loading {name}", markup=False)
-    return load_model(name, device=device)
-
-
 def chat(model: Any, prompt: str) -> str:
     """The prompt as a user's message in the model's chat template."""
     if not getattr(model.tokenizer, "chat_template", None):
@@ -227,7 +222,7 @@ def texts(options: Options, recipe: Recipe, model: Any, prompts: Sequence[str]) 
     if not prompts:
         return []
     sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    with recipe.attach(model):
+    with recipe.attach(model, options.any_weights):
         steered = generate(model, list(prompts), **sampling)
     rows = [{"prompt": prompt, "steered": text} for prompt, text in zip(prompts, steered)]
     if options.compare:

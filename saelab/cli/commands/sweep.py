@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from rich.console import Group
 from rich.live import Live
@@ -18,6 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from saelab.cli.console import console, out, output_folder, parse, print_json, progress_bar
+from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.data.cache import ActivationCache
 from saelab.devices import pick_device
@@ -25,7 +25,7 @@ from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig
 from saelab.files import replace
 from saelab.layout import SWEEP_REPORT
-from saelab.lm import load_hf_model
+from saelab.lm.record import ModelRecord
 from saelab.sweep import Grid, Member, measure, read_grid, run_sweep, save_results
 from saelab.sweep.grid import check_grid
 from saelab.training import n_steps
@@ -33,7 +33,7 @@ from saelab.viz.sweep import report as sweep_report
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class OwnOptions:
     """Which cache, which grid, and where to write."""
 
     cache: tyro.conf.Positional[Path]
@@ -42,8 +42,6 @@ class Options:
     """TOML file with [train], [[grid]] and [halving]; its format is described in docs/how-to/sweep.md."""
     out: Path
     """Folder to write: one run folder per SAE, sweep.parquet and report.html."""
-    device: str = "auto"
-    """Where SAEs and the language model run: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     resume: bool = False
     """Continue the sweep in the folder; the result is bit-identical to that of an uninterrupted one."""
     checkpoint_steps: int = 500
@@ -54,6 +52,11 @@ class Options:
     """Replace an existing folder."""
     json: bool = False
     """Print the table as JSON on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ModelOptions, OwnOptions):
+    """What to train, where, and the model to measure in."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -71,9 +74,10 @@ def main(args: Sequence[str]) -> None:
     config = EvaluateConfig(lm_tokens=options.lm_tokens)
     if not cache.n_split("held_out"):
         raise UserError(f"{cache.path} has no held-out rows to measure the SAEs on; harvest it with --held-out above 0")
-    if options.lm_tokens and not cache.manifest.model:
+    if options.lm_tokens and not (options.model or cache.manifest.model):
         raise UserError(
-            f"lm_tokens={options.lm_tokens} needs the language model, which {cache.path} does not name; leave it at 0"
+            f"lm_tokens={options.lm_tokens} needs the language model, which {cache.path} does not name; give it with "
+            "--model, or leave lm_tokens at 0"
         )
     # The old sweep is deleted last, so that an error in the options does not cost it.
     with output_folder(options.out, options.overwrite, options.resume):
@@ -83,7 +87,7 @@ def main(args: Sequence[str]) -> None:
             assert stop.signal is not None
             console.print(f"{stop.signal.name}: all SAEs saved; continue with --resume")
             sys.exit(stop.exit_code)
-        rows = evaluate(members, cache, config, device)
+        rows = evaluate(members, cache, config, options)
         path = save_results(rows, options.out)
         report = options.out / SWEEP_REPORT
         page = sweep_report(rows, title=options.out.name)
@@ -138,10 +142,11 @@ def view(members: Sequence[Member], bar: Progress) -> Group:
 
 
 def evaluate(
-    members: Sequence[Member], cache: ActivationCache, config: EvaluateConfig, device: torch.device
+    members: Sequence[Member], cache: ActivationCache, config: EvaluateConfig, options: ModelOptions
 ) -> list[dict[str, Any]]:
     """Measure the finished SAEs on held-out tokens, under a progress bar."""
-    model = load_hf_model(cache.manifest.model, device=device) if config.lm_tokens else None
+    record = ModelRecord.from_manifest(cache.manifest)
+    model = open_model(options, record, str(cache.path), plain=True) if config.lm_tokens else None
     with progress_bar() as bar:
         task = bar.add_task("measuring", total=len(members))
         return measure(members, cache, model, config, lambda _: bar.advance(task))

@@ -26,6 +26,7 @@ from saelab.features.indexing.logit_lens import LogitLens
 from saelab.features.indexing.postings import Postings, PostingsWriter
 from saelab.files import new_folder
 from saelab.layout import EXAMPLES, FEATURES, INDEX
+from saelab.lm.record import ModelRecord
 from saelab.sae import SAE
 from saelab.vocabulary import Vocabulary
 
@@ -140,6 +141,7 @@ def _meta(sae: SAE, cache: ActivationCache, config: IndexConfig, describer: Desc
         "cache": str(cache.path),
         "cache_fingerprint": cache.fingerprint,
         "model": manifest.model,
+        "language_model": ModelRecord.from_manifest(manifest).to_json(),
         "hook_name": manifest.hook_name,
         "context_length": manifest.context_length,
         "skip_first": manifest.skip_first,

@@ -32,25 +32,31 @@ class LogitLens:
     norm_weight: Float[Tensor, " d_in"] | None = None
     centred: bool = False
 
-    def save(self, path: Path, model: str) -> None:
-        """Keep it in a file (half precision), so that later indexes need no model. ``model`` is its name."""
+    def save(self, path: Path, model: str, weights: str = "") -> None:
+        """Keep it in a file (half precision), so that later indexes need no model. ``model`` is its name, ``weights``
+        their fingerprint."""
         tensors = {
             "unembed": self.unembed.half(),
             "centred": torch.tensor([self.centred]),
             "model": torch.tensor(list(model.encode()), dtype=torch.uint8),
+            "weights": torch.tensor(list(weights.encode()), dtype=torch.uint8),
         }
         if self.norm_weight is not None:
             tensors["norm_weight"] = self.norm_weight
         write_tensors(path, tensors)
 
     @classmethod
-    def open(cls, path: Path, model: str) -> LogitLens | None:
-        """The lens of ``model`` kept in a file; None where there is none, or that of another model."""
+    def open(cls, path: Path, model: str, weights: str = "") -> LogitLens | None:
+        """The lens of ``model`` kept in a file; None where there is none, or that of another model or other weights.
+
+        A file of 0.1.0 does not say of which weights it is, and does not count where ``weights`` are known.
+        """
         if not path.is_file():
             return None
         with damaged(path, "remove it", SafetensorError, RuntimeError):
             kept = load_file(path)
-            same = bytes(kept["model"].tolist()).decode() == model
+            of = [bytes(kept[name].tolist()).decode() if name in kept else "" for name in ("model", "weights")]
+            same = of == [model, weights]
             return cls(kept["unembed"].float(), kept.get("norm_weight"), bool(kept["centred"])) if same else None
 
     def effects(self, directions: Float[Tensor, "m d_in"]) -> Float[Tensor, "m vocab"]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.sites import check_replaceable, device_of, locate, underlying
-from saelab.lm.tokens import token_text, tokenize, tokenizer_of
+from saelab.lm.tokens import end_ids, token_text, tokenize, tokenizer_of
 from saelab.lm.unwrapped import frozen
 from saelab.runs import Run, as_run
 from saelab.sae import SAE
@@ -88,7 +88,9 @@ def attribute_logits(
     steered = sorted(named_latents(interventions) if latents is None else map(source.check_latent, latents))
     tokenizer = tokenizer_of(model, tokenizer)
     ids, _ = tokenize(tokenizer, prompt)
-    row = generate_tokens(model, ids, None, interventions, eos=tokenizer.eos_token_id, max_new_tokens=max_new_tokens)[0]
+    row = generate_tokens(
+        model, ids, None, interventions, eos=end_ids(model, tokenizer), max_new_tokens=max_new_tokens
+    )[0]
     text = torch.cat([ids, torch.tensor([row], dtype=torch.int64)], dim=1)
     path = _Path(model, hook_name, text, ids.shape[1], interventions)
     split = _Split(source.sae, path.x[0], path.steered_x[0], steered)

@@ -17,6 +17,8 @@ from saelab.steering.measure.effects import Effects, UnsteeredBaseline
 from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector
 
+SMALLEST = 2.0**-20  # of the limit: a strength this small does nothing
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -47,7 +49,7 @@ def calibrate(
     perplexities (1.1: ten per cent worse). The strength doubles from ``limit / 128`` until it exceeds the
     budget, then the bracket is halved until it is narrower than ``tolerance`` of itself. Where damage does not grow
     steadily with strength this finds the first crossing. ``limit`` defaults to four times the root-mean-square norm
-    of the activations.
+    of the activations. UserError where damage stays above the budget however small the strength.
     ``vector`` may be a function from a strength to any intervention; then ``limit`` is needed.
     """
     if (budget_kl is None) == (budget_perplexity is None):
@@ -67,14 +69,29 @@ def calibrate(
 
     def damage(strength: float) -> float:
         intervention = Add(vector, strength) if isinstance(vector, SteeringVector) else vector(strength)
-        trace.append((strength, damage_of(baseline.measure(intervention), unit)))
-        return trace[-1][1]
+        try:
+            found = damage_of(baseline.measure(intervention), unit)
+        except OverflowError:  # a ratio of perplexities beyond the largest number
+            found = math.inf
+        trace.append((strength, found))
+        return found
 
+    low, low_damage, reached = _largest(damage, budget, floor, limit, tolerance)
+    return Calibration(low, low_damage, budget, unit, reached, trace)
+
+
+def _largest(
+    damage: Callable[[float], float], budget: float, floor: float, limit: float, tolerance: float
+) -> tuple[float, float, bool]:
+    """The largest strength found within the budget, its damage, and whether a larger one is beyond the budget.
+
+    What is not a number, as after an overflow, is no damage within the budget.
+    """
     low, low_damage, high = 0.0, floor, limit / 128
     while (found := damage(high)) <= budget:
         low, low_damage = high, found
         if high >= limit:
-            return Calibration(low, low_damage, budget, unit, False, trace)
+            return low, low_damage, False
         high = min(2 * high, limit)
     while high - low > tolerance * high:
         middle = (low + high) / 2
@@ -82,7 +99,12 @@ def calibrate(
             low, low_damage = middle, found
         else:
             high = middle
-    return Calibration(low, low_damage, budget, unit, True, trace)
+        if low == 0 and high < limit * SMALLEST:
+            raise UserError(
+                f"the damage is {found:.3g} even at strength {high:.3g}, above the budget {budget:g}; give a larger "
+                "budget, or an operation that does nothing at strength 0"
+            )
+    return low, low_damage, True
 
 
 def damage_of(effects: Effects, unit: str) -> float:

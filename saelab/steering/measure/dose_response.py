@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from saelab.errors import UserError
-from saelab.lm.tokens import tokenize
+from saelab.lm.tokens import end_ids, tokenize
 from saelab.steering.directions import difference_of_means, random_direction
 from saelab.steering.generation import generate_tokens
 from saelab.steering.measure.effects import Effects, UnsteeredBaseline, repetition
@@ -172,7 +172,9 @@ def _continue(
         return None, None
     ids, mask = tokenize(baseline.tokenizer, baseline.prompts)
     tokenizer = baseline.tokenizer
-    rows = generate_tokens(baseline.model, ids, mask, add, eos=tokenizer.eos_token_id, max_new_tokens=max_new_tokens)
+    rows = generate_tokens(
+        baseline.model, ids, mask, add, eos=end_ids(baseline.model, tokenizer), max_new_tokens=max_new_tokens
+    )
     repeated = float(np.mean([repetition(row) for row in rows]))
     if score is None:
         return repeated, None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from saelab.errors import UserError
-from saelab.lm import model_name, weights_fingerprint
+from saelab.lm import model_name
+from saelab.lm.record import ModelRecord
 from saelab.lm.sites import blocks, underlying, width
 
 
@@ -20,17 +21,21 @@ class ModelIdentity:
     d_model: int | None
     n_layers: int
     fingerprint: str  # of the weights
+    revision: str = ""
+    dtype: str = ""  # the model ran in it; "" before 0.2.0
+    rounded: dict[str, str] = field(default_factory=dict)  # fingerprints of the weights rounded to these dtypes
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelIdentity:
         """The identity of a bridge or of a plain Hugging Face model; both give the same for the same weights."""
-        return cls(
-            model_name(model)[0] or None,
-            type(underlying(model)).__name__,
-            width(model),
-            len(blocks(model)[1]),
-            weights_fingerprint(model),
-        )
+        (name, revision), found = model_name(model), ModelRecord.of(model)
+        sizes = type(underlying(model)).__name__, width(model), len(blocks(model)[1])
+        return cls(name or None, *sizes, found.fingerprint, revision, found.dtype, found.rounded)
+
+    @property
+    def record(self) -> ModelRecord:
+        """The part that says which weights these are."""
+        return ModelRecord(self.name or "", self.revision, self.dtype, self.fingerprint, self.rounded)
 
     def check(self, model: nn.Module, any_weights: bool = False) -> None:
         """UserError unless ``model`` is this one, or with ``any_weights`` has the same architecture and sizes."""
@@ -41,8 +46,9 @@ class ModelIdentity:
                 raise UserError(
                     f"the recipe was made for {self.name or 'a model'} with {name} {mine}; this model has {theirs}"
                 )
-        if not any_weights and self.fingerprint != other.fingerprint:
+        if not any_weights and not self.record.has_weights_of(model):
             raise UserError(
                 f"the recipe was made for other weights ({self.name or self.architecture}, {self.fingerprint}); these "
-                f"are {other.name or other.architecture}, {other.fingerprint}. any_weights=True applies it anyway"
+                f"are {other.name or other.architecture}, {other.fingerprint}. any_weights=True (--any-weights) "
+                "applies it anyway"
             )
