@@ -127,7 +127,7 @@ def rates_for(entry: Entry, grid: Grid, cache: ActivationCache) -> list[float]:
         return sorted(entry.rates)
     assert grid.tuning is not None
     default = replace(entry.train, lr=TrainConfig().lr).resolved(entry.outline(cache.d_in), cache).lr
-    assert default is not None
+    assert isinstance(default, float)
     return sorted(factor * default for factor in grid.tuning.factors)
 
 

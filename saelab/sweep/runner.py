@@ -41,7 +41,8 @@ def run_sweep(
     schedule and checkpoints. One that diverges is stopped, with the reason in its ``message``, and the others continue.
     Closing the generator saves all; after a kill at any moment ``resume=True`` continues, with the guarantee of
     :func:`saelab.training.fit_steps`. Raises UserError before anything trains if an entry is impossible, or the grid or
-    the cache is not the one that was begun, or another process is writing the folder.
+    the cache is not the one that was begun, or the folder holds a sweep and ``resume`` is not set, or another process is
+    writing it.
 
     Where learning rates are tuned, all SAEs train on ``grid.view(cache)``, without its validation rows. All rates of
     all groups (entries that differ only in their seed) train in the same reading of the cache as the other entries, at
@@ -253,6 +254,8 @@ def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool)
                 raise UserError(f"{folder} was begun with another {part.split('_')[0]}; {remedy} or start a new sweep")
         cache.verify()
         return record
+    if path.is_file():  # its SAEs would count as trained, whatever the new grid says
+        raise UserError(f"{folder} holds a sweep; continue it with resume, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     record = {**about, "cache": str(cache.path), "rungs": {}, "stopped": {}}
     write_json(path, record)

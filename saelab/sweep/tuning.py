@@ -33,11 +33,11 @@ class Tuning:
 
 
 def rates_of(lr: Any) -> tuple[float, ...] | None:
-    """The rates that ``lr`` lists; () where they are multiples of the default one; None where ``lr`` is a number.
+    """The rates that ``lr`` lists; () where they are multiples of the default one; None where nothing is tuned.
 
     ``lr = "tune"`` asks for multiples of the default, ``lr = {tune = [5e-4, 1e-3]}`` names the rates.
     """
-    if lr is None or (isinstance(lr, int | float) and not isinstance(lr, bool)):
+    if lr in (None, "auto") or (isinstance(lr, int | float) and not isinstance(lr, bool)):
         return None
     if lr == TUNE:
         return ()

@@ -1,9 +1,12 @@
-"""Train a TopK SAE with SAELens and with saelab on the same activations and tokens, and compare on held-out ones.
+"""Train a TopK SAE with saelab, SAELens and sparsify, each at its own best learning rate, and compare held-out FVU.
 
     .venv-interop/bin/python -m tests.interop.side_by_side demo/cache --epochs 3
+    .venv-interop/bin/python -m tests.interop.side_by_side demo/cache --quick
 
-SAELens runs its own trainer with its own defaults (learning rate 3e-4, constant; activations scaled to norm
-sqrt(d_in)); saelab runs with its defaults. The batches are the same, in the same order.
+Every tool runs its own trainer with its own defaults, and reads the same batches in the same order. Its learning rate
+is tuned in the same way: multiples of the tool's default rate, and beyond them while the best one is at the edge,
+compared on validation rows that nobody trains on, with the first seed. Then all seeds train at the best rate. Intervals
+are of the difference to saelab, paired by seed and by context of the held-out rows, both of which are resampled.
 """
 
 from __future__ import annotations
@@ -11,71 +14,243 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
-from torch import Tensor
+from sparsify import SparseCoder, SparseCoderConfig, Trainer
+from sparsify import TrainConfig as SparsifyConfig
+from torch import Tensor, nn
 
 from saelab.data.cache import ActivationCache
+from saelab.evaluation.reconstruction import context_of_rows
 from saelab.sae import build
-from saelab.training import TrainConfig, n_steps, train_steps
+from saelab.training import TrainConfig, n_steps, prepared, train
+
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+FURTHEST = 64.0  # the largest multiple of a default, and one over the smallest, that is tried
+Coder = Callable[[Tensor], tuple[Tensor, Tensor]]  # rows [n, d_in] -> reconstructions and active latents per row
 
 
-def held_out_fvu(recon, cache: ActivationCache) -> float:
-    """``sum ||x - recon(x)||^2 / sum ||x - mean||^2`` over all held-out rows, in float64."""
-    x = torch.cat([batch.acts for batch in cache.batches(4096, split="held_out", seed=None)])
-    with torch.no_grad():
-        error = torch.cat([(part - recon(part)).double().square().sum(1) for part in x.split(4096)])
-    return (error.sum() / (x.double() - x.double().mean(0)).square().sum()).item()
+@dataclass(frozen=True)
+class Job:
+    """What every tool is asked to do. ``config`` holds the batches; its rate and seed are replaced."""
+
+    cache: ActivationCache  # with validation rows
+    config: TrainConfig
+    d_sae: int
+    k: int
+    rows: int  # at most so many validation and held-out rows are measured
+
+    def batches(self) -> Iterator[Tensor]:
+        """The training batches in saelab's order; goes on for ever, since SAELens draws a few for its scale first."""
+        epoch, seed = 0, self.config.data_seed
+        while True:
+            for batch in self.cache.batches(self.config.batch_size, seed=seed, epoch=epoch, drop_last=True):
+                yield batch.acts
+            epoch += 1
 
 
-def batches(cache: ActivationCache, config: TrainConfig) -> Iterator[Tensor]:
-    """The training batches in saelab's order; goes on for ever, since SAELens draws a few for its scale first."""
-    epoch = 0
-    while True:
-        for batch in cache.batches(config.batch_size, split="train", seed=config.seed, epoch=epoch, drop_last=True):
-            yield batch.acts
-        epoch += 1
+def saelab(job: Job, lr: float | None, seed: int) -> Coder:
+    config = TrainConfig(epochs=job.config.epochs, batch_size=job.config.batch_size, seed=seed, lr=lr)
+    sae = build("topk", job.cache.d_in, job.d_sae, k=job.k)
+    train(sae, job.cache, config)
+
+    def code(x: Tensor) -> tuple[Tensor, Tensor]:
+        found = sae.encode(x)
+        return sae.decode(found), found.nonzero().row_ptr.diff()
+
+    return code
 
 
-def saelens(cache: ActivationCache, config: TrainConfig, d_sae: int, k: int) -> float:
-    """Held-out FVU of SAELens' TopK."""
+def saelens(job: Job, lr: float | None, seed: int) -> Coder:
+    assert lr is not None
     normalise = "expected_average_only_in"
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=cache.d_in, d_sae=d_sae, k=k, normalize_activations=normalise))
-    size = config.batch_size
-    options = {"n_batches_for_norm_estimate": 20, "lr_end": 3e-5}  # the default lr_end stops it with an empty error
-    settings = SAETrainerConfig(n_steps(cache, config) * size, size, **options)
-    trained = SAETrainer(settings, sae, batches(cache, config)).fit()
-    return held_out_fvu(trained.eval(), cache)
+    config = TopKTrainingSAEConfig(d_in=job.cache.d_in, d_sae=job.d_sae, k=job.k, normalize_activations=normalise)
+    size = job.config.batch_size
+    options: dict[str, Any] = {"n_batches_for_norm_estimate": 20}
+    options["lr_end"] = lr / 10  # its schedule is constant, but without this number it stops with an empty error
+    settings = SAETrainerConfig(n_steps(job.cache, job.config) * size, size, lr=lr, **options)
+    trained: Any = SAETrainer(settings, TopKTrainingSAE(config), job.batches()).fit().eval()
+    return lambda x: (trained(x), (trained.encode(x) != 0).sum(1))
 
 
-def ours(cache: ActivationCache, config: TrainConfig, d_sae: int, k: int) -> float:
-    """Held-out FVU of saelab's TopK."""
-    sae = build("topk", cache.d_in, d_sae, k=k)
-    for _ in train_steps(sae, cache, config):
-        pass
-    return held_out_fvu(sae, cache)
+class Replay(nn.Module):
+    """A "language model" for sparsify's trainer: its one module returns the cached activations of the given rows."""
+
+    def __init__(self, acts: Tensor) -> None:
+        super().__init__()
+        self.acts, self.point, self.device = acts, nn.Identity(), acts.device
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.point(self.acts[input_ids].float())
+
+
+def sparsify(job: Job, lr: float | None, seed: int) -> Coder:
+    size, steps = job.config.batch_size, n_steps(job.cache, job.config)
+    stream = job.batches()
+    # Sequences of one token, so that any batch size is a whole number of them.
+    acts = torch.cat([next(stream) for _ in range(steps)])
+    rows = Dataset.from_dict({"input_ids": torch.arange(len(acts))[:, None].tolist()}).with_format("torch")
+    with tempfile.TemporaryDirectory() as folder:
+        config = SparsifyConfig(
+            SparseCoderConfig(num_latents=job.d_sae, k=job.k),
+            batch_size=size,
+            lr=lr,
+            hookpoints=["point"],
+            init_seeds=[seed],
+            log_to_wandb=False,
+            save_dir=folder,
+        )
+        model: Any = Replay(acts)
+        Trainer(config, rows, model).fit()
+        coder = SparseCoder.load_from_disk(f"{folder}/unnamed/point")  # its averaged weights, which it saves
+
+    def code(x: Tensor) -> tuple[Tensor, Tensor]:
+        found = coder.encode(x)
+        return coder.decode(found.top_acts, found.top_indices), (found.top_acts != 0).sum(1)
+
+    return code
+
+
+def default_rates(job: Job) -> dict[str, float]:
+    """The rate that each tool takes if none is given."""
+    ours = prepared(build("topk", job.cache.d_in, job.d_sae, k=job.k), job.cache, job.config).lr
+    assert ours is not None
+    return {"saelab": ours, "saelens": SAETrainerConfig(1, 1).lr, "sparsify": 5e-3 / (job.d_sae / 2**14) ** 0.5}
+
+
+TOOLS = {"saelab": saelab, "saelens": saelens, "sparsify": sparsify}
+
+
+@torch.no_grad()
+def errors(coder: Coder, job: Job, split: Any) -> tuple[np.ndarray, np.ndarray, float]:
+    """Squared error and squared deviation from the mean of each context, in float64, and the mean L0."""
+    x = torch.cat([batch.acts for batch in job.cache.head(job.rows, split=split)])
+    context = context_of_rows(job.cache, split, len(x)).numpy()
+    error, active = [], []
+    for part in x.split(4096):
+        recon, count = coder(part)
+        error.append((part.double() - recon.double()).square().sum(1))
+        active.append(count)
+    deviation = (x.double() - x.double().mean(0)).square().sum(1)
+    sums = [np.bincount(context, weights=values.numpy()) for values in (torch.cat(error), deviation)]
+    return sums[0], sums[1], torch.cat(active).double().mean().item()
+
+
+def attempt(tool: str, job: Job, lr: float, seed: int) -> Coder:
+    """Train one SAE."""
+    torch.manual_seed(seed)
+    return TOOLS[tool](job, lr, seed)
+
+
+def tune(tool: str, job: Job, default: float) -> dict[float, float]:
+    """Validation FVU at each rate tried; infinite where training failed."""
+
+    def score(factor: float) -> float:
+        try:
+            error, deviation, _ = errors(attempt(tool, job, factor * default, seed=0), job, "validation")
+        except Exception as reason:  # a tool may stop in any way where a rate is too high
+            sys.stderr.write(f"{tool} at {factor * default:.3g}: {reason}\n")
+            return float("inf")
+        fvu = float(error.sum() / deviation.sum())
+        return fvu if np.isfinite(fvu) else float("inf")
+
+    tried = {factor: score(factor) for factor in FACTORS}
+    while True:
+        best, low, high = min(tried, key=tried.__getitem__), min(tried), max(tried)
+        beyond = low / 2 if best == low else high * 2 if best == high else None
+        if beyond is None or not 1 / FURTHEST <= beyond <= FURTHEST:
+            return {factor * default: fvu for factor, fvu in sorted(tried.items())}
+        tried[beyond] = score(beyond)
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray, deviation: np.ndarray) -> tuple[float, float, float]:
+    """Mean difference of FVU, theirs minus ours ``[seeds, contexts]``, and its 95 % interval."""
+    generator, draws = np.random.default_rng(0), []
+    seeds, contexts = ours.shape
+    for _ in range(2000):
+        s, c = generator.integers(seeds, size=seeds), generator.integers(contexts, size=contexts)
+        draws.append(((theirs - ours)[s][:, c].sum(1) / deviation[c].sum()).mean())
+    mean = float(((theirs - ours).sum(1) / deviation.sum()).mean())
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return mean, float(low), float(high)
+
+
+def compare(job: Job, tools: list[str], seeds: int) -> dict[str, Any]:
+    """Tune every tool, train it with every seed, and measure."""
+    size = job.config.batch_size
+    result: dict[str, Any] = {"tokens": n_steps(job.cache, job.config) * size, "d_sae": job.d_sae, "k": job.k}
+    defaults, per_context = default_rates(job), {}
+    for tool in tools:
+        tried = tune(tool, job, defaults[tool])
+        lr = min(tried, key=tried.__getitem__)
+        began, found = time.process_time(), []
+        for seed in range(seeds):
+            found.append(errors(attempt(tool, job, lr, seed), job, "held_out"))
+        seconds = (time.process_time() - began) / seeds
+        per_context[tool] = np.stack([error for error, _, _ in found])
+        deviation = found[0][1]
+        row = {"default_lr": defaults[tool], "tried": {f"{rate:.3g}": fvu for rate, fvu in tried.items()}, "lr": lr}
+        row |= {"held_out_fvu": (per_context[tool].sum(1) / deviation.sum()).tolist(), "l0": [f[2] for f in found]}
+        row["cpu_s"] = round(seconds, 1)
+        if tool != "saelab":
+            names = ("difference", "low", "high")
+            row |= dict(zip(names, difference(per_context["saelab"], per_context[tool], deviation)))
+        result[tool] = row
+        sys.stderr.write(f"{tool}: {json.dumps(row)}\n")
+    return result
+
+
+def table(result: dict[str, Any], tools: list[str]) -> str:
+    """One line per tool."""
+    lines = [
+        f"{'tool':<10}{'default lr':>12}{'best lr':>12}{'L0':>7}{'held-out FVU':>14}   worse than saelab by (95 %)"
+    ]
+    for tool in tools:
+        row = result[tool]
+        fvu, l0 = np.mean(row["held_out_fvu"]), np.mean(row["l0"])
+        behind = "" if tool == "saelab" else f"{row['difference']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
+        lines.append(f"{tool:<10}{row['default_lr']:>12.3g}{row['lr']:>12.3g}{l0:>7.2f}{fvu:>14.4f}   {behind}")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, help="train on the first so many rows only")
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=65536, help="validation and held-out rows that are measured")
+    parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=list(TOOLS))
+    parser.add_argument("--quick", action="store_true", help="one epoch of 32,768 rows, 768 latents, batches of 512")
     args = parser.parse_args()
-    cache, config = ActivationCache(args.cache), TrainConfig(epochs=args.epochs, seed=args.seed)
-    result = {"tokens": n_steps(cache, config) * config.batch_size, "d_sae": args.d_sae, "k": args.k}
-    for name, run in (("saelab", ours), ("saelens", saelens)):
-        torch.manual_seed(args.seed)
-        started = time.process_time()
-        result[name] = {"held_out_fvu": run(cache, config, args.d_sae, args.k), "cpu_s": time.process_time() - started}
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    if args.quick:
+        args.epochs, args.tokens, args.d_sae, args.batch_size, args.rows = 1, 32_768, 768, 512, 8192
+    cache = ActivationCache(args.cache).with_validation(0.05)
+    if args.tokens is not None and args.tokens < cache.n_split("train"):
+        shards = cache.shards  # what is not trained on is there to be validated on
+        cache = cache.with_validation_from(shards.first_row(shards.context_of(args.tokens)))
+    config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size)
+    tools = ["saelab", *(tool for tool in args.tools if tool != "saelab")]
+    result = compare(Job(cache, config, args.d_sae, args.k, args.rows), tools, args.seeds)
+    sys.stdout.write(f"{json.dumps(result, indent=2)}\n{table(result, tools)}\n")
 
 
 if __name__ == "__main__":

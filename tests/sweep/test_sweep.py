@@ -278,6 +278,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_trains(
         assert not (tmp_path / "out").exists()
 
 
+def test_another_sweep_is_not_begun_where_one_is(cache: ActivationCache, tmp_path: Path) -> None:
+    grid = {"train": TRAIN, "grid": [{"variant": "topk", "d_sae": 20, "k": 2, "lr": 1e-2}]}
+    run(grid, cache, tmp_path / "sweep")
+    other = {**grid, "train": {**TRAIN, "decay": "cosine"}}  # the SAE has the same name
+    with pytest.raises(UserError, match="holds a sweep; continue it with resume, or choose another folder"):
+        run(other, cache, tmp_path / "sweep")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"rungs": {}, "stopped": {}}'])
 def test_a_damaged_record_is_named(content: str, cache: ActivationCache, tmp_path: Path) -> None:
     run(GRID, cache, tmp_path / "sweep", stop=3)
