@@ -97,6 +97,17 @@ def _cut(tokenizer: Any, ids: Sequence[int]) -> bytes:
     return b"" if None in parts or _whole(data) else data
 
 
+def written_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of generated tokens, without special tokens and without a character that is cut at the end."""
+    whole = text = tokenizer.decode(ids, skip_special_tokens=True)
+    # A character has at most four bytes. SentencePiece gives up the whole run of bytes for one that is cut.
+    for stop in range(len(ids) - 1, max(len(ids) - 4, -1), -1):
+        if not text.endswith("\ufffd") or _bytes(tokenizer, int(ids[stop])) is None:
+            return text
+        text = tokenizer.decode(ids[:stop], skip_special_tokens=True)
+    return whole if text.endswith("\ufffd") else text
+
+
 def vocabulary(tokenizer: Any) -> Vocabulary:
     """The text of each token id of the vocabulary as it reads within a text, and the bytes of parts of characters."""
     size = max(tokenizer.get_vocab().values()) + 1

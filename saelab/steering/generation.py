@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.sites import device_of, underlying
-from saelab.lm.tokens import Prompts, end_ids, tokenize, tokenizer_of
+from saelab.lm.tokens import Prompts, end_ids, tokenize, tokenizer_of, written_text
 from saelab.steering.attachment import attach
 from saelab.steering.interventions import Intervention
 
@@ -73,7 +73,7 @@ def generate(
     tokenizer = tokenizer_of(model, tokenizer)
     ids, mask = tokenize(tokenizer, prompts)
     rows = generate_tokens(model, ids, mask, interventions, eos=end_ids(model, tokenizer), **sampling)
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    texts = [written_text(tokenizer, row) for row in rows]
     return texts[0] if isinstance(prompts, str) else texts
 
 
@@ -93,10 +93,9 @@ def stream(
     with attach(model, interventions) as positions, positions.generating(ids.shape[1]):
         for tokens in _steps(model, ids, mask, Sampling(**sampling), end_ids(model, tokenizer)):
             written.append(int(tokens[0]))
-            text = tokenizer.decode(written, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):  # a character may be spread over several tokens
-                yield text[len(shown) :]
-                shown = text
+            text = written_text(tokenizer, written)  # a character may be spread over several tokens
+            yield text[len(shown) :]
+            shown = text
 
 
 def generate_tokens(

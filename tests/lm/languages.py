@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 SENTENCES = {
@@ -38,6 +39,10 @@ def train(kind: str) -> Any:
         fallback = [f"<0x{byte:02X}>" for byte in range(256)]
         trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=["<unk>", "<s>", *fallback])
         backend.train_from_iterator(english, trainer)
+        # The trainer takes them for special tokens, which they are not.
+        content = json.loads(backend.to_str())
+        content["added_tokens"] = content["added_tokens"][:2]
+        backend = Tokenizer.from_str(json.dumps(content))
     else:
         backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         backend.pre_tokenizer = pre_tokenizers.Whitespace()

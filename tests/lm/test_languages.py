@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from saelab.lm.tokens import decode_each, token_text, vocabulary
+from saelab.lm.tokens import decode_each, token_text, vocabulary, written_text
 from saelab.vocabulary import Vocabulary
 from tests.lm.languages import KINDS, SENTENCES, train
 
@@ -55,6 +55,17 @@ def test_a_character_belongs_to_the_token_that_completes_it() -> None:
     assert known.side_by_side([*parts[:2], ids[-1]]) == ["", "<E7 8C>", "a"]
     across = Vocabulary(["", ""], {0: "猫".encode()[:2], 1: "猫".encode()[2:] + "の".encode()[:1]})
     assert across.run((0, 1)) == (["", "猫<E3>"], ["猫", "猫<E3>"])
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_a_generation_grows_by_whole_characters(tokenizer: Any, language: str) -> None:
+    ids = tokenizer(SENTENCES[language], add_special_tokens=False)["input_ids"]
+    whole, before = tokenizer.decode(ids), ""
+    for stop in range(len(ids) + 1):
+        text = written_text(tokenizer, ids[:stop])
+        assert text.startswith(before) and whole.startswith(text)
+        before = text
+    assert before == whole
 
 
 def test_word_pieces_have_their_space() -> None:
