@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from saelab.errors import UserError, first_line
 from saelab.lm.fingerprint import relative_gap, same_activations
 from saelab.lm.hook_names import layer_of
+from saelab.lm.limits import check_length, check_tokens
 from saelab.lm.sites import Edit, Site, device_of, locate, replaceable
 from saelab.lm.structure import opened, underlying
 from saelab.lm.unwrapped import frozen, has_hooks, plain_model
@@ -47,6 +48,7 @@ class Reader:
         self.model, self.sites = model, list(sites)
         self.device = device_of(model)
         self.plain: nn.Module | None = model if underlying(model) is model else None
+        self.checked_length = False
 
     def widths(self, tokens: Int[Tensor, "n_ctx ctx"]) -> list[int]:
         """``d_in`` at each hook point; UserError where it holds no vector per token."""
@@ -91,9 +93,9 @@ class Reader:
         """What the bridge reads; None, with a message, where TransformerLens cannot run the model."""
         try:
             return self.activations(tokens)
-        except torch.OutOfMemoryError:
+        except (UserError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except Exception as error:  # whatever its components stumble over
             _log.warning(
                 "reading the plain Hugging Face model: TransformerLens cannot run this one (%s)", first_line(error)
             )
@@ -174,6 +176,10 @@ class Reader:
 
     def _run(self, tokens: Int[Tensor, "n_ctx ctx"], hooks: Sequence[Edit]) -> Float[Tensor, "n_ctx ctx d_vocab"]:
         """Logits of a forward pass with ``hooks[i]`` at ``sites[i]``; a hook may return a replacement."""
+        check_tokens(self.model, tokens, getattr(self.model, "tokenizer", None))
+        if not self.checked_length:
+            check_length(self.model, tokens.shape[1], "a context")
+            self.checked_length = True  # once, because a warning per pass would drown the rest
         tokens = tokens.to(self.device)
         with contextlib.ExitStack() as stack:
             for site, hook in zip(self.sites, hooks):

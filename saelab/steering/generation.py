@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.limits import check_length, check_tokens
 from saelab.lm.sites import device_of, underlying
 from saelab.lm.tokens import Prompts, end_ids, tokenize, tokenizer_of, written_text
 from saelab.steering.attachment import attach
@@ -146,6 +147,8 @@ def compare(
 @torch.no_grad()
 def _steps(model: nn.Module, ids: Tensor, mask: Tensor, settings: Sampling, ends: Sequence[int]) -> Iterator[Tensor]:
     root, device = underlying(model), device_of(model)
+    check_tokens(model, ids[mask.bool()])
+    check_length(model, int(mask.sum(dim=1).max()) + settings.max_new_tokens, "a prompt with its continuation")
     ids, mask = ids.to(device), mask.to(device)
     generator = torch.Generator().manual_seed(settings.seed)
     eos = torch.tensor(ends if settings.stop_at_eos else (), dtype=torch.int64, device=device)
@@ -173,6 +176,8 @@ def forward(
     ``last_only`` spares the logits before the last position where the model can.
     """
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    # The embedding looks padding up too, and may have no row for the token that the tokenizer pads with.
+    ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, 0)
     options: dict[str, Any] = {"use_cache": use_cache}
     if cache is not None:
         options["past_key_values"] = cache
