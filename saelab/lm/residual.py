@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from saelab.errors import first_line
 from saelab.lm.structure import attention, blocks, children, mlp, text_config
 
+_log = logging.getLogger(__name__)
 _TOKENS = 6  # run through the model
 
 
@@ -61,7 +64,13 @@ def sublayers(model: nn.Module, index: int) -> Sublayers:
     found = _known.setdefault(model, {})
     if index not in found:
         _, layers = blocks(model)
-        found[index] = _find(layers[index], _run(model, layers[index]))
+        try:
+            found[index] = _find(layers[index], _run(model, layers[index]))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a block stumbles over that is run alone, or with token ids only
+            _log.info("block %d could not be run (%s)", index, first_line(error))
+            found[index] = Sublayers(None, None, None)
     return found[index]
 
 

@@ -295,7 +295,7 @@ def _structural(model: nn.Module, name: str, index: int, point: str) -> Site | N
     if sublayer is None:
         raise UserError(
             f"{name}: this block has no {'MLP' if point.startswith('mlp') else 'attention'}, only "
-            f"{', '.join(children(block))}; choose another hook point"
+            f"{', '.join(children(block))}; use hook_resid_pre or hook_resid_post"
         )
     path, module = f"{path}.{sublayer}".rstrip("."), child(block, sublayer)
     if point.startswith("mlp") and is_mixture(block):
@@ -313,6 +313,8 @@ def _projected(model: nn.Module, name: str, path: str, module: nn.Module, which:
     if getattr(text_config(model), "kv_lora_rank", None):
         raise UserError(f"{name}: latent attention makes queries, keys and values of two parts each; use attn.hook_z")
     found = projection(model, module, which)
+    if found is not None and found[1] == ():
+        raise UserError(f"{name}: {path}.{found[0]} gives more than that (a gate, for example); use attn.hook_z")
     return None if found is None else Site(name, f"{path}.{found[0]}", "out", columns=found[1])
 
 
@@ -322,14 +324,26 @@ def _sublayer(model: nn.Module, name: str, index: int, point: str) -> Site | Non
     plain = model if underlying(model) is model else plain_model(cast("TransformerBridge", model))
     if plain is None:
         return None
-    found: Place | None = getattr(sublayers(plain, index), _ADDED.get(point) or _SUBLAYERS[point])
+    added = sublayers(plain, index)
+    found: Place | None = getattr(added, _ADDED.get(point) or _SUBLAYERS[point])
     if point in _SUBLAYERS:
         # The sublayer's own output, before a norm or a multiplier, but without a residual stream in it.
         own = mlp(layers[index]) if point.startswith("mlp") else attention(layers[index])
         if own and (found is None or not f"{found.path}.".startswith(f"{own}.")):
             found = Place(own, "out")
         found = found and Place(found.path, found.side)
-    return found and Site(name, f"{prefix}.{index}.{found.path}", found.side, scale=found.scale)
+    if found is not None:
+        return Site(name, f"{prefix}.{index}.{found.path}", found.side, scale=found.scale)
+    block = layers[index]
+    if point in _PARTIAL and added.attn_out and added.mlp_out:
+        reason = "attention and MLP of this block read the same input, so there is no stream between them"
+    elif attention(block) is None or mlp(block) is None:
+        reason = f"this block has no attention with an MLP after it, only {', '.join(children(block))}"
+    elif plain is model:
+        reason = "no module of this block shows it"
+    else:
+        return None
+    raise UserError(f"{name}: {reason}; use hook_resid_pre or hook_resid_post")
 
 
 def _by_path(model: nn.Module, name: str) -> Site | None:

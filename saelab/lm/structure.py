@@ -167,7 +167,7 @@ def projection(model: nn.Module, module: nn.Module, which: str) -> tuple[str, tu
     own = children(module)
     name = next((name for name in _SINGLE[which] if name in own), None)
     if name is not None:
-        return (name, None) if _out_features(own[name]) == wanted else None
+        return name, (None if _out_features(own[name]) == wanted else ())
     name = next((name for name in _FUSED if name in own), None)
     if name is None:
         return None
