@@ -45,7 +45,8 @@ class Reader:
 
     def __init__(self, model: TransformerBridge | nn.Module, sites: Sequence[Site]) -> None:
         model = opened(model)
-        self.model, self.sites = model, list(sites)
+        self.model: Any = model
+        self.sites = list(sites)
         self.device = device_of(model)
         self.plain: nn.Module | None = model if underlying(model) is model else None
         self.checked_length = False
@@ -185,8 +186,7 @@ class Reader:
             for site, hook in zip(self.sites, hooks):
                 stack.enter_context(site.register(self._runs, hook))
             if self.plain is None:
-                bridge: Any = self.model
-                return bridge(tokens, return_type="logits")
+                return self.model(tokens, return_type="logits")
             return self.plain(input_ids=tokens, use_cache=False).logits
 
 

@@ -14,14 +14,18 @@ import itertools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from saelab.errors import first_line
-from saelab.lm.structure import attention, blocks, children, mlp, text_config
+from saelab.lm.structure import attention, blocks, children, mlp, text_config, underlying
+from saelab.lm.unwrapped import plain_model
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 _log = logging.getLogger(__name__)
 _TOKENS = 6  # run through the model
@@ -59,13 +63,19 @@ class _Stop(Exception):
 _known: WeakKeyDictionary[nn.Module, dict[int, Sublayers]] = WeakKeyDictionary()
 
 
-def sublayers(model: nn.Module, index: int) -> Sublayers:
-    """The places of block ``index`` of a plain Hugging Face model; the model runs once, up to that block."""
-    found = _known.setdefault(model, {})
+def sublayers(model: nn.Module, index: int) -> Sublayers | None:
+    """The places of block ``index`` of a bridge or of a plain Hugging Face model, the same on both.
+
+    The model runs once, up to that block. None for a bridge whose weights fit no plain model.
+    """
+    found = _known.setdefault(underlying(model), {})
     if index not in found:
-        _, layers = blocks(model)
+        plain = model if underlying(model) is model else plain_model(cast("TransformerBridge", model))
+        if plain is None:
+            return None
+        _, layers = blocks(plain)
         try:
-            found[index] = _find(layers[index], _run(model, layers[index]))
+            found[index] = _find(layers[index], _run(plain, layers[index]))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a block stumbles over that is run alone, or with token ids only

@@ -36,7 +36,6 @@ from saelab.lm.structure import (
     underlying,
     width,
 )
-from saelab.lm.unwrapped import plain_model
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -321,10 +320,9 @@ def _projected(model: nn.Module, name: str, path: str, module: nn.Module, which:
 def _sublayer(model: nn.Module, name: str, index: int, point: str) -> Site | None:
     """The site of what a sublayer adds to the residual stream, and of the stream between the two."""
     prefix, layers = blocks(model)
-    plain = model if underlying(model) is model else plain_model(cast("TransformerBridge", model))
-    if plain is None:
+    added = sublayers(model, index)
+    if added is None:
         return None
-    added = sublayers(plain, index)
     found: Place | None = getattr(added, _ADDED.get(point) or _SUBLAYERS[point])
     if point in _SUBLAYERS:
         # The sublayer's own output, before a norm or a multiplier, but without a residual stream in it.
@@ -339,7 +337,7 @@ def _sublayer(model: nn.Module, name: str, index: int, point: str) -> Site | Non
         reason = "attention and MLP of this block read the same input, so there is no stream between them"
     elif attention(block) is None or mlp(block) is None:
         reason = f"this block has no attention with an MLP after it, only {', '.join(children(block))}"
-    elif plain is model:
+    elif underlying(model) is model:
         reason = "no module of this block shows it"
     else:
         return None

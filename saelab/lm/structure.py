@@ -85,7 +85,7 @@ def children(module: nn.Module) -> dict[str, nn.Module]:
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of the language model, also where it is a part of a multimodal model; None for none."""
-    config = getattr(underlying(model), "config", None)
+    config: Any = getattr(underlying(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
