@@ -40,9 +40,9 @@ def run_sweep(
     Each SAE ends bit-identical to one that :func:`saelab.training.fit_steps` trains alone: it has its own optimizer,
     schedule and checkpoints. One that diverges is stopped, with the reason in its ``message``, and the others continue.
     Closing the generator saves all; after a kill at any moment ``resume=True`` continues, with the guarantee of
-    :func:`saelab.training.fit_steps`. Raises UserError before anything trains if an entry is impossible, or the grid or
-    the cache is not the one that was begun, or the folder holds a sweep and ``resume`` is not set, or another process is
-    writing it.
+    :func:`saelab.training.fit_steps`. Raises UserError before anything trains if an entry is impossible, if the grid or
+    the cache is not the one that was begun, if the folder holds a sweep and ``resume`` is not set, or if another
+    process is writing it.
 
     Where learning rates are tuned, all SAEs train on ``grid.view(cache)``, without its validation rows. All rates of
     all groups (entries that differ only in their seed) train in the same reading of the cache as the other entries, at
