@@ -134,8 +134,8 @@ def rates_for(entry: Entry, grid: Grid, cache: ActivationCache) -> list[float]:
 def best_of(tried: Sequence[dict[str, Any]], asked: float | None) -> dict[str, Any] | None:
     """The trial of the smallest FVU; None if no rate gave one.
 
-    A rate that ends with more active latents than were asked for has an advantage, so it does not take part, unless all
-    do; then the one nearest to the L0 asked for is taken.
+    A rate with more active latents than were asked for has an advantage, so it does not take part. Where all have more,
+    the one nearest to the L0 asked for is taken.
     """
     usable = [trial for trial in tried if trial["fvu"] is not None and math.isfinite(trial["fvu"])]
     if asked is not None and (fair := [trial for trial in usable if trial["l0"] <= asked * (1 + NEAR)]):
@@ -144,11 +144,16 @@ def best_of(tried: Sequence[dict[str, Any]], asked: float | None) -> dict[str, A
 
 
 def validation_score(cache: ActivationCache, device: Any) -> Callable[[Path], tuple[float, float]]:
-    """A function that gives FVU and L0 of a run folder's SAE on the validation rows."""
+    """A function that gives FVU and L0 of a run folder's SAE on the validation rows.
+
+    Thresholds are set anew on those rows, in memory, so that all rates are compared at the L0 asked for. After few
+    tokens L0 on rows other than the training sample can be a quarter off, which moves FVU more than the rate does.
+    """
 
     def score(folder: Path) -> tuple[float, float]:
         sae = load_sae(folder).to(device)
         with sae.evaluating():
+            sae.calibrate(batch.acts.to(sae.device) for batch in cache.head(split="validation"))
             sums, _ = reconstruction(sae, cache, split="validation")
         found = sums.estimates()
         return found["fvu"].value, found["l0"].value

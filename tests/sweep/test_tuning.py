@@ -181,6 +181,19 @@ def test_a_run_of_a_tuned_sweep_is_not_resumed_on_other_rows(cache: ActivationCa
         next(fit_steps(entry.build(D_IN), cache, entry.train, tmp_path / "sweep" / entry.name, resume=True))
 
 
+@pytest.mark.parametrize("variant", ["gated", "jump_relu", "relu", "batch_topk"])
+def test_rates_are_compared_at_the_l0_that_was_asked_for(cache: ActivationCache, tmp_path: Path, variant: str) -> None:
+    block = {"variant": variant, "d_sae": 20, "l0": 2, "lr": {"tune": [2e-3, 2e-2]}}
+    (member,) = run(
+        {"train": TRAIN, "grid": [block], "tune": {"validation": 0.3, "stop_early": False}}, cache, tmp_path / "sweep"
+    )
+    assert [trial["l0"] for trial in member.tried] == pytest.approx([2, 2], rel=0.02)
+    (entry,) = make_grid({"train": TRAIN, "grid": [{**block, "lr": member.entry.train.lr}]}).entries
+    for _ in fit_steps(entry.build(D_IN), cache.with_validation(0.3), entry.train, tmp_path / "solo"):
+        pass
+    assert contents(member.folder) == contents(tmp_path / "solo")  # the comparison has not changed the SAE
+
+
 def trial(lr: float, fvu: float | None, l0: float) -> dict:
     return {"lr": lr, "fvu": fvu, "l0": l0}
 
