@@ -79,6 +79,12 @@ class SparseCode:
         counts = torch.bincount(self.rows()[keep], minlength=self.n)
         return SparseCode(self.values[keep], self.indices[keep], _row_ptr(counts), self.d_sae)
 
+    def first(self, d_sae: int) -> SparseCode:
+        """The code in the first ``d_sae`` latents, the others left out."""
+        keep = self.indices < d_sae
+        counts = torch.bincount(self.rows()[keep], minlength=self.n)
+        return SparseCode(self.values[keep], self.indices[keep], _row_ptr(counts), d_sae)
+
     def detach(self) -> SparseCode:
         """The same code, cut from the graph."""
         return replace(self, values=self.values.detach())

@@ -67,3 +67,8 @@ def test_dense_is_differentiable_in_the_values() -> None:
     values = code.values.clone().requires_grad_()
     SparseCode(values, code.indices, code.row_ptr, code.d_sae).dense().sum().backward()
     assert torch.equal(values.grad, torch.ones(5))
+
+
+def test_the_first_latents_of_a_code() -> None:
+    dense = torch.tensor([[1.0, 0, 2, 3], [0, 0, 0, 4], [0, 5, 0, 0]])
+    assert torch.equal(SparseCode.from_dense(dense).first(3).dense(), dense[:, :3])

@@ -12,6 +12,7 @@ from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.metrics import FiringCounts, ReconstructionSums
 from saelab.sae import SAE
+from saelab.sparse import SparseCode
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -58,7 +59,7 @@ def reconstruction(
     total = min(max_tokens or cache.n_split(split), cache.n_split(split))
     clusters = context_of_rows(cache, split, total)
     sums = ReconstructionSums(int(clusters[-1]) + 1, torch.tensor(cache.manifest.mean, dtype=torch.float64))
-    firing, done = FiringCounts(sae.d_sae), 0
+    firing, done = FiringCounts(sae.d_sae - sae.n_bookkeeping), 0
     for batch in cache.head(total, batch_size, split=split, grads=grads):
         own = clusters[done : done + len(batch.acts)]
         measure_batch(sae, batch.acts, batch.grads, own, sums, firing)
@@ -74,8 +75,14 @@ def measure_batch(
     """Encode and decode rows ``x [n, d_in]`` and add them to the sums."""
     x = x.to(sae.device)
     code = sae.encode(x, None if grads is None else grads.to(sae.device))
-    sums.update(x.cpu(), sae.decode(code).cpu(), code.to("cpu"), clusters)
+    recon, code = sae.decode(code), features(sae, code)
+    sums.update(x.cpu(), recon.cpu(), code.to("cpu"), clusters)
     firing.update(code)
+
+
+def features(sae: SAE, code: SparseCode) -> SparseCode:
+    """The code without bookkeeping latents: they are in every token's reconstruction and stand for nothing."""
+    return code.first(sae.d_sae - sae.n_bookkeeping) if sae.n_bookkeeping else code
 
 
 @torch.no_grad()
@@ -97,7 +104,7 @@ def count_firing(
     if n_tokens <= 0:
         return
     for batch in cache.head(n_tokens, batch_size, split="train", seed=0):
-        firing.update(sae.encode(batch.acts.to(sae.device)))
+        firing.update(features(sae, sae.encode(batch.acts.to(sae.device))))
         done += len(batch.acts)
         if progress is not None:
             progress("firing", done, n_tokens)

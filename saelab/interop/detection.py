@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from saelab.errors import MALFORMED, UserError, first_line
+from saelab.interop import kind
 from saelab.interop.collections import complete, on_hub
 from saelab.interop.fetch import download, resolve, split_id
 from saelab.interop.foreign import Foreign
@@ -41,6 +42,7 @@ def detect(path: Path) -> Format:
     form = find_format(path)
     if form is not None:
         return form
+    kind.check_unknown(path)
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else path.name
     raise UserError(f"{path} is in no SAE format known here (found {inside}); known: {', '.join(sorted(FORMATS))}")
 
@@ -54,6 +56,8 @@ def read(path: Path | str, **options: Any) -> Foreign:
     try:
         foreign = form.read(path, **options)
         complete(foreign, path)
+        if foreign.W_enc is not None and (note := kind.doubt(foreign.W_enc, foreign.W_dec)):
+            foreign.notes.append(note)
         return foreign
     except UserError:
         raise

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from saelab.errors import UserError
 from saelab.interop.origin import Origin
 
 SKIP = ("affine_skip_connection", "W_skip", "skip.weight")  # tensors that lead around the latents
+UNRELATED = 0.05  # median cosine of the two directions of a latent; trained SAEs have 0.2 and more
+MAX_SETTINGS = 2**20  # bytes
 DECODERS = ("W_dec", "decoder.weight", "decoder_linear.weight")
 # A word of a name; "clt" is a cross-layer transcoder, L5TC and LXTC are Llama Scope's transcoders.
 WORDS = re.compile(
@@ -43,15 +46,38 @@ def check_type(origin: Path, value: object, field: str) -> None:
             refuse(origin, word, f"its configuration has {field}={value!r}")
 
 
-def check_names(path: Path) -> None:
+def check_names(path: Path, sure: bool = False) -> None:
     """Refuse a path whose repository or folders carry the name of a transcoder or crosscoder.
 
-    Only for files that do not say themselves what they are.
+    Only for files that do not say themselves what they are; ``sure`` if they cannot be an SAE in any case.
     """
     place = Origin.of(path)
     for name in (place.repository, *place.inside.split("/")):
         if found := WORDS.search(name):
-            refuse(path, _what(found), f"by the name {name!r}; the file itself does not say (rename it if it is one)")
+            hint = "" if sure else "; the file itself does not say (rename it if it is one)"
+            refuse(path, _what(found), f"by the name {name!r}{hint}")
+
+
+def check_unknown(path: Path) -> None:
+    """Refuse by name what is in no format of SAEs: circuit-tracer's sets of transcoders, for example."""
+    check_names(path, sure=True)
+    settings = (path if path.is_dir() else path.parent) / "config.yaml"
+    if settings.is_file() and settings.stat().st_size < MAX_SETTINGS:
+        text = settings.read_text(encoding="utf-8", errors="replace")
+        if "feature_output_hook" in text:
+            refuse(path, "transcoder", "its config.yaml has feature_output_hook, as circuit-tracer's have")
+
+
+def doubt(W_enc: Tensor, W_dec: Tensor) -> str | None:
+    """The note on an encoder ``[d_in, d_sae]`` and a decoder ``[d_sae, d_in]`` whose directions are unrelated.
+
+    Training an SAE turns each latent's two directions to each other; a transcoder's lie in different spaces. Where
+    nothing else tells them apart, this is a hint, no proof.
+    """
+    cosine = torch.nn.functional.cosine_similarity(W_enc.T, W_dec, dim=1).median().item()
+    if abs(cosine) >= UNRELATED:
+        return None
+    return f"encoder and decoder directions are unrelated (median cosine {cosine:.3f}): it may be a transcoder"
 
 
 def _what(found: re.Match[str]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelab.errors import UserError
 from saelab.interop.foreign import Foreign
+from saelab.sae.normalised import KINDS
 
 # Points whose values are sums of what the layers write: their mean over the dimensions is 0 in a centred model.
 WRITTEN = re.compile(
@@ -22,7 +23,9 @@ RMS_NORM = re.compile(r"gemma|llama|mistral|mixtral|qwen|smollm|deepseek|olmo-2|
 
 def per_token(how: str) -> str:
     """The note on a normalisation of each token."""
-    return f"reads activations normalised token by token ({how}): done before encoding, undone after decoding"
+    extra = sum(KINDS[how])
+    carry = f"the last {extra} latents carry" if extra > 1 else "the last latent carries"
+    return f"each token is normalised ({how}) before encoding, and that is undone after decoding; {carry} what it takes"
 
 
 def no_scale(origin: Path, why: str) -> NoReturn:

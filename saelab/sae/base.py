@@ -57,6 +57,7 @@ class SAE(nn.Module, ABC):
     scaled: ClassVar[tuple[str, ...]] = ("b_dec",)
     tunable: ClassVar[tuple[str, ...]] = ()  # options that act only in training, which fine-tuning may change
     l0_option: ClassVar[str] = "k"  # which option says how many latents are active per token, if one does
+    n_bookkeeping: int = 0  # latents at the end that carry numbers of the token, no features; metrics leave them out
     only_if_set: ClassVar[tuple[str, ...]] = ()  # options that the configuration omits while they have their default
 
     def __init_subclass__(cls, variant: str | None = None, **kwargs: Any) -> None:

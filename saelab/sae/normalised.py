@@ -42,7 +42,8 @@ class Normalised(SAE):
         if normalize not in KINDS:
             raise UserError(f"normalize={normalize!r} is not one of {', '.join(KINDS)}")
         self.scales, self.shifts = KINDS[normalize]
-        super().__init__(inner.d_in, inner.d_sae + self.scales + self.shifts)
+        self.n_bookkeeping = self.scales + self.shifts
+        super().__init__(inner.d_in, inner.d_sae + self.n_bookkeeping)
         self.config = {"normalize": normalize, "inner": {"variant": inner.variant, "config": inner.config}}
         self.normalize, self.inner = normalize, inner
         rows = [inner.W_dec.detach()]

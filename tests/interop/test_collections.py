@@ -321,7 +321,7 @@ def test_inspect_says_what_it_found_and_how_it_knows(
     assert (by_table in facts["known_from"]["hook_name"]) is (name in {"gemma scope mlp", "openai middle"})
     assert main(["inspect", str(path)]) in {0, None}
     said = capsys.readouterr().out
-    assert case.hook in said and "known_from" in said and facts["collection"] in said
+    assert case.hook in said and "hook_name from" in said and facts["collection"] in said
 
 
 @pytest.mark.parametrize("to", ["saelab", "saelens"])

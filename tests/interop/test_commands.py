@@ -102,8 +102,9 @@ def test_evaluate_measures_a_centred_sae_as_the_formula_says(gpt2: Path, tmp_pat
     f = ((x - mean - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
     error = x - (f @ w["W_dec"] + w["b_dec"] + mean)
     fvu = error.square().sum() / (x - x.mean(0)).square().sum()
+    assert found["dead_fraction"]["n"] == D_SAE
     assert found["fvu"]["value"] == pytest.approx(fvu.item(), rel=1e-4)
-    assert found["l0"]["value"] == pytest.approx((f > 0).sum(1).double().mean().item() + 1, rel=1e-4)  # and the mean
+    assert found["l0"]["value"] == pytest.approx((f > 0).sum(1).double().mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "index"])

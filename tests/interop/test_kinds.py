@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saelab.errors import UserError
-from saelab.interop import load
+from saelab.interop import load, read
 from saelab.runs import Run
 from tests.interop import collected
 from tests.interop.collected import D_IN, D_SAE, cached, put, weights
@@ -163,6 +163,39 @@ def test_what_writes_elsewhere_is_refused(make: collected.Maker, tmp_path: Path)
         with pytest.raises(UserError, match=CASES[make]) as error:
             opened(path)
         assert "\n" not in str(error.value) and "not an SAE" in str(error.value)
+
+
+def circuit_tracer(root: Path) -> Path:
+    folder = root / "set"
+    put(folder / "layer_0.safetensors", {**weights(), "W_enc": weights()["W_enc"].T})
+    (folder / "config.yaml").write_text("feature_input_hook: mlp.hook_in\nfeature_output_hook: hook_mlp_out\n")
+    return folder
+
+
+def circuit_tracer_by_name(root: Path) -> Path:
+    put(root / "qwen3-4b-transcoders" / "layer_0.safetensors", weights())
+    return root / "qwen3-4b-transcoders" / "layer_0.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [(circuit_tracer, "its config.yaml has feature_output_hook"), (circuit_tracer_by_name, "'qwen3-4b-transcoders'")],
+)
+def test_what_is_in_no_format_is_called_by_its_name(make: collected.Maker, match: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"is a transcoder, not an SAE.*{match}") as error:
+        load(make(tmp_path / "files"))
+    assert "\n" not in str(error.value)
+
+
+def test_unrelated_directions_are_a_note(tmp_path: Path) -> None:
+    """Gemma Scope's transcoder in a folder whose name says nothing: only its directions give it away."""
+    torch.manual_seed(0)
+    wide = {"W_enc": torch.randn(64, 400), "W_dec": torch.randn(400, 64), "b_enc": torch.zeros(400)}
+    more = {"b_dec": torch.zeros(64), "threshold": torch.full((400,), 0.1)}
+    put(tmp_path / "a" / "params.npz", {**wide, **more})
+    put(tmp_path / "b" / "params.npz", {**wide, **more, "W_enc": wide["W_dec"].T + 2 * wide["W_enc"]})
+    assert any("may be a transcoder" in note for note in read(tmp_path / "a").notes)
+    assert not read(tmp_path / "b").notes
 
 
 def test_folders_far_above_do_not_count(tmp_path: Path) -> None:

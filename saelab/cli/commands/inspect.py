@@ -62,6 +62,10 @@ def main(args: Sequence[str]) -> None:
     for name, value in facts.items():
         if name == "notes":
             continue
+        if name == "known_from":
+            for key, how in value.items():
+                out.print(f"{key + ' from':<22} {how}", markup=False, soft_wrap=True)
+            continue
         if isinstance(value, dict):
             value = ", ".join(f"{key} {_short(entry)}" for key, entry in value.items()) or "-"
         out.print(f"{name:<22} {_short(value)}", markup=False)

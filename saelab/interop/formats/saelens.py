@@ -184,7 +184,7 @@ def _normalise(foreign: Foreign, config: dict[str, Any], path: Path, input_scale
         foreign.normalize = "center"
         foreign.notes.append(
             "trained on a model with center_writing_weights: each token's mean over the dimensions is subtracted "
-            "before encoding and added after decoding"
+            "before encoding and added after decoding; the last latent carries it"
         )
 
 
