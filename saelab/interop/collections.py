@@ -215,6 +215,17 @@ RELEASES: tuple[tuple[str, str], ...] = (
     (r"gemma-2-9b-res-matryoshka-dc/(?P<id>.+)", "chanind/gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60/{id}"),
 )
 
+# TransformerLens' names of models, which SAELens' files record, and the hub's.
+MODELS: tuple[tuple[str, str], ...] = (
+    (r"gpt2-small", GPT2),
+    (r"gpt2(-medium|-large|-xl)?", "openai-community/{name}"),
+    (r"pythia-[\w.-]+", "EleutherAI/{name}"),
+    (r"gemma-(2-)?\d+b(-it)?", "google/{name}"),
+    (r"mistral-7b", "mistralai/Mistral-7B-v0.1"),
+    (r"gpt-neo-[\w.]+", "EleutherAI/{name}"),
+    (r"qwen3-(?P<size>[\w.]+)b", "Qwen/Qwen3-{size}B"),
+)
+
 
 class Member(NamedTuple):
     """A file or folder of a collection: what the table says of it, and by which name it was recognised."""
@@ -269,6 +280,14 @@ def complete(foreign: Foreign, path: Path) -> None:
     expected, found = member.metadata.get("hook_name"), foreign.metadata.get("hook_name")
     if expected and found != expected:
         foreign.notes.append(f"its files say it reads {found}, {member.evidence} it reads {expected}")
+
+
+def model_on_hub(name: str) -> str:
+    """The hub's name of a model that is called by TransformerLens' name; another name, or that of a folder, itself."""
+    for pattern, place in MODELS:
+        if (match := re.fullmatch(pattern, name)) and not Path(name).exists():
+            return place.format(name=name, **match.groupdict())
+    return name
 
 
 def on_hub(name: str) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saelab.errors import UserError, damaged
-from saelab.interop.collections import on_hub
+from saelab.interop.collections import model_on_hub, on_hub
 from saelab.interop.detection import detect, find_format, is_ours, read
 from saelab.interop.fetch import PREFIX, full_name, resolve
 from saelab.interop.foreign import Foreign
@@ -174,8 +174,9 @@ class Run:
 
     @property
     def model_name(self) -> str | None:
-        """The language model it was trained on."""
-        return self.metadata.get("model_name")
+        """The language model it was trained on; of another tool's name for it (``gpt2-small``) the hub's."""
+        name = self.metadata.get("model_name")
+        return model_on_hub(name) if name and (self.is_foreign or "converted" in self.recorded) else name
 
     @property
     def rms_norm(self) -> float | None:

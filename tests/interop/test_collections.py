@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelab import Run, inspect, load
 from saelab.cli import main
-from saelab.interop import FORMATS
+from saelab.interop import FORMATS, collections
 from saelab.interop.collections import COLLECTIONS, on_hub
 from saelab.interop.fetch import full_name, resolve
 from tests.interop import collected
@@ -227,7 +227,7 @@ CASES = {
         "blocks.8.hook_resid_pre",
         centred,
         "blocks.8.hook_resid_pre",
-        "gpt2-small",
+        "openai-community/gpt2",
     ),
     "gpt-2 mlp": Case(
         saelens_of_gpt2_mlp,
@@ -235,7 +235,7 @@ CASES = {
         "sae_group_gpt2_blocks.1.hook_mlp_out_24576:v0",
         centred_and_scaled,
         "blocks.1.hook_mlp_out",
-        "gpt2-small",
+        "openai-community/gpt2",
     ),
     "mistral": Case(
         mistral,
@@ -243,7 +243,7 @@ CASES = {
         "mistral_7b_layer_8",
         one_norm,
         "blocks.8.hook_resid_pre",
-        "mistral-7b",
+        "mistralai/Mistral-7B-v0.1",
     ),
     "sparsify": Case(
         collected.sparsify,
@@ -444,6 +444,26 @@ def test_hooks_are_those_of_saelens(name: str, tmp_path: Path) -> None:
     theirs = get_gemma_2_config_from_hf(case.repository, case.inside, "cpu")
     assert theirs["hook_name"] == case.hook
     assert f"google/{theirs['model_name']}" == case.model and theirs["context_size"] == case.context
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        ("gpt2-small", "openai-community/gpt2"),
+        ("gpt2-xl", "openai-community/gpt2-xl"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+        ("gemma-2-2b-it", "google/gemma-2-2b-it"),
+        ("gemma-2b", "google/gemma-2b"),
+        ("qwen3-1.7b", "Qwen/Qwen3-1.7B"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("my-model", "my-model"),
+    ],
+)
+def test_models_are_called_as_on_the_hub(name: str, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert collections.model_on_hub(name) == hub
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(parents=True)
+    assert collections.model_on_hub(name) == name
 
 
 def test_every_entry_names_a_format_that_is_read() -> None:
