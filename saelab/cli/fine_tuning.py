@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from saelab.cli.console import console
-from saelab.cli.opening import open_run
+from saelab.cli.opening import open_run, print_notes
 from saelab.cli.variants import option_fields
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.runs import Run
-from saelab.sae import VARIANTS
+from saelab.sae import VARIANTS, Normalised
 
 
 def open_start(name: str, variant: str | None) -> Run:
     """The SAE at a path or hub id; ``variant`` is the value of ``--variant``, if given."""
     run = open_run(name)
+    if isinstance(run.sae, Normalised) and (folded := run.sae.folded()) is not None:
+        run.sae = folded
+        print_notes(["it starts on raw activations, with the same codes; each token's mean is now its own to explain"])
     if run.sae.variant not in VARIANTS:
         raise UserError(
             f"{name} reads activations normalised token by token ({run.sae.config.get('normalize')}), "

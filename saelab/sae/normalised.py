@@ -13,6 +13,7 @@ codes are in raw units and the latents' directions are unchanged.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.sae.base import SAE, build, current
+from saelab.sae.base import SAE, LinearSAE, build, current
 from saelab.sparse import SparseCode
 
 EPSILON = 1e-5  # of layer_norm, as in OpenAI's and SAELens' code
@@ -60,6 +61,24 @@ class Normalised(SAE):
     def W_enc(self) -> Tensor:
         """The inner encoder ``[d_in, d_sae]`` without bookkeeping latents; it reads normalised activations."""
         return self.inner.W_enc  # pyright: ignore[reportReturnType]
+
+    @torch.no_grad()
+    def folded(self) -> SAE | None:
+        """For ``center``, an SAE of raw activations with the same codes; None for what no linear encoder can do.
+
+        The subtraction of the mean is folded into the encoder. Its reconstruction lacks each token's mean.
+        """
+        if self.normalize != "center" or not isinstance(self.inner, LinearSAE):
+            return None
+        sae = copy.deepcopy(self.inner)
+        column_means = sae.W_enc.double().mean(dim=0)
+        # (x - mean - b) W = (x - b) W' + (b W' - b W), with W' = W minus its columns' means.
+        shift = torch.zeros_like(column_means) if sae.b_in is None else sae.b_dec.double().sum() * column_means
+        sae.W_enc.sub_(column_means.to(sae.W_enc.dtype))
+        sae.b_enc.sub_(shift.to(sae.b_enc.dtype))
+        if hasattr(sae, "b_mag"):  # a gated SAE has a second bias on the same product
+            sae.b_mag.sub_((sae.r_mag.double().exp() * shift).to(sae.b_mag.dtype))
+        return sae
 
     def encode(self, x: Tensor, grads: Tensor | None = None) -> SparseCode:
         if self.training:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelab.errors import UserError
 from saelab.interop import load, read
+from saelab.sae import Normalised
 from tests.interop import collected
 from tests.interop.collected import D_IN, D_SAE, K, put, threshold, weights
 
@@ -78,6 +79,23 @@ def test_center_writing_weights(make: Any, subtract: bool, tmp_path: Path) -> No
     more = {"metadata": options} if make is collected.saelens else options
     check(make(tmp_path, apply_b_dec_to_input=subtract, **more), f, y + mean)
     assert any("center_writing_weights" in note for note in read(tmp_path).notes)
+
+
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+def test_a_centred_sae_can_be_folded_for_training(architecture: str, subtract: bool, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"metadata": {"model_from_pretrained_kwargs": {"center_writing_weights": True}}}
+    tensors = {"jumprelu": {"threshold": threshold()}}.get(architecture, {})
+    if architecture == "gated":
+        tensors = {"b_gate": weights()["b_enc"], "r_mag": threshold() - 0.4, "b_mag": 0.3 * threshold()}
+    path = collected.saelens(tmp_path, architecture, k=K, apply_b_dec_to_input=subtract, tensors=tensors, **options)
+    sae, x = load(path), probe().float()
+    assert isinstance(sae, Normalised)
+    folded = sae.folded()
+    assert folded is not None and folded.d_sae == D_SAE and not isinstance(folded, Normalised)
+    torch.testing.assert_close(folded.encode(x).dense(), sae.encode(x).dense()[:, :D_SAE], **EXACT)
+    torch.testing.assert_close(folded(x), sae(x) - x.mean(1, keepdim=True), **EXACT)
+    assert load(collected.saelens(tmp_path, normalize_activations="layer_norm")).folded() is None  # pyright: ignore
 
 
 @pytest.mark.parametrize(
