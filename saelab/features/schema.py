@@ -71,6 +71,7 @@ EXAMPLE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     ),
     "activations": (_FLOATS, "signed activation at each; 0 also where the cache holds no row (skipped positions)"),
     "focus": (pa.int16(), "position of the focus token in the window"),
+    "role": (pa.string(), "of a chat: whose message the focus token belongs to (user, assistant, ...); else text"),
 }
 
 
@@ -94,6 +95,7 @@ class Example:
     strings: list[str]
     activations: list[float]
     focus: int
+    role: str = "text"  # indexes of 0.1.0 have none
 
     @property
     def text(self) -> str:
@@ -108,4 +110,4 @@ class Example:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Example:
         """From a row of ``examples.parquet``."""
-        return cls(**{name: row[name] for name in EXAMPLE_COLUMNS})
+        return cls(**{name: row[name] for name in EXAMPLE_COLUMNS if name in row})

@@ -64,11 +64,17 @@ def token_strip(
 
 
 def example_list(examples: Iterable[Any], colours: Palette, scale: float | None = None) -> str:
-    """Examples (``strings``, ``activations``, ``focus``, ``value``) one below the other, value first."""
+    """Examples (``strings``, ``activations``, ``focus``, ``value``, ``role``) one below the other, value first.
+
+    Under the value stands, for chats, whose message the focus token is in.
+    """
     rows = []
     for example in examples:
         strip = token_strip(example.strings, example.activations, colours, scale, example.focus)
-        rows.append(f'<div class="sl-example"><div class="sl-value">{example.value:+.2f}</div>{strip}</div>')
+        value = f"{example.value:+.2f}"
+        if example.role != "text":
+            value += f"<br>{plain(example.role)}"
+        rows.append(f'<div class="sl-example"><div class="sl-value">{value}</div>{strip}</div>')
     return "".join(rows) or '<div class="sl-muted">No examples.</div>'
 
 

@@ -93,3 +93,25 @@ def test_the_corpus_agrees_with_the_vocabulary(cache: ActivationCache, tmp_path:
         shown = [names[number] for number in corpus.shown[start : start + CONTEXT]]
         assert shown == cache.vocabulary.side_by_side(ids)
         assert "\ufffd" not in "".join(names[number] for number in corpus.units[start : start + CONTEXT])
+
+
+def test_the_role_of_the_firing_token_is_shown(tmp_path: Path) -> None:
+    from saelab.data.cache import CacheWriter, Manifest
+    from saelab.data.cache.storage import Folder
+    from saelab.data.chat import ROLES
+
+    roles = torch.tensor([ROLES.index(name) for name in ("template", "user", "template", "assistant")] * 50)
+    acts = torch.randn(200, 4)
+    acts[:, 0] = torch.arange(200)
+    writer = CacheWriter(Folder(tmp_path / "cache"), Manifest(d_in=4, context_length=4))
+    places = torch.arange(200)
+    writer.write_cast(acts, places % 7, places, places // 4, None, 0, roles)
+    writer.write_vocabulary([f" w{i}" for i in range(7)])
+    writer.finish()
+    code = torch.zeros(200, 2)
+    code[3::4, 0], code[1::4, 1] = 1.0, 2.0
+    index = build_index(Lookup(code), ActivationCache(tmp_path / "cache"), tmp_path / "run")
+    for latent, role in enumerate(("assistant", "user")):
+        found = index.examples(latent, kind="top")
+        assert found and {example.role for example in found} == {role}
+        assert f"<br>{role}<" in viz.example_list(found, viz.LIGHT)

@@ -23,11 +23,11 @@ class Windows(NamedTuple):
 class Corpus:
     """Arrays over the text (every token, stored or not) and over the rows of a cache.
 
-    ``text``, ``documents``, ``positions`` (in the context) and ``row_at`` (-1 where no activation is stored) are
-    indexed by place; ``place_of`` and ``norms`` by row. ``shown`` and ``units`` are the numbers of two strings for each
-    place: what a window shows there, and what the token counts as. Both are the token, but for a token that is part of
-    a character: it shows the character if it completes it and nothing else, and always counts as the character. See
-    :meth:`name_parts`.
+    ``text``, ``documents``, ``roles`` (numbers in ``ROLES``), ``positions`` (in the context) and ``row_at`` (-1 where
+    no activation is stored) are indexed by place; ``place_of`` and ``norms`` by row. ``shown`` and ``units`` are the
+    numbers of two strings for each place: what a window shows there, and what the token counts as. Both are the token,
+    but for a token that is part of a character: it shows the character if it completes it and nothing else, and always
+    counts as the character. See :meth:`name_parts`.
     """
 
     def __init__(self, cache: ActivationCache, folder: Path, n_rows: int) -> None:
@@ -43,13 +43,15 @@ class Corpus:
         self.row_at = self.array("row_at", n_text, np.int64)
         self.place_of = self.array("place_of", n_rows, np.int64)
         self.norms = self.array("norms", n_rows, np.float32)
+        self.roles = self.array("roles", n_text, np.int8)
         self.row_at[:] = -1
         self.shown = self.units = self.text
         base = row = 0
-        for text, documents, slots in cache.shard_texts():
+        for (text, documents, slots), roles in zip(cache.shard_texts(), cache.shard_roles()):
             here = slice(base, base + len(text))
             self.text[here] = text.numpy()
             self.documents[here] = documents.numpy()
+            self.roles[here] = roles.numpy()
             self.positions[here] = np.arange(len(text)) % context
             kept = slots.numpy()[: max(n_rows - row, 0)]
             self.row_at[base + kept] = np.arange(row, row + len(kept))

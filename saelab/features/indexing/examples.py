@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from saelab.data.chat import ROLES
 from saelab.features.indexing.config import IndexConfig
 from saelab.features.indexing.corpus import Corpus
 from saelab.features.indexing.groups import rank_in_group, systematic
@@ -137,6 +138,7 @@ def example_table(
         "strings": pa.ListArray.from_arrays(offsets, vocabulary.take(shown)),
         "activations": pa.ListArray.from_arrays(offsets, pa.array(values[inside])),
         "focus": inside[:, : config.before].sum(1),
+        "role": pa.array(ROLES, pa.string()).take(pa.array(corpus.roles[centre])),
     }
     arrays = [
         columns[name] if isinstance(columns[name], pa.Array) else pa.array(np.asarray(columns[name])).cast(kind)
