@@ -76,8 +76,9 @@ class Normalised(SAE):
         shift = torch.zeros_like(column_means) if sae.b_in is None else sae.b_dec.double().sum() * column_means
         sae.W_enc.sub_(column_means.to(sae.W_enc.dtype))
         sae.b_enc.sub_(shift.to(sae.b_enc.dtype))
-        if hasattr(sae, "b_mag"):  # a gated SAE has a second bias on the same product
-            sae.b_mag.sub_((sae.r_mag.double().exp() * shift).to(sae.b_mag.dtype))
+        b_mag, r_mag = getattr(sae, "b_mag", None), getattr(sae, "r_mag", None)
+        if isinstance(b_mag, Tensor) and isinstance(r_mag, Tensor):  # a gated SAE's second bias, on the same product
+            b_mag.sub_((r_mag.double().exp() * shift).to(b_mag.dtype))
         return sae
 
     def encode(self, x: Tensor, grads: Tensor | None = None) -> SparseCode:
