@@ -61,8 +61,8 @@ def check_same_model(model: nn.Module, site: Site, cache: ActivationCache, token
     ``tokens`` and ``rows`` are as :meth:`ActivationCache.contexts` gives them; ``model`` is on any device. The weights
     are compared too, because those above the hook point do not show in the activations.
     """
-    seen: list[Tensor] = []
-    with site.register(model, lambda acts: seen.append(acts[0])):
+    seen: list[Tensor] = []  # clones, because later modules may write into them
+    with site.register(model, lambda acts: seen.append(acts[0].clone())):
         model(input_ids=tokens[None].to(device_of(model)), use_cache=False)
     live, stored = seen[0].cpu(), cache.read(rows[rows >= 0]).acts
     if live.shape[-1] != stored.shape[1]:

@@ -141,8 +141,9 @@ class Reader:
         def follow(index: int, partial: bool) -> Edit:
             def hook(x: Tensor) -> Tensor | None:
                 found[index] = x if x.requires_grad else x.detach().requires_grad_()
-                # What bypasses the module is part of the gradient too, and a replacement would cut it off.
-                return None if partial else found[index]
+                # What bypasses the module is part of the gradient too, and a replacement would cut it off. Elsewhere
+                # the model goes on with a clone, because later modules may write into it (Falcon).
+                return None if partial else found[index].clone()
 
             return hook
 

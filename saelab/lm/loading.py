@@ -11,20 +11,22 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 
 from saelab.devices import pick_device
 from saelab.errors import UserError, first_line, near_matches
 from saelab.lm import gemma3
 from saelab.lm.checkpoints import Source, check_causal, check_complete, find_source, read_adapter
-from saelab.lm.fingerprint import DTYPES
+from saelab.lm.fingerprint import DTYPES, rounding_gap, row_gaps
 from saelab.lm.smollm2 import cache_home, quiet_progress, smollm2_folder, smollm2_version
+from saelab.lm.structure import blocks, text_config, underlying
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -56,9 +58,9 @@ def load_model(
     else the CPU. ``device_map="auto"`` spreads the model over all devices instead (it needs accelerate).
 
     Activations are those of the Hugging Face model: weights are not folded or centred, and a tokenizer without BOS
-    token gets none. A model that TransformerLens cannot read, or that is spread over several devices, comes as the
-    plain Hugging Face model, with the tokenizer as its attribute ``tokenizer``; saelab takes it wherever it takes a
-    bridge.
+    token gets none. A model that TransformerLens cannot read, or computes differently from transformers, or that is
+    spread over several devices, comes as the plain Hugging Face model, with the tokenizer as its attribute
+    ``tokenizer``; saelab takes it wherever it takes a bridge.
     Raises UserError for a model that cannot be read or is no causal language model, and for a transformers release
     under which the bridge is known to be wrong.
     """
@@ -161,7 +163,7 @@ def _bridge(source: Source, model: Any, tokenizer: Any) -> TransformerBridge:
     from transformer_lens.model_bridge import TransformerBridge
 
     _forbid_installs()
-    has_bos = tokenizer.bos_token_id is not None
+    has_bos, expected = tokenizer.bos_token_id is not None, _logits(model.eval())
     options: dict[str, Any] = {} if getattr(model, "hf_device_map", None) else {"device": str(model.device)}
     bridge = TransformerBridge.boot_transformers(
         source.name, hf_model=model, tokenizer=tokenizer, dtype=model.dtype, **options
@@ -169,7 +171,29 @@ def _bridge(source: Source, model: Any, tokenizer: Any) -> TransformerBridge:
     if not has_bos:  # TransformerLens takes the end of a text for its beginning
         bridge.tokenizer.bos_token = None
         bridge.cfg.default_prepend_bos = False
-    return bridge.eval()
+    bridge.eval()
+    found = _logits(bridge)
+    gap = float(row_gaps(found, expected).median()) if found.shape == expected.shape else math.inf
+    if not gap <= 10 * rounding_gap(expected.dtype, len(blocks(model)[1])):
+        _log.warning(
+            "TransformerLens computes %s differently from transformers: logits differ by %.2g of their size",
+            source.name,
+            gap,
+        )
+        raise UserError(f"its logits differ by {gap:.2g}")
+    return bridge
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    """Logits ``[tokens, vocabulary]`` of two short texts, the second padded on the left."""
+    root: Any = underlying(model)
+    size = int(text_config(model).vocab_size)
+    ids = torch.linspace(size // 4, size // 2, 16).long().expand(2, -1)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    ids, mask = (t.to(next(root.parameters()).device) for t in (ids, mask))
+    return root(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
 
 
 def _forbid_installs() -> None:

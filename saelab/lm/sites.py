@@ -84,7 +84,9 @@ class Site:
         the hooks of a bridge can read this place (side ``"inner"``).
         """
         model = opened(model)
-        if self.canonical and underlying(model) is not model:
+        # TransformerLens passes over the output of a block that is a list (GPT-1).
+        is_output = _STREAM.get(_point(self.hook_name)) == "out"
+        if self.canonical and underlying(model) is not model and not is_output:
             return _on_hook_point(cast("TransformerBridge", model).hook_dict[self.canonical], edit)
         if self.side == "inner":
             raise UserError(

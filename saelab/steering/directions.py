@@ -47,7 +47,7 @@ def text_activations(
     for start in range(0, len(texts), batch_size):
         ids, mask = (t.to(device) for t in tokenize(tokenizer, texts[start : start + batch_size]))
         seen: list[Tensor] = []
-        with attach(model, []), site.register(model, lambda x, seen=seen: seen.append(x.float())):
+        with attach(model, []), site.register(model, lambda x, seen=seen: seen.append(x.to(torch.float32, copy=True))):
             forward(root, ids, mask, last_only=True)
         if tokens == "last":
             rows.append(seen[0][:, -1])

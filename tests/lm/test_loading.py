@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
 from saelab.lm import load_model, loading, locate, model_name, smollm2, weights_fingerprint
+from saelab.lm.structure import underlying
 from saelab.lm.unwrapped import hf_tensors, plain_model
 from tests import tiny_lm
+from tests.zoo.families import save as save_family
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +237,20 @@ def test_the_demo_model_is_converted_once_and_predicts_english() -> None:
     gap = (reader.activations(tokens)[0] - expected).norm() / expected.norm()
     # Ten layers of float32 with sums in another order; measured 2e-6.
     assert gap < 1e-4
+
+
+@pytest.mark.parametrize("name", ["openai-gpt", "falcon-rw"])
+def test_a_model_that_transformer_lens_computes_differently_comes_plain(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TransformerLens 4.3 passes over the attention mask of GPT-1 and over the ALiBi of Falcon."""
+    model: Any = load_model(save_family(name, tmp_path / "m"), device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    ids, mask = torch.randint(2, 300, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        found = underlying(model)(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(found, plain(input_ids=ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-4)
+    if underlying(model) is model:  # a later release of TransformerLens may be right
+        assert "computes" in caplog.text and "differently from transformers" in caplog.text
+        assert model.tokenizer.eos_token == "</s>"
