@@ -7,6 +7,7 @@ model carries hooks while it runs: hold :func:`model_lock` to use it.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from saelab import viz
+from saelab.errors import UserError
 from saelab.layout import METRICS
 from saelab.runs import Run
 from saelab.workspace import Workspace, read_metrics
@@ -29,7 +31,7 @@ if TYPE_CHECKING:  # a page loads these when it needs them
     from saelab.prompt.reading import Reading
     from saelab.sae import SAE
 
-FOLDER, MODEL = "SAELAB_APP_FOLDER", "SAELAB_APP_MODEL"
+FOLDER, MODEL, LOADING = "SAELAB_APP_FOLDER", "SAELAB_APP_MODEL", "SAELAB_APP_LOADING"
 
 
 @st.cache_resource(ttl=5, max_entries=4, show_spinner=False)
@@ -108,10 +110,31 @@ def model_lock() -> threading.RLock:
 
 
 @st.cache_resource(max_entries=1, show_spinner="Loading the language model …")
-def _model(name: str) -> Any:
+def _model(name: str, dtype: str, revision: str | None) -> Any:
     from saelab.lm import load_model
 
-    return load_model(name)
+    given = _loading()
+    return load_model(
+        name, dtype=dtype, revision=revision, device=given.get("device", "auto"), device_map=given.get("device_map")
+    )
+
+
+@st.cache_data(max_entries=256, show_spinner="Comparing the model's weights …")
+def _other_weights(path: str, stamp: tuple[float, ...], name: str, dtype: str, _run: Run, _loaded: Any) -> str:
+    """Why the model is not the one that the run was trained on; empty where it is."""
+    from saelab.lm.record import check_weights
+    from saelab.runs.language_model import model_record
+
+    try:
+        check_weights(_loaded, model_record(_run), f"the SAE {_run.name}", any_weights=False)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _loading() -> dict[str, Any]:
+    """How ``saelab app`` was told to load the model."""
+    return json.loads(os.environ.get(LOADING, "{}"))
 
 
 def model_name(run: Run) -> str | None:
@@ -139,8 +162,18 @@ def need_model(run: Run, purpose: str) -> Any:
             icon=":material/info:",
         )
         st.stop()
+    from saelab.lm.record import load_settings
+    from saelab.runs.language_model import model_record
+
+    given = _loading()
+    dtype, revision = load_settings(model_record(run), name, given.get("model_dtype"), given.get("revision"))
     with model_lock():
-        return _model(name)
+        model = _model(name, dtype, revision)
+        wrong = "" if given.get("any_weights") else _other_weights(str(run.path), run.stamp, name, dtype, run, model)
+    if wrong:
+        st.error(viz.markdown(wrong), icon=":material/error:")
+        st.stop()
+    return model
 
 
 @st.cache_resource(max_entries=1, show_spinner=False)

@@ -38,10 +38,10 @@ _SPAN = re.compile(r"\[\[(.+?)\]\]", re.DOTALL)
 
 
 def find(table: pd.DataFrame, text: str, where: str = "anything") -> pd.DataFrame:
-    """Rows whose text columns contain ``text``, ignoring case; all rows for an empty text.
+    """Rows whose text columns contain the word or words ``text``, ignoring case; all rows for an empty text.
 
-    ``where`` is one of ``TEXT_COLUMNS`` or "anything". The columns hold one string per latent, see
-    :func:`catalogue`.
+    Words are whole: "sea" does not find "research". A ``*`` stands for any letters ("rain*" finds "rainy").
+    ``where`` is one of ``TEXT_COLUMNS`` or "anything". The columns hold one string per latent, see :func:`catalogue`.
     """
     text = text.strip().lower()
     frame: Any = table
@@ -49,18 +49,42 @@ def find(table: pd.DataFrame, text: str, where: str = "anything") -> pd.DataFram
         return frame
     columns = [TEXT_COLUMNS[where]] if where in TEXT_COLUMNS else list(TEXT_COLUMNS.values())
     hit = pd.Series(False, index=table.index)
+    pattern = words(text)
     for column in columns:
-        hit |= table[f"{column}_lower"].str.contains(text, regex=False)
+        hit |= table[f"{column}_lower"].str.contains(pattern)
     return frame[hit]
+
+
+def words(text: str) -> re.Pattern[str]:
+    """The pattern that finds ``text`` as whole words, ``*`` standing for any letters.
+
+    An end of the text that is no letter with an upper and a lower case and no digit has no border: scripts such as
+    Chinese are written without spaces, and a space or a full stop borders on anything.
+    """
+    text = text.strip().lower()
+    inner = "".join(r"\w*" if part[:1] == "*" else re.escape(part) for part in re.split(r"(\*+)", text))
+    before, after = (r"(?<!\w)" if _is_letter(text[:1]) else "", r"(?!\w)" if _is_letter(text[-1:]) else "")
+    return re.compile(f"{before}{inner}{after}")
+
+
+def _is_letter(character: str) -> bool:
+    return character.lower() != character.upper() or character.isdigit()
 
 
 def by_closeness(table: pd.DataFrame, text: str) -> pd.DataFrame:
     """Rows found by ``text``, ordered by how early it stands in the label or the tokens, then by ``telling``."""
-    text, frame = text.strip().lower(), table
-    found = [frame[f"{name}_lower"].str.find(text) for name in ("label", "explanation", "top_tokens")]
-    nearest = np.min([place.where(place >= 0, 1 << 20) for place in found], axis=0)
+    pattern, frame = words(text), table
+    nearest = np.min(
+        [_first(frame[f"{name}_lower"], pattern) for name in ("label", "explanation", "top_tokens")], axis=0
+    )
     order = np.lexsort((-frame["telling"].to_numpy(), nearest))
     return frame.iloc[order]
+
+
+def _first(column: pd.Series, pattern: re.Pattern[str]) -> list[int]:
+    """Where the pattern first stands in each text; a large number where it does not."""
+    found = (pattern.search(text) for text in column)
+    return [1 << 20 if match is None else match.start() for match in found]
 
 
 def narrow(

@@ -96,6 +96,13 @@ def differences(model: TransformerBridge | nn.Module, record: ModelRecord) -> st
     return "the weights agree, so hooks or other edits were set on one of the two models"
 
 
+def load_settings(record: ModelRecord, name: str, dtype: str | None, revision: str | None) -> tuple[str, str | None]:
+    """The precision and the revision to load model ``name`` with: those given, else the recorded ones."""
+    if revision is None and name == record.name and re.fullmatch("[0-9a-f]{40}", record.revision):
+        revision = record.revision  # of a hub id; a branch may have moved on since
+    return dtype or (record.dtype if record.dtype in DTYPES else "float32"), revision
+
+
 def load_recorded(
     record: ModelRecord,
     what: str,
@@ -116,10 +123,8 @@ def load_recorded(
     wanted = name or record.name
     if not wanted:
         raise UserError(f"{what} does not name its language model; give one with --model")
-    if revision is None and wanted == record.name and re.fullmatch("[0-9a-f]{40}", record.revision):
-        revision = record.revision  # of a hub id; a branch may have moved on since
+    dtype, revision = load_settings(record, wanted, dtype, revision)
     load = load_hf_model if plain else load_model
-    precision = dtype or (record.dtype if record.dtype in DTYPES else "float32")
-    model = load(wanted, device=device, dtype=precision, revision=revision, device_map=device_map)
+    model = load(wanted, device=device, dtype=dtype, revision=revision, device_map=device_map)
     check_weights(model, record, what, any_weights)
     return model

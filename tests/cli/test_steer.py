@@ -56,6 +56,15 @@ def test_strength_is_found_at_a_budget(run: str, capsys) -> None:
     assert result["interventions"][0]["length"] == pytest.approx(found.strength, rel=1e-4)
 
 
+def test_the_strength_of_add_is_calibrated_where_none_is_given(run: str, tmp_path: Path, capsys) -> None:
+    result = as_json(capsys, run, "--latent", "3", "--prompt", PROMPT, "--max-new-tokens", "2")
+    vector = SteeringVector.from_latent(RUN, 3).with_units(rms_norm=12.0)
+    found = calibrate(llama(), vector, [PROMPT], budget_kl=0.3, tokenizer=tokenizer())
+    assert result["interventions"][0]["length"] == pytest.approx(found.strength, rel=1e-4)
+    steer(run, "--latent", "3", "--save", str(tmp_path / "recipe"))  # on sentences of its own
+    assert f"of a budget of {0.3:g} nats" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("operation", ["scale", "clamp", "min-clamp", "ablate", "project-out"])
 def test_every_operation_runs_and_is_shown(operation: str, run: str, capsys) -> None:
     number = ["--strength", "9"] if OPERATIONS[operation].amount else []
@@ -119,7 +128,10 @@ def test_logits_are_attributed(run: str, capsys) -> None:
         (["--latent", "3", "--operation", "clamp", "--strength", "auto", "--prompt", PROMPT], "--operation add only"),
         (["--latent", "3", "--operation", "flop", "--strength", "1", "--prompt", PROMPT], "invalid choice 'flop'"),
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--top-p", "0"], "top_p=0.0"),
-        (["--latent", "3", "--budget-kl", "0.1", "--prompt", "w1"], "--budget-kl limits the damage of --strength auto"),
+        (
+            ["--latent", "3", "--strength", "1", "--budget-kl", "0.1", "--prompt", "w1"],
+            "--budget-kl limits the damage of --strength auto",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(args: list[str], message: str, run: str, capsys) -> None:

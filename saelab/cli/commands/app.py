@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,25 +15,32 @@ import tyro
 
 from saelab import shipped
 from saelab.cli.console import console, parse
+from saelab.cli.models import ModelOptions
 from saelab.errors import UserError
 
 DEMO = Path("demo")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class OwnOptions:
     """What to browse, and where to serve it."""
 
     folder: tyro.conf.Positional[Path | None] = None
     """Folder that holds runs and caches, at any depth; nothing outside it is opened. By default `demo`, or the trained
     SAEs that come with saelab if there is no such folder."""
-    model: str | None = None
-    """Language model for the pages that need one: smollm2, a hub id or a local folder; `none` for no model. By default
-    the model recorded in the run, if it is smollm2 or lies inside the folder."""
     port: int = 8501
     """TCP port on 127.0.0.1."""
     browser: bool = True
     """Open the page in the default browser."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ModelOptions, OwnOptions):
+    """What to browse, where to serve it, and the model of the pages that need one."""
+
+    model: str | None = None
+    """Language model for the pages that need one: smollm2, a hub id or a local folder; `none` for no model. By default
+    the model recorded in the run, if it is smollm2 or lies inside the folder."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -69,6 +77,8 @@ def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
     ]
     environment = {**os.environ, "SAELAB_APP_FOLDER": str(options.folder.resolve())}
     environment.pop("SAELAB_APP_MODEL", None)
+    loading = {f.name: getattr(options, f.name) for f in dataclasses.fields(ModelOptions) if f.name != "model"}
+    environment["SAELAB_APP_LOADING"] = json.dumps(loading)
     if options.model:
         environment["SAELAB_APP_MODEL"] = options.model
     return command, environment

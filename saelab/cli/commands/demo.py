@@ -70,7 +70,7 @@ def main(args: Sequence[str]) -> None:
     )
     out.print(f"explore:  saelab app {options.out}", markup=False)
     out.print(
-        f"steer:    saelab steer {options.out / 'topk'} --latent 12 --strength 4 --prompt 'The weather today'",
+        f"steer:    saelab steer {options.out / 'topk'} --latent 12 --prompt 'The weather today'",
         markup=False,
     )
 

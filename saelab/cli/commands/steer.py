@@ -33,6 +33,15 @@ from saelab.steering import (
 from saelab.steering.recipe import check_free, check_parent, export_gguf
 from saelab.steering.vectors import Strength, parse_strength, pole_sign
 
+# Texts of several kinds, on which a strength is calibrated where no prompt is given.
+NEUTRAL = [
+    "The committee will meet again next week to discuss the budget for the coming year.",
+    "Once the water boils, add the pasta and stir it now and then until it is soft.",
+    "She opened the window and looked at the street, where nobody was awake yet.",
+    "The function returns a list of numbers, sorted from the smallest to the largest.",
+    "In 1912 the railway reached the coast, and the small harbour became a town.",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class OwnOptions:
@@ -52,7 +61,7 @@ class OwnOptions:
     where: Literal["all", "prompt", "generated"] = "all"
     """On which tokens to act."""
     budget_kl: float | None = None
-    """Damage that --strength auto may cause: mean KL divergence per token on the prompts, in nats; 0.3 by default."""
+    """Damage that --strength auto may cause: mean KL divergence per token, in nats; 0.3 by default."""
     hook: str | None = None
     """Hook point of the SAE; by default the one that its files record."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
@@ -92,8 +101,9 @@ def options_class() -> type[Options]:
     numbers = ", ".join(f"{name}: {cls.amount.title}" for name, cls in OPERATIONS.items() if cls.amount)
     strength = (
         f"The operation's number ({numbers}). A strength or an activation may have a unit: 0.8max (of the latent's "
-        "largest activation), 0.5norm (of the activations' norm), 1raw (of the vector's own length). auto finds the "
-        "strength of add that causes the damage --budget-kl. Default: 1max where units are possible."
+        "largest activation), 0.5norm (of the activations' norm), 1raw (of the vector's own length). auto, the default "
+        "of add, finds the largest strength whose damage stays within --budget-kl, on the prompts or, without any, on "
+        "five sentences. The default of other operations is 1max where units are possible."
     )
     fields: list[Any] = [
         ("operation", Annotated[Literal[tuple(OPERATIONS)], tyro.conf.arg(help=f"What to do. {summaries}")], "add"),
@@ -145,7 +155,7 @@ def check_outputs(options: Options) -> None:
     """Refuse outputs that cannot be written, before anything is loaded."""
     if not options.prompt and (options.attribute or options.compare):
         raise UserError('--attribute and --compare need a text to continue: give --prompt "text"')
-    if options.budget_kl is not None and options.strength != "auto":
+    if options.budget_kl is not None and not is_auto(options):
         raise UserError("--budget-kl limits the damage of --strength auto; add that, or leave out --budget-kl")
     Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     if options.save is not None:
@@ -172,12 +182,15 @@ def check(options: Options, run: Run) -> None:
     run.check_latent(options.latent)
     _ = run.hook_name  # refuses where nothing says which
     pole_sign(options.pole)
-    if options.strength != "auto":
+    if not is_auto(options):
         make(options, run, strength_of(options))
     elif options.operation != Add.operation:
         raise UserError("--strength auto works with --operation add only")
-    elif not options.prompt:
-        raise UserError("--strength auto is calibrated on prompts; give --prompt")
+
+
+def is_auto(options: Options) -> bool:
+    """Whether the strength is to be calibrated: it was asked for, or is the default of adding a direction."""
+    return options.strength == "auto" or (options.strength is None and options.operation == Add.operation)
 
 
 def strength_of(options: Options) -> Strength | None:
@@ -207,12 +220,14 @@ def make(options: Options, run: Run, strength: Strength | None) -> Intervention:
 
 def intervention(options: Options, run: Run, model: Any, prompts: Sequence[str]) -> Intervention:
     """The intervention; with --strength auto its strength is calibrated on the prompts."""
-    if options.strength != "auto":
+    if not is_auto(options):
         return make(options, run, strength_of(options))
     vector = SteeringVector.from_latent(run, options.latent or 0, pole_sign(options.pole))
-    found = calibrate(model, vector, prompts, budget_kl=0.3 if options.budget_kl is None else options.budget_kl)
+    texts, budget = list(prompts) or NEUTRAL, 0.3 if options.budget_kl is None else options.budget_kl
+    found = calibrate(model, vector, texts, budget_kl=budget)
+    limit = "" if found.reached else ", and no larger strength that was tried reaches the budget"
     console.print(
-        f"strength {found.strength:.3g}: KL {found.damage:.3g} of a budget of {found.budget:g} nats per token"
+        f"strength {found.strength:.3g}: KL {found.damage:.3g} of a budget of {found.budget:g} nats per token{limit}"
     )
     return make(options, run, repr(found.strength))
 
