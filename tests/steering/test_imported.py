@@ -125,7 +125,7 @@ def test_a_file_has_no_room_for_an_index(openai: Path, capsys: pytest.CaptureFix
     ActivationCache.from_tensors(cache, torch.randn(30, D_MODEL))
     with pytest.raises(SystemExit):
         main(["index", str(openai), "--cache", str(cache)])
-    assert "saelab convert" in capsys.readouterr().err
+    assert "name a new one with --out" in capsys.readouterr().err
 
 
 def test_the_command_line_takes_them_too(sparsify: Path, openai: Path, capsys: pytest.CaptureFixture[str]) -> None:
