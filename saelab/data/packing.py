@@ -85,10 +85,10 @@ def pack(
     """Concatenate documents and cut them into contexts of ``length`` tokens, ``batch`` contexts at a time.
 
     ``bos="context"`` puts the BOS token at the start of every context, ``"document"`` at the start of every
-    document, ``"none"`` nowhere. ``separator``, as :func:`resolve_separator` gives it, stands between documents. Chats
-    go through the tokenizer's chat template, without the BOS token that it may begin with; those that the template
-    refuses are counted in ``source.left_out``. Tokens that do not fill a last context are dropped; the last batch may
-    be short.
+    document that does not begin with it already, ``"none"`` nowhere. ``separator``, as :func:`resolve_separator`
+    gives it, stands between documents. Chats go through the tokenizer's chat template, which may begin with BOS
+    whatever ``bos`` says; those that the template refuses are counted in ``source.left_out``. Tokens that do not fill
+    a last context are dropped; the last batch may be short.
     """
     prefix = 1 if bos == "context" else 0
     body = length - prefix
@@ -119,7 +119,7 @@ def _tokens(source: TextSource, tokenizer: Any, bos_id: int | None, between: Seq
             if starts and between and document >= 0:
                 parts.append(_part(between, document, SEPARATOR))
             document += starts
-            if starts and bos_id is not None:
+            if starts and bos_id is not None and list(ids[:1]) != [bos_id]:
                 parts.append(_part([bos_id], document, TEXT))
             parts.append(_part(ids, document, roles))
         yield np.concatenate(parts, axis=1)
@@ -145,8 +145,10 @@ def _tokenized(
             yield starts, ids, TEXT
             continue
         roles = roles_of(found["offset_mapping"][number], piece.spans)
-        own_bos = bool(ids) and ids[0] == tokenizer.bos_token_id  # the template's; where BOS goes is decided here
-        yield starts, ids[own_bos:], roles[own_bos:]
+        bos_id = tokenizer.bos_token_id
+        if ids and ids[0] == bos_id and bos_id not in ids[1:]:  # else it begins every message, as <|im_start|> may
+            roles[0] = SEPARATOR  # an attention sink
+        yield starts, ids, roles
 
 
 def _grouped(source: TextSource, tokenizer: Any) -> Iterator[list[tuple[bool, str | Rendered]]]:

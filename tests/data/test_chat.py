@@ -63,8 +63,7 @@ def test_each_token_has_the_role_of_its_message(template: str) -> None:
     assert roles["assistant"].strip() == "rain fell. 猫 over old roofs"
     whole = own.apply_chat_template(CHAT, tokenize=False)
     expected = own(whole, add_special_tokens=False)["input_ids"]
-    begins = expected[0] == own.bos_token_id
-    assert found.tokens.flatten().tolist() == expected[begins:]  # the tokens that the model was trained on
+    assert found.tokens.flatten().tolist() == expected  # the tokens that the model was trained on
     assert "INST" not in "".join(roles[name] for name in ("user", "assistant")) and "im_end" not in roles["user"]
 
 
@@ -76,12 +75,25 @@ def test_contents_that_the_template_changes() -> None:
     assert [(text[a:b], ROLES[role]) for a, b, role in spans] == [("the cat", "user")]
 
 
-def test_chats_begin_as_bos_says() -> None:
+def test_a_bos_token_of_the_template_is_neither_lost_nor_doubled() -> None:
     own = tokenizer(INST)
     chat = CHAT[1:]
-    for bos, expected in (("none", 0), ("document", 2), ("context", 1)):
-        found = packed(from_documents([chat, chat]), own, bos, length=40)
-        assert int((found.tokens == own.bos_token_id).sum(1).max()) == expected
+    ids = own(own.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert ids[0] == own.bos_token_id
+    for bos in ("none", "document"):
+        found = packed(from_documents([chat, chat]), own, bos, length=1)
+        assert found.tokens.flatten().tolist() == ids * 2
+        assert [ROLES[n] for n in found.roles.flatten()[:2]] == [
+            "separator",
+            "template",
+        ]  # an attention sink has no row
+    plain = packed(from_documents([chat, "the cat"]), own, "document", length=1).tokens.flatten()
+    assert plain.tolist() == [*ids, own.bos_token_id, *own("the cat", add_special_tokens=False)["input_ids"]]
+    # ChatML in which BOS begins every message: it is part of the format, and has its row.
+    own.chat_template = CHATML.replace("<|im_start|>", "{{ bos_token }}")
+    found = packed(from_documents([CHAT]), own, length=1)
+    starts = found.tokens.flatten() == own.bos_token_id
+    assert int(starts.sum()) == 3 and {ROLES[n] for n in found.roles.flatten()[starts]} == {"template"}
 
 
 def test_a_refused_chat_is_left_out_and_no_template_is_one_line() -> None:

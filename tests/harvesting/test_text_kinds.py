@@ -81,7 +81,7 @@ def test_the_command_counts_what_it_left_out(model: Any, tmp_path: Path, capsys:
     texts = ["--text", str(tmp_path / "pages.jsonl"), str(tmp_path / "more.txt")]
     main([*base, *texts, "--out", str(tmp_path / "c")])
     printed = capsys.readouterr()
-    assert "left out of the text: 1 records without 'text'" in printed.err
+    assert "left out of the text: 1 record without 'text'" in printed.err
     assert "from 2 documents" in printed.out
     assert ActivationCache(tmp_path / "c").manifest.left_out == {"records without 'text'": 1}
     main(["cache", "info", str(tmp_path / "c"), "--json"])
@@ -90,4 +90,4 @@ def test_the_command_counts_what_it_left_out(model: Any, tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         main([*base, "--text", str(tmp_path / "void.jsonl"), "--out", str(tmp_path / "d")])
     error = " ".join(capsys.readouterr().err.split())
-    assert "void.jsonl (left out: 1 records without 'text') is shorter than one context" in error
+    assert "void.jsonl (left out: 1 record without 'text') is shorter than one context" in error

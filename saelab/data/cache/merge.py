@@ -54,7 +54,7 @@ def cache_summary(cache: ActivationCache) -> dict[str, Any]:
         "context_length": m.context_length,
         "bos": m.bos,
         "separator": m.separator,
-        "roles": m.kept_roles or m.roles,
+        "roles": ", ".join(m.kept_roles) or ("all" if m.roles else "no chats"),
         "skip_first": m.skip_first,
         "max_norm": m.max_norm,
         "dropped_rows": m.dropped_rows,

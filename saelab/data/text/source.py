@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -54,4 +55,7 @@ def counted(name: str, fingerprint: str, read: Callable[[Counter[str]], Pieces])
 def listed(left_out: Counter[str] | dict[str, int]) -> str:
     """``3 records without 'text', 2 empty files``: what was left out, the most frequent reason first."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count:,} {reason}" for reason, count in ordered)
+    ordered = [
+        (n, reason if n > 1 else re.sub(r"\b(record|file|chat)s\b", r"\1", reason, count=1)) for reason, n in ordered
+    ]
+    return ", ".join(f"{count:,} {reason}" for count, reason in ordered)
