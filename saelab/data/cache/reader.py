@@ -247,7 +247,7 @@ class ActivationCache:
 
     def release(self) -> None:
         """Unmap the files, whose pages count as this process's memory; they are mapped again when they are read."""
-        self.shards.columns.cache_clear()
+        self.shards.release()
 
     def tokens_window(self, row: int, before: int, after: int) -> tuple[Int[Tensor, " m"], int]:
         """Token ids around a row, cut at the borders of its own context, and the row's offset in them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,18 @@ class Shards:
         self.starts = [0]
         for shard in manifest.shards:
             self.starts.append(self.starts[-1] + shard.rows)
-        self.columns = functools.cache(self._open)
+        self._opened: dict[int, dict[str, Column]] = {}
+
+    def columns(self, index: int) -> dict[str, Column]:
+        """The tensors of a shard by name."""
+        found = self._opened.get(index)
+        if found is None:
+            found = self._opened[index] = self._open(index)
+        return found
+
+    def release(self) -> None:
+        """Unmap the files."""
+        self._opened.clear()
 
     def _open(self, index: int) -> dict[str, Column]:
         shard, m = self.manifest.shards[index], self.manifest
