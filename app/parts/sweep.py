@@ -14,7 +14,7 @@ from saelab import viz
 from saelab.layout import SWEEP_TABLE
 from saelab.runs import Run
 from saelab.sweep.results import load_results
-from saelab.viz.sweep import AXES, COLUMNS, RATES, pareto_of, rates_of
+from saelab.viz.sweep import AXES, COLUMNS, RATES, lost_rates, pareto_of, rates_of
 from saelab.workspace import FORMULAS, Workspace
 
 SHORT = {"fvu": "FVU", "dead_fraction": "dead", "ce_loss_recovered_zero": "CE recovered"}
@@ -55,6 +55,8 @@ def show(found: Workspace, logged: dict[str, Run]) -> None:
         rates = rates_of(rows, page.colours(), height=240)
         if rates is not None:
             st.caption(RATES)
+            for line in lost_rates(rows):
+                st.caption(viz.markdown(line))
             page.chart(rates, alt="FVU on validation tokens against the learning rates tried", key="training_rates")
     with right:
         event = _table(rows, measured)

@@ -39,25 +39,23 @@ def pareto_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = 
 def rates_of(rows: Sequence[Mapping[str, Any]], colours: Palette = LIGHT, height: int = 320) -> go.Figure | None:
     """Learning rate against FVU on validation rows, one series per tuned SAE, the chosen rate as a star.
 
-    None where no rate was tuned. Rates that were stopped early or diverged have no FVU and are left out; hovering over
-    the chosen one lists them.
+    None where no rate was tuned. Rates that were stopped early or diverged have no FVU; :func:`lost_rates` lists them.
     """
-    leads = {row["tried"]: row for row in reversed(rows) if row.get("tried")}  # seeds share what was tried
+    leads = _leads(rows)
     if not leads:
         return None
     figure = base(colours, height, "learning rate", "FVU on validation tokens", showlegend=len(leads) > 1)
     shown: list[float] = []
-    for tried, row in reversed(leads.items()):
-        trials = json.loads(tried)
+    for row in leads:
+        trials = json.loads(row["tried"])
         measured = [trial for trial in trials if trial["fvu"] is not None]
         shown += [trial["lr"] for trial in measured]
-        rest = "".join(f"<br>{trial['lr']:.3g} {trial['status']}" for trial in trials if trial["fvu"] is None)
         figure.add_scatter(
             x=[trial["lr"] for trial in measured],
             y=[trial["fvu"] for trial in measured],
             text=[
                 f"{safe(row['name'])}<br>lr {t['lr']:.3g}<br>FVU {t['fvu']:.4f}, L0 {t['l0']:.1f}"
-                + (f"<br>chosen{rest}" if t["lr"] == row["lr"] else "")
+                + ("<br>chosen" if t["lr"] == row["lr"] else "")
                 for t in measured
             ],
             name=safe(row["name"]),
@@ -72,6 +70,27 @@ def rates_of(rows: Sequence[Mapping[str, Any]], colours: Palette = LIGHT, height
     return figure.update_xaxes(log_axis(shown)) if shown else figure
 
 
+def lost_rates(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each tuned SAE one line with the rates that did not reach the end, and the step at which they were lost."""
+    lines = []
+    for row in _leads(rows):
+        lost = [trial for trial in json.loads(row["tried"]) if trial["status"] != "finished"]
+        words = {"halted": "stopped", "diverged": "diverged"}
+        parts = [f"{t['lr']:.3g} {words[t['status']]} at step {t['step']}" for t in lost]
+        if parts:
+            lines.append(f"{row['name']}: {', '.join(parts)}")
+    return lines
+
+
+def _leads(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One row for each choice of a rate: seeds share what was tried."""
+    first: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row.get("tried"):
+            first.setdefault(row["tried"], row)
+    return list(first.values())
+
+
 def report(rows: Sequence[Mapping[str, Any]], title: str = "sweep") -> str:
     """The charts that have data, then the table, as one HTML page."""
     shown = [value for value in AXES if any(row[value] is not None for row in rows)]
@@ -83,6 +102,7 @@ def report(rows: Sequence[Mapping[str, Any]], title: str = "sweep") -> str:
     if rates is not None:
         page = rates.to_html(full_html=False, include_plotlyjs=not shown)
         parts.append(f"<h2>{html.escape(RATES)}</h2>{page}")
+        parts += [f"<p>{html.escape(line)}</p>" for line in lost_rates(rows)]
     head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
     body = "".join(f"<tr>{''.join(_cell(row[column]) for column in COLUMNS)}</tr>" for row in rows)
     style = (

@@ -137,7 +137,7 @@ def test_a_sweep_is_shown_with_its_members(monkeypatch: pytest.MonkeyPatch, fold
         known = {"name": name, "variant": name, "d_sae": 48, "seed": 0, "lr": 1e-3, "options": "{}", "step": 24}
         rows.append({**known, "status": "finished", "l0": 4.0 + i, "fvu": 0.5 - 0.1 * i, "dead_fraction": 0.0})
     tried = [{"lr": 10.0 ** -(3 + i), "fvu": 0.5 + i, "l0": 4.0, "status": "finished"} for i in range(2)]
-    rows[0]["tried"] = json.dumps([*tried, {"lr": 1.0, "fvu": None, "l0": None, "status": "diverged"}])
+    rows[0]["tried"] = json.dumps([*tried, {"lr": 1.0, "fvu": None, "l0": None, "status": "diverged", "step": 2}])
     rows.append({"name": "<b>lost</b>", "variant": "topk", "status": "diverged", "message": "FVU is nan"})
     save_results(rows, tmp_path / "sweep")
     app = launch(monkeypatch, tmp_path, model="none")
@@ -146,7 +146,8 @@ def test_a_sweep_is_shown_with_its_members(monkeypatch: pytest.MonkeyPatch, fold
     table = app.dataframe[0].value
     assert table["name"].tolist() == ["topk", "gated", "<b>lost</b>"] and table["message"][2] == "FVU is nan"
     assert "ce_loss_recovered_zero" not in table
-    assert [caption.value for caption in app.caption if "Learning rates tried" in caption.value]
+    captions = [caption.value for caption in app.caption]
+    assert any("Learning rates tried" in text for text in captions) and "topk: 1 diverged at step 2" in captions
     app.button(key="training_members").click().run()
     assert not app.exception and app.multiselect(key="training_runs").value == ["sweep/gated", "sweep/topk"]
     assert sorted(metric.label for metric in app.metric) == ["sweep/gated", "sweep/topk"]
