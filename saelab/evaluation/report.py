@@ -10,6 +10,9 @@ from saelab._version import __version__
 from saelab.files import write_json
 from saelab.layout import EVALUATION
 from saelab.metrics import LEGACY, Estimate
+from saelab.sae import SAE
+
+NEAR = 0.05  # relative difference of a measured L0 from the requested one up to which it goes without saying
 
 
 @dataclass
@@ -51,3 +54,14 @@ class Evaluation:
         path = Path(folder) / EVALUATION
         write_json(path, self.content())
         return path
+
+
+def l0_remark(sae: SAE, evaluation: Evaluation) -> str | None:
+    """One sentence if the measured L0 is more than 5 % from the number of latents per token that ``sae`` asked for."""
+    asked, found = sae.config.get(sae.l0_option), evaluation["l0"]
+    if not isinstance(asked, int | float) or asked <= 0 or abs(found / asked - 1) <= NEAR:
+        return None
+    return (
+        f"L0 is {found:.3g} on these tokens where {sae.l0_option}={asked:g} was asked for ({found / asked - 1:+.1%}); "
+        "what limits it was set on training tokens, or in training"
+    )

@@ -20,6 +20,7 @@ from saelab.reproduce.ledger import summary
 from saelab.sae import SAE, build
 from saelab.sae.weights import CONFIG, load_metadata, load_sae, save
 from saelab.training import TrainConfig, train
+from saelab.training.rate import published
 
 Log = Callable[[str], None]
 
@@ -37,7 +38,7 @@ class Scale:
     batch_size: int = 512
     """Tokens per training step."""
     lr: float | None = None
-    """Adam's learning rate; by default that of `saelab train`."""
+    """Adam's learning rate; by default 2e-4 / sqrt(d_sae / 2^14), with which the recorded results were measured."""
     lm_tokens: int = 1024
     """Tokens run through the language model for cross-entropy and KL."""
     density_tokens: int = 50_000
@@ -147,9 +148,8 @@ def train_spec(spec: Spec, cache: ActivationCache, scale: Scale) -> SAE:
     """One training run; the seed decides the initial weights and the order of the data."""
     torch.manual_seed(spec.seed)
     sae = build(spec.variant, d_in=cache.d_in, d_sae=spec.d_sae, **spec.config)
-    config = TrainConfig(
-        epochs=scale.epochs, batch_size=scale.batch_size, lr=scale.lr, seed=spec.seed, data_seed=spec.seed
-    )
+    lr = published(spec.d_sae) if scale.lr is None else scale.lr
+    config = TrainConfig(epochs=scale.epochs, batch_size=scale.batch_size, lr=lr, seed=spec.seed, data_seed=spec.seed)
     train(sae, cache, config)
     return sae.eval()
 

@@ -1,6 +1,6 @@
 """Training: the loop, its configuration, its resumable state, and the run folder that it writes."""
 
-from saelab.training.config import TrainConfig, check, n_steps, prepared
+from saelab.training.config import TrainConfig, check, chosen_rate, n_steps, prepared
 from saelab.training.divergence import Diverged
 from saelab.training.fitting import finished, fit_steps, read_run, train
 from saelab.training.loop import adopt, batches, centre_of, finalise, start, train_steps
@@ -16,6 +16,7 @@ __all__ = [
     "batches",
     "centre_of",
     "check",
+    "chosen_rate",
     "finalise",
     "finished",
     "fit_steps",

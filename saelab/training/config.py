@@ -10,6 +10,7 @@ from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel
 from saelab.errors import UserError
 from saelab.sae import SAE, LinearSAE
+from saelab.training.rate import Rate, automatic
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class TrainConfig:
     """Passes over the training split of the cache."""
     batch_size: int = 2048
     """Tokens per step."""
-    lr: float | None = None
-    """Adam's learning rate; by default 2e-4 / sqrt(d_sae / 2^14) (Gao et al., 2024, figure 3)."""
+    lr: float | Literal["auto"] = "auto"
+    """Adam's learning rate; auto computes it from the numbers of steps and latents by a measured rule."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises from zero."""
     decay: Literal["none", "linear", "cosine"] = "linear"
@@ -51,10 +52,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        for name in ("lr", "grad_clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name}={value} must be positive and finite")
+        if self.lr != "auto" and (isinstance(self.lr, str | None) or not 0 < self.lr < math.inf):
+            raise UserError(f"lr={self.lr} must be positive and finite, or auto")
+        if self.grad_clip is not None and not 0 < self.grad_clip < math.inf:
+            raise UserError(f"grad_clip={self.grad_clip} must be positive and finite")
         for name in ("warmup", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)} is a share of the run, between 0 and 1")
@@ -65,24 +66,41 @@ class TrainConfig:
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema={self.ema} is a decay per step, strictly between 0 and 1 (0.999, say)")
 
-    def resolved(self, sae: SAE, cache: ActivationCache) -> TrainConfig:
+    @property
+    def rate(self) -> float:
+        """The learning rate as a number. ValueError where it is still to be chosen (see :func:`prepared`)."""
+        return float(self.lr)
+
+    def resolved(self, sae: SAE, cache: ActivationCache, fine_tuning: bool = False) -> TrainConfig:
         """The same configuration with every data-dependent default filled in."""
         total = self.epochs * cache.n_split("train")
         values = asdict(self)
-        values["lr"] = self.lr or 2e-4 / math.sqrt(sae.d_sae / 2**14)
+        values["lr"] = chosen_rate(sae, cache, self, fine_tuning).value
         values["k_aux"] = self.k_aux or 2 ** round(math.log2(max(sae.d_in / 2, 1)))
         values["dead_after"] = self.dead_after or max(1, min(10_000_000, total // 10))
         return TrainConfig(**values)
 
 
+def chosen_rate(sae: SAE, cache: ActivationCache, config: TrainConfig, fine_tuning: bool = False) -> Rate:
+    """The learning rate of a run: the one in ``config``, or what the rule gives for it."""
+    if config.lr != "auto":
+        return Rate(config.rate, "as given")
+    steps = config.epochs * (cache.n_split("train") // config.batch_size)
+    return automatic(sae.d_sae, steps, config.batch_size, fine_tuning)
+
+
 def prepared(
-    sae: SAE, cache: ActivationCache, config: TrainConfig | None = None, parallel: Parallel = SINGLE
+    sae: SAE,
+    cache: ActivationCache,
+    config: TrainConfig | None = None,
+    parallel: Parallel = SINGLE,
+    fine_tuning: bool = False,
 ) -> TrainConfig:
     """Check ``config`` and fill in its defaults. Raises UserError for a run that cannot work.
 
-    ``sae`` is the whole SAE, also where processes hold it in shards.
+    ``sae`` is the whole SAE, also where processes hold it in shards. ``fine_tuning`` says that it is trained already.
     """
-    config = (config or TrainConfig()).resolved(sae, cache)
+    config = (config or TrainConfig()).resolved(sae, cache, fine_tuning)
     check(sae, cache, config, parallel)
     return config
 

@@ -50,4 +50,4 @@ def failure(fvu: float, lr: float | None) -> str:
 
 def _remedy(config: TrainConfig) -> str:
     clip = "" if config.grad_clip is not None else ", or set grad_clip=1"
-    return f"lower lr={config.lr:.2g}, to {(config.lr or 0.0) / 10:.2g} say{clip}"
+    return f"lower lr={config.rate:.2g}, to {config.rate / 10:.2g} say{clip}"

@@ -60,6 +60,7 @@ def train(
     elif resume:
         raise UserError("resume=True needs the folder of the run; give out")
     else:
+        config = prepared(sae, cache, config, fine_tuning=source is not None)
         steps = train_steps(sae, cache, config, None if source is None else adopt(sae, cache))
     last = None
     for last in steps:
@@ -100,7 +101,7 @@ def fit_steps(
     writing the folder.
     """
     whole = whole_of(sae, parallel)
-    config = prepared(whole, cache, config, parallel)
+    config = prepared(whole, cache, config, parallel, fine_tuning=source is not None)
     about = run_description(whole, cache, config, source)
     store = Store(Path(folder), sae, whole, {**about, **(metadata or {})}, parallel)
     return _fit(store, cache, config, about, resume, checkpoint_steps, logs, stream, centre)

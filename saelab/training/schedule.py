@@ -9,7 +9,7 @@ from saelab.training.config import TrainConfig
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     """The learning rate of a step: linear warm-up, constant, then the chosen decay to zero."""
-    lr = config.lr or 0.0
+    lr = config.rate
     warmup, decay = config.warmup * total, config.decay_share * total
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)

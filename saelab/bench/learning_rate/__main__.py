@@ -32,7 +32,7 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from saelab.bench.learning_rate.design import PENALTY, Point, design, sparsity
+from saelab.bench.learning_rate.design import Point, design, sparsity
 from saelab.bench.learning_rate.results import append, read
 from saelab.bench.learning_rate.rules import guess, report
 from saelab.bench.timing import Seconds
@@ -130,7 +130,7 @@ def train_once(point: Point, lr: float, bench: Bench) -> dict[str, Any]:
     record: dict[str, Any] = {"lr": lr, "d_in": cache.d_in, "epochs": point.n_steps / _per_epoch(point, cache)}
     try:
         record |= run(sae, cache, config, state, point.n_steps)
-        record |= measure(sae, cache, state, bench.rows(point.cache), point.variant in PENALTY) | {"diverged": False}
+        record |= measure(sae, cache, state, bench.rows(point.cache)) | {"diverged": False}
     except Diverged:
         record |= {"fvu": None, "loss": None, "diverged": True}
     return record | {"seconds": round(Seconds.now().since(began).cpu, 2)}
@@ -173,19 +173,8 @@ def run(
 
 
 @torch.no_grad()
-def measure(sae: SAE, cache: ActivationCache, state: TrainState, x: Tensor, penalty: bool) -> dict[str, float]:
-    """FVU and L0 of held-out rows ``x [n, d_in]``, and ``loss``, by which rates are compared.
-
-    For variants with a sparsity penalty that is the whole training objective on these rows, for all others the FVU.
-    """
-    terms: list[float] = []
-    if penalty:
-        sae.train()
-        for part in (x * state.scale).split(CHUNK):
-            code = sae.encode(part)
-            extra = sae.extra_losses(part, code, part - sae.decode(code))
-            terms.append(sum(float(term) for term in extra.values()) / state.variance * len(part) / len(x))
-        sae.eval()
+def measure(sae: SAE, cache: ActivationCache, state: TrainState, x: Tensor) -> dict[str, float]:
+    """FVU and L0 of held-out rows ``x [n, d_in]``, and ``loss``, by which rates are compared: the FVU."""
     state.fold(sae)
     sums = ReconstructionSums(-(-len(x) // CHUNK), torch.tensor(cache.manifest.mean, dtype=torch.float64))
     firing = FiringCounts(sae.d_sae)
@@ -193,7 +182,7 @@ def measure(sae: SAE, cache: ActivationCache, state: TrainState, x: Tensor, pena
         measure_batch(sae, part, None, torch.full((len(part),), number), sums, firing)
     found = sums.estimates()
     fvu = found["fvu"].value
-    return {"fvu": fvu, "l0": found["l0"].value, "loss": fvu + sum(terms)}
+    return {"fvu": fvu, "l0": found["l0"].value, "loss": fvu}
 
 
 def search(first: float, known: Mapping[int, float], attempt: Callable[[int], float]) -> Iterator[tuple[int, float]]:

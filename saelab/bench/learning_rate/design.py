@@ -85,17 +85,8 @@ class Point:
 
 
 def sparsity(variant: str, k: int) -> dict[str, Any]:
-    """The option that makes a variant about as sparse as ``k`` latents per token.
-
-    L1 penalties cannot be told a number; their weight is 0.1 (the default) at k = 32 and inversely proportional to k.
-    """
-    if variant == "matching_pursuit":
-        return {"n_steps": k}
-    if variant == "jump_relu":
-        return {"target_l0": k}
-    if variant in ("relu", "gated"):
-        return {"l1": 3.2 / k}
-    return {"k": k}
+    """The option that makes a variant as sparse as ``k`` latents per token."""
+    return {"n_steps": k} if variant == "matching_pursuit" else {"l0": k} if variant in PENALTY else {"k": k}
 
 
 def seconds(point: Point, d_in: int) -> float:

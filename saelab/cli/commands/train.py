@@ -31,7 +31,7 @@ from saelab.interop.fetch import full_name
 from saelab.layout import RUN
 from saelab.runs import Run
 from saelab.sae import SAE, VARIANTS
-from saelab.training import StepMetrics, TrainConfig, finished, fit_steps, n_steps, prepared, read_run
+from saelab.training import StepMetrics, TrainConfig, chosen_rate, finished, fit_steps, n_steps, prepared, read_run
 from saelab.training.checkpoints import latest_step, number_of
 from saelab.training.divergence import failure
 from saelab.training.fitting import SOURCE
@@ -118,7 +118,11 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
     d_in = cache.d_in if source is None else source.sae.d_in
     sae = build_shard(options.variant, d_in, options.d_sae, options.seed, parallel, **config).to(device)
     whole = whole_of(sae, parallel)
-    train_config = prepared(whole, cache, part(TrainConfig, options), parallel)
+    given = part(TrainConfig, options)
+    train_config = prepared(whole, cache, given, parallel, fine_tuning=source is not None)
+    if given.lr == "auto":
+        rate = chosen_rate(whole, cache, given, source is not None)
+        console.print(f"lr auto: {rate.value:.2e} = {rate.why}", markup=False, soft_wrap=True)
     if source is not None:
         dims = split_dims(sae.state_dict(), whole.state_dict())
         sae.load_state_dict(slices(source.sae.state_dict(), dims, parallel))
@@ -144,7 +148,7 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
 
 def remarks(sae: SAE, last: StepMetrics | None, config: TrainConfig, folder: Path) -> list[str]:
     """What the user should know about the finished run."""
-    failed = "" if last is None else failure(recent_fvu(folder, last.step, last.step), config.lr)
+    failed = "" if last is None else failure(recent_fvu(folder, last.step, last.step), config.rate)
     return [*sae.remarks(), *filter(None, [failed])]
 
 
@@ -172,7 +176,7 @@ def drive(
     total, last = n_steps(cache, config), None
     console.print(
         f"training {sae.variant}: d_in {sae.d_in}, d_sae {options.d_sae}, {total} steps of {config.batch_size} tokens, "
-        f"lr {config.lr:.2g}, dead after {config.dead_after} tokens"
+        f"lr {config.rate:.2g}, dead after {config.dead_after} tokens"
         + (f", {parallel.data_size} data x {parallel.dict_size} dictionary ranks" if parallel.size > 1 else "")
     )
     bf16 = f"; selection in bf16 by {kernels.describe(torch.bfloat16)}" if config.precision == "bf16" else ""

@@ -48,8 +48,9 @@ class Manifest:
     """Everything that a reader needs to know before it opens a shard.
 
     Norms are Euclidean norms of one row. Statistics are float64 sums over the rows of the training split, taken
-    from the values as stored. ``scale`` is ``2 ** round(-log2(rms_norm))``: a power of two, so that scaling the
-    activations by it and folding it back into weights are exact.
+    from the values as stored. ``scale`` is ``2 ** round(-log2(sqrt(variance)))``: a power of two, so that scaling the
+    activations by it and folding it back into weights are exact. It is always computed from ``variance``, whatever the
+    file says.
     """
 
     d_in: int
@@ -142,6 +143,7 @@ class Manifest:
             shards = [ShardInfo(**shard) for shard in data.pop("shards")]
             manifest = cls(**{k: v for k, v in data.items() if k in known}, shards=shards)
             manifest.check()
+            manifest.scale = scale_for(manifest.variance)  # version 0.1.0 stored that of the norm before centring
         return manifest
 
     def check(self) -> None:
@@ -184,7 +186,7 @@ class Manifest:
         self.rms_norm = math.sqrt(mean_sq)
         self.mean_norm = sum_norm / rows
         self.variance = max(mean_sq - math.fsum(m * m for m in self.mean), 0.0)
-        self.scale = power_of_two(1.0 / self.rms_norm) if self.rms_norm > 0 else 1.0
+        self.scale = scale_for(self.variance)
 
 
 IDENTIFYING = (
@@ -209,3 +211,8 @@ def check_provenance(names: dict[str, Any]) -> None:
 def power_of_two(value: float) -> float:
     """The power of two nearest to ``value > 0`` on a logarithmic scale."""
     return 2.0 ** round(math.log2(value))
+
+
+def scale_for(variance: float) -> float:
+    """The power of two by which activations come close to a variance of 1, summed over dimensions."""
+    return power_of_two(variance**-0.5) if variance > 0 else 1.0
