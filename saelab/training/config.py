@@ -22,7 +22,7 @@ class TrainConfig:
     batch_size: int = 2048
     """Tokens per step."""
     lr: float | Literal["auto"] = "auto"
-    """Adam's learning rate; auto computes it from the numbers of steps and latents by a measured rule."""
+    """Adam's learning rate; auto computes it by a measured rule."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises from zero."""
     decay: Literal["none", "linear", "cosine"] = "linear"
@@ -86,7 +86,8 @@ def chosen_rate(sae: SAE, cache: ActivationCache, config: TrainConfig, fine_tuni
     if config.lr != "auto":
         return Rate(config.rate, "as given")
     steps = config.epochs * (cache.n_split("train") // config.batch_size)
-    return automatic(sae.d_sae, steps, config.batch_size, fine_tuning)
+    k = sae.config.get(sae.l0_option)
+    return automatic(sae.d_sae, steps, config.batch_size, d_in=sae.d_in, k=k, fine_tuning=fine_tuning)
 
 
 def prepared(

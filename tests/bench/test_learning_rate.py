@@ -17,8 +17,9 @@ from saelab.bench.__main__ import benchmarks
 from saelab.bench.learning_rate.__main__ import Bench, listed, main, name_of, search, train_once
 from saelab.bench.learning_rate.design import KS, STEPS, TIERS, WEIGHTS, WIDTHS, Point, design, seconds
 from saelab.bench.learning_rate.results import append, read
-from saelab.bench.learning_rate.rules import PROVISIONAL, Rule, costs, curves, fit, regret, report, tabulate
+from saelab.bench.learning_rate.rules import Rule, costs, curves, default, fit, regret, report, tabulate
 from saelab.errors import UserError
+from saelab.training.rate import CONSTANT, POWERS, UNITS
 from tests.planted import activations
 
 CACHES = [("world", 128, False), ("model", 576, False)]
@@ -168,11 +169,12 @@ def test_the_committed_results_give_the_table_of_the_page() -> None:
     page = (RESULTS.parents[2] / "docs" / "learning-rate.md").read_text()
     few = [row for row in records if row["cache"].startswith("planted")]
     real = [row for row in records if not row["cache"].startswith("planted")]
-    assert str(PROVISIONAL) in page
+    formula = " ".join(f"({name} / {UNITS[name]:g})^{POWERS[name]:g}" for name in UNITS)
+    assert f"lr = 4.6e-3 {formula}" in page and CONSTANT == 4.6e-3
     for group in (few, real):
         points = list(curves([row for row in group if row.get("scale", 1.0) == 1.0]).values())
         assert f"| {len(points)} |" in page
-        assert f"{np.mean(costs(points, PROVISIONAL)):.2%}".replace("%", " %") in page
+        assert f"{np.mean(costs(points, default)):.2%}".replace("%", " %") in page
     assert "planted world" in report(few)
 
 

@@ -11,6 +11,9 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import minimize
 
+from saelab.training.rate import UNITS, published
+from saelab.training.rate import rule as measured
+
 AXES = {"batch_size": 2048, "d_sae": 4096, "n_steps": 500, "k": 32}  # and where the logarithms are zero
 PRIOR = np.array([math.log(2e-3), 0.0, -0.3, -0.3, 0.0])  # before anything is measured
 PRIOR_WEIGHT = 3.0  # in points
@@ -101,8 +104,6 @@ LEAST = 8  # points to fit rules to
 CAP = 0.5  # regrets beyond count as this
 HOLD = 1.0  # how firmly exponents and offsets are held near zero
 HEAD = f"{'regret':38s} {'n':>4s} {'mean':>7s} {'median':>7s} {'max':>7s} {'<=2%':>7s}"
-# Fitted to activations of language models; the planted world wants higher rates.
-PROVISIONAL = Rule(("n_steps", "d_sae"), math.log(2.4e-3), (-0.3, -0.5), {})
 PLANTED = "planted"  # beginning of the names of caches without a language model
 
 
@@ -165,15 +166,15 @@ def fit(points: Sequence[Curve], terms: Sequence[str], offsets: bool, table: np.
     return Rule(tuple(terms), constant, tuple(rest[: len(terms)]), dict(zip(variants, rest[len(terms) :])))
 
 
-def published(row: Mapping[str, Any]) -> float:
-    """The logarithm of Gao et al.'s rate, the trainer's default, which was found at 131,072 tokens per step."""
-    return math.log(2e-4 / math.sqrt(row["d_sae"] / 2**14))
+def default(row: Mapping[str, Any]) -> float:
+    """The logarithm of the trainer's rate, ``--lr auto``."""
+    return math.log(measured({name: row[name] for name in UNITS}))
 
 
 FIXED: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "default: 2e-4 / sqrt(d_sae / 2^14)": published,
+    "published: 2e-4 / sqrt(d_sae / 2^14)": lambda row: math.log(published(row["d_sae"])),
     "one rate: 6.4e-3": lambda row: math.log(6.4e-3),
-    "provisional rule": PROVISIONAL,
+    "--lr auto": default,
 }
 
 
@@ -209,19 +210,19 @@ def report(records: Sequence[Mapping[str, Any]], caches: Sequence[str] = ()) -> 
     points = list(curves(plain).values())
     real = [point for point in points if not point[0]["cache"].startswith(PLANTED)]
     worlds = [point for point in points if point[0]["cache"].startswith(PLANTED)]
-    lines = [f"{len(records)} SAEs, {len(points)} points with a bracketed optimum", f"provisional rule: {PROVISIONAL}"]
+    lines = [f"{len(records)} SAEs, {len(points)} points with a bracketed optimum"]
     lines += [
         "",
-        f"{'best rate, and the lowest loss measured':70s} {'rate':>8s} {'loss':>7s}  provisional rule, regret",
+        f"{'best rate, and the lowest loss measured':70s} {'rate':>8s} {'loss':>7s}  --lr auto, regret",
     ]
-    for (row, x, y), cost in zip(points, costs(points, PROVISIONAL)):
+    for (row, x, y), cost in zip(points, costs(points, default)):
         rate = optimum(x, y)
-        ratio = math.exp(PROVISIONAL(row) - rate)
+        ratio = math.exp(default(row) - rate)
         lines.append(f"{row['key']:70s} {math.exp(rate):.2e} {math.exp(y.min()):7.4f} {ratio:11.2f} times {cost:8.2%}")
     for title, group in (("language models", real), ("planted world", worlds)):
         if group:
             lines += ["", title, HEAD, *(summary(name, costs(group, rule)) for name, rule in FIXED.items())]
-            lines += parts("provisional", group, costs(group, PROVISIONAL))
+            lines += parts("auto", group, costs(group, default))
     lines += scales(records)
     if len(real) < LEAST:
         return "\n".join([*lines, "", f"{len(real)} points on language models; {LEAST} are the least to fit rules"])
