@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.manifest import Manifest
 from saelab.errors import UserError
-from saelab.lm.fingerprint import DTYPES, coarser, row_gaps, same_activations
+from saelab.lm.fingerprint import DTYPES, coarser, is_quantised, row_gaps, same_activations
 from saelab.lm.hook_names import layer_of, side_of
 from saelab.lm.record import ModelRecord, differences
 from saelab.lm.sites import Site, check_replaceable, device_of, locate
@@ -70,7 +70,9 @@ def check_same_model(model: nn.Module, site: Site, cache: ActivationCache, token
             f"the model's activations have width {live.shape[-1]}, the cache's {stored.shape[1]}; pass its own model"
         )
     record, live = ModelRecord.from_manifest(cache.manifest), live[rows >= 0]
-    if record.has_weights_of(model) and _same(live, stored, record, cache):
+    # Layers that quantise their inputs as they run do it by the largest of a pass, which leaves most values few bits.
+    runs_in = torch.float8_e4m3fn if is_quantised(model) else live.dtype
+    if record.has_weights_of(model) and _same(live, stored, record, cache, runs_in):
         return
     gap = float(row_gaps(live, stored).median())
     raise UserError(
@@ -80,9 +82,9 @@ def check_same_model(model: nn.Module, site: Site, cache: ActivationCache, token
     )
 
 
-def _same(live: Tensor, stored: Tensor, record: ModelRecord, cache: ActivationCache) -> bool:
+def _same(live: Tensor, stored: Tensor, record: ModelRecord, cache: ActivationCache, runs_in: torch.dtype) -> bool:
     layer = layer_of(cache.hook_name or cache.manifest.hf_hook_name)
     # A cache that does not say in which precision its model ran may have been harvested in bfloat16.
-    dtype = coarser(live.dtype, DTYPES.get(record.dtype, torch.bfloat16))
+    dtype = coarser(runs_in, DTYPES.get(record.dtype, torch.bfloat16))
     written = DTYPES[cache.manifest.dtype]
     return same_activations(live, stored, 1 if layer is None else layer + 1, dtype, written)

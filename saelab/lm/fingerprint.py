@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from saelab.lm.structure import WRAPPED
+from saelab.lm.structure import WRAPPED, underlying
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -42,7 +42,7 @@ def named_weights(model: TransformerBridge | nn.Module) -> Iterator[tuple[str, T
 
     Quantised layers that keep their weights elsewhere (packed, or in buffers) are included.
     """
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}  # it keeps them, because the number of a tensor that is gone may be given again
 
     def visit(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
         # A component of a bridge stands for the model's own module, which it keeps inside.
@@ -50,13 +50,13 @@ def named_weights(model: TransformerBridge | nn.Module) -> Iterator[tuple[str, T
             module = module.get_submodule(WRAPPED)
         for leaf, tensor in _own_weights(module):
             if id(tensor) not in seen:
-                seen.add(id(tensor))
+                seen[id(tensor)] = tensor
                 yield f"{path}.{leaf}".lstrip("."), tensor
         for key, child in module._modules.items():
             if child is not None:
                 yield from visit(child, f"{path}.{key}")
 
-    yield from visit(getattr(model, "original_model", model), "")
+    yield from visit(underlying(model), "")
 
 
 def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -94,10 +94,15 @@ def _plain(tensor: Tensor) -> Tensor:
 def model_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that a model computes in: that of most of its floating-point parameters."""
     counts: dict[torch.dtype, int] = {}
-    for parameter in getattr(model, "original_model", model).parameters():
+    for parameter in underlying(model).parameters():
         if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
             counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether some of a model's weights are integers, or stand for integers."""
+    return any(tensor.is_quantized or not tensor.is_floating_point() for _, tensor in named_weights(model))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

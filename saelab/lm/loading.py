@@ -26,7 +26,7 @@ from saelab.lm import gemma3
 from saelab.lm.checkpoints import Source, check_causal, check_complete, find_source, read_adapter
 from saelab.lm.fingerprint import DTYPES, rounding_gap, row_gaps
 from saelab.lm.smollm2 import cache_home, quiet_progress, smollm2_folder, smollm2_version
-from saelab.lm.structure import blocks, text_config, underlying
+from saelab.lm.structure import blocks, opened, text_config, underlying
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -104,8 +104,8 @@ def check_transformers() -> None:
 
 def model_name(model: TransformerBridge | nn.Module) -> tuple[str, str]:
     """The name and revision with which ``load_model`` loads this model again."""
-    config = getattr(getattr(model, "original_model", model), "config", None)
-    cfg = getattr(model, "cfg", None)  # of a bridge
+    config = getattr(underlying(model), "config", None)
+    cfg = getattr(opened(model), "cfg", None)  # of a bridge
     name = str(getattr(cfg, "model_name", None) or getattr(config, "_name_or_path", ""))
     if Path(name).is_absolute() and Path(name).parent == (cache_home() / "models").resolve():
         if Path(name).name.startswith(gemma3.FOLDER):

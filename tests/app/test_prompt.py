@@ -68,3 +68,29 @@ def test_another_sae_reads_the_same_text_at_once(monkeypatch: pytest.MonkeyPatch
     succeed(app.switch_page("views/features.py").run())
     succeed(app.switch_page("views/prompt.py").run())
     assert app.text_area(key="prompt_text").value == TEXT
+
+
+def test_a_model_with_other_weights_than_the_sae_was_trained_on_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from saelab.lm import load_hf_model
+    from saelab.lm.record import ModelRecord
+
+    for name, fingerprint in (("same", ""), ("other", "0123456789abcdef")):
+        run = tmp_path / "runs" / name
+        shutil.copytree(folder / "runs" / "topk", run)
+        record = ModelRecord.of(load_hf_model(folder / "model", device="cpu")).to_json()
+        content = json.loads((run / "cfg.json").read_text())
+        content["metadata"]["language_model"] = {**record, "fingerprint": fingerprint or record["fingerprint"]}
+        (run / "cfg.json").write_text(json.dumps(content))
+    app = launch(monkeypatch, tmp_path, model=str(folder / "model"))
+    for name in ("same", "other"):
+        app.switch_page("views/prompt.py").run()
+        app.selectbox(key="run").select(f"runs/{name}")
+        app.run()
+        app.text_area(key="prompt_text").input(TEXT)
+        app = app.button(key="FormSubmitter:prompt_form-Read").click().run()
+        assert not app.exception
+        assert [("other weights" in error.value) for error in app.error] == ([True] if name == "other" else [])
