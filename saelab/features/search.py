@@ -81,7 +81,7 @@ def by_closeness(table: pd.DataFrame, text: str) -> pd.DataFrame:
     return frame.iloc[order]
 
 
-def _first(column: pd.Series, pattern: re.Pattern[str]) -> list[int]:
+def _first(column: Any, pattern: re.Pattern[str]) -> list[int]:
     """Where the pattern first stands in each text; a large number where it does not."""
     found = (pattern.search(text) for text in column)
     return [1 << 20 if match is None else match.start() for match in found]

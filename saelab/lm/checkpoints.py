@@ -66,7 +66,7 @@ def _base_of(folder: Path) -> str:
 def read_adapter(model: Any, source: Source) -> Any:
     """``model`` with the adapter in the folder put into its layers; its module paths stay as they are."""
     try:
-        from peft import PeftModel
+        from peft import PeftModel  # pyright: ignore[reportMissingImports] -- optional
     except ImportError as error:
         why = f"reading it needs peft ({first_line(error)}): pip install peft"
         raise UserError(f"{source.name} is an adapter; {why}") from error

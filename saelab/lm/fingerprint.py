@@ -66,7 +66,7 @@ def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for leaf, tensor in module._buffers.items():
         if leaf in _PACKED and tensor is not None:
             yield leaf, tensor
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if callable(weight) and "quantized" in type(module).__module__:  # torch's own int8 layers give it by a method
         yield "weight", weight()
 

