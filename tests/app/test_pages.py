@@ -147,7 +147,7 @@ def test_a_sweep_is_shown_with_its_members(monkeypatch: pytest.MonkeyPatch, fold
     assert table["name"].tolist() == ["topk", "gated", "<b>lost</b>"] and table["message"][2] == "FVU is nan"
     assert "ce_loss_recovered_zero" not in table
     captions = [caption.value for caption in app.caption]
-    assert any("Learning rates tried" in text for text in captions) and "topk: 1 diverged at step 2" in captions
+    assert any("Learning rates tried" in text for text in captions) and r"topk\: 1 diverged at step 2" in captions
     app.button(key="training_members").click().run()
     assert not app.exception and app.multiselect(key="training_runs").value == ["sweep/gated", "sweep/topk"]
     assert sorted(metric.label for metric in app.metric) == ["sweep/gated", "sweep/topk"]
