@@ -166,12 +166,31 @@ def _find(block: nn.Module, records: list[_Record]) -> Sublayers:
                 return Sublayers(Place(first.path, "out", scale), Place(second.path, "out", scale), None)
         if heads:
             return Sublayers(None, None, None)
-    start = next((i for i, r in enumerate(records) if stream is not None and torch.equal(r.x, stream)), 0)
-    streams = _distinct(r.x for r in records[start:])
-    mlp_out, _, mid = _added_to(records, rest, streams)
+    mlp_out, _, mid = _added_to(records, rest, _streams(records, stream), _ends(records))
     reads = [r for r in records if mid is not None and r.side == "in" and r.path and torch.equal(r.x, mid)]
     shallow = min(reads, key=lambda r: r.path.count("."), default=None)
     return Sublayers(attn_out, mlp_out, None if attn_out is None or shallow is None else Place(shallow.path, "in"))
+
+
+def _streams(records: list[_Record], start: Tensor | None) -> list[Tensor]:
+    """The residual stream between the sublayers: ``start``, and what norms in the block itself make of it. Sums inside
+    a sublayer, such as those of experts, are none."""
+    own = [r for r in records if r.side == "in" and r.path and "." not in r.path]
+    if start is None:  # no attention before
+        return _distinct([records[0].x, *(r.x for r in own)])
+    found = [start]
+    for given in own:
+        output = next((r.x for r in records if r.path == given.path and r.side == "out"), None)
+        if output is not None and any(torch.equal(given.x, stream) for stream in found):
+            found.append(output)
+    return found
+
+
+def _ends(records: list[_Record]) -> list[Tensor]:
+    """The block's output, and what a last norm makes it of."""
+    y = records[-1].x
+    norms = {r.path for r in records if r.side == "out" and r.path and "." not in r.path and torch.equal(r.x, y)}
+    return _distinct([y, *(r.x for r in records if r.side == "in" and r.path in norms)])
 
 
 def _added(
@@ -183,11 +202,14 @@ def _added(
 
 
 def _added_to(
-    records: list[_Record], candidates: list[tuple[int, _Record]], streams: list[Tensor]
+    records: list[_Record],
+    candidates: list[tuple[int, _Record]],
+    streams: list[Tensor],
+    totals: list[Tensor] | None = None,
 ) -> tuple[Place | None, Tensor | None, Tensor | None]:
-    """The same, and the stream that it was added to."""
+    """The same, and the stream that it was added to; ``totals`` are the sums that count, by default all later ones."""
     for number, record in candidates:
-        for total in _distinct(r.x for r in records[number + 1 :]):
+        for total in _distinct(r.x for r in records[number + 1 :]) if totals is None else totals:
             for stream in streams:
                 scale = _multiple(stream, total, record.x)
                 if scale is not None:

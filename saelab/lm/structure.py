@@ -21,7 +21,7 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
 _EXPERTS = ("experts", "router", "gate", "shared_expert", "shared_experts")
 # The linear maps of a sublayer, in the families of models; of those that a module has, the first counts.
-_LAST = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
+_LAST = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo", "Wo")
 _FIRST = ("gate_proj", "w1", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "up_proj")
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "gelu_impl")
 _SINGLE = {"q": ("q_proj", "query"), "k": ("k_proj", "key"), "v": ("v_proj", "value")}
@@ -163,6 +163,8 @@ def first_map(module: nn.Module) -> tuple[str, str] | None:
 def projection(model: nn.Module, module: nn.Module, which: str) -> tuple[str, tuple[int, ...] | None] | None:
     """The linear map that makes the queries, keys or values (``which``: q, k, v) of an attention, and the columns of
     its output that hold them (None: all); None where the layout is not known."""
+    if not getattr(text_config(model), "num_attention_heads", None):
+        return None  # RWKV has no heads
     heads, kv_heads, d_head = _head_sizes(model, inside(module))
     wanted = (heads if which == "q" else kv_heads) * d_head
     own = children(module)
