@@ -74,7 +74,7 @@ position = st.pills(
     default=min(reading.first + 1, reading.n - 1),
     required=True,
     key="prompt_position",
-    format_func=lambda i: f"{i} {viz.markdown(reading.strings[i].strip() or '␣')}",
+    format_func=lambda i: f"{i} {viz.markdown(reading.strings[i].strip() or ('␣' if reading.strings[i] else '·'))}",
     label_visibility="collapsed",
 )
 position = min(position, reading.n - 1)

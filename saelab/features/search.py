@@ -138,6 +138,9 @@ def tokens_in(strings: list[str], spans: list[tuple[int, int]], offset: int = 0)
         start = position + len(string) - len(string.lstrip()) if string.strip() else position
         position += len(string)
         inside.append(any(start < stop and position > first for first, stop in spans))
+    for number in reversed(range(min(offset, len(strings)), len(strings) - 1)):
+        if not strings[number]:  # part of the character that a later token completes
+            inside[number] = inside[number + 1]
     return inside
 
 

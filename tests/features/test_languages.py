@@ -13,7 +13,7 @@ from saelab.features import FeatureIndex, build_index
 from saelab.features.explanations.prompts import active_places, marked
 from saelab.features.indexing.config import IndexConfig
 from saelab.features.indexing.corpus import Corpus
-from saelab.features.search import catalogue, find
+from saelab.features.search import catalogue, find, tokens_in
 from saelab.lm.tokens import vocabulary
 from saelab.sae import SAE
 from saelab.sparse import SparseCode
@@ -93,6 +93,12 @@ def test_the_corpus_agrees_with_the_vocabulary(cache: ActivationCache, tmp_path:
         shown = [names[number] for number in corpus.shown[start : start + CONTEXT]]
         assert shown == cache.vocabulary.side_by_side(ids)
         assert "\ufffd" not in "".join(names[number] for number in corpus.units[start : start + CONTEXT])
+
+
+def test_marks_cover_every_part_of_a_character() -> None:
+    strings = ["<s>", "", "", "吾", "輩", "", "", "猫", "は"]
+    assert tokens_in(strings, [(2, 3)], offset=1) == [False] * 5 + [True] * 3 + [False]
+    assert tokens_in(strings, [(0, 1)], offset=1) == [False] + [True] * 3 + [False] * 5
 
 
 def test_the_role_of_the_firing_token_is_shown(tmp_path: Path) -> None:
