@@ -243,7 +243,9 @@ def test_steering_is_the_same_by_every_way(name: str) -> None:
             ]
             assert found == expected, use_cache
         texts = generate(model, prompts, add, tokenizer=tokenizer, **options)  # padded on the left
-        assert texts == [tokenizer.decode(row, skip_special_tokens=True) for row in expected]
+        decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in expected]
+        # A text ends before a character that is not whole.
+        assert [text.rstrip("\ufffd") for text in texts] == [text.rstrip("\ufffd") for text in decoded]
     _right_padded(theirs, rows, add, shift, family)
     assert expected != [
         plain.continuation(theirs, family, BLOCK, 0 * shift, torch.tensor([r]), 5).tolist() for r in rows
