@@ -16,6 +16,7 @@ POWERS = {"batch_size": 0.25, "n_steps": -0.2, "d_sae": -0.45, "k": 0.4, "d_in":
 LEAST = {"n_steps": 100, "d_sae": 768, "k": 8, "d_in": 128}  # smaller numbers count as these, the least measured
 MOST = {"batch_size": 8192, "k": 128}  # and larger ones as these
 PUBLISHED_BATCH = 131_072
+SIGNED_BATCH = 1 / 3  # where the largest magnitudes of a whole batch are kept, higher rates are unstable
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,14 @@ def _held(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def automatic(
-    d_sae: int, n_steps: int, batch_size: int, *, d_in: int, k: float | None, fine_tuning: bool = False
+    d_sae: int,
+    n_steps: int,
+    batch_size: int,
+    *,
+    d_in: int,
+    k: float | None,
+    signed_batch: bool = False,
+    fine_tuning: bool = False,
 ) -> Rate:
     """The learning rate for ``n_steps`` steps of ``batch_size`` tokens with ``k`` active latents per token.
 
@@ -51,6 +59,7 @@ def automatic(
     count as the last ones measured (fewer than 100 steps as 100, and so on); without ``k``, 32 is taken. From 8,192
     tokens per step on it goes over to the published rate, which holds from 131,072 on, linearly in the logarithms.
     Trained weights (``fine_tuning``) get the published rate, because the rule was measured on training from the start.
+    SAEs that keep the largest magnitudes of a whole batch with their signs (``signed_batch``) get a third of the rule.
     Activations are taken to be scaled to unit variance, as the trainer does.
     """
     low = published(d_sae)
@@ -60,11 +69,11 @@ def automatic(
     if batch_size >= PUBLISHED_BATCH:
         return Rate(low, f"{source}, for {PUBLISHED_BATCH} tokens per step and more")
     numbers = {"batch_size": batch_size, "n_steps": n_steps, "d_sae": d_sae, "k": k or UNITS["k"], "d_in": d_in}
-    found = rule(numbers)
+    found, note = (rule(numbers) * SIGNED_BATCH, ", a third of it") if signed_batch else (rule(numbers), "")
     if found <= low:
         return Rate(low, f"{source}, as the rule for short runs gives {found:.2g}")
     if batch_size <= MOST["batch_size"]:
-        return Rate(found, _formula(numbers))
+        return Rate(found, _formula(numbers) + note)
     share = math.log(batch_size / MOST["batch_size"]) / math.log(PUBLISHED_BATCH / MOST["batch_size"])
     mixed = found ** (1 - share) * low**share
     return Rate(

@@ -61,6 +61,18 @@ def test_long_runs_end_at_the_published_rate_and_not_below():
     assert rate(2**14, 10**9, 2048).value == published(2**14)
 
 
+def test_signed_selection_over_a_batch_gets_a_third(tmp_path: Path):
+    x = torch.randn(700, 16, generator=torch.Generator().manual_seed(0))
+    cache, given = ActivationCache.from_tensors(tmp_path, x, held_out=0.1), TrainConfig(epochs=1, batch_size=64)
+
+    def of(variant: str, **options: object) -> float:
+        return chosen_rate(build(variant, 16, 4096, k=8, **options), cache, given).value
+
+    assert of("abs_topk") == of("batch_topk") == of("gradient_topk", signed=True) == of("topk")
+    for variant in ("batch_topk", "mutual_choice", "feature_choice"):
+        assert of(variant, signed=True) == pytest.approx(of("topk") / 3)
+
+
 def test_activations_of_any_size_get_the_same_rate(tmp_path: Path):
     made = []
     for name, factor, offset in (("unit", 1.0, 0.0), ("thousands", 5000.0, 3.0)):
