@@ -92,9 +92,10 @@ def main(args: Sequence[str] | None = None) -> None:
     sae, cache = load_sae(settings.run), ActivationCache(settings.cache)
     found = metrics_ratio(sae, cache, settings.rows, settings.batch_size)
     if settings.lm_tokens:
-        from saelab.lm import load_model
+        from saelab.lm.record import ModelRecord, load_recorded
 
-        found |= whole_ratio(sae, cache, load_model(cache.manifest.model), settings.lm_tokens)
+        model = load_recorded(ModelRecord.from_manifest(cache.manifest), str(cache.path))
+        found |= whole_ratio(sae, cache, model, settings.lm_tokens)
     write_out(settings.out, found)
     if settings.json:
         console.print_json(data=found)

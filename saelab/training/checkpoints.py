@@ -157,7 +157,8 @@ class Store:
             return None
         weights, tensors, scalars = load_step(path, self.sae, lambda file: read_slices(file, self.dims, self.parallel))
         self.sae.load_state_dict(weights)
-        return TrainState.restore(self.sae, tensors, scalars)
+        with damaged(path, "remove it and start the run again"):
+            return TrainState.restore(self.sae, tensors, scalars)
 
     def save_final(self) -> None:
         """Write the folded SAE in place of the checkpoints; every process calls it."""

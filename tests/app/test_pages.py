@@ -89,7 +89,7 @@ def test_explanations_are_shown_and_searched(monkeypatch: pytest.MonkeyPatch, fo
     (tmp_path / "run" / "explanations.json").write_text(json.dumps(rows))
     app = launch(monkeypatch, tmp_path, model="none")
     app.switch_page("views/features.py").run()
-    app.text_input(key="features_text").input("NEAR **wa").run()
+    app.text_input(key="features_text").input("WORDS near").run()
     assert not app.exception, app.exception
     found = app.dataframe[0].value
     assert (found["latent"].tolist(), found["explanation"].tolist()) == ([7], ["words near **water**"])

@@ -16,6 +16,8 @@ from saelab import workspace
 from saelab.cli.commands import evaluate as evaluate_cli
 from saelab.cli.commands import index as index_cli
 from saelab.cli.commands import train as train_cli
+from saelab.cli.commands.index import LensOptions
+from saelab.cli.models import ModelOptions
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.features import FeatureIndex, IndexConfig
 from saelab.runs import Run
@@ -82,13 +84,14 @@ def test_the_commands_of_metrics_and_index_give_the_recorded_settings(
     number = workspace.numbers(measured)["fvu"]
     assert number.command == workspace.evaluate_command(measured)
     evaluate_cli.main(words(number.command, "evaluate"))
-    assert tuple(map(str, parsed[0][:3])) == ("some where", str(cache.path), "None") and parsed[0][3] == config
+    assert tuple(map(str, parsed[0][:2])) == ("some where", str(cache.path))
+    assert parsed[0][2] == ModelOptions() and parsed[0][3] == config
 
     index = FeatureIndex(run.path)
     monkeypatch.setattr(index_cli, "run", lambda *given: parsed.append(given))
     monkeypatch.setattr(index_cli, "show", lambda _: None)
     index_cli.main(words(workspace.index_command("runs/topk", index.meta), "index"))
-    assert tuple(map(str, parsed[1][:3])) == ("runs/topk", str(cache.path), "None")
+    assert tuple(map(str, parsed[1][:2])) == ("runs/topk", str(cache.path)) and parsed[1][2] == LensOptions()
     assert parsed[1][3] == IndexConfig(bins=20)
 
 

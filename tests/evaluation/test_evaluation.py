@@ -132,8 +132,9 @@ def test_untouched_positions_stay_untouched_and_ablations_are_reused(world):
     cache.contexts = lambda split: iter(contexts)
     world.model.rows_seen = [0, 0, 0]
     got = evaluate(world.sae, cache, world.model, EvaluateConfig(max_tokens=64, density_tokens=0))
-    # one pass checks the model; then ten contexts: lower layers once, upper ones 4 copies first and 2 from then on
-    assert world.model.rows_seen == [11, 11, 1 + 4 + 9 * 2]
+    # one pass checks the model, and two whether the batch may grow, to two rows in the second; then ten contexts: lower
+    # layers once, upper ones 4 copies first and 2 from then on
+    assert world.model.rows_seen == [1 + 2 + 10, 1 + 2 + 10, 1 + 3 + 4 + 9 * 2]
     assert got.timing["ablation_passes_reused"] == 18
     assert got.metrics["ce_loss_with_sae"].n == 10 * (T - 2)
 
