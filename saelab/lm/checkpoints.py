@@ -71,7 +71,7 @@ def read_adapter(model: Any, source: Source) -> Any:
         why = f"reading it needs peft ({first_line(error)}): pip install peft"
         raise UserError(f"{source.name} is an adapter; {why}") from error
     adapted = PeftModel.from_pretrained(model, source.name, local_files_only=True)
-    inner = adapted.get_base_model()
+    inner: Any = adapted.get_base_model()
     inner.config._name_or_path = source.name
     return inner
 

@@ -68,7 +68,8 @@ def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield leaf, tensor
     weight: Any = getattr(module, "weight", None)
     if callable(weight) and "quantized" in type(module).__module__:  # torch's own int8 layers give it by a method
-        yield "weight", weight()
+        packed: Any = weight()
+        yield "weight", packed
 
 
 def _sampled(tensor: Tensor, rounded_to: torch.dtype | None) -> bytes:

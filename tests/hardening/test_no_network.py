@@ -70,6 +70,16 @@ def test_a_local_language_model(asked: list[str], tmp_path: Path) -> None:
         str(tmp_path / "cache"),
     ]
     assert call([*command, "--hook", "blocks.1.hook_resid_post", "--tokens", "256", "--context-length", "32"]) == 0
+    cache, run = str(tmp_path / "cache"), str(tmp_path / "run")
+    sized = ["--d-sae", "32", "--k", "4", "--epochs", "1", "--batch-size", "32"]
+    for after in (
+        ["train", cache, *sized, "--out", run],
+        ["evaluate", run, "--cache", cache, "--lm-tokens", "32"],
+        ["index", run, "--cache", cache],
+        ["convert", run, str(tmp_path / "dash"), "--to", "saedashboard", "--cache", cache],
+        ["steer", run, "--latent", "3", "--strength", "2max", "--prompt", "the", "--max-new-tokens", "2"],
+    ):
+        assert call(after) == 0, after
     assert asked == []
 
 

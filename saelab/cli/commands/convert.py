@@ -72,7 +72,7 @@ def main(args: Sequence[str]) -> None:
 
 def dashboard(run: Run, options: Options) -> None:
     """Write the feature index of a run as SAEDashboard's batches."""
-    from saelab.cli.commands.index import load_lens
+    from saelab.cli.commands.index import LensOptions, load_lens
     from saelab.data.cache import ActivationCache
     from saelab.features import FeatureIndex
     from saelab.features.saedashboard import write_dashboard
@@ -80,7 +80,7 @@ def dashboard(run: Run, options: Options) -> None:
     assert run.path is not None
     index = run.index or FeatureIndex(run.path)  # which says how to make one
     cache = ActivationCache(options.cache) if options.cache else None
-    lens = load_lens(cache.manifest.model, cache) if cache else None
+    lens = load_lens(LensOptions(), cache) if cache else None
     with counting("features") as progress:
         write_dashboard(
             index,
