@@ -57,6 +57,7 @@ class SAE(nn.Module, ABC):
     scaled: ClassVar[tuple[str, ...]] = ("b_dec",)
     tunable: ClassVar[tuple[str, ...]] = ()  # options that act only in training, which fine-tuning may change
     l0_option: ClassVar[str] = "k"  # which option says how many latents are active per token, if one does
+    rate_factor: float = 1.0  # of the default learning rate, where a variant needs another one than most
     n_bookkeeping: int = 0  # latents at the end that carry numbers of the token, no features; metrics leave them out
     only_if_set: ClassVar[tuple[str, ...]] = ()  # options that the configuration omits while they have their default
 
@@ -386,9 +387,8 @@ def build(variant: str, d_in: int, d_sae: int, **config: Any) -> SAE:
         raise UserError(f"unknown variant {variant!r}: {near_matches(variant, VARIANTS)}")
     config = options.with_l0(VARIANTS[variant], config)
     known = options.signature(VARIANTS[variant]).parameters
-    for name in config:
-        if name not in known:
-            raise UserError(f"variant {variant!r} has no option {name!r}: {near_matches(name, known)}")
+    for name in sorted(config.keys() - known.keys()):
+        raise UserError(f"variant {variant!r} has no option {name!r}: {near_matches(name, known)}")
     try:
         return VARIANTS[variant](d_in=d_in, d_sae=d_sae, **config)
     except TypeError as error:

@@ -26,6 +26,7 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
     scaled = (*PenaltySAE.scaled, "threshold", "bandwidth")
     only_if_set = ("tanh_scale", "l0")
     tunable = ("penalty", "target_l0", "penalty_weight", "penalty_warmup", "bandwidth", "tanh_scale", "l0")
+    rate_factor = 0.5  # measured on two models and a planted world (docs/learning-rate.md)
     shift_above = 0.0  # moving thresholds leaves the values as they are
     bandwidth: Tensor
 

@@ -81,6 +81,7 @@ class BatchBudgetSAE(BudgetSAE):
         self.signed = signed
         if signed:
             self.saelens = None  # SAELens has no two-sided threshold
+            self.rate_factor = 1 / 3  # higher rates are unstable (docs/learning-rate.md)
         self.threshold = RunningMean()
         self.part, self.gather = 0, _undivided
 

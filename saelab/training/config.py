@@ -87,9 +87,8 @@ def chosen_rate(sae: SAE, cache: ActivationCache, config: TrainConfig, fine_tuni
         return Rate(config.rate, "as given")
     steps = config.epochs * (cache.n_split("train") // config.batch_size)
     k = sae.config.get(sae.l0_option)
-    over_batch = isinstance(sae, LinearSAE) and sae.signed and sae.budget_over in ("batch", "latent")
     return automatic(
-        sae.d_sae, steps, config.batch_size, d_in=sae.d_in, k=k, signed_batch=over_batch, fine_tuning=fine_tuning
+        sae.d_sae, steps, config.batch_size, d_in=sae.d_in, k=k, factor=sae.rate_factor, fine_tuning=fine_tuning
     )
 
 

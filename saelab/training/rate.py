@@ -16,7 +16,6 @@ POWERS = {"batch_size": 0.25, "n_steps": -0.2, "d_sae": -0.45, "k": 0.4, "d_in":
 LEAST = {"n_steps": 100, "d_sae": 768, "k": 8, "d_in": 128}  # smaller numbers count as these, the least measured
 MOST = {"batch_size": 8192, "k": 128}  # and larger ones as these
 PUBLISHED_BATCH = 131_072
-SIGNED_BATCH = 1 / 3  # where the largest magnitudes of a whole batch are kept, higher rates are unstable
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def automatic(
     *,
     d_in: int,
     k: float | None,
-    signed_batch: bool = False,
+    factor: float = 1.0,
     fine_tuning: bool = False,
 ) -> Rate:
     """The learning rate for ``n_steps`` steps of ``batch_size`` tokens with ``k`` active latents per token.
@@ -59,8 +58,8 @@ def automatic(
     count as the last ones measured (fewer than 100 steps as 100, and so on); without ``k``, 32 is taken. From 8,192
     tokens per step on it goes over to the published rate, which holds from 131,072 on, linearly in the logarithms.
     Trained weights (``fine_tuning``) get the published rate, because the rule was measured on training from the start.
-    SAEs that keep the largest magnitudes of a whole batch with their signs (``signed_batch``) get a third of the rule.
-    Activations are taken to be scaled to unit variance, as the trainer does.
+    ``factor`` is that of the variant (``SAE.rate_factor``). Activations are taken to be scaled to unit variance, as the
+    trainer does.
     """
     low = published(d_sae)
     source = f"2e-4 / sqrt({d_sae} latents / 16384), the published rate"
@@ -69,7 +68,7 @@ def automatic(
     if batch_size >= PUBLISHED_BATCH:
         return Rate(low, f"{source}, for {PUBLISHED_BATCH} tokens per step and more")
     numbers = {"batch_size": batch_size, "n_steps": n_steps, "d_sae": d_sae, "k": k or UNITS["k"], "d_in": d_in}
-    found, note = (rule(numbers) * SIGNED_BATCH, ", a third of it") if signed_batch else (rule(numbers), "")
+    found, note = factor * rule(numbers), "" if factor == 1 else f", times {factor:.2g} for this variant"
     if found <= low:
         return Rate(low, f"{source}, as the rule for short runs gives {found:.2g}")
     if batch_size <= MOST["batch_size"]:

@@ -61,7 +61,7 @@ def test_long_runs_end_at_the_published_rate_and_not_below():
     assert rate(2**14, 10**9, 2048).value == published(2**14)
 
 
-def test_signed_selection_over_a_batch_gets_a_third(tmp_path: Path):
+def test_variants_that_need_lower_rates_get_them(tmp_path: Path):
     x = torch.randn(700, 16, generator=torch.Generator().manual_seed(0))
     cache, given = ActivationCache.from_tensors(tmp_path, x, held_out=0.1), TrainConfig(epochs=1, batch_size=64)
 
@@ -71,6 +71,8 @@ def test_signed_selection_over_a_batch_gets_a_third(tmp_path: Path):
     assert of("abs_topk") == of("batch_topk") == of("gradient_topk", signed=True) == of("topk")
     for variant in ("batch_topk", "mutual_choice", "feature_choice"):
         assert of(variant, signed=True) == pytest.approx(of("topk") / 3)
+    assert chosen_rate(build("jump_relu", 16, 4096, l0=8), cache, given).value == pytest.approx(of("topk") / 2)
+    assert "times 0.5 for this variant" in chosen_rate(build("jump_relu", 16, 4096, l0=8), cache, given).why
 
 
 def test_activations_of_any_size_get_the_same_rate(tmp_path: Path):

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import minimize
 
+from saelab.sae import VARIANTS
 from saelab.training.rate import UNITS, published
 from saelab.training.rate import rule as measured
 
@@ -168,7 +169,7 @@ def fit(points: Sequence[Curve], terms: Sequence[str], offsets: bool, table: np.
 
 def default(row: Mapping[str, Any]) -> float:
     """The logarithm of the trainer's rate, ``--lr auto``."""
-    return math.log(measured({name: row[name] for name in UNITS}))
+    return math.log(VARIANTS[row["variant"]].rate_factor * measured({name: row[name] for name in UNITS}))
 
 
 FIXED: dict[str, Callable[[Mapping[str, Any]], float]] = {
