@@ -11,9 +11,9 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import minimize
 
-from saelab.sae import VARIANTS
-from saelab.training.rate import UNITS, published
-from saelab.training.rate import rule as measured
+from saelab.bench.learning_rate.design import sparsity
+from saelab.sae import build
+from saelab.training.rate import automatic, published
 
 AXES = {"batch_size": 2048, "d_sae": 4096, "n_steps": 500, "k": 32}  # and where the logarithms are zero
 PRIOR = np.array([math.log(2e-3), 0.0, -0.3, -0.3, 0.0])  # before anything is measured
@@ -169,7 +169,10 @@ def fit(points: Sequence[Curve], terms: Sequence[str], offsets: bool, table: np.
 
 def default(row: Mapping[str, Any]) -> float:
     """The logarithm of the trainer's rate, ``--lr auto``."""
-    return math.log(VARIANTS[row["variant"]].rate_factor * measured({name: row[name] for name in UNITS}))
+    options = {**sparsity(row["variant"], row["k"]), **row["options"]}
+    sae = build(row["variant"], 1, row["d_sae"], **options)  # for its factor, which may depend on the options
+    numbers = {name: row[name] for name in ("d_sae", "n_steps", "batch_size", "d_in", "k")}
+    return math.log(automatic(**numbers, factor=sae.rate_factor).value)
 
 
 FIXED: dict[str, Callable[[Mapping[str, Any]], float]] = {
