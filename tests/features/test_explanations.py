@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from saelab import SAE, ActivationCache, SparseCode, UserError
+from saelab import ActivationCache, UserError
 from saelab.cli import main
 from saelab.features import Example, FeatureIndex, IndexConfig, build_index
 from saelab.features.explanations import ChatClient, InterpretConfig, detection, fuzzing, interpret, interpret_all, load
 from saelab.features.explanations.prompts import active_places, marked
 from saelab.features.explanations.scores import JudgeScore, parse
+from tests.features.lookup import Lookup
 
 CONTEXT = 16
 
@@ -73,17 +74,6 @@ def server() -> Iterator[FakeServer]:
     fake.thread.join()
 
 
-class Word(SAE):
-    variant = "word"
-
-    def __init__(self, code: torch.Tensor) -> None:
-        super().__init__(4, code.shape[1])
-        self.code = code
-
-    def encode(self, x: torch.Tensor, grads: torch.Tensor | None = None) -> SparseCode:
-        return SparseCode.from_dense(self.code[x[:, 0].long()])
-
-
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> FeatureIndex:
     # Fixtures of a module are made before the seed of a test is set: without their own they depend on earlier tests.
@@ -99,7 +89,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> FeatureIndex:
     acts[:, 0] = torch.arange(n)
     cache = ActivationCache.from_tensors(folder / "cache", acts, tokens, context_length=CONTEXT)
     config = IndexConfig(silent=20)
-    return build_index(Word(code), cache, folder / "run", token_strings=[f" w{i}" for i in range(100)], config=config)
+    return build_index(Lookup(code), cache, folder / "run", token_strings=[f" w{i}" for i in range(100)], config=config)
 
 
 def client(server: FakeServer, **options: Any) -> ChatClient:

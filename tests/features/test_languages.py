@@ -15,22 +15,10 @@ from saelab.features.indexing.config import IndexConfig
 from saelab.features.indexing.corpus import Corpus
 from saelab.features.search import catalogue, find, tokens_in
 from saelab.lm.tokens import vocabulary
-from saelab.sae import SAE
-from saelab.sparse import SparseCode
+from tests.features.lookup import Lookup
 from tests.lm.languages import SENTENCES, train
 
 CONTEXT = 25  # cuts characters of three tokens
-
-
-class Lookup(SAE):
-    variant = "lookup"
-
-    def __init__(self, code: torch.Tensor) -> None:
-        super().__init__(4, code.shape[1])
-        self.code = code
-
-    def encode(self, x: torch.Tensor, grads: torch.Tensor | None = None) -> SparseCode:
-        return SparseCode.from_dense(self.code[x[:, 0].long()])
 
 
 @pytest.fixture(scope="module")

@@ -8,27 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from saelab import SAE, ActivationCache, SparseCode
+from saelab import ActivationCache
 from saelab.features import FeatureIndex, IndexConfig, build_index
 from saelab.features.indexing.corpus import Corpus
 from saelab.features.indexing.groups import group_top, systematic
 from saelab.features.indexing.labels import Labeller
 from saelab.features.indexing.partners import MIN_TOGETHER
+from tests.features.lookup import Lookup
 
 CONTEXT, N_CONTEXTS, VOCAB = 32, 80, 40
 RULES = ["token: w3 · w5", "after: w4", "before: w6", "near: w8"]
-
-
-class Lookup(SAE):
-    variant = "lookup"
-
-    def __init__(self, code: torch.Tensor, d_in: int = 4) -> None:
-        super().__init__(d_in, code.shape[1])
-        self.code = code
-        self.signed = bool((code < 0).any())
-
-    def encode(self, x: torch.Tensor, grads: torch.Tensor | None = None) -> SparseCode:
-        return SparseCode.from_dense(self.code[x[:, 0].long()])
 
 
 def make(folder: Path, code: torch.Tensor, tokens: torch.Tensor, config: IndexConfig) -> FeatureIndex:

@@ -18,7 +18,7 @@ import torch
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, build_index
 from saelab.features.indexing.config import IndexConfig
-from tests.features.test_languages import Lookup
+from tests.features.lookup import Lookup
 
 LATENTS = 600
 

@@ -26,12 +26,12 @@ from saelab.sae.weights import load_sae
 from saelab.sweep import load_results, read_grid, run_sweep
 from saelab.sweep.grid import check_grid, make_grid
 from saelab.sweep.halving import losers
-from saelab.sweep.runner import Member
 from saelab.training import TrainConfig, fit_steps
 from saelab.training.checkpoints import latest_step
 from saelab.training.log import recent_fvu
 from tests import planted, tiny_lm
 from tests.planted import activations, contents
+from tests.sweep.running import run
 
 D_IN = 8
 TRAIN = {"epochs": 2, "batch_size": 64, "dead_after": 200}  # 2 x 13 steps
@@ -48,15 +48,6 @@ GRID = {
 def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
     path = tmp_path_factory.mktemp("sweep") / "cache"
     return ActivationCache.from_tensors(path, activations(960, D_IN), held_out=0.1)
-
-
-def run(grid: dict, cache: ActivationCache, folder: Path, stop: int | None = None, **options) -> list[Member]:
-    members: list[Member] = []
-    sweep = run_sweep(make_grid(grid), cache, folder, **options)
-    for members in sweep:  # noqa: B007 - the last ones are returned
-        if stop is not None and (stop := stop - 1) == 0:
-            sweep.close()
-    return members
 
 
 def test_every_variant_passes_the_check_that_allocates_nothing(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from saelab.training import TrainConfig, fit_steps
 from saelab.viz.sweep import rates_of as rates_figure
 from saelab.viz.sweep import report
 from tests.planted import activations, contents
+from tests.sweep.running import run
 
 D_IN = 8
 TRAIN = {"epochs": 2, "batch_size": 64}
@@ -38,15 +39,6 @@ GRID = {
 def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
     path = tmp_path_factory.mktemp("sweep") / "cache"
     return ActivationCache.from_tensors(path, activations(1200, D_IN), held_out=0.1, context_length=10)
-
-
-def run(grid: dict, cache: ActivationCache, folder: Path, stop: int | None = None, **options) -> list[Member]:
-    members: list[Member] = []
-    sweep = run_sweep(make_grid(grid), cache, folder, **options)
-    for members in sweep:  # noqa: B007 - the last ones are returned
-        if stop is not None and (stop := stop - 1) == 0:
-            sweep.close()
-    return members
 
 
 def test_validation_rows_are_whole_contexts_that_nothing_else_uses(cache: ActivationCache) -> None:
