@@ -1,4 +1,4 @@
-"""Names of devices, such as ``cuda:1`` or ``auto``."""
+"""Names of devices, such as ``cuda:1`` or ``auto``, and what a kind of device lacks."""
 
 from __future__ import annotations
 
@@ -9,24 +9,48 @@ from torch import Tensor
 
 from saelab.errors import UserError, first_line
 
+KINDS = ("cpu", "cuda", "mps")
+
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device a name such as ``cpu`` or ``cuda:1`` stands for.
 
-    ``auto`` is the GPU whose number is ``LOCAL_RANK`` (set by torchrun; 0 without it), or the CPU where there is no
-    GPU. Raises UserError for a device that this machine lacks.
+    ``auto`` is the GPU, or the CPU where there is none; it and ``cuda`` are the GPU whose number is ``LOCAL_RANK`` (set
+    by torchrun), without torchrun the current one. A GPU becomes the current device of the process, so that everything
+    that names none (streams, events, kernels of other libraries) uses it too. Raises UserError for a device that this
+    machine lacks, or that saelab does not run on.
     """
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a device without storage refuses
+    except RuntimeError as error:
+        raise _not_here(name, f"{str(name)!r} is not the name of a device") from error
+    if device.type not in KINDS:
+        raise _not_here(name, f"saelab runs on {', '.join(KINDS)}")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise _not_here(name, "this is no Mac with a GPU, or PyTorch was built without it")
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        rank = os.environ.get("LOCAL_RANK")
+        here = torch.cuda.current_device() if rank is None else int(rank) % torch.cuda.device_count()
+        device = torch.device("cuda", here)
+    try:
+        torch.zeros(1, device=device).item()  # a device that is not there refuses
     except (RuntimeError, AssertionError) as error:
-        why = first_line(error).split(". ")[0]  # PyTorch then lists every backend it was built with
-        raise UserError(f"device {str(name)!r} is not available here ({why}); use cpu") from error
+        raise _not_here(name, first_line(error).split(". ")[0]) from error  # PyTorch then explains its backends
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
+
+
+def _not_here(name: str | torch.device, why: str) -> UserError:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ["auto", "cpu", *(f"cuda:{i}" for i in range(count))]
+    if torch.backends.mps.is_available():
+        here.append("mps")
+    return UserError(f"device {str(name)!r} is not available here ({why}); choose {', '.join(here)}")
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -21,7 +21,7 @@ class ModelOptions:
     model_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Precision the model runs in; by default the one in which it was harvested, float32 where that is not recorded."""
     device: str = "auto"
-    """Where the SAE and the language model run: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    """Where the SAE and the language model run: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     device_map: str | None = None
     """Spread the language model over several devices: auto, balanced, sequential (needs accelerate)."""
     any_weights: bool = False

@@ -115,6 +115,8 @@ def start_world(dict_ranks: int = 1, device: torch.device | str = "cpu", timeout
     run with the name of the operation instead of blocking it; one that dies is noticed at once.
     """
     device = torch.device(device)
+    if device.type == "mps":
+        raise UserError("several processes train on cpu or cuda, not on mps; start one process, without torchrun")
     world = int(os.environ["WORLD_SIZE"])
     if dict_ranks < 1 or world % dict_ranks:
         raise UserError(f"dict_ranks={dict_ranks} does not divide the {world} processes; choose a divisor")

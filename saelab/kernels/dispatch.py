@@ -2,7 +2,8 @@
 
 CUDA or ROCm tensors go to ``triton``, float32 tensors on the CPU to ``numba``, everything else to ``reference``. The
 environment variable ``SAELAB_KERNELS`` or :func:`use_backend` names one instead; a named backend that cannot take a
-tensor raises ValueError instead of falling back.
+tensor raises ValueError instead of falling back. Reading a cache is not computing: its op, ``gather_rows``, works on
+the CPU whatever the device of the SAE, so that there a backend for other devices (triton) gives way to the usual one.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _choose(device: str, dtype: torch.dtype) -> str:
+def _choose(device: str, dtype: torch.dtype, strict: bool = True) -> str:
     name = _named.get() or os.environ.get(VARIABLE) or None
-    if name is None:
+    if name is None or (not strict and name in BACKENDS and obstacle(name, device, dtype)):
         wanted = {"cpu": "numba", "cuda": "triton"}.get(device)
         return wanted if wanted and not obstacle(wanted, device, dtype) else "reference"
     reason = obstacle(name, device, dtype)
@@ -63,6 +64,19 @@ def obstacle(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32)
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it works on CUDA or ROCm tensors (on CPU tensors only under TRITON_INTERPRET=1)"
     return None if dtype in (torch.float32, torch.float16, torch.bfloat16) else f"it does not take {dtype}"
+
+
+def refusal(device: str) -> str | None:
+    """Why the backend that was named cannot compute in float32 on this kind of device; None if it can, or none was."""
+    name = _named.get() or os.environ.get(VARIABLE)
+    reason = obstacle(name, device) if name else None
+    return f"kernel backend {name!r} was asked for but {reason}" if reason else None
+
+
+def failed_import(name: str) -> str | None:
+    """Why a backend whose package is installed cannot be imported; None where it can, or is not installed."""
+    reason = _missing(name)
+    return None if reason is None or "not installed" in reason else reason
 
 
 @contextmanager
@@ -105,17 +119,26 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def implementation(x: Tensor) -> ModuleType:
-    """The module whose functions run the ops on ``x``."""
-    return importlib.import_module(f"saelab.kernels.{backend(x)}.backend")
+def implementation(x: Tensor, strict: bool = True) -> ModuleType:
+    """The module whose functions run the ops on ``x``.
+
+    Without ``strict``, a named backend that cannot take ``x`` gives way to the one that would be chosen.
+    """
+    return importlib.import_module(f"saelab.kernels.{_choose(x.device.type, x.dtype, strict)}.backend")
 
 
 @cache
 def _missing(name: str) -> str | None:
+    """Why a backend cannot be used at all: its package is not there, or fails to import (numba under a later NumPy)."""
     if name == "reference":
         return None
     if importlib.util.find_spec(name) is None or importlib.util.find_spec(f"saelab.kernels.{name}.backend") is None:
         return f"{name} is not installed"
+    try:
+        importlib.import_module(f"saelab.kernels.{name}.backend")
+    except Exception as error:  # whatever a package raises that meets versions it does not know
+        text = (str(error).strip().splitlines() or [""])[0][:200]
+        return f"{name} cannot be imported ({type(error).__name__}: {text})"
     return None
 
 

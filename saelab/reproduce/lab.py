@@ -93,6 +93,7 @@ class Lab:
     folder: Path
     log: Log = lambda text: None
     decode: Callable[[list[int]], str] | None = None  # token ids to text, where the tokenizer is at hand
+    device: torch.device | str = "cpu"  # where the SAEs are trained; they are measured on the CPU
     seconds: dict[str, float] = field(default_factory=dict)  # that each SAE took to train, here or earlier
 
     @property
@@ -107,7 +108,7 @@ class Lab:
             self.seconds[spec.name] = load_metadata(folder)["seconds"]
             return load_sae(folder)
         started = time.time()
-        sae = train_spec(spec, self.cache, self.scale)
+        sae = train_spec(spec, self.cache, self.scale, self.device)
         self.seconds[spec.name] = time.time() - started
         self.log(f"trained {spec.name} in {self.seconds[spec.name]:.0f} s")
         save(sae, folder, {"train": {"seed": spec.seed}, "seconds": self.seconds[spec.name]})
@@ -144,14 +145,17 @@ class Lab:
         return self.folder / spec.name / f"metrics-{self.scale.lm_tokens}-{self.scale.density_tokens}.json"
 
 
-def train_spec(spec: Spec, cache: ActivationCache, scale: Scale) -> SAE:
-    """One training run; the seed decides the initial weights and the order of the data."""
+def train_spec(spec: Spec, cache: ActivationCache, scale: Scale, device: torch.device | str = "cpu") -> SAE:
+    """One training run on ``device``; the result is on the CPU.
+
+    The seed decides the initial weights and the order of the data.
+    """
     torch.manual_seed(spec.seed)
-    sae = build(spec.variant, d_in=cache.d_in, d_sae=spec.d_sae, **spec.config)
+    sae = build(spec.variant, d_in=cache.d_in, d_sae=spec.d_sae, **spec.config).to(device)
     lr = published(spec.d_sae) if scale.lr is None else scale.lr
     config = TrainConfig(epochs=scale.epochs, batch_size=scale.batch_size, lr=lr, seed=spec.seed, data_seed=spec.seed)
     train(sae, cache, config)
-    return sae.eval()
+    return sae.eval().to("cpu")
 
 
 def by_seed(records: Sequence[Record], label: str) -> dict[int, list[Record]]:

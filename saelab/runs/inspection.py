@@ -24,13 +24,18 @@ KNOWN = ("model_name", "hook_name", "hf_hook_name")
 
 @torch.no_grad()
 def inspect(
-    path: Path | str, cache: ActivationCache | None = None, max_rows: int = 65_536, **options: Any
+    path: Path | str,
+    cache: ActivationCache | None = None,
+    max_rows: int = 65_536,
+    device: torch.device | str = "cpu",
+    **options: Any,
 ) -> dict[str, Any]:
     """Facts about the SAE at ``path`` as a flat dictionary; ``notes`` lists oddities, one sentence each.
 
     ``dead_estimate`` counts latents that do not fire: on the first ``max_rows`` rows of ``cache`` where one is given
-    (``fvu`` then tells how well the SAE explains them), else by the record in the folder, else by encoders that have
-    collapsed; ``dead_estimate_from`` says which. ``options`` are those of :func:`saelab.load`.
+    (``fvu`` then tells how well the SAE explains them; both are measured on ``device``), else by the record in the
+    folder, else by encoders that have collapsed; ``dead_estimate_from`` says which. ``options`` are those of
+    :func:`saelab.load`.
     """
     run = Run.open(path, **options)
     sae, metadata, notes = run.sae, run.recorded, run.notes
@@ -61,7 +66,7 @@ def inspect(
     _encoder(sae, facts, notes)
     _recorded(Path(run.path or path), sae, facts)
     if cache is not None:
-        _measured(sae, cache, max_rows, facts)
+        _measured(sae.to(device), cache, max_rows, facts)
     if facts.get("dead_estimate"):
         notes.append(f"{facts['dead_estimate']} latents are dead by {facts['dead_estimate_from']}")
     return facts
@@ -105,9 +110,9 @@ def _measured(sae: SAE, cache: ActivationCache, max_rows: int, facts: dict[str, 
     shift = torch.zeros_like(mean)
     for batch in cache.head(max_rows):
         x = batch.acts
-        code = sae.encode(x)
-        fired[code.indices[code.values != 0].long()] = True
-        error += (x - sae.decode(code)).double().square().sum().item()
+        code = sae.encode(x.to(sae.device))
+        fired[code.indices[code.values != 0].cpu().long()] = True
+        error += (x - sae.decode(code).cpu()).double().square().sum().item()
         y = x.double() - mean  # of the whole cache: close enough to lose no digits, and replaced below
         square, shift = square + y.square().sum().item(), shift + y.sum(dim=0)
         rows += len(x)

@@ -155,6 +155,12 @@ def compare(left: Path, right: Path, tipped: int = 0) -> None:
     assert (left / "cfg.json").read_text() == (right / "cfg.json").read_text()
 
 
+def test_several_processes_are_refused_on_a_device_that_has_no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="several processes train on cpu or cuda, not on mps"):
+        start_world(device="mps")
+
+
 @pytest.mark.parametrize(("variant", "dict_ranks"), CASES)
 def test_four_processes_train_the_sae_of_one(runs: Path, variant: str, dict_ranks: int) -> None:
     compare(runs / f"{variant}-{dict_ranks}", runs / f"{variant}-single", TIPPED.get(variant, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from saelab.cli import main
+from saelab.cli import COMMANDS, main
 from saelab.data.cache import ActivationCache
 from saelab.devices import in_float64, pick_device, widest_float
 from saelab.errors import UserError
@@ -19,7 +20,8 @@ from saelab.harvesting import HarvestConfig, harvest
 from saelab.kernels import use_backend
 from saelab.lm import load_hf_model, load_model
 from saelab.prompt.reading import read_prompt
-from saelab.sae import build
+from saelab.sae import VARIANTS, build
+from saelab.sae.options import defaults as option_defaults
 from saelab.sae.weights import save
 from saelab.steering import Ablate, Add, Run, SteeringVector, calibrate, generate
 from saelab.steering.directions import difference_of_means
@@ -78,15 +80,7 @@ def test_the_pretended_mps_has_no_float64() -> None:
     ]
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "batch_topk": {"k": 4},
-    "feature_choice": {"k": 4},
-    "gradient_topk": {"k": 4},
-    "matryoshka": {"k": 4, "random_prefixes": 2},
-}
-
-
-@pytest.mark.parametrize("variant", OPTIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_device_without_float64_trains_and_evaluates(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,10 +90,11 @@ def test_a_device_without_float64_trains_and_evaluates(
     acts, grads = torch.randn(2, 60, 20, 8, generator=generator)
     cache = ActivationCache.from_tensors(tmp_path / "cache", acts, grads=grads, held_out=0.3)
     config, found = TrainConfig(batch_size=64, epochs=2, lr=1e-3), []
+    options = {"k": 4} if "k" in option_defaults(VARIANTS[variant]) else {}
     for device in ("cpu", "mps"):
         torch.manual_seed(0)
         with PretendGpu(MPS), use_backend("reference"):
-            sae = build(variant, d_in=8, d_sae=32, **OPTIONS[variant]).to(device)
+            sae = build(variant, d_in=8, d_sae=32, **options).to(device)
             assert sae.device.type == device
             last = train(sae, cache, config, tmp_path / device)
             metrics = evaluate(sae, cache, None, EvaluateConfig(density_tokens=100)).metrics
@@ -188,18 +183,86 @@ def test_models_go_where_auto_says(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert defaults == {"auto"}
 
 
+class FakeGpus:
+    """Two GPUs, whose tensors are the CPU's; remembers which of them is current."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = 0
+        real = torch.zeros
+
+        def zeros(*size: int, device: torch.device) -> torch.Tensor:
+            if device.type == "cuda" and device.index > 1:
+                raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported later")
+            return real(*size)
+
+        monkeypatch.setattr(torch, "zeros", zeros)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "set_device", self.choose)
+
+    def choose(self, device: torch.device) -> None:
+        assert device.index is not None  # torch refuses a device without a number
+        self.current = device.index
+
+
 def test_auto_takes_the_gpu_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    gpus = FakeGpus(monkeypatch)
     assert pick_device() == torch.device("cuda", 0)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert pick_device("auto") == torch.device("cuda", 1)
-    with pytest.raises(UserError, match=r"device 'abacus' is not available here"):
-        pick_device("abacus")
+    gpus.current = 1  # as a notebook may have chosen
+    assert pick_device() == pick_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 0)
+    assert gpus.current == 0
 
 
-@pytest.mark.parametrize("command", ["evaluate", "index", "steer"])
+def test_a_gpu_that_is_picked_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What names no device (streams, events, kernels of other libraries) would go to the first GPU instead."""
+    gpus = FakeGpus(monkeypatch)
+    assert pick_device("cuda:1") == torch.device("cuda", 1) and gpus.current == 1
+    assert pick_device("cpu") == torch.device("cpu") and gpus.current == 1
+    with pytest.raises(UserError) as error:
+        pick_device("cuda:7")
+    message = (
+        "device 'cuda:7' is not available here (CUDA error: invalid device ordinal); choose auto, cpu, cuda:0, cuda:1"
+    )
+    assert str(error.value) == message and gpus.current == 1
+
+
+@pytest.mark.parametrize("name", ["abacus", "cuda:x", "cuda:-1", "meta", "xpu", "mps", "cuda:3"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError) as error:
+        pick_device(name)
+    text = str(error.value)
+    assert text.startswith(f"device {name!r} is not available here (") and text.endswith("choose auto, cpu")
+    assert "\n" not in text
+
+
+def test_a_kernel_backend_that_cannot_run_there_is_refused_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("SAELAB_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SystemExit) as error:
+        main(["train", str(folder / "cache"), "--out", str(folder / "none"), "--device", "cpu"])
+    assert error.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "SAELAB_KERNELS: kernel backend 'triton' was asked for but it works on CUDA or ROCm tensors" in said
+    assert not (folder / "none").exists()
+
+
+def test_every_command_that_computes_takes_a_device() -> None:
+    """Of the others, these read or write files only, or convert and compare in the precision of the CPU."""
+    files = {"cache", "card", "convert", "explain", "info", "labels", "plan"}
+    for command in COMMANDS.keys() - files:
+        source = inspect.getsource(importlib.import_module(f"saelab.cli.commands.{command}"))
+        assert "device: str" in source or "ModelOptions" in source, command
+
+
+@pytest.mark.parametrize("command", ["evaluate", "index", "steer", "inspect"])
 def test_commands_refuse_a_device_that_is_not_there(command: str, folder: Path, capsys: Any) -> None:
     save(small_sae(ActivationCache(folder / "cache")), folder / "run", {"hook_name": HOOK})
     options = ["--latent", "1", "--prompt", "x"] if command == "steer" else ["--cache", str(folder / "cache")]

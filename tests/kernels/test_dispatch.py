@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from saelab import kernels
+from saelab.data.cache import ActivationCache
 from saelab.kernels import dispatch, memory, products
 from saelab.kernels.cases import random_case
 from saelab.kernels.dispatch import obstacle
@@ -65,10 +68,7 @@ def test_a_forked_child_stays_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_triton_and_numba_are_not_imported_before_they_are_needed() -> None:
-    code = (
-        "import sys; import saelab.kernels as k; k.backend(); k.describe(); "
-        "print('triton' in sys.modules, 'numba' in sys.modules)"
-    )
+    code = "import sys; import saelab.kernels; print('triton' in sys.modules, 'numba' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "SAELAB_KERNELS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["False", "False"]
@@ -84,6 +84,56 @@ def test_a_missing_package_is_named_and_the_reference_takes_over(monkeypatch: py
     monkeypatch.setenv("SAELAB_KERNELS", "numba")
     with pytest.raises(ValueError, match="'numba' was asked for but numba is not installed"):
         kernels.select_topk(*random_case(2, 4, 8, 2).encoder, k=2)
+
+
+def test_a_package_that_cannot_be_imported_is_passed_over_and_said(tmp_path: Path) -> None:
+    """Numba refuses a NumPy that is newer than it: found, but of no use."""
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text(
+        "raise ImportError('Numba needs NumPy 2.4 or less. Got NumPy 2.5.')"
+    )
+    code = """
+import torch
+torch.cuda.is_available = lambda: False
+from saelab import kernels
+x, W = torch.randn(8, 4), torch.randn(4, 32)
+assert kernels.select_topk(x, W, None, None, 2).values.numel() == 16
+assert kernels.gather_rows(x, torch.tensor([1, 0]), torch.empty(2, 4))
+print(kernels.describe())
+from saelab.cli import main
+main(["info", "--json"])
+"""
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {name: value for name, value in os.environ.items() if name != "SAELAB_KERNELS"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONPATH": path},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    why = "numba cannot be imported (ImportError: Numba needs NumPy 2.4 or less. Got NumPy 2.5.)"
+    said, _, facts = ran.stdout.partition("\n")
+    assert said.startswith("reference") and f"numba is not used: {why}" in said
+    assert json.loads(facts)["numba not used"] == why
+
+
+def test_a_backend_for_gpus_leaves_the_reading_of_caches_to_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU machine the batches are gathered on the CPU, whatever computes them."""
+    cache = ActivationCache.from_tensors(tmp_path / "cache", torch.randn(3000, 6), dtype="float16")
+    expected = [batch.acts for batch in cache.batches(100)]
+    monkeypatch.setenv("SAELAB_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for batch, acts in zip(cache.batches(100), expected, strict=True):
+        assert torch.equal(batch.acts, acts)
+    with pytest.raises(ValueError, match="'triton' was asked for but it works on CUDA or ROCm tensors"):
+        kernels.select_topk(*random_case(2, 4, 8, 2).encoder, k=2)
+    monkeypatch.setenv("SAELAB_KERNELS", "abacus")
+    with pytest.raises(ValueError, match="there is none of that name"):
+        next(cache.batches(100))
 
 
 @needs_numba

@@ -35,6 +35,8 @@ class Options:
     """Latents per token."""
     epochs: int = 10
     """Passes over the cache in training."""
+    device: str = "auto"
+    """Where all of it runs: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +80,14 @@ def main(args: Sequence[str]) -> None:
 def stages(options: Options) -> list[Stage]:
     """The commands, in order."""
     cache, run = options.out / "cache", options.out / "topk"
+    device = ["--device", options.device]
     source = ["--model", options.model, "--hook", options.hook, "--text", options.text]
     size = ["--d-sae", str(options.d_sae), "--k", str(options.k), "--epochs", str(options.epochs)]
-    harvest = [*source, "--tokens", str(options.tokens), "--out", str(cache), "--resume"]
-    train = [str(cache), "--variant", "topk", *size, "--out", str(run), "--resume"]
+    harvest = [*source, "--tokens", str(options.tokens), "--out", str(cache), "--resume", *device]
+    train = [str(cache), "--variant", "topk", *size, "--out", str(run), "--resume", *device]
     return [
         Stage("cache the activations", "harvest", harvest, cache / MANIFEST),
         Stage("train a TopK SAE", "train", train, run / CONFIG),
-        Stage("evaluate it", "evaluate", [str(run), "--cache", str(cache)], run / EVALUATION),
-        Stage("index its features", "index", [str(run), "--cache", str(cache)], run / INDEX / FEATURES),
+        Stage("evaluate it", "evaluate", [str(run), "--cache", str(cache), *device], run / EVALUATION),
+        Stage("index its features", "index", [str(run), "--cache", str(cache), *device], run / INDEX / FEATURES),
     ]

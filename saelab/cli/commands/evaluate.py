@@ -12,7 +12,7 @@ import tyro
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_with_cache
-from saelab.devices import pick_device
+from saelab.cli.placement import computing_device
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, Evaluation, TaskConfig, evaluate, l0_remark, run_tasks, saebench_json
 from saelab.files import write_json
@@ -73,7 +73,7 @@ def run(
     saebench: Path | None = None,
 ) -> Evaluation:
     """Load everything, evaluate with a progress bar, save, and print where."""
-    place = pick_device(options.device)
+    place = computing_device(options.device)
     (opened, cache, folder), wanted = open_with_cache(name, cache_folder, out), tasks or TaskConfig()
     sae = opened.sae.to(place)
     model, known = None, options.model or cache.manifest.model

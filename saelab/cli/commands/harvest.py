@@ -31,7 +31,7 @@ class Options:
     text_column: str | None = None
     """Field with the text or the chat; by default `text`, else `messages`, else the only text field."""
     device: str = "auto"
-    """Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if there is one, under torchrun one for
+    """Where the model runs: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one, under torchrun one for
     each process."""
     device_map: str | None = None
     """Spread the model over several devices: auto, balanced, sequential (needs accelerate)."""

@@ -15,8 +15,8 @@ from einops import reduce
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_with_cache
+from saelab.cli.placement import computing_device
 from saelab.data.cache import ActivationCache
-from saelab.devices import pick_device
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
 from saelab.layout import LOGIT_LENS
@@ -78,7 +78,7 @@ def run(
     out: Path | None = None,
 ) -> FeatureIndex:
     """Load everything and build the index with a progress bar."""
-    place = pick_device(model.device)
+    place = computing_device(model.device)
     opened, cache, folder = open_with_cache(name, cache_folder, out)
     opened.sae.to(place)
     record = ModelRecord.from_manifest(cache.manifest)

@@ -12,6 +12,7 @@ import torch
 from saelab import kernels
 from saelab._version import __version__
 from saelab.cli.console import out, parse, print_json
+from saelab.kernels import dispatch
 
 PACKAGES = ("torch", "transformer-lens", "transformers", "triton", "numba", "numpy", "streamlit")
 
@@ -35,6 +36,7 @@ def main(args: Sequence[str]) -> None:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **{name: _version(name) for name in PACKAGES},
+        **{f"{name} not used": why for name in ("triton", "numba") if (why := dispatch.failed_import(name))},
     }
     if options.json:
         print_json(facts)

@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from saelab.cli.console import out, parse, print_json
+from saelab.cli.placement import computing_device
 from saelab.data.cache import ActivationCache
 from saelab.runs.inspection import inspect
 
@@ -42,6 +43,8 @@ class Options(FormatHints):
     """File, folder or hub id (hf://org/repo/path) of an SAE, whichever tool wrote it."""
     cache: Path | None = None
     """Activation cache to count dead latents and measure the reconstruction on."""
+    device: str = "cpu"
+    """Where that is measured: cpu, cuda, cuda:1, mps, auto."""
     json: bool = False
     """Print the facts as JSON on stdout."""
 
@@ -55,7 +58,7 @@ def main(args: Sequence[str]) -> None:
         "Print what an SAE file contains: format, shapes, norms, hook point, and anything unusual.",
     )
     cache = ActivationCache(options.cache) if options.cache else None
-    facts = inspect(options.path, cache, **options.hints())
+    facts = inspect(options.path, cache, device=computing_device(options.device), **options.hints())
     if options.json:
         print_json(facts)
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from saelab.cli.console import console, out, parse, part, print_json
+from saelab.cli.placement import computing_device
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.reproduce import PAPERS, Lab, Ledger, Scale, check, reproduce
@@ -30,6 +31,9 @@ class Options:
     """Language model; by default the one the cache was harvested from."""
     out: Path | None = None
     """Folder for PAPER.json; trained SAEs are kept in its subfolder `runs` and used again."""
+    device: str = "auto"
+    """Where SAEs are trained on the cache and the language model runs: cpu, cuda, cuda:1, mps; auto takes a GPU if
+    there is one. Claims on planted data are small and run on the CPU."""
     seeds: int = 3
     """Seeds per setting, at least three."""
     synthetic: bool = True
@@ -74,17 +78,17 @@ def open_lab(options: Options, scale: Scale) -> Lab:
     """The cache, its model, and the folder that keeps trained SAEs."""
     if options.out is None:
         raise UserError("claims on a cache need --out, the folder that keeps the trained SAEs")
-    cache = ActivationCache(options.cache or "")
+    cache, device = ActivationCache(options.cache or ""), computing_device(options.device)
     name = options.model or cache.manifest.model
     model = decode = None
     if name:
         from saelab.lm.record import ModelRecord, load_recorded
 
-        model = load_recorded(ModelRecord.from_manifest(cache.manifest), str(cache.path), name=name)
+        model = load_recorded(ModelRecord.from_manifest(cache.manifest), str(cache.path), name=name, device=device)
         decode = model.tokenizer.decode
     # Another cache or recipe gives other SAEs: each has its own folder of runs.
     recipe = f"{cache.fingerprint}-{scale.d_sae}x{scale.epochs}x{scale.batch_size}x{scale.lr or 'auto'}"
-    return Lab(cache, model, scale, options.out / "runs" / recipe, console.print, decode)
+    return Lab(cache, model, scale, options.out / "runs" / recipe, console.print, decode, device)
 
 
 def show(ledger: Ledger) -> None:

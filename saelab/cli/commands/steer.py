@@ -14,7 +14,7 @@ from rich.text import Text
 from saelab.cli.console import console, out, parse, print_json
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_run
-from saelab.devices import pick_device
+from saelab.cli.placement import computing_device
 from saelab.errors import UserError
 from saelab.layout import RECIPE
 from saelab.runs import Run
@@ -118,7 +118,7 @@ def main(args: Sequence[str]) -> None:
     if not options.prompt and options.save is None and options.gguf is None:
         raise UserError('nothing to do: give --prompt "text", --save RECIPE or --gguf FILE')
     check_outputs(options)
-    device = pick_device(options.device)
+    device = computing_device(options.device)
     if (Path(options.run) / RECIPE).is_file():
         check_recipe(options)
         run, recipe = None, Recipe.load(options.run)

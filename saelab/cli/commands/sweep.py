@@ -18,9 +18,9 @@ from rich.table import Table
 
 from saelab.cli.console import console, out, output_folder, parse, print_json, progress_bar
 from saelab.cli.models import ModelOptions, open_model
+from saelab.cli.placement import computing_device
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.data.cache import ActivationCache
-from saelab.devices import pick_device
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig
 from saelab.files import replace
@@ -69,7 +69,7 @@ def main(args: Sequence[str]) -> None:
     )
     if options.checkpoint_steps < 1:
         raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
-    cache, grid, device = ActivationCache(options.cache), read_grid(options.grid), pick_device(options.device)
+    cache, grid, device = ActivationCache(options.cache), read_grid(options.grid), computing_device(options.device)
     check_grid(grid, cache)
     config = EvaluateConfig(lm_tokens=options.lm_tokens)
     if not cache.n_split("held_out"):

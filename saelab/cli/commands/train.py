@@ -17,10 +17,10 @@ from saelab import kernels
 from saelab.cli import report
 from saelab.cli.console import console, out, output_folder, parse, part, print_json, progress_bar, quiet
 from saelab.cli.fine_tuning import announce, check_options, fixed_options, open_start
+from saelab.cli.placement import computing_device
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.variants import l0_field, option_fields, resolve_l0, value_of, variant_in
 from saelab.data.cache import ActivationCache
-from saelab.devices import pick_device
 from saelab.distributed import SINGLE, Parallel, launched, start_world
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.sharding import whole as whole_of
@@ -54,7 +54,7 @@ class Options:
     d_sae: int = 4608
     """Latents."""
     device: str = "auto"
-    """Where to train: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    """Where to train: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     dict_ranks: int = 1
     """Processes that share one copy of the dictionary, each holding d-sae / dict-ranks latents; the others divide
     every batch. Start several with `torchrun --nproc-per-node 4 -m saelab train ...`."""
@@ -109,7 +109,7 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
         return None
     if options.checkpoint_steps < 1:
         raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
-    device = pick_device(options.device)
+    device = computing_device(options.device)
     parallel = start_world(options.dict_ranks, device, options.timeout_s) if launched() else SINGLE
     if options.dict_ranks > 1 and parallel.size == 1:
         raise UserError(f"dict_ranks={options.dict_ranks} needs several processes; start them with torchrun")
