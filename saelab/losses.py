@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab import kernels
@@ -19,29 +21,62 @@ def fvu(x: Float[Tensor, "n d_in"], recon: Float[Tensor, "n d_in"]) -> Float[Ten
     return (x - recon).square().sum() / (x - x.mean(dim=0)).square().sum()
 
 
+@dataclass(frozen=True)
+class Subset:
+    """The weights of some latents, one row each, for a loss on these alone.
+
+    As copies (:meth:`copied`) they have gradients of their own, which :meth:`add_gradients` adds to those of the SAE:
+    the loss then needs no gradient as large as the dictionary.
+    """
+
+    latents: Int[Tensor, " m"]
+    W_enc: Float[Tensor, "m d_in"]
+    b_enc: Float[Tensor, " m"]
+    W_dec: Float[Tensor, "m d_in"]
+    active: Bool[Tensor, " m"] | None = None  # which of them take part; None means all
+
+    @classmethod
+    def of(cls, sae: LinearSAE, latents: Int[Tensor, " m"], active: Tensor | None = None) -> Subset:
+        """Rows gathered from ``sae``; gradients reach its parameters."""
+        return cls(latents, sae.W_enc.T[latents], sae.b_enc[latents], sae.W_dec[latents], active)
+
+    @classmethod
+    def copied(cls, sae: LinearSAE, latents: Int[Tensor, " m"], active: Tensor | None = None) -> Subset:
+        """Copies of the rows; gradients stay with them until :meth:`add_gradients`."""
+        rows = sae.W_enc.detach().T, sae.b_enc.detach(), sae.W_dec.detach()
+        return cls(latents, *(part.index_select(0, latents).requires_grad_() for part in rows), active)
+
+    @torch.no_grad()
+    def add_gradients(self, sae: LinearSAE) -> None:
+        """Add the gradients of the copies to those of ``sae``."""
+        for parameter, rows in ((sae.W_enc, self.W_enc), (sae.b_enc, self.b_enc), (sae.W_dec, self.W_dec)):
+            if rows.grad is not None:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                by_latent = parameter.grad.T if parameter is sae.W_enc else parameter.grad
+                by_latent.index_add_(0, self.latents, rows.grad)  # a latent occurs once: the order cannot matter
+
+
 def auxk(
     sae: LinearSAE,
     x: Float[Tensor, "n d_in"],
     error: Float[Tensor, "n d_in"],
-    latents: Int[Tensor, " m"],
+    latents: Int[Tensor, " m"] | Subset,
     k_aux: int,
 ) -> Float[Tensor, ""]:
     """How much of the residual the given latents could explain (AuxK; Gao et al., 2024, appendix A.2).
 
     ``sum ||e - e_hat||^2 / sum ||e - mean(e)||^2`` with ``e = stop_grad(x - recon)`` and ``e_hat`` the decoding,
     without bias, of the ``k_aux`` largest pre-activations (magnitudes for signed SAEs) among ``latents``. Only their
-    pre-activations are computed. A residual of zero gives 0.
+    pre-activations are computed. A residual of zero gives 0, and so do latents of which none is active.
     """
-    error = error.detach()
-    W_enc = sae.W_enc.T[latents].T  # gathered by row of the transposed view: contiguous per latent
-    b_enc = sae.b_enc[latents]
-    k = min(k_aux, latents.numel())
+    rows, error = latents if isinstance(latents, Subset) else Subset.of(sae, latents), error.detach()
     # b_dec gets no gradient from this loss.
-    b_in = None if sae.b_in is None else sae.b_in.detach()
-    selected = kernels.select_topk(x, W_enc.detach(), b_enc.detach(), b_in, k, sae.signed)
-    values = kernels.pre_acts_at(x, W_enc, b_enc, b_in, selected)
-    recon = kernels.decode(values, selected.indices, selected.row_ptr, sae.W_dec[latents], None)
-    return relative((recon - error).square().sum(), (error - error.mean(dim=0)).square().sum())
+    centred = x if sae.b_in is None else x - sae.b_in.detach()
+    k = min(k_aux, rows.latents.numel())
+    squares = kernels.explain(centred, error, rows.W_enc, rows.b_enc, rows.W_dec, k, sae.signed, rows.active)
+    loss = relative(squares, (error - error.mean(dim=0)).square().sum())
+    return loss if rows.active is None else torch.where(rows.active.any(), loss, 0.0)
 
 
 def relative(squares: Float[Tensor, ""], spread: Float[Tensor, ""]) -> Float[Tensor, ""]:

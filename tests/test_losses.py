@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import pytest
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from saelab import losses
+from saelab import kernels, losses
+from saelab.kernels import products, subset
+from saelab.kernels.dispatch import obstacle
 from saelab.sae import LinearSAE, build
 
 D_IN, D_SAE, N = 6, 30, 50
@@ -93,3 +98,59 @@ def test_auxk_does_not_hide_broken_weights(value: float) -> None:
     with torch.no_grad():
         sae.W_dec[latents] = value
     assert not losses.auxk(sae, x, torch.randn(8, 6), latents, 3).isfinite()
+
+
+def noisy(name: str, **config) -> tuple[LinearSAE, Tensor, Tensor]:
+    """A float32 SAE, activations and a residual."""
+    sae, x, error = sae_and_error(name, **config)
+    return sae.float(), x.float(), error.float()  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference", "triton"])
+@pytest.mark.parametrize("k_aux", [2, 5, 64])
+@pytest.mark.parametrize("name", ["topk", "abs_topk"])
+def test_dense_and_sparse_forms_of_auxk_give_the_float64_loss(
+    backend: str, k_aux: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On copies of the rows, whose gradients are then added to those that the SAE has already."""
+    monkeypatch.setattr(subset, "CHUNK_BYTES", 0)  # many chunks of tokens
+    monkeypatch.setattr(products, "MIN_ROWS", 7)
+    if obstacle(backend, "cpu") is not None:
+        pytest.skip(str(obstacle(backend, "cpu")))
+    sae, x, error = noisy(name)
+    dead = torch.tensor([1, 4, 5, 11, 17, 29])
+    before = {key: torch.randn(p.shape) for key, p in sae.named_parameters()}
+    for key, p in sae.named_parameters():
+        p.grad = torch.empty_like(p).copy_(before[key])
+    with kernels.use_backend(backend):
+        rows = losses.Subset.copied(sae, dead)
+        loss = losses.auxk(sae, x, error, rows, k_aux)
+        (3 * loss).backward()
+        rows.add_gradients(sae)
+    exact = copy.deepcopy(sae).double()
+    exact.zero_grad()
+    expected = naive_auxk(exact, x.double(), error.double(), dead, min(k_aux, 6))
+    (3 * expected).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for key, p in exact.named_parameters():
+        wanted = before[key].double() + (0 if p.grad is None else p.grad)
+        torch.testing.assert_close(sae.get_parameter(key).grad.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_that_take_no_part_change_nothing() -> None:
+    """A list that also holds living latents gives the loss and the gradients of the dead ones alone."""
+    for name, k_aux in itertools.product(("topk", "abs_topk"), (2, 4, 64)):
+        sae, x, error = noisy(name)
+        listed, dead = torch.tensor([0, 1, 4, 5, 11, 12, 17, 29]), torch.tensor([1, 4, 5, 11, 17])
+        active = torch.isin(listed, dead)
+        found = []
+        for rows in (losses.Subset.copied(sae, listed, active), losses.Subset.copied(sae, dead)):
+            sae.zero_grad()
+            loss = losses.auxk(sae, x, error, rows, k_aux)
+            loss.backward()
+            rows.add_gradients(sae)
+            found.append([loss.detach(), *(p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec))])
+        for masked, alone in zip(*found):
+            torch.testing.assert_close(masked, alone, rtol=1e-5, atol=1e-6)
+    nobody = losses.Subset.copied(sae, listed, torch.zeros(8, dtype=torch.bool))
+    assert losses.auxk(sae, x, error, nobody, 4) == 0

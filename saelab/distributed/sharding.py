@@ -106,15 +106,15 @@ def represent(sae: SAE, x: Tensor, grads: Tensor | None, parallel: Parallel) -> 
 
 
 def auxk(
-    sae: LinearSAE, x: Tensor, error: Tensor, latents: Tensor, k_aux: int, n_latents: int, parallel: Parallel
+    sae: LinearSAE, x: Tensor, error: Tensor, rows: losses.Subset, k_aux: int, n_latents: int, parallel: Parallel
 ) -> Tensor:
     """:func:`saelab.losses.auxk` over all ranks: this data rank's part of it.
 
-    ``latents`` are those of this rank, ``n_latents`` how many all dictionary ranks have together.
+    ``rows`` are those of this rank, ``n_latents`` how many all dictionary ranks have together.
     """
     if parallel.size == 1:
-        return losses.auxk(sae, x, error, latents, k_aux)
-    W_enc, b_enc = sae.W_enc.T[latents].T, sae.b_enc[latents]
+        return losses.auxk(sae, x, error, rows, k_aux)
+    latents, W_enc, b_enc = rows.latents, rows.W_enc.T, rows.b_enc
     b_in = None if sae.b_in is None else sae.b_in.detach()
     k = min(k_aux, n_latents)
     empty = SelectedPreActs(x.new_empty(0), latents.new_empty(0), latents.new_zeros(x.shape[0] + 1))
@@ -124,10 +124,10 @@ def auxk(
         selected = kernels.select_topk(x, W_enc.detach(), b_enc.detach(), b_in, own, sae.signed)
     if parallel.dict_size > 1:
         selected = winners(selected, x.shape[0], k, sae, parallel, latents)
-    partial = x.new_zeros(x.shape) + 0.0 * sae.W_dec[:1].sum()
+    partial = x.new_zeros(x.shape) + 0.0 * rows.W_dec.sum()  # in the graph, also without latents
     if latents.numel():
         values = kernels.pre_acts_at(x, W_enc, b_enc, b_in, selected)
-        partial = kernels.decode(values, selected.indices, selected.row_ptr, sae.W_dec[latents], None)
+        partial = kernels.decode(values, selected.indices, selected.row_ptr, rows.W_dec, None)
     recon = _SumForward.apply(partial, parallel)
     moments = torch.cat([error.sum(0), error.new_tensor([float(error.shape[0])])])
     parallel.sum_data(moments, "statistics")

@@ -17,6 +17,7 @@ from saelab.kernels.ops import (
     select_topk,
     sse,
 )
+from saelab.kernels.subset import explain
 
 __all__ = [
     "Adam",
@@ -24,6 +25,7 @@ __all__ = [
     "backend",
     "decode",
     "describe",
+    "explain",
     "gather_rows",
     "pre_acts_at",
     "pursuit",

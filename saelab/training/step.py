@@ -14,6 +14,7 @@ from saelab.data.cache import Batch
 from saelab.devices import in_float64
 from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.sharding import REPLICATED, auxk, represent
+from saelab.losses import Subset
 from saelab.sae import SAE, LinearSAE
 from saelab.training.config import TrainConfig
 from saelab.training.divergence import excess
@@ -53,10 +54,12 @@ def train_step(
     grads = None if batch.grads is None else parallel.share(batch.grads).to(sae.device) / state.scale
     sae.schedule(state.step, total)
     with _randomness(config.seed, state.step, sae.device), _autocast(config, sae.device):
-        loss, parts, dead = _forward(sae, x, grads, n, config, state, parallel)
+        loss, parts, dead, subsets = _forward(sae, x, grads, n, config, state, parallel)
 
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    for subset in subsets:
+        subset.add_gradients(sae)  # pyright: ignore[reportArgumentType]
     for parameter in sae.parameters():
         if parameter.grad is not None:
             parallel.sum_data(parameter.grad, "gradients")
@@ -95,8 +98,8 @@ def _forward(
     config: TrainConfig,
     state: TrainState,
     parallel: Parallel,
-) -> tuple[Tensor, dict[str, Tensor], int]:
-    """The loss, its reported parts (FVU, L0, weighted extra terms), and the number of dead latents.
+) -> tuple[Tensor, dict[str, Tensor], int, list[Subset]]:
+    """The loss, its reported parts (FVU, L0, weighted extra terms), the number of dead latents, and AuxK rows.
 
     ``n`` is the size of the whole batch, of which ``x`` is this data rank's share; the shares' losses add up.
     """
@@ -112,18 +115,20 @@ def _forward(
     state.tokens_since_fired += n
     state.tokens_since_fired[parallel.any_data(code.fired())] = 0
     dead = (state.tokens_since_fired > (config.dead_after or 0)).nonzero().flatten()
+    subsets = []
     for name, (weight, latents) in sae.aux_latents(dead, config.aux_weight).items():
         n_latents = _count(latents, parallel)
         if weight and n_latents:
             assert isinstance(sae, LinearSAE)  # others are refused before the run begins
-            terms[name] = weight * auxk(sae, x, error, latents, config.k_aux or 1, n_latents, parallel)
+            subsets.append(Subset.copied(sae, latents))
+            terms[name] = weight * auxk(sae, x, error, subsets[-1], config.k_aux or 1, n_latents, parallel)
 
     loss = objective / (n * state.variance) + sum(terms.values())
     fvu = error.square().sum() / (n * state.variance)
     # All dictionary ranks compute the same loss, but each counts its own latents.
     l0 = (code.values != 0).sum() / n * parallel.dict_size
     energy = x.square().sum() / (n * state.variance)
-    return loss, {"fvu": fvu, "l0": l0, "energy": energy, **terms}, _count(dead, parallel)
+    return loss, {"fvu": fvu, "l0": l0, "energy": energy, **terms}, _count(dead, parallel), subsets
 
 
 def _report(values: dict[str, Tensor], parallel: Parallel) -> dict[str, float]:
