@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -23,6 +26,29 @@ def test_a_model_of_an_earlier_session_is_forgotten(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("SAELAB_APP_MODEL", "old")
     assert "SAELAB_APP_MODEL" not in prepare(Options(tmp_path))[1]
     assert prepare(Options(tmp_path, model="none"))[1]["SAELAB_APP_MODEL"] == "none"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a terminal")
+def test_a_first_run_asks_for_nothing(tmp_path: Path) -> None:
+    import pty
+
+    # Streamlit asks for an e-mail address where it finds no settings of its own in the home directory.
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command, environment = prepare(Options(tmp_path, port=port, model="none"))
+    terminal, ours = pty.openpty()
+    environment |= {"HOME": str(tmp_path), "BROWSER": "true", "PYTHONPATH": str(Path(__file__).parents[2])}
+    server = subprocess.Popen(command, env=environment, stdin=ours, stdout=ours, stderr=ours, cwd=tmp_path)
+    os.close(ours)
+    said = b""
+    try:
+        while b"http://127.0.0.1" not in said and (part := os.read(terminal, 4096)):
+            said += part
+            assert b"email" not in said.lower(), said
+    finally:
+        server.kill()
+        server.wait()
+        os.close(terminal)
 
 
 def test_refuses_a_folder_that_is_none(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from saelab.lm.sites import replaceable
 from saelab.lm.structure import underlying
 from saelab.runs import Run
 from saelab.sae import build
-from saelab.steering import Add, Recipe, SteeringVector, generate, generate_tokens
+from saelab.steering import Add, ProjectOut, Recipe, Scale, SteeringVector, generate, generate_tokens
 from saelab.steering.attachment import attach
 from saelab.training import TrainConfig, train
 from tests import tiny_lm
@@ -144,6 +145,20 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
         expected = plain.gradient(theirs, FAMILIES[name], BLOCK, point, ids)
         torch.testing.assert_close(grads[0], expected, rtol=1e-3, atol=1e-4, msg=lambda m, p=point: f"{p}: {m}")
         torch.testing.assert_close(acts[0], plain.read(theirs, FAMILIES[name], BLOCK, point, ids), **CLOSE)
+
+
+def test_the_command_stores_the_gradients_of_autograd(name: str, tmp_path: Path) -> None:
+    theirs, _ = models(name)
+    options = ["--hook", hook("hook_resid_post"), "--text", str(text()), "--context-length", str(LENGTH)]
+    options += ["--tokens", str(4 * LENGTH), "--dtype", "float32", "--gradients", "--device", "cpu"]
+    main(["harvest", "--model", str(folder(name)), "--out", str(tmp_path / "cache"), *options])
+    cache = ActivationCache(tmp_path / "cache")
+    assert cache.has_grads
+    for tokens, rows in cache.contexts("train"):
+        expected = plain.gradient(theirs, FAMILIES[name], BLOCK, "hook_resid_post", tokens[None])[0]
+        found = cache.read(rows[rows >= 0], grads=True).grads
+        assert found is not None
+        torch.testing.assert_close(found, expected[rows >= 0], rtol=1e-3, atol=1e-4)
 
 
 def trained(name: str, point: str) -> Any:
@@ -285,7 +300,49 @@ def test_the_command_line_and_a_recipe_steer_alike(name: str, tmp_path: Path, ca
     with recipe.attach(theirs):
         found = generate(theirs, prompt, (), tokenizer=ours.tokenizer, max_new_tokens=4)
     assert found == expected
+    _several_operations(name, sae, tmp_path, capsys)
     theirs.get_output_embeddings().weight.data[0, 0] += 1.0
     with pytest.raises(UserError, match="other weights"), recipe.attach(theirs):
         pass
     theirs.get_output_embeddings().weight.data[0, 0] -= 1.0
+
+
+def _several_operations(name: str, sae: Any, tmp_path: Path, capsys: Any) -> None:
+    """A recipe of three operations in three blocks: a vector added, a latent doubled, a direction taken out."""
+    theirs, ours = models(name)
+    d_in, last = sae.d_in, theirs.config.get_text_config().num_hidden_layers - 1
+    first, second = torch.randn(2, d_in, generator=torch.Generator().manual_seed(1))
+    acts = caches(name)[hook("hook_resid_post")].read(range(200)).acts
+    often = int((sae.encode(acts).dense() != 0).sum(0).argmax())
+    operations = [
+        Add(SteeringVector.from_tensor(first, "blocks.0.hook_resid_post"), 3.0),
+        Scale(Run(sae, hook("hook_resid_post")), often, 2.0),
+        ProjectOut(SteeringVector.from_tensor(second, f"blocks.{last}.hook_resid_post")),
+    ]
+    Recipe.of(ours, operations).save(tmp_path / "several")
+    options = ["--max-new-tokens", "4", "--json", "--device", "cpu"]
+    capsys.readouterr()
+    main(["steer", str(tmp_path / "several"), "--prompt", "the cat sat", *options])
+    written = json.loads(capsys.readouterr().out)["texts"][0]["steered"]
+
+    def doubled(x: Tensor) -> Tensor:
+        change = sae.encode(x.flatten(0, 1)).dense()[:, often, None] * sae.W_dec[often]
+        change = change.reshape(x.shape) * (torch.arange(x.shape[1]) > 0)[None, :, None]
+        return x + change
+
+    unit, place = second / second.norm(), FAMILIES[name].places["hook_resid_post"]
+    assert place is not None
+    changes = [
+        (0, lambda x: x + 3 * first / first.norm()),
+        (1, doubled),
+        (last, lambda x: x - (x @ unit)[..., None] * unit),
+    ]
+    ids = torch.tensor([[0, *ours.tokenizer("the cat sat", add_special_tokens=False)["input_ids"]]])
+    length = ids.shape[1]
+    with torch.no_grad(), ExitStack() as stack:
+        for block, change in changes:
+            stack.enter_context(plain.hooked(theirs, FAMILIES[name], block, place, change))
+        for _ in range(4):
+            ids = torch.cat([ids, theirs(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    expected = ours.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+    assert written.rstrip("\ufffd") == expected.rstrip("\ufffd")

@@ -73,6 +73,7 @@ def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
         f"--server.port={options.port}",
         f"--server.headless={'false' if options.browser else 'true'}",
         "--server.fileWatcherType=none",
+        "--server.showEmailPrompt=false",
         "--browser.gatherUsageStats=false",
     ]
     environment = {**os.environ, "SAELAB_APP_FOLDER": str(options.folder.resolve())}
