@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import first_line
-from saelab.lm.structure import attention, blocks, children, mlp, text_config, underlying
+from saelab.lm.structure import attention, blocks, children, mlp, state_space, text_config, underlying
 from saelab.lm.unwrapped import plain_model
 
 if TYPE_CHECKING:
@@ -164,9 +164,10 @@ def _find(block: nn.Module, records: list[_Record]) -> Sublayers:
             scale = _multiple(x, y, first.x + second.x)
             if scale is not None:  # attention and MLP read the same input
                 return Sublayers(Place(first.path, "out", scale), Place(second.path, "out", scale), None)
-        if heads:
+        attn_out, stream = _added_with(records, heads, _candidates(order, records, state_space(block)))
+        if heads and attn_out is None:
             return Sublayers(None, None, None)
-    mlp_out, _, mid = _added_to(records, rest, _streams(records, stream), _ends(records))
+    mlp_out, _, mid = _added_to(records, rest, _streams(records, stream), _ends(records, rest))
     reads = [r for r in records if mid is not None and r.side == "in" and r.path and torch.equal(r.x, mid)]
     shallow = min(reads, key=lambda r: r.path.count("."), default=None)
     return Sublayers(attn_out, mlp_out, None if attn_out is None or shallow is None else Place(shallow.path, "in"))
@@ -186,11 +187,14 @@ def _streams(records: list[_Record], start: Tensor | None) -> list[Tensor]:
     return found
 
 
-def _ends(records: list[_Record]) -> list[Tensor]:
-    """The block's output, and what a last norm makes it of."""
+def _ends(records: list[_Record], rest: list[tuple[int, _Record]]) -> list[Tensor]:
+    """The block's output, what a last norm makes it of, and the stream that the block's modules behind the MLP
+    (candidates ``rest``) read, to add something more to it."""
     y = records[-1].x
     norms = {r.path for r in records if r.side == "out" and r.path and "." not in r.path and torch.equal(r.x, y)}
-    return _distinct([y, *(r.x for r in records if r.side == "in" and r.path in norms)])
+    behind = min((i for i, _ in rest), default=len(records))
+    later = [r.x for r in records[behind + 1 :] if r.side == "in" and "." not in r.path]
+    return _distinct([y, *(r.x for r in records if r.side == "in" and r.path in norms), *later])
 
 
 def _added(
@@ -199,6 +203,23 @@ def _added(
     """The first candidate that some tensor after it adds to one of ``streams``, and that tensor."""
     place, total, _ = _added_to(records, candidates, streams)
     return place, total
+
+
+def _added_with(
+    records: list[_Record], heads: list[tuple[int, _Record]], others: list[tuple[int, _Record]]
+) -> tuple[Place | None, Tensor | None]:
+    """The candidate of ``heads`` that is added to the block's input together with one of ``others``, and the sum."""
+    x = records[0].x
+    for (i, first), (j, second) in itertools.product(heads, others):
+        for total in _distinct(r.x for r in records[max(i, j) + 1 :]):
+            parts = torch.stack([first.x.double().flatten(), second.x.double().flatten()], dim=1)
+            change = (total.double() - x.double()).flatten()[:, None]
+            scales = torch.linalg.lstsq(parts, change).solution.flatten().tolist()
+            both = (scales[0] * first.x.double() + scales[1] * second.x.double()).to(x.dtype)
+            # A sum to which the attention adds nothing that shows is none.
+            if _multiple(x, total, both) and _multiple(total - both + scales[0] * first.x, total, scales[1] * second.x):
+                return Place(first.path, "out", 1.0 if abs(scales[0] - 1) < 1e-3 else scales[0]), total
+    return None, None
 
 
 def _added_to(

@@ -30,6 +30,7 @@ from saelab.lm.structure import (
     last_map,
     mlp,
     modules,
+    multiplier,
     opened,
     projection,
     text_config,
@@ -272,6 +273,8 @@ def _on_bridge(bridge: TransformerBridge, name: str, canonical: str, site: Site 
         return Site(own, module_path(bridge, canonical), side, canonical)
     if _point(name) in _PARTIAL and module_path(bridge, canonical) != site.path:
         canonical = ""  # where norms follow the sublayers, TransformerLens shows another tensor by that name
+    if site.scale != 1.0 and _side(canonical) == "out":
+        canonical = ""  # the module's own output, which the block multiplies afterwards
     return replace(site, hook_name=name, canonical=canonical)
 
 
@@ -306,7 +309,7 @@ def _structural(model: nn.Module, name: str, index: int, point: str) -> Site | N
         return None if last is None else Site(name, f"{path}.{last}", "in")
     if point == _PRE:
         first = first_map(module)
-        return None if first is None else Site(name, f"{path}.{first[0]}", first[1])
+        return None if first is None else Site(name, f"{path}.{first[0]}", first[1], scale=multiplier(model, point))
     return _projected(model, name, path, module, _PROJECTED[point])
 
 
@@ -316,7 +319,10 @@ def _projected(model: nn.Module, name: str, path: str, module: nn.Module, which:
     found = projection(model, module, which)
     if found is not None and found[1] == ():
         raise UserError(f"{name}: {path}.{found[0]} gives more than that (a gate, for example); use attn.hook_z")
-    return None if found is None else Site(name, f"{path}.{found[0]}", "out", columns=found[1])
+    if found is None:
+        return None
+    scale = multiplier(model, f"attn.hook_{which}")
+    return Site(name, f"{path}.{found[0]}", "out", columns=found[1], scale=scale)
 
 
 def _sublayer(model: nn.Module, name: str, index: int, point: str) -> Site | None:

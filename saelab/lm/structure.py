@@ -19,6 +19,9 @@ _OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder", "mtp")
 # The names that a sublayer has in the families of models.
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
+# Names that one family gives to either of them, or to neither: what such a module holds decides.
+_EITHER_ATTENTION, _EITHER_MLP = ("temporal_block", "mixer"), ("mlp_block", "mixer")
+_STATE_SPACES = ("mamba", "ssm")
 _EXPERTS = ("experts", "router", "gate", "shared_expert", "shared_experts")
 # The linear maps of a sublayer, in the families of models; of those that a module has, the first counts.
 _LAST = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo", "Wo")
@@ -117,17 +120,25 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def attention(block: nn.Module) -> str | None:
     """The path of the attention in a block; None where it has none."""
-    name = next((name for name in _ATTENTION if name in children(block)), None)
-    if name is not None and "attention" in children(children(block)[name]):
+    own = children(block)
+    name = next((name for name in _ATTENTION if name in own), None)
+    if name is not None and "attention" in children(own[name]):
         return f"{name}.attention"  # GPT-Neo chooses between two kinds inside
-    return name
+    return name or next((n for n in _EITHER_ATTENTION if n in own and "q_proj" in children(own[n])), None)
 
 
 def mlp(block: nn.Module) -> str | None:
     """The path of the MLP in a block, ``""`` where its linear maps belong to the block itself; None for none."""
     own = children(block)
     name = next((name for name in _MLP if name in own), None)
-    return "" if name is None and "fc1" in own and "fc2" in own else name
+    if name is None and "fc1" in own and "fc2" in own:
+        return ""
+    return name or next((n for n in _EITHER_MLP if n in own and {"up_proj", "down_proj"} <= {*children(own[n])}), None)
+
+
+def state_space(block: nn.Module) -> str | None:
+    """The path of a state space model that stands beside or in place of the attention in a block; None for none."""
+    return next((name for name in _STATE_SPACES if name in children(block)), None)
 
 
 def child(module: nn.Module, path: str) -> nn.Module:
@@ -158,6 +169,16 @@ def first_map(module: nn.Module) -> tuple[str, str] | None:
     # A fused gate is split inside, and its half enters the nonlinearity.
     name = next((name for name in _ACTIVATIONS if name in own), None)
     return None if name is None else (name, "in")
+
+
+def multiplier(model: nn.Module, point: str) -> float:
+    """What a model multiplies the output of a linear map by, before it is what ``point`` names (Falcon-H1)."""
+    config: Any = text_config(model)
+    if point == "attn.hook_k":
+        return float(getattr(config, "key_multiplier", None) or 1.0)
+    if point == "mlp.hook_pre":
+        return float((getattr(config, "mlp_multipliers", None) or [1.0])[0])
+    return 1.0
 
 
 def projection(model: nn.Module, module: nn.Module, which: str) -> tuple[str, tuple[int, ...] | None] | None:

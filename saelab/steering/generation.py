@@ -153,9 +153,11 @@ def _steps(model: nn.Module, ids: Tensor, mask: Tensor, settings: Sampling, ends
     generator = torch.Generator().manual_seed(settings.seed)
     eos = torch.tensor(ends if settings.stop_at_eos else (), dtype=torch.int64, device=device)
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
-    cache, fresh = None, ids
+    cache, fresh, use_cache = None, ids, settings.use_cache
     for _ in range(settings.max_new_tokens):
-        logits, cache = forward(root, fresh, mask, cache, settings.use_cache, last_only=True)
+        logits, cache = forward(root, fresh, mask, cache, use_cache, last_only=True)
+        if cache is not None and not _masks_padding(cache, mask):
+            cache, use_cache = None, False
         tokens = settings.draw(logits[:, -1], generator)
         if eos.numel():
             tokens = torch.where(done, eos[0], tokens)
@@ -166,6 +168,17 @@ def _steps(model: nn.Module, ids: Tensor, mask: Tensor, settings: Sampling, ends
         ids = torch.cat([ids, tokens[:, None]], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         fresh = ids if cache is None else tokens[:, None]
+
+
+def _masks_padding(cache: Any, mask: Tensor) -> bool:
+    """Whether padding stays masked with this cache. transformers aligns the mask by the number of tokens that a cache
+    says it holds, and that of MiniMax, whose first layer keeps a state and no tokens, says none."""
+    if bool(mask.all()):
+        return True
+    try:
+        return int(cache.get_seq_length()) == mask.shape[1]
+    except (AttributeError, ValueError):  # a cache of states alone: there is no mask over its tokens
+        return True
 
 
 def forward(

@@ -200,6 +200,7 @@ _NEOX: dict[str, Any] = {
 _OPT: dict[str, Any] = {"mlp": "", "z": "out_proj", "pre": "fc1:out", "post": "fc2:in", "mlp_out": "fc2:out"}
 _FALCON: dict[str, Any] = _NEOX | {"attn": "self_attention"}
 _LATENT = places(qkv=None, **_NEURONS)
+_NO_SUMS: Places = dict.fromkeys(("hook_resid_mid", "hook_attn_out", "hook_mlp_out"))
 _NOTHING = places(attn=None, mlp=None, mid=None, **_NEURONS)
 
 # Families that differ from Llama: where their activations are, and their list of blocks.
@@ -251,6 +252,27 @@ _ELSEWHERE: dict[str, tuple[Places, str]] = {
     "apertus": (places(pre="up_proj:out", mid="feedforward_layernorm:in"), "model.layers"),
     "qwen3-next": (_MIXTURE | {"attn.hook_q": None}, "model.layers"),
     "gemma3-multimodal": (_GEMMA_LIKE, "model.language_model.layers"),
+    "gemma4": (_GEMMA_LIKE, "model.layers"),
+    "llama4": (places(mlp="feed_forward", **_NEURONS), "model.layers"),
+    "bamba": (places(mlp="feed_forward", mid="pre_ff_layernorm:in"), "model.layers"),
+    # Attention, of half its size, and a state space are added to the stream at once.
+    "falcon-h1": (
+        places(mlp="feed_forward", mid="pre_ff_layernorm:in")
+        | {
+            "hook_attn_out": ("self_attn", "out", lambda x: x * 0.5),
+            "attn.hook_k": ("self_attn.k_proj", "out", lambda x: x * 0.25),
+            "mlp.hook_pre": ("feed_forward.gate_proj", "out", lambda x: x * 2.0),
+        },
+        "model.layers",
+    ),
+    "recurrent-gemma": (
+        places(attn="temporal_block", mlp="mlp_block", mid="channel_pre_norm:in"),
+        "model.layers",
+    ),
+    "nemotron-h": (places(attn="mixer", mlp=None, mid=None, **_NEURONS), "model.layers"),
+    # These multiply the stream by a number, or a vector, before they add to it.
+    "doge": (places(mid=None) | _NO_SUMS, "model.layers"),
+    "minimax": (_MIXTURE | _NO_SUMS, "model.layers"),
     "vaultgemma": (places(mid="pre_feedforward_layernorm:in"), "model.layers"),
 }
 _ELSEWHERE |= dict.fromkeys(("mamba", "mamba2", "falcon-mamba"), (_NOTHING, "backbone.layers"))
@@ -449,6 +471,75 @@ _MODELS: dict[str, Family] = {
             expert_layer_offset=1,
             mamba_d_state=8,
             use_mamba_kernels=False,
+        ),
+    ),
+    "gemma4": Family(
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        _sizes(
+            head_dim=8,
+            global_head_dim=8,
+            sliding_window=16,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size_per_layer_input=16,
+            num_kv_shared_layers=0,
+        ),
+    ),
+    "llama4": Family(
+        "Llama4ForCausalLM", "Llama4TextConfig", _sizes(**_LOCAL_EXPERTS, head_dim=8, intermediate_size_mlp=48)
+    ),
+    "bamba": _causal(
+        "Bamba",
+        **_sizes(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=16),
+    ),
+    "falcon-h1": _causal(
+        "FalconH1",
+        **_sizes(
+            head_dim=8,
+            attention_out_multiplier=0.5,
+            key_multiplier=0.25,
+            mlp_multipliers=[2.0, 0.5],
+            ssm_out_multiplier=0.25,
+            mamba_d_ssm=64,
+            mamba_n_heads=8,
+            mamba_d_head=8,
+            mamba_d_state=8,
+            mamba_n_groups=1,
+            mamba_chunk_size=16,
+        ),
+    ),
+    "recurrent-gemma": _causal(
+        "RecurrentGemma",
+        **_sizes(
+            head_dim=8,
+            num_key_value_heads=1,
+            lru_width=WIDTH,
+            attention_window_size=16,
+            block_types=["recurrent", "attention", "recurrent"],
+        ),
+    ),
+    "nemotron-h": _causal(
+        "NemotronH",
+        **_sizes(
+            num_hidden_layers=4,
+            head_dim=8,
+            hybrid_override_pattern="M*-M",
+            ssm_state_size=8,
+            mamba_num_heads=8,
+            mamba_head_dim=8,
+            n_groups=1,
+            chunk_size=16,
+        ),
+    ),
+    "doge": _causal("Doge", **_sizes()),
+    "minimax": _causal(
+        "MiniMax",
+        **_sizes(
+            **_LOCAL_EXPERTS,
+            head_dim=8,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            block_size=16,
         ),
     ),
     "biogpt": _causal("BioGpt", **_sizes(**_ALL_HEADS)),

@@ -82,7 +82,7 @@ def gradient(model: Any, family: Family, block: int, point: str, ids: Tensor) ->
     if point == "hook_resid_mid":
         return found / factor
     # Of a multiple of a module's output it is that much smaller.
-    return found / float(place[2](torch.ones(1))) if point.endswith("_out") else place[2](found)
+    return place[2](found) / float(place[2](torch.ones(found.shape[-1])).flatten()[0]) ** 2
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from tests.zoo.families import FAMILIES, places
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-UNKNOWN_TO_TRANSFORMER_LENS = {"biogpt", "persimmon", "helium", "diffllama", "phi3.5-moe"}
+UNKNOWN_TO_TRANSFORMER_LENS = {"biogpt", "persimmon", "helium", "diffllama", "doge", "minimax", "phi3.5-moe"}
 
 
 def render() -> str:

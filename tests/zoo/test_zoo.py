@@ -218,7 +218,8 @@ def test_the_logit_lens_is_linear_in_the_normalised_stream(name: str) -> None:
     assert place is not None
     with torch.no_grad(), plain.hooked(theirs, family, last, place, lambda _: x):
         logits = theirs(input_ids=ids, use_cache=False).logits[0]
-    cap = getattr(theirs.config.get_text_config(), "final_logit_softcapping", None)
+    settings = theirs.config.get_text_config()
+    cap = getattr(settings, "final_logit_softcapping", None) or getattr(settings, "logits_soft_cap", None)
     logits = logits if not cap else torch.atanh(logits / cap) * cap
     normed = x[0] - x[0].mean(-1, keepdim=True) if found.centred else x[0]
     if name not in ("opt-350m", "openai-gpt"):  # these end without a norm
