@@ -1,8 +1,16 @@
-"""Shared set-up: one thread, a fixed seed, and Triton's interpreter where there is no GPU."""
+"""Shared set-up: one thread, a fixed seed, Triton's interpreter where there is no GPU, and what a bare machine lacks.
+
+The tests are collected on a machine that has PyTorch and the packages of the kernels, the SAEs, the caches and the
+training, and nothing else: a module that needs another package is skipped there, with the package's name.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +19,47 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 torch.set_num_threads(1)
+
+# Annotated shapes are checked while testing; users pay nothing for them.
+CHECKED = ["saelab.sparse", "saelab.sae", "saelab.losses", "saelab.metrics"]
+with contextlib.suppress(ImportError):
+    import beartype  # noqa: F401
+    from jaxtyping import install_import_hook
+
+    install_import_hook(CHECKED, "beartype.beartype")
+
+
+def missing_package(error: BaseException | None) -> str | None:
+    """The package of another project without which a module cannot be imported; None where something else failed."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            package = error.name.split(".")[0]
+            return package if package not in ("saelab", "tests") and not _installed(package) else None
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+# The conftest of the app's tests needs streamlit: without it there is nothing to collect there.
+collect_ignore = [] if _installed("streamlit") else ["app"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    report = yield
+    call = getattr(report, "call", None)
+    if report.outcome == "failed" and call is not None and call.excinfo is not None:
+        package = missing_package(call.excinfo.value)
+        if package is not None:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 1, f"Skipped: {package} is not installed")
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

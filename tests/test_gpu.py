@@ -1,4 +1,4 @@
-"""Training, evaluation and steering on a GPU agree with the CPU; skipped where there is none."""
+"""Training, evaluation, the index and steering on a GPU agree with the CPU; skipped where there is none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from saelab.data.cache import ActivationCache
 from saelab.evaluation import EvaluateConfig, evaluate
+from saelab.features import build_index
 from saelab.harvesting import HarvestConfig, harvest
 from saelab.lm import load_hf_model, load_model
 from saelab.sae import build
@@ -63,6 +64,18 @@ def test_evaluation_gives_the_numbers_of_the_cpu(folder: Path) -> None:
             got = evaluate(small_sae(cache, device), cache, load(folder / "model", device="cuda"), config)
             for name in ("fvu", "l0", "ce_loss_with_sae", "ce_loss_with_mean_ablation", "kl_div_with_sae"):
                 assert got[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_the_index_is_that_of_the_cpu(folder: Path, tmp_path: Path) -> None:
+    cache, tables = ActivationCache(folder / "cache"), {}
+    for device in ("cpu", "cuda"):
+        index = build_index(
+            small_sae(cache, device), cache, tmp_path / device, token_strings=list(map(str, range(999)))
+        )
+        tables[device] = index.table()
+    for name in ("count", "max", "mean", "q50", "token_entropy", "norm_corr", "decoder_norm"):
+        expected = tables["cpu"][name].to_numpy()
+        assert tables["cuda"][name].to_numpy() == pytest.approx(expected, rel=1e-3, abs=1e-5, nan_ok=True), name
 
 
 def test_steering_writes_what_the_cpu_writes(folder: Path) -> None:

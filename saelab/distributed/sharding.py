@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from saelab import kernels, losses
@@ -151,12 +150,12 @@ def winners(
     key[:, :own] = values.abs() if sae.signed else values
     name = torch.full((n, k), torch.iinfo(torch.int32).max, dtype=torch.int32, device=values.device)
     name[:, :own] = names.int()
-    keys = rearrange(parallel.gather_dict(key, "candidates"), "rank n k -> n (rank k)")
-    all_names = rearrange(parallel.gather_dict(name, "candidates"), "rank n k -> n (rank k)")
+    keys = parallel.gather_dict(key, "candidates").transpose(0, 1).flatten(1)  # [n, rank * k]
+    all_names = parallel.gather_dict(name, "candidates").transpose(0, 1).flatten(1)
     by_name = all_names.argsort(dim=1)
     order = by_name.gather(1, keys.gather(1, by_name).argsort(dim=1, descending=True, stable=True))
     won = torch.zeros(keys.shape, dtype=torch.bool, device=values.device).scatter_(1, order[:, :k], True)
-    mine = rearrange(won, "n (rank k) -> rank n k", k=k)[parallel.dict_rank, :, :own]
+    mine = won.unflatten(1, (-1, k))[:, parallel.dict_rank, :own]
     row_ptr = torch.cat([mine.new_zeros(1, dtype=torch.int64), mine.sum(1).cumsum(0)])
     return SelectedPreActs(values[mine], indices[mine], row_ptr)
 

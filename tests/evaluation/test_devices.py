@@ -16,6 +16,7 @@ from saelab.data.cache import ActivationCache
 from saelab.devices import in_float64, pick_device, widest_float
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, TaskConfig, evaluate, run_tasks
+from saelab.features import build_index
 from saelab.harvesting import HarvestConfig, harvest
 from saelab.kernels import use_backend
 from saelab.lm import load_hf_model, load_model
@@ -113,6 +114,17 @@ def test_evaluation_moves_what_meets_the_model(device: torch.device, folder: Pat
         got = evaluate(sae, cache, model, config)
     for name, estimate in expected.metrics.items():
         assert got[name] == pytest.approx(estimate.value, rel=1e-5, abs=1e-7), name
+
+
+def test_the_index_of_an_sae_elsewhere_is_the_same(folder: Path, tmp_path: Path) -> None:
+    cache, strings = ActivationCache(folder / "cache"), [str(number) for number in range(999)]
+    sae = small_sae(cache)
+    with use_backend("reference"):
+        expected = build_index(sae, cache, tmp_path / "here", token_strings=strings).table()
+        with PretendGpu():
+            found = build_index(move(sae), cache, tmp_path / "there", token_strings=strings).table()
+    for name in ("count", "max", "mean", "q50", "token_entropy", "norm_corr", "decoder_norm"):
+        assert str(found[name].tolist()) == str(expected[name].tolist()), name
 
 
 def test_labelled_texts_run_through_a_model_elsewhere(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,17 @@ def quicken_interpreter() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     quicken_interpreter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter is slow: on the pretended GPU, where only devices are watched, one case is enough."""
+    items[:] = [item for item in items if not _repeated(getattr(item, "callspec", None))]
+
+
+def _repeated(call: Any) -> bool:
+    if call is None or call.params.get("backend") != "triton@pretended":
+        return False
+    return call.params.get("name", "ordinary") != "ordinary"
 
 
 @pytest.fixture(autouse=True)

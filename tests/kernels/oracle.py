@@ -18,7 +18,7 @@ def key(z: Tensor, signed: bool) -> Tensor:
 
 def topk_mask(score: Tensor, k: int) -> Tensor:
     """The k largest per row, by counting how many entries beat each one (larger, or equal and further left)."""
-    position = torch.arange(score.shape[1])
+    position = torch.arange(score.shape[1], device=score.device)
     a, b = score[:, :, None], score[:, None, :]
     beaten_by = ((b > a) | ((b == a) & (position[None, :] < position[:, None]))).sum(2)
     return beaten_by < k
@@ -36,7 +36,7 @@ def to_dense(values: Tensor, indices: Tensor, row_ptr: Tensor, d_sae: int) -> Te
 
 
 def to_mask(indices: Tensor, row_ptr: Tensor, d_sae: int) -> Tensor:
-    counts = to_dense(torch.ones(indices.numel(), dtype=torch.int64), indices, row_ptr, d_sae)
+    counts = to_dense(torch.ones_like(indices, dtype=torch.int64), indices, row_ptr, d_sae)
     assert counts.numel() == 0 or int(counts.max()) <= 1, "a latent appears twice in a row"
     return counts > 0
 
@@ -58,7 +58,7 @@ def pursuit(
     """The naive loop, one token at a time, differentiable. Returns the dense code ``[n, d_sae]``."""
     rows = []
     for r in x if b is None else x - b:
-        code, taken = torch.zeros(W.shape[0], dtype=x.dtype), set()
+        code, taken = x.new_zeros(W.shape[0]), set()
         for _ in range(n_steps):
             if float(r.detach().norm()) <= residual_stop:
                 break
@@ -66,7 +66,7 @@ def pursuit(
             c = W[j] @ r
             if float(c.detach()) <= 0:
                 break
-            code = code + c * torch.nn.functional.one_hot(torch.tensor(j), W.shape[0]).to(x.dtype)
+            code = code + c * torch.nn.functional.one_hot(torch.tensor(j), W.shape[0]).to(x)
             r = r - c * W[j]
             if stop_on_repeat and j in taken:
                 break

@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from saelab import kernels
+from tests.devices import EVERY_DEVICE
 
 
+@EVERY_DEVICE
 @pytest.mark.parametrize("column_major", [True, False])
-def test_the_updates_are_those_of_pytorch_to_the_bit(column_major: bool) -> None:
-    start = torch.randn(7, 5)
-    gradients = torch.randn(3, 7, 5)
+def test_the_updates_are_those_of_pytorch_to_the_bit(column_major: bool, device: str) -> None:
+    start = torch.randn(7, 5, device=device)
+    gradients = torch.randn(3, 7, 5, device=device)
     results = []
     for make in (kernels.Adam, torch.optim.Adam):
         weight = start.clone()
         weight = (weight.T.contiguous().T if column_major else weight).requires_grad_()
-        bias = torch.ones(4, requires_grad=True)
+        bias = torch.ones(4, device=device, requires_grad=True)
         optimizer = make([weight, bias], lr=0.1, fused=True)
         for gradient in gradients:
             weight.grad = torch.empty_like(weight).copy_(gradient)

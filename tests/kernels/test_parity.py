@@ -11,7 +11,7 @@ from torch import Tensor
 from saelab import kernels
 from saelab.kernels.cases import CASES, Case, random_case
 from tests.kernels import oracle
-from tests.kernels.backends import BACKENDS, backend_and_dtype, gap, tolerance
+from tests.kernels.backends import BACKENDS, backend_on, gap, tolerance
 
 SIGNS = pytest.mark.parametrize("signed", [False, True], ids=["relu", "signed"])
 EVERY_CASE = pytest.mark.parametrize("name", CASES)
@@ -43,14 +43,14 @@ def assert_gradients_match(found: Case, expected: Case, case: Case) -> None:
 
 def weighted_loss(sse: Tensor) -> Tensor:
     """Tokens weigh differently, so that a gradient that forgets its row is wrong."""
-    return (sse * torch.linspace(0.5, 1.5, sse.numel(), dtype=sse.dtype)).sum()
+    return (sse * torch.linspace(0.5, 1.5, sse.numel()).to(sse)).sum()
 
 
 @EVERY_CASE
 @SIGNS
 def test_topk_then_loss_matches_dense_autograd(backend: str, name: str, signed: bool) -> None:
-    with backend_and_dtype(backend) as dtype:
-        case = CASES[name]().to(dtype)
+    with backend_on(backend) as where:
+        case = CASES[name]().to(*where)
         mine, theirs = trainable(case), doubled(case)
         selected = kernels.select_topk(*mine.encoder, k=mine.k, signed=signed)
         z = oracle.pre_acts(*theirs.encoder)
@@ -80,8 +80,8 @@ def compare_loss(mine: Case, theirs: Case, values: Tensor, indices: Tensor, row_
 
 @EVERY_CASE
 def test_decode_matches_a_dense_product(backend: str, name: str) -> None:
-    with backend_and_dtype(backend) as dtype:
-        case = CASES[name]().to(dtype)
+    with backend_on(backend) as where:
+        case = CASES[name]().to(*where)
         mine, theirs = trainable(case), doubled(case)
         selected = kernels.select_topk(*case.encoder, k=case.k, signed=True)
         values = selected.values.nan_to_num(neginf=-2.0).requires_grad_()
@@ -90,7 +90,7 @@ def test_decode_matches_a_dense_product(backend: str, name: str) -> None:
         dense = oracle.to_dense(dense_values, selected.indices, selected.row_ptr, case.W_dec.shape[0])
         expected = dense @ theirs.W_dec + (0 if theirs.b_dec is None else theirs.b_dec)
         torch.testing.assert_close(recon.double(), expected.detach(), **tolerance(case, expected))
-        direction = torch.randn(recon.shape, dtype=torch.float64)
+        direction = torch.randn(recon.shape, dtype=torch.float64).to(recon.device)
         (recon.double() * direction).sum().backward()
         (expected * direction).sum().backward()
         torch.testing.assert_close(values.grad.double(), dense_values.grad, **tolerance(case, dense_values.grad))
@@ -101,8 +101,8 @@ def test_decode_matches_a_dense_product(backend: str, name: str) -> None:
 @SIGNS
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0], ids=["one", "some", "all"])
 def test_batch_budget(backend: str, name: str, signed: bool, share: float) -> None:
-    with backend_and_dtype(backend) as dtype:
-        case = CASES[name]().to(dtype)
+    with backend_on(backend) as where:
+        case = CASES[name]().to(*where)
         z = oracle.pre_acts(*doubled(case).encoder).detach()
         budget = max(1, int(share * z.numel()))
         selected = kernels.select_batch(*case.encoder, budget=budget, signed=signed)
@@ -121,10 +121,11 @@ def check_values(case: Case, selected: kernels.SelectedPreActs, code: Tensor) ->
 @EVERY_CASE
 @SIGNS
 def test_latent_budgets(backend: str, name: str, signed: bool) -> None:
-    with backend_and_dtype(backend) as dtype:
-        case = CASES[name]().to(dtype)
+    with backend_on(backend) as where:
+        case = CASES[name]().to(*where)
         z = oracle.pre_acts(*doubled(case).encoder).detach()
-        budgets = torch.arange(z.shape[1]) % (z.shape[0] + 2)  # none, some, all, and more than there are
+        # None, some, all, and more than there are.
+        budgets = torch.arange(z.shape[1], device=z.device) % (z.shape[0] + 2)
         selected = kernels.select_latent(*case.encoder, budgets=budgets, signed=signed)
         score = oracle.key(z, signed).T
         found = oracle.to_mask(selected.indices, selected.row_ptr, z.shape[1])
@@ -137,10 +138,10 @@ def test_latent_budgets(backend: str, name: str, signed: bool) -> None:
 @SIGNS
 @pytest.mark.parametrize("each", [False, True], ids=["one-cut", "cut-per-latent"])
 def test_threshold(backend: str, name: str, signed: bool, each: bool) -> None:
-    with backend_and_dtype(backend) as dtype:
-        case = CASES[name]().to(dtype)
+    with backend_on(backend) as where:
+        case = CASES[name]().to(*where)
         z = oracle.pre_acts(*doubled(case).encoder).detach()
-        cut = torch.linspace(0.2, 0.9, z.shape[1], dtype=dtype) if each else 0.61
+        cut = torch.linspace(0.2, 0.9, z.shape[1]).to(*where) if each else 0.61
         selected = kernels.select_threshold(*case.encoder, threshold=cut, signed=signed)
         found = oracle.to_mask(selected.indices, selected.row_ptr, z.shape[1])
         distance = (z.abs() if signed else z) - torch.as_tensor(cut).double()
@@ -153,9 +154,9 @@ def test_threshold(backend: str, name: str, signed: bool, each: bool) -> None:
 @SIGNS
 @pytest.mark.parametrize(("beta", "norm"), [(0.0, "rms"), (0.7, "rms"), (0.7, "none"), (math.inf, "rms")])
 def test_gradient_scores(backend: str, name: str, signed: bool, beta: float, norm: str) -> None:
-    with backend_and_dtype(backend) as dtype:
-        case = CASES[name]().to(dtype)
-        grads = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    with backend_on(backend) as where:
+        case = CASES[name]().to(*where)
+        grads = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(5)).to(*where)
         selected = kernels.select_gradient_topk(
             case.x, grads, case.W_enc, case.b_enc, case.b_dec, case.W_dec, case.k, beta, norm, signed
         )
@@ -183,18 +184,18 @@ PURSUITS = {
 
 @pytest.mark.parametrize("name", PURSUITS)
 def test_pursuit_matches_the_naive_loop(backend: str, name: str) -> None:
-    with backend_and_dtype(backend) as dtype:
+    with backend_on(backend) as where:
         case, steps, options = PURSUITS[name]
         if name == "free-norms":
             case = case._replace(W_dec=case.W_dec * torch.linspace(0.6, 1.1, 30)[:, None])
-        case = case.to(dtype)
+        case = case.to(*where)
         mine, theirs = trainable(case), doubled(case)
         found = kernels.pursuit(mine.x, mine.W_dec, mine.b_dec, steps, **options)
         expected = oracle.pursuit(theirs.x, theirs.W_dec, theirs.b_dec, steps, **options)
         oracle.to_mask(found.indices, found.row_ptr, expected.shape[1])  # each atom once
         dense = oracle.to_dense(found.values, found.indices, found.row_ptr, expected.shape[1])
         torch.testing.assert_close(dense.double(), expected.detach(), **tolerance(case, expected))
-        weights = torch.randn(expected.shape, dtype=torch.float64)
+        weights = torch.randn(expected.shape, dtype=torch.float64).to(expected.device)
         (dense.double() * weights).sum().backward()
         (expected * weights).sum().backward()
         assert_gradients_match(mine, theirs, case)
@@ -202,20 +203,23 @@ def test_pursuit_matches_the_naive_loop(backend: str, name: str) -> None:
 
 def test_nothing_to_do(backend: str) -> None:
     """No tokens, and rows without entries."""
-    with backend_and_dtype(backend) as dtype:
-        case = random_case(0, 6, 20, 3).to(dtype)
+    with backend_on(backend) as where:
+        case = random_case(0, 6, 20, 3).to(*where)
         for selected in (
             kernels.select_topk(*case.encoder, k=3),
             kernels.select_threshold(*case.encoder, threshold=0.5),
             kernels.pursuit(case.x, case.W_dec, case.b_dec, 3),
-            kernels.select_latent(*case.encoder, budgets=torch.full((20,), 2)),
+            kernels.select_latent(*case.encoder, budgets=torch.full((20,), 2, device=where[0])),
         ):
             assert selected.values.numel() == 0 and selected.row_ptr.tolist() == [0]
-        code = torch.tensor([2.0], dtype=dtype, requires_grad=True), torch.tensor([4]), torch.tensor([0, 0, 1, 1])
-        x = torch.ones(3, 6, dtype=dtype)
+        code = (
+            torch.tensor([2.0]).to(*where).requires_grad_(),
+            *(torch.tensor(t, device=where[0]) for t in ([4], [0, 0, 1, 1])),
+        )
+        x = torch.ones(3, 6).to(*where)
         W_dec = case.W_dec.clone().requires_grad_()
         sse, recon = kernels.sse(x, *code, W_dec, None)
-        expected = torch.stack([torch.zeros(6, dtype=dtype), 2 * case.W_dec[4], torch.zeros(6, dtype=dtype)])
+        expected = torch.stack([torch.zeros(6).to(*where), 2 * case.W_dec[4], torch.zeros(6).to(*where)])
         torch.testing.assert_close(recon, expected, rtol=1e-6, atol=1e-6)
         sse.sum().backward()
         assert W_dec.grad.abs().sum(1).nonzero().squeeze(1).tolist() == [4]
@@ -223,8 +227,8 @@ def test_nothing_to_do(backend: str) -> None:
 
 def test_nan_ranks_below_everything(backend: str) -> None:
     """A NaN pre-activation never displaces a number; a row of nothing else shows its NaN."""
-    with backend_and_dtype(backend) as dtype:
-        case = random_case(3, 8, 24, 5).to(dtype)
+    with backend_on(backend) as where:
+        case = random_case(3, 8, 24, 5).to(*where)
         case.b_enc[2] = float("nan")
         case.x[1, 0] = float("nan")
         selected = kernels.select_topk(*case.encoder, k=5)

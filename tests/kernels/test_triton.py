@@ -9,13 +9,14 @@ from saelab import kernels
 from saelab.kernels.cases import random_case
 from saelab.kernels.dispatch import obstacle
 from tests.kernels import oracle
-from tests.kernels.backends import gap, tolerance
+from tests.kernels.backends import DEVICE, GPU, gap, tolerance
 
-if obstacle("triton", "cpu") is not None:
-    pytest.skip(f"triton: {obstacle('triton', 'cpu')}", allow_module_level=True)
+if obstacle("triton", DEVICE) is not None:
+    pytest.skip(f"triton: {obstacle('triton', DEVICE)}", allow_module_level=True)
 
 from saelab.kernels.triton import backend, ragged, select
 
+pytestmark = [pytest.mark.gpu] if GPU else []
 FORMS = {  # columns held by one program, and a width and budget that then take this form
     "whole": (4096, 300, 7),
     "two-level": (128, 700, 5),
@@ -37,25 +38,26 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
 def test_selection_is_exact_in_every_form_and_dtype(form: tuple[int, int], dtype: torch.dtype, signed: bool) -> None:
     """Given the product there is no rounding: the winners are those of a stable sort, ties included."""
     width, k = form
-    z = torch.randn(5, width).mul(4).round().div(4).to(dtype)  # many exact ties
+    z = torch.randn(5, width, device=DEVICE).mul(4).round().div(4).to(dtype)  # many exact ties
     z[0], z[1, ::3], z[2, 5:] = 0.5, float("nan"), float("-inf")
     z[3, 7], z[4, 9], z[3, 8], z[3, 6] = float("inf"), float("nan"), -0.0, 0.0
-    n, bias = z.shape[0], torch.zeros(width, dtype=dtype)
-    values, indices = torch.empty(n * k), torch.empty(n * k, dtype=torch.int64)
-    budgets, start = torch.full((n,), k), torch.arange(n) * k
+    n, bias = z.shape[0], z.new_zeros(width)
+    values, indices = torch.empty(n * k, device=DEVICE), torch.empty(n * k, dtype=torch.int64, device=DEVICE)
+    start = torch.arange(n + 1, device=DEVICE) * k
+    budgets = start.diff()
     mode = backend.MODES[signed]
-    backend.choose(z, z, bias, mode, (1.0, 0.0), budgets, k, start, values, indices)
+    backend.choose(z, z, bias, mode, (1.0, 0.0), budgets, k, start[:-1], values, indices)
     expected = oracle.topk_mask(oracle.key(z.double(), signed), k)
-    assert torch.equal(oracle.to_mask(indices, torch.arange(n + 1) * k, width), expected)
+    assert torch.equal(oracle.to_mask(indices, start, width), expected)
     torch.testing.assert_close(values.view(n, k), z.float().gather(1, indices.view(n, k)), equal_nan=True)
 
 
 def test_rows_may_have_budgets_of_their_own(form: tuple[int, int]) -> None:
     width, k = form
-    z, budgets = torch.randn(4, width), torch.tensor([0, k, 1, 0])
-    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), budgets.cumsum(0)])
-    values, indices = torch.full((k + 1,), 7.0), torch.full((k + 1,), -1)
-    backend.choose(z, z, torch.zeros(width), 0, (1.0, 0.0), budgets, k, ptr, values, indices)
+    z, budgets = torch.randn(4, width, device=DEVICE), torch.tensor([0, k, 1, 0], device=DEVICE)
+    ptr = torch.cat([budgets[:1], budgets.cumsum(0)])
+    values, indices = torch.full((k + 1,), 7.0, device=DEVICE), torch.full((k + 1,), -1, device=DEVICE)
+    backend.choose(z, z, z.new_zeros(width), 0, (1.0, 0.0), budgets, k, ptr, values, indices)
     found = oracle.to_mask(indices, ptr, width)
     assert torch.equal(found[1:3], torch.cat([oracle.topk_mask(z[1:2], k), oracle.topk_mask(z[2:3], 1)]))
     assert found.sum().item() == k + 1
@@ -63,7 +65,7 @@ def test_rows_may_have_budgets_of_their_own(form: tuple[int, int]) -> None:
 
 def test_a_batch_budget_that_gathers_on_few_rows_is_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """One loud token takes more than the first look at each row holds, so it must be read again."""
-    case = random_case(20, 12, 200, 2)
+    case = random_case(20, 12, 200, 2).to(DEVICE)
     case.x[3] *= 30
     read_again = []
     original = backend._reaching
@@ -80,17 +82,18 @@ def test_a_batch_budget_that_gathers_on_few_rows_is_still_exact(monkeypatch: pyt
 def test_popular_latents_are_summed_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ragged, "SEGMENT", 3)
     counts = torch.tensor([0, 3, 4, 20, 0, 1, 9])
-    indices = torch.repeat_interleave(torch.arange(7), counts)[torch.randperm(37)]
-    row_ptr, weights, data = torch.arange(38), torch.randn(37), torch.randn(37, 10)
-    found = ragged.latent_grad(weights, indices, row_ptr, data, 7, offset=torch.ones(10))
-    expected = torch.zeros(7, 10, dtype=torch.float64)
+    indices = torch.repeat_interleave(torch.arange(7), counts)[torch.randperm(37)].to(DEVICE)
+    row_ptr = torch.arange(38, device=DEVICE)
+    weights, data = torch.randn(37, device=DEVICE), torch.randn(37, 10, device=DEVICE)
+    found = ragged.latent_grad(weights, indices, row_ptr, data, 7, offset=data.new_ones(10))
+    expected = torch.zeros(7, 10, dtype=torch.float64, device=DEVICE)
     expected.index_add_(0, indices, weights.double()[:, None] * (data.double() - 1))
     torch.testing.assert_close(found.double(), expected, **tolerance(random_case(37, 10, 7, 1), expected))
 
 
 def test_a_wide_token_takes_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ragged, "WIDEST", 8)
-    case = random_case(4, 12, 30, 3)
+    case = random_case(4, 12, 30, 3).to(DEVICE)
     with kernels.use_backend("triton"):
         selected = kernels.select_topk(*case.encoder, k=3)
         values = selected.values.clone().requires_grad_()
@@ -107,7 +110,7 @@ def test_a_wide_token_takes_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_and_data(dtype: torch.dtype) -> None:
     """Sums run in float32; only what is stored is rounded, so it agrees with float32 on the rounded inputs."""
-    case = random_case(6, 12, 40, 4).to(dtype)
+    case = random_case(6, 12, 40, 4).to(DEVICE, dtype)
     wide = case.to(torch.float32)
     with kernels.use_backend("triton"):
         selected = kernels.select_topk(*wide.encoder, k=4)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.cli.variants import option_fields
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.sae import SAE, VARIANTS, LinearSAE, build
 from saelab.sae.weights import load_sae, save
 from saelab.sparse import SparseCode
 from saelab.training import TrainConfig, n_steps, start, train_steps
+from tests.devices import EVERY_DEVICE
 
 D_IN, D_SAE, N = 8, 20, 24
 SMALL = {"k": 3, "n_steps": 3, "target_l0": 3.0, "bandwidth": 0.5}  # options that depend on the size of the toy
@@ -33,7 +33,7 @@ OPTIONS: dict[str, tuple[str, dict]] = {
 every_variant = pytest.mark.parametrize("name", [*sorted(VARIANTS), *OPTIONS])
 
 
-def small(name: str, d_in: int = D_IN, d_sae: int = D_SAE, **config) -> SAE:
+def small(name: str, d_in: int = D_IN, d_sae: int = D_SAE, device: str = "cpu", **config) -> SAE:
     """A toy of the variant with parameters in general position."""
     name, fixed = OPTIONS.get(name, (name, {}))
     config = fixed | config
@@ -42,14 +42,14 @@ def small(name: str, d_in: int = D_IN, d_sae: int = D_SAE, **config) -> SAE:
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.1 * torch.rand(parameter.shape))
-    return sae
+    return sae.to(device)
 
 
-def data(n: int = N, d_in: int = D_IN) -> tuple[Tensor, Tensor]:
+def data(n: int = N, d_in: int = D_IN, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Activations and gradients. One token is zero, two are equal."""
     x, grads = torch.randn(n, d_in), torch.randn(n, d_in)
     x[0], x[2] = 0, x[1]
-    return x, grads
+    return x.to(device), grads.to(device)
 
 
 def tiny_cache(folder: Path, n: int = 700) -> ActivationCache:
@@ -68,11 +68,12 @@ def assert_well_formed(code: SparseCode, signed: bool) -> None:
     assert signed or (code.values >= 0).all()
 
 
+@EVERY_DEVICE
 @every_variant
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_code_is_well_formed(name: str, mode: str) -> None:
-    sae = small(name).train()
-    x, grads = data()
+def test_code_is_well_formed(name: str, mode: str, device: str) -> None:
+    sae = small(name, device=device).train()
+    x, grads = data(device=device)
     sae.observe(x, sae.encode(x, grads), grads)  # what inference needs is measured in training
     sae.train(mode == "train")
     code = sae.encode(x, grads)
@@ -81,29 +82,32 @@ def test_code_is_well_formed(name: str, mode: str) -> None:
     assert_well_formed(sae.encode(x[:1], grads[:1]), sae.signed)
 
 
+@EVERY_DEVICE
 @every_variant
-def test_budget_is_kept(name: str) -> None:
-    sae = small(name).train()
+def test_budget_is_kept(name: str, device: str) -> None:
+    sae = small(name, device=device).train()
     budget = sae.config.get("k") or sae.config.get("n_steps")
-    l0 = sae.encode(*data()).l0()
+    l0 = sae.encode(*data(device=device)).l0()
     assert l0.sum() > 0
     if budget is not None:
         assert l0.sum() <= budget * N
 
 
+@EVERY_DEVICE
 @every_variant
-def test_decode_is_the_dense_product(name: str) -> None:
-    sae = small(name).double()
-    x, grads = data()
+def test_decode_is_the_dense_product(name: str, device: str) -> None:
+    sae = small(name, device=device).double()
+    x, grads = data(device=device)
     code = sae.encode(x.double(), grads.double())
     torch.testing.assert_close(sae.decode(code), code.dense() @ sae.W_dec + sae.b_dec)
 
 
+@EVERY_DEVICE
 @every_variant
-def test_gradients_reach_every_parameter(name: str) -> None:
-    sae = small(name).train()
+def test_gradients_reach_every_parameter(name: str, device: str) -> None:
+    sae = small(name, device=device).train()
     for _ in range(2):  # penalties may start from zero
-        x, grads = data()
+        x, grads = data(device=device)
         code = sae.encode(x, grads)
         objective, recon = sae.reconstruction_loss(x, code)
         sae.observe(x, code, grads)
@@ -114,17 +118,18 @@ def test_gradients_reach_every_parameter(name: str) -> None:
         assert parameter.grad.abs().sum() > 0, f"{key} is not trained"
 
 
+@EVERY_DEVICE
 @pytest.mark.parametrize("name", sorted(name for name, cls in VARIANTS.items() if issubclass(cls, LinearSAE)))
-def test_gradients_match_dense_autograd(name: str) -> None:
+def test_gradients_match_dense_autograd(name: str, device: str) -> None:
     """Selection passes no gradient; the selected values do, unless they were clipped to zero."""
-    sae = small(name).double().train()
+    sae = small(name, device=device).double().train()
     if sae.activate.__func__ is not LinearSAE.activate or type(sae).reconstruction_loss is not SAE.reconstruction_loss:
         pytest.skip("the variant's own test has the oracle of its objective")
     with torch.no_grad():
         sae.W_enc[:, 4] = sae.W_enc[:, 3]  # ties
         sae.b_enc[4] = sae.b_enc[3]
         sae.b_enc -= 0.6  # rows with fewer than k positives
-    x, grads = (t.double() for t in data())
+    x, grads = (t.double() for t in data(device=device))
     x.requires_grad_()
     code = sae.encode(x, grads)
     sae.reconstruction_loss(x, code)[0].backward()
@@ -183,19 +188,23 @@ def test_checkpoint_round_trip_is_bit_exact(name: str, tmp_path: Path) -> None:
     assert torch.equal(sae(x, grads), loaded(x, grads))
 
 
+@EVERY_DEVICE
 @every_variant
-def test_training_lowers_fvu(name: str, tmp_path: Path) -> None:
+def test_training_lowers_fvu(name: str, tmp_path: Path, device: str) -> None:
     cache = tiny_cache(tmp_path)
-    steps = list(train_steps(small(name), cache, TrainConfig(epochs=12, batch_size=64, lr=5e-3, dead_after=300)))
+    steps = list(
+        train_steps(small(name, device=device), cache, TrainConfig(epochs=12, batch_size=64, lr=5e-3, dead_after=300))
+    )
     assert all(torch.tensor([s.loss, s.fvu, s.grad_norm]).isfinite().all() for s in steps)
     assert steps[-1].fvu < 0.6 * steps[0].fvu
     assert steps[-1].l0 > 0
 
 
+@EVERY_DEVICE
 @every_variant
-def test_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
+def test_resume_is_bit_exact(name: str, tmp_path: Path, device: str) -> None:
     cache, config = tiny_cache(tmp_path), TrainConfig(epochs=3, batch_size=64, lr=5e-3, dead_after=128)
-    sae = small(name)
+    sae = small(name, device=device)
     whole, first = copy.deepcopy(sae), copy.deepcopy(sae)
     log = list(train_steps(whole, cache, config))
 
@@ -205,7 +214,7 @@ def test_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
     run = train_steps(first, cache, config, state)
     first_rows = [step.row() for step in islice(run, half)]
     run.close()
-    second = build(sae.variant, **sae.config)
+    second = build(sae.variant, **sae.config).to(device)
     second.load_state_dict(first.state_dict())
     saved, state.optimizer = state.optimizer.state_dict(), torch.optim.Adam(second.parameters(), fused=True)
     state.optimizer.load_state_dict(copy.deepcopy(saved))
@@ -218,6 +227,8 @@ def test_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_options_are_documented_for_the_command_line(name: str) -> None:
+    from saelab.cli.variants import option_fields  # the command line needs packages that the SAEs do not
+
     for option, annotation, _ in option_fields(name):
         assert annotation.__metadata__[0].help, f"{name}: {option} has no line under Args:"
 

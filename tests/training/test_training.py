@@ -16,6 +16,7 @@ from saelab.sae import build
 from saelab.sae.weights import load_sae
 from saelab.training import Diverged, TrainConfig, check, fit_steps, n_steps, start, train, train_steps
 from saelab.training.schedule import learning_rate
+from tests.devices import EVERY_DEVICE
 
 D_IN, D_SAE = 16, 32
 
@@ -43,28 +44,30 @@ def sae_of(variant: str = "topk", seed: int = 0, **config):
 CONFIG = TrainConfig(epochs=2, batch_size=64, lr=3e-3, dead_after=128)
 
 
-def test_it_finds_a_planted_dictionary(tmp_path: Path) -> None:
+@EVERY_DEVICE
+def test_it_finds_a_planted_dictionary(tmp_path: Path, device: str) -> None:
     acts, directions = planted(8_000, d_in=24, d_sae=32, density=0.05)
     cache = ActivationCache.from_tensors(tmp_path / "cache", acts)
-    sae = build("topk", d_in=24, d_sae=48, k=3)
+    sae = build("topk", d_in=24, d_sae=48, k=3).to(device)
     metrics = list(train_steps(sae, cache, TrainConfig(epochs=8, batch_size=256, lr=8e-3)))
     assert metrics[-1].fvu < 0.1 < metrics[0].fvu
     assert metrics[-1].step == n_steps(cache, TrainConfig(epochs=8, batch_size=256)) == 8 * (7_600 // 256)
-    best = (directions @ sae.W_dec.detach().T).max(dim=1).values
+    best = (directions @ sae.W_dec.detach().cpu().T).max(dim=1).values
     assert (best > 0.9).float().mean() > 0.9
 
     # Outside the generator the SAE takes raw activations: its error there is the one it reported.
-    held_out = torch.cat([batch.acts for batch in cache.batches(100, split="held_out", seed=None)])
+    held_out = torch.cat([batch.acts.to(device) for batch in cache.batches(100, split="held_out", seed=None)])
     with torch.no_grad():
         error = (held_out - sae(held_out)).square().sum(1).mean()
     assert error / cache.manifest.variance < 0.15
-    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(48), atol=1e-6)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(48, device=device), atol=1e-6)
     assert not sae.training
 
 
-def test_the_same_seed_gives_the_same_run(cache: ActivationCache) -> None:
+@EVERY_DEVICE
+def test_the_same_seed_gives_the_same_run(cache: ActivationCache, device: str) -> None:
     def run(config: TrainConfig, noise: int):
-        sae = sae_of()
+        sae = sae_of().to(device)
         torch.manual_seed(noise)  # what the caller does with the global generator is no business of the run
         return [m.row() for m in train_steps(sae, cache, config)], sae.state_dict()
 
@@ -91,8 +94,9 @@ def test_randomness_inside_a_step_follows_seed_and_step_only(cache: ActivationCa
     assert len(set(first)) == len(first) == 4
 
 
-def test_dead_latents_are_counted_in_tokens_and_revived(cache: ActivationCache) -> None:
-    sae = sae_of()
+@EVERY_DEVICE
+def test_dead_latents_are_counted_in_tokens_and_revived(cache: ActivationCache, device: str) -> None:
+    sae = sae_of().to(device)
     config = CONFIG.resolved(sae, cache)
     state = start(sae, cache, config)
     with torch.no_grad():
@@ -104,9 +108,10 @@ def test_dead_latents_are_counted_in_tokens_and_revived(cache: ActivationCache) 
     assert state.tokens_since_fired[:20].tolist() == [192] * 20
 
 
-def test_the_first_steps_match_a_plain_dense_implementation(cache: ActivationCache) -> None:
+@EVERY_DEVICE
+def test_the_first_steps_match_a_plain_dense_implementation(cache: ActivationCache, device: str) -> None:
     """Dense autograd in float64, Adam, norm constraint and clipping written out: same losses, same weights."""
-    sae = sae_of()
+    sae = sae_of().to(device)
     config = TrainConfig(epochs=1, batch_size=64, lr=1e-2, grad_clip=0.05, aux_weight=0.0).resolved(sae, cache)
     state = start(sae, cache, config)
     scale, variance = state.scale, cache.manifest.variance * state.scale**2
@@ -115,7 +120,7 @@ def test_the_first_steps_match_a_plain_dense_implementation(cache: ActivationCac
     parameters = [W_dec, b_dec, W_enc, b_enc]
     adam = torch.optim.Adam(parameters, eps=6.25e-10)
     total = n_steps(cache, config)
-    batches = [b.acts.double() * scale for b in itertools.islice(cache.batches(64, seed=0), 4)]
+    batches = [b.acts.to(device).double() * scale for b in itertools.islice(cache.batches(64, seed=0), 4)]
     expected, norms = [], []
     for step, x in enumerate(batches):
         pre = (x - b_dec) @ W_enc + b_enc
