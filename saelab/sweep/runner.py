@@ -149,7 +149,7 @@ class _Sweep:
             )
         grads = any(VARIANTS[m.entry.variant].needs_grads for m in active)
         try:
-            with closing(batches(self.cache, shared, position, grads)) as stream:
+            with closing(batches(self.cache, shared, position, grads, self.device)) as stream:
                 for batch in stream:
                     current[:] = [batch]
                     position += 1

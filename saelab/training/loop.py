@@ -55,7 +55,7 @@ def run_steps(
     state.unfold(sae)
     sae.train()
     try:
-        for batch in batches(cache, config, state.step, sae.needs_grads) if stream is None else stream:
+        for batch in batches(cache, config, state.step, sae.needs_grads, sae.device) if stream is None else stream:
             yield train_step(sae, batch, config, state, total, parallel)
         if state.step < total:
             raise UserError(f"the stream ended after step {state.step} of {total}; supply every batch of the run")
@@ -106,8 +106,10 @@ def _sample(cache: ActivationCache, config: TrainConfig) -> Tensor:
     return next(cache.batches(size, split="train", seed=config.data_seed)).acts * cache.manifest.scale
 
 
-def batches(cache: ActivationCache, config: TrainConfig, step: int, grads: bool) -> Generator[Batch]:
-    """The batches of a run from a given step on."""
+def batches(
+    cache: ActivationCache, config: TrainConfig, step: int, grads: bool, device: torch.device | str | None = None
+) -> Generator[Batch]:
+    """The batches of a run from a given step on; on ``device``, or on the CPU."""
     per_epoch = cache.n_batches(config.batch_size, split="train", drop_last=True)
     first, start_at = divmod(step, per_epoch)
     for epoch in range(first, config.epochs):
@@ -119,6 +121,7 @@ def batches(cache: ActivationCache, config: TrainConfig, step: int, grads: bool)
             start=start_at if epoch == first else 0,
             grads=grads,
             drop_last=True,
+            device=device,
         )
 
 

@@ -7,7 +7,7 @@ import itertools
 import math
 import mmap
 from collections.abc import Generator, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -139,14 +139,16 @@ def make_batch(shards: Shards, held: dict[str, Tensor], finite: bool | None = No
     if finite is None:
         finite = bool(acts.isfinite().all())
     if not finite:
-        _refuse(shards, shards.gather(rows, ("acts",))["acts"], rows)
+        refuse(shards, rows)
     grads = None
     if "grads" in held:
         grads = held["grads"].float().div_(shards.manifest.grad_scale or 1.0)
     return Batch(acts, grads, held["tokens"].long(), rows)
 
 
-def _refuse(shards: Shards, acts: Tensor, rows: Tensor) -> None:
+def refuse(shards: Shards, rows: Int[Tensor, " n"]) -> NoReturn:
+    """Raise UserError for the first of the rows whose activation is not finite; there must be one."""
+    acts = shards.gather(rows, ("acts",))["acts"]
     bad = int((~acts.isfinite().all(1)).nonzero()[0])
     file, local = shards.name(int(rows[bad]))
     raise UserError(f"{shards.folder.url}/{file} has a non-finite activation in row {local}; harvest the cache again")

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.data.cache import feed
 from saelab.data.cache.batches import Batch, Buffers, make_batch, stream
 from saelab.data.cache.manifest import PARTIAL, REMEDY, Manifest, check_provenance
 from saelab.data.cache.order import BLOCK, Order
@@ -188,13 +189,16 @@ class ActivationCache:
         start: int = 0,
         grads: bool = False,
         drop_last: bool = False,
+        device: torch.device | str | None = None,
     ) -> Generator[Batch]:
         """One pass over a split, read ahead in a thread.
 
         The order is a function of ``(seed, epoch)`` and does not depend on ``batch_size``; ``seed=None`` is corpus
         order. ``start`` is the number of the first batch: a resumed pass continues exactly where it stopped. The
-        last batch may be short unless ``drop_last``. Raises UserError when the split is smaller than one batch, or
-        ``grads`` are asked of a cache without gradients.
+        last batch may be short unless ``drop_last``. With ``device``, activations and gradients are there, and on a
+        CUDA device so is the window that they are shuffled in (see :mod:`saelab.data.cache.feed`); the rows and their
+        order do not depend on it. Raises UserError when the split is smaller than one batch, or ``grads`` are asked of
+        a cache without gradients.
         """
         count = self.n_batches(batch_size, split, drop_last)
         self._need_grads(grads)
@@ -203,7 +207,12 @@ class ActivationCache:
         window_blocks = max(self.window_bytes // (self.shards.row_bytes(names) * BLOCK), 1)
         order = Order(first, stop - first, seed, epoch, window_blocks)
         end = min(count * batch_size, stop - first)
-        return stream(self.shards, self._buffers, order, names, batch_size, start * batch_size, end)
+        span = batch_size, start * batch_size, end
+        transport = feed.transport_for(device, feed.window_bytes(self.shards, order, names))
+        if transport is not None:
+            return feed.feed(self.shards, transport, order, names, *span)
+        batches = stream(self.shards, self._buffers, order, names, *span)
+        return batches if device is None or torch.device(device).type == "cpu" else _moved(batches, device)
 
     def head(
         self,
@@ -308,3 +317,11 @@ class ActivationCache:
                 raise UserError(f"{self.path}/{shard.file} is corrupted (checksum differs); harvest the cache again")
             if progress is not None:
                 progress(done, len(self.manifest.shards))
+
+
+def _moved(batches: Generator[Batch], device: torch.device | str) -> Generator[Batch]:
+    """The batches with their activations and gradients on a device."""
+    with closing(batches):
+        for batch in batches:
+            grads = None if batch.grads is None else batch.grads.to(device)
+            yield batch._replace(acts=batch.acts.to(device), grads=grads)
