@@ -17,11 +17,14 @@ from saelab.kernels.ops import (
     select_topk,
     sse,
 )
+from saelab.kernels.precision import Precision, arithmetic, use_precision
 from saelab.kernels.subset import explain
 
 __all__ = [
     "Adam",
+    "Precision",
     "SelectedPreActs",
+    "arithmetic",
     "backend",
     "decode",
     "describe",
@@ -36,4 +39,5 @@ __all__ = [
     "select_topk",
     "sse",
     "use_backend",
+    "use_precision",
 ]

@@ -8,15 +8,18 @@ the fast one, and its gradient has that layout. The order of entries within a ro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from saelab.kernels import checks, gradients
+from saelab.kernels import candidates, checks, gradients
 from saelab.kernels.dispatch import implementation
 from saelab.kernels.gradients import detached
-from saelab.kernels.reference.backend import Effect
+from saelab.kernels.precision import rounds
+from saelab.kernels.products import centred, split
+from saelab.kernels.reference.backend import Effect, Ragged
 
 
 class SelectedPreActs(NamedTuple):
@@ -38,8 +41,11 @@ def select_topk(
     """
     checks.encoder(x, W_enc, b_enc, b_dec)
     checks.budget(k, W_enc.shape[1], "k", "d_sae")
-    operands = _budgeted(x, W_enc, b_enc, b_dec)
-    return SelectedPreActs(*implementation(operands[0]).topk(*operands, k, signed))
+    operands = detached(x, W_enc, b_enc, b_dec)
+    if not rounds(x):
+        return _selected(x, implementation(x).topk(*operands, k, signed))
+    found = _rounded(*operands, lambda ops, *halves: ops.topk(*halves, candidates.surplus(k, W_enc.shape[1]), signed))
+    return _selected(x, candidates.best_per_token(_encoder(operands), *found[1:], k, signed))
 
 
 @torch.no_grad()
@@ -73,9 +79,13 @@ def select_gradient_topk(
         raise ValueError(f"beta={beta} must be 0 or more (math.inf ranks by the gradient term alone)")
     if grad_norm not in ("rms", "none"):
         raise ValueError(f"grad_norm={grad_norm!r} is neither 'rms' nor 'none'")
-    weights = _score_weights(grads, W_dec, beta, grad_norm)
-    effect = Effect(grads.detach(), W_dec.detach(), weights)
-    return SelectedPreActs(*implementation(x).topk(*_plain(x, W_enc, b_enc, b_dec), k, signed, effect))
+    operands, effect = detached(x, W_enc, b_enc, b_dec), _effect(grads.detach(), W_dec.detach(), beta, grad_norm)
+    if not rounds(x):
+        return _selected(x, implementation(x).topk(*operands, k, signed, effect))
+    half = effect._replace(grads=effect.grads.bfloat16(), W_dec=effect.W_dec.bfloat16())
+    count = candidates.surplus(k, W_enc.shape[1])
+    found = _rounded(*operands, lambda ops, *halves: ops.topk(*halves, count, signed, half))
+    return _selected(x, candidates.best_per_token(_encoder(operands), *found[1:], k, signed, effect))
 
 
 @torch.no_grad()
@@ -85,8 +95,12 @@ def select_batch(
     """The ``budget`` largest pre-activations of the whole batch; ties go to the lowest (token, latent)."""
     checks.encoder(x, W_enc, b_enc, b_dec)
     checks.budget(budget, x.shape[0] * W_enc.shape[1], "budget", "n * d_sae")
-    operands = _budgeted(x, W_enc, b_enc, b_dec)
-    return SelectedPreActs(*implementation(operands[0]).batch(*operands, budget, signed))
+    operands = detached(x, W_enc, b_enc, b_dec)
+    if not rounds(x):
+        return _selected(x, implementation(x).batch(*operands, budget, signed))
+    count = candidates.surplus(budget, x.shape[0] * W_enc.shape[1])
+    found = _rounded(*operands, lambda ops, *halves: ops.batch(*halves, count, signed))
+    return _selected(x, candidates.best_of_batch(_encoder(operands), *found[1:], budget, signed))
 
 
 @torch.no_grad()
@@ -110,8 +124,12 @@ def select_latent(
     if budgets.numel() and int(budgets.min()) < 0:
         raise ValueError(f"budgets has {int(budgets.min())}; a latent cannot take fewer than 0 tokens")
     budgets = budgets.clamp_max(x.shape[0])
-    operands = _budgeted(x, W_enc, b_enc, b_dec)
-    return SelectedPreActs(*implementation(operands[0]).latent(*operands, budgets, signed))
+    operands = detached(x, W_enc, b_enc, b_dec)
+    if not rounds(x):
+        return _selected(x, implementation(x).latent(*operands, budgets, signed))
+    more = (budgets + (budgets // 4).clamp_min(8)).clamp_max(x.shape[0]) * (budgets > 0)
+    found = _rounded(*operands, lambda ops, *halves: ops.latent(*halves, more, signed))
+    return _selected(x, candidates.best_per_latent(_encoder(operands), *found[1:], budgets, signed))
 
 
 @torch.no_grad()
@@ -128,7 +146,15 @@ def select_threshold(
     if isinstance(threshold, Tensor) and threshold.numel() not in (1, W_enc.shape[1]):
         raise ValueError(f"threshold has shape {list(threshold.shape)}, expected a number or [{W_enc.shape[1]}]")
     cut = torch.as_tensor(threshold, dtype=x.dtype, device=x.device).detach().reshape(-1).expand(W_enc.shape[1])
-    return SelectedPreActs(*implementation(x).threshold(*_plain(x, W_enc, b_enc, b_dec), cut, signed))
+    operands = detached(x, W_enc, b_enc, b_dec)
+    if not rounds(x):
+        return _selected(x, implementation(x).threshold(*operands, cut, signed))
+    slack = candidates.slack(centred(x, b_dec), W_enc)
+    found = _rounded(*operands, lambda ops, *halves: ops.threshold(*halves, cut, signed, slack))
+    if found is not None:
+        return _selected(x, candidates.above(_encoder(operands), *found[1:], cut, signed))
+    halves = split(centred(x, b_dec), W_enc)
+    return _selected(x, implementation(halves[0]).threshold(*halves, b_enc, None, cut, signed))
 
 
 def pre_acts_at(
@@ -140,7 +166,6 @@ def pre_acts_at(
     zero did not fire and passes no gradient.
     """
     checks.encoder(x, W_enc, b_enc, b_dec)
-    selected = selected._replace(values=selected.values.to(x.dtype))  # from a selection under autocast
     checks.code(*selected, W_enc.shape[1])
     _check_rows(x, selected.row_ptr)
     return gradients.PreActsAt.apply(x, W_enc, b_enc, b_dec, *_contiguous(selected))  # pyright: ignore
@@ -202,19 +227,21 @@ def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> bool:
     return implementation(out, strict=False).gather_rows(source, rows, out)
 
 
-def _score_weights(grads: Tensor, W_dec: Tensor, beta: float, grad_norm: str) -> tuple[float, float]:
-    """The two weights of the score ``a * (w0 + w1 * |grads @ W_dec^T|)``."""
+def _effect(grads: Tensor, W_dec: Tensor, beta: float, grad_norm: str) -> Effect:
+    """The score ``a * (w0 + w1 * |grads @ W_dec^T|)``; a norm that is measured goes into ``grads``, unread."""
     if math.isinf(beta):
-        return 0.0, 1.0
+        return Effect(grads, W_dec, (0.0, 1.0))
     if grad_norm == "none" or beta == 0:
-        return 1.0, beta
+        return Effect(grads, W_dec, (1.0, beta))
     # sum over (i, j) of (g_i . w_j)^2 = <G^T G, W^T W>: two small products instead of one of n * d_sae * d_in.
     wide = torch.promote_types(grads.dtype, torch.float32)
-    small = [grads.T.to(wide) @ grads.to(wide), W_dec.T.to(wide) @ W_dec.to(wide)]
+    with torch.autocast(grads.device.type, enabled=False):
+        small = [grads.T.to(wide) @ grads.to(wide), W_dec.T.to(wide) @ W_dec.to(wide)]
     if grads.device.type == "mps":  # which has no float64
         small = [product.cpu() for product in small]
-    mean_square = float((small[0].double() * small[1].double()).sum()) / max(grads.shape[0] * W_dec.shape[0], 1)
-    return 1.0, beta / math.sqrt(mean_square) if mean_square > 0 else 0.0
+    mean_square = (small[0].double() * small[1].double()).sum() / max(grads.shape[0] * W_dec.shape[0], 1)
+    unit = torch.where(mean_square > 0, mean_square.rsqrt(), 0.0)
+    return Effect(grads * unit.to(grads), W_dec, (1.0, beta))
 
 
 def _check_decoder(values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> None:
@@ -233,18 +260,19 @@ def _contiguous(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
-def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
-    return detached(*tensors)
+def _selected(x: Tensor, found: Ragged) -> SelectedPreActs:
+    values, indices, row_ptr = found
+    return SelectedPreActs(values.to(x.dtype), indices, row_ptr)
 
 
-def _budgeted(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None) -> list[Any]:
-    """The operands of a selection by budget, in autocast's precision inside ``torch.autocast``.
+def _encoder(operands: Sequence[Any]) -> candidates.Encoder:
+    return candidates.Encoder(implementation(operands[0]), *operands)
 
-    Centring happens before rounding: activations may lie far from the origin. Selection by threshold stays as it
-    is, because a rounded threshold no longer moves under small updates.
+
+def _rounded(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, select: Callable[..., Any]) -> Any:
+    """``select(backend, x, W_enc, b_enc, b_dec)`` with the operands of the product in bfloat16.
+
+    Centring happens before rounding, since activations may lie far from the origin; biases are added in float32.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = (x if b_dec is None else x - b_dec).to(dtype)
-        W_enc, b_enc, b_dec = W_enc.to(dtype), None if b_enc is None else b_enc.to(dtype), None
-    return detached(x, W_enc, b_enc, b_dec)
+    half = centred(x, b_dec).bfloat16()
+    return select(implementation(half), half, W_enc.bfloat16(), b_enc, None)

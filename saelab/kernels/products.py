@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saelab.kernels.memory import scratch
+from saelab.kernels.precision import HALVES, sums_in_float32
 
 CHUNK_BYTES = 1 << 26  # 64 MiB holds 1024 rows at d_sae = 16384; fewer rows slow the library product down
 DEVICE_CHUNK_BYTES = 1 << 29  # a GPU needs more rows at a time to be busy
@@ -31,6 +32,36 @@ def products(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
             yield start, torch.mm(part, W, out=flat[: part.shape[0] * width].view(part.shape[0], width))
 
 
+def wide_products(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """:func:`products` whose sums are not rounded to half precision: those of halves are float32."""
+    if x.dtype not in HALVES:
+        yield from products(x, W)
+    elif not sums_in_float32(str(x.device)):
+        yield from products(x.float(), W.float())  # products of halves are exact in float32
+    else:
+        n, width = x.shape[0], W.shape[1]
+        rows = chunk_rows(n, width, 4, DEVICE_CHUNK_BYTES)
+        out = torch.empty(rows, width, device=x.device)
+        for start in range(0, max(n, 1), max(rows, 1)):
+            part = x[start : start + rows]
+            yield start, torch.mm(part, W, out_dtype=torch.float32, out=out[: part.shape[0]])
+
+
+def split(x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """Operands in bfloat16 whose product is ``x @ W`` to within ``2^-16`` of the sum of ``|x| |W|``.
+
+    Each number is the sum of two bfloat16 numbers; the product of the two small parts is left out. One product three
+    times as long takes a fraction of the time of a float32 one on hardware made for bfloat16.
+    """
+    (x_high, x_low), (W_high, W_low) = _halves(x), _halves(W.T)
+    return torch.cat([x_high, x_low, x_high], 1), torch.cat([W_high, W_high, W_low], 1).T
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    high = x.bfloat16()
+    return high, (x - high).bfloat16()
+
+
 def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
     return x if b_dec is None else x - b_dec
 
@@ -39,7 +70,7 @@ def pre_act_chunks(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
     """:func:`products` of the centred activations, with the encoder's bias: ``(x - b_dec) @ W_enc + b_enc``."""
-    for start, z in products(centred(x, b_dec), W_enc):
+    for start, z in wide_products(centred(x, b_dec), W_enc):
         yield start, z if b_enc is None else z.add_(b_enc)
 
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from saelab.kernels import ops
 from saelab.kernels.dispatch import backend
+from saelab.kernels.precision import rounds, sums_in_float32
 from saelab.kernels.products import CHUNK_BYTES, DEVICE_CHUNK_BYTES, chunk_rows
 
 DENSE_FROM = 0.5  # share of the latents that a token takes; a sparse entry costs about two dense ones (AVX-512)
@@ -48,7 +49,7 @@ class Explained(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, W_enc, b_enc, W_dec, x, residual, k, signed, active):  # pyright: ignore
-        low = torch.is_autocast_enabled(x.device.type) and x.device.type == "cuda"
+        low = rounds(x) and sums_in_float32(str(x.device))
         with torch.autocast(x.device.type, enabled=False):
             squares, *grads = _visit(W_enc, b_enc, W_dec, x, residual, k, signed, active, low)
         ctx.save_for_backward(*grads)

@@ -138,6 +138,8 @@ class Grid:
         for entry in entries:
             if entry["rates"] is None:
                 del entry["rates"]
+            if entry["train"]["precision"] == "auto":
+                entry["train"]["precision"] = "fp32"  # the default of 0.1.0; the runs record what they computed in
         tuning = {} if self.tuning is None else {"tuning": asdict(self.tuning)}
         return {"entries": entries, "halving": None if self.halving is None else asdict(self.halving), **tuning}
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from saelab import kernels
 from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel
 from saelab.errors import UserError
@@ -39,9 +40,9 @@ class TrainConfig:
     """Tokens without firing after which a latent is dead; by default a tenth of the run, at most 10 million."""
     ema: float | None = None
     """Decay per step of an exponential moving average of the weights (0.999, for example); the average is saved."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the matrix product that selects latents; bf16 is for GPUs (slow on a CPU) and for variants with a
-    budget. Weights, gradients, thresholds and statistics stay in fp32 or fp64 either way."""
+    precision: kernels.Precision = "auto"
+    """Arithmetic of the matrix product that selects latents: bf16 rounds its operands, and the values of what it finds
+    are computed in fp32; auto is bf16 on a GPU made for it, else fp32 (docs/kernels.md)."""
     seed: int = 0
     """Seed of the initialisation and of everything random inside a step."""
     data_seed: int = 0
@@ -76,6 +77,8 @@ class TrainConfig:
         total = self.epochs * cache.n_split("train")
         values = asdict(self)
         values["lr"] = chosen_rate(sae, cache, self, fine_tuning).value
+        if sae.device.type != "meta":  # a shard's whole has no device
+            values["precision"] = kernels.arithmetic(self.precision, sae.device)
         values["k_aux"] = self.k_aux or 2 ** round(math.log2(max(sae.d_in / 2, 1)))
         values["dead_after"] = self.dead_after or max(1, min(10_000_000, total // 10))
         return TrainConfig(**values)

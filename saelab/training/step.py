@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saelab import kernels
 from saelab.data.cache import Batch
 from saelab.devices import in_float64
 from saelab.distributed import SINGLE, Parallel
@@ -53,7 +54,7 @@ def train_step(
     # The loss does not change when its input is rescaled, so its gradient scales inversely.
     grads = None if batch.grads is None else parallel.share(batch.grads).to(sae.device) / state.scale
     sae.schedule(state.step, total)
-    with _randomness(config.seed, state.step, sae.device), _autocast(config, sae.device):
+    with _randomness(config.seed, state.step, sae.device), kernels.use_precision(config.precision):
         loss, parts, dead, subsets = _forward(sae, x, grads, n, config, state, parallel)
 
     state.optimizer.zero_grad(set_to_none=True)
@@ -176,10 +177,6 @@ def _average(sae: SAE, decay: float | None, state: TrainState) -> None:
     if not state.ema:
         state.ema = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     torch._foreach_lerp_([state.ema[name] for name in parameters], list(parameters.values()), 1 - decay)
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ SCALARS = {"weight0": "fp32", "weight1": "fp32", "bound": "fp32", "residual_stop
 SIZES = {"n", "width", "held", "n_groups", "d_sae", "d_in", "n_steps"}
 # (tokens, d_in, d_sae, k): the smallest training shape, a middle one and the largest of the study.
 SHAPES = [(4096, 576, 4608, 32), (4096, 768, 24576, 32), (8192, 4096, 131072, 64)]
-MODES = {"plain": 0, "gradient": 2, "magnitude-above": 4}
+MODES = {"plain": 0, "gradient": 2}
 
 
 def signature(kernel, constants: dict[str, int | bool], load: str) -> dict[str, str]:

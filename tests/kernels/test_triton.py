@@ -23,6 +23,7 @@ FORMS = {  # columns held by one program, and a width and budget that then take 
     "two-level-ragged": (128, 777, 3),
     "streamed": (16, 100, 40),
     "streamed-k-1": (16, 100, 1),
+    "smaller-groups": (64, 900, 12),  # 12 groups of 32 do not fit 128 columns, 12 of 8 do
 }
 
 
@@ -63,16 +64,12 @@ def test_rows_may_have_budgets_of_their_own(form: tuple[int, int]) -> None:
     assert found.sum().item() == k + 1
 
 
-def test_a_batch_budget_that_gathers_on_few_rows_is_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One loud token takes more than the first look at each row holds, so it must be read again."""
+def test_a_batch_budget_that_gathers_on_few_rows_is_exact() -> None:
+    """One loud token takes most of what twenty share."""
     case = random_case(20, 12, 200, 2).to(DEVICE)
     case.x[3] *= 30
-    read_again = []
-    original = backend._reaching
-    monkeypatch.setattr(backend, "_reaching", lambda x, *rest: read_again.append(len(x)) or original(x, *rest))
     with kernels.use_backend("triton"):
         selected = kernels.select_batch(*case.encoder, budget=40)
-    assert read_again == [1]
     z = oracle.pre_acts(*(t.double() for t in case.encoder))
     found = oracle.to_mask(selected.indices, selected.row_ptr, 200).reshape(1, -1)
     oracle.check_selection(found, oracle.topk_mask(z.reshape(1, -1), 40), z.reshape(1, -1), gap(case, z))

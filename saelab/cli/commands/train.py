@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 from saelab import kernels
@@ -179,8 +178,8 @@ def drive(
         f"lr {config.rate:.2g}, dead after {config.dead_after} tokens"
         + (f", {parallel.data_size} data x {parallel.dict_size} dictionary ranks" if parallel.size > 1 else "")
     )
-    bf16 = f"; selection in bf16 by {kernels.describe(torch.bfloat16)}" if config.precision == "bf16" else ""
-    console.print(f"kernels: {kernels.describe()}{bf16}")
+    halves = kernels.arithmetic(config.precision, sae.device) == "bf16"
+    console.print(f"kernels: {kernels.describe()}{', selecting in bf16 with values in fp32' if halves else ''}")
     with contextlib.ExitStack() as stack, progress_bar("state") as bar:
         logs = [stack.enter_context(contextlib.closing(log)) for log in loggers(options, config, parallel)]
         steps = fit_steps(

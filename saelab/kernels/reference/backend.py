@@ -5,6 +5,7 @@ Every other backend is an optimisation of a function in this file. Shapes: ``x [
 ``values [nnz]``, ``indices [nnz]``, ``row_ptr [n + 1]`` of :class:`saelab.sparse.SparseCode`. Selection compares keys:
 the pre-activation itself, or its magnitude when ``signed``; NaN ranks as ``-inf``, ties go to the lowest index.
 Nothing here builds ``[n, d_sae]``: the product is taken in chunks of rows into one buffer that is used again.
+Selections from operands in half precision compare, and return, float32.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ class Effect(NamedTuple):
     weights: tuple[float, float]
 
 
+class Slack(NamedTuple):
+    """How far below the threshold an entry is still taken: ``rows[i] * latents[j]``."""
+
+    rows: Tensor  # [n]
+    latents: Tensor  # [d_sae]
+    most: float  # share of all entries above which nothing is taken
+
+
 def topk(
     x: Tensor,
     W_enc: Tensor,
@@ -50,7 +59,7 @@ def topk(
         if effect is None:
             key = ranked(acts, signed)
         else:
-            size = (effect.grads[start : start + acts.shape[0]] @ effect.W_dec.T).abs_()
+            size = (effect.grads[start : start + acts.shape[0]] @ effect.W_dec.T).to(acts.dtype).abs_()
             score = size.mul_(effect.weights[1]).add_(effect.weights[0])
             key = ranked(score.mul_(acts.abs() if signed else acts.relu()), signed=False)
         chosen = largest(key, k)
@@ -97,12 +106,26 @@ def latent(
 
 
 def threshold(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, cut: Tensor | float, signed: bool
-) -> Ragged:
-    """Pre-activations whose key is strictly above ``cut`` (a number or ``[d_sae]``), unclipped."""
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    cut: Tensor | float,
+    signed: bool,
+    slack: Slack | None = None,
+) -> Ragged | None:
+    """Pre-activations whose key is strictly above ``cut`` (a number or ``[d_sae]``), unclipped.
+
+    With ``slack`` also those that are short of it by no more; None if that is more than a share ``slack.most`` of all.
+    """
     values, indices, counts = [], [], []
-    for _, acts in pre_act_chunks(x, W_enc, b_enc, b_dec):
-        mask = (acts.abs() if signed else acts) > cut
+    for start, acts in pre_act_chunks(x, W_enc, b_enc, b_dec):
+        key = acts.abs() if signed else acts
+        if slack is not None:
+            key = key + slack.rows[start : start + acts.shape[0], None] * slack.latents
+        mask = key > cut
+        if slack is not None and int(mask.sum()) > slack.most * mask.numel():
+            return None
         values.append(acts[mask])
         indices.append(mask.nonzero(as_tuple=True)[1])
         counts.append(mask.sum(1))

@@ -1,6 +1,7 @@
 """The Triton backend: the functions of :mod:`saelab.kernels.reference.backend`, for CUDA and ROCm tensors.
 
-The encoder's product is the vendor library's, in chunks of rows; selection, decoding and gradients are ours.
+The encoder's product is the vendor library's, in chunks of rows; selection, decoding and gradients are ours. Entries of
+a selection come in ascending order.
 """
 
 # pyright: reportOperatorIssue=false, reportArgumentType=false
@@ -9,16 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saelab.kernels.products import centred, products
-from saelab.kernels.reference.backend import Effect, Ragged, gather_rows, largest_of_row, latent_sum, pointers, ranked  # noqa: F401
+from saelab.kernels.candidates import positions_of_largest, row_pointers
+from saelab.kernels.products import centred, wide_products
+from saelab.kernels.reference.backend import Effect, Ragged, Slack, gather_rows, latent_sum, pointers  # noqa: F401
 from saelab.kernels.triton import select
 from saelab.kernels.triton.ragged import decode, decode_error, latent_grad, value_grad  # noqa: F401
 from saelab.kernels.triton.residual import pursue, pursue_backward  # noqa: F401
-from saelab.kernels.triton.shapes import group_size, maxima_shape, power, streamed_block, whole_shape
+from saelab.kernels.triton.shapes import group_size, list_shape, maxima_shape, power, streamed_block, whole_shape
 
 UNWEIGHTED = (1.0, 0.0)
-MARGIN = 8  # a batch budget first looks at this many times the average per row
 MODES = {False: select.PLAIN.value, True: select.MAGNITUDE.value}
+LEAST_GROUP = 4
 
 
 def topk(
@@ -30,25 +32,18 @@ def topk(
     signed: bool,
     effect: Effect | None = None,
 ) -> Ragged:
-    values, indices, start = _best(x, W_enc, b_enc, b_dec, k, signed, effect)
-    return values if signed else values.relu_(), indices, start
-
-
-def _best(x, W_enc, b_enc, b_dec, k, signed, effect=None) -> Ragged:
-    """:func:`topk` with values that are not clipped."""
     n, mode, weights, effects = x.shape[0], MODES[signed], UNWEIGHTED, None
     if effect is not None:
         mode, weights = (select.MAGNITUDE_GRADIENT if signed else select.GRADIENT).value, effect.weights
-        effects = effect.grads @ effect.W_dec.T
+        effects = wide_products(effect.grads, effect.W_dec.T)  # in the same chunks as the pre-activations
     values = torch.empty(n * k, dtype=torch.float32, device=x.device)
     indices = torch.empty(n * k, dtype=torch.int64, device=x.device)
     budgets = torch.full((n,), k, dtype=torch.int64, device=x.device)
     start, bias = torch.arange(n + 1, device=x.device) * k, _bias(b_enc, W_enc.shape[1], x)
-    for row, z in products(centred(x, b_dec), W_enc):
-        rows = slice(row, row + z.shape[0])
-        extra = z if effects is None else effects[rows]
-        choose(z, extra, bias, mode, weights, budgets[rows], k, start[row:], values, indices)
-    return values.to(x.dtype), indices, start
+    for row, z in wide_products(centred(x, b_dec), W_enc):
+        extra = z if effects is None else next(effects)[1]
+        choose(z, extra, bias, mode, weights, budgets[row : row + z.shape[0]], k, start[row:], values, indices)
+    return values if signed else values.relu_(), indices, start
 
 
 def choose(
@@ -68,6 +63,8 @@ def choose(
     if n == 0 or most == 0:
         return
     strides, size, out = (z.stride(0), extra.stride(0)), group_size(width), (values, indices)
+    while size > LEAST_GROUP and power(most * size) > 2 * select.WHOLE:
+        size //= 2  # smaller groups fit one program for larger budgets
     if width <= select.WHOLE:
         groups, held, size = start, width, 0
     elif most * size * 2 <= width and power(most * size) <= 2 * select.WHOLE:
@@ -83,40 +80,71 @@ def choose(
 
 def _winning_groups(z, extra, bias, mode, weights, k, size) -> Tensor:
     """Per row the k groups of ``size`` columns with the largest maxima, ties to the lowest: ``[n, k]``."""
+    n, device = z.shape[0], z.device
+    maxima = _maxima(z, extra, bias, mode, weights, size)
+    groups, unused = torch.empty(n * k, dtype=torch.int64, device=device), torch.empty_like(maxima)
+    budgets, start = torch.full((n,), k, dtype=torch.int64, device=device), torch.arange(n, device=device) * k
+    nothing = torch.zeros(maxima.shape[1], device=device)
+    choose(maxima, maxima, nothing, MODES[False], UNWEIGHTED, budgets, k, start, unused.view(-1), groups)
+    return groups.view(n, k)
+
+
+def _maxima(z: Tensor, extra: Tensor, bias: Tensor, mode: int, weights: tuple[float, float], size: int) -> Tensor:
+    """The largest key of each group of ``size`` columns, ``[n, groups]``; with groups of 1, the keys."""
     n, width = z.shape
     n_groups = -(-width // size)
     maxima = torch.empty(n, n_groups, dtype=torch.float32, device=z.device)
     shape = maxima_shape(n, n_groups, size)
     grid = -(-n // shape["ROWS"]), -(-n_groups // shape["GROUPS"])
-    select.group_maxima_kernel[grid](
-        z, extra, bias, maxima, n, width, n_groups, z.stride(0), extra.stride(0), *weights, MODE=mode, **shape
-    )
-    groups, unused = torch.empty(n * k, dtype=torch.int64, device=z.device), torch.empty_like(maxima)
-    budgets, start = torch.full((n,), k, dtype=torch.int64, device=z.device), torch.arange(n, device=z.device) * k
-    nothing = torch.zeros(n_groups, device=z.device)
-    choose(maxima, maxima, nothing, MODES[False], UNWEIGHTED, budgets, k, start, unused.view(-1), groups)
-    return groups.view(n, k)
+    if n:
+        sizes = n, width, n_groups, z.stride(0), extra.stride(0)
+        select.group_maxima_kernel[grid](z, extra, bias, maxima, *sizes, *weights, MODE=mode, **shape)
+    return maxima
 
 
 def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budget: int, signed: bool) -> Ragged:
-    """The best few of each row, then the best of those; rows that may hold more are read again, and only those."""
-    n, d_sae = x.shape[0], W_enc.shape[1]
-    each = min(d_sae, max(32, MARGIN * -(-budget // n)))
-    values, indices, _ = _best(x, W_enc, b_enc, b_dec, each, signed)
-    rows = torch.arange(n, device=x.device).repeat_interleave(each)
-    keys = ranked(values, signed)
-    if each < d_sae:
-        bound = keys.topk(budget).values[-1]
-        fullest = (keys.view(n, each).amin(1) >= bound).nonzero().squeeze(1)
-        if fullest.numel():
-            found, where, ptr = _reaching(x[fullest], W_enc, b_enc, b_dec, float(bound), MODES[signed])
-            keep = ~torch.isin(rows, fullest)
-            rows = torch.cat([rows[keep], fullest.repeat_interleave(ptr.diff())])
-            values, indices = torch.cat([values[keep], found]), torch.cat([indices[keep], where])
-    in_order = (rows * d_sae + indices).argsort()
-    best = in_order[largest_of_row(ranked(values[in_order], signed), budget)]
-    values = values[best] if signed else values[best].relu_()
-    return values, indices[best], pointers(torch.bincount(rows[best], minlength=n))
+    """The best of each chunk of rows and of what earlier chunks left: ``budget`` entries each time, sizes known.
+
+    One threshold over all rows does not care how many entries a row spends, and nothing waits for the GPU.
+    """
+    (n, d_sae), bias = (x.shape[0], W_enc.shape[1]), _bias(b_enc, W_enc.shape[1], x)
+    keys, values = (torch.empty(0, dtype=dtype, device=x.device) for dtype in (torch.int32, torch.float32))
+    flat = torch.empty(0, dtype=torch.int64, device=x.device)
+    for row, z in wide_products(centred(x, b_dec), W_enc):
+        rows, columns, found = _best_of_chunk(z, bias, MODES[signed], min(budget, z.numel()))
+        keys = torch.cat([keys, found])
+        values = torch.cat([values, z[rows, columns] + bias[columns]])
+        flat = torch.cat([flat, (rows + row) * d_sae + columns])
+        if keys.numel() > budget:
+            best = positions_of_largest(keys, budget)
+            keys, values, flat = keys[best], values[best], flat[best]
+    rows = flat.div(d_sae, rounding_mode="floor")
+    return values if signed else values.relu_(), flat - rows * d_sae, row_pointers(rows, n)
+
+
+def _best_of_chunk(z: Tensor, bias: Tensor, mode: int, budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and ordered keys of the ``budget`` largest keys of a chunk, ties to the lowest (row, column).
+
+    The ``budget`` groups of columns with the largest maxima hold all winners: those maxima are as many entries.
+    """
+    (n, width), size = z.shape, group_size(z.shape[1])
+    while size > 1 and budget * size * 2 > n * width:
+        size //= 2
+    n_groups, groups = -(-width // size), None
+    if size > 1:
+        maxima = _maxima(z, z, bias, mode, UNWEIGHTED, size)
+        groups = positions_of_largest(maxima.view(-1), budget)
+    count = n * n_groups if groups is None else budget
+    keys = torch.empty(count * size, dtype=torch.int32, device=z.device)
+    shape = list_shape(count, size)
+    operands = z, bias, z if groups is None else groups, keys, count, width, n_groups, z.stride(0)
+    grid = (max(1, -(-count // shape["GROUPS"])),)
+    select.group_keys_kernel[grid](*operands, MODE=mode, LISTED=groups is not None, **shape)
+    best = positions_of_largest(keys, budget)
+    member = best.div(size, rounding_mode="floor")
+    chosen = member if groups is None else groups[member]
+    rows = chosen.div(n_groups, rounding_mode="floor")
+    return rows, (chosen - rows * n_groups) * size + (best - member * size), keys[best]
 
 
 def latent(
@@ -127,62 +155,54 @@ def latent(
     values = torch.empty(total, dtype=torch.float32, device=x.device)
     tokens = torch.empty(total, dtype=torch.int64, device=x.device)
     nothing = torch.zeros(n, device=x.device)
-    for row, z in products(W_enc.T, centred(x, b_dec).T):  # z [latents, n]
+    for row, z in wide_products(W_enc.T, centred(x, b_dec).T):  # z [latents, n]
         rows = slice(row, row + z.shape[0])
         if b_enc is not None:
             z += b_enc[rows, None]
         choose(z, z, nothing, MODES[signed], UNWEIGHTED, budgets[rows], most, start[row:], values, tokens)
-    order = tokens.argsort(stable=True)
+    tokens, order = tokens.sort(stable=True)
     latents = torch.arange(W_enc.shape[1], device=x.device).repeat_interleave(budgets, output_size=total)
-    values = values[order].to(x.dtype)
-    row_ptr = pointers(torch.bincount(tokens, minlength=n))
-    return values if signed else values.relu_(), latents[order], row_ptr
+    values = values[order]
+    return values if signed else values.relu_(), latents[order], row_pointers(tokens, n)
 
 
 def threshold(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, cut: Tensor, signed: bool
-) -> Ragged:
-    mode = select.MAGNITUDE_ABOVE if signed else select.ABOVE
-    return _reaching(x, W_enc, b_enc, b_dec, 0.0, mode.value, cut.contiguous())
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    cut: Tensor,
+    signed: bool,
+    slack: Slack | None = None,
+) -> Ragged | None:
+    """All entries above ``cut`` (or short of it by less than ``slack``): counted, then written.
 
-
-def _reaching(x, W_enc, b_enc, b_dec, bound, mode, cut=None) -> Ragged:
-    """All entries whose key reaches ``bound``: counted, then written."""
-    bias = _bias(b_enc, W_enc.shape[1], x)
+    How many there are must be known before memory is taken for them: one wait for the GPU for each chunk.
+    """
+    bias, cut = _bias(b_enc, W_enc.shape[1], x), cut.contiguous()
     values, indices, counts = [], [], []
-    for _, z in products(centred(x, b_dec), W_enc):
+    for row, z in wide_products(centred(x, b_dec), W_enc):
         n, width = z.shape
-        extra = z if cut is None else cut.expand(n, width)
         shape = whole_shape(n, min(width, 1024))
         grid, count = (max(1, -(-n // shape["ROWS"])),), torch.zeros(n, dtype=torch.int64, device=x.device)
         found, where = torch.empty(0, device=x.device), torch.empty(0, dtype=torch.int64, device=x.device)
+        slacks = (cut, cut) if slack is None else (slack.rows[row:], slack.latents)
+        modes = {"SIGNED": signed, "SLACK": slack is not None}
         for fill in (False, True):
             start = pointers(count)
             if fill:
-                found = torch.empty(int(start[-1]), dtype=torch.float32, device=x.device)
-                where = torch.empty(int(start[-1]), dtype=torch.int64, device=x.device)
-            select.reach_kernel[grid](
-                z,
-                extra,
-                bias,
-                start,
-                count,
-                found,
-                where,
-                n,
-                width,
-                z.stride(0),
-                extra.stride(0),
-                bound,
-                MODE=mode,
-                FILL=fill,
-                **shape,
-            )
-        values.append(found.to(x.dtype))
+                total = int(start[-1])
+                if slack is not None and total > slack.most * n * width:
+                    return None
+                found = torch.empty(total, dtype=torch.float32, device=x.device)
+                where = torch.empty(total, dtype=torch.int64, device=x.device)
+            lists = z, cut, bias, *slacks, start, count, found, where
+            select.reach_kernel[grid](*lists, n, width, z.stride(0), FILL=fill, **modes, **shape)
+        values.append(found)
         indices.append(where)
         counts.append(count)
     return torch.cat(values), torch.cat(indices), pointers(torch.cat(counts))
 
 
 def _bias(b_enc: Tensor | None, width: int, like: Tensor) -> Tensor:
-    return torch.zeros(width, dtype=like.dtype, device=like.device) if b_enc is None else b_enc.contiguous()
+    return torch.zeros(width, device=like.device) if b_enc is None else b_enc.float().contiguous()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PLAIN, MAGNITUDE, GRADIENT, ABOVE, MAGNITUDE_ABOVE, MAGNITUDE_GRADIENT = (tl.constexpr(mode) for mode in range(6))
+PLAIN, MAGNITUDE, GRADIENT, MAGNITUDE_GRADIENT = (tl.constexpr(mode) for mode in range(4))
 WHOLE = 4096  # columns that one program holds in registers
 GROUP = 32
 
@@ -22,10 +22,6 @@ def scored(z, bias, extra, weight0, weight1, MODE: tl.constexpr):
     value = z + bias
     if MODE == MAGNITUDE:
         value = tl.abs(value)
-    elif MODE == ABOVE:
-        value = value - extra
-    elif MODE == MAGNITUDE_ABOVE:
-        value = tl.abs(value) - extra
     elif MODE == GRADIENT:
         value = tl.where(value <= 0, 0.0, value) * (weight0 + weight1 * tl.abs(extra))
     elif MODE == MAGNITUDE_GRADIENT:
@@ -80,6 +76,38 @@ def group_maxima_kernel(
     best = tl.max(tl.where(valid, key, float("-inf")), axis=2)
     inside = (row < n)[:, None] & (group < n_groups)[None, :]
     tl.store(out + row[:, None] * n_groups + group[None, :], best, mask=inside)
+
+
+@triton.jit
+def group_keys_kernel(
+    z,
+    bias,
+    groups,
+    out,
+    count,
+    width,
+    n_groups,
+    z_stride,
+    MODE: tl.constexpr,
+    LISTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """``out[i, :]`` = the ordered keys of group ``groups[i]``, numbered row after row; what is past the row is least.
+
+    Without a list of groups, of all groups in turn.
+    """
+    i = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    listed = i < count
+    group = i
+    if LISTED:
+        group = tl.load(groups + i, mask=listed, other=0)
+    row = group // n_groups
+    place = tl.arange(0, SIZE)[None, :]
+    column = ((group - row * n_groups) * SIZE)[:, None] + place
+    valid = listed[:, None] & (column < width)
+    _, key = load_scores(z, z, bias, row[:, None], column, valid, z_stride, z_stride, 1.0, 0.0, MODE)
+    tl.store(out + i[:, None] * SIZE + place, tl.where(valid, ordered(key), -2147483648), mask=listed[:, None])
 
 
 @triton.jit
@@ -205,8 +233,10 @@ def select_streamed_kernel(
 @triton.jit
 def reach_kernel(
     z,
-    extra,
+    cut,
     bias,
+    row_slack,
+    column_slack,
     start,
     counts,
     values,
@@ -214,14 +244,16 @@ def reach_kernel(
     n,
     width,
     z_stride,
-    extra_stride,
-    bound,
-    MODE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    SLACK: tl.constexpr,
     FILL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Count, or with ``FILL`` write from ``start[row]``, the entries whose key reaches (ABOVE: exceeds) ``bound``."""
+    """Count, or with ``FILL`` write from ``start[row]``, the entries whose key exceeds ``cut[column]``.
+
+    With ``SLACK`` an entry may be short of it by ``row_slack[row] * column_slack[column]``.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < n
     done = tl.zeros([ROWS], tl.int64)
@@ -229,9 +261,14 @@ def reach_kernel(
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :].to(tl.int64) + tl.zeros([ROWS, 1], tl.int64)
         valid = inside[:, None] & (column < width)
-        rows = row[:, None]
-        value, score = load_scores(z, extra, bias, rows, column, valid, z_stride, extra_stride, 1.0, 0.0, MODE)
-        take = valid & (score > bound) if MODE >= ABOVE else valid & (score >= bound)
+        value = tl.load(z + row[:, None] * z_stride + column, mask=valid, other=0.0).to(tl.float32)
+        value += tl.load(bias + column, mask=valid, other=0.0).to(tl.float32)
+        key = tl.abs(value) if SIGNED else value
+        if SLACK:
+            reach = tl.load(column_slack + column, mask=valid, other=0.0)
+            key += tl.load(row_slack + row, mask=inside, other=0.0)[:, None] * reach
+        # A NaN exceeds nothing.
+        take = valid & (key > tl.load(cut + column, mask=valid, other=0.0).to(tl.float32))
         if FILL:
             position = (target + done)[:, None] + tl.cumsum(take.to(tl.int64), axis=1) - 1
             tl.store(values + position, value, mask=take)

@@ -1,6 +1,7 @@
 """Tile shapes of the Triton kernels: one function each, so that what is launched is what is compiled in the tests.
 
-Tiles are powers of two. Under the interpreter one program takes many rows, since there a program costs more than a row.
+Tiles are powers of two. A program has at most 16 warps: 1,024 threads, the limit of every card, where a warp has 64.
+Under the interpreter one program takes many rows, since there a program costs more than a row.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def group_size(width: int) -> int:
     return max(32, power(width) // 4096)
 
 
+def list_shape(groups: int, size: int) -> dict[str, int]:
+    """Listed groups of columns, about 1024 columns per program."""
+    return {"GROUPS": min(power(groups), max(1, 1024 // size)), "SIZE": size, "num_warps": 4}
+
+
 def streamed_block(width: int) -> dict[str, int]:
     return {"BLOCK": min(2048, power(width)), "num_warps": 4}
 
@@ -61,7 +67,7 @@ def token_shape(width: int) -> dict[str, int]:
 def pursuit_shape(d_sae: int, d_in: int, n_steps: int) -> dict[str, int]:
     atoms = power(d_sae)
     shape = {"STEPS": power(n_steps), "ATOMS": atoms, "BLOCK": power(d_in)}
-    return {**shape, "num_warps": max(4, min(32, atoms // 512))}
+    return {**shape, "num_warps": max(4, min(16, atoms // 512))}
 
 
 def chain_shape(d_in: int) -> dict[str, int]:

@@ -1,0 +1,118 @@
+"""The best of a selection's candidates, by pre-activations that are computed for them alone, in float32.
+
+A product with rounded operands finds the candidates, more than are wanted: :func:`surplus`. Where a budget is spent
+nothing waits for the GPU: all sizes are known, and positions come from running sums.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saelab.kernels.products import centred
+from saelab.kernels.reference.backend import Effect, Ragged, Slack, pointers, ranked, row_ids
+
+DENSE = 0.01  # share of all entries above which computing single ones takes longer than a product
+
+
+class Encoder(NamedTuple):
+    """The operands of a pre-activation, and the backend that computes single ones."""
+
+    ops: ModuleType
+    x: Tensor
+    W_enc: Tensor
+    b_enc: Tensor | None
+    b_dec: Tensor | None
+
+    def at(self, indices: Tensor, row_ptr: Tensor) -> Tensor:
+        """The pre-activations of a ragged selection, ``[nnz]``."""
+        z = self.ops.value_grad(centred(self.x, self.b_dec).contiguous(), indices, row_ptr, self.W_enc.T)
+        return z if self.b_enc is None else z.add_(self.b_enc[indices])
+
+
+def surplus(count: int, most: int) -> int:
+    """How many candidates to take for ``count`` winners: a quarter more, and at least eight, as far as there are.
+
+    docs/kernels.md says how often that loses a winner.
+    """
+    return min(count + max(8, count // 4), most)
+
+
+def slack(x: Tensor, W: Tensor) -> Slack:
+    """By how much rounding to bfloat16 can lower a pre-activation of ``x [n, d_in]`` with ``W [d_in, d_sae]``.
+
+    Each rounded factor is off by ``2^-9`` of itself at most, and sums of d_in products by as many roundings of float32,
+    here and where the candidates are computed.
+    """
+    reach = 2.0**-8 * (1 + 2.0**-8) + 4 * x.shape[1] * 2.0**-24
+    norms = torch.linalg.vector_norm
+    return Slack(reach * norms(x, dim=1), norms(W, dim=0), DENSE)
+
+
+def best_per_token(
+    encoder: Encoder, indices: Tensor, row_ptr: Tensor, k: int, signed: bool, effect: Effect | None = None
+) -> Ragged:
+    """The ``k`` best of each token's candidates, of which all tokens have equally many."""
+    n = row_ptr.numel() - 1
+    if encoder.x.device.type == "cpu":  # elsewhere a row's candidates come in ascending order, which ties need
+        indices = indices.view(n, -1).sort(dim=1).values.flatten()
+    values = encoder.at(indices, row_ptr)
+    keys = ranked(values, signed)
+    if effect is not None:
+        size = encoder.ops.value_grad(effect.grads.contiguous(), indices, row_ptr, effect.W_dec).abs_()
+        score = size.mul_(effect.weights[1]).add_(effect.weights[0])
+        keys = ranked(score.mul_(values.abs() if signed else values.relu()), signed=False)
+    chosen = keys.view(n, -1).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    values, indices = (entries.view(n, -1).gather(1, chosen).flatten() for entries in (values, indices))
+    return _clipped(values, signed), indices, torch.arange(n + 1, device=indices.device) * k
+
+
+def best_of_batch(encoder: Encoder, indices: Tensor, row_ptr: Tensor, budget: int, signed: bool) -> Ragged:
+    """The ``budget`` best of all candidates, which are in ascending order of token and latent."""
+    values = encoder.at(indices, row_ptr)
+    best = positions_of_largest(ranked(values, signed), budget)
+    rows = row_ids(row_ptr, indices.numel())[best]
+    return _clipped(values[best], signed), indices[best], row_pointers(rows, row_ptr.numel() - 1)
+
+
+def best_per_latent(encoder: Encoder, indices: Tensor, row_ptr: Tensor, budgets: Tensor, signed: bool) -> Ragged:
+    """The ``budgets[j]`` best candidates of each latent ``j``, or all of them if there are fewer."""
+    values, rows = encoder.at(indices, row_ptr), row_ids(row_ptr, indices.numel())
+    order = ranked(values, signed).argsort(descending=True, stable=True)
+    order = order[indices[order].argsort(stable=True)]  # by latent, the best first
+    latents = indices[order]
+    start = row_pointers(latents, budgets.numel())
+    rank = torch.arange(order.numel(), device=order.device) - start[latents]
+    kept = order[rank < budgets[latents]].sort().values
+    return _clipped(values[kept], signed), indices[kept], row_pointers(rows[kept], row_ptr.numel() - 1)
+
+
+def above(encoder: Encoder, indices: Tensor, row_ptr: Tensor, cut: Tensor, signed: bool) -> Ragged:
+    """The candidates whose pre-activation (its magnitude when ``signed``) is above ``cut [d_sae]``, unclipped."""
+    values = encoder.at(indices, row_ptr)
+    keep = (values.abs() if signed else values) > cut[indices]
+    running = pointers(keep)
+    return values[keep], indices[keep], running[row_ptr]
+
+
+def positions_of_largest(keys: Tensor, count: int) -> Tensor:
+    """Ascending positions of the ``count`` largest of ``keys [m]``, none of them NaN; ties go to the lowest."""
+    if count == 0 or count >= keys.numel():
+        return torch.arange(min(count, keys.numel()), device=keys.device)
+    last = keys.topk(count, sorted=False).values.amin()
+    better, level = keys > last, keys == last
+    taken = better | (level & (level.cumsum(0, dtype=torch.int32) <= count - better.sum()))
+    wanted = torch.arange(1, count + 1, dtype=torch.int32, device=keys.device)
+    return torch.searchsorted(taken.cumsum(0, dtype=torch.int32), wanted)
+
+
+def row_pointers(rows: Tensor, n: int) -> Tensor:
+    """``row_ptr [n + 1]`` of ascending row numbers."""
+    return torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
+
+
+def _clipped(values: Tensor, signed: bool) -> Tensor:
+    return values if signed else values.relu_()
