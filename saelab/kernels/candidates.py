@@ -52,12 +52,11 @@ def slack(x: Tensor, W: Tensor) -> Slack:
     return Slack(reach * norms(x, dim=1), norms(W, dim=0), DENSE)
 
 
-def best_per_token(
-    encoder: Encoder, indices: Tensor, row_ptr: Tensor, k: int, signed: bool, effect: Effect | None = None
-) -> Ragged:
+def best_per_token(encoder: Encoder, found: Ragged, k: int, signed: bool, effect: Effect | None = None) -> Ragged:
     """The ``k`` best of each token's candidates, of which all tokens have equally many."""
+    _, indices, row_ptr = found
     n = row_ptr.numel() - 1
-    if encoder.x.device.type == "cpu":  # elsewhere a row's candidates come in ascending order, which ties need
+    if not getattr(encoder.ops, "ASCENDING", False):  # ties go to the lowest latent
         indices = indices.view(n, -1).sort(dim=1).values.flatten()
     values = encoder.at(indices, row_ptr)
     keys = ranked(values, signed)
@@ -70,16 +69,18 @@ def best_per_token(
     return _clipped(values, signed), indices, torch.arange(n + 1, device=indices.device) * k
 
 
-def best_of_batch(encoder: Encoder, indices: Tensor, row_ptr: Tensor, budget: int, signed: bool) -> Ragged:
+def best_of_batch(encoder: Encoder, found: Ragged, budget: int, signed: bool) -> Ragged:
     """The ``budget`` best of all candidates, which are in ascending order of token and latent."""
+    _, indices, row_ptr = found
     values = encoder.at(indices, row_ptr)
     best = positions_of_largest(ranked(values, signed), budget)
     rows = row_ids(row_ptr, indices.numel())[best]
     return _clipped(values[best], signed), indices[best], row_pointers(rows, row_ptr.numel() - 1)
 
 
-def best_per_latent(encoder: Encoder, indices: Tensor, row_ptr: Tensor, budgets: Tensor, signed: bool) -> Ragged:
+def best_per_latent(encoder: Encoder, found: Ragged, budgets: Tensor, signed: bool) -> Ragged:
     """The ``budgets[j]`` best candidates of each latent ``j``, or all of them if there are fewer."""
+    _, indices, row_ptr = found
     values, rows = encoder.at(indices, row_ptr), row_ids(row_ptr, indices.numel())
     order = ranked(values, signed).argsort(descending=True, stable=True)
     order = order[indices[order].argsort(stable=True)]  # by latent, the best first
@@ -90,8 +91,9 @@ def best_per_latent(encoder: Encoder, indices: Tensor, row_ptr: Tensor, budgets:
     return _clipped(values[kept], signed), indices[kept], row_pointers(rows[kept], row_ptr.numel() - 1)
 
 
-def above(encoder: Encoder, indices: Tensor, row_ptr: Tensor, cut: Tensor, signed: bool) -> Ragged:
+def above(encoder: Encoder, found: Ragged, cut: Tensor, signed: bool) -> Ragged:
     """The candidates whose pre-activation (its magnitude when ``signed``) is above ``cut [d_sae]``, unclipped."""
+    _, indices, row_ptr = found
     values = encoder.at(indices, row_ptr)
     keep = (values.abs() if signed else values) > cut[indices]
     running = pointers(keep)

@@ -8,7 +8,8 @@ the fast one, and its gradient has that layout. The order of entries within a ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,11 +42,12 @@ def select_topk(
     """
     checks.encoder(x, W_enc, b_enc, b_dec)
     checks.budget(k, W_enc.shape[1], "k", "d_sae")
-    operands = detached(x, W_enc, b_enc, b_dec)
+    operands: Any = detached(x, W_enc, b_enc, b_dec)
     if not rounds(x):
         return _selected(x, implementation(x).topk(*operands, k, signed))
-    found = _rounded(*operands, lambda ops, *halves: ops.topk(*halves, candidates.surplus(k, W_enc.shape[1]), signed))
-    return _selected(x, candidates.best_per_token(_encoder(operands), *found[1:], k, signed))
+    ops, halves = _rounded(*operands)
+    found = ops.topk(*halves, candidates.surplus(k, W_enc.shape[1]), signed)
+    return _selected(x, candidates.best_per_token(_encoder(operands), found, k, signed))
 
 
 @torch.no_grad()
@@ -79,13 +81,15 @@ def select_gradient_topk(
         raise ValueError(f"beta={beta} must be 0 or more (math.inf ranks by the gradient term alone)")
     if grad_norm not in ("rms", "none"):
         raise ValueError(f"grad_norm={grad_norm!r} is neither 'rms' nor 'none'")
-    operands, effect = detached(x, W_enc, b_enc, b_dec), _effect(grads.detach(), W_dec.detach(), beta, grad_norm)
+    operands: Any = detached(x, W_enc, b_enc, b_dec)
+    effect = _effect(grads.detach(), W_dec.detach(), beta, grad_norm)
     if not rounds(x):
         return _selected(x, implementation(x).topk(*operands, k, signed, effect))
     half = effect._replace(grads=effect.grads.bfloat16(), W_dec=effect.W_dec.bfloat16())
     count = candidates.surplus(k, W_enc.shape[1])
-    found = _rounded(*operands, lambda ops, *halves: ops.topk(*halves, count, signed, half))
-    return _selected(x, candidates.best_per_token(_encoder(operands), *found[1:], k, signed, effect))
+    ops, halves = _rounded(*operands)
+    found = ops.topk(*halves, count, signed, half)
+    return _selected(x, candidates.best_per_token(_encoder(operands), found, k, signed, effect))
 
 
 @torch.no_grad()
@@ -95,12 +99,13 @@ def select_batch(
     """The ``budget`` largest pre-activations of the whole batch; ties go to the lowest (token, latent)."""
     checks.encoder(x, W_enc, b_enc, b_dec)
     checks.budget(budget, x.shape[0] * W_enc.shape[1], "budget", "n * d_sae")
-    operands = detached(x, W_enc, b_enc, b_dec)
+    operands: Any = detached(x, W_enc, b_enc, b_dec)
     if not rounds(x):
         return _selected(x, implementation(x).batch(*operands, budget, signed))
     count = candidates.surplus(budget, x.shape[0] * W_enc.shape[1])
-    found = _rounded(*operands, lambda ops, *halves: ops.batch(*halves, count, signed))
-    return _selected(x, candidates.best_of_batch(_encoder(operands), *found[1:], budget, signed))
+    ops, halves = _rounded(*operands)
+    found = ops.batch(*halves, count, signed)
+    return _selected(x, candidates.best_of_batch(_encoder(operands), found, budget, signed))
 
 
 @torch.no_grad()
@@ -124,12 +129,13 @@ def select_latent(
     if budgets.numel() and int(budgets.min()) < 0:
         raise ValueError(f"budgets has {int(budgets.min())}; a latent cannot take fewer than 0 tokens")
     budgets = budgets.clamp_max(x.shape[0])
-    operands = detached(x, W_enc, b_enc, b_dec)
+    operands: Any = detached(x, W_enc, b_enc, b_dec)
     if not rounds(x):
         return _selected(x, implementation(x).latent(*operands, budgets, signed))
     more = (budgets + (budgets // 4).clamp_min(8)).clamp_max(x.shape[0]) * (budgets > 0)
-    found = _rounded(*operands, lambda ops, *halves: ops.latent(*halves, more, signed))
-    return _selected(x, candidates.best_per_latent(_encoder(operands), *found[1:], budgets, signed))
+    ops, halves = _rounded(*operands)
+    found = ops.latent(*halves, more, signed)
+    return _selected(x, candidates.best_per_latent(_encoder(operands), found, budgets, signed))
 
 
 @torch.no_grad()
@@ -146,13 +152,14 @@ def select_threshold(
     if isinstance(threshold, Tensor) and threshold.numel() not in (1, W_enc.shape[1]):
         raise ValueError(f"threshold has shape {list(threshold.shape)}, expected a number or [{W_enc.shape[1]}]")
     cut = torch.as_tensor(threshold, dtype=x.dtype, device=x.device).detach().reshape(-1).expand(W_enc.shape[1])
-    operands = detached(x, W_enc, b_enc, b_dec)
+    operands: Any = detached(x, W_enc, b_enc, b_dec)
     if not rounds(x):
         return _selected(x, implementation(x).threshold(*operands, cut, signed))
     slack = candidates.slack(centred(x, b_dec), W_enc)
-    found = _rounded(*operands, lambda ops, *halves: ops.threshold(*halves, cut, signed, slack))
+    ops, halves = _rounded(*operands)
+    found = ops.threshold(*halves, cut, signed, slack)
     if found is not None:
-        return _selected(x, candidates.above(_encoder(operands), *found[1:], cut, signed))
+        return _selected(x, candidates.above(_encoder(operands), found, cut, signed))
     halves = split(centred(x, b_dec), W_enc)
     return _selected(x, implementation(halves[0]).threshold(*halves, b_enc, None, cut, signed))
 
@@ -269,10 +276,10 @@ def _encoder(operands: Sequence[Any]) -> candidates.Encoder:
     return candidates.Encoder(implementation(operands[0]), *operands)
 
 
-def _rounded(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, select: Callable[..., Any]) -> Any:
-    """``select(backend, x, W_enc, b_enc, b_dec)`` with the operands of the product in bfloat16.
+def _rounded(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None) -> tuple[ModuleType, list[Any]]:
+    """The backend for the product's operands in bfloat16, and these in the place of ``x, W_enc, b_enc, b_dec``.
 
     Centring happens before rounding, since activations may lie far from the origin; biases are added in float32.
     """
     half = centred(x, b_dec).bfloat16()
-    return select(implementation(half), half, W_enc.bfloat16(), b_enc, None)
+    return implementation(half), [half, W_enc.bfloat16(), b_enc, None]

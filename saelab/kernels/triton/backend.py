@@ -21,6 +21,7 @@ from saelab.kernels.triton.shapes import group_size, list_shape, maxima_shape, p
 UNWEIGHTED = (1.0, 0.0)
 MODES = {False: select.PLAIN.value, True: select.MAGNITUDE.value}
 LEAST_GROUP = 4
+ASCENDING = True  # a row's entries come in the order of their latents
 
 
 def topk(
