@@ -17,13 +17,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from saelab.kernels.triton import code, select, shapes
+from saelab.kernels.triton import code, residual, select, shapes
 from saelab.kernels.triton import pursuit as triton_pursuit
 
 INTEGERS = {"indices", "begin", "end", "target", "row_ptr", "groups", "budgets", "start", "counts", "steps"}
 INDICES = {"select_kernel": {"indices"}, "select_streamed_kernel": {"indices"}, "reach_kernel": {"indices"}}
 SCALARS = {"weight0": "fp32", "weight1": "fp32", "bound": "fp32", "residual_stop": "fp32"}
-SIZES = {"n", "width", "held", "n_groups", "d_sae", "d_in", "n_steps"}
+SIZES = {"n", "count", "width", "held", "n_groups", "d_sae", "d_in", "n_steps"}
 # (tokens, d_in, d_sae, k): the smallest training shape, a middle one and the largest of the study.
 SHAPES = [(4096, 576, 4608, 32), (4096, 768, 24576, 32), (8192, 4096, 131072, 64)]
 MODES = {"plain": 0, "gradient": 2}
@@ -41,6 +41,8 @@ def signature(kernel, constants: dict[str, int | bool], load: str) -> dict[str, 
             types[name] = "i32"
         elif name in INTEGERS:
             types[name] = "*i64"
+        elif kernel is select.group_keys_kernel and name == "out":
+            types[name] = "*i32"
         else:
             outputs = {"out", "values", "sse", "recon", "error", "along", "per_step", "d_x", "coefficients"}
             types[name] = "*fp32" if name in outputs else f"*{load}"
@@ -59,6 +61,7 @@ def configurations(loads: list[str]):
                 select.select_kernel,
                 {"MODE": 0, "SIZE": 0, **shapes.whole_shape(n, min(n_groups, 4096))},
             ),
+            ("largest", select.select_kernel, {"MODE": 3, "SIZE": 16, **shapes.whole_shape(n, 8192)}),
             ("latent", select.select_kernel, {"MODE": 1, "SIZE": 0, **shapes.whole_shape(4096, 4096)}),
             ("gathered", select.select_kernel, {"MODE": 0, "SIZE": size, **shapes.whole_shape(n, k * size)}),
             ("gathered", select.select_kernel, {"MODE": 2, "SIZE": size, **shapes.whole_shape(n, k * size)}),
@@ -68,17 +71,21 @@ def configurations(loads: list[str]):
         for mode in MODES.values():
             maxima = {"MODE": mode, **shapes.maxima_shape(n, n_groups, size)}
             found.append(("maxima", select.group_maxima_kernel, maxima))
+        for listed, group in ((True, size), (False, 1)):
+            keys = {"MODE": 1, "LISTED": listed, **shapes.list_shape(n * k, group)}
+            found.append(("keys", select.group_keys_kernel, keys))
         for fill in (False, True):
-            reach = {"MODE": 3, "FILL": fill, **shapes.whole_shape(n, 1024)}
-            found.append(("reach", select.reach_kernel, reach))
+            for slack in (False, True):
+                reach = {"SIGNED": slack, "SLACK": slack, "FILL": fill, **shapes.whole_shape(n, 1024)}
+                found.append(("reach", select.reach_kernel, reach))
         for centred in (False, True):
             found.append(("gather", code.gather_kernel, {"CENTRED": centred, **shapes.gather_shape(d_in)}))
         found += [
             ("dot", code.dot_kernel, shapes.gather_shape(d_in)),
             ("error", code.error_kernel, shapes.token_shape(d_in)),
         ]
-        if d_sae <= 16384:
-            pursuit = {"STOP_ON_REPEAT": False, **shapes.pursuit_shape(d_sae, d_in, k)}
+        for atoms in {min(d_sae, residual.WIDEST), residual.WIDEST}:
+            pursuit = {"STOP_ON_REPEAT": False, **shapes.pursuit_shape(atoms, d_in, k)}
             found.append(("pursuit", triton_pursuit.pursue_kernel, pursuit))
         for label, kernel, shape in found:
             for load in loads:
@@ -112,7 +119,11 @@ def main(names: list[str]) -> None:
             source = ASTSource(kernel, signature(kernel, constants, load), constants)
             compiled = triton.compile(source, target=target, options={"num_warps": warps})
             line = {"target": name, "kernel": kernel.__name__, "label": label, **constants, "num_warps": warps}
-            line |= {"shared": compiled.metadata.shared, "spills": spills_of(compiled, target)}
+            line |= {
+                "threads": warps * target.warp_size,
+                "shared": compiled.metadata.shared,
+                "spills": spills_of(compiled, target),
+            }
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()
 

@@ -15,10 +15,12 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 # Bytes of shared memory a program may use, from the vendors' tables.
 SHARED = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "hip:gfx942": 64 * 1024}
+THREADS = 1024  # of one program, on every card
 # A few spilled registers are cheap beside a row's traffic; more would mean that a tile is too large.
 SPILLS = 32
 KERNELS = {
     "group_maxima_kernel",
+    "group_keys_kernel",
     "select_kernel",
     "select_streamed_kernel",
     "reach_kernel",
@@ -43,4 +45,5 @@ def test_every_configuration_compiles(target: str) -> None:
     assert {line["kernel"] for line in lines} == KERNELS
     for line in lines:
         assert line["spills"] <= SPILLS, f"spills registers: {line}"
+        assert line["threads"] <= THREADS, f"cannot be launched: {line}"
         assert line["shared"] <= SHARED[target], f"needs more shared memory than the chip has: {line}"

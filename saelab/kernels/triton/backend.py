@@ -14,6 +14,7 @@ from saelab.kernels.candidates import positions_of_largest, row_pointers
 from saelab.kernels.products import centred, wide_products
 from saelab.kernels.reference.backend import Effect, Ragged, Slack, gather_rows, latent_sum, pointers  # noqa: F401
 from saelab.kernels.triton import select
+from saelab.kernels.triton.launch import launch
 from saelab.kernels.triton.ragged import decode, decode_error, latent_grad, value_grad  # noqa: F401
 from saelab.kernels.triton.residual import pursue, pursue_backward  # noqa: F401
 from saelab.kernels.triton.shapes import group_size, list_shape, maxima_shape, power, streamed_block, whole_shape
@@ -72,11 +73,11 @@ def choose(
         groups, held = _winning_groups(z, extra, bias, mode, weights, most, size), most * size
     else:
         operands = z, extra, bias, budgets, start, *out, width, *strides, *weights
-        select.select_streamed_kernel[(n,)](*operands, MODE=mode, **streamed_block(width))
+        launch(select.select_streamed_kernel, (n,), *operands, MODE=mode, **streamed_block(width))
         return
     shape, sizes = whole_shape(n, held), (n, width, held)
     operands = z, extra, bias, groups, budgets, start, *out, *sizes, *strides, most, *weights
-    select.select_kernel[(-(-n // shape["ROWS"]),)](*operands, MODE=mode, SIZE=size, **shape)
+    launch(select.select_kernel, (-(-n // shape["ROWS"]),), *operands, MODE=mode, SIZE=size, **shape)
 
 
 def _winning_groups(z, extra, bias, mode, weights, k, size) -> Tensor:
@@ -99,7 +100,7 @@ def _maxima(z: Tensor, extra: Tensor, bias: Tensor, mode: int, weights: tuple[fl
     grid = -(-n // shape["ROWS"]), -(-n_groups // shape["GROUPS"])
     if n:
         sizes = n, width, n_groups, z.stride(0), extra.stride(0)
-        select.group_maxima_kernel[grid](z, extra, bias, maxima, *sizes, *weights, MODE=mode, **shape)
+        launch(select.group_maxima_kernel, grid, z, extra, bias, maxima, *sizes, *weights, MODE=mode, **shape)
     return maxima
 
 
@@ -140,7 +141,7 @@ def _best_of_chunk(z: Tensor, bias: Tensor, mode: int, budget: int) -> tuple[Ten
     shape = list_shape(count, size)
     operands = z, bias, z if groups is None else groups, keys, count, width, n_groups, z.stride(0)
     grid = (max(1, -(-count // shape["GROUPS"])),)
-    select.group_keys_kernel[grid](*operands, MODE=mode, LISTED=groups is not None, **shape)
+    launch(select.group_keys_kernel, grid, *operands, MODE=mode, LISTED=groups is not None, **shape)
     best = positions_of_largest(keys, budget)
     member = best.div(size, rounding_mode="floor")
     chosen = member if groups is None else groups[member]
@@ -198,7 +199,7 @@ def threshold(
                 found = torch.empty(total, dtype=torch.float32, device=x.device)
                 where = torch.empty(total, dtype=torch.int64, device=x.device)
             lists = z, cut, bias, *slacks, start, count, found, where
-            select.reach_kernel[grid](*lists, n, width, z.stride(0), FILL=fill, **modes, **shape)
+            launch(select.reach_kernel, grid, *lists, n, width, z.stride(0), FILL=fill, **modes, **shape)
         values.append(found)
         indices.append(where)
         counts.append(count)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saelab.kernels.reference.backend import pointers, row_ids
 from saelab.kernels.triton import code
+from saelab.kernels.triton.launch import launch
 from saelab.kernels.triton.shapes import gather_shape, token_shape
 
 SEGMENT = 512  # entries of one latent that one program sums
@@ -26,7 +27,8 @@ def value_grad(grad: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor) ->
     out, W_dec = torch.empty(indices.numel(), dtype=torch.float32, device=grad.device), W_dec.contiguous()
     if grad.shape[0]:
         strides = grad.shape[1], grad.stride(0), W_dec.stride(0)
-        code.dot_kernel[(grad.shape[0],)](grad, indices, row_ptr, W_dec, out, *strides, **gather_shape(grad.shape[1]))
+        shape = gather_shape(grad.shape[1])
+        launch(code.dot_kernel, (grad.shape[0],), grad, indices, row_ptr, W_dec, out, *strides, **shape)
     return out.to(grad.dtype)
 
 
@@ -45,7 +47,7 @@ def decode_error(
     if n:
         out = sse, recon, error, along
         sizes = d_in, x.stride(0), W_dec.stride(0)
-        code.error_kernel[(n,)](x, values, indices, row_ptr, W_dec, bias, *out, *sizes, **token_shape(d_in))
+        launch(code.error_kernel, (n,), x, values, indices, row_ptr, W_dec, bias, *out, *sizes, **token_shape(d_in))
     return sse.to(x.dtype), recon.to(x.dtype), error.to(x.dtype), along.to(x.dtype)
 
 
@@ -107,4 +109,4 @@ def _gather(values, indices, begin, end, target, data, offset, out) -> None:
     centre = data if offset is None else offset.contiguous()
     grid, sizes = (begin.numel(), -(-width // shape["BLOCK"])), (width, data.stride(0), out.stride(0))
     lists = values, indices, begin.contiguous(), end.contiguous(), target
-    code.gather_kernel[grid](*lists, data, centre, out, *sizes, CENTRED=offset is not None, **shape)
+    launch(code.gather_kernel, grid, *lists, data, centre, out, *sizes, CENTRED=offset is not None, **shape)

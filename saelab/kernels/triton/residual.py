@@ -10,6 +10,7 @@ from saelab.kernels.products import products
 from saelab.kernels.reference import pursuit as pursuit_reference
 from saelab.kernels.reference.pursuit import Trace
 from saelab.kernels.triton import pursuit as triton_pursuit
+from saelab.kernels.triton.launch import launch
 from saelab.kernels.triton.ragged import latent_grad
 from saelab.kernels.triton.shapes import chain_shape, pursuit_shape
 
@@ -30,7 +31,9 @@ def pursue(
     for start, c in products(x, W_dec.T):
         rows = slice(start, start + c.shape[0])
         sizes = d_sae, d_in, n_steps, x.stride(0), W_dec.stride(0), residual_stop
-        triton_pursuit.pursue_kernel[(c.shape[0],)](
+        launch(
+            triton_pursuit.pursue_kernel,
+            (c.shape[0],),
             c,
             x[rows],
             W_dec,
@@ -56,7 +59,9 @@ def pursue_backward(
         steps, count = trace.steps[rows], rows.stop - start
         per_step = torch.empty(count * n_steps, d_in, device=x.device)
         sizes = d_in, n_steps, x.stride(0), W_dec.stride(0)
-        triton_pursuit.chain_kernel[(count,)](
+        launch(
+            triton_pursuit.chain_kernel,
+            (count,),
             grad[rows],
             x[rows],
             W_dec,
