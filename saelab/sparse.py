@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from saelab.kernels import ByLatent
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class SparseCode:
     indices: Int[Tensor, " nnz"]
     row_ptr: Int[Tensor, " rows"]  # [n + 1]
     d_sae: int
+    by: ByLatent | None = field(default=None, repr=False, compare=False)  # its entries by latent, where gradients ask
 
     @classmethod
     def from_rows(cls, values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: int) -> SparseCode:
@@ -66,7 +69,9 @@ class SparseCode:
 
     def fired(self) -> Bool[Tensor, " d_sae"]:
         """Which latents are active anywhere in the batch."""
-        return self.firing_counts() > 0
+        flags = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.device)
+        # Without asking how many are active, which a GPU would have to be waited for; stored zeros go behind the end.
+        return flags.index_fill_(0, torch.where(self.values != 0, self.indices, self.d_sae), True)[:-1]
 
     def dense(self) -> Float[Tensor, "n d_sae"]:
         """The code as a matrix. For tests and small plots only: it has ``n * d_sae`` entries."""

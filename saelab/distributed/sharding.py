@@ -18,7 +18,7 @@ from saelab import kernels, losses
 from saelab.distributed.world import Parallel
 from saelab.errors import UserError
 from saelab.kernels import SelectedPreActs
-from saelab.sae import SAE, LinearSAE, build
+from saelab.sae import SAE, LinearSAE, build, objective
 from saelab.sae.base import unit_rows
 from saelab.sparse import SparseCode
 
@@ -92,8 +92,7 @@ def _rows_of_randn(d_sae: int, d_in: int, rows: slice) -> Tensor:
 def represent(sae: SAE, x: Tensor, grads: Tensor | None, parallel: Parallel) -> tuple[SparseCode, Tensor, Tensor]:
     """The code (of this rank's latents), the objective's first term, and the reconstruction without gradient."""
     if parallel.dict_size == 1:
-        code = sae.encode(x, grads)
-        return code, *sae.reconstruction_loss(x, code)
+        return objective.represent(sae, x, grads)
     assert isinstance(sae, LinearSAE)
     with torch.no_grad():
         selected = _exchange(sae.select(x, grads), x.shape[0], sae, parallel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from saelab.kernels.adam import Adam
+from saelab.kernels.by_latent import ByLatent, RowSums
 from saelab.kernels.dispatch import backend, describe, use_backend
 from saelab.kernels.ops import (
     SelectedPreActs,
@@ -10,6 +11,7 @@ from saelab.kernels.ops import (
     gather_rows,
     pre_acts_at,
     pursuit,
+    reconstruct,
     select_batch,
     select_gradient_topk,
     select_latent,
@@ -22,7 +24,9 @@ from saelab.kernels.subset import explain
 
 __all__ = [
     "Adam",
+    "ByLatent",
     "Precision",
+    "RowSums",
     "SelectedPreActs",
     "arithmetic",
     "backend",
@@ -32,6 +36,7 @@ __all__ = [
     "gather_rows",
     "pre_acts_at",
     "pursuit",
+    "reconstruct",
     "select_batch",
     "select_gradient_topk",
     "select_latent",

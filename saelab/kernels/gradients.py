@@ -14,15 +14,16 @@ from torch.autograd.function import once_differentiable
 
 from saelab.kernels.dispatch import implementation
 from saelab.kernels.reference import pursuit as pursuit_reference
+from saelab.kernels.reference.backend import entry_grads
 
 
 class PreActsAt(torch.autograd.Function):
     """Attach gradients to selected pre-activations."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, values, indices, row_ptr):  # pyright: ignore
+    def forward(ctx, x, W_enc, b_enc, b_dec, values, indices, row_ptr, by):  # pyright: ignore
         ctx.save_for_backward(x, W_enc, b_dec, values, indices, row_ptr)
-        ctx.implementation = implementation(x)
+        ctx.implementation, ctx.by = implementation(x), by
         return values.clone()
 
     @staticmethod
@@ -30,42 +31,38 @@ class PreActsAt(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore
         x, W_enc, b_dec, values, indices, row_ptr = ctx.saved_tensors
         ops, (for_x, for_W, for_b_enc, for_b_dec) = ctx.implementation, ctx.needs_input_grad[:4]
-        # A winner that ReLU clipped to zero did not fire: without the mask it would be trained all the same.
-        grad = grad * (values != 0)
-        d_b_enc = ops.latent_sum(grad, indices, W_enc.shape[1]) if for_b_enc or for_b_dec else None
-        d_W = ops.latent_grad(grad, indices, row_ptr, x, W_enc.shape[1], b_dec).T if for_W else None
-        return (
-            ops.decode(grad, indices, row_ptr, W_enc.T, None) if for_x else None,
-            d_W,
-            d_b_enc if for_b_enc else None,
-            -(W_enc @ d_b_enc) if for_b_dec else None,
-            None,
-            None,
-            None,
-        )
+        d_x = d_W = d_b_enc = None
+        if for_x:
+            d_x = ops.decode(entry_grads(values, 1.0, None, grad), indices, row_ptr, W_enc.T, None)
+        if for_W or for_b_enc or for_b_dec:
+            found = ops.latent_grads(ctx.by.sorted(ops), values, extra=grad, x=x, offset=b_dec)
+            d_W, d_b_enc = found.enc.T, found.bias
+        d_b_dec = -(W_enc @ d_b_enc) if for_b_dec else None
+        return d_x, d_W, d_b_enc if for_b_enc else None, d_b_dec, None, None, None, None
 
 
 class Decode(torch.autograd.Function):
     """``dense(code) @ W_dec + b_dec``."""
 
     @staticmethod
-    def forward(ctx, values, indices, row_ptr, W_dec, b_dec):  # pyright: ignore
+    def forward(ctx, values, indices, row_ptr, W_dec, b_dec, by):  # pyright: ignore
         ctx.save_for_backward(values, indices, row_ptr, W_dec)
-        ctx.implementation = implementation(W_dec)
+        ctx.implementation, ctx.by = implementation(W_dec), by
         return ctx.implementation.decode(values, indices, row_ptr, W_dec, b_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore
         values, indices, row_ptr, W_dec = ctx.saved_tensors
-        ops, (for_values, _, _, for_W, for_b) = ctx.implementation, ctx.needs_input_grad
+        ops, (for_values, _, _, for_W, for_b, _) = ctx.implementation, ctx.needs_input_grad
         grad = grad.contiguous()
         return (
             ops.value_grad(grad, indices, row_ptr, W_dec) if for_values else None,
             None,
             None,
-            ops.latent_grad(values, indices, row_ptr, grad, W_dec.shape[0]) if for_W else None,
+            ops.latent_grads(ctx.by.sorted(ops), values, error=grad).dec if for_W else None,
             grad.sum(0) if for_b else None,
+            None,
         )
 
 
@@ -73,29 +70,66 @@ class SquaredError(torch.autograd.Function):
     """``sum((recon - x)^2)`` per token; the residual and the value gradients come out of the forward visit."""
 
     @staticmethod
-    def forward(ctx, x, values, indices, row_ptr, W_dec, b_dec):  # pyright: ignore
-        ctx.implementation = implementation(x)
+    def forward(ctx, x, values, indices, row_ptr, W_dec, b_dec, by):  # pyright: ignore
+        ctx.implementation, ctx.by = implementation(x), by
         sse, recon, error, along = ctx.implementation.decode_error(x, values, indices, row_ptr, W_dec, b_dec)
-        ctx.save_for_backward(values, indices, row_ptr, error, along)
-        ctx.d_sae = W_dec.shape[0]
+        ctx.save_for_backward(values, row_ptr, error, along)
         ctx.mark_non_differentiable(recon)
         return sse, recon
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):  # pyright: ignore
-        values, indices, row_ptr, error, along = ctx.saved_tensors
-        ops, (for_x, for_values, _, _, for_W, for_b) = ctx.implementation, ctx.needs_input_grad
+        values, row_ptr, error, along = ctx.saved_tensors
+        ops, (for_x, for_values, _, _, for_W, for_b, _) = ctx.implementation, ctx.needs_input_grad
         weight = 2.0 * grad  # [n]
-        per_entry = weight.repeat_interleave(row_ptr.diff(), output_size=values.numel())
         return (
             -weight[:, None] * error if for_x else None,
-            along * per_entry if for_values else None,
+            along * per_entry(weight, row_ptr, values) if for_values else None,
             None,
             None,
-            ops.latent_grad(values * per_entry, indices, row_ptr, error, ctx.d_sae) if for_W else None,
+            ops.latent_grads(ctx.by.sorted(ops), values, weight, error=error).dec if for_W else None,
             weight @ error if for_b else None,
+            None,
         )
+
+
+class Reconstruct(torch.autograd.Function):
+    """:class:`PreActsAt`, then :class:`SquaredError`: one gradient pass for both matrices and the encoder's bias."""
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, b_in, W_dec, b_dec, values, indices, row_ptr, by, sums):  # pyright: ignore
+        ctx.implementation, ctx.by, ctx.sums = implementation(x), by, sums
+        sse, recon, error, along = ctx.implementation.decode_error(x, values, indices, row_ptr, W_dec, b_dec)
+        ctx.save_for_backward(x, W_enc, b_in, W_dec, values, indices, row_ptr, error, along)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(recon)
+        return sse, recon, values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _, extra):  # pyright: ignore
+        x, W_enc, b_in, W_dec, values, indices, row_ptr, error, along = ctx.saved_tensors
+        ops, (for_x, _, for_b_enc, for_b_in, _, for_b_dec, *_) = ctx.implementation, ctx.needs_input_grad
+        weight = x.new_zeros(x.shape[0]) if grad is None else 2.0 * grad
+        constrained = W_dec if ctx.sums is not None else None
+        by = ctx.by.sorted(ops)
+        found = ops.latent_grads(by, values, weight, along, extra, error, x, b_in, constrained)
+        if ctx.sums is not None:
+            ctx.sums.scale, ctx.sums.squares = found.scale, found.squares
+        d_x = None
+        if for_x:
+            g = entry_grads(values, per_entry(weight, row_ptr, values), along, extra)
+            d_x = ops.decode(g, indices, row_ptr, W_enc.T, None) - weight[:, None] * error
+        d_b_in = -(W_enc @ found.bias) if for_b_in else None
+        d_b_dec = weight @ error if for_b_dec else None
+        d_b_enc = found.bias if for_b_enc else None
+        return d_x, found.enc.T, d_b_enc, d_b_in, found.dec, d_b_dec, None, None, None, None, None
+
+
+def per_entry(weight: Tensor, row_ptr: Tensor, values: Tensor) -> Tensor:
+    """The number of each token at its entries. ``[nnz]``"""
+    return weight.repeat_interleave(row_ptr.diff(), output_size=values.numel())
 
 
 class Pursuit(torch.autograd.Function):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saelab.kernels import candidates, checks, gradients
+from saelab.kernels.by_latent import ByLatent, RowSums
 from saelab.kernels.dispatch import implementation
 from saelab.kernels.gradients import detached
 from saelab.kernels.precision import rounds
@@ -165,27 +166,48 @@ def select_threshold(
 
 
 def pre_acts_at(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, selected: SelectedPreActs
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    selected: SelectedPreActs,
+    by: ByLatent | None = None,
 ) -> Tensor:
     """The selected values, differentiable in ``x``, ``W_enc``, ``b_enc`` and ``b_dec``. Returns ``[nnz]``.
 
     ``selected`` must come from a ``select_*`` op on the same arguments: its values are taken as they are. A value of
-    zero did not fire and passes no gradient.
+    zero did not fire and passes no gradient. ``by`` sorts the code for the gradients; one that is shared with the other
+    ops on the same code sorts once.
     """
     checks.encoder(x, W_enc, b_enc, b_dec)
     checks.code(*selected, W_enc.shape[1])
     _check_rows(x, selected.row_ptr)
-    return gradients.PreActsAt.apply(x, W_enc, b_enc, b_dec, *_contiguous(selected))  # pyright: ignore
+    by = by or ByLatent(*selected[1:], W_enc.shape[1])
+    return gradients.PreActsAt.apply(x, W_enc, b_enc, b_dec, *_contiguous(selected), by)  # pyright: ignore
 
 
-def decode(values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+def decode(
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    by: ByLatent | None = None,
+) -> Tensor:
     """``dense(code) @ W_dec + b_dec``, differentiable in ``values``, ``W_dec`` and ``b_dec``. ``[n, d_in]``."""
     _check_decoder(values, indices, row_ptr, W_dec, b_dec)
-    return gradients.Decode.apply(*_contiguous((values, indices, row_ptr)), W_dec, b_dec)  # pyright: ignore
+    by = by or ByLatent(indices, row_ptr, W_dec.shape[0])
+    return gradients.Decode.apply(*_contiguous((values, indices, row_ptr)), W_dec, b_dec, by)  # pyright: ignore
 
 
 def sse(
-    x: Tensor, values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, b_dec: Tensor | None
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    by: ByLatent | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per token ``sum((decode(code) - x)^2)``, and the reconstruction it belongs to, without gradient.
 
@@ -195,7 +217,32 @@ def sse(
     checks.matrices(x, W_dec, W_dec.shape[-1], "W_dec")
     _check_decoder(values, indices, row_ptr, W_dec, b_dec)
     _check_rows(x, row_ptr)
-    return gradients.SquaredError.apply(x, *_contiguous((values, indices, row_ptr)), W_dec, b_dec)  # pyright: ignore
+    by = by or ByLatent(indices, row_ptr, W_dec.shape[0])
+    return gradients.SquaredError.apply(x, *_contiguous((values, indices, row_ptr)), W_dec, b_dec, by)  # pyright: ignore
+
+
+def reconstruct(
+    x: Tensor,
+    encoder: tuple[Tensor, Tensor | None, Tensor | None],
+    decoder: tuple[Tensor, Tensor | None],
+    selected: SelectedPreActs,
+    by: ByLatent | None = None,
+    sums: RowSums | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`pre_acts_at`, then :func:`sse`: per token the squared error, the reconstruction, and the code's values.
+
+    ``encoder`` is ``(W_enc, b_enc, b_in)`` and ``decoder`` ``(W_dec, b_dec)``. The backward pass takes the gradients of
+    both matrices and of ``b_enc`` together. With ``sums``, which it fills where the backend does so, the gradient of
+    ``W_dec`` comes without the part along each of its rows. Returns ``([n], [n, d_in], [nnz])``.
+    """
+    (W_enc, b_enc, b_in), (W_dec, b_dec) = encoder, decoder
+    checks.encoder(x, W_enc, b_enc, b_in)
+    checks.matrices(x, W_dec, W_dec.shape[-1], "W_dec")
+    _check_decoder(*selected, W_dec, b_dec)
+    _check_rows(x, selected.row_ptr)
+    by = by or ByLatent(*selected[1:], W_dec.shape[0])
+    weights = W_enc, b_enc, b_in, W_dec, b_dec
+    return gradients.Reconstruct.apply(x, *weights, *_contiguous(selected), by, sums)  # pyright: ignore
 
 
 def pursuit(

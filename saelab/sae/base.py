@@ -96,7 +96,7 @@ class SAE(nn.Module, ABC):
 
     def decode(self, code: SparseCode) -> Float[Tensor, "n d_in"]:
         """The reconstruction ``dense(code) @ W_dec + b_dec``."""
-        return kernels.decode(code.values, code.indices, code.row_ptr, self.W_dec, self.b_dec)
+        return kernels.decode(code.values, code.indices, code.row_ptr, self.W_dec, self.b_dec, code.by)
 
     def forward(self, x: Float[Tensor, "n d_in"], grads: Tensor | None = None) -> Float[Tensor, "n d_in"]:
         return self.decode(self.encode(x, grads))
@@ -106,7 +106,7 @@ class SAE(nn.Module, ABC):
 
         It is the squared error; nested dictionaries replace it.
         """
-        per_token, recon = kernels.sse(x, code.values, code.indices, code.row_ptr, self.W_dec, self.b_dec)
+        per_token, recon = kernels.sse(x, code.values, code.indices, code.row_ptr, self.W_dec, self.b_dec, code.by)
         return per_token.sum(), recon
 
     def extra_losses(self, x: Tensor, code: SparseCode, error: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
@@ -293,9 +293,9 @@ class LinearSAE(SAE):
     def encode(self, x: Float[Tensor, "n d_in"], grads: Float[Tensor, "n d_in"] | None = None) -> SparseCode:
         with torch.no_grad():
             selected = self.select(x, grads)
-        pre_acts = kernels.pre_acts_at(x, self.W_enc, self.b_enc, self.b_in, selected)
-        values = self.activate(pre_acts, selected.indices)
-        return SparseCode(values, selected.indices, selected.row_ptr, self.d_sae)
+        by = kernels.ByLatent(*selected[1:], self.d_sae)
+        pre_acts = kernels.pre_acts_at(x, self.W_enc, self.b_enc, self.b_in, selected, by)
+        return SparseCode(self.activate(pre_acts, selected.indices), *selected[1:], self.d_sae, by)
 
     @torch.no_grad()
     def select_above(self, x: Tensor, threshold: Tensor | float) -> SelectedPreActs:

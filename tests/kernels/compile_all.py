@@ -17,13 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from saelab.kernels.triton import code, residual, select, shapes
+from saelab.kernels.triton import code, latents, ragged, residual, select, shapes
 from saelab.kernels.triton import pursuit as triton_pursuit
 
 INTEGERS = {"indices", "begin", "end", "target", "row_ptr", "groups", "budgets", "start", "counts", "steps"}
+INTEGERS |= {"order", "rows", "ptr"}
 INDICES = {"select_kernel": {"indices"}, "select_streamed_kernel": {"indices"}, "reach_kernel": {"indices"}}
 SCALARS = {"weight0": "fp32", "weight1": "fp32", "bound": "fp32", "residual_stop": "fp32"}
-SIZES = {"n", "count", "width", "held", "n_groups", "d_sae", "d_in", "n_steps"}
+SIZES = {"nnz", "n", "count", "width", "held", "n_groups", "d_sae", "d_in", "n_steps"}
 # (tokens, d_in, d_sae, k): the smallest training shape, a middle one and the largest of the study.
 SHAPES = [(4096, 576, 4608, 32), (4096, 768, 24576, 32), (8192, 4096, 131072, 64)]
 MODES = {"plain": 0, "gradient": 2}
@@ -41,10 +42,12 @@ def signature(kernel, constants: dict[str, int | bool], load: str) -> dict[str, 
             types[name] = "i32"
         elif name in INTEGERS:
             types[name] = "*i64"
-        elif kernel is select.group_keys_kernel and name == "out":
+        elif name == "latents" or (kernel is select.group_keys_kernel and name == "out"):  # sorted keys
             types[name] = "*i32"
         else:
             outputs = {"out", "values", "sse", "recon", "error", "along", "per_step", "d_x", "coefficients"}
+            outputs |= {"weight", "extra", "dec", "enc", "bias", "scale", "squares"}
+            outputs |= {"dec_parts", "enc_parts", "bias_parts"}
             types[name] = "*fp32" if name in outputs else f"*{load}"
     return types
 
@@ -80,6 +83,7 @@ def configurations(loads: list[str]):
                 found.append(("reach", select.reach_kernel, reach))
         for centred in (False, True):
             found.append(("gather", code.gather_kernel, {"CENTRED": centred, **shapes.gather_shape(d_in)}))
+        found += gradient_configurations(n * k, d_in, d_sae)
         found += [
             ("dot", code.dot_kernel, shapes.gather_shape(d_in)),
             ("error", code.error_kernel, shapes.token_shape(d_in)),
@@ -94,6 +98,23 @@ def configurations(loads: list[str]):
                 if key not in seen:
                     seen.add(key)
                     yield f"{label}-{load}", kernel, constants, shape["num_warps"], load
+
+
+def gradient_configurations(nnz: int, d_in: int, d_sae: int):
+    """One pass for both matrices, with and without the constraint, and passes for one of them."""
+    options = {"WEIGHTED": True, "ALONG": True, "EXTRA": False, "CENTRED": True}
+    both = {"SEGMENT": ragged.segment_size(nnz, d_sae), "DEC": True, "ENC": True, "PROJECT": False}
+    one_row, pieces = shapes.token_shape(d_in), shapes.gather_shape(d_in)
+    for name, flags, shape in (
+        ("constrained", {**both, "PROJECT": True}, one_row),
+        ("both", {**both}, pieces),
+        ("decoder", {**both, "ENC": False}, pieces),
+        ("encoder", {**both, "DEC": False}, pieces),
+    ):
+        options["EXTRA"] = name != "both"
+        yield f"gradients-{name}", latents.latents_kernel, {**flags, **options, **shape}
+        rest = {key: value for key, value in shape.items() if key != "ENTRIES"}
+        yield f"parts-{name}", latents.parts_kernel, {**flags, **rest}
 
 
 def spills_of(compiled, target: GPUTarget) -> int:

@@ -25,6 +25,8 @@ KERNELS = {
     "select_streamed_kernel",
     "reach_kernel",
     "gather_kernel",
+    "latents_kernel",
+    "parts_kernel",
     "dot_kernel",
     "error_kernel",
     "pursue_kernel",

@@ -76,16 +76,37 @@ def test_a_batch_budget_that_gathers_on_few_rows_is_exact() -> None:
     assert selected.row_ptr.diff()[3] > 32
 
 
-def test_popular_latents_are_summed_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ragged, "SEGMENT", 3)
-    counts = torch.tensor([0, 3, 4, 20, 0, 1, 9])
-    indices = torch.repeat_interleave(torch.arange(7), counts)[torch.randperm(37)].to(DEVICE)
-    row_ptr = torch.arange(38, device=DEVICE)
-    weights, data = torch.randn(37, device=DEVICE), torch.randn(37, 10, device=DEVICE)
-    found = ragged.latent_grad(weights, indices, row_ptr, data, 7, offset=data.new_ones(10))
-    expected = torch.zeros(7, 10, dtype=torch.float64, device=DEVICE)
-    expected.index_add_(0, indices, weights.double()[:, None] * (data.double() - 1))
-    torch.testing.assert_close(found.double(), expected, **tolerance(random_case(37, 10, 7, 1), expected))
+@pytest.mark.parametrize("counts", [[0, 3, 4, 20, 0, 1, 9], [37], [6, 7, 7, 6, 7, 4], [7, 0, 0, 30]], ids=str)
+@pytest.mark.parametrize("project", [False, True])
+def test_popular_latents_are_summed_in_segments(
+    counts: list[int], project: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where two of them share a segment, or one begins or ends with a segment; entries of value 0 did not fire."""
+    monkeypatch.setattr(ragged, "segment_size", lambda *_: 3)
+    n_latents, n = len(counts), sum(counts)
+    indices = torch.repeat_interleave(torch.arange(n_latents), torch.tensor(counts))[torch.randperm(n)].to(DEVICE)
+    values, weight, along, extra = (torch.randn(n, device=DEVICE) for _ in range(4))
+    values[::5] = 0
+    error, x, offset, W_dec = (torch.randn(*s, 10, device=DEVICE) for s in ((n,), (n,), (), (n_latents,)))
+    by = ragged.by_latent(indices, torch.arange(n + 1, device=DEVICE), n_latents)
+    found = ragged.latent_grads(by, values, weight, along, extra, error, x, offset, W_dec if project else None)
+    again = ragged.latent_grads(by, values, weight, along, extra, error, x, offset, W_dec if project else None)
+    g = (along * weight + extra).double() * (values != 0)
+    expected = torch.zeros(3, n_latents, 10, dtype=torch.float64, device=DEVICE)
+    expected[0].index_add_(0, indices, (values * weight).double()[:, None] * error.double())
+    expected[1].index_add_(0, indices, g[:, None] * (x - offset).double())
+    expected[2, :, 0].index_add_(0, indices, g)
+    if project:
+        unit = torch.nn.functional.normalize(W_dec.double(), dim=1)
+        expected[0] -= (expected[0] * unit).sum(1, keepdim=True) * unit
+        squares = expected.square().sum((0, 2))
+        torch.testing.assert_close(found.scale.double(), 1 / W_dec.double().norm(dim=1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.squares.double(), squares, rtol=1e-5, atol=1e-5)
+    case = random_case(n, 10, n_latents, 1)
+    torch.testing.assert_close(found.dec.double(), expected[0], **tolerance(case, expected[0]))
+    torch.testing.assert_close(found.enc.double(), expected[1], **tolerance(case, expected[1]))
+    torch.testing.assert_close(found.bias.double(), expected[2, :, 0], **tolerance(case, expected[2]))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(found, again))
 
 
 def test_a_wide_token_takes_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saelab.kernels.numba import screen, select
-from saelab.kernels.numba.code import by_column, decode, decode_error, latent_grad, latent_sum, value_grad  # noqa: F401
+from saelab.kernels.numba.code import by_column, by_latent, decode, decode_error, latent_grads, value_grad  # noqa: F401
 from saelab.kernels.numba.launch import array, empty, launch
 from saelab.kernels.numba.order import kth_largest, merge_best, pack
 from saelab.kernels.numba.pursuit import pursue, pursue_backward  # noqa: F401

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saelab.kernels.memory import recycled
 from saelab.kernels.numba.launch import array, compiled, launch
+from saelab.kernels.reference.backend import LatentGrads, Sorted, entry_grads
 
 NONE = np.zeros(0, np.float32)
 
@@ -148,15 +149,47 @@ def decode_error(
     return sse, recon, error, along
 
 
-def latent_grad(
-    weights: Tensor, indices: Tensor, row_ptr: Tensor, data: Tensor, d_sae: int, offset: Tensor | None = None
-) -> Tensor:
+def by_latent(indices: Tensor, row_ptr: Tensor, d_sae: int) -> Sorted:
     order, ptr, rows = by_column(array(indices), array(row_ptr), d_sae)
-    out = recycled(d_sae, data.shape[1])
-    shift = NONE if offset is None else array(offset)
-    launch(gather_rows, gather_driver, d_sae, array(weights)[order], rows, ptr, array(data), shift, True, array(out))
+    return Sorted(torch.from_numpy(order), torch.from_numpy(rows), torch.from_numpy(ptr))
+
+
+def latent_grads(
+    by: Sorted,
+    values: Tensor,
+    weight: Tensor | None = None,
+    along: Tensor | None = None,
+    extra: Tensor | None = None,
+    error: Tensor | None = None,
+    x: Tensor | None = None,
+    offset: Tensor | None = None,
+    W_dec: Tensor | None = None,
+) -> LatentGrads:
+    values = values[by.order]
+    each = 1.0 if weight is None else weight[by.rows]
+    dec = enc = bias = None
+    if error is not None:
+        dec = _sums(values * each, by, error, NONE)
+    if x is not None:
+        g = entry_grads(values, each, *(None if part is None else part[by.order] for part in (along, extra)))
+        enc = _sums(g, by, x, NONE if offset is None else array(offset))
+        bias = torch.empty(enc.shape[0])
+        sum_columns(array(g), array(by.ptr), array(bias))
+    return LatentGrads(dec, enc, bias)
+
+
+def _sums(weights: Tensor, by: Sorted, data: Tensor, shift: np.ndarray) -> Tensor:
+    out = recycled(by.ptr.numel() - 1, data.shape[1])
+    entries = array(weights), array(by.rows), array(by.ptr)
+    launch(gather_rows, gather_driver, out.shape[0], *entries, array(data), shift, True, array(out))
     return out
 
 
-def latent_sum(weights: Tensor, indices: Tensor, d_sae: int) -> Tensor:
-    return torch.from_numpy(np.bincount(array(indices), array(weights), d_sae).astype(np.float32))
+@compiled()
+def sum_columns(weights, ptr, out):
+    """``out[j] = sum of latent j's weights``, in float64."""
+    for j in range(out.size):
+        total = 0.0
+        for e in range(ptr[j], ptr[j + 1]):
+            total += weights[e]
+        out[j] = total

@@ -157,19 +157,69 @@ def decode_error(
     return error.square().sum(1), recon, error, value_grad(error, indices, row_ptr, W_dec)
 
 
-def latent_grad(
-    weights: Tensor, indices: Tensor, row_ptr: Tensor, data: Tensor, d_sae: int, offset: Tensor | None = None
-) -> Tensor:
-    """``sum over entries of latent j: weight * (data[row] - offset)``, entries in token order. ``[d_sae, d_in]``."""
+class Sorted(NamedTuple):
+    """The entries of a code ordered by latent, and by token within a latent."""
+
+    order: Tensor  # [nnz], entry numbers
+    rows: Tensor  # [nnz], their tokens
+    ptr: Tensor  # [d_sae + 1]: latent j owns ptr[j] : ptr[j + 1]
+    latents: Tensor | None = None  # [nnz], where the backend uses it
+
+
+class LatentGrads(NamedTuple):
+    """Gradients by latent; see :func:`latent_grads`."""
+
+    dec: Tensor | None  # [d_sae, d_in]
+    enc: Tensor | None  # [d_sae, d_in]
+    bias: Tensor | None  # [d_sae]
+    scale: Tensor | None = None  # [d_sae]: one over the norm of each row of W_dec
+    squares: Tensor | None = None  # [d_sae]: sums of squares of all three
+
+
+def by_latent(indices: Tensor, row_ptr: Tensor, d_sae: int) -> Sorted:
     order = indices.argsort(stable=True)
     rows = row_ids(row_ptr, indices.numel())[order]
-    ptr = pointers(torch.bincount(indices, minlength=d_sae))
-    return decode(weights[order], rows, ptr, data if offset is None else data - offset, None)
+    return Sorted(order, rows, pointers(torch.bincount(indices, minlength=d_sae)))
 
 
-def latent_sum(weights: Tensor, indices: Tensor, d_sae: int) -> Tensor:
-    """``sum of the weights of latent j's entries``, the gradient of an encoder bias. ``[d_sae]``."""
-    return weights.new_zeros(d_sae).index_add_(0, indices, weights)
+def latent_grads(
+    by: Sorted,
+    values: Tensor,
+    weight: Tensor | None = None,
+    along: Tensor | None = None,
+    extra: Tensor | None = None,
+    error: Tensor | None = None,
+    x: Tensor | None = None,
+    offset: Tensor | None = None,
+    W_dec: Tensor | None = None,
+) -> LatentGrads:
+    """The gradients of a latent's dictionary row, encoder vector and bias, in one pass over the code's entries.
+
+    With entries ``e`` of latent j in token order: ``dec[j] = sum of values_e * weight[row] * error[row]``, where
+    ``error`` is given; ``enc[j] = sum of g_e * (x[row] - offset)`` and ``bias[j] = sum of g_e``, where ``x`` is given.
+    ``g_e = along_e * weight[row] + extra_e`` is the gradient of a value, 0 where the value is 0 and did not fire;
+    what is None counts as 1 (``weight``) or 0. With ``W_dec`` the part of ``dec[j]`` along its row is removed, and
+    ``scale`` and ``squares`` are filled, where the backend does it on the way.
+    """
+    values = values[by.order]
+    each = 1.0 if weight is None else weight[by.rows]
+    dec = enc = bias = None
+    if error is not None:
+        dec = decode(values * each, by.rows, by.ptr, error, None)
+    if x is not None:
+        g = entry_grads(values, each, *(None if part is None else part[by.order] for part in (along, extra)))
+        enc = decode(g, by.rows, by.ptr, x if offset is None else x - offset, None)
+        bias = decode(g, by.rows, by.ptr, x.new_ones(x.shape[0], 1), None)[:, 0]
+    return LatentGrads(dec, enc, bias)
+
+
+def entry_grads(values: Tensor, each: Tensor | float, along: Tensor | None, extra: Tensor | None) -> Tensor:
+    """``g`` of :func:`latent_grads`; ``each`` is the weight of each entry's token."""
+    g = torch.zeros_like(values) if along is None else along * each
+    if extra is not None:
+        g = extra if along is None else g + extra
+    # A winner that ReLU clipped to zero did not fire: without the mask it would be trained all the same.
+    return g * (values != 0)
 
 
 def largest(key: Tensor, k: int) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from saelab.kernels.candidates import positions_of_largest, row_pointers
 from saelab.kernels.products import centred, wide_products
-from saelab.kernels.reference.backend import Effect, Ragged, Slack, gather_rows, latent_sum, pointers  # noqa: F401
+from saelab.kernels.reference.backend import Effect, Ragged, Slack, gather_rows, pointers  # noqa: F401
 from saelab.kernels.triton import select
 from saelab.kernels.triton.launch import launch
-from saelab.kernels.triton.ragged import decode, decode_error, latent_grad, value_grad  # noqa: F401
+from saelab.kernels.triton.ragged import by_latent, decode, decode_error, latent_grads, value_grad  # noqa: F401
 from saelab.kernels.triton.residual import pursue, pursue_backward  # noqa: F401
 from saelab.kernels.triton.shapes import group_size, list_shape, maxima_shape, power, streamed_block, whole_shape
 

@@ -1,4 +1,4 @@
-"""Launching the Triton kernels on ragged codes; popular latents are split into segments without asking the GPU."""
+"""Launching the Triton kernels on ragged codes."""
 
 # pyright: reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saelab.kernels.reference.backend import pointers, row_ids
-from saelab.kernels.triton import code
+from saelab.kernels.reference.backend import LatentGrads, Sorted
+from saelab.kernels.triton import code, latents
 from saelab.kernels.triton.launch import launch
-from saelab.kernels.triton.shapes import gather_shape, token_shape
+from saelab.kernels.triton.shapes import gather_shape, power, token_shape
 
-SEGMENT = 512  # entries of one latent that one program sums
+SEGMENT = 512  # entries that one program sums for a latent with more than twice as many, at least
 WIDEST = 8192  # d_in that one program holds in registers
 
 
@@ -51,54 +51,64 @@ def decode_error(
     return sse.to(x.dtype), recon.to(x.dtype), error.to(x.dtype), along.to(x.dtype)
 
 
-def latent_grad(
-    weights: Tensor, indices: Tensor, row_ptr: Tensor, data: Tensor, d_sae: int, offset: Tensor | None = None
-) -> Tensor:
-    order = indices.argsort(stable=True)
-    rows, data = row_ids(row_ptr, indices.numel())[order], data.contiguous()
-    begin, end, target, pieces = segments(pointers(torch.bincount(indices, minlength=d_sae)), indices.numel())
-    out = torch.empty(d_sae + pieces.rows, data.shape[1], dtype=torch.float32, device=data.device)
-    _gather(weights[order], rows, begin, end, target, data, offset, out)
-    if pieces.rows:
-        partial, ones = out[d_sae:], torch.ones(pieces.rows, device=data.device)
-        each = torch.arange(pieces.rows, device=data.device)
-        _gather(ones, each, pieces.begin, pieces.end, pieces.target, partial, None, out)
-    return out[:d_sae].to(data.dtype)
+def by_latent(indices: Tensor, row_ptr: Tensor, d_sae: int) -> Sorted:
+    latents, order = torch.sort(indices.int(), stable=True)
+    ptr = torch.searchsorted(latents, torch.arange(d_sae + 1, dtype=torch.int32, device=indices.device))
+    rows = torch.searchsorted(row_ptr, order, right=True).sub_(1)
+    return Sorted(order, rows, ptr, latents)
 
 
-class Pieces:
-    """The partial sums of latents with more than one segment: where they lie and which latent they add up to."""
+def latent_grads(
+    by: Sorted,
+    values: Tensor,
+    weight: Tensor | None = None,
+    along: Tensor | None = None,
+    extra: Tensor | None = None,
+    error: Tensor | None = None,
+    x: Tensor | None = None,
+    offset: Tensor | None = None,
+    W_dec: Tensor | None = None,
+) -> LatentGrads:
+    """See the reference. ``W_dec`` is taken note of where both matrices have gradients and a row fits one program."""
+    data = x if error is None else error
+    assert data is not None and by.latents is not None
+    nnz, d_sae, width, like = values.numel(), by.ptr.numel() - 1, data.shape[1], {"device": data.device}
+    project = W_dec is not None and error is not None and x is not None and width <= WIDEST
+    segment = segment_size(nnz, d_sae)
+    segments, n_parts = -(-nnz // segment), 2 * -(-nnz // segment)
+    # What a flag turns off is never read or written: any tensor stands in for it.
+    dec, enc, dec_parts, enc_parts = (
+        torch.empty(count if wanted is not None else 0, width, **like)
+        for count in (d_sae, n_parts)
+        for wanted in (error, x)
+    )
+    bias, scale, squares = (torch.empty(d_sae, **like) for _ in range(3))
+    bias_parts = torch.empty(n_parts, **like)
+    matrices = [t if t is None else t.contiguous() for t in (error, x, offset, W_dec)]
+    error, x, offset, W_dec = (data if t is None else t for t in matrices)
+    flags = {"SEGMENT": segment, "DEC": matrices[0] is not None, "ENC": matrices[1] is not None, "PROJECT": project}
+    options = {"WEIGHTED": weight is not None, "ALONG": along is not None, "EXTRA": extra is not None}
+    options["CENTRED"] = matrices[2] is not None
+    shape = token_shape(width) if project else gather_shape(width)
+    columns = -(-width // shape["BLOCK"])
+    lists = values, *(values if t is None else t.contiguous() for t in (weight, along, extra)), *by
+    out = dec, enc, bias, scale, squares
+    parts = dec_parts, enc_parts, bias_parts
+    sizes = nnz, d_sae, width, error.stride(0), x.stride(0), W_dec.stride(0)
+    inputs = error, x, offset, W_dec
+    grid, tensors = (d_sae + n_parts, columns), (*lists, *inputs, *out, *parts)
+    launch(latents.latents_kernel, grid, *tensors, *sizes, **flags, **options, **shape)
+    if segments > 2:  # else no latent can have more than two segments' worth
+        rest = {name: size for name, size in shape.items() if name != "ENTRIES"}
+        grid, sizes = (d_sae, columns), (width, W_dec.stride(0))
+        launch(latents.parts_kernel, grid, by.ptr, *parts, W_dec, *out, *sizes, **flags, **rest)
+    found = LatentGrads(*(None if t is None else o.to(data.dtype) for t, o in zip((*matrices[:2], matrices[1]), out)))
+    return found._replace(scale=scale, squares=squares) if project else found
 
-    def __init__(self, split: Tensor, parts: Tensor, rows: int, latents: int) -> None:
-        ends = torch.where(split, parts, 0).cumsum(0)
-        slots = torch.arange(latents, device=parts.device)
-        # The q-th split latent, found without a count that would stall the queue; surplus slots sum nothing.
-        self.target = torch.searchsorted(split.cumsum(0), slots, right=True)
-        exists = self.target < split.numel()
-        latent = self.target.clamp_max(split.numel() - 1)
-        self.end = torch.where(exists, ends[latent], 0)
-        self.begin = torch.where(exists, ends[latent] - parts[latent], 0)
-        self.target = torch.where(exists, latent, -1)
-        self.rows = rows
 
-
-def segments(ptr: Tensor, nnz: int) -> tuple[Tensor, Tensor, Tensor, Pieces]:
-    """``begin, end, target`` of at most ``d_sae + nnz // SEGMENT`` segments; split latents go to rows after d_sae."""
-    d_sae, split_at_most = ptr.numel() - 1, nnz // SEGMENT
-    parts = (ptr.diff() + SEGMENT - 1).div(SEGMENT, rounding_mode="floor").clamp_min(1)
-    ends = parts.cumsum(0)
-    piece = torch.arange(d_sae + split_at_most, device=ptr.device)
-    latent = torch.searchsorted(ends, piece, right=True)
-    exists = latent < d_sae
-    latent = latent.clamp_max(d_sae - 1)
-    part = piece - (ends - parts)[latent]
-    begin = torch.where(exists, ptr[latent] + part * SEGMENT, 0)
-    end = torch.where(exists, torch.minimum(begin + SEGMENT, ptr[latent + 1]), 0)
-    split = parts > 1
-    rows = 2 * split_at_most  # a latent with p > 1 segments has more than (p - 1) * SEGMENT entries
-    partial = d_sae + (torch.where(split, parts, 0).cumsum(0) - parts)[latent] + part
-    target = torch.where(exists, torch.where(split[latent], partial, latent), -1)
-    return begin, end, target, Pieces(split, parts, rows, split_at_most)
+def segment_size(nnz: int, d_sae: int) -> int:
+    """Entries of one latent that one program sums, at most twice as many: so that the parts need little memory."""
+    return max(SEGMENT, power(8 * nnz // max(d_sae, 1)))
 
 
 def _gather(values, indices, begin, end, target, data, offset, out) -> None:

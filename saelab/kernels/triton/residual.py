@@ -11,7 +11,7 @@ from saelab.kernels.reference import pursuit as pursuit_reference
 from saelab.kernels.reference.pursuit import Trace
 from saelab.kernels.triton import pursuit as triton_pursuit
 from saelab.kernels.triton.launch import launch
-from saelab.kernels.triton.ragged import latent_grad
+from saelab.kernels.triton.ragged import by_latent, latent_grads
 from saelab.kernels.triton.shapes import chain_shape, pursuit_shape
 
 WIDEST = 16384  # atoms whose products one program holds in registers
@@ -73,5 +73,6 @@ def pursue_backward(
             **chain_shape(d_in),
         )
         each = torch.arange(count * n_steps + 1, device=x.device)
-        d_W += latent_grad(torch.ones_like(each[1:], dtype=torch.float32), steps.reshape(-1), each, per_step, d_sae)
+        by, ones = by_latent(steps.reshape(-1), each, d_sae), torch.ones_like(each[1:], dtype=torch.float32)
+        d_W += latent_grads(by, ones, error=per_step).dec
     return d_x.to(x.dtype), d_W.to(W_dec.dtype)
