@@ -13,7 +13,7 @@ from torch import Tensor
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation.reconstruction import Progress, check_pair, count_firing, reconstruction
-from saelab.evaluation.report import Evaluation, l0_remark
+from saelab.evaluation.report import Evaluation, fit_remark, l0_remark
 from saelab.evaluation.same_model import check_same_model, plain_site
 from saelab.evaluation.splice import Replace, SplicedRun
 from saelab.evaluation.tasks.battery import TaskConfig, run_tasks
@@ -24,6 +24,7 @@ __all__ = [
     "Evaluation",
     "TaskConfig",
     "evaluate",
+    "fit_remark",
     "l0_remark",
     "run_tasks",
     "spliced",

@@ -56,6 +56,17 @@ class Evaluation:
         return path
 
 
+def fit_remark(fvu: float) -> str | None:
+    """One sentence if a reconstruction is worse than the mean of the activations, which every SAE of them beats."""
+    if not fvu >= 1:
+        return None
+    return (
+        f"FVU is {fvu:.3g}: the reconstruction is further from these activations than their mean is, so this SAE was "
+        "not trained on such; check its hook point, its model and the factor of the activations (input_scale), and "
+        "whether it is a transcoder"
+    )
+
+
 def l0_remark(sae: SAE, evaluation: Evaluation) -> str | None:
     """One sentence if the measured L0 is more than 5 % from the number of latents per token that ``sae`` asked for."""
     asked, found = sae.config.get(sae.l0_option), evaluation["l0"]

@@ -2,7 +2,7 @@
 
 An entry says which model a collection belongs to, where in the model its SAEs read, and on which text positions they
 were trained, so far as its authors published it. ``Collection.hooks`` is read like a list of rules: the first pattern
-that is found in ``REPOSITORY/PATH`` gives the hook point. ``RELEASES`` are the names under which SAELens lists them.
+that is found in ``REPOSITORY/PATH`` gives the hook point.
 
 Sources: the collections' repositories and papers, and SAELens 6.54.12.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from saelab.interop import releases
 from saelab.interop.foreign import Foreign
 from saelab.interop.origin import Origin
 
@@ -114,6 +115,23 @@ COLLECTIONS = (
         ((r"-SAE-l(?P<layer>\d+)", "blocks.{layer}.hook_resid_post"),),
     ),
     Collection(
+        "qresearch",
+        "qresearch",
+        "qresearch",
+        r"DeepSeek-R1-Distill-Llama-8B-SAE-l\d+(\.pt)?",
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        facts=BOS_1024,
+    ),
+    Collection(
+        "GPT-2 attention outputs (Kissane)",
+        "nanda",
+        "ckkissane",
+        r"attn-saes-gpt2-small-all-layers",
+        GPT2,
+        ((r"/gpt2-small_L(?P<layer>\d+)_Hcat_z_", "blocks.{layer}.attn.hook_z"),),
+        (("context_size", 128), ("prepend_bos", True)),
+    ),
+    Collection(
         "OpenAI's GPT-2 small SAEs",
         "openai",
         "",
@@ -169,50 +187,6 @@ COLLECTIONS = (
         r"sae-(?P<base>pythia-[\w.]+?(-deduped)?)-\d+k",
         "EleutherAI/{base}",
     ),
-)
-
-# SAELens' names "release/id", and where the files are: "owner/repository/path". {PLACE} is {place} in capitals.
-# Gemma Scope 2: SAELens' word for a place -> folder of the repository.
-PLACES = (("res", "resid_post"), ("mlp", "mlp_out"), ("att", "attn_out"), ("transcoders", "transcoder"))
-RELEASES: tuple[tuple[str, str], ...] = (
-    *(
-        (
-            rf"gemma-scope-2-(?P<size>\d+[mb])-(?P<tuning>pt|it)-{short}(?P<all>-all)?/(?:{folder}/)?(?P<id>layer_.+)",
-            "google/gemma-scope-2-{size}-{tuning}/" + folder + "{all_}/{id}",
-        )
-        for short, folder in PLACES
-    ),
-    (r"gpt2-small-res-jb/(?P<id>.+)", "jbloom/GPT2-Small-SAEs-Reformatted/{id}"),
-    (r"gpt2-small-res-jb-feature-splitting/(?P<id>.+)", "jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8/{id}"),
-    (
-        r"gpt2-small-resid-post-v5-32k/blocks\.(?P<layer>\d+)\..+",
-        "jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs/v5_32k_layer_{layer}.pt",
-    ),
-    (
-        r"gpt2-small-(?P<place>resid-post|resid-mid|mlp-out|attn-out)-v5-(?P<width>32|128)k/blocks\.(?P<layer>\d+)\..+",
-        "jbloom/GPT2-Small-OAI-v5-{width}k-{place}-SAEs/v5_{width}k_layer_{layer}",
-    ),
-    (
-        r"llama_scope_lx(?P<place>[ram])_(?P<times>\d+)x/l(?P<layer>\d+)[ram]_\d+x",
-        "fnlp/Llama3_1-8B-Base-LX{PLACE}-{times}x/Llama3_1-8B-Base-L{layer}{PLACE}-{times}x",
-    ),
-    (
-        r"mistral-7b-res-wg/blocks\.(?P<layer>\d+)\..+",
-        "JoshEngels/Mistral-7B-Residual-Stream-SAEs/mistral_7b_layer_{layer}",
-    ),
-    (
-        r"goodfire-llama-3\.3-70b-instruct/layer_50",
-        "Goodfire/Llama-3.3-70B-Instruct-SAE-l50/Llama-3.3-70B-Instruct-SAE-l50.pt",
-    ),
-    (
-        r"goodfire-llama-3\.1-8b-instruct/layer_19",
-        "Goodfire/Llama-3.1-8B-Instruct-SAE-l19/Llama-3.1-8B-Instruct-SAE-l19.pth",
-    ),
-    (
-        r"gemma-2-2b-res-matryoshka-dc/(?P<id>.+)",
-        "chanind/gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40/standard/{id}",
-    ),
-    (r"gemma-2-9b-res-matryoshka-dc/(?P<id>.+)", "chanind/gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60/{id}"),
 )
 
 # TransformerLens' names of models, which SAELens' files record, and the hub's.
@@ -295,11 +269,8 @@ def on_hub(name: str) -> str | None:
 
     ``name`` is ``repository/path`` without the owner, or SAELens' ``release/id``.
     """
-    for pattern, place in RELEASES:
-        if match := re.fullmatch(pattern, name):
-            groups = {key: value or "" for key, value in match.groupdict().items()}
-            groups["all_"] = "_all" if groups.get("all") else ""
-            return place.format(**groups, **{k.upper(): v.upper() for k, v in groups.items()})
+    if found := releases.place(name):
+        return found
     first, _, inside = name.partition("/")
     for collection in COLLECTIONS:
         if inside and collection.owner and re.fullmatch(collection.repository, first):

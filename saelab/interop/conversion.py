@@ -59,7 +59,7 @@ def export(
         form = doubled(form)
     with new_folder(Path(folder)) as temporary:
         known[to](form, temporary, dict(metadata or {}))
-        proof = prove(sae, read(temporary).to_sae(), random_probe(sae) if probe is None else probe)
+        proof = prove(sae, read(temporary, is_sae=True).to_sae(), random_probe(sae) if probe is None else probe)
         _check(proof, f"the {to} export")
     return proof
 

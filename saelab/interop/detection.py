@@ -47,8 +47,11 @@ def detect(path: Path) -> Format:
     raise UserError(f"{path} is in no SAE format known here (found {inside}); known: {', '.join(sorted(FORMATS))}")
 
 
-def read(path: Path | str, **options: Any) -> Foreign:
-    """The SAE at ``path`` in canonical form; ``options`` give what a bare file lacks (overcomplete: k, pursuit)."""
+def read(path: Path | str, is_sae: bool = False, **options: Any) -> Foreign:
+    """The SAE at ``path`` in canonical form; ``options`` give what a bare file lacks (overcomplete: k, pursuit).
+
+    With ``is_sae`` it is taken for an SAE although nothing about it says so and its directions speak against it.
+    """
     path = Path(path)
     form = detect(path)
     if unknown := sorted(options.keys() - set(form.options)):
@@ -56,8 +59,14 @@ def read(path: Path | str, **options: Any) -> Foreign:
     try:
         foreign = form.read(path, **options)
         complete(foreign, path)
-        if foreign.W_enc is not None and (note := kind.doubt(foreign.W_enc, foreign.W_dec)):
-            foreign.notes.append(note)
+        if foreign.W_enc is not None and (reason := kind.doubt(foreign.W_enc, foreign.W_dec)):
+            placed = any(foreign.metadata.get(name) for name in ("hook_name", "hf_hook_name"))
+            if not (is_sae or placed or form.tells_kind):
+                raise UserError(
+                    f"{path} may be a transcoder: neither its files nor its name say what it reads, and {reason}; "
+                    "put it into a folder named as its repository, or vouch for it with --is-sae (is_sae=True)"
+                )
+            foreign.notes.append(reason)
         return foreign
     except UserError:
         raise

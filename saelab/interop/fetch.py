@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -15,9 +16,10 @@ from saelab.interop.formats import FORMATS
 from saelab.layout import CARD, CONFIG, EVALUATION, EXTRA, WEIGHTS
 
 # org/repo, then optionally a folder or file in it; no empty parts, no dots that climb.
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(/[\w.:-]+)*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(/[\w.:+-]+)*")
 PREFIX = re.compile(r"hf:/{1,2}")  # pathlib makes one slash of two
 REACH = "check its name, the connection and your token"
+WEIGHT_FILES = {".pt", ".pth", ".bin", ".npz", ".safetensors"}
 OWN = (CONFIG, WEIGHTS, EXTRA, EVALUATION, CARD)
 
 
@@ -66,7 +68,7 @@ def download(hub_id: str, revision: str | None = None) -> Path:
     """Fetch the folder or file ``org/repo/path`` (the files of known formats) and return its local path."""
     repo, inside = split_id(hub_id)
     wanted = wanted_files()
-    patterns = [f"{inside}/{name}" for name in wanted] + [inside] if inside else wanted
+    patterns = [f"{inside}/{name}" for name in wanted] + [inside] + _beside(inside, wanted) if inside else wanted
     try:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, endpoint=endpoint()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -75,6 +77,13 @@ def download(hub_id: str, revision: str | None = None) -> Path:
     if not found.exists():
         raise UserError(f"{repo} has nothing at {inside!r}; look at its files on the hub")
     return found
+
+
+def _beside(inside: str, wanted: Sequence[str]) -> list[str]:
+    """The files of settings that may lie beside a single file, under their own name or that of the file."""
+    file = PurePosixPath(inside)
+    names = {name.replace("*", file.stem) for name in wanted if name.endswith(".json") and "/" not in name}
+    return [str(file.with_name(name)) for name in sorted(names)] if file.suffix in WEIGHT_FILES else []
 
 
 def wanted_files() -> list[str]:

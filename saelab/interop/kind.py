@@ -69,15 +69,15 @@ def check_unknown(path: Path) -> None:
 
 
 def doubt(W_enc: Tensor, W_dec: Tensor) -> str | None:
-    """The note on an encoder ``[d_in, d_sae]`` and a decoder ``[d_sae, d_in]`` whose directions are unrelated.
+    """The reason to doubt an encoder ``[d_in, d_sae]`` and a decoder ``[d_sae, d_in]``: unrelated directions.
 
-    Training an SAE turns each latent's two directions to each other; a transcoder's lie in different spaces. Where
-    nothing else tells them apart, this is a hint, no proof.
+    Training an SAE turns each latent's two directions to each other; a transcoder's lie in different spaces. That is a
+    hint, no proof.
     """
     cosine = torch.nn.functional.cosine_similarity(W_enc.T, W_dec, dim=1).median().item()
     if abs(cosine) >= UNRELATED:
         return None
-    return f"encoder and decoder directions are unrelated (median cosine {cosine:.3f}): it may be a transcoder"
+    return f"encoder and decoder directions are unrelated (median cosine {cosine:.3f}), as a transcoder's are"
 
 
 def _what(found: re.Match[str]) -> str:

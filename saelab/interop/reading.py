@@ -24,6 +24,7 @@ from saelab.interop import kind
 MAX_NUMBERS = 2**33  # tensors of one SAE: 32 GiB in float32, above any published SAE
 MAX_JSON = 16 * 2**20  # bytes
 AGAIN = "get the file again"
+SHARDS = ".index.json"  # behind the name of a safetensors file that is split: which file holds which tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -42,12 +43,25 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> dict[str, Any]:
     """The tensors of a safetensors, ``.npz`` or torch file; a torch file may hold plain values beside them.
 
-    Torch files are read with ``weights_only=True``: one that would run code is refused.
+    Torch files are read with ``weights_only=True``: one that would run code is refused. A safetensors file may be split
+    into several, with an index beside them.
     """
+    if path.suffix == ".safetensors" and not path.is_file() and has_tensors(path):
+        return _shards(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file; name a checkpoint")
     reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix, _torch)
     return reader(path)
+
+
+def has_tensors(path: Path) -> bool:
+    """Whether there is a file at ``path``, or the index of a safetensors file of that name that is split."""
+    return path.is_file() or path.with_name(path.name + SHARDS).is_file()
+
+
+def split_files(name: str) -> tuple[str, ...]:
+    """The patterns of all files that the safetensors file ``name`` may consist of."""
+    return name, f"{name}{SHARDS}", f"{name.removesuffix('.safetensors')}-*-of-*.safetensors"
 
 
 def checked(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: Path) -> dict[str, Any]:
@@ -135,6 +149,24 @@ def _safetensors(path: Path) -> dict[str, Any]:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); {AGAIN}") from error
+
+
+def _shards(path: Path) -> dict[str, Any]:
+    index = path.with_name(path.name + SHARDS)
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} does not say which file holds which tensor; {AGAIN}")
+    tensors: dict[str, Any] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names {name!r}, which is no safetensors file beside it; {AGAIN}")
+        if not (path.parent / name).is_file():
+            raise UserError(f"{path.parent / name} is missing, which holds a part of {path.name}; {AGAIN}")
+        held = _safetensors(path.parent / name)
+        tensors |= {key: held[key] for key, place in places.items() if place == name and key in held}
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise UserError(f"{index} promises {missing[0]!r}, which no file holds; {AGAIN}")
+    return tensors
 
 
 def _npz(path: Path) -> dict[str, Any]:

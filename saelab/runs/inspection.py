@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, damaged
+from saelab.evaluation import fit_remark
 from saelab.interop.reading import read_json, read_tensors
 from saelab.layout import EVALUATION
 from saelab.runs.run import Run
@@ -67,6 +68,7 @@ def inspect(
     _recorded(Path(run.path or path), sae, facts)
     if cache is not None:
         _measured(sae.to(device), cache, max_rows, facts)
+        notes.extend(filter(None, [fit_remark(facts["fvu"] or 0.0)]))
     if facts.get("dead_estimate"):
         notes.append(f"{facts['dead_estimate']} latents are dead by {facts['dead_estimate_from']}")
     return facts

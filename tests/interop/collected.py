@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 D_IN, D_SAE, K = 16, 40, 4
@@ -112,6 +112,30 @@ def saelens_flat(folder: Path, **more: Any) -> Path:
     tensors = {**weights(), **more.pop("tensors", {})}
     put(folder / "cfg.json", {**config, "normalize_activations": "none", "prepend_bos": True, **more})
     put(folder / "sae_weights.safetensors", tensors)
+    return folder
+
+
+def nanda(file: Path, **more: Any) -> Path:
+    """A torch file beside the settings of its training, as Kissane et al. publish them."""
+    config = {"act_name": "blocks.5.attn.hook_z", "act_size": D_IN, "dict_size": D_SAE, "seq_len": 128, "layer": 5}
+    put(file.with_name(file.stem + "_cfg.json"), {**config, "model_name": "gpt2-small", "concat_heads": True, **more})
+    put(file, weights())
+    return file
+
+
+def qresearch(file: Path) -> Path:
+    put(file, linear(weights()))
+    return file
+
+
+def split(folder: Path, name: str) -> Path:
+    """The safetensors file ``name`` of ``folder`` as two, with an index beside them."""
+    tensors, stem = load_file(folder / name), name.removesuffix(".safetensors")
+    places = {key: f"{stem}-{1 + i % 2:05}-of-00002.safetensors" for i, key in enumerate(sorted(tensors))}
+    for place in set(places.values()):
+        put(folder / place, {key: tensors[key] for key in tensors if places[key] == place})
+    put(folder / f"{name}.index.json", {"metadata": {"total_size": 1}, "weight_map": places})
+    (folder / name).unlink()
     return folder
 
 

@@ -191,7 +191,7 @@ def tied(d: int = 4) -> SAE:
 def test_a_tie_at_rank_k_does_not_fail_a_right_export(tmp_path: Path) -> None:
     sae, x = tied(), torch.rand(20, 4) + 0.5
     export(sae, tmp_path / "out", "sparsify", probe=x)
-    theirs = load(tmp_path / "out")
+    theirs = load(tmp_path / "out", is_sae=True)
     code = theirs.encode(x).dense()
     ours = sae.encode(x).dense()
     assert not torch.equal(ours != 0, (code[:, :8] - code[:, 8:]) != 0), "the tie is decided otherwise there"
@@ -202,7 +202,7 @@ def test_a_tie_excuses_neither_another_value_nor_another_decoder_nor_another_k(t
     sae, x = tied(), torch.rand(20, 4) + 0.5
     export(sae, tmp_path / "out", "sparsify", probe=x)
     for change in ("W_dec", "b_enc", "k"):
-        theirs = load(tmp_path / "out")
+        theirs = load(tmp_path / "out", is_sae=True)
         with torch.no_grad():
             if change == "W_dec":
                 theirs.W_dec[1] *= 1.01  # the row that is chosen there

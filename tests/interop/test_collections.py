@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from saelab import Run, inspect, load
 from saelab.cli import main
+from saelab.cli.opening import results_folder
+from saelab.errors import UserError
 from saelab.interop import FORMATS, collections
 from saelab.interop.collections import COLLECTIONS, on_hub
 from saelab.interop.fetch import full_name, resolve
@@ -245,6 +248,24 @@ CASES = {
         "blocks.8.hook_resid_pre",
         "mistralai/Mistral-7B-v0.1",
     ),
+    "kissane": Case(
+        collected.nanda,
+        "ckkissane/attn-saes-gpt2-small-all-layers",
+        "gpt2-small_L5_Hcat_z_lr1.20e-03_l11.00e+00_ds49152_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9.pt",
+        subtracting_relu,
+        "blocks.5.attn.hook_z",
+        "openai-community/gpt2",
+        128,
+    ),
+    "qresearch": Case(
+        collected.qresearch,
+        "qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19",
+        "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt",
+        plain_relu,
+        "blocks.19.hook_resid_post",
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        1024,
+    ),
     "sparsify": Case(
         collected.sparsify,
         "EleutherAI/sae-llama-3-8b-32x",
@@ -277,6 +298,13 @@ CASES = {
 }
 
 
+SPLIT = {
+    "gemma scope 2 mlp": "params.safetensors",
+    "llama scope residual": "checkpoints/final.safetensors",
+    "llama scope r1": "sae_weights.safetensors",
+    "gpt-2 residual": "sae_weights.safetensors",
+    "sparsify": "sae.safetensors",
+}
 CONVERTED = ["gemma scope mlp", "gemma scope embedding", "gemma scope 2 mlp", "llama scope mlp", "qwen scope"]
 GEMMA = ["gemma scope tuned", "gemma scope mlp", "gemma scope attention", "gemma scope embedding"]
 
@@ -304,6 +332,32 @@ def test_numbers_hook_and_model(name: str, in_cache: bool, tmp_path: Path) -> No
     torch.testing.assert_close(run.sae.decode(code), recon.float(), **EXACT)
     assert (run.hook_name, run.model_name) == (case.hook, case.model)
     assert run.recorded.get("context_size") == case.context
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_weights_in_several_files(name: str, tmp_path: Path) -> None:
+    case, (place, _, file) = CASES[name], SPLIT[name].rpartition("/")
+    whole, path = made(case, tmp_path / "whole", False), made(case, tmp_path / "parts", False)
+    folder = collected.split(path / place, file)
+    x = torch.randn(50, D_IN)
+    torch.testing.assert_close(load(path)(x), load(whole)(x), rtol=0, atol=0)
+    assert [run.path for run in Run.scan(tmp_path / "parts").values()] == [path]
+    copied = results_folder(Run(path=path, origin="hf://a/b/c"), tmp_path / "copy")
+    torch.testing.assert_close(load(copied)(x), load(whole)(x), rtol=0, atol=0)
+    index = folder / f"{file}.index.json"
+    part = next(iter(folder.glob("*-00002-of-00002.safetensors")))
+    part.rename(part.with_suffix(".kept"))
+    with pytest.raises(UserError, match="is missing, which holds a part of"):
+        load(path)
+    part.with_suffix(".kept").rename(part)
+    content = json.loads(index.read_text())
+    collected.put(index, {"weight_map": {**content["weight_map"], "more": part.name}})
+    with pytest.raises(UserError, match="promises 'more', which no file holds"):
+        load(path)
+    for wrong in ({"weight_map": {"W_dec": "../../else.safetensors"}}, {"weight_map": [1]}, {"weight_map": {"a": 3}}):
+        collected.put(index, wrong)
+        with pytest.raises(UserError, match=r"index\.json"):
+            load(path)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +444,25 @@ NAMES = {
         "Goodfire/Llama-3.1-8B-Instruct-SAE-l19/Llama-3.1-8B-Instruct-SAE-l19.pth"
     ),
     "mistral-7b-res-wg/blocks.8.hook_resid_pre": "JoshEngels/Mistral-7B-Residual-Stream-SAEs/mistral_7b_layer_8",
+    "gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonical": (
+        "google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
+    ),
+    "gemma-scope-9b-pt-res/layer_20/width_524k/canonical": (
+        "google/gemma-scope-9b-pt-res/layer_20/width_524k/average_l0_48"
+    ),
+    "gemma-scope-9b-it-res-canonical/layer_31/width_131k/canonical": (
+        "google/gemma-scope-9b-it-res/layer_31/width_131k/average_l0_109"
+    ),
+    "gpt2-small-hook-z-kk/blocks.5.hook_z": "ckkissane/attn-saes-gpt2-small-all-layers/"
+    "gpt2-small_L5_Hcat_z_lr1.20e-03_l11.00e+00_ds49152_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9.pt",
+    "gpt2-small-mlp-tm/blocks.11.hook_mlp_out": (
+        "tommmcgrath/gpt2-small-mlp-out-saes/sae_group_gpt2_blocks.11.hook_mlp_out_24576:v2"
+    ),
+    "qwen-scope-3.5-35b-a3b-base-w128k-l100/layer3": ("Qwen/SAE-Res-Qwen3.5-35B-A3B-Base-W128K-L0_100/layer3.sae.pt"),
+    "sae_bench_gemma-2-2b_topk_width-2pow12_date-1109/blocks.5.hook_resid_post__trainer_5_step_97": (
+        "canrager/saebench_gemma-2-2b_width-2pow12_date-1109/gemma-2-2b_topk_width-2pow12_date-1109/"
+        "resid_post_layer_5_checkpoints/trainer_5_step_97"
+    ),
     "SAE-Res-Qwen3-8B-Base-W64K-L0_50/layer3.sae.pt": "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50/layer3.sae.pt",
 }
 
@@ -404,6 +477,22 @@ def test_an_sae_is_found_by_the_name_of_its_collection(
     assert on_hub(name) == NAMES[name] and full_name(name) == f"hf://{NAMES[name]}"
     resolve(name)
     assert asked == [NAMES[name]]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gemma-scope-2b-pt-res/layer_99/width_16k/canonical", "it has layers 0, 1, 2"),
+        ("gemma-scope-2b-pt-res-canonical/layer_3/width_7k/canonical", "it has width_16k, width_1m"),
+        ("gemma-scope-27b-pt-mlp/layer_3/width_16k/canonical", "it has no such names"),
+        ("mwhanna-qwen3-4b-transcoders/layer_0", "holds transcoders, not SAEs"),
+        ("temporal-sae-gemma-2-2b/blocks.12.hook_resid_post", "holds temporal SAEs, not SAEs"),
+    ],
+)
+def test_names_of_what_is_not_there_are_refused_in_one_line(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as error:
+        load(name)
+    assert "\n" not in str(error.value)
 
 
 def test_names_are_local_first_and_unknown_ones_are_not_touched(
@@ -425,13 +514,15 @@ def test_names_are_those_of_saelens() -> None:
     wrong, checked = [], 0
     for release, entry in get_pretrained_saes_directory().items():
         for sae_id, path in entry.saes_map.items():
-            place = on_hub(f"{release}/{sae_id}")
-            if place is None or place.endswith("/canonical"):
+            try:
+                place = on_hub(f"{release}/{sae_id}")
+            except UserError as error:
+                assert "not SAEs" in str(error)
                 continue
             checked += 1
             if place != f"{entry.repo_id}/{path}":
                 wrong.append((release, sae_id, place))
-    assert not wrong[:5] and checked > 5000, checked
+    assert not wrong[:5] and checked > 13000, checked
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,14 +9,18 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
 
 from saelab.errors import UserError
 from saelab.interop import from_pretrained
+from saelab.interop.fetch import download
+from saelab.runs import Run
 from saelab.runs.publishing import push_to_hub
 from saelab.sae.weights import save
+from tests.interop import collected
 from tests.interop.examples import example, probe
 
 HOOK = "blocks.9.hook_resid_post"
@@ -66,7 +70,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if "/resolve/" in self.path:
-            name = self.path.split("/resolve/")[1].split("/", 1)[1]
+            name = unquote(self.path.split("/resolve/")[1].split("/", 1)[1])
             if name not in self.files:
                 self.answer(b"", 404, X_Error_Code="EntryNotFound")
                 return
@@ -149,3 +153,14 @@ def test_what_is_not_there_is_said(hub: dict[str, bytes], tmp_path: Path) -> Non
         from_pretrained("org/repo", "blocks.1.hook_resid_post")
     with pytest.raises(UserError, match="could not be fetched"):
         from_pretrained("org/other")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_the_settings_beside_a_single_file_come_with_it(hub: dict[str, bytes], tmp_path: Path) -> None:
+    file = collected.nanda(tmp_path / "there" / "gpt2-small_L5_lr1.0e+00.pt")
+    for path in file.parent.iterdir():
+        hub[f"all/{path.name}"] = path.read_bytes()
+    hub["all/other_cfg.json"] = b"{}"
+    found = download("org/repo/all/gpt2-small_L5_lr1.0e+00.pt")
+    assert sorted(path.name for path in found.parent.iterdir()) == sorted(p.name for p in file.parent.iterdir())
+    assert Run.open(found).hook_name == "blocks.5.attn.hook_z"

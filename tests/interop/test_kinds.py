@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from saelab.cli import main
+from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.interop import load, read
 from saelab.runs import Run
+from saelab.sae import build
+from saelab.training import TrainConfig, train
 from tests.interop import collected
 from tests.interop.collected import D_IN, D_SAE, cached, put, weights
 
@@ -187,15 +191,40 @@ def test_what_is_in_no_format_is_called_by_its_name(make: collected.Maker, match
     assert "\n" not in str(error.value)
 
 
-def test_unrelated_directions_are_a_note(tmp_path: Path) -> None:
+def test_unrelated_directions_are_refused_where_nothing_speaks_for_an_sae(tmp_path: Path) -> None:
     """Gemma Scope's transcoder in a folder whose name says nothing: only its directions give it away."""
     torch.manual_seed(0)
     wide = {"W_enc": torch.randn(64, 400), "W_dec": torch.randn(400, 64), "b_enc": torch.zeros(400)}
     more = {"b_dec": torch.zeros(64), "threshold": torch.full((400,), 0.1)}
     put(tmp_path / "a" / "params.npz", {**wide, **more})
     put(tmp_path / "b" / "params.npz", {**wide, **more, "W_enc": wide["W_dec"].T + 2 * wide["W_enc"]})
-    assert any("may be a transcoder" in note for note in read(tmp_path / "a").notes)
+    with pytest.raises(UserError, match="may be a transcoder: neither its files nor its name"):
+        load(tmp_path / "a")
+    assert any("as a transcoder's are" in note for note in read(tmp_path / "a", is_sae=True).notes)
     assert not read(tmp_path / "b").notes
+    main(["convert", str(tmp_path / "a"), str(tmp_path / "c"), "--to", "saelab", "--is-sae"])
+    assert any("as a transcoder's are" in note for note in Run.open(tmp_path / "c").notes)
+    named = tmp_path / "gemma-scope-2b-pt-res" / "layer_3" / "width_16k" / "average_l0_59"
+    put(named / "params.npz", {**wide, **more})
+    assert any("as a transcoder's are" in note for note in read(named).notes)
+
+
+@pytest.mark.parametrize("belongs", [True, False])
+def test_a_reconstruction_worse_than_the_mean_is_remarked(
+    belongs: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An SAE of another place, on activations that it was not trained on; a trained one is passed over in silence."""
+    acts = torch.randn(4096, D_IN, generator=torch.Generator().manual_seed(0)) + 3
+    cache, path = ActivationCache.from_tensors(tmp_path / "cache", acts, context_length=64), tmp_path / "run"
+    if belongs:
+        train(build("topk", D_IN, 64, k=8), cache, TrainConfig(epochs=3, batch_size=256, lr=3e-3), path)
+    else:
+        collected.saelens(path)
+    for command in (["evaluate", "--lm-tokens", "0"], ["index", "--model", "none"], ["inspect"]):
+        capsys.readouterr()
+        main([command[0], str(path), "--cache", str(cache.path), *command[1:]])
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert ("further from these activations than their mean" in said) is not belongs, said
 
 
 def test_folders_far_above_do_not_count(tmp_path: Path) -> None:

@@ -14,7 +14,16 @@ from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_with_cache
 from saelab.cli.placement import computing_device
 from saelab.errors import UserError
-from saelab.evaluation import EvaluateConfig, Evaluation, TaskConfig, evaluate, l0_remark, run_tasks, saebench_json
+from saelab.evaluation import (
+    EvaluateConfig,
+    Evaluation,
+    TaskConfig,
+    evaluate,
+    fit_remark,
+    l0_remark,
+    run_tasks,
+    saebench_json,
+)
 from saelab.files import write_json
 from saelab.lm.record import ModelRecord
 
@@ -91,7 +100,7 @@ def run(
         result = evaluate(sae, cache, model, config, progress)
         result.tasks = found
     console.print(f"saved to {result.save(folder)}", markup=False, soft_wrap=True)
-    if (remark := l0_remark(sae, result)) is not None:
+    for remark in filter(None, (fit_remark(result["fvu"]), l0_remark(sae, result))):
         console.print(f"note: {remark}", markup=False, soft_wrap=True)
     if saebench is not None:
         write_saebench(result, folder, saebench, wanted)

@@ -14,14 +14,19 @@ from einops import reduce
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.models import ModelOptions, open_model
-from saelab.cli.opening import open_with_cache
+from saelab.cli.opening import open_with_cache, print_notes
 from saelab.cli.placement import computing_device
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
+from saelab.evaluation import fit_remark
+from saelab.evaluation.reconstruction import reconstruction
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
 from saelab.layout import LOGIT_LENS
 from saelab.lm import unembedding
 from saelab.lm.record import ModelRecord
+from saelab.sae import SAE
+
+FIT_ROWS = 2048  # on which it is seen whether the SAE belongs to the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +92,15 @@ def run(
     lens = kept or load_lens(model, cache)
     if keep_unembedding and lens is not None:
         lens.save(folder / LOGIT_LENS, model.model or record.name, record.fingerprint)
+    print_notes(filter(None, [fit_remark(fit(opened.sae, cache))]))
     with stages() as progress:
         return build_index(opened.sae, cache, folder, lens=lens, config=config, progress=progress, overwrite=overwrite)
+
+
+def fit(sae: SAE, cache: ActivationCache) -> float:
+    """FVU on some rows of the cache: an index of an SAE that does not belong to it looks like any other."""
+    split = "held_out" if cache.n_split("held_out") else "train"
+    return reconstruction(sae, cache, split=split, max_tokens=FIT_ROWS)[0].estimates()["fvu"].value
 
 
 def load_lens(options: LensOptions, cache: ActivationCache) -> LogitLens | None:

@@ -28,10 +28,13 @@ class FormatHints:
     input_scale: float | None = None
     """For an SAE of SAELens or Llamascopium that was trained on scaled activations: the factor, if no file has it."""
 
+    is_sae: bool = False
+    """Take a file for an SAE that says nothing of itself and looks like a transcoder; `convert` keeps that."""
+
     def hints(self) -> dict[str, Any]:
         """The hints that were given, as keyword arguments of the readers."""
         said = {"k": self.k, "pursuit": self.pursuit or None, "threshold": self.threshold}
-        said["input_scale"] = self.input_scale
+        said |= {"input_scale": self.input_scale, "is_sae": self.is_sae or None}
         return {name: value for name, value in said.items() if value is not None}
 
 

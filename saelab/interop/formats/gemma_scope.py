@@ -11,7 +11,7 @@ from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.origin import Origin
-from saelab.interop.reading import checked, matrix_shape, read_json, read_tensors
+from saelab.interop.reading import checked, has_tensors, matrix_shape, read_json, read_tensors, split_files
 
 FILES = ("params.npz", "params.safetensors")
 # Where version 2 reads, as Hugging Face modules -> TransformerLens' name. The MLP's output is that after its norm.
@@ -25,7 +25,7 @@ HOOKS = {
 def sniff(path: Path) -> bool:
     """``params.npz`` or ``params.safetensors``, or the folder with it."""
     if path.is_dir():
-        return any((path / name).is_file() for name in FILES)
+        return any(has_tensors(path / name) for name in FILES)
     return path.name in FILES and path.is_file()
 
 
@@ -36,7 +36,7 @@ def read(path: Path) -> Foreign:
     """
     file = path
     if path.is_dir():
-        file = next(path / name for name in FILES if (path / name).is_file())
+        file = next(path / name for name in FILES if has_tensors(path / name))
     config_file = file.parent / "config.json"
     config = read_json(config_file) if file.suffix == ".safetensors" and config_file.is_file() else {}
     raw = {str(name).replace("w_", "W_"): value for name, value in read_tensors(file).items()}
@@ -87,4 +87,4 @@ def _metadata(config: dict[str, Any], file: Path) -> dict[str, Any]:
     return metadata
 
 
-register(Format("gemma_scope", (*FILES, "config.json"), sniff, read))
+register(Format("gemma_scope", ("params.npz", *split_files("params.safetensors"), "config.json"), sniff, read))

@@ -10,7 +10,7 @@ from saelab.errors import UserError
 from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
-from saelab.interop.reading import read_json, read_linear, read_tensors
+from saelab.interop.reading import read_json, read_linear, read_tensors, split_files
 
 
 def sniff(path: Path) -> bool:
@@ -55,4 +55,4 @@ def read(path: Path) -> Foreign:
     )
 
 
-register(Format("llama_scope", ("hyperparams.json", "checkpoints/final.safetensors"), sniff, read))
+register(Format("llama_scope", ("hyperparams.json", *split_files("checkpoints/final.safetensors")), sniff, read))

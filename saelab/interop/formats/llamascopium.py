@@ -11,7 +11,7 @@ from saelab.errors import UserError
 from saelab.interop import kind, normalisation
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
-from saelab.interop.reading import checked, matrix_shape, read_json, read_linear, read_tensors
+from saelab.interop.reading import checked, has_tensors, matrix_shape, read_json, read_linear, read_tensors, split_files
 
 NORM = "dataset_average_activation_norm."  # followed by the hook point: a scalar in the weights
 THRESHOLD = "log_jumprelu_threshold"  # possibly behind the name of a module
@@ -21,7 +21,7 @@ ACTIVATIONS = {"relu": "relu", "jumprelu": "jump_relu", "topk": "topk"}
 def sniff(path: Path) -> bool:
     """``config.json``, and no ``cfg.json``, beside a file named like SAELens' weights."""
     is_saelens = (path / "cfg.json").is_file()
-    return not is_saelens and (path / "config.json").is_file() and (path / "sae_weights.safetensors").is_file()
+    return not is_saelens and (path / "config.json").is_file() and has_tensors(path / "sae_weights.safetensors")
 
 
 def read(path: Path, input_scale: float | None = None) -> Foreign:
@@ -103,5 +103,5 @@ def _normalise(
         foreign.notes.append(f"trained on activations times {foreign.input_scale:.4g}; the factor is folded in")
 
 
-FILES = ("config.json", "sae_weights.safetensors")
+FILES = ("config.json", *split_files("sae_weights.safetensors"))
 register(Format("llamascopium", FILES, sniff, read, options=("input_scale",)))

@@ -13,7 +13,7 @@ from saelab.files import write_json, write_tensors
 from saelab.interop import collections, kind, normalisation
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
-from saelab.interop.reading import checked, read_json, read_tensors
+from saelab.interop.reading import checked, has_tensors, read_json, read_tensors, split_files
 from saelab.sae.inference import InferenceForm
 from saelab.sae.weights import SAELENS_VERSION
 
@@ -42,7 +42,7 @@ FACTORS = ("finetuning_scaling_factor", "scaling_factor")  # names of the factor
 
 def sniff(path: Path) -> bool:
     """A folder with SAELens' two files."""
-    return (path / "cfg.json").is_file() and (path / "sae_weights.safetensors").is_file()
+    return (path / "cfg.json").is_file() and has_tensors(path / "sae_weights.safetensors")
 
 
 def read(path: Path, input_scale: float | None = None) -> Foreign:
@@ -263,5 +263,5 @@ def write(form: InferenceForm, folder: Path, metadata: dict[str, Any]) -> None:
     write_json(folder / "cfg.json", config)
 
 
-FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", SCALER, WHITENING)
-register(Format("saelens", FILES, sniff, read, write, options=("input_scale",)))
+FILES = ("cfg.json", *split_files("sae_weights.safetensors"), "sparsity.safetensors", SCALER, WHITENING)
+register(Format("saelens", FILES, sniff, read, write, options=("input_scale",), tells_kind=True))

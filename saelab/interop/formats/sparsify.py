@@ -11,13 +11,13 @@ from saelab.files import write_json, write_tensors
 from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register, subtracting_bias
-from saelab.interop.reading import checked, matrix_shape, read_json, read_tensors
+from saelab.interop.reading import checked, has_tensors, matrix_shape, read_json, read_tensors, split_files
 from saelab.sae.inference import InferenceForm
 
 
 def sniff(path: Path) -> bool:
     """A folder with ``sae.safetensors``."""
-    return (path / "sae.safetensors").is_file()
+    return has_tensors(path / "sae.safetensors")
 
 
 def read(path: Path) -> Foreign:
@@ -80,4 +80,4 @@ def write(form: InferenceForm, folder: Path, metadata: dict[str, Any]) -> None:
     write_json(folder / "cfg.json", config)
 
 
-register(Format("sparsify", ("cfg.json", "sae.safetensors"), sniff, read, write))
+register(Format("sparsify", ("cfg.json", *split_files("sae.safetensors")), sniff, read, write))
