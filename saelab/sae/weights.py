@@ -52,29 +52,31 @@ def saved_tensors(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def save_config(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the configuration alone, the last file of a finished run; ``sae`` needs no storage."""
+    write_json(Path(folder) / CONFIG, configuration(sae, metadata))
+
+
+def configuration(sae: SAE, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of ``cfg.json``."""
     form, remarks = sae.inference_form(), sae.remarks()
-    write_json(
-        Path(folder) / CONFIG,
-        {
-            "architecture": form.architecture if form and form.in_saelens else f"saelab_{sae.variant}",
-            "d_in": sae.d_in,
-            "d_sae": sae.d_sae,
-            "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
-            "device": "cpu",
-            "apply_b_dec_to_input": sae.config.get("apply_b_dec_to_input", True),
-            **(form.config if form else {}),
-            "normalize_activations": "none",
-            "reshape_activations": "none",
-            "metadata": {
-                **(metadata or {}),
-                **({"remarks": remarks} if remarks else {}),
-                "sae_lens_version": SAELENS_VERSION,
-                "training_architecture": sae.variant,
-                "saelab_version": __version__,
-                "saelab": {"variant": sae.variant, "config": sae.config},
-            },
+    return {
+        "architecture": form.architecture if form and form.in_saelens else f"saelab_{sae.variant}",
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.config.get("apply_b_dec_to_input", True),
+        **(form.config if form else {}),
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            **(metadata or {}),
+            **({"remarks": remarks} if remarks else {}),
+            "sae_lens_version": SAELENS_VERSION,
+            "training_architecture": sae.variant,
+            "saelab_version": __version__,
+            "saelab": {"variant": sae.variant, "config": sae.config},
         },
-    )
+    }
 
 
 def load_config(folder: Path | str) -> dict[str, Any]:

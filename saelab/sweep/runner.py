@@ -32,7 +32,8 @@ def run_sweep(
     folder: Path | str,
     *,
     resume: bool = False,
-    checkpoint_steps: int = 500,
+    checkpoint_steps: int | None = None,
+    checkpoint_minutes: float = 10.0,
     device: torch.device | str = "cpu",
 ) -> Generator[list[Member]]:
     """Train every entry of ``grid`` into ``folder/NAME``; yields the members after every batch, the entries' last.
@@ -54,7 +55,8 @@ def run_sweep(
     with lock(folder):
         record = _open_record(folder, grid, cache, resume)
         groups = groups_of(grid, cache, record, folder)
-        yield from _Sweep(grid, cache, folder, resume, checkpoint_steps, torch.device(device), record, groups).run()
+        often = {"checkpoint_steps": checkpoint_steps, "checkpoint_minutes": checkpoint_minutes}
+        yield from _Sweep(grid, cache, folder, resume, often, torch.device(device), record, groups).run()
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class _Sweep:
     cache: ActivationCache
     folder: Path
     resume: bool
-    checkpoint_steps: int
+    often: dict[str, Any]  # when checkpoints are written
     device: torch.device
     record: dict[str, Any]  # the content of sweep.json
     groups: Sequence[Group]
@@ -143,7 +145,7 @@ class _Sweep:
                 member.entry.train,
                 member.folder,
                 resume=self.resume,
-                checkpoint_steps=self.checkpoint_steps,
+                **self.often,
                 stream=feed(),
                 centre=centre,
             )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
+
+import torch
 
 from saelab import kernels
 from saelab.data.cache import ActivationCache
@@ -72,16 +74,19 @@ class TrainConfig:
         """The learning rate as a number. ValueError where it is still to be chosen (see :func:`prepared`)."""
         return float(self.lr)
 
+    def on(self, device: torch.device) -> TrainConfig:
+        """The same configuration with the precision that ``auto`` comes to on a device."""
+        return replace(self, precision=kernels.arithmetic(self.precision, device))
+
     def resolved(self, sae: SAE, cache: ActivationCache, fine_tuning: bool = False) -> TrainConfig:
         """The same configuration with every data-dependent default filled in."""
         total = self.epochs * cache.n_split("train")
         values = asdict(self)
         values["lr"] = chosen_rate(sae, cache, self, fine_tuning).value
-        if sae.device.type != "meta":  # a shard's whole has no device
-            values["precision"] = kernels.arithmetic(self.precision, sae.device)
         values["k_aux"] = self.k_aux or 2 ** round(math.log2(max(sae.d_in / 2, 1)))
         values["dead_after"] = self.dead_after or max(1, min(10_000_000, total // 10))
-        return TrainConfig(**values)
+        found = TrainConfig(**values)
+        return found if sae.device.type == "meta" else found.on(sae.device)  # the whole of a shard has no device
 
 
 def chosen_rate(sae: SAE, cache: ActivationCache, config: TrainConfig, fine_tuning: bool = False) -> Rate:

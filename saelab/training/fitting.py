@@ -21,7 +21,7 @@ from saelab.lm.record import ModelRecord
 from saelab.sae import SAE, VARIANTS
 from saelab.sae.base import current
 from saelab.sae.options import defaults as option_defaults
-from saelab.training.checkpoints import Store, latest_step, remove_steps
+from saelab.training.checkpoints import Interval, Store, latest_step, remove_steps
 from saelab.training.config import TrainConfig, n_steps, prepared
 from saelab.training.divergence import DOUBTFUL, Diverged
 from saelab.training.log import JsonLines, Log
@@ -40,7 +40,8 @@ def train(
     out: Path | str | None = None,
     *,
     resume: bool = False,
-    checkpoint_steps: int = 500,
+    checkpoint_steps: int | None = None,
+    checkpoint_minutes: float = 10.0,
     source: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     progress: Callable[[StepMetrics], object] | None = None,
@@ -55,8 +56,8 @@ def train(
     finite.
     """
     if out is not None:
-        options: dict[str, Any] = {"resume": resume, "checkpoint_steps": checkpoint_steps, "source": source}
-        steps = fit_steps(sae, cache, config, out, metadata=metadata, **options)
+        often: dict[str, Any] = {"checkpoint_steps": checkpoint_steps, "checkpoint_minutes": checkpoint_minutes}
+        steps = fit_steps(sae, cache, config, out, resume=resume, source=source, metadata=metadata, **often)
     elif resume:
         raise UserError("resume=True needs the folder of the run; give out")
     else:
@@ -76,7 +77,8 @@ def fit_steps(
     folder: Path | str,
     *,
     resume: bool = False,
-    checkpoint_steps: int = 500,
+    checkpoint_steps: int | None = None,
+    checkpoint_minutes: float = 10.0,
     logs: Sequence[Log] = (),
     metadata: Mapping[str, Any] | None = None,
     stream: Iterable[Batch] | None = None,
@@ -87,8 +89,10 @@ def fit_steps(
     """Train ``sae`` into a run folder, one step each time the generator is advanced (see :func:`train_steps`).
 
     The folder gets ``run.json`` (what is being trained) at once, ``metrics.jsonl`` line by line, a checkpoint every
-    ``checkpoint_steps`` steps, and at the end the folded SAE in place of the checkpoints. Closing the generator
-    early saves a checkpoint.
+    ``checkpoint_minutes``, or every ``checkpoint_steps`` steps where that is given, and at the end the folded SAE in
+    place of the checkpoints. A checkpoint is copied between two steps (which takes the memory of the weights, three
+    times, on the CPU) and written by a thread; if that fails, the next step raises. Closing the generator early saves a
+    checkpoint.
 
     Guarantee: kill the process at any moment and call again with ``resume=True`` (``sae`` built as before), and
     weights, ``metrics.jsonl`` and data order come out bit-identical to those of a run that was never interrupted, on
@@ -101,10 +105,11 @@ def fit_steps(
     writing the folder.
     """
     whole = whole_of(sae, parallel)
-    config = prepared(whole, cache, config, parallel, fine_tuning=source is not None)
+    config = prepared(whole, cache, config, parallel, fine_tuning=source is not None).on(sae.device)
     about = run_description(whole, cache, config, source)
     store = Store(Path(folder), sae, whole, {**about, **(metadata or {})}, parallel)
-    return _fit(store, cache, config, about, resume, checkpoint_steps, logs, stream, centre)
+    interval = Interval(checkpoint_steps, checkpoint_minutes)
+    return _fit(store, cache, config, about, resume, interval, logs, stream, centre)
 
 
 def _fit(
@@ -113,7 +118,7 @@ def _fit(
     config: TrainConfig,
     about: dict[str, Any],
     resume: bool,
-    checkpoint_steps: int,
+    interval: Interval,
     logs: Sequence[Log],
     stream: Iterable[Batch] | None,
     centre: Tensor | None,
@@ -134,12 +139,14 @@ def _fit(
             write_json(folder / RUN, about)
         parallel.barrier()
         with ExitStack() as stack:
+            stack.callback(store.writer.finish)
             if parallel.is_main:
                 logs = [stack.enter_context(closing(JsonLines(folder, state.step))), *logs]
             loop = stack.enter_context(closing(run_steps(sae, cache, config, state, stream, parallel)))
             try:
-                yield from _logged(loop, store, state, checkpoint_steps, total, logs)
+                yield from _logged(loop, store, state, interval, total, logs)
             except Diverged as error:
+                store.writer.wait()
                 raise Diverged(f"{error}; {_kept(folder)}") from error
         store.save_final()
 
@@ -148,17 +155,19 @@ def _logged(
     loop: Iterable[StepMetrics],
     store: Store,
     state: TrainState,
-    checkpoint_steps: int,
+    interval: Interval,
     total: int,
     logs: Sequence[Log],
 ) -> Generator[StepMetrics]:
     """The steps of ``loop``, with a line in every log, and checkpoints on the way and where the caller stops."""
+    due = interval.clock(store.parallel)
     for metrics in loop:
+        store.writer.check()
         for log in logs:
             log.write(metrics.row())
         # A checkpoint replaces the one before, which is better where the error is about to explode.
-        if metrics.step % checkpoint_steps == 0 and metrics.step < total and state.excess <= DOUBTFUL:
-            store.save_step(state)
+        if due(metrics.step) and metrics.step < total and state.excess <= DOUBTFUL:
+            store.save_step(state, wait=False)
         try:
             yield metrics
         except GeneratorExit:

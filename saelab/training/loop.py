@@ -37,7 +37,7 @@ def train_steps(
     generator; ``sae`` is then this process's shard and ``config`` that of the whole SAE. :func:`saelab.training.train`
     runs it to the end.
     """
-    config = prepared(whole_of(sae, parallel), cache, config, parallel)
+    config = prepared(whole_of(sae, parallel), cache, config, parallel).on(sae.device)
     return run_steps(sae, cache, config, state, stream, parallel)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,8 +25,8 @@ from saelab.errors import UserError
 from saelab.files import write_tensors
 from saelab.sae import VARIANTS, build
 from saelab.sae.weights import load_metadata, load_sae
-from saelab.training import TrainConfig, TrainState, fit_steps, start, train_steps
-from saelab.training.checkpoints import latest_step
+from saelab.training import TrainConfig, TrainState, checkpoints, fit_steps, start, train_steps
+from saelab.training.checkpoints import Snapshot, latest_step
 from tests.planted import activations, contents
 
 D_IN, D_SAE = 8, 20
@@ -90,13 +93,91 @@ def test_a_checkpoint_is_usable_on_its_own(cache: ActivationCache, tmp_path: Pat
     generator = fit_steps(sae := fresh(), cache, CONFIG, tmp_path / "run", checkpoint_steps=5)
     for _ in range(7):
         next(generator)
-    path = latest_step(tmp_path / "run")
-    assert path is not None and path.name == "step_00000005"
+    path = written(tmp_path / "run", 5)
+    assert path.name == "step_00000005"
     generator.close()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000007"]
     loaded = load_sae(tmp_path / "run" / "checkpoints" / "step_00000007")
     x = cache.read([3, 5, 8]).acts
     assert torch.equal(loaded(x), sae.eval()(x))
+
+
+def written(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, once the thread has written it."""
+    for _ in range(1000):
+        path = latest_step(folder)
+        if path is not None and path.name == f"step_{step:08d}":
+            return path
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint of step {step} in {folder}")
+
+
+def test_checkpoints_come_by_time(cache: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    generator, found = fit_steps(fresh(), cache, CONFIG, tmp_path / "run", checkpoint_minutes=5), []
+    monkeypatch.setattr(Snapshot, "write", lambda self, folder: found.append(self.step))
+    for metrics in itertools.islice(generator, 11):
+        now += 100.0 if metrics.step < 8 else 0.0  # seconds
+    assert found == [4, 7]
+    generator.close()
+    assert found == [4, 7, 11]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    cache: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that takes three steps; the checkpoint holds the weights of its own step, not of a later one."""
+    run(cache, tmp_path / "short", stop=5)
+    real, gate = Snapshot.write, threading.Event()
+
+    def slow(self: Snapshot, folder: Path) -> None:
+        assert gate.wait(60)
+        real(self, folder)
+
+    generator = fit_steps(fresh(), cache, CONFIG, folder := tmp_path / "run", checkpoint_steps=5)
+    monkeypatch.setattr(Snapshot, "write", slow)
+    steps = [metrics.step for metrics in itertools.islice(generator, 8)]
+    assert steps == [*range(1, 9)] and latest_step(folder) is None
+    gate.set()
+    path = written(folder, 5)
+    expected = tmp_path / "short" / "checkpoints" / "step_00000005"
+    for name in sorted(p.name for p in expected.iterdir()):
+        assert (path / name).read_bytes() == (expected / name).read_bytes(), name
+    generator.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "saelab-checkpoint"]
+
+
+def test_what_goes_wrong_in_writing_ends_the_run_at_the_next_step(
+    cache: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(cache, tmp_path / "whole")
+    generator = fit_steps(fresh(), cache, CONFIG, folder := tmp_path / "run", checkpoint_steps=3)
+    for _ in range(4):
+        next(generator)
+    written(folder, 3)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "commit_step", full)
+    with pytest.raises(OSError, match="No space left"):
+        for _ in range(20):
+            next(generator)
+            for thread in threading.enumerate():
+                if thread.name == "saelab-checkpoint":
+                    thread.join()
+    monkeypatch.undo()
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000003"]
+    run(cache, folder, resume=True)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", [{"checkpoint_steps": 0}, {"checkpoint_minutes": 0.0}], ids=str)
+def test_an_interval_of_nothing_is_refused(options: dict, cache: ActivationCache, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be"):
+        fit_steps(fresh(), cache, CONFIG, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_last_good_checkpoint_survives_a_crash_in_the_middle_of_saving(

@@ -29,6 +29,7 @@ from saelab.lm.record import ModelRecord
 from saelab.sweep import Grid, Member, measure, read_grid, run_sweep, save_results
 from saelab.sweep.grid import check_grid
 from saelab.training import n_steps
+from saelab.training.checkpoints import Interval
 from saelab.viz.sweep import report as sweep_report
 
 
@@ -44,8 +45,11 @@ class OwnOptions:
     """Folder to write: one run folder per SAE, sweep.parquet and report.html."""
     resume: bool = False
     """Continue the sweep in the folder; the result is bit-identical to that of an uninterrupted one."""
-    checkpoint_steps: int = 500
-    """Steps between checkpoints; SIGINT and SIGTERM save one of each SAE and stop."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, which are written while the training goes on; SIGINT and SIGTERM save one of each
+    SAE and stop."""
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints, in place of minutes."""
     lm_tokens: int = 0
     """Tokens run through the language model per SAE, for the CE loss recovered; 0 leaves it out."""
     overwrite: bool = False
@@ -67,8 +71,7 @@ def main(args: Sequence[str]) -> None:
         args,
         "Train a grid of SAEs while reading the cache once, and compare them on held-out tokens.",
     )
-    if options.checkpoint_steps < 1:
-        raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
+    Interval(options.checkpoint_steps, options.checkpoint_minutes)  # which refuses bad ones, before anything is done
     cache, grid, device = ActivationCache(options.cache), read_grid(options.grid), computing_device(options.device)
     check_grid(grid, cache)
     config = EvaluateConfig(lm_tokens=options.lm_tokens)
@@ -110,7 +113,13 @@ def train(grid: Grid, cache: ActivationCache, options: Options, device: Any, sto
     tuned = f"; learning rates are compared on {rows} validation rows, which no SAE trains on" if grid.tuning else ""
     console.print(f"{len(grid.entries)} SAEs, {total} steps of {config.batch_size} tokens{tuned}")
     sweep = run_sweep(
-        grid, cache, options.out, resume=options.resume, checkpoint_steps=options.checkpoint_steps, device=device
+        grid,
+        cache,
+        options.out,
+        resume=options.resume,
+        checkpoint_steps=options.checkpoint_steps,
+        checkpoint_minutes=options.checkpoint_minutes,
+        device=device,
     )
     bar = progress_bar("speed")
     task, started = bar.add_task("sweep", total=total, speed=""), time.perf_counter()

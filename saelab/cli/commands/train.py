@@ -31,7 +31,7 @@ from saelab.layout import RUN
 from saelab.runs import Run
 from saelab.sae import SAE, VARIANTS
 from saelab.training import StepMetrics, TrainConfig, chosen_rate, finished, fit_steps, n_steps, prepared, read_run
-from saelab.training.checkpoints import latest_step, number_of
+from saelab.training.checkpoints import Interval, latest_step, number_of
 from saelab.training.divergence import failure
 from saelab.training.fitting import SOURCE
 from saelab.training.log import Log, TensorBoard, Wandb, recent_fvu
@@ -62,8 +62,11 @@ class Options:
     resume: bool = False
     """Continue the run in the folder, if there is one, with its settings; the result is bit-identical to that of an
     uninterrupted run."""
-    checkpoint_steps: int = 500
-    """Steps between checkpoints; SIGINT and SIGTERM save one and stop."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, which are written while the training goes on; SIGINT and SIGTERM save one and
+    stop."""
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints, in place of minutes."""
     overwrite: bool = False
     """Replace an existing run folder."""
     tensorboard: bool = False
@@ -106,8 +109,7 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
     if options.resume and finished(options.out):
         console.print(f"{options.out} is finished; nothing to resume", markup=False)
         return None
-    if options.checkpoint_steps < 1:
-        raise UserError(f"checkpoint_steps={options.checkpoint_steps} must be at least 1")
+    Interval(options.checkpoint_steps, options.checkpoint_minutes)  # which refuses bad ones, before anything is done
     device = computing_device(options.device)
     parallel = start_world(options.dict_ranks, device, options.timeout_s) if launched() else SINGLE
     if options.dict_ranks > 1 and parallel.size == 1:
@@ -189,6 +191,7 @@ def drive(
             options.out,
             resume=options.resume,
             checkpoint_steps=options.checkpoint_steps,
+            checkpoint_minutes=options.checkpoint_minutes,
             logs=logs,
             source=None if options.from_ is None else full_name(options.from_),
             parallel=parallel,

@@ -89,7 +89,7 @@ class Cuda:
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def queue(self, work: Callable[[], object]) -> torch.cuda.Event:
+    def queue(self, work: Callable[[], object]) -> Any:
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             work()
             return self._stream.record_event()
@@ -101,7 +101,7 @@ class Cuda:
     def caller_waits(self, mark: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(mark)
 
-    def caller_mark(self) -> torch.cuda.Event:
+    def caller_mark(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event()
 
     def wait(self, mark: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -79,7 +79,7 @@ class Window:
         return torch.cat([torch.arange(start, stop) for start, stop in self.spans])
 
 
-def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
     """Run ``items`` in a thread, at most ``depth`` items ahead of the consumer; errors surface in the consumer."""
     ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
     room = threading.Semaphore(depth)
