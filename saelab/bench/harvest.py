@@ -19,6 +19,7 @@ import tyro
 
 from saelab.bench.timing import Clock, Seconds, write_out
 from saelab.errors import UserError
+from saelab.harvesting.background import Background
 from saelab.harvesting.config import HarvestConfig
 from saelab.harvesting.pipeline import harvest
 from saelab.lm.loading import load_model
@@ -49,6 +50,9 @@ def compare(model_name: str, layer: int, text: str, tokens: int, context_length:
     @torch.no_grad()
     def interleave(done: int, total: int) -> None:
         nonlocal last
+        for background in Background.active:
+            # What follows a pass counts for harvest, and must not run beside the other.
+            background.drain()
         if last is not None:
             clock.add("harvest", Seconds.now().since(last))
         clock.time("plain", lambda: plain(input_ids=inputs, use_cache=False))

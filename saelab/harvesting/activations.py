@@ -182,7 +182,8 @@ class Reader:
         if not self.checked_length:
             check_length(self.model, tokens.shape[1], "a context")
             self.checked_length = True  # once, because a warning per pass would drown the rest
-        tokens = tokens.to(self.device)
+        tokens = tokens.pin_memory() if self.device.type == "cuda" else tokens  # a copy that waits for no pass
+        tokens = tokens.to(self.device, non_blocking=True)
         with contextlib.ExitStack() as stack:
             for site, hook in zip(self.sites, hooks):
                 stack.enter_context(site.register(self._runs, hook))

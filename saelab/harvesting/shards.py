@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +19,7 @@ from saelab.data.cache.writer import shard_name
 from saelab.data.chat import ROLES, SEPARATOR
 from saelab.data.packing import Contexts
 from saelab.harvesting.activations import Reader
+from saelab.harvesting.background import Background, Beside
 from saelab.vocabulary import Vocabulary
 
 Progress = Callable[[int, int], None]
@@ -68,33 +71,66 @@ def fill(
     progress: Progress | None,
     share: Share,
 ) -> None:
-    """Write this process's missing shards."""
+    """Write this process's missing shards.
+
+    What follows a pass (picking rows, rounding, checks, statistics, checksums, files) is done by a thread, in the order
+    of the passes; the model goes on with the next pass meanwhile.
+    """
     unfinished = [writer for writer in writers if not writer.complete]
     if not unfinished:
         return
     settings, covered = writers[0].manifest.settings, 0
-    kept = kept_roles(writers[0].manifest.kept_roles)
-    for number in itertools.count():
-        group = list(itertools.islice(batches, settings["shard_passes"]))
-        if not group:
-            return
-        parts: list[list[Rows]] = [[] for _ in writers]
-        mine = number % share.size == share.rank and not all(number in writer.done for writer in unfinished)
-        for batch in group:
-            covered += batch.tokens.numel()
-            if not mine:
-                continue
-            acts, grads = reader.both(batch.tokens, settings["gradients"])
-            for index, writer in enumerate(writers):
-                parts[index].append(_rows(writer, acts[index], grads[index], kept[batch.roles], parts[index], number))
-            if progress is not None:
-                progress(covered, total)
-        if mine:
-            names = ("tokens", "documents", "roles")
-            columns = [torch.cat([getattr(batch, name).flatten() for batch in group]) for name in names]
-            for writer, rows in zip(writers, parts):
-                if not writer.complete:
-                    _write(writer, rows, columns, number)
+    kept, beside = kept_roles(writers[0].manifest.kept_roles), Beside()
+    with closing(Background()) as background:
+        for number in itertools.count():
+            group = list(itertools.islice(batches, settings["shard_passes"]))
+            if not group:
+                background.drain()
+                return
+            parts: list[list[Rows]] = [[] for _ in writers]
+            mine = number % share.size == share.rank and not all(number in writer.done for writer in unfinished)
+            for batch in group:
+                covered += batch.tokens.numel()
+                if not mine:
+                    continue
+                acts, grads = reader.both(batch.tokens, settings["gradients"])
+                made = beside.made([*acts, *(grad for grad in grads if grad is not None)])
+                task = _Collect(writers, acts, grads, kept[batch.roles], parts, number, beside, made)
+                del acts, grads
+                background.submit(task)
+                del task
+                if progress is not None:
+                    progress(covered, total)
+            if mine:
+                background.submit(partial(_write_shard, writers, parts, group, number))
+
+
+@dataclass
+class _Collect:
+    """The rows of one pass for every writer."""
+
+    writers: list[CacheWriter]
+    acts: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    keep: Tensor
+    parts: list[list[Rows]]
+    number: int
+    beside: Beside
+    made: dict[torch.device, Any]
+
+    def __call__(self) -> None:
+        with self.beside.after(self.made):
+            for writer, acts, grads, part in zip(self.writers, self.acts, self.grads, self.parts):
+                part.append(_rows(writer, acts, grads, self.keep, part, self.number))
+
+
+def _write_shard(writers: list[CacheWriter], parts: list[list[Rows]], group: list[Contexts], number: int) -> None:
+    columns = [
+        torch.cat([getattr(batch, name).flatten() for batch in group]) for name in ("tokens", "documents", "roles")
+    ]
+    for writer, rows in zip(writers, parts):
+        if not writer.complete:
+            _write(writer, rows, columns, number)
 
 
 def kept_roles(names: Sequence[str]) -> Bool[Tensor, " roles"]:
