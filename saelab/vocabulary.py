@@ -36,6 +36,18 @@ def _characters(data: bytes) -> Iterator[tuple[int, int, str]]:
         yield start, stop, hexadecimal(raw) if "\udc80" <= piece[0] <= "\udcff" else piece
 
 
+def bos_token_id(tokenizer: Any) -> int | None:
+    """The id of the token that a model's texts begin with; None where its tokenizer has no such token.
+
+    TransformerLens gives the tokenizer of a bridge its end-of-text token as BOS token where it has none. What the
+    tokenizer was loaded with tells.
+    """
+    loaded = getattr(tokenizer, "init_kwargs", None) or {}
+    is_end = tokenizer.bos_token_id == getattr(tokenizer, "eos_token_id", None)
+    borrowed = is_end and "eos_token" in loaded and loaded.get("bos_token") is None
+    return None if borrowed else tokenizer.bos_token_id
+
+
 class Vocabulary(Sequence[str]):
     """The text of each token id; ``parts`` holds the bytes of those that are no whole characters.
 

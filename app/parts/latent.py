@@ -16,6 +16,7 @@ from saelab.runs import Run
 from saelab.workspace.notes import read_notes, write_note
 
 LONGEST_TITLE = 44
+ROLE = "Only examples that fire on messages of this role."
 POSITIVE = ("token_share", "encoder_norm", "decoder_norm")
 FACTS = {
     "position_corr": ("position in the context", "correlation with the magnitude"),
@@ -99,7 +100,7 @@ def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
         else:
             explanation(run, latent, pole)
             numbers(row, narrow=True)
-            examples(index, latent, pole, "top", limit=6)
+            examples(index, latent, pole, "top", limit=6, key=key)
         logits(row, limit=8)
 
 
@@ -109,9 +110,16 @@ def silent(index: Any, one_side: bool) -> None:
     st.info(f"It never fired{side} in {index.meta['tokens']:,} tokens.", icon=":material/bedtime:")
 
 
-def examples(index: Any, latent: int, pole: int, kind: str, limit: int = 10) -> None:
-    """Token windows of one kind, on the latent's own scale."""
-    found = index.examples(latent, pole, kind)[:limit]
+def examples(index: Any, latent: int, pole: int, kind: str, limit: int = 10, key: str = "latent") -> None:
+    """Token windows of one kind, on the latent's own scale; of a chat's roles all, or one that is chosen."""
+    found = index.examples(latent, pole, kind)
+    roles = sorted({example.role for example in found})
+    if len(roles) > 1:
+        role = st.segmented_control(
+            "role", roles, key=f"{key}_role_{pole}", label_visibility="collapsed", help=ROLE, **session.KEEP
+        )
+        found = [example for example in found if role in (None, example.role)]
+    found = found[:limit]
     page.html(viz.example_list(found, page.colours(), scale=index.max_activation(latent, pole) or None))
 
 

@@ -22,6 +22,8 @@ SORTS = {
     "latent": "latent number",
 }
 
+ROLE = "Latents whose strongest examples are mostly in messages of this role of a chat."
+
 st.title("Features", anchor=False)
 run = session.need_run()
 index = loaders.need_index(run)
@@ -51,6 +53,12 @@ with by_text:
             pole = st.pills(
                 "pole", ["+ pole", "− pole"], key="features_pole", label_visibility="collapsed", **session.KEEP
             )
+        roles = sorted(set(table["role"]) - {""})
+        role = None
+        if len(roles) > 1:
+            role = st.pills(
+                "fires on", roles, key="features_role", label_visibility="collapsed", help=ROLE, **session.KEEP
+            )
         with st.popover("More filters", icon=":material/filter_alt:"):
             density = st.select_slider(
                 "share of tokens it fires on",
@@ -79,6 +87,7 @@ with by_text:
         state=state,
         density=None if density == (0.0, 1.0) else density,
         entropy=None if entropy == (0.0, 16.0) else entropy,
+        role=role,
     )
     if text.strip() and sort == "telling":
         found = search.by_closeness(found, text)

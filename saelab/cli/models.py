@@ -6,7 +6,10 @@ import dataclasses
 from typing import Any, Literal
 
 from saelab.cli.console import console
+from saelab.data.cache import ActivationCache
+from saelab.lm.fingerprint import tokenizer_hash
 from saelab.lm.record import ModelRecord, load_recorded
+from saelab.lm.tokens import vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,26 @@ class ModelOptions:
     """Spread the language model over several devices: auto, balanced, sequential (needs accelerate)."""
     any_weights: bool = False
     """Accept a model whose weights are not those that the activations come from, such as a fine-tuned one."""
+
+
+def complete_tokens(cache: ActivationCache, model: Any) -> None:
+    """Let the model's tokenizer tell the bytes of tokens, which caches of 0.1.0 do not hold; else say what is missing.
+
+    Nothing happens for a cache that holds them, and for one that has no token that is a part of a character.
+    """
+    known = cache.vocabulary
+    if known.parts or not any("\ufffd" in text for text in known):
+        return
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None and tokenizer_hash(tokenizer) == cache.manifest.tokenizer_hash:
+        cache.vocabulary = vocabulary(tokenizer)
+        return
+    console.print(
+        f"note: {cache.path} does not hold the bytes of its tokens, and there is no model whose tokenizer does: "
+        "characters of several tokens are shown as \ufffd; harvest again to have them",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def open_model(options: ModelOptions, record: ModelRecord, what: str, *, plain: bool = False) -> Any:

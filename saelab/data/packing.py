@@ -14,6 +14,7 @@ from torch import Tensor
 from saelab.data.chat import SEPARATOR, TEXT, Rendered, render, roles_of
 from saelab.data.text.source import TextSource
 from saelab.errors import UserError
+from saelab.vocabulary import bos_token_id
 
 Bos = Literal["context", "document", "none"]
 NOTHING = "none"
@@ -36,10 +37,10 @@ class Contexts(NamedTuple):
 def resolve_bos(bos: Bos | Literal["auto"], tokenizer: Any) -> Bos:
     """``auto`` is one BOS per context where the tokenizer has a BOS token, else none."""
     if bos == "auto":
-        return "context" if tokenizer.bos_token_id is not None else "none"
+        return "context" if bos_token_id(tokenizer) is not None else "none"
     if bos not in get_args(Bos):
         raise UserError(f"bos={bos!r} is not one of {', '.join(get_args(Bos))}, auto")
-    if bos != "none" and tokenizer.bos_token_id is None:
+    if bos != "none" and bos_token_id(tokenizer) is None:
         raise UserError(f"the tokenizer has no BOS token, so bos={bos!r} is impossible; use bos='none'")
     return bos
 
@@ -97,17 +98,17 @@ def pack(
     held: list[np.ndarray] = []
     count, wanted = 0, batch * body
     between = _separator_ids(separator, tokenizer)
-    for part in _tokens(source, tokenizer, tokenizer.bos_token_id if bos == "document" else None, between):
+    for part in _tokens(source, tokenizer, bos_token_id(tokenizer) if bos == "document" else None, between):
         held.append(part)
         count += part.shape[1]
         while count >= wanted:
             flat = np.concatenate(held, axis=1)
-            yield _contexts(flat[:, :wanted], body, tokenizer.bos_token_id if prefix else None)
+            yield _contexts(flat[:, :wanted], body, bos_token_id(tokenizer) if prefix else None)
             held = [flat[:, wanted:]]
             count -= wanted
     if count >= body:
         flat = np.concatenate(held, axis=1)
-        yield _contexts(flat[:, : count // body * body], body, tokenizer.bos_token_id if prefix else None)
+        yield _contexts(flat[:, : count // body * body], body, bos_token_id(tokenizer) if prefix else None)
 
 
 def _tokens(source: TextSource, tokenizer: Any, bos_id: int | None, between: Sequence[int]) -> Iterator[np.ndarray]:
@@ -145,7 +146,7 @@ def _tokenized(
             yield starts, ids, TEXT
             continue
         roles = roles_of(found["offset_mapping"][number], piece.spans)
-        bos_id = tokenizer.bos_token_id
+        bos_id = bos_token_id(tokenizer)
         if ids and ids[0] == bos_id and bos_id not in ids[1:]:  # else it begins every message, as <|im_start|> may
             roles[0] = SEPARATOR  # an attention sink
         yield starts, ids, roles

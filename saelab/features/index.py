@@ -141,6 +141,23 @@ class FeatureIndex:
                 found += rows.take(pa.array(hits)).to_pylist()
         return [Example.from_row(row) for row in found if kind is None or row["kind"] == kind]
 
+    @functools.cached_property
+    def roles(self) -> pd.DataFrame:
+        """``latent``, ``pole`` and the ``role`` that most of its top examples fire on; empty for a text without chats.
+
+        Of roles with equally many it is the first in the alphabet.
+        """
+        names = ["latent", "pole", "kind", "role"]
+        if "role" not in self._examples.schema_arrow.names:  # an index of 0.1.0
+            return pd.DataFrame({name: [] for name in ("latent", "pole", "role")})
+        with self._sound():
+            rows: Any = self._examples.read(columns=names).to_pandas()
+        counts = rows[rows["kind"] == "top"].groupby(["latent", "pole", "role"]).size().rename("n").reset_index()
+        if not (counts["role"] != "text").any():
+            return counts.iloc[:0][["latent", "pole", "role"]]
+        counts = counts.sort_values(["n", "role"], ascending=[False, True])
+        return counts.drop_duplicates(["latent", "pole"])[["latent", "pole", "role"]]
+
     def max_activation(self, latent: int, pole: int = 1) -> float:
         """Largest magnitude in the corpus, raw units; 0 where it never fired."""
         return float(self._table["max"].iloc[self._row(latent, pole)])

@@ -93,8 +93,10 @@ def narrow(
     state: str | None = None,
     density: tuple[float, float] | None = None,
     entropy: tuple[float, float] | None = None,
+    role: str | None = None,
 ) -> pd.DataFrame:
-    """Rows of one pole, in one of ``STATES``, within ranges of density and of token entropy in bits (both ends in)."""
+    """Rows of one pole, in one of ``STATES``, within ranges of density and of token entropy in bits (both ends in), and
+    of those that fire most strongly on messages of ``role``."""
     keep = pd.Series(True, index=table.index)
     if pole is not None:
         keep &= table["pole"] == pole
@@ -110,6 +112,8 @@ def narrow(
         keep &= table["density"].between(*density)
     if entropy is not None:
         keep &= table["token_entropy"].between(*entropy)
+    if role is not None:
+        keep &= table["role"] == role
     frame: Any = table
     return frame[keep]
 
@@ -181,9 +185,9 @@ def catalogue(index: FeatureIndex) -> pd.DataFrame:
     """The index's table with its token lists: one searchable string per text column, and one to show.
 
     ``top_tokens``, ``promoted`` and ``suppressed`` are joined by spaces, each token in quotes so that its own spaces
-    show; ``label_lower``, ``top_tokens_lower``, ... are what :func:`find` searches. ``telling`` is the label's score
-    times the bits of a firing (-log2 density), ``explanation`` what ``saelab explain`` saved, or an
-    imported label.
+    show; ``role`` is that of most top examples in a corpus of chats, else empty; ``label_lower``, ``top_tokens_lower``,
+    ... are what :func:`find` searches. ``telling`` is the label's score times the bits of a firing (-log2 density),
+    ``explanation`` what ``saelab explain`` saved, or an imported label.
     """
     table = index.table()
     names = [name for name in TEXT_COLUMNS.values() if name not in {"label", "explanation"}]
@@ -196,6 +200,8 @@ def catalogue(index: FeatureIndex) -> pd.DataFrame:
     table["explanation_lower"] = table["explanation"].str.lower()
     # A label that predicts a rare latent says more than one that predicts "the".
     rarity = -np.log2(table["density"].clip(lower=1 / max(index.meta["tokens"], 1)))
+    table = table.merge(index.roles, on=["latent", "pole"], how="left")
+    table["role"] = table["role"].fillna("")
     table["telling"] = table["label_score"].fillna(0.0) * rarity
     for name in names:
         # An ASCII separator that no search contains keeps tokens apart.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.structure import underlying
-from saelab.vocabulary import Vocabulary
+from saelab.vocabulary import Vocabulary, bos_token_id
 
 Prompts = str | Sequence[str]
 
@@ -47,7 +47,7 @@ def token_ids(tokenizer: Any, text: str, bos: bool = True) -> list[int]:
     A text that already begins with it (a chat template) gets no second one.
     """
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    start = tokenizer.bos_token_id
+    start = bos_token_id(tokenizer)
     return ids if not bos or start is None or ids[:1] == [start] else [start, *ids]
 
 

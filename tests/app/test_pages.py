@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from saelab.features import FeatureIndex
+from saelab.features.search import catalogue
 from saelab.sae import VARIANTS
 from saelab.sweep.results import save_results
 from saelab.workspace.notes import read_notes
@@ -177,3 +182,32 @@ def test_two_sessions_keep_their_own_state(monkeypatch: pytest.MonkeyPatch, fold
         app.run()
         assert not app.exception and app.session_state["run"] == run
         assert f"#{latent}" in app.title[0].value
+
+
+def test_examples_of_one_role_of_a_chat(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "runs" / "topk", tmp_path / "run")
+    path = tmp_path / "run" / "features" / "examples.parquet"
+    table = pq.read_table(path)
+    frame = table.select(["latent", "rank"]).to_pandas()
+    odd = frame["latent"] % 2 == 1  # odd latents fire on the user, even ones on both
+    roles = ["user" if on or rank % 2 else "assistant" for on, rank in zip(odd, frame["rank"])]
+    pq.write_table(table.set_column(table.schema.get_field_index("role"), "role", pa.array(roles)), path)
+    app = launch(monkeypatch, tmp_path, model="none")
+    app.switch_page("views/features.py").run()
+    app.pills(key="features_role").set_value("user").run()
+    assert not app.exception and not app.error
+    shown = app.session_state["features_role"]
+    found = catalogue(FeatureIndex(tmp_path / "run"))
+    assert shown == "user" and set(found[found["role"] == "user"]["latent"]) >= set(range(1, 48, 2)) - set(dead(found))
+    live = int(found[(found["latent"] % 2 == 0) & (found["count"] > 8)]["latent"].iloc[0])
+    app.session_state["latent"] = live
+    app.switch_page("views/latent.py").run()
+    for role, other in (("user", "assistant"), ("assistant", "user")):
+        app.segmented_control(key="latent_role_1").set_value(role).run()
+        assert not app.exception and not app.error
+        text = " ".join(str(element.proto) for element in app.main if "<br>" in str(element.proto))
+        assert f"<br>{role}" in text and f"<br>{other}" not in text
+
+
+def dead(table: Any) -> list[int]:
+    return table[table["count"] == 0]["latent"].tolist()

@@ -11,8 +11,10 @@ import torch
 from saelab import ActivationCache, build
 from saelab.cli import main
 from saelab.features import FeatureIndex
+from saelab.layout import TOKENS
 from saelab.lm import Unembedding
 from saelab.sae.weights import save
+from tests import tiny_lm
 
 
 @pytest.fixture
@@ -88,3 +90,26 @@ def test_a_cache_of_another_hook_is_refused(run: Path, capsys: pytest.CaptureFix
     error = capsys.readouterr().err
     assert "blocks.1.hook_resid_post" in error and "Traceback" not in error
     assert not (run / "features").exists()
+
+
+def test_the_tokenizer_tells_what_caches_of_0_1_0_do_not_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They hold one text per token, which for parts of characters is U+FFFD."""
+    model, text = tiny_lm.save_gpt2(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("猫が好きです。\n\n" * 40, encoding="utf-8")
+    hook = "blocks.0.hook_resid_post"
+    options = ["--hook", hook, "--text", str(text), "--tokens", "400", "--context-length", "21", "--device", "cpu"]
+    main(["harvest", "--model", str(model), "--out", str(tmp_path / "cache"), *options])
+    cache = ActivationCache(tmp_path / "cache")
+    strings = [text if n not in cache.vocabulary.parts else "\ufffd" for n, text in enumerate(cache.vocabulary)]
+    assert "\ufffd" in strings
+    (tmp_path / "cache" / TOKENS).write_text(json.dumps(strings), encoding="utf-8")
+    save(build("topk", cache.d_in, 32, k=8), tmp_path / "run", {"hook_name": hook})
+    for given, broken in (([], False), (["--model", "none"], True)):
+        capsys.readouterr()
+        main(["index", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--overwrite", *given])
+        assert ("does not hold the bytes of its tokens" in " ".join(capsys.readouterr().err.split())) is broken
+        index = FeatureIndex(tmp_path / "run")
+        texts = "".join(example.text for latent in range(32) for example in index.examples(latent))
+        assert ("\ufffd" in texts) is broken and ("猫" in texts) is not broken

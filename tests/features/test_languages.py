@@ -13,7 +13,7 @@ from saelab.features import FeatureIndex, build_index
 from saelab.features.explanations.prompts import active_places, marked
 from saelab.features.indexing.config import IndexConfig
 from saelab.features.indexing.corpus import Corpus
-from saelab.features.search import catalogue, find, tokens_in
+from saelab.features.search import catalogue, find, narrow, tokens_in
 from saelab.lm.tokens import vocabulary
 from tests.features.lookup import Lookup
 from tests.lm.languages import SENTENCES, train
@@ -109,3 +109,11 @@ def test_the_role_of_the_firing_token_is_shown(tmp_path: Path) -> None:
         found = index.examples(latent, kind="top")
         assert found and {example.role for example in found} == {role}
         assert f"<br>{role}<" in viz.example_list(found, viz.LIGHT)
+    table = catalogue(index)
+    assert table["role"].tolist() == ["assistant", "user"]
+    assert narrow(table, role="user")["latent"].tolist() == [1]
+
+
+def test_text_that_is_no_chat_has_no_roles(index: FeatureIndex) -> None:
+    table = catalogue(index)
+    assert set(table["role"]) == {""} and len(table) == index.d_sae

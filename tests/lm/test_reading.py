@@ -179,6 +179,32 @@ def test_a_tokenizer_without_bos_gets_none(tmp_path: Path) -> None:
     assert model.to_tokens("the cat sat").tolist() == [expected]
 
 
+@pytest.mark.parametrize("save", [tiny_lm.save_qwen2, tiny_lm.save_gpt2, tiny_lm.save_llama])
+def test_texts_begin_alike_on_a_bridge_that_the_user_booted(save: Any, tmp_path: Path) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from saelab.harvesting import HarvestConfig, harvest
+    from saelab.lm.tokens import token_ids
+    from saelab.steering import generate
+
+    folder = save(tmp_path / "m")
+    bridge, own = TransformerBridge.boot_transformers(str(folder), device="cpu"), AutoTokenizer.from_pretrained(folder)
+    start = [] if own.bos_token_id is None else [own.bos_token_id]
+    text = own("the cat sat", add_special_tokens=False)["input_ids"]
+    assert token_ids(bridge.tokenizer, "the cat sat") == start + text
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert generate(bridge, "the cat sat", max_new_tokens=5) == generate(
+        plain, "the cat sat", tokenizer=own, max_new_tokens=5
+    )
+    (tmp_path / "t.txt").write_text(tiny_lm.sentences(60))
+    config = HarvestConfig(tokens=200, context_length=20, held_out=0)
+    cache = harvest(bridge, "blocks.0.hook_resid_post", tmp_path / "t.txt", tmp_path / "c", config)
+    assert cache.manifest.bos == ("context" if start else "none")
+    tokens, _ = next(iter(cache.contexts("all")))
+    assert tokens[: len(start)].tolist() == start and (start or int(tokens[0]) != own.eos_token_id)
+
+
 def test_names_that_are_no_folder(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")

@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
-from saelab.cli.models import ModelOptions, open_model
+from saelab.cli.models import ModelOptions, complete_tokens, open_model
 from saelab.cli.opening import open_with_cache
 from saelab.cli.placement import computing_device
 from saelab.errors import UserError
@@ -94,6 +94,7 @@ def run(
                 f"{wanted.labels} must run through the language model; the cache names none, so give one with --model"
             )
         model = open_model(options, ModelRecord.from_manifest(cache.manifest), str(cache.path))
+        complete_tokens(cache, model)
     with stages() as progress:
         # The tasks come first, so that an error in the labels shows before minutes of language model passes.
         found = run_tasks(sae, cache, wanted, model, seed=config.seed, progress=progress)

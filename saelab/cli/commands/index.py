@@ -13,7 +13,7 @@ import tyro
 from einops import reduce
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
-from saelab.cli.models import ModelOptions, open_model
+from saelab.cli.models import ModelOptions, complete_tokens, open_model
 from saelab.cli.opening import open_with_cache, print_notes
 from saelab.cli.placement import computing_device
 from saelab.data.cache import ActivationCache
@@ -92,6 +92,8 @@ def run(
     lens = kept or load_lens(model, cache)
     if keep_unembedding and lens is not None:
         lens.save(folder / LOGIT_LENS, model.model or record.name, record.fingerprint)
+    if lens is None or lens is kept:
+        complete_tokens(cache, None)
     print_notes(filter(None, [fit_remark(fit(opened.sae, cache))]))
     with stages() as progress:
         return build_index(opened.sae, cache, folder, lens=lens, config=config, progress=progress, overwrite=overwrite)
@@ -112,6 +114,7 @@ def load_lens(options: LensOptions, cache: ActivationCache) -> LogitLens | None:
         console.print("the cache names no model: the logit lens is left out; give one with --model")
         return None
     model = open_model(dataclasses.replace(options, device="cpu"), record, str(cache.path))
+    complete_tokens(cache, model)
     weights = unembedding(model)
     del model
     gc.collect()  # a bridge refers to itself: without this the rest of the model would stay in memory
