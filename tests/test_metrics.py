@@ -128,8 +128,8 @@ def test_neighbours_are_resampled_together_where_contexts_are_too_many_to_hold(m
     got = _sums(x, recon, code, torch.arange(90)).estimates()
     assert got["fvu"].value == pytest.approx(alone["fvu"].value, rel=1e-12)
     assert (got["fvu"].low, got["fvu"].high) == pytest.approx((by_hand["fvu"].low, by_hand["fvu"].high), rel=1e-12)
-    assert got["fvu"].interval == "95 % percentile bootstrap over 10 groups of 9 contexts"
-    assert by_hand["fvu"].interval == "95 % percentile bootstrap over 10 contexts"
+    assert got["fvu"].interval == "95 % percentile bootstrap over 10 groups of 9 documents"
+    assert by_hand["fvu"].interval == "95 % percentile bootstrap over 10 documents"
 
 
 def test_reports_never_hold_nan():

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from saelab.data.cache import ActivationCache
+from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.evaluation.reconstruction import Progress, check_pair, count_firing, reconstruction
-from saelab.evaluation.report import Evaluation, fit_remark, l0_remark
+from saelab.evaluation.report import Evaluation, fit_remark, l0_remark, split_remark
 from saelab.evaluation.same_model import check_same_model, plain_site
 from saelab.evaluation.splice import Replace, SplicedRun
 from saelab.evaluation.tasks.battery import TaskConfig, run_tasks
@@ -28,6 +29,7 @@ __all__ = [
     "l0_remark",
     "run_tasks",
     "spliced",
+    "split_remark",
 ]
 
 
@@ -40,7 +42,8 @@ class EvaluateConfig:
     max_tokens: int | None = None
     """Rows for the metrics of reconstruction; by default the whole split."""
     lm_tokens: int = 8192
-    """Tokens run through the language model for cross-entropy and KL; 0 leaves it out."""
+    """Tokens run through the language model for cross-entropy and KL, in whole contexts spread evenly over the split;
+    0 leaves it out."""
     density_tokens: int = 100_000
     """Training rows added to the window in which dead and dense latents are counted."""
     batch_size: int = 4096
@@ -96,7 +99,8 @@ def evaluate(
             metrics |= run.sums["sae"].estimates(seed=config.seed)
             timing |= _timing(run, time.perf_counter() - started)
     timing["seconds"] = time.perf_counter() - started
-    return Evaluation(metrics, firing.histogram(), _settings(sae, cache, config, timing), timing)
+    settings = _settings(sae, cache, config, timing) | _documents(cache, config)
+    return Evaluation(metrics, firing.histogram(), settings, timing)
 
 
 def spliced(
@@ -106,7 +110,10 @@ def spliced(
     config: EvaluateConfig,
     progress: Progress | None = None,
 ) -> SplicedRun:
-    """Run the first ``lm_tokens`` tokens of the split, by whole contexts, with one SAE after the other spliced in."""
+    """Run about ``lm_tokens`` tokens of the split with one SAE after the other spliced in.
+
+    They are whole contexts, spread evenly over the split, so that they come from all its documents.
+    """
     manifest = cache.manifest
 
     def replacing(sae: SAE) -> Replace:
@@ -120,17 +127,31 @@ def spliced(
     mean = torch.tensor(manifest.mean, dtype=torch.float32)
     replace = {name: replacing(sae) for name, sae in saes.items()}
     run = SplicedRun(plain, site, mean, replace, residual="hook_resid" in manifest.hook_name)
-    done, total = 0, min(config.lm_tokens, cache.n_split(config.split))
-    for tokens, rows in cache.contexts(config.split):
+    contexts = spread(cache, config.split, config.lm_tokens)
+    for done, (tokens, rows) in enumerate(contexts):
         if done == 0:
             check_same_model(plain, site, cache, tokens, rows)
-        run.add(tokens, rows)
-        done += int((rows >= 0).sum())
+        own = rows[rows >= 0]
+        # A context may begin with the end of the document before: it counts for the one that has most of it.
+        run.add(tokens, rows, cache.document(int(own[len(own) // 2])))
         if progress is not None:
-            progress("language model", min(done, total), total)
-        if done >= total:
-            break
+            progress("language model", done + 1, len(contexts))
     return run
+
+
+def spread(cache: ActivationCache, split: Split, n_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Contexts with about ``n_tokens`` rows in all, spread evenly over a split: token ids, and their rows (or -1)."""
+    n, rows = sum(1 for _ in cache.contexts(split)), cache.n_split(split)
+    count = min(n, max(1, round(n * n_tokens / rows)))
+    chosen = {(2 * i + 1) * n // (2 * count) for i in range(count)}
+    return [context for i, context in enumerate(cache.contexts(split)) if i in chosen]
+
+
+def _documents(cache: ActivationCache, config: EvaluateConfig) -> dict[str, int]:
+    """How many documents the rows of reconstruction metrics are of, and how many of these have training rows too."""
+    measured = cache.documents(config.split, config.max_tokens).unique()
+    trained = cache.documents("train").unique()
+    return {"documents": len(measured), "documents_trained_on": int(torch.isin(measured, trained).sum())}
 
 
 def _timing(run: SplicedRun, seconds: float) -> dict[str, float]:

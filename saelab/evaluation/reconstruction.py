@@ -28,6 +28,15 @@ def context_of_rows(cache: ActivationCache, split: Split, max_rows: int | None =
     return torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64))[:max_rows]
 
 
+def document_of_rows(cache: ActivationCache, split: Split, max_rows: int | None = None) -> Tensor:
+    """For each row of a split, in corpus order, the number of its document counted from the split's first one.
+
+    Tokens of one document resemble each other, so intervals resample documents: contexts of one document would make
+    them several times too narrow.
+    """
+    return cache.documents(split, max_rows).unique(return_inverse=True)[1]
+
+
 def check_pair(sae: SAE, cache: ActivationCache, split: Split) -> None:
     """Refuse an SAE and a cache that do not belong together, or a split without rows."""
     if sae.d_in != cache.d_in:
@@ -57,8 +66,8 @@ def reconstruction(
     """
     check_pair(sae, cache, split)
     total = min(max_tokens or cache.n_split(split), cache.n_split(split))
-    clusters = context_of_rows(cache, split, total)
-    sums = ReconstructionSums(int(clusters[-1]) + 1, torch.tensor(cache.manifest.mean, dtype=torch.float64))
+    clusters = document_of_rows(cache, split, total)
+    sums = ReconstructionSums(int(clusters.max()) + 1, torch.tensor(cache.manifest.mean, dtype=torch.float64))
     firing, done = FiringCounts(sae.d_sae - sae.n_bookkeeping), 0
     for batch in cache.head(total, batch_size, split=split, grads=grads):
         own = clusters[done : done + len(batch.acts)]

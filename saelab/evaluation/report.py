@@ -12,6 +12,7 @@ from saelab.layout import EVALUATION
 from saelab.metrics import LEGACY, Estimate
 from saelab.sae import SAE
 
+FEW_DOCUMENTS = 20
 NEAR = 0.05  # relative difference of a measured L0 from the requested one up to which it goes without saying
 
 
@@ -76,3 +77,22 @@ def l0_remark(sae: SAE, evaluation: Evaluation) -> str | None:
         f"L0 is {found:.3g} on these tokens where {sae.l0_option}={asked:g} was asked for ({found / asked - 1:+.1%}); "
         "what limits it was set on training tokens, or in training"
     )
+
+
+def split_remark(evaluation: Evaluation) -> str | None:
+    """One sentence if the held-out rows are of few documents, or of documents that were trained on."""
+    settings = evaluation.settings
+    count, trained = settings.get("documents", 0), settings.get("documents_trained_on", 0)
+    if settings.get("split") != "held_out" or not count:
+        return None
+    if trained:
+        return (
+            f"{trained} of the {count} held-out documents have training rows too, so these numbers flatter; a cache "
+            "of several documents that is harvested now holds out whole documents"
+        )
+    if count < FEW_DOCUMENTS:
+        return (
+            f"the held-out rows are of {count} documents; other text may differ by more than the intervals say: "
+            "harvest more and shorter documents, or a larger --held-out share"
+        )
+    return None

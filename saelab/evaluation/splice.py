@@ -43,24 +43,28 @@ Replace = Callable[[Float[Tensor, "n d_in"], Int[Tensor, " n"]], Float[Tensor, "
 
 @dataclass
 class LossSums:
-    """Per context: replaced positions, and sums over them, of the untouched model, the SAE, zero and mean."""
+    """Per context: its document, replaced positions, and sums over them: untouched model, SAE, zero and mean."""
 
+    document: list[int] = field(default_factory=list)
     n: list[int] = field(default_factory=list)
     ce: list[list[float]] = field(default_factory=list)  # clean, sae, zero, mean
     kl: list[list[float]] = field(default_factory=list)  # sae, zero, mean
 
     def estimates(self, seed: int = 0) -> dict[str, Estimate]:
-        """Every loss and share of ``FORMULAS`` with its interval over contexts."""
+        """Every loss and share of ``FORMULAS`` with its interval over documents."""
         total = sum(self.n)
         if total == 0:
             raise UserError("no held-out position was replaced, so there is no loss to compare; harvest more text")
-        columns = (np.array(column, dtype=np.float64) for column in (self.n, self.ce, self.kl))
+        documents, own = np.unique(self.document, return_inverse=True)
+        columns = [np.zeros((len(documents), *np.shape(column)[1:])) for column in (self.n, self.ce, self.kl)]
+        for column, values in zip(columns, (self.n, self.ce, self.kl)):
+            np.add.at(column, own, values)
         n, ce, kl = resampled_sums(*columns, seed=seed)
         ce, kl = ce / n[:, None], kl / n[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             values = _shares(ce, kl)
         return {
-            name: from_resamples(values[name], total, "token", formula, len(self.n))
+            name: from_resamples(values[name], total, "token", formula, len(documents))
             for name, formula in FORMULAS.items()
             if np.isfinite(values[name][0])
         }
@@ -116,8 +120,11 @@ class SplicedRun:
         self.passes_reused = 0
 
     @torch.no_grad()
-    def add(self, tokens: Int[Tensor, " t"], rows: Int[Tensor, " t"]) -> None:
-        """One context: its token ids, and the cache row of each (-1: left untouched), both on the CPU."""
+    def add(self, tokens: Int[Tensor, " t"], rows: Int[Tensor, " t"], document: int) -> None:
+        """One context: its token ids, and the cache row of each (-1: left untouched), both on the CPU.
+
+        ``document`` is the one that the interval counts the context for.
+        """
         logits = self._logits(tokens, rows)
         # The last position predicts nothing that is known.
         at = (rows[:-1] >= 0).nonzero().flatten()
@@ -126,6 +133,7 @@ class SplicedRun:
         device = logits["clean"].device
         ce, kl = self._losses(logits, at.to(device), tokens[1:].to(device))
         for name, sums in self.sums.items():
+            sums.document.append(document)
             sums.n.append(at.numel())
             sums.ce.append([ce["clean"], ce[name], ce["zero"], ce["mean"]])
             sums.kl.append([kl[name], kl["zero"], kl["mean"]])

@@ -40,7 +40,7 @@ class HarvestConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     """Precision on disk."""
     held_out: float = 0.05
-    """Share of the contexts, from the end, kept out of training."""
+    """Share of the contexts kept out of training: the documents at the end that make up about so much."""
     pass_tokens: int = 2048
     """Tokens in one forward pass; more take more memory and, on a CPU, gain nothing."""
     shard_bytes: int = 64 << 20

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 LEVEL = 0.95  # of every interval in a report
 RESAMPLES = 1000
+FEW = 10  # documents below which a percentile bootstrap covers clearly less than it says
 HELD = 1 << 24  # drawn multiplicities held at once: 128 MiB of them, twice
 
 
@@ -42,10 +43,10 @@ class Estimate:
 
 
 def resampled_sums(*columns: Array, seed: int = 0) -> list[Array]:
-    """Sums of each column over the contexts of the sample itself, and of each of 1,000 resamples of the bootstrap.
+    """Sums of each column over the documents of the sample itself, and of each of 1,000 resamples of the bootstrap.
 
-    A column ``[n_contexts, ...]`` gives ``[1001, ...]``. The draws are held for a few resamples at a time, since a
-    cache may have millions of contexts.
+    A column ``[n_documents, ...]`` gives ``[1001, ...]``. The draws are held for a few resamples at a time, since a
+    cache may have millions of them.
     """
     n, rng = len(columns[0]), np.random.default_rng(seed)
     parts = [[np.ones((1, n)) @ column] for column in columns]
@@ -58,11 +59,11 @@ def resampled_sums(*columns: Array, seed: int = 0) -> list[Array]:
 
 
 def from_resamples(
-    values: Array, n: int, unit: str, formula: str, n_resampled: int, over: str = "contexts"
+    values: Array, n: int, unit: str, formula: str, n_resampled: int, over: str = "documents"
 ) -> Estimate:
     """The estimate of ``values[0]`` with the percentile interval of ``values[1:]``, ``n_resampled`` ``over`` resampled.
 
-    Resamples in which the ratio is undefined (no spread left, say) are left out; fewer than two contexts, or less
+    Resamples in which the ratio is undefined (no spread left, say) are left out; fewer than two documents, or less
     than half of the resamples defined, give no interval.
     """
     finite = values[1:][np.isfinite(values[1:])]
@@ -71,6 +72,8 @@ def from_resamples(
         return Estimate(float(values[0]), None, None, n, unit, formula, why)
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     how = f"95 % percentile bootstrap over {n_resampled} {over}"
+    if n_resampled < FEW:
+        how += ", which are too few for it: the interval is too narrow"
     return Estimate(float(values[0]), float(low), float(high), n, unit, formula, how)
 
 

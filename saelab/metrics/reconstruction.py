@@ -34,25 +34,25 @@ LEGACY = {
     "legacy_r2_global": "1 - mean (x - recon)^2 / mean (x - m)^2 with m one scalar over all entries (Overcomplete)",
 }
 ROWS = 256  # taken together in the float64 sums
-HELD = 1 << 25  # numbers of a vector per context: 256 MiB, twice, and once more while they are resampled
+HELD = 1 << 25  # numbers of a vector per document: 256 MiB, twice, and once more while they are resampled
 _COLUMNS = ("n", "sse", "xx", "rr", "xr", "yy", "l0", "l1", "n_ratio", "nmse", "cosine", "l2_ratio", "n_y", "y_ratio")
 
 
 class ReconstructionSums:
-    """Sums per context from which every metric and its bootstrap follow.
+    """Sums per document from which every metric and its bootstrap follow.
 
-    Where there are too many contexts to hold (each row of an imported cache may be one), neighbours share their sums
+    Where there are too many documents to hold (each row of an imported cache may be one), neighbours share their sums
     and are resampled together.
 
     Deviations are taken from ``centre`` (the cache's mean) before they are squared, so that a large common offset
     costs no digits; the result does not depend on it, except where a formula says so.
     """
 
-    def __init__(self, n_contexts: int, centre: Float[Tensor, " d_in"]) -> None:
+    def __init__(self, n_documents: int, centre: Float[Tensor, " d_in"]) -> None:
         self.centre = centre.double()
         d_in = centre.numel()
-        self.shared = max(1, -(-n_contexts * d_in // HELD))  # contexts to a sum
-        n_sums = -(-n_contexts // self.shared)
+        self.shared = max(1, -(-n_documents * d_in // HELD))  # documents to a sum
+        n_sums = -(-n_documents // self.shared)
         self.columns = torch.zeros(n_sums, len(_COLUMNS), dtype=torch.float64)
         self.sum_y = torch.zeros(n_sums, d_in, dtype=torch.float64)
         self.sum_e = torch.zeros(n_sums, d_in, dtype=torch.float64)
@@ -63,12 +63,12 @@ class ReconstructionSums:
         x: Float[Tensor, "n d_in"],
         recon: Float[Tensor, "n d_in"],
         code: SparseCode,
-        contexts: Int[Tensor, " n"],
+        documents: Int[Tensor, " n"],
     ) -> None:
-        """Add one batch; ``contexts`` numbers the context of each token."""
-        contexts = contexts // self.shared
+        """Add one batch; ``documents`` numbers the document of each token."""
+        documents = documents // self.shared
         # A few rows at a time: their float64 copies then stay in the processor's cache.
-        parts = [self._products(*part) for part in zip(x.split(ROWS), recon.split(ROWS), contexts.split(ROWS))]
+        parts = [self._products(*part) for part in zip(x.split(ROWS), recon.split(ROWS), documents.split(ROWS))]
         sse, xx, rr, xr, yy = torch.cat(parts, dim=1)
         l1 = torch.zeros(code.n, dtype=torch.float64).index_add_(0, code.rows(), code.values.abs().double())
         ratio, y_ratio = (xx > 0).double(), (yy > 0).double()
@@ -76,13 +76,13 @@ class ReconstructionSums:
         cosine = xr / (safe_x * rr.where(rr > 0, 1.0)).sqrt()
         columns = [torch.ones_like(sse), sse, xx, rr, xr, yy, code.l0().double(), l1, ratio]
         columns += [ratio * sse / safe_x, ratio * cosine, ratio * (rr / safe_x).sqrt(), y_ratio, y_ratio * sse / safe_y]
-        self.columns.index_add_(0, contexts, torch.stack(columns, dim=1))
+        self.columns.index_add_(0, documents, torch.stack(columns, dim=1))
 
-    def _products(self, x: Tensor, recon: Tensor, contexts: Tensor) -> Float[Tensor, "5 n"]:
+    def _products(self, x: Tensor, recon: Tensor, documents: Tensor) -> Float[Tensor, "5 n"]:
         x, recon = x.double(), recon.double()
         y, e = x - self.centre, x - recon
-        self.sum_y.index_add_(0, contexts, y)
-        self.sum_e.index_add_(0, contexts, e)
+        self.sum_y.index_add_(0, documents, y)
+        self.sum_e.index_add_(0, documents, e)
         pairs = ((e, e), (x, x), (recon, recon), (x, recon), (y, y))
         return torch.stack([torch.linalg.vecdot(a, b) for a, b in pairs])
 
@@ -92,7 +92,7 @@ class ReconstructionSums:
         return int(self.columns[:, 0].sum())
 
     def estimates(self, seed: int = 0) -> dict[str, Estimate]:
-        """Every metric of ``FORMULAS`` and of ``LEGACY``, with intervals over contexts."""
+        """Every metric of ``FORMULAS`` and of ``LEGACY``, with intervals over documents."""
         filled = self.columns[:, 0] > 0
         n_sums = int(filled.sum())
         if n_sums == 0:
@@ -103,7 +103,7 @@ class ReconstructionSums:
             values = _ratios(dict(zip(_COLUMNS, columns.T)), sum_y, sum_e, self.centre.numpy())
         if not np.isfinite(values["fvu"][0]):
             raise UserError("all evaluated activations are equal, so no share of variance exists; evaluate more tokens")
-        over = "contexts" if self.shared == 1 else f"groups of {self.shared} contexts"
+        over = "documents" if self.shared == 1 else f"groups of {self.shared} documents"
         return {
             name: from_resamples(values[name], self.n, "token", formula, n_sums, over)
             for name, formula in {**FORMULAS, **LEGACY}.items()

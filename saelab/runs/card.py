@@ -82,8 +82,11 @@ def _measured(file: Path) -> str:
 def _metrics(evaluation: Mapping[str, Any]) -> str:
     split = evaluation["settings"]["split"].replace("_", "-")
     window = evaluation["density_histogram"]["tokens"]
+    documents = evaluation["settings"].get("documents")  # 0.1.0 resampled contexts
+    over = "" if documents is None else f" Intervals resample the {documents:,} documents."
     lines = [
-        f"\n## Metrics\n\nOn the {split} split; shares of latents are counted over a window of {window:,} tokens.\n",
+        f"\n## Metrics\n\nOn the {split} split.{over} "
+        f"Shares of latents are counted over a window of {window:,} tokens.\n",
         "| metric | value | 95 % interval | measured on |",
         "|---|---|---|---|",
     ]

@@ -100,11 +100,25 @@ def numbers(content):
     return [content] if isinstance(content, int | float) else []
 
 
+def test_label_tasks_read_held_out_rows_unless_told_otherwise(world, capsys):
+    run = world.path / "run"
+    args = ["evaluate", str(run), "--cache", str(world.path / "cache"), "--lm-tokens", "0", "--passage-tokens", "4"]
+    with pytest.raises(SystemExit):  # the held-out documents are two, one label of scr is nearly constant
+        main([*args, "--tasks", "tpp"])
+    assert "task-split all" in capsys.readouterr().err
+    main([*args, "--tasks", "probing", "--columns", "article", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["settings"]["documents"] == len(world.cache.documents("held_out").unique()) == 2
+    assert printed["settings"]["documents_trained_on"] == 0
+    passages = printed["tasks"]["probing"]["article"]["dense_probe_test_accuracy"]["n"]
+    assert passages <= world.cache.n_split("held_out") // 4
+
+
 def test_every_task_on_the_text_of_the_cache(world, capsys):
     run, out = world.path / "run", world.path / "bench"
     main([
         "evaluate", str(run), "--cache", str(world.path / "cache"), "--lm-tokens", "0", "--passage-tokens", "8",
-        "--tasks", "probing,scr,tpp", "absorption,two-sided", "--saebench", str(out), "--json",
+        "--tasks", "probing,scr,tpp", "absorption,two-sided", "--saebench", str(out), "--json", "--task-split", "all",
     ])  # fmt: skip
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((run / "evaluation.json").read_text())

@@ -171,7 +171,7 @@ def test_only_held_out_rows_count_and_the_window_is_stated(world):
     want = (held_out - recon).square().sum() / (held_out - held_out.mean(0)).square().sum()
     assert got["fvu"] == pytest.approx(float(want), rel=1e-6)
     assert got.metrics["fvu"].n == 160
-    assert "over 10 contexts" in got.metrics["fvu"].interval
+    assert "over 10 documents" in got.metrics["fvu"].interval
     assert got.histogram["tokens"] == 260
     assert "260 tokens" in got.metrics["dead_fraction"].formula
     assert next(iter(got.content()["metrics"])) == "fvu"

@@ -153,7 +153,7 @@ def test_words_by_letter_takes_word_starts_only(tmp_path):
     strings = [" apple", " Bear", "ing", " a", " 12", " über"]
     tokens = torch.tensor([[0, 1, 2, 3], [0, 0, 4, 5]])
     cache = ActivationCache.from_tensors(tmp_path / "c", torch.randn(2, 4, 3), tokens)
-    acts, letters = words_by_letter(cache, strings, per_word=2)
+    acts, letters = words_by_letter(cache, strings, per_word=2, split="all")
     assert letters.tolist() == ["a", "b", "a"]
     torch.testing.assert_close(acts, cache.read([0, 1, 4]).acts)
 
@@ -205,13 +205,15 @@ def test_built_in_sets_come_from_the_cached_text(tmp_path):
     documents = torch.tensor([0, 0, 0, 1, 1, 1]).repeat_interleave(16).view(6, 16).clone()
     documents[2, 12:] = 1
     cache = ActivationCache.from_tensors(tmp_path / "c", torch.randn(6, 16, 4), tokens, documents=documents)
-    got = from_cache(cache, lambda ids: "in 1984" if 0 in ids else "none", passage_tokens=8)
+    got = from_cache(cache, lambda ids: "in 1984" if 0 in ids else "none", passage_tokens=8, split="all")
     assert got.n == 11  # the passage across two documents is left out
     assert got.labels["article"] == ["0"] * 5 + ["1"] * 6
     assert got.labels["year"] == ["yes"] + ["no"] * 10
     torch.testing.assert_close(got.acts[:8], cache.read(range(8)).acts)
     with pytest.raises(UserError, match="shorten"):
         from_cache(cache, passage_tokens=17)
+    held_out = from_cache(cache, passage_tokens=8)  # by default no row that an SAE was trained on
+    assert held_out.labels["article"] == ["1"] * 6
 
 
 def test_jsonl_is_checked(tmp_path):

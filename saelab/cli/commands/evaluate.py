@@ -23,6 +23,7 @@ from saelab.evaluation import (
     l0_remark,
     run_tasks,
     saebench_json,
+    split_remark,
 )
 from saelab.files import write_json
 from saelab.lm.record import ModelRecord
@@ -101,7 +102,7 @@ def run(
         result = evaluate(sae, cache, model, config, progress)
         result.tasks = found
     console.print(f"saved to {result.save(folder)}", markup=False, soft_wrap=True)
-    for remark in filter(None, (fit_remark(result["fvu"]), l0_remark(sae, result))):
+    for remark in filter(None, (fit_remark(result["fvu"]), l0_remark(sae, result), split_remark(result))):
         console.print(f"note: {remark}", markup=False, soft_wrap=True)
     if saebench is not None:
         write_saebench(result, folder, saebench, wanted)
@@ -132,7 +133,11 @@ def show(result: Evaluation) -> None:
         for name, value in headline(task, numbers):
             out.print(f"{task + ' ' + name:<40} {value:>9.4f}")
     window = result.histogram["tokens"]
-    out.print(f"[dim]dead and dense latents counted over {window:,} tokens; intervals are 95 %[/]")
+    documents = result.settings.get("documents", 0)
+    out.print(
+        f"[dim]dead and dense latents counted over {window:,} tokens; intervals are 95 %, over {documents:,} "
+        "documents[/]"
+    )
 
 
 def headline(task: str, found: dict[str, Any]) -> list[tuple[str, float]]:

@@ -74,8 +74,9 @@ class Manifest:
     skip_first: int = 0  # positions at the start of each context that have no row
     max_norm: float | None = None  # rows with a larger norm were dropped
     grad_scale: float | None = None  # stored gradients = gradients x this power of two; None without gradients
-    held_out_fraction: float = 0.05  # of the contexts, from the end
+    held_out_fraction: float = 0.05  # of the contexts, from the end; about so many, as whole documents are held out
     held_out_from: int = 0  # first held-out row; filled in at the end, as all below
+    train_until: int | None = None  # rows from here to held_out_from: a context with documents of both, in no split
     mean: list[float] = field(default_factory=list)
     rms_norm: float = 0.0  # sqrt(mean ||x||^2)
     mean_norm: float = 0.0  # mean ||x||
@@ -101,6 +102,11 @@ class Manifest:
     def n_contexts(self) -> int:
         """Contexts that the rows come from."""
         return sum(shard.contexts for shard in self.shards)
+
+    @property
+    def train_rows(self) -> int:
+        """Rows that are trained on: the first ones."""
+        return self.held_out_from if self.train_until is None else self.train_until
 
     @property
     def dropped_rows(self) -> int:
@@ -166,6 +172,8 @@ class Manifest:
         numbers = [self.rms_norm, self.mean_norm, self.variance, self.scale, self.held_out_fraction, *self.mean]
         if not all(math.isfinite(value) for value in numbers) or self.scale <= 0:
             raise ValueError("its statistics are not finite")
+        if not 0 <= self.train_rows <= self.held_out_from:
+            raise ValueError(f"train_until is {self.train_until}, held_out_from {self.held_out_from}")
         if not 0 <= self.held_out_from <= self.n_rows or not 0 <= self.skip_first < max(self.context_length, 1):
             raise ValueError(f"held_out_from is {self.held_out_from}, skip_first {self.skip_first}")
 
@@ -177,6 +185,8 @@ class Manifest:
         """
         shards = [(s.sha256, s.rows, s.tokens, s.contexts, s.document_offset) for s in self.shards]
         about = {name: getattr(self, name) for name in IDENTIFYING}
+        if self.train_until is not None:
+            about["train_until"] = self.train_until
         return hashlib.sha256(json.dumps([about, shards], sort_keys=True).encode()).hexdigest()[:16]
 
     def set_statistics(self, rows: int, total: list[float], sum_sq: float, sum_norm: float) -> None:
@@ -193,7 +203,7 @@ IDENTIFYING = (
     *("d_in", "dtype", "context_length", "model", "revision", "weights_fingerprint", "tokenizer_hash"),
     *("text_fingerprint", "hook_name", "bos", "skip_first", "max_norm", "grad_scale", "held_out_from"),
 )
-_RESULTS = ("held_out_from", "rms_norm", "mean_norm", "variance", "scale")
+_RESULTS = ("held_out_from", "train_until", "rms_norm", "mean_norm", "variance", "scale")
 PROVENANCE = (
     *("model", "revision", "model_dtype", "weights_fingerprint", "weights_rounded"),
     *("tokenizer", "tokenizer_hash", "text", "text_fingerprint"),

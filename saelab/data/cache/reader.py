@@ -55,7 +55,7 @@ class ActivationCache:
                     "restore it or harvest the cache again"
                 )
         self.shards = Shards(self.folder, self.manifest)
-        self._validation_from = self.manifest.held_out_from
+        self._validation = (self.manifest.train_rows, self.manifest.train_rows)
         self._buffers = Buffers()
         if verify:
             self.verify()
@@ -135,31 +135,35 @@ class ActivationCache:
 
     def split_rows(self, split: Split) -> tuple[int, int]:
         """First row of a split and the row after its last."""
-        first, boundary = self._validation_from, self.manifest.held_out_from
-        spans = {"train": (0, first), "validation": (first, boundary)}
-        spans |= {"held_out": (boundary, self.n_rows), "all": (0, self.n_rows)}
+        until, first = self._validation
+        spans = {"train": (0, until), "validation": (first, self.manifest.train_rows)}
+        spans |= {"held_out": (self.manifest.held_out_from, self.n_rows), "all": (0, self.n_rows)}
         if split not in spans:
             raise UserError(f"unknown split {split!r}; choose train, held_out or all")
         return spans[split]
 
     def with_validation(self, share: float) -> ActivationCache:
-        """The same cache with the last ``share`` of its training contexts in the split ``validation``, not ``train``.
+        """The same cache with about the last ``share`` of its training contexts in the split ``validation``, not
+        ``train``; whole documents, where there are several.
 
         That split is empty otherwise. Choices (a learning rate) are made on it, so that the held-out rows, on which
         results are reported, are not part of any choice. The manifest's statistics remain those of all training rows.
         """
         if not 0 < share < 1:
             raise UserError(f"validation={share} must be a share of the training contexts, between 0 and 1")
-        contexts = self.shards.context_of(self.manifest.held_out_from)
-        keep = contexts - max(1, round(share * contexts))
-        return self.with_validation_from(self.shards.first_row(keep))
+        contexts = self.shards.context_of(self.manifest.train_rows)
+        until, first = self.shards.divide(max(1, round(share * contexts)), contexts)
+        return self._with_validation(self.shards.first_row(until), self.shards.first_row(first))
 
     def with_validation_from(self, row: int) -> ActivationCache:
         """The same cache with the training rows from ``row`` on in the split ``validation``."""
-        if not 0 <= row <= self.manifest.held_out_from:
+        if not 0 <= row <= self.manifest.train_rows:
             raise UserError(f"validation rows cannot begin at {row}: {self.path} has {self.n_rows} rows")
+        return self._with_validation(row, row)
+
+    def _with_validation(self, train_until: int, first: int) -> ActivationCache:
         view = copy.copy(self)
-        view._validation_from = row
+        view._validation = (train_until, first)
         return view
 
     def n_split(self, split: Split) -> int:
@@ -272,6 +276,11 @@ class ActivationCache:
         shard, slot = self.shards.slot(row)
         number = self.shards.columns(shard)["documents"].slices([(slot, slot + 1)])[0]
         return int(number) + self.manifest.shards[shard].document_offset
+
+    def documents(self, split: Split = "all", n: int | None = None) -> Int[Tensor, " rows"]:
+        """The number of the document of each of the first ``n`` rows of a split (all by default)."""
+        first, stop = self.split_rows(split)
+        return self.shards.documents(first, stop if n is None else min(stop, first + n))
 
     @property
     def n_vocabulary(self) -> int:

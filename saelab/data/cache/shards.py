@@ -87,6 +87,52 @@ class Shards:
             context -= shard.contexts
         return self.starts[-1]
 
+    def documents(self, first: int, stop: int) -> Int[Tensor, " n"]:
+        """The number of the document of each row in ``first .. stop``."""
+        parts = []
+        for index, (base, end) in enumerate(itertools.pairwise(self.starts)):
+            if first < end and base < stop:
+                columns = self.columns(index)
+                slots = columns["slots"].slices([(max(first - base, 0), min(stop, end) - base)])[0].long()
+                parts.append(columns["documents"].all()[slots].long() + self.manifest.shards[index].document_offset)
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+    def divide(self, last: int, contexts: int) -> tuple[int, int]:
+        """Divide the first ``contexts`` contexts so that about ``last`` of them are in the second part, and no document
+        is in both: the end of the first part and the start of the second.
+
+        A context that ends with the first document of the second part is in neither. Of all such divisions this is the
+        one with the nearest number of contexts in the second part, by ratio. Where there is none, because all rows are
+        of one document or documents are not in order, the parts share a document and meet at the asked context.
+        """
+        low, high = self._documents_of_contexts(contexts)
+        asked = contexts - last, contexts - last
+        if contexts < 2 or not bool((low[1:] >= high[:-1]).all()):
+            return asked
+        start = torch.arange(1, contexts)
+        stop = torch.searchsorted(high, low[1:])
+        possible = (stop >= start - 1) & (stop > 0)
+        if not possible.any():
+            return asked
+        start, stop = start[possible], stop[possible]
+        best = int(((contexts - start).double() / last).log().abs().argmin())
+        return int(stop[best]), int(start[best])
+
+    def _documents_of_contexts(self, contexts: int) -> tuple[Int[Tensor, " c"], Int[Tensor, " c"]]:
+        """Lowest and highest document number in each context; that of the rows before where it has no row."""
+        low = torch.full((contexts,), torch.iinfo(torch.int64).max)
+        high = torch.full((contexts,), -1, dtype=torch.int64)
+        done = 0
+        for index, shard in enumerate(self.manifest.shards):
+            own = self.columns(index)["slots"].all().long() // self.manifest.context_length + done
+            numbers = self.documents(self.starts[index], self.starts[index + 1])
+            kept = own < contexts
+            low.scatter_reduce_(0, own[kept], numbers[kept], "amin")
+            high.scatter_reduce_(0, own[kept], numbers[kept], "amax")
+            done += shard.contexts
+        high = high.cummax(0).values
+        return torch.minimum(low, high.clamp_min(0)), high
+
     def pieces(self, spans: Sequence[tuple[int, int]], names: Sequence[str]) -> dict[str, list[Tensor]]:
         """Rows of each global span, for each named tensor; spans must ascend."""
         by_shard: dict[int, list[tuple[int, int]]] = {}

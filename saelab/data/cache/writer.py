@@ -275,8 +275,8 @@ def complete_manifest(folder: Folder, manifest: Manifest) -> None:
     n_rows = manifest.n_rows
     if n_rows == 0:
         raise UserError(f"{folder.url} would hold no rows; give more text or a shorter context")
-    manifest.held_out_from = _held_out_row(folder, manifest)
-    training = manifest.held_out_from or n_rows
+    _hold_out(folder, manifest)
+    training = manifest.train_rows or n_rows
     total, moments = torch.zeros(manifest.d_in, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     first = 0
     for shard in manifest.shards:
@@ -296,9 +296,13 @@ def publish(folder: Folder, manifest: Manifest) -> None:
     folder.remove(PARTIAL)
 
 
-def _held_out_row(folder: Folder, manifest: Manifest) -> int:
-    """The first row of the last ``held_out_fraction`` of the contexts (at least one context)."""
+def _hold_out(folder: Folder, manifest: Manifest) -> None:
+    """Hold out the last documents: those of about ``held_out_fraction`` of the contexts."""
+    manifest.held_out_from, manifest.train_until = manifest.n_rows, None
     if manifest.held_out_fraction == 0:
-        return manifest.n_rows
-    keep = manifest.n_contexts - max(1, round(manifest.held_out_fraction * manifest.n_contexts))
-    return Shards(folder, manifest).first_row(keep)
+        return
+    shards = Shards(folder, manifest)
+    stop, start = shards.divide(max(1, round(manifest.held_out_fraction * manifest.n_contexts)), manifest.n_contexts)
+    manifest.held_out_from = shards.first_row(start)
+    if stop < start:
+        manifest.train_until = shards.first_row(stop)

@@ -34,7 +34,7 @@ def words_by_letter(
     *,
     per_word: int = 5,
     max_rows: int = 8000,
-    split: Split = "all",
+    split: Split = "held_out",
 ) -> tuple[Float[Tensor, "n d_in"], np.ndarray]:
     """Activations of word-initial tokens (a space and at least two letters) and their first letters, lower case.
 

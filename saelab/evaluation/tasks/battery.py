@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,6 +38,8 @@ class TaskConfig:
     """Tokens of a passage cut from the cache's own text."""
     task_tokens: int = 100_000
     """Rows of the cache that two-sidedness is judged on."""
+    task_split: Literal["held_out", "all"] = "held_out"
+    """Rows that passages and words of the cache's own text are taken from; all includes what the SAE was trained on."""
 
     def __post_init__(self) -> None:
         names = tuple(name for entry in self.tasks for name in entry.split(",") if name)
@@ -76,7 +78,8 @@ class _TaskData:
 
     def _read(self) -> labelled.Passages:
         if self.config.labels is None:
-            return labelled.from_cache(self.cache, _decoder(self.cache), passage_tokens=self.config.passage_tokens)
+            size, split = self.config.passage_tokens, self.config.task_split
+            return labelled.from_cache(self.cache, _decoder(self.cache), passage_tokens=size, split=split)
         texts, labels = labelled.read_jsonl(self.config.labels)
         tokenizer = getattr(self.model, "tokenizer", None)
         if tokenizer is None:
@@ -115,7 +118,14 @@ def run_tasks(
         for done, name in enumerate(config.tasks):
             if progress is not None:
                 progress("tasks", done, len(config.tasks))
-            results[name] = TASKS[name](data)
+            try:
+                results[name] = TASKS[name](data)
+            except UserError as error:
+                if config.labels is not None or config.task_split == "all" or name == "two-sided":
+                    raise
+                raise UserError(
+                    f"{error}. Held-out rows were read; --task-split all adds those that the SAE was trained on"
+                ) from error
         if progress is not None and config.tasks:
             progress("tasks", len(config.tasks), len(config.tasks))
     return results
@@ -146,7 +156,7 @@ def _scr(data: _TaskData) -> dict[str, Any]:
 
 def _absorption(data: _TaskData) -> dict[str, Any]:
     strings = _vocabulary(data.cache)
-    acts, letters = words_by_letter(data.cache, strings)
+    acts, letters = words_by_letter(data.cache, strings, split=data.config.task_split)
     return absorption(data.sae, acts, letters, seed=data.seed)
 
 

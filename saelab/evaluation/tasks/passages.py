@@ -94,7 +94,7 @@ def from_cache(
     *,
     passage_tokens: int = 32,
     max_passages: int = 2000,
-    split: Split = "all",
+    split: Split = "held_out",
 ) -> Passages:
     """Built-in labelled sets: runs of ``passage_tokens`` rows that lie in one document.
 
