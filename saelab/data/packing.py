@@ -81,15 +81,22 @@ def _separator_ids(separator: str, tokenizer: Any) -> list[int]:
 
 
 def pack(
-    source: TextSource, tokenizer: Any, length: int, bos: Bos, batch: int, separator: str = NOTHING
+    source: TextSource,
+    tokenizer: Any,
+    length: int,
+    bos: Bos,
+    batch: int,
+    separator: str = NOTHING,
+    document_tokens: int | None = None,
 ) -> Iterator[Contexts]:
     """Concatenate documents and cut them into contexts of ``length`` tokens, ``batch`` contexts at a time.
 
     ``bos="context"`` puts the BOS token at the start of every context, ``"document"`` at the start of every
     document that does not begin with it already, ``"none"`` nowhere. ``separator``, as :func:`resolve_separator`
     gives it, stands between documents. Chats go through the tokenizer's chat template, which may begin with BOS
-    whatever ``bos`` says; those that the template refuses are counted in ``source.left_out``. Tokens that do not fill
-    a last context are dropped; the last batch may be short.
+    whatever ``bos`` says; those that the template refuses are counted in ``source.left_out``. Of each document the
+    first ``document_tokens`` tokens are taken. Tokens that do not fill a last context are dropped; the last batch may
+    be short.
     """
     prefix = 1 if bos == "context" else 0
     body = length - prefix
@@ -98,7 +105,8 @@ def pack(
     held: list[np.ndarray] = []
     count, wanted = 0, batch * body
     between = _separator_ids(separator, tokenizer)
-    for part in _tokens(source, tokenizer, bos_token_id(tokenizer) if bos == "document" else None, between):
+    bos_id = bos_token_id(tokenizer) if bos == "document" else None
+    for part in _tokens(source, tokenizer, bos_id, between, document_tokens):
         held.append(part)
         count += part.shape[1]
         while count >= wanted:
@@ -111,15 +119,21 @@ def pack(
         yield _contexts(flat[:, : count // body * body], body, bos_token_id(tokenizer) if prefix else None)
 
 
-def _tokens(source: TextSource, tokenizer: Any, bos_id: int | None, between: Sequence[int]) -> Iterator[np.ndarray]:
+def _tokens(
+    source: TextSource, tokenizer: Any, bos_id: int | None, between: Sequence[int], most: int | None
+) -> Iterator[np.ndarray]:
     """``[3, m]``: token ids, document numbers and role numbers of a few documents at a time."""
-    document = -1
+    document, left = -1, 0
     for group in _grouped(source, tokenizer):
         parts = []
         for starts, ids, roles in _tokenized(group, tokenizer):
             if starts and between and document >= 0:
                 parts.append(_part(between, document, SEPARATOR))
             document += starts
+            if most is not None:
+                left = most if starts else left
+                ids, roles = ids[:left], roles if isinstance(roles, int) else roles[:left]
+                left -= len(ids)
             if starts and bos_id is not None and list(ids[:1]) != [bos_id]:
                 parts.append(_part([bos_id], document, TEXT))
             parts.append(_part(ids, document, roles))

@@ -20,6 +20,9 @@ class HarvestConfig:
 
     tokens: int = 200_000
     """Tokens of text to run through the model; the text may end earlier."""
+    document_tokens: int | None = None
+    """At most so many tokens of each document, from its start; by default all. A few long documents then leave room for
+    more others."""
     context_length: int = 128
     """Tokens in a context."""
     bos: Bos | Literal["auto"] = "auto"
@@ -50,6 +53,8 @@ class HarvestConfig:
         for name in ("tokens", "context_length", "pass_tokens", "shard_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.document_tokens is not None and self.document_tokens < 1:
+            raise UserError(f"document_tokens={self.document_tokens} must be at least 1")
         if not 0 <= self.skip_first < self.context_length:
             raise UserError(f"skip_first={self.skip_first} must be below context_length={self.context_length}")
         check_roles(self.roles)

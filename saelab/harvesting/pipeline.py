@@ -93,7 +93,9 @@ def _harvest(
     source = text if isinstance(text, TextSource) else open_text(text)
     bos = resolve_bos(config.bos, bridge.tokenizer)
     separator = resolve_separator(config.separator, bridge.tokenizer, bos)
-    packed = pack(source, bridge.tokenizer, config.context_length, bos, config.pass_contexts, separator)
+    packed = pack(
+        source, bridge.tokenizer, config.context_length, bos, config.pass_contexts, separator, config.document_tokens
+    )
     batches = _limited(packed, config.contexts)
     first = next(batches, None)
     if first is None:
@@ -135,6 +137,8 @@ def _provenance(model: TransformerBridge, source: TextSource, config: HarvestCon
     name, revision = model_name(model)
     record = ModelRecord.of(model)
     settings = {"tokens": config.tokens, "pass_contexts": config.pass_contexts, "gradients": config.gradients}
+    if config.document_tokens is not None:
+        settings["document_tokens"] = config.document_tokens
     return {
         "model": name,
         "revision": revision,

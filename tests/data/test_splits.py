@@ -55,7 +55,8 @@ def test_whole_documents_are_held_out(seed: int, shard_rows: int, tmp_path: Path
     train, held_out = (set(cache.documents(split).tolist()) for split in ("train", "held_out"))
     assert train and held_out and not train & held_out
     x = torch.cat([batch.acts for batch in cache.head(split="train")]).double()
-    torch.testing.assert_close(torch.tensor(cache.manifest.mean, dtype=torch.float64), x.mean(0), rtol=1e-12, atol=1e-12)
+    mean = torch.tensor(cache.manifest.mean, dtype=torch.float64)
+    torch.testing.assert_close(mean, x.mean(0), rtol=1e-12, atol=1e-12)
 
 
 def test_validation_rows_are_of_their_own_documents_too(tmp_path: Path) -> None:

@@ -115,15 +115,19 @@ def test_bad_text_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("bos", ["none", "context", "document"])
 @pytest.mark.parametrize("batch", [1, 3, 100])
-def test_packing_keeps_every_token_in_order(tokenizer: Any, bos: Any, batch: int) -> None:
+@pytest.mark.parametrize("most", [None, 1, 30])
+def test_packing_keeps_every_token_in_order(tokenizer: Any, bos: Any, batch: int, most: int | None) -> None:
     documents = [tiny_lm.sentences(n, n) for n in (3, 40, 1, 17, 60)]
     stream, owners = [], []
     for number, document in enumerate(documents):
-        ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(document, add_special_tokens=False)["input_ids"][:most]
         ids = [0, *ids] if bos == "document" else ids
         stream += ids
         owners += [number] * len(ids)
-    parts = list(pack(from_documents(documents), tokenizer, 16, bos, batch))
+    parts = list(pack(from_documents(documents), tokenizer, 16, bos, batch, document_tokens=most))
+    if most == 1:
+        assert not parts  # five documents of one token do not fill a context
+        return
     tokens = torch.cat([p.tokens for p in parts])
     numbers = torch.cat([p.documents for p in parts])
     assert all(p.tokens.shape[0] == batch for p in parts[:-1])
