@@ -31,6 +31,8 @@ FEATURES, EXAMPLES = "features.parquet", "examples.parquet"
 # A sweep's folder, beside one run folder per SAE
 SWEEP = "sweep.json"  # the grid, the cache, which runs were stopped, and the learning rates that were tried
 SWEEP_TABLE = "sweep.parquet"  # there once the sweep is finished
+SWEEP_SUMMARY = "sweep_summary.parquet"  # means over seeds
+SWEEP_DIFFERENCES = "sweep_differences.parquet"  # between groups of SAEs, on the same seeds and documents
 SWEEP_REPORT = "report.html"
 
 # A steering recipe

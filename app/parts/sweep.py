@@ -13,8 +13,20 @@ from parts import source as source_parts
 from saelab import viz
 from saelab.layout import SWEEP_TABLE
 from saelab.runs import Run
-from saelab.sweep.results import load_results
-from saelab.viz.sweep import AXES, COLUMNS, RATES, lost_rates, pareto_of, rates_of
+from saelab.sweep import load_results, load_summary
+from saelab.viz.sweep import (
+    AXES,
+    COLUMNS,
+    DIFFERENCE_COLUMNS,
+    DIFFERENCES,
+    RATES,
+    SUMMARY,
+    SUMMARY_COLUMNS,
+    chance,
+    lost_rates,
+    pareto_of,
+    rates_of,
+)
 from saelab.workspace import FORMULAS, Workspace
 
 SHORT = {"fvu": "FVU", "dead_fraction": "dead", "ce_loss_recovered_zero": "CE recovered"}
@@ -23,6 +35,11 @@ SHORT = {"fvu": "FVU", "dead_fraction": "dead", "ce_loss_recovered_zero": "CE re
 @st.cache_data(max_entries=8, show_spinner=False)
 def _rows(folder: str, stamp: float) -> list[dict[str, Any]]:
     return load_results(folder)
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def _summary(folder: str, stamp: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return load_summary(folder)
 
 
 def show(found: Workspace, logged: dict[str, Run]) -> None:
@@ -63,10 +80,30 @@ def show(found: Workspace, logged: dict[str, Run]) -> None:
         picked = [rows[i] for i in event.selection.rows if i < len(rows)]
         if not picked:
             st.caption("Choose a row to see where its numbers come from.")
-            return
-        member = found.runs.get((Path(name) / (picked[0]["folder"] or picked[0]["name"])).as_posix())
-        if member is not None:
-            source_parts.of_run(member)
+        else:
+            member = found.runs.get((Path(name) / (picked[0]["folder"] or picked[0]["name"])).as_posix())
+            if member is not None:
+                source_parts.of_run(member)
+    _means(*_summary(str(folder), (folder / SWEEP_TABLE).stat().st_mtime))
+
+
+def _means(summaries: list[dict[str, Any]], differences: list[dict[str, Any]]) -> None:
+    """Means over seeds and differences between variants, where the sweep has several SAEs to compare."""
+    if not summaries:
+        return
+    number = st.column_config.NumberColumn
+    fixed = {name: number(format="%.4f") for name in ("fvu", "fvu_low", "fvu_high", "difference", "low", "high")}
+    shares = ("dead_fraction", "ce_loss_recovered_zero", "shared_latents", "shared_by_chance")
+    config = fixed | {name: number(format="percent") for name in shares} | {"l0": number("L0", format="%.1f")}
+    options: Any = {"hide_index": True, "column_config": config, "placeholder": "–"}
+    st.caption(SUMMARY)
+    view = pd.DataFrame(summaries, columns=SUMMARY_COLUMNS).dropna(axis="columns", how="all")
+    st.dataframe(view.assign(name=view["name"].map(viz.visible)), key="training_means", alt=SUMMARY, **options)
+    if differences:
+        st.caption(f"{DIFFERENCES}. {chance(len(differences))}")
+        view = pd.DataFrame(differences, columns=DIFFERENCE_COLUMNS)
+        view = view.assign(**{name: view[name].map(viz.visible) for name in ("a", "b")})
+        st.dataframe(view, key="training_differences", alt=DIFFERENCES, **options)
 
 
 def _table(rows: list[dict[str, Any]], measured: list[str]) -> Any:

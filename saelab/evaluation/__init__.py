@@ -100,7 +100,7 @@ def evaluate(
             timing |= _timing(run, time.perf_counter() - started)
     timing["seconds"] = time.perf_counter() - started
     settings = _settings(sae, cache, config, timing) | _documents(cache, config)
-    return Evaluation(metrics, firing.histogram(), settings, timing)
+    return Evaluation(metrics, firing.histogram(), settings, timing, sums.by_document())
 
 
 def spliced(

@@ -25,6 +25,7 @@ class Evaluation:
         histogram: latents over log10(density).
         settings: what was evaluated on what, and how special positions were treated.
         timing: seconds, and the ratio to the language model's own passes where one ran.
+        by_document: tokens, squared error and squared deviation from the mean of each held-out document.
         tasks: results of :func:`saelab.evaluation.run_tasks` by task, where any ran.
     """
 
@@ -32,6 +33,7 @@ class Evaluation:
     histogram: dict[str, Any]
     settings: dict[str, Any]
     timing: dict[str, float] = field(default_factory=dict)
+    by_document: dict[str, list[float]] = field(default_factory=dict)
     tasks: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
@@ -45,6 +47,7 @@ class Evaluation:
             "metrics": {name: e.row() for name, e in self.metrics.items() if name not in LEGACY},
             "legacy": {name: e.row() for name, e in self.metrics.items() if name in LEGACY},
             **({"tasks": self.tasks} if self.tasks else {}),
+            "by_document": self.by_document,
             "density_histogram": self.histogram,
             "settings": self.settings,
             "timing": self.timing,

@@ -10,6 +10,7 @@ from saelab.metrics.dictionary import (
     effective_rank,
     match_directions,
     max_cosines,
+    shared_fraction,
     stability,
 )
 from saelab.metrics.intervals import Estimate, bootstrap, proportion, t_interval
@@ -48,6 +49,7 @@ __all__ = [
     "max_cosines",
     "mcc",
     "proportion",
+    "shared_fraction",
     "stability",
     "t_interval",
     "zipf_fit",

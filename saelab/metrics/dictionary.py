@@ -6,9 +6,12 @@ Costa et al. (2025) for its use on co-selected sets and for the effective rank o
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from scipy import sparse
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
 
 from saelab.devices import in_float64
@@ -119,6 +122,34 @@ def match_directions(A: Tensor, B: Tensor, signed: bool = False) -> tuple[Tensor
     rows, columns = linear_sum_assignment((cosines.abs() if signed else cosines).numpy(), maximize=True)
     rows, columns = torch.from_numpy(rows), torch.from_numpy(columns)
     return rows, columns, cosines[rows, columns]
+
+
+def shared_fraction(
+    A: Float[Tensor, "m d_in"], B: Float[Tensor, "n d_in"], threshold: float = 0.7, signed: bool = False
+) -> tuple[float, float]:
+    """Share of the smaller dictionary's directions that can be matched one to one at a cosine above ``threshold``, and
+    what directions at random in place of ``B`` give: two seeds of one SAE that agree no better share nothing.
+
+    The number of pairs is the largest possible. The measure, for SAEs of different seeds, is that of Paulo and Belrose
+    (2025).
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = living_rows(A), living_rows(B)
+    random = living_rows(torch.randn(b.shape, generator=generator, dtype=torch.float64))
+    return _matched(a, b, threshold, signed), _matched(a, random, threshold, signed)
+
+
+def _matched(a: Tensor, b: Tensor, threshold: float, signed: bool) -> float:
+    rows, columns = [], []
+    for block in _blocks(a):
+        cosines = a[block].float() @ b.float().T
+        found = ((cosines.abs() if signed else cosines) > threshold).nonzero()
+        rows.append(block[found[:, 0]])
+        columns.append(found[:, 1])
+    row, column = torch.cat(rows).numpy(), torch.cat(columns).numpy()
+    edges = sparse.csr_matrix((np.ones(len(row)), (row, column)), shape=(len(a), len(b)))
+    matched = int((maximum_bipartite_matching(edges, perm_type="column") >= 0).sum())
+    return matched / max(1, min(len(a), len(b)))
 
 
 def stability(A: Float[Tensor, "m d_in"], B: Float[Tensor, "m d_in"], signed: bool = False) -> float:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -93,6 +94,26 @@ def bootstrap(sample: Array, statistic: Callable[[Array], float], seed: int = 0)
     drawn = sample[rng.integers(sample.size, size=(RESAMPLES, sample.size))]
     low, high = np.quantile([statistic(row) for row in drawn], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def two_way(
+    errors: Float[Array, "seeds documents"], deviations: Float[Array, " documents"], seed: int = 0
+) -> tuple[float, float | None, float | None]:
+    """Mean over seeds of ``sum(errors) / sum(deviations)`` and its 95 % interval over seeds and documents.
+
+    ``errors`` are sums of each document, of an SAE per seed or of the differences of pairs. Half of the interval is
+    ``sqrt(a^2 + b^2)``: ``a`` is half of Student's interval over the seeds, ``b`` 1.96 standard deviations of the mean
+    over resampled documents. One seed or one document gives no interval.
+    """
+    shares = errors.sum(1) / deviations.sum()
+    mean = float(shares.mean())
+    if errors.shape[0] < 2 or errors.shape[1] < 2:
+        return mean, None, None
+    low, high = t_interval(shares)
+    top, bottom = resampled_sums(errors.mean(0), deviations, seed=seed)
+    spread = 1.96 * float((top[1:] / bottom[1:]).std(ddof=1))
+    half = math.hypot((high - low) / 2, spread)
+    return mean, mean - half, mean + half
 
 
 def t_interval(sample: Array) -> tuple[float, float]:

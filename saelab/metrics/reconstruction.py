@@ -33,6 +33,7 @@ LEGACY = {
     " E[x], not invariant under scaling (SAELens 6.18, SAEBench 0.6.0)",
     "legacy_r2_global": "1 - mean (x - recon)^2 / mean (x - m)^2 with m one scalar over all entries (Overcomplete)",
 }
+MOST = 512  # documents, or groups of them, in a report
 ROWS = 256  # taken together in the float64 sums
 HELD = 1 << 25  # numbers of a vector per document: 256 MiB, twice, and once more while they are resampled
 _COLUMNS = ("n", "sse", "xx", "rr", "xr", "yy", "l0", "l1", "n_ratio", "nmse", "cosine", "l2_ratio", "n_y", "y_ratio")
@@ -90,6 +91,20 @@ class ReconstructionSums:
     def n(self) -> int:
         """Tokens seen."""
         return int(self.columns[:, 0].sum())
+
+    def by_document(self) -> dict[str, list[float]]:
+        """Tokens, squared error and squared deviation from the set's mean of each document; neighbours share numbers
+        where there are more than 512 documents.
+
+        From these follow FVU and, for two SAEs, an interval of their difference on the same text.
+        """
+        shift = self.sum_y.sum(0) / self.n  # mean - centre
+        n, sse, yy = (self.columns[:, _COLUMNS.index(name)] for name in ("n", "sse", "yy"))
+        deviation = yy - 2 * self.sum_y @ shift + n * shift.square().sum()
+        parts = torch.stack([n, sse, deviation.clamp_min(0)])[:, n > 0]
+        group = torch.arange(parts.shape[1]) // -(-parts.shape[1] // MOST)
+        summed = parts.new_zeros(3, int(group[-1]) + 1).index_add_(1, group, parts)
+        return dict(zip(("tokens", "squared_error", "squared_deviation"), summed.tolist()))
 
     def estimates(self, seed: int = 0) -> dict[str, Estimate]:
         """Every metric of ``FORMULAS`` and of ``LEGACY``, with intervals over documents."""

@@ -4,6 +4,7 @@ from saelab.sweep.grid import Entry, Grid, Halving, make_grid, read_grid
 from saelab.sweep.member import Member
 from saelab.sweep.results import load_results, measure, save_results
 from saelab.sweep.runner import run_sweep
+from saelab.sweep.summary import load_summary, save_summary, summarise
 from saelab.sweep.tuning import Tuning
 
 __all__ = [
@@ -13,9 +14,12 @@ __all__ = [
     "Member",
     "Tuning",
     "load_results",
+    "load_summary",
     "make_grid",
     "measure",
     "read_grid",
     "run_sweep",
     "save_results",
+    "save_summary",
+    "summarise",
 ]

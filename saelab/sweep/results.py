@@ -40,6 +40,8 @@ SCHEMA = pa.schema(
         ("message", pa.string()),
         ("step", pa.int64()),
         *((name, pa.float64()) for name in MEASURED),  # on held-out tokens; null where not measured
+        ("cpu_seconds", pa.float64()),  # processor time of the training steps
+        ("parameters", pa.float64()),
         ("folder", pa.string()),  # relative to the table
         ("tried", pa.string()),  # learning rates, as JSON (see choice.Group), where it was tuned; null elsewhere
     ]
@@ -57,12 +59,13 @@ def measure(
     config = config or EvaluateConfig(lm_tokens=0)
     rows = []
     for member in members:
-        values: dict[str, float | None] = dict.fromkeys(MEASURED)
+        values: dict[str, float | None] = dict.fromkeys((*MEASURED, "parameters"))
         message = member.message
         if member.status == "finished":
             sae = load_sae(member.folder)
             evaluation = evaluate(sae, _as_trained(member, cache), model, config)
             evaluation.save(member.folder)
+            values["parameters"] = float(sum(part.numel() for part in sae.parameters()))
             values |= {name: evaluation.metrics[name].value for name in MEASURED if name in evaluation.metrics}
             remarks = [*sae.remarks(), _failed(member, values["fvu"])]
             message = "; ".join(filter(None, [message, *remarks])) or _off(member.entry, values["l0"])
@@ -80,6 +83,7 @@ def measure(
                 "message": message,
                 "step": member.step,
                 **values,
+                "cpu_seconds": member.cpu_seconds,
                 "folder": member.folder.name,
                 "tried": json.dumps(member.tried) if member.tried else None,
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -174,7 +175,10 @@ class _Sweep:
         if member.status != "running" or member.run is None or member.step >= position:
             return
         try:
+            began, first = time.process_time(), member.last is None
             member.last = next(member.run)
+            if not first:
+                member.seconds, member.timed = member.seconds + time.process_time() - began, member.timed + 1
             member.step = member.last.step
         except Diverged as error:
             member.status, member.message, member.run, member.step = "diverged", str(error), None, position

@@ -20,7 +20,15 @@ AXES = {
     "dead_fraction": "dead latents, share of the dictionary",
     "ce_loss_recovered_zero": "CE loss recovered (against zero ablation)",
 }
+COSTS = {"cpu_seconds": "processor seconds of training", "parameters": "parameters"}
+SUMMARY = "Means over seeds, with 95 % intervals over seeds and held-out documents"
+DIFFERENCES = "Differences of FVU on the same seeds and documents (a minus b), with 95 % intervals"
 RATES = "Learning rates tried, on validation tokens; the star is the one chosen"
+SUMMARY_COLUMNS = (
+    *("name", "seeds", "documents", "l0", "fvu", "fvu_low", "fvu_high", "dead_fraction", "ce_loss_recovered_zero"),
+    *("shared_latents", "shared_by_chance", "cpu_seconds", "parameters"),
+)
+DIFFERENCE_COLUMNS = ("a", "b", "difference", "low", "high", "verdict", "seeds", "documents")
 COLUMNS = ("name", "status", "step", "l0", "fvu", "dead_fraction", "ce_loss_recovered_zero", "lr", "seed", "message")
 
 
@@ -34,6 +42,17 @@ def pareto_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = 
             series = f"{row['variant']} {row['d_sae']}" if several else row["variant"]
             points[series].append((row["l0"], row[value], text))
     return pareto(points, colours, "L0 on held-out tokens", AXES[value])
+
+
+def cost_of(rows: Sequence[Mapping[str, Any]], column: str, colours: Palette = LIGHT) -> go.Figure | None:
+    """FVU against ``cpu_seconds`` or ``parameters``, one series per variant; None where no SAE has both numbers."""
+    points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    for row in rows:
+        if row["fvu"] is not None and row.get(column) is not None:
+            cost = f"{COSTS[column]} {row[column]:.4g}"
+            text = f"{safe(row['name'])}<br>{cost}<br>FVU {row['fvu']:.4f}, L0 {row['l0']:.1f}"
+            points[row["variant"]].append((row[column], row["fvu"], text))
+    return pareto(points, colours, COSTS[column], AXES["fvu"]) if points else None
 
 
 def rates_of(rows: Sequence[Mapping[str, Any]], colours: Palette = LIGHT, height: int = 320) -> go.Figure | None:
@@ -91,8 +110,18 @@ def _leads(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(first.values())
 
 
-def report(rows: Sequence[Mapping[str, Any]], title: str = "sweep") -> str:
-    """The charts that have data, then the table, as one HTML page."""
+def chance(count: int) -> str:
+    """What many intervals of 95 % mean together."""
+    return f"Of {count} such intervals, {count / 20:.2g} would exclude zero by chance alone if nothing differed."
+
+
+def report(
+    rows: Sequence[Mapping[str, Any]],
+    title: str = "sweep",
+    summaries: Sequence[Mapping[str, Any]] = (),
+    differences: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The charts that have data, then the tables, as one HTML page."""
     shown = [value for value in AXES if any(row[value] is not None for row in rows)]
     parts = []
     for number, value in enumerate(shown):
@@ -103,8 +132,15 @@ def report(rows: Sequence[Mapping[str, Any]], title: str = "sweep") -> str:
         page = rates.to_html(full_html=False, include_plotlyjs=not shown)
         parts.append(f"<h2>{html.escape(RATES)}</h2>{page}")
         parts += [f"<p>{html.escape(line)}</p>" for line in lost_rates(rows)]
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
-    body = "".join(f"<tr>{''.join(_cell(row[column]) for column in COLUMNS)}</tr>" for row in rows)
+    for column in COSTS:
+        if (figure := cost_of(rows, column)) is not None:
+            page = figure.to_html(full_html=False, include_plotlyjs=not shown and rates is None)
+            parts.append(f"<h2>{html.escape(AXES['fvu'])}, {html.escape(COSTS[column])}</h2>{page}")
+    if summaries:
+        parts.append(f"<h2>{html.escape(SUMMARY)}</h2>{_table(summaries, SUMMARY_COLUMNS)}")
+    if differences:
+        parts.append(f"<h2>{html.escape(DIFFERENCES)}</h2>{_table(differences, DIFFERENCE_COLUMNS)}")
+        parts.append(f"<p>{html.escape(chance(len(differences)))}</p>")
     style = (
         "body{font-family:sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse;font-size:.9rem}td,th{padding:.25rem .6rem;text-align:left;"
@@ -113,8 +149,14 @@ def report(rows: Sequence[Mapping[str, Any]], title: str = "sweep") -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{style}</style></head><body><h1>{html.escape(title)}</h1>{''.join(parts)}"
-        f"<h2>All SAEs</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></body></html>\n"
+        f"<h2>All SAEs</h2>{_table(rows, COLUMNS)}</body></html>\n"
     )
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join(f"<tr>{''.join(_cell(row.get(column)) for column in columns)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _cell(value: Any) -> str:

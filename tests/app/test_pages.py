@@ -15,7 +15,7 @@ from streamlit.testing.v1 import AppTest
 from saelab.features import FeatureIndex
 from saelab.features.search import catalogue
 from saelab.sae import VARIANTS
-from saelab.sweep.results import save_results
+from saelab.sweep import save_results, save_summary
 from saelab.workspace.notes import read_notes
 
 ENTRY = Path(__file__).parents[2] / "app" / "streamlit_app.py"
@@ -145,13 +145,20 @@ def test_a_sweep_is_shown_with_its_members(monkeypatch: pytest.MonkeyPatch, fold
     rows[0]["tried"] = json.dumps([*tried, {"lr": 1.0, "fvu": None, "l0": None, "status": "diverged", "step": 2}])
     rows.append({"name": "<b>lost</b>", "variant": "topk", "status": "diverged", "message": "FVU is nan"})
     save_results(rows, tmp_path / "sweep")
+    means = {"name": "topk", "seeds": 3, "documents": 20, "l0": 4.0, "fvu": 0.4567, "shared_latents": 0.25}
+    difference = {"a": "topk", "b": "gated", "difference": 0.1, "low": 0.05, "high": 0.15, "verdict": "b is better"}
+    save_summary([means], [difference], tmp_path / "sweep")
     app = launch(monkeypatch, tmp_path, model="none")
     app.switch_page("views/training.py").run()
     assert not app.exception and not app.error, (app.exception, app.error)
     table = app.dataframe[0].value
     assert table["name"].tolist() == ["topk", "gated", "<b>lost</b>"] and table["message"][2] == "FVU is nan"
     assert "ce_loss_recovered_zero" not in table
+    means, differences = app.dataframe[1].value, app.dataframe[2].value
+    assert means["fvu"].tolist() == [0.4567] and "lr" not in means and "cpu_seconds" not in means
+    assert differences["verdict"].tolist() == ["b is better"]
     captions = [caption.value for caption in app.caption]
+    assert any("Of 1 such intervals" in text for text in captions)
     assert any("Learning rates tried" in text for text in captions) and r"topk\: 1 diverged at step 2" in captions
     app.button(key="training_members").click().run()
     assert not app.exception and app.multiselect(key="training_runs").value == ["sweep/gated", "sweep/topk"]

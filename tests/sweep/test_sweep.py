@@ -239,7 +239,9 @@ def test_the_command_survives_kill_and_writes_table_and_report(
     assert process.wait(60) == -9
     main([*args, str(tmp_path / "killed"), "--resume"])
     left, right = contents(tmp_path / "killed"), contents(tmp_path / "whole")
-    timed = {name for name in left if name.endswith(("evaluation.json", "report.html"))}
+    timed = {n for n in left if n.endswith(("evaluation.json", "report.html", "sweep.parquet", "summary.parquet"))}
+    tables = [[row | {"cpu_seconds": None} for row in load_results(tmp_path / n)] for n in ("killed", "whole")]
+    assert tables[0] == tables[1]
     assert {n: b for n, b in left.items() if n not in timed} == {n: b for n, b in right.items() if n not in timed}
 
 

@@ -26,10 +26,11 @@ from saelab.evaluation import EvaluateConfig
 from saelab.files import replace
 from saelab.layout import SWEEP_REPORT
 from saelab.lm.record import ModelRecord
-from saelab.sweep import Grid, Member, measure, read_grid, run_sweep, save_results
+from saelab.sweep import Grid, Member, measure, read_grid, run_sweep, save_results, save_summary, summarise
 from saelab.sweep.grid import check_grid
 from saelab.training import n_steps
 from saelab.training.checkpoints import Interval
+from saelab.viz.sweep import DIFFERENCES, SUMMARY, chance
 from saelab.viz.sweep import report as sweep_report
 
 
@@ -92,13 +93,19 @@ def main(args: Sequence[str]) -> None:
             sys.exit(stop.exit_code)
         rows = evaluate(members, cache, config, options)
         path = save_results(rows, options.out)
+        summaries, differences = summarise(rows, options.out)
+        save_summary(summaries, differences, options.out)
         report = options.out / SWEEP_REPORT
-        page = sweep_report(rows, title=options.out.name)
+        page = sweep_report(rows, options.out.name, summaries, differences)
         replace(report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     if options.json:
         print_json(rows)
     else:
         out.print(results_table(rows))
+        if any(row["seeds"] > 1 for row in summaries):
+            out.print(f"\n{SUMMARY}", summary_table(summaries), sep="\n")
+        if differences:
+            out.print(f"\n{DIFFERENCES}", differences_table(differences), chance(len(differences)), sep="\n")
         for row in rows:
             if row["message"]:
                 out.print(f"{row['name']}: {row['message']}", markup=False)
@@ -168,6 +175,28 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
         numbers = [row["l0"], row["fvu"], row["dead_fraction"], row["ce_loss_recovered_zero"]]
         cells = ["" if n is None else f"{n:.{d}f}" for n, d in zip(numbers, (1, 4, 3, 4))]
         table.add_row(row["name"], row["status"], _rate(row), *cells)
+    return table
+
+
+def summary_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """Means over seeds."""
+    table = Table("SAE", "seeds", "L0", "FVU", "interval", "dead", "shared by seeds", box=None, pad_edge=False)
+    for row in summaries:
+        interval = "cannot say" if row["fvu_low"] is None else f"{row['fvu_low']:.4f} .. {row['fvu_high']:.4f}"
+        shared = ""
+        if row["shared_latents"] is not None:
+            shared = f"{row['shared_latents']:.1%} ({row['shared_by_chance']:.1%} by chance)"
+        numbers = (f"{row['l0']:.1f}", f"{row['fvu']:.4f}", interval, f"{row['dead_fraction']:.3f}")
+        table.add_row(row["name"], str(row["seeds"]), *numbers, shared)
+    return table
+
+
+def differences_table(differences: Sequence[dict[str, Any]]) -> Table:
+    """The differences, largest first."""
+    table = Table("a", "b", "FVU of a - b", "interval", "verdict", box=None, pad_edge=False)
+    for row in sorted(differences, key=lambda row: -abs(row["difference"])):
+        interval = "" if row["low"] is None else f"{row['low']:+.4f} .. {row['high']:+.4f}"
+        table.add_row(row["a"], row["b"], f"{row['difference']:+.4f}", interval, row["verdict"])
     return table
 
 

@@ -1,0 +1,123 @@
+"""Means over seeds and paired differences: against a brute-force bootstrap, and where nothing can be said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from saelab.cli import main
+from saelab.data.cache import ActivationCache
+from saelab.data.synthetic import Planted
+from saelab.metrics import shared_fraction
+from saelab.metrics.intervals import two_way
+from saelab.sweep import load_results, load_summary, measure, save_results, summarise
+from saelab.sweep.summary import groups
+
+GRID = """
+[train]
+epochs = 2
+batch_size = 200
+[[grid]]
+variant = ["topk", "batch_topk"]
+d_sae = 32
+k = 3
+seed = {seeds}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweeps")
+    x, _ = Planted(12, 24, l0=3, seed=1).sample(6000, seed=2)
+    documents = torch.arange(6000) // 100
+    ActivationCache.from_tensors(folder / "cache", x, documents=documents, context_length=10, held_out=0.3)
+    for name, seeds in (("three", "[0, 1, 2]"), ("one", "0")):
+        (folder / f"{name}.toml").write_text(GRID.format(seeds=seeds))
+        main(["sweep", str(folder / "cache"), str(folder / f"{name}.toml"), "--out", str(folder / name)])
+    return folder
+
+
+def test_the_interval_covers_seeds_and_documents() -> None:
+    rng, covered = np.random.default_rng(0), 0
+    for trial in range(300):
+        truth, deviations = 0.3, rng.uniform(0.5, 1.5, 40)
+        seeds, documents = rng.normal(0, 0.05, (5, 1)), rng.normal(0, 0.2, (1, 40))
+        errors = (truth + seeds + documents) * deviations
+        mean, low, high = two_way(errors, deviations, seed=trial)
+        assert low is not None and high is not None and low < mean < high
+        covered += low <= truth <= high
+    assert stats.binomtest(covered, 300, 0.95).pvalue > 1e-3  # neither much too narrow nor much too wide
+    seeds_only = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(errors.sum(1) / deviations.sum()))
+    assert high - low > seeds_only[1] - seeds_only[0]
+
+
+def test_one_seed_or_one_document_has_no_interval() -> None:
+    assert two_way(np.ones((1, 5)), np.ones(5)) == (1.0, None, None)
+    assert two_way(np.ones((5, 1)), np.ones(1)) == (1.0, None, None)
+
+
+def test_tables_of_three_seeds(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, (summaries, differences) = load_results(place / "three"), load_summary(place / "three")
+    assert [row["name"] for row in summaries] == ["topk", "batch_topk"]
+    for row in summaries:
+        own = [r for r in rows if r["variant"] == row["variant"]]
+        assert row["seeds"] == 3 and row["documents"] == len(
+            ActivationCache(place / "cache").documents("held_out").unique()
+        )
+        for name in ("fvu", "l0", "dead_fraction", "cpu_seconds", "parameters"):
+            assert row[name] == pytest.approx(np.mean([r[name] for r in own]), rel=1e-9)
+        assert row["fvu_low"] < row["fvu"] < row["fvu_high"]
+        assert 0.2 < row["shared_latents"] <= 1 and row["shared_by_chance"] < 0.4  # few dimensions: some by chance
+    (difference,) = differences
+    fvu = {(row["variant"], row["seed"]): row["fvu"] for row in rows}
+    by_hand = [fvu["topk", seed] - fvu["batch_topk", seed] for seed in range(3)]
+    assert difference["difference"] == pytest.approx(np.mean(by_hand), rel=1e-6)
+    assert difference["low"] < difference["difference"] < difference["high"]
+    assert difference["verdict"] in ("a is better", "b is better", "inconclusive")
+    report = (place / "three" / "report.html").read_text()
+    assert "95 % intervals over seeds and held-out documents" in report and difference["verdict"] in report
+
+
+def test_one_seed_says_that_nothing_can_be_said(place: Path) -> None:
+    summaries, (difference,) = load_summary(place / "one")
+    assert all(row["seeds"] == 1 and row["fvu_low"] is None and row["shared_latents"] is None for row in summaries)
+    assert difference["verdict"] == "cannot say: one seed"
+
+
+def test_saes_of_other_l0_are_not_ranked(place: Path) -> None:
+    rows = load_results(place / "three")
+    for row in rows:
+        row["l0"] *= 1.2 if row["variant"] == "topk" else 1
+    (difference,) = summarise(rows, place / "three")[1]
+    assert difference["verdict"].startswith("cannot say: L0 differs by")
+
+
+def test_groups_leave_out_what_did_not_finish() -> None:
+    row: dict[str, Any] = {"name": "a_seed-0", "seed": 0, "variant": "topk", "k": 2, "asked_l0": 2, "d_sae": 8}
+    row |= {"options": "{}", "lr": 1e-3, "status": "finished", "fvu": 0.5}
+    rows = [
+        row,
+        row | {"name": "a_seed-1", "seed": 1, "status": "diverged", "fvu": None},
+        row | {"lr": 2e-3, "name": "b"},
+    ]
+    assert {name: len(members) for name, members in groups(rows).items()} == {"a": 1, "b": 1}
+
+
+def test_shared_latents_are_counted_one_to_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(40, 64, generator=generator)
+    b = torch.cat([a[:10] + 0.05 * torch.randn(10, 64, generator=generator), torch.randn(30, 64, generator=generator)])
+    assert shared_fraction(a, b) == (0.25, 0.0)
+    assert shared_fraction(a, -b) == (0.0, 0.0) and shared_fraction(a, -b, signed=True) == (0.25, 0.0)
+    copies = a[:1].expand(40, -1)  # one direction of b cannot be the partner of all of them
+    assert shared_fraction(copies, b)[0] == 1 / 40
+
+
+def test_tables_of_0_1_0_open(place: Path, tmp_path: Path) -> None:
+    assert load_summary(tmp_path) == ([], [])
+    assert measure and save_results
