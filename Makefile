@@ -6,7 +6,7 @@ EXTRAS = app,demo,notebooks,docs,dev
 STAMP = $(VENV)/.installed
 PORT ?= 8501
 
-.PHONY: help demo app test test-slow claims test-interop lint format bench docs clean
+.PHONY: help demo app test test-slow claims test-interop lint format bench gpu docs clean
 
 help:
 	@echo "make demo    train an SAE on a real language model and index its features (under 10 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint    format check, lint, types"
 	@echo "make docs    build the documentation site into docs/_build; a warning is an error"
 	@echo "make bench   time the kernels against what other tools do"
+	@echo "make gpu     on a GPU: parity, then kernels, steps, rivals and training runs, in under 7 minutes"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -71,6 +72,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m saelab.bench.kernels
+
+# With the interpreter at hand where there is no environment: a bare GPU machine has what it needs.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m saelab.bench.gpu --budget 400
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
