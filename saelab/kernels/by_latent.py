@@ -6,6 +6,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from saelab.kernels.precision import current, use_precision
 from saelab.kernels.reference.backend import Sorted
 
 
@@ -15,12 +16,14 @@ class ByLatent:
     def __init__(self, indices: Tensor, row_ptr: Tensor, d_sae: int) -> None:
         """``indices [nnz]`` and ``row_ptr [n + 1]`` are those of the code; they must not change afterwards."""
         self.indices, self.row_ptr, self.d_sae = indices, row_ptr, d_sae
+        self.precision = current()  # gradients are taken on another thread
         self._sorted: Sorted | None = None
 
     def sorted(self, ops: ModuleType) -> Sorted:
         """The order, made by the backend ``ops`` that takes the gradients."""
         if self._sorted is None:
-            self._sorted = ops.by_latent(self.indices, self.row_ptr, self.d_sae)
+            with use_precision(self.precision):
+                self._sorted = ops.by_latent(self.indices, self.row_ptr, self.d_sae)
         return self._sorted
 
 

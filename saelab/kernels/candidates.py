@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saelab.kernels.precision import use_precision
 from saelab.kernels.products import centred
 from saelab.kernels.reference.backend import Effect, Ragged, Slack, pointers, ranked, row_ids
 
@@ -29,8 +30,13 @@ class Encoder(NamedTuple):
 
     def at(self, indices: Tensor, row_ptr: Tensor) -> Tensor:
         """The pre-activations of a ragged selection, ``[nnz]``."""
-        z = self.ops.value_grad(centred(self.x, self.b_dec).contiguous(), indices, row_ptr, self.W_enc.T)
+        z = self.dots(centred(self.x, self.b_dec), self.W_enc.T, indices, row_ptr)
         return z if self.b_enc is None else z.add_(self.b_enc[indices])
+
+    def dots(self, rows: Tensor, latents: Tensor, indices: Tensor, row_ptr: Tensor) -> Tensor:
+        """``rows [n, d_in] @ latents [d_sae, d_in].T`` at the entries of a selection, in float32."""
+        with use_precision("fp32"):
+            return self.ops.value_grad(rows.contiguous(), indices, row_ptr, latents)
 
 
 def surplus(count: int, most: int) -> int:
@@ -61,7 +67,7 @@ def best_per_token(encoder: Encoder, found: Ragged, k: int, signed: bool, effect
     values = encoder.at(indices, row_ptr)
     keys = ranked(values, signed)
     if effect is not None:
-        size = encoder.ops.value_grad(effect.grads.contiguous(), indices, row_ptr, effect.W_dec).abs_()
+        size = encoder.dots(effect.grads, effect.W_dec, indices, row_ptr).abs_()
         score = size.mul_(effect.weights[1]).add_(effect.weights[0])
         keys = ranked(score.mul_(values.abs() if signed else values.relu()), signed=False)
     chosen = keys.view(n, -1).sort(dim=1, descending=True, stable=True).indices[:, :k]

@@ -56,6 +56,16 @@ def rounds(x: Tensor) -> bool:
     return arithmetic(_precision.get(), x.device) == "bf16"
 
 
+def in_halves(like: Tensor) -> bool:
+    """Whether large products on ``like``'s device are to be taken in bfloat16, with operands split into two numbers."""
+    return arithmetic(_precision.get(), like.device) == "bf16"
+
+
+def current() -> Precision:
+    """The precision of this context, to take it to another thread."""
+    return _precision.get()
+
+
 @cache
 def _pays(device: str) -> bool:
     if torch.device(device).type != "cuda" or not sums_in_float32(device):

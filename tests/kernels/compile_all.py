@@ -86,6 +86,8 @@ def configurations(loads: list[str]):
         found += gradient_configurations(n * k, d_in, d_sae)
         found += [
             ("dot", code.dot_kernel, shapes.gather_shape(d_in)),
+            ("fill", code.fill_kernel, shapes.entry_shape()),
+            ("pick", code.pick_kernel, shapes.entry_shape()),
             ("error", code.error_kernel, shapes.token_shape(d_in)),
         ]
         for atoms in {min(d_sae, residual.WIDEST), residual.WIDEST}:

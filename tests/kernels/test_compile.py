@@ -28,6 +28,8 @@ KERNELS = {
     "latents_kernel",
     "parts_kernel",
     "dot_kernel",
+    "fill_kernel",
+    "pick_kernel",
     "error_kernel",
     "pursue_kernel",
     "chain_kernel",

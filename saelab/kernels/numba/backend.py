@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.kernels import dense
+from saelab.kernels.numba import code as sparse_code
 from saelab.kernels.numba import screen, select
-from saelab.kernels.numba.code import by_column, by_latent, decode, decode_error, latent_grads, value_grad  # noqa: F401
+from saelab.kernels.numba.code import by_column
 from saelab.kernels.numba.launch import array, empty, launch
 from saelab.kernels.numba.order import kth_largest, merge_best, pack
 from saelab.kernels.numba.pursuit import pursue, pursue_backward  # noqa: F401
@@ -17,8 +19,13 @@ from saelab.kernels.reference.backend import Effect, Ragged, pointers
 
 NOTHING = np.zeros((1, 1), np.float32)
 UNWEIGHTED = (1.0, 0.0)
+DENSE = {False: 0.3}  # share of active latents from which dense products are faster, as measured
 MODES = {False: select.PLAIN, True: select.MAGNITUDE}
 STAGED = 64  # entries kept ready per row where a row's number of winners is not known beforehand
+
+on_codes = dense.DenseOrSparse(sparse_code, dense.fill, dense.pick, DENSE)
+decode, value_grad, decode_error = on_codes.decode, on_codes.value_grad, on_codes.decode_error
+by_latent, latent_grads = on_codes.by_latent, on_codes.latent_grads
 
 
 def topk(

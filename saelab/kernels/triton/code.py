@@ -124,3 +124,28 @@ def error_kernel(
         place = data + index[:, None] * data_stride + column[None, :]
         rows = tl.load(place, mask=present[:, None] & valid[None, :], other=0.0).to(tl.float32)
         tl.store(along + entry, tl.sum(rows * residual[None, :], axis=1), mask=present)
+
+
+@triton.jit
+def fill_kernel(values, indices, row_ptr, out, width, ENTRIES: tl.constexpr):
+    """``out[row, indices[e]] = values[e]`` for the entries of one row; a row has no index twice."""
+    row = tl.program_id(0).to(tl.int64)
+    first, stop = tl.load(row_ptr + row), tl.load(row_ptr + row + 1)
+    for e in range(first, stop, ENTRIES):
+        entry = e + tl.arange(0, ENTRIES)
+        present = entry < stop
+        index = tl.load(indices + entry, mask=present, other=0)
+        value = tl.load(values + entry, mask=present, other=0.0).to(tl.float32)
+        tl.store(out + row * width + index, value, mask=present)
+
+
+@triton.jit
+def pick_kernel(dense, indices, row_ptr, out, width, ENTRIES: tl.constexpr):
+    """``out[e] = dense[row, indices[e]]`` for the entries of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    first, stop = tl.load(row_ptr + row), tl.load(row_ptr + row + 1)
+    for e in range(first, stop, ENTRIES):
+        entry = e + tl.arange(0, ENTRIES)
+        present = entry < stop
+        index = tl.load(indices + entry, mask=present, other=0)
+        tl.store(out + entry, tl.load(dense + row * width + index, mask=present, other=0.0), mask=present)

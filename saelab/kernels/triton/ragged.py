@@ -9,7 +9,7 @@ from torch import Tensor
 from saelab.kernels.reference.backend import LatentGrads, Sorted
 from saelab.kernels.triton import code, latents
 from saelab.kernels.triton.launch import launch
-from saelab.kernels.triton.shapes import gather_shape, power, token_shape
+from saelab.kernels.triton.shapes import entry_shape, gather_shape, power, token_shape
 
 SEGMENT = 512  # entries that one program sums for a latent with more than twice as many, at least
 WIDEST = 8192  # d_in that one program holds in registers
@@ -120,3 +120,13 @@ def _gather(values, indices, begin, end, target, data, offset, out) -> None:
     grid, sizes = (begin.numel(), -(-width // shape["BLOCK"])), (width, data.stride(0), out.stride(0))
     lists = values, indices, begin.contiguous(), end.contiguous(), target
     launch(code.gather_kernel, grid, *lists, data, centre, out, *sizes, CENTRED=offset is not None, **shape)
+
+
+def fill(values: Tensor, indices: Tensor, row_ptr: Tensor, out: Tensor) -> None:
+    """Write the entries of the first rows of ``row_ptr`` into ``out [rows, d_sae]``."""
+    launch(code.fill_kernel, (out.shape[0],), values, indices, row_ptr, out, out.shape[1], **entry_shape())
+
+
+def pick(dense: Tensor, indices: Tensor, row_ptr: Tensor, out: Tensor) -> None:
+    """Read the entries of the first rows of ``row_ptr`` from ``dense [rows, d_sae]`` into ``out [nnz]``."""
+    launch(code.pick_kernel, (dense.shape[0],), dense, indices, row_ptr, out, dense.shape[1], **entry_shape())

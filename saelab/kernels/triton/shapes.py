@@ -58,6 +58,11 @@ def gather_shape(width: int) -> dict[str, int]:
     return {"ENTRIES": 8, "BLOCK": block, "num_warps": 4}
 
 
+def entry_shape() -> dict[str, int]:
+    """A row's entries in turn."""
+    return {"ENTRIES": 1024, "num_warps": 4}
+
+
 def token_shape(width: int) -> dict[str, int]:
     """A whole token in registers, with as many decoder rows at a time as leave room."""
     block = power(width)
