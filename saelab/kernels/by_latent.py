@@ -6,7 +6,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from saelab.kernels.precision import current, use_precision
+from saelab.kernels.precision import Precision, current, use_precision
 from saelab.kernels.reference.backend import Sorted
 
 
@@ -16,7 +16,7 @@ class ByLatent:
     def __init__(self, indices: Tensor, row_ptr: Tensor, d_sae: int) -> None:
         """``indices [nnz]`` and ``row_ptr [n + 1]`` are those of the code; they must not change afterwards."""
         self.indices, self.row_ptr, self.d_sae = indices, row_ptr, d_sae
-        self.precision = current()  # gradients are taken on another thread
+        self.precision: Precision = current()  # gradients are taken on another thread
         self._sorted: Sorted | None = None
 
     def sorted(self, ops: ModuleType) -> Sorted:
@@ -24,6 +24,7 @@ class ByLatent:
         if self._sorted is None:
             with use_precision(self.precision):
                 self._sorted = ops.by_latent(self.indices, self.row_ptr, self.d_sae)
+        assert self._sorted is not None
         return self._sorted
 
 
