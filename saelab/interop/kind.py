@@ -71,13 +71,14 @@ def check_unknown(path: Path) -> None:
 def doubt(W_enc: Tensor, W_dec: Tensor) -> str | None:
     """The reason to doubt an encoder ``[d_in, d_sae]`` and a decoder ``[d_sae, d_in]``: unrelated directions.
 
-    Training an SAE turns each latent's two directions to each other; a transcoder's lie in different spaces. That is a
-    hint, no proof.
+    Training an SAE turns each latent's two directions to each other; a transcoder's lie in different spaces, and many
+    MLPs write against what they read. That is a hint, no proof.
     """
     cosine = torch.nn.functional.cosine_similarity(W_enc.T, W_dec, dim=1).median().item()
-    if abs(cosine) >= UNRELATED:
+    if cosine >= UNRELATED:
         return None
-    return f"encoder and decoder directions are unrelated (median cosine {cosine:.3f}), as a transcoder's are"
+    how = "unrelated" if cosine > -UNRELATED else "opposed"
+    return f"encoder and decoder directions are {how} (median cosine {cosine:.3f}), as a transcoder's are"
 
 
 def _what(found: re.Match[str]) -> str:

@@ -197,6 +197,9 @@ def test_unrelated_directions_are_refused_where_nothing_speaks_for_an_sae(tmp_pa
     wide = {"W_enc": torch.randn(64, 400), "W_dec": torch.randn(400, 64), "b_enc": torch.zeros(400)}
     more = {"b_dec": torch.zeros(64), "threshold": torch.full((400,), 0.1)}
     put(tmp_path / "a" / "params.npz", {**wide, **more})
+    put(tmp_path / "against" / "params.npz", {**wide, **more, "W_enc": -0.1 * wide["W_dec"].T + 0.5 * wide["W_enc"]})
+    with pytest.raises(UserError, match="may be a transcoder.*opposed"):
+        load(tmp_path / "against")
     put(tmp_path / "b" / "params.npz", {**wide, **more, "W_enc": wide["W_dec"].T + 2 * wide["W_enc"]})
     with pytest.raises(UserError, match="may be a transcoder: neither its files nor its name"):
         load(tmp_path / "a")
