@@ -87,6 +87,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except (UserError, OSError) as error:
         report(error)
         sys.exit(2)
+    except RuntimeError as error:  # torch, whose class this is, is imported by the commands that need it
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        report(UserError(f"{first_line(error)}; use smaller batches or passes, fewer latents, or another device"))
+        sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)

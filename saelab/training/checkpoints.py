@@ -54,11 +54,7 @@ class Snapshot:
     ) -> Snapshot:
         """Copies of a folded SAE and its training state."""
         weights, rest = saved_tensors(sae)
-        copies = [
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in group.items()}
-            for group in (weights, rest, tensors)
-        ]
-        return cls(step, *copies, dict(scalars), configuration(sae, metadata))
+        return cls(step, _copies(weights), _copies(rest), _copies(tensors), dict(scalars), configuration(sae, metadata))
 
     def write(self, folder: Path | str) -> None:
         """Make ``folder/checkpoints/step_NNNNNNNN``, in place of older ones."""
@@ -76,6 +72,10 @@ class Snapshot:
         except OSError:  # a full disk: what was written of it only takes space
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 class Writer:

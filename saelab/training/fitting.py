@@ -26,6 +26,7 @@ from saelab.training.config import TrainConfig, n_steps, prepared
 from saelab.training.divergence import DOUBTFUL, Diverged
 from saelab.training.log import JsonLines, Log
 from saelab.training.loop import adopt, run_steps, start, train_steps
+from saelab.training.memory import check_memory
 from saelab.training.state import TrainState
 from saelab.training.step import StepMetrics
 
@@ -133,6 +134,7 @@ def _fit(
             if state is None:
                 remove_steps(folder)
         parallel.barrier()
+        check_memory(sae, config, resumed=state is not None)
         if state is None:
             state = _adopt(store, cache) if SOURCE in about else start(sae, cache, config, centre)
         if parallel.is_main:

@@ -14,6 +14,7 @@ from saelab.distributed.sharding import whole as whole_of
 from saelab.errors import UserError
 from saelab.sae import SAE
 from saelab.training.config import TrainConfig, n_steps, prepared
+from saelab.training.memory import check_memory
 from saelab.training.state import TrainState, make_optimizer
 from saelab.training.step import StepMetrics, train_step
 
@@ -50,7 +51,9 @@ def run_steps(
     parallel: Parallel,
 ) -> Generator[StepMetrics]:
     """The steps of :func:`train_steps`, for a configuration that is prepared already."""
-    state = state or start(sae, cache, config)
+    if state is None:
+        check_memory(sae, config)
+        state = start(sae, cache, config)
     total = n_steps(cache, config)
     state.unfold(sae)
     sae.train()

@@ -269,3 +269,33 @@ assert torch.get_num_threads() == 1 or threading_layer() == "omp", threading_lay
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+@needs_numba
+def test_compiling_is_announced_once_and_can_be_done_beforehand(tmp_path: Path) -> None:
+    """In an empty cache of kernels; the command ``info --warm`` leaves nothing to compile for later ones."""
+    code = """
+import sys
+import torch
+from saelab.kernels import compiling, ops
+compiling.tell_before(lambda: print("compiling"))
+if sys.argv[1] == "warm":
+    assert compiling.warm_up()
+x, W = torch.randn(4, 8), torch.randn(8, 64)
+ops.select_topk(x, W, None, None, 4)
+ops.gather_rows(x, torch.tensor([1, 0]), torch.empty(2, 8))
+ops.select_batch(x, W, None, None, 4)
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def run(how: str) -> list[str]:
+        command = [sys.executable, "-c", code, how]
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return ran.stdout.split()
+
+    if os.environ.get("SAELAB_SLOW"):
+        assert run("warm") == ["compiling"]
+        assert run("cold") == []
+    else:  # compiling all takes most of a minute
+        assert run("cold") == ["compiling"]
+        assert run("cold") == []

@@ -80,7 +80,7 @@ def kernel_times(shape: Shape, device: torch.device) -> dict[str, float]:
             add(f"select_topk {precision}", lambda: kernels.select_topk(x, *encoder, k=k))
             add(f"select_batch {precision}", lambda: kernels.select_batch(x, *encoder, budget=n * k))
     code = kernels.select_topk(x, *encoder, k=k)
-    add("decode", lambda: kernels.decode(*code, W_dec, encoder[2]))
+    add("decode", lambda: kernels.decode(code.values, code.indices, code.row_ptr, W_dec, encoder[2]))
     leaves = [t.clone().requires_grad_() for t in (*encoder, W_dec)]
 
     def forward_and_backward() -> None:
@@ -214,7 +214,7 @@ def counts(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
         for _ in range(3):
             step()
         wait(device)
-    events = [e for e in profiled.events() if str(e.device_type).endswith("CUDA")]
+    events = [e for e in profiled.events() or [] if str(e.device_type).endswith("CUDA")]
     busy: Counter[str] = Counter()
     for event in events:
         busy[event.name[:60]] += event.time_range.elapsed_us() / 3e3

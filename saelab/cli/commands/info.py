@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+import time
 from collections.abc import Sequence
 
 import torch
 
 from saelab import kernels
 from saelab._version import __version__
-from saelab.cli.console import out, parse, print_json
-from saelab.kernels import dispatch
+from saelab.cli.console import console, out, parse, print_json
+from saelab.kernels import compiling, dispatch
 
 PACKAGES = ("torch", "transformer-lens", "transformers", "triton", "numba", "numpy", "streamlit")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The output format."""
+    """What to do besides, and the output format."""
 
+    warm: bool = False
+    """Compile the CPU kernels, so that no later command has to; that takes about 20 seconds, once."""
     json: bool = False
     """Print the facts as JSON on stdout."""
 
@@ -28,6 +31,12 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Print the facts."""
     options = parse(Options, "info", args, "Print versions, devices and the kernel backend in use.")
+    if options.warm:
+        begun = time.perf_counter()
+        console.print("compiling the CPU kernels that are not compiled yet")
+        done = compiling.warm_up()
+        said = f"ready after {time.perf_counter() - begun:.1f} s" if done else f"no: {dispatch.obstacle('numba')}"
+        console.print(f"CPU kernels: {said}", markup=False)
     facts = {
         "saelab": __version__,
         "python": platform.python_version(),

@@ -17,13 +17,30 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba.core import config
+from numba.core import config, event
 from torch import Tensor
+
+from saelab.kernels import compiling
 
 PARTS_PER_THREAD = 4  # ranges dealt out per thread, so that a slow range does not hold up the rest
 
 _process = os.getpid()
 _launching = threading.Lock()
+
+
+class _Listener(event.Listener):
+    """Passes on that one of our kernels is compiled; numba tells nothing where it finds one on disk."""
+
+    def on_start(self, event: Any) -> None:
+        function = getattr(event.data.get("dispatcher"), "py_func", None)
+        if getattr(function, "__module__", "").startswith("saelab."):
+            compiling.about_to_compile()
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _Listener())
 
 
 def compiled(parallel: bool = False, **fastmath: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
