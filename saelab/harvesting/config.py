@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from saelab.data.cache.manifest import DTYPES
 from saelab.data.chat import check_roles
 from saelab.data.packing import Bos
 from saelab.errors import UserError, near_matches
+
+PASS, LARGEST_PASS = 2048, 1 << 15  # tokens of a forward pass
+
+
+def largest_pass(model: nn.Module, free: float, gradients: bool) -> int:
+    """Tokens of a pass that takes at most ``free`` bytes: a power of two between ``PASS`` and ``LARGEST_PASS``.
+
+    A pass holds about sixteen vectors of the residual stream's width per token and layer that is kept: one layer
+    without gradients, all with them; and, with gradients, logits, in float32 and as they are.
+    """
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = next(model.parameters()).element_size()
+    layers = config.num_hidden_layers if gradients else 2
+    token = 16 * layers * config.hidden_size * size + (gradients and config.vocab_size * (8 + 2 * size))
+    tokens = PASS
+    while tokens < LARGEST_PASS and 2 * tokens * token <= free:
+        tokens *= 2
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -44,14 +64,14 @@ class HarvestConfig:
     """Precision on disk."""
     held_out: float = 0.05
     """Share of the contexts kept out of training: the documents at the end that make up about so much."""
-    pass_tokens: int = 2048
-    """Tokens in one forward pass; more take more memory and, on a CPU, gain nothing."""
+    pass_tokens: int | None = None
+    """Tokens in one forward pass; by default 2048, and on a CUDA GPU up to 32768, as its memory and the model allow."""
     shard_bytes: int = 64 << 20
     """Size of a shard: what an interrupted harvest can lose."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "context_length", "pass_tokens", "shard_bytes"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.document_tokens is not None and self.document_tokens < 1:
             raise UserError(f"document_tokens={self.document_tokens} must be at least 1")
@@ -69,7 +89,20 @@ class HarvestConfig:
     @property
     def pass_contexts(self) -> int:
         """Contexts in one forward pass."""
-        return max(self.pass_tokens // self.context_length, 1)
+        return max((self.pass_tokens or PASS) // self.context_length, 1)
+
+    def sized(self, model: nn.Module) -> HarvestConfig:
+        """The same settings with a size of the passes for the device that the model is on.
+
+        It depends on the size of that memory, not on what is free: a harvest that is resumed must cut its passes, and
+        so its shards, as before.
+        """
+        device = next(model.parameters()).device
+        if self.pass_tokens is not None or device.type != "cuda":
+            return replace(self, pass_tokens=self.pass_tokens or PASS)
+        total = torch.cuda.get_device_properties(device).total_memory
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        return replace(self, pass_tokens=largest_pass(model, (total - weights) / 4, self.gradients))
 
     def shard_passes(self, d_in: int) -> int:
         """Forward passes whose rows make up one shard."""

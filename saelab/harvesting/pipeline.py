@@ -21,6 +21,7 @@ from saelab.lm.fingerprint import tokenizer_hash
 from saelab.lm.loading import load_model, model_name
 from saelab.lm.record import ModelRecord
 from saelab.lm.sites import locate
+from saelab.lm.structure import underlying
 from saelab.lm.tokens import vocabulary
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def _harvest(
     for folder in folders.values() if share.rank == 0 else []:
         prepare(folder, overwrite=overwrite, resume=resume, dry=True)
     bridge = load_model(model) if isinstance(model, str) else model
+    config = config.sized(underlying(bridge))
     sites = [locate(bridge, name) for name in folders]
     source = text if isinstance(text, TextSource) else open_text(text)
     bos = resolve_bos(config.bos, bridge.tokenizer)

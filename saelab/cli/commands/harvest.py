@@ -35,8 +35,9 @@ class Options:
     each process."""
     device_map: str | None = None
     """Spread the model over several devices: auto, balanced, sequential (needs accelerate)."""
-    model_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision the model runs in; the cache records it, and later commands use it."""
+    model_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Precision the model runs in; auto is that of its checkpoint on a CUDA GPU, and float32 elsewhere. The cache
+    records it, and later commands use it."""
     overwrite: bool = False
     """Replace an existing cache."""
     resume: bool = False
@@ -79,6 +80,14 @@ def place(options: Any) -> tuple[Any, Any]:
     return Share(parallel.data_rank, parallel.data_size, parallel.barrier), device
 
 
+def running_dtype(asked: str, device: Any) -> str:
+    """The precision to load the model in: on a GPU, ``auto`` is the checkpoint's own, in which it was trained or saved.
+
+    CPUs compute 16 bits more slowly than 32, where they do not emulate them.
+    """
+    return asked if asked != "auto" or device.type == "cuda" else "float32"
+
+
 def run(options: Any, config: Any) -> None:
     """Harvest as the options say."""
     from saelab.data.text import open_text
@@ -91,7 +100,7 @@ def run(options: Any, config: Any) -> None:
     source = open_text(options.text, split=options.text_split, column=options.text_column)
     with console.status(f"loading {options.model} (converted on first use)", spinner=SPINNER):
         where = {"device_map": options.device_map, "device": device, "revision": options.revision}
-        model = load_model(options.model, dtype=options.model_dtype, **where)
+        model = load_model(options.model, dtype=running_dtype(options.model_dtype, device), **where)
     settings: Any = {"overwrite": options.overwrite, "resume": options.resume, "share": share}
     with counting("harvest") as progress:
         if len(options.hook) == 1:
