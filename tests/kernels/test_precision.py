@@ -126,6 +126,17 @@ def test_thresholds_are_decided_in_float32(
     assert (dense - code).abs().max() <= (gap(case, z) if most else float(2.0**-8 * halved(case).max() + gap(case, z)))
 
 
+def test_activations_far_from_the_origin_are_centred_before_rounding(device: str) -> None:
+    """Rounded first, those of a model with large means would all look the same."""
+    case = random_case(30, 12, 96, 8).to(device)
+    far = case._replace(x=case.x + 1000, b_dec=case.b_dec + 1000)
+    selected = kernels.select_topk(*far.encoder, k=8)
+    with kernels.use_precision("fp32"):
+        expected = kernels.select_topk(*far.encoder, k=8)
+    masks = [oracle.to_mask(code.indices, code.row_ptr, 96) for code in (selected, expected)]
+    assert torch.equal(*masks)
+
+
 def test_autocast_means_the_same_as_bf16() -> None:
     case = random_case(9, 12, 96, 8)
     with kernels.use_backend("reference"):
@@ -172,16 +183,18 @@ def test_a_batch_budget_with_ties_is_exact(
     """The product is the data itself, in five chunks: equal keys go to the lowest token, then the lowest latent."""
     z = TIED[name]().to(DEVICE, dtype)
     monkeypatch.setattr("saelab.kernels.triton.backend.wide_products", lambda x, W: chunks(z.float()))
-    x, W = z.new_zeros(40, 3), z.new_zeros(3, 200)
+    x, W, bias = z.new_zeros(40, 3), z.new_zeros(3, 200), z.new_full((200,), 0.003)
     with kernels.use_backend("triton"):
-        selected = kernels.select_batch(x, W, None, None, budget, signed)
+        selected = kernels.select_batch(x, W, bias, None, budget, signed)
+    z = z.float() + bias.float()  # bfloat16 rounds 0.503 up
     score = oracle.key(z.double(), signed)
     expected = torch.zeros(8000, dtype=torch.bool, device=DEVICE)
     expected[score.flatten().sort(descending=True, stable=True).indices[:budget]] = True
     found = oracle.to_mask(selected.indices, selected.row_ptr, 200)
     assert torch.equal(found.flatten(), expected)
     values = z.flatten()[expected]
-    torch.testing.assert_close(selected.values, values if signed else values.relu(), rtol=0, atol=0, equal_nan=True)
+    values = (values if signed else values.relu()).to(dtype)
+    torch.testing.assert_close(selected.values, values, rtol=0, atol=0, equal_nan=True)
 
 
 def chunks(z: Tensor) -> Iterator[tuple[int, Tensor]]:
