@@ -14,7 +14,7 @@ from torch import Tensor
 from saelab.data.chat import SEPARATOR, TEXT, Rendered, render, roles_of
 from saelab.data.text.source import TextSource
 from saelab.errors import UserError
-from saelab.vocabulary import bos_token_id
+from saelab.vocabulary import bos_token_id, storable
 
 Bos = Literal["context", "document", "none"]
 NOTHING = "none"
@@ -153,7 +153,8 @@ def _tokenized(
         raise UserError("chats need a fast tokenizer, which tells the place of each token; give text instead")
     texts = [piece.text if isinstance(piece, Rendered) else piece for _, piece in group]
     options = {"return_offsets_mapping": True} if chats else {}
-    found = tokenizer(texts, add_special_tokens=False, verbose=False, **options)
+    # A half of a character, as JSON can hold, is none that a tokenizer takes.
+    found = tokenizer([storable(text) for text in texts], add_special_tokens=False, verbose=False, **options)
     for number, (starts, piece) in enumerate(group):
         ids = found["input_ids"][number]
         if isinstance(piece, str):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from saelab.errors import UserError, damaged, first_line
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _HUB = "hf://"
+_QUANTISED = re.compile(r"(weight_scale(_inv)?|[._]scales|[._]qweight|[._]qzeros|absmax|[._]SCB|zero_point)$")
+_log = logging.getLogger(__name__)
 # Adapters that put tokens or vectors of their own in front of the text, so that positions are not those of the text.
 _VIRTUAL_TOKENS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT"}
 
@@ -103,10 +107,27 @@ def _classes(mapping: dict[str, Any]) -> set[str]:
     return {name for found in mapping.values() for name in ((found,) if isinstance(found, str) else found)}
 
 
+def _check_unused(names: list[str], source: Source) -> None:
+    """Warn of weights that the model does not use, as where its configuration has too few layers; refuse where they
+    say that the others are quantised, which the configuration does not."""
+    scales = [name for name in names if _QUANTISED.search(name)]
+    if scales:
+        raise UserError(
+            f"{source.name} holds quantised weights ({scales[0]}), and its {_CONFIG} has no quantization_config to say "
+            "how; get the folder again"
+        )
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        _log.warning(
+            "%s holds weights that the model of its %s does not use: %s%s", source.name, _CONFIG, names[0], more
+        )
+
+
 def check_complete(info: dict[str, Any], model: Any, source: Source) -> None:
     """Refuse a model of which transformers has made up a part: it would be another one each time it is loaded."""
     missing = sorted(info.get("missing_keys") or ())
     if not missing:
+        _check_unused(sorted(info.get("unexpected_keys") or ()), source)
         return
     head = next((name for name in missing if "head" in name or "embed_out" in name), None)
     what = f"no language-model head ({head})" if head else f"no weights for {missing[0]}"

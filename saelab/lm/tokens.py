@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.structure import underlying
-from saelab.vocabulary import Vocabulary, bos_token_id
+from saelab.vocabulary import Vocabulary, bos_token_id, storable
 
 Prompts = str | Sequence[str]
 
@@ -46,7 +46,7 @@ def token_ids(tokenizer: Any, text: str, bos: bool = True) -> list[int]:
 
     A text that already begins with it (a chat template) gets no second one.
     """
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(storable(text), add_special_tokens=False)["input_ids"])  # argv may hold halves of characters
     start = bos_token_id(tokenizer)
     return ids if not bos or start is None or ids[:1] == [start] else [start, *ids]
 

@@ -14,6 +14,7 @@ import torch
 from saelab.data.packing import pack, resolve_bos
 from saelab.data.text import files, from_documents, open_text, wikipedia
 from saelab.errors import UserError
+from saelab.lm.tokens import token_ids
 from tests import tiny_lm
 
 DOCUMENTS = ["the cat sat", "rain fell over old roofs", "seven ships left the harbour at dawn"]
@@ -159,3 +160,19 @@ def test_the_wikipedia_sample() -> None:
     assert first.startswith("Anarchism\n\n")
     assert "'''" not in first and "[[" not in first and "\n\n\n" not in first
     assert 1 + sum(1 for _ in documents) == 106
+
+
+def test_halves_of_characters_become_the_replacement_character(tmp_path: Path, tokenizer: Any) -> None:
+    """JSON may hold them; no tokenizer takes them."""
+    (tmp_path / "t.jsonl").write_text('{"text": "the \\ud800 cat sat on a \\udfff mat"}\n' * 20)
+    packed = next(iter(pack(open_text(tmp_path / "t.jsonl"), tokenizer, 10, "none", 1)))
+    expected = tokenizer("the \ufffd cat sat on a \ufffd mat", add_special_tokens=False)["input_ids"]
+    assert packed.tokens[0].tolist() == (expected * 2)[:10]
+    assert token_ids(tokenizer, "a \ud800 mat", bos=False) == token_ids(tokenizer, "a \ufffd mat", bos=False)
+
+
+@pytest.mark.parametrize("values", [[["the cat", "sat"]], [{"a": "the cat"}], [b"the cat"], [5]])
+def test_a_parquet_column_that_is_no_text_is_named(values: Any, tmp_path: Path, tokenizer: Any) -> None:
+    pyarrow.parquet.write_table(pa.table({"text": values * 50}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="has a field 'text' that holds something else than text"):
+        next(iter(pack(open_text(tmp_path / "t.parquet"), tokenizer, 10, "none", 1)))

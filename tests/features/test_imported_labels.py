@@ -142,3 +142,23 @@ def test_they_are_searched_and_kept_when_the_index_is_built_again(sae: Path, tmp
         assert table["explanation"][3] == "negations in statements" and table["explanation"][5] == ""
     run = Run.open(sae)
     assert run.hook_name == HOOK
+
+
+@pytest.mark.parametrize("index", [3.9, True, None, "3.9", float("inf"), [3]])
+def test_an_index_that_is_no_whole_number_is_not_rounded(index: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"index": 1, "description": "x"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"index": index, "description": "cats"}) + "\n")
+    with pytest.raises(UserError, match=r"b\.jsonl, line 1"):
+        read_labels([tmp_path], D_SAE)
+
+
+def test_halves_of_characters_and_whole_floats(sae: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"index": 2.0, "description": "a\\u0000b\\ud800c", "modelId": "\\udfff"}\n')
+    main(["labels", str(sae), str(tmp_path / "a.jsonl")])
+    assert imported_labels(sae)[2].text == "a\0b\ufffdc"
+
+
+def test_the_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"index": 1, "description": "x"}\n\nnot json\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3, is not a file of JSON lines"):
+        read_labels([tmp_path / "a.jsonl"], D_SAE)

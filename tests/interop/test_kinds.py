@@ -198,7 +198,7 @@ def test_unrelated_directions_are_refused_where_nothing_speaks_for_an_sae(tmp_pa
     more = {"b_dec": torch.zeros(64), "threshold": torch.full((400,), 0.1)}
     put(tmp_path / "a" / "params.npz", {**wide, **more})
     put(tmp_path / "against" / "params.npz", {**wide, **more, "W_enc": -0.1 * wide["W_dec"].T + 0.5 * wide["W_enc"]})
-    with pytest.raises(UserError, match="may be a transcoder.*opposed"):
+    with pytest.raises(UserError, match=r"may be a transcoder.*opposed"):
         load(tmp_path / "against")
     put(tmp_path / "b" / "params.npz", {**wide, **more, "W_enc": wide["W_dec"].T + 2 * wide["W_enc"]})
     with pytest.raises(UserError, match="may be a transcoder: neither its files nor its name"):
@@ -240,3 +240,8 @@ def test_a_file_that_says_it_is_an_sae_is_believed(tmp_path: Path) -> None:
     assert load(collected.saelens(folder / "one")).d_sae == D_SAE
     assert load(collected.llama_scope(folder / "two", OUT, OUT)).d_sae == D_SAE
     assert load(collected.sparsify(folder / "three")).d_sae == D_SAE
+
+
+def test_tensors_that_nothing_is_known_of_are_named(tmp_path: Path) -> None:
+    folder = collected.saelens(tmp_path / "a", tensors={"mystery": torch.ones(3), "threshold": torch.ones(D_SAE)})
+    assert [note for note in read(folder).notes if "mystery" in note and "threshold" not in note]

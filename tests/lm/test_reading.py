@@ -90,7 +90,16 @@ def no_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def scales_without_settings(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 BROKEN = [
+    (scales_without_settings, r"holds quantised weights \(model\.layers\.0\.mlp\.up_proj\.weight_scale_inv\)"),
     (unknown_type, "nobody-knows"),
     (own_code, "runs no code from a model's files"),
     (truncated, "cannot load model"),
@@ -110,6 +119,18 @@ def test_a_broken_folder_is_one_line(breaks: Any, says: str, tmp_path: Path) -> 
     breaks(folder)
     for load in (load_model, load_hf_model):
         assert re.search(says, one_line(load, folder))
+
+
+def test_weights_that_the_model_does_not_use_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_lm.save_llama(tmp_path / "m")
+    load_hf_model(folder, device="cpu")
+    assert "does not use" not in caplog.text
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    load_hf_model(folder, device="cpu")
+    assert f"does not use: model.layers.{config['num_hidden_layers']}." in caplog.text
 
 
 def test_a_folder_without_tokenizer_serves_evaluation_only(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def choose(kinds: dict[str, set[str]], column: str | None, where: str) -> str:
             return name
     if len(found) == 1:
         return found[0]
+    if "text" in kinds and not found:
+        raise UserError(f"{where} has a field 'text' that holds something else than text; write each as one string")
     raise UserError(f"{where} has no field 'text'; name the text column: it has {_names(found, kinds)}")
 
 

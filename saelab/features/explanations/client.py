@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saelab.errors import UserError
+from saelab.vocabulary import storable
 
 Message = dict[str, str]  # role, content
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
@@ -79,4 +80,4 @@ def _content(raw: bytes) -> str:
         ) from error
     if not isinstance(content, str):
         raise UserError(f"the endpoint's answer holds no text: {raw[:120]!r}; try another model")
-    return content
+    return storable(content)

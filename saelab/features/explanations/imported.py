@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from saelab.errors import UserError, damaged, first_line
 from saelab.files import replace
 from saelab.layout import LABELS
+from saelab.vocabulary import storable
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 # Word of a source's name -> what a hook point of that place contains.
@@ -109,31 +110,33 @@ def _files(path: Path) -> list[Path]:
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of each label in a file."""
-    opened = gzip.open if file.suffix == ".gz" else open
+    opened, number = gzip.open if file.suffix == ".gz" else open, 0
     try:
         with opened(file, "rt", encoding="utf-8-sig") as lines:
             if file.name.removesuffix(".gz").endswith(".json"):
                 content = json.load(lines)
                 entries = enumerate(content if isinstance(content, list) else [content], 1)
             else:
-                entries = ((n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip())
-            for number, row in entries:
+                entries = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
+            for number, entry in entries:
+                row = json.loads(entry) if isinstance(entry, str) else entry
                 if not isinstance(row, dict):
                     raise UserError(f"{file}, line {number}: holds a {type(row).__name__}, not an object; get it again")
                 yield number, row
     except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as error:
-        raise UserError(f"{file} is not a file of JSON lines ({first_line(error)}); get it again") from error
+        where = f"{file}, line {number}," if number else f"{file}"
+        raise UserError(f"{where} is not a file of JSON lines ({first_line(error)}); get it again") from error
 
 
 def _add(found: LabelFile, row: dict[str, Any], d_sae: int, where: str) -> None:
     try:
-        latent = int(row["index"])
-        text = " ".join(str(row["description"] or "").split())
+        latent = _latent(row["index"])
+        text = storable(" ".join(str(row["description"] or "").split()))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{where} has no index and description, which every label of Neuronpedia has ({first_line(error)})"
         ) from error
-    model, layer = str(row.get("modelId") or ""), str(row.get("layer") or "")
+    model, layer = (storable(str(row.get(name) or "")) for name in ("modelId", "layer"))
     if not 0 <= latent < d_sae:
         raise UserError(f"{where} is of latent {latent}, the SAE has latents 0 to {d_sae - 1}; give this SAE's labels")
     found.models |= {model} - {""}
@@ -144,8 +147,17 @@ def _add(found: LabelFile, row: dict[str, Any], d_sae: int, where: str) -> None:
         found.repeated += 1
     else:
         source = "/".join(name for name in (model, layer) if name)
-        explainer, method = (str(row.get(name) or "") for name in ("explanationModelName", "typeName"))
+        explainer, method = (storable(str(row.get(n) or "")) for n in ("explanationModelName", "typeName"))
         found.labels[latent] = ImportedLabel(text, source, explainer, method)
+
+
+def _latent(value: Any) -> int:
+    """The number of a latent, which may be written as text; ValueError for anything that is no whole number."""
+    if isinstance(value, str):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
+        raise ValueError(f"index {value!r} is no whole number")
+    return int(value)
 
 
 def _check_layer(layer: str, hook_name: str | None) -> None:

@@ -37,6 +37,7 @@ METADATA = (
 # Options of TransformerLens that change activations, beside center_writing_weights, which is applied.
 PROCESSING = ("fold_value_biases", "refactor_factored_attn_matrices")
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"  # in a checkpoint of the training
+USED_ELSEWHERE = ("threshold", "log_threshold", "b_enc", "r_mag", "b_mag", "b_gate")  # by other architectures
 FACTORS = ("finetuning_scaling_factor", "scaling_factor")  # names of the factor per latent that fine-tuning adds
 
 
@@ -85,6 +86,8 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
         metadata=metadata,
         notes=notes + _notes(config, metadata),
     )
+    if unused := sorted(raw.keys() - shapes.keys() - {"topk_threshold", *USED_ELSEWHERE, *FACTORS}):
+        foreign.notes.append(f"its weights hold {', '.join(unused)}, of which nothing is known here; left out")
     if architecture in {"batchtopk", "matryoshka_batchtopk"}:
         foreign.threshold = _training_threshold(raw, d_sae, path)
         foreign.notes.append(f"a {architecture} training checkpoint: its running threshold is used, as at inference")
