@@ -89,10 +89,12 @@ def _rows_of_randn(d_sae: int, d_in: int, rows: slice) -> Tensor:
     return torch.cat(kept)
 
 
-def represent(sae: SAE, x: Tensor, grads: Tensor | None, parallel: Parallel) -> tuple[SparseCode, Tensor, Tensor]:
+def represent(
+    sae: SAE, x: Tensor, grads: Tensor | None, parallel: Parallel, sums: kernels.RowSums | None = None
+) -> tuple[SparseCode, Tensor, Tensor]:
     """The code (of this rank's latents), the objective's first term, and the reconstruction without gradient."""
     if parallel.dict_size == 1:
-        return objective.represent(sae, x, grads)
+        return objective.represent(sae, x, grads, sums)
     assert isinstance(sae, LinearSAE)
     with torch.no_grad():
         selected = _exchange(sae.select(x, grads), x.shape[0], sae, parallel)

@@ -140,8 +140,8 @@ class SAE(nn.Module, ABC):
         """The factor on the learning rate of a step, for variants that train in phases."""
         return 1.0
 
-    def diagnostics(self) -> dict[str, float]:
-        """Numbers of the variant for the training log."""
+    def diagnostics(self) -> dict[str, float | Tensor]:
+        """Numbers of the variant for the training log; tensors of one number stay on the device until it is written."""
         return {}
 
     @torch.no_grad()

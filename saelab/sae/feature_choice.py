@@ -139,6 +139,6 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
     def inference_threshold(self) -> Tensor | None:
         return self.latent_threshold.mean() if self.choosing else super().inference_threshold()
 
-    def diagnostics(self) -> dict[str, float]:
-        phase = {"phase": 1.0 + self.choosing, "realised_budget": self.realised.item()}
+    def diagnostics(self) -> dict[str, float | Tensor]:
+        phase = {"phase": 1.0 + self.choosing, "realised_budget": self.realised}
         return {**super().diagnostics(), **phase}

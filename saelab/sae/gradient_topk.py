@@ -119,5 +119,5 @@ class GradientTopK(BudgetSAE, variant="gradient_topk"):
             return
         # sum over tokens and latents of (g . d)^2 = <G^T G, W^T W>: no [n, d_sae] product.
         total = (in_float64(grads.T @ grads) * in_float64(self.W_dec.T @ self.W_dec)).sum()
-        if total > 0:
-            self.gain.update((grads.shape[0] * self.d_sae / total).sqrt())
+        known = total > 0
+        self.gain.update((grads.shape[0] * self.d_sae / torch.where(known, total, 1.0)).sqrt(), where=known)

@@ -109,8 +109,8 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
     def inference_threshold(self) -> Tensor | None:
         return self.threshold.detach()
 
-    def diagnostics(self) -> dict[str, float]:
-        return {**super().diagnostics(), "threshold": self.threshold.mean().item()}
+    def diagnostics(self) -> dict[str, float | Tensor]:
+        return {**super().diagnostics(), "threshold": self.threshold.mean()}
 
 
 class _Jump(torch.autograd.Function):

@@ -80,6 +80,6 @@ class MutualChoice(BatchBudgetSAE, variant="mutual_choice"):
             latents = mark.nonzero().flatten()
         return {**super().aux_latents(dead, weight), "aux_zipf": (self.zipf_weight, latents)}
 
-    def diagnostics(self) -> dict[str, float]:
-        q, s, r2 = self.zipf.tolist()
+    def diagnostics(self) -> dict[str, float | Tensor]:
+        q, s, r2 = self.zipf.unbind()
         return {**super().diagnostics(), "zipf_q": q, "zipf_s": s, "zipf_r2": r2}

@@ -106,8 +106,8 @@ class PenaltySAE(LinearSAE):
         # Without a threshold every positive pre-activation is active.
         return scores if scores.cut is not None else scores._replace(cut=scores.score.new_zeros(()))
 
-    def diagnostics(self) -> dict[str, float]:
-        return {"pressure": self.pressure().item()}
+    def diagnostics(self) -> dict[str, float | Tensor]:
+        return {"pressure": self.pressure()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.control is None:  # a fine-tuning may leave a controller behind

@@ -102,8 +102,8 @@ class BatchBudgetSAE(BudgetSAE):
         kept = code.values.detach().abs()
         least = torch.where(kept > 0, kept, torch.inf).amin() if kept.numel() else kept.new_tensor(torch.inf)
         least = self.gather(least).amin()
-        if least.isfinite():
-            self.threshold.update(least)
+        known = least.isfinite()  # a mask in place of a branch, for which a GPU would have to be waited for
+        self.threshold.update(torch.where(known, least, 0.0), where=known)
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         x = calibration_sample(batches, self.d_in)
@@ -113,8 +113,8 @@ class BatchBudgetSAE(BudgetSAE):
     def inference_threshold(self) -> Tensor | None:
         return self.threshold.mean()
 
-    def diagnostics(self) -> dict[str, float]:
-        return {"threshold": self.threshold.mean().item()}
+    def diagnostics(self) -> dict[str, float | Tensor]:
+        return {"threshold": self.threshold.mean()}
 
 
 def _undivided(tensor: Tensor) -> Tensor:

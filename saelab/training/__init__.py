@@ -4,8 +4,9 @@ from saelab.training.config import TrainConfig, check, chosen_rate, n_steps, pre
 from saelab.training.divergence import Diverged
 from saelab.training.fitting import finished, fit_steps, read_run, train
 from saelab.training.loop import adopt, batches, centre_of, finalise, start, train_steps
+from saelab.training.readings import StepMetrics
 from saelab.training.state import TrainState
-from saelab.training.step import StepMetrics, train_step
+from saelab.training.step import train_step
 
 __all__ = [
     "Diverged",

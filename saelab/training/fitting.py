@@ -27,8 +27,8 @@ from saelab.training.divergence import DOUBTFUL, Diverged
 from saelab.training.log import JsonLines, Log
 from saelab.training.loop import adopt, run_steps, start, train_steps
 from saelab.training.memory import check_memory
+from saelab.training.readings import READ_EVERY, StepMetrics
 from saelab.training.state import TrainState
-from saelab.training.step import StepMetrics
 
 SOURCE = "fine_tuned_from"  # key of the SAE that the run is fine-tuned from
 VALIDATION = "validation_rows"  # key of the span of training rows that the run leaves out, if it does
@@ -162,19 +162,34 @@ def _logged(
     logs: Sequence[Log],
 ) -> Generator[StepMetrics]:
     """The steps of ``loop``, with a line in every log, and checkpoints on the way and where the caller stops."""
-    due = interval.clock(store.parallel)
+    due, waiting = interval.clock(store.parallel), []
     for metrics in loop:
         store.writer.check()
-        for log in logs:
-            log.write(metrics.row())
+        waiting.append(metrics)
+        saves = due(metrics.step) and metrics.step < total
+        if metrics.known or saves or len(waiting) == READ_EVERY or metrics.step == total:
+            _write(waiting, logs)
         # A checkpoint replaces the one before, which is better where the error is about to explode.
-        if due(metrics.step) and metrics.step < total and state.excess <= DOUBTFUL:
+        if saves and state.excess <= DOUBTFUL:
             store.save_step(state, wait=False)
         try:
             yield metrics
         except GeneratorExit:
+            _write(waiting, logs)
             store.save_step(state)
             raise
+
+
+def _write(waiting: list[StepMetrics], logs: Sequence[Log]) -> None:
+    """Read the numbers of the steps that wait for it, and log them, those before a failure also where one failed."""
+    try:
+        if waiting:
+            waiting[-1].read()
+    finally:
+        for metrics in waiting:
+            for log in logs if metrics.known else ():
+                log.write(metrics.row())
+        waiting.clear()
 
 
 def _kept(folder: Path) -> str:

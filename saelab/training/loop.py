@@ -15,8 +15,9 @@ from saelab.errors import UserError
 from saelab.sae import SAE
 from saelab.training.config import TrainConfig, n_steps, prepared
 from saelab.training.memory import check_memory
+from saelab.training.readings import StepMetrics
 from saelab.training.state import TrainState, make_optimizer
-from saelab.training.step import StepMetrics, train_step
+from saelab.training.step import train_step
 
 
 def train_steps(
@@ -55,6 +56,7 @@ def run_steps(
         check_memory(sae, config)
         state = start(sae, cache, config)
     total = n_steps(cache, config)
+    state.keep_moments_in(config.moments)
     state.unfold(sae)
     sae.train()
     try:
@@ -62,6 +64,8 @@ def run_steps(
             yield train_step(sae, batch, config, state, total, parallel)
         if state.step < total:
             raise UserError(f"the stream ended after step {state.step} of {total}; supply every batch of the run")
+        if state.readings is not None:
+            state.readings.read()  # a run that diverged has no final weights
         finalise(sae, cache, config, state)
     finally:
         sae.eval()

@@ -16,6 +16,9 @@ from torch import Tensor
 from saelab import kernels
 from saelab.errors import UserError
 from saelab.sae import SAE
+from saelab.training.readings import Readings
+
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -26,7 +29,7 @@ class TrainState:
     convert it to raw units and back without changing a bit.
     """
 
-    optimizer: torch.optim.Optimizer
+    optimizer: kernels.Adam
     tokens_since_fired: Tensor  # [d_sae], int64
     scale: float  # the data are multiplied by this power of two during training
     variance: float  # mean ||x - mean||^2 of the scaled data: the normaliser of every loss term
@@ -35,6 +38,10 @@ class TrainState:
     ema: dict[str, Tensor] = field(default_factory=dict)  # running sums of the weights, not yet bias-corrected
     first_fvu: float = 0.0  # of the first batch; 0 before it, and in runs begun before 0.2.0
     excess: float = 0.0  # the last batch's FVU over that without training (see training.divergence); not saved
+    listed: Tensor | None = None  # latents that may be dead, where they are listed once in a while (training.dead)
+    failed: Tensor | None = None  # on a GPU: 1 once a step has diverged, which forbids all updates from then on
+    first: Tensor | None = None  # first_fvu on the device, before it is read
+    readings: Readings | None = None  # of steps whose numbers are on the device
 
     @torch.no_grad()
     def fold(self, sae: SAE) -> None:
@@ -46,10 +53,20 @@ class TrainState:
         """The inverse of :meth:`fold`: put ``sae`` back into units of the scaled data, bit for bit."""
         sae.rescale_(self.scale)
 
+    def keep_moments_in(self, name: str) -> None:
+        """Keep the optimizer's moments in ``fp32`` or ``bf16``. Raises UserError where they are in the other one."""
+        self.optimizer.moments = MOMENTS[name]
+        held = {moments["exp_avg"].dtype for moments in self.optimizer.state.values() if "exp_avg" in moments}
+        if held - {MOMENTS[name]}:
+            other = next(key for key, dtype in MOMENTS.items() if dtype in held)
+            raise UserError(f"moments={name}, but the training state has moments in {other}; continue with {other}")
+
     def tensors(self, sae: SAE) -> dict[str, Tensor]:
         """The state's tensors under flat names; the optimizer's moments under the parameter's name."""
         tensors = {"tokens_since_fired": self.tokens_since_fired}
         tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
+        if self.listed is not None:
+            tensors["listed"] = self.listed
         for name, parameter in sae.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
@@ -74,10 +91,11 @@ class TrainState:
             tensors["tokens_since_fired"].to(sae.device),
             **scalars,
             ema=_named("ema.", tensors, sae.device),
+            listed=tensors["listed"].to(sae.device) if "listed" in tensors else None,
         )
 
 
-def make_optimizer(sae: SAE) -> torch.optim.Optimizer:
+def make_optimizer(sae: SAE) -> kernels.Adam:
     """Adam as in Gao et al. (2024); the schedule sets the learning rate before every step."""
     return kernels.Adam(sae.parameters(), lr=0.0, eps=6.25e-10, fused=True)
 
@@ -87,7 +105,7 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     # row-major.
     if value.shape != parameter.shape:
         return value.to(parameter.device, copy=True)
-    return torch.empty_like(parameter).copy_(value)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

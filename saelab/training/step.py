@@ -2,93 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from saelab import kernels
 from saelab.data.cache import Batch
-from saelab.devices import in_float64
 from saelab.distributed import SINGLE, Parallel
-from saelab.distributed.sharding import REPLICATED, auxk, represent
-from saelab.losses import Subset
+from saelab.distributed.sharding import auxk, represent
 from saelab.sae import SAE, LinearSAE
+from saelab.training import dead
 from saelab.training.config import TrainConfig
-from saelab.training.divergence import excess
+from saelab.training.constraint import clip_factor, constrain, constrains_on_the_way
+from saelab.training.divergence import LIMIT, excess
+from saelab.training.readings import Numbers, Readings, StepMetrics, together
 from saelab.training.schedule import learning_rate
 from saelab.training.state import TrainState
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one step reports. ``fvu`` is of this batch, against the variance of the whole cache."""
-
-    step: int
-    tokens: int
-    loss: float
-    fvu: float
-    l0: float
-    dead: int
-    lr: float
-    grad_norm: float
-    terms: dict[str, float]  # weighted loss terms besides the reconstruction
-    diagnostics: dict[str, float]  # the variant's own numbers, a threshold for instance
-
-    def row(self) -> dict[str, Any]:
-        """One flat record for ``metrics.jsonl``."""
-        row = asdict(self)
-        terms, diagnostics = row.pop("terms"), row.pop("diagnostics")
-        return {**row, **terms, **diagnostics}
 
 
 def train_step(
     sae: SAE, batch: Batch, config: TrainConfig, state: TrainState, total: int, parallel: Parallel = SINGLE
 ) -> StepMetrics:
     """One step: forward, statistics, backward, constraint on the decoder, clip, average, Adam (in this order)."""
-    n = batch.acts.shape[0]
-    x = parallel.share(batch.acts).to(sae.device) * state.scale
-    # The loss does not change when its input is rescaled, so its gradient scales inversely.
-    grads = None if batch.grads is None else parallel.share(batch.grads).to(sae.device) / state.scale
+    n, later = batch.acts.shape[0], leaves_numbers(sae.device, parallel)
+    x = parallel.share(batch.acts).to(sae.device, non_blocking=True) * state.scale
+    grads = None
+    if batch.grads is not None:
+        # The loss does not change when its input is rescaled, so its gradient scales inversely.
+        grads = parallel.share(batch.grads).to(sae.device, non_blocking=True) / state.scale
     sae.schedule(state.step, total)
+    sums = kernels.RowSums() if constrains_on_the_way(sae, parallel) else None
     with _randomness(config.seed, state.step, sae.device), kernels.use_precision(config.precision):
-        loss, parts, dead, subsets = _forward(sae, x, grads, n, config, state, parallel)
+        loss, parts, auxiliary = _forward(sae, x, grads, n, config, state, parallel, later, sums)
 
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    for subset in subsets:
-        subset.add_gradients(sae)  # pyright: ignore[reportArgumentType]
-    for parameter in sae.parameters():
-        if parameter.grad is not None:
-            parallel.sum_data(parameter.grad, "gradients")
-    sae.normalise_decoder()
-    sae.project_decoder_grad()
-    grad_norm = _clip(sae, config.grad_clip, parallel)
+    grad_norm, scale = constrain(sae, [aux.rows for aux in auxiliary.values()], sums, parallel)
 
-    # One transfer from the device for everything that is reported, before anything non-finite reaches the weights.
-    numbers = _report({"loss": loss, **parts}, parallel) | {"grad_norm": grad_norm.item()}
-    energy = numbers.pop("energy")
-    if state.step == 0:
-        state.first_fvu = numbers["fvu"]
-    state.excess = excess(state.step + 1, numbers, energy, state.first_fvu, config)
+    # What is not finite must not reach the weights: on a CPU it is looked at now, on a GPU a flag forbids the update.
+    summed = parallel.sum_all(together({"loss": loss, **parts}) / parallel.dict_size, "statistics")
+    numbers = dict(zip(("loss", *parts), summed.unbind())) | {"grad_norm": grad_norm}
+    numbers |= {"dead": parallel.sum_dict(dead.number(state, config)[None], "statistics")[0]}
+    numbers |= {f"{name}#": aux.count for name, aux in auxiliary.items() if aux.count is not None}
+    readings = state.readings = state.readings or Readings(lambda step, raw: digest(step, raw, state, config))
+    skip = flag_failure(state, numbers) if later else None
+    found = (
+        None
+        if later
+        else digest(state.step + 1, {name: value.item() for name, value in numbers.items()}, state, config)
+    )
 
     lr = learning_rate(config, state.step, total) * sae.lr_scale(state.step, total)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     _average(sae, config.ema, state)
-    state.optimizer.step()
+    state.optimizer.update(clip_factor(grad_norm, config.grad_clip, later), skip, scale)
 
     state.step += 1
     state.tokens_seen += n
     with torch.no_grad():
         sae.after_step(state.step, total)
-    main = {name: numbers.pop(name) for name in ("loss", "fvu", "l0", "grad_norm")}
-    return StepMetrics(
-        state.step, state.tokens_seen, **main, dead=dead, lr=lr, terms=numbers, diagnostics=sae.diagnostics()
-    )
+    diagnostics = sae.diagnostics()
+    metrics = StepMetrics(state.step, state.tokens_seen, lr, readings.of)
+    if found is None:
+        readings.add(metrics, numbers | {f"={name}": value for name, value in diagnostics.items()})
+    else:
+        known = {name: value.item() if isinstance(value, Tensor) else value for name, value in diagnostics.items()}
+        metrics.settle(found._replace(diagnostics=known))
+    return metrics
 
 
 def _forward(
@@ -99,12 +82,14 @@ def _forward(
     config: TrainConfig,
     state: TrainState,
     parallel: Parallel,
-) -> tuple[Tensor, dict[str, Tensor], int, list[Subset]]:
-    """The loss, its reported parts (FVU, L0, weighted extra terms), the number of dead latents, and AuxK rows.
+    listed: bool,
+    sums: kernels.RowSums | None,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, dead.Aux]]:
+    """The loss, its reported parts (FVU, L0, weighted extra terms), and the auxiliary losses with their rows.
 
     ``n`` is the size of the whole batch, of which ``x`` is this data rank's share; the shares' losses add up.
     """
-    code, objective, recon = represent(sae, x, grads, parallel)
+    code, objective, recon = represent(sae, x, grads, parallel, sums)
     error = x - recon
     with torch.no_grad():
         sae.observe(x, code, grads)
@@ -113,28 +98,56 @@ def _forward(
     terms = {name: term / per_token for name, term in sae.extra_losses(x, code, error).items()}
 
     # Firing statistics come before the auxiliary loss, which looks at what is dead now.
-    state.tokens_since_fired += n
-    state.tokens_since_fired[parallel.any_data(code.fired())] = 0
-    dead = (state.tokens_since_fired > (config.dead_after or 0)).nonzero().flatten()
-    subsets = []
-    for name, (weight, latents) in sae.aux_latents(dead, config.aux_weight).items():
-        n_latents = _count(latents, parallel)
-        if weight and n_latents:
-            assert isinstance(sae, LinearSAE)  # others are refused before the run begins
-            subsets.append(Subset.copied(sae, latents))
-            terms[name] = weight * auxk(sae, x, error, subsets[-1], config.k_aux or 1, n_latents, parallel)
+    dead.mark_fired(state, parallel.any_data(code.fired()), n)
+    auxiliary = dead.auxiliary(sae, state, config, n, listed)
+    for name, aux in list(auxiliary.items()):
+        n_latents = _count(aux.rows.latents, parallel)
+        if not n_latents:
+            del auxiliary[name]
+            continue
+        assert isinstance(sae, LinearSAE)
+        terms[name] = aux.weight * auxk(sae, x, error, aux.rows, config.k_aux or 1, n_latents, parallel)
 
-    loss = objective / (n * state.variance) + sum(terms.values())
+    loss = objective / (n * state.variance)
+    if terms:
+        loss = loss + sum(terms.values())
     fvu = error.square().sum() / (n * state.variance)
     # All dictionary ranks compute the same loss, but each counts its own latents.
     l0 = (code.values != 0).sum() / n * parallel.dict_size
     energy = x.square().sum() / (n * state.variance)
-    return loss, {"fvu": fvu, "l0": l0, "energy": energy, **terms}, _count(dead, parallel), subsets
+    return loss, {"fvu": fvu, "l0": l0, "energy": energy, **terms}, auxiliary
 
 
-def _report(values: dict[str, Tensor], parallel: Parallel) -> dict[str, float]:
-    stacked = torch.stack([in_float64(value.detach()) for value in values.values()]) / parallel.dict_size
-    return dict(zip(values, parallel.sum_all(stacked, "statistics").tolist()))
+def leaves_numbers(device: torch.device, parallel: Parallel) -> bool:
+    """Whether a step leaves its numbers on the device: on a GPU, unless other processes wait for some of them."""
+    return device.type == "cuda" and parallel.size == 1
+
+
+def flag_failure(state: TrainState, numbers: Mapping[str, Tensor]) -> Tensor:
+    """1 from the first step on whose numbers :func:`saelab.training.divergence.excess` refuses; on the device."""
+    fvu = numbers["fvu"]
+    if state.first is None:
+        state.first = fvu.clone() if state.step == 0 else torch.full_like(fvu, state.first_fvu)
+        state.failed = torch.zeros((), dtype=torch.float32, device=fvu.device)
+    assert state.failed is not None
+    least = torch.maximum(numbers["energy"], state.first).clamp_min(1.0)
+    good = (numbers["loss"] + numbers["grad_norm"]).isfinite() & (fvu / least <= LIMIT)
+    state.failed = torch.where(good, state.failed, 1.0)
+    return state.failed
+
+
+def digest(step: int, raw: Mapping[str, float], state: TrainState, config: TrainConfig) -> Numbers:
+    """The numbers of a step as they are reported; raises :class:`saelab.training.Diverged` for those of a failure."""
+    main = ("loss", "fvu", "l0", "grad_norm")
+    terms = {name: value for name, value in raw.items() if name not in (*main, "energy", "dead") and name[0] != "="}
+    counts = {name: terms.pop(name) for name in list(terms) if name.endswith("#")}
+    terms = {name: value for name, value in terms.items() if counts.get(f"{name}#", 1)}
+    if step == 1:
+        state.first_fvu = raw["fvu"]
+    checked = {name: raw[name] for name in ("loss", "fvu", "l0")} | terms | {"grad_norm": raw["grad_norm"]}
+    state.excess = excess(step, checked, raw["energy"], state.first_fvu, config)
+    diagnostics = {name[1:]: value for name, value in raw.items() if name[0] == "="}
+    return Numbers(**{name: raw[name] for name in main}, dead=int(raw["dead"]), terms=terms, diagnostics=diagnostics)
 
 
 def _count(latents: Tensor, parallel: Parallel) -> int:
@@ -150,22 +163,6 @@ def _share_statistics(sae: SAE, parallel: Parallel) -> None:
         for buffer in sae.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(parallel.sum_data(buffer.clone(), "statistics") / parallel.data_size)
-
-
-def _clip(sae: SAE, max_norm: float | None, parallel: Parallel) -> Tensor:
-    """Scale the whole gradient down to ``max_norm``; returns its norm before that."""
-    named = {name: parameter.grad for name, parameter in sae.named_parameters() if parameter.grad is not None}
-    if parallel.dict_size == 1:
-        norm = torch.nn.utils.get_total_norm(named.values())
-    else:
-        shared = [grad for name, grad in named.items() if name in REPLICATED]
-        own = torch.nn.utils.get_total_norm([grad for name, grad in named.items() if name not in REPLICATED])
-        squares = parallel.sum_dict(own.square()[None], "statistics")[0]
-        norm = (squares + torch.nn.utils.get_total_norm(shared).square()).sqrt()
-    # On a CPU looking at the norm is free and saves a pass over the gradient; on a GPU it would cost a wait.
-    if max_norm is not None and (norm.is_cuda or norm > max_norm):
-        torch.nn.utils.clip_grads_with_norm_(sae.parameters(), max_norm, norm)
-    return norm
 
 
 @torch.no_grad()

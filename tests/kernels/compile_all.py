@@ -17,14 +17,16 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from saelab.kernels.triton import code, latents, ragged, residual, select, shapes
+from saelab.kernels.triton import adam, code, latents, ragged, residual, select, shapes
 from saelab.kernels.triton import pursuit as triton_pursuit
 
 INTEGERS = {"indices", "begin", "end", "target", "row_ptr", "groups", "budgets", "start", "counts", "steps"}
 INTEGERS |= {"order", "rows", "ptr"}
 INDICES = {"select_kernel": {"indices"}, "select_streamed_kernel": {"indices"}, "reach_kernel": {"indices"}}
 SCALARS = {"weight0": "fp32", "weight1": "fp32", "bound": "fp32", "residual_stop": "fp32"}
+SCALARS |= dict.fromkeys(("beta1", "beta2", "rate", "root", "eps"), "fp32")
 SIZES = {"nnz", "n", "count", "width", "held", "n_groups", "d_sae", "d_in", "n_steps"}
+SIZES |= {"numel", "seed_first", "seed_second"}
 # (tokens, d_in, d_sae, k): the smallest training shape, a middle one and the largest of the study.
 SHAPES = [(4096, 576, 4608, 32), (4096, 768, 24576, 32), (8192, 4096, 131072, 64)]
 MODES = {"plain": 0, "gradient": 2}
@@ -40,6 +42,8 @@ def signature(kernel, constants: dict[str, int | bool], load: str) -> dict[str, 
             types[name] = SCALARS[name]
         elif name in SIZES or name.endswith("stride"):
             types[name] = "i32"
+        elif kernel is adam.adam_kernel:
+            types[name] = "*bf16" if constants["HALF"] and name in ("first", "second") else "*fp32"
         elif name in INTEGERS:
             types[name] = "*i64"
         elif name == "latents" or (kernel is select.group_keys_kernel and name == "out"):  # sorted keys
@@ -83,6 +87,9 @@ def configurations(loads: list[str]):
                 found.append(("reach", select.reach_kernel, reach))
         for centred in (False, True):
             found.append(("gather", code.gather_kernel, {"CENTRED": centred, **shapes.gather_shape(d_in)}))
+        for half in (False, True):
+            flags = {"ROWS": True, "FACTOR": True, "SKIP": True, "HALF": half}
+            found.append(("adam", adam.adam_kernel, {**flags, **shapes.sweep_shape()}))
         found += gradient_configurations(n * k, d_in, d_sae)
         found += [
             ("dot", code.dot_kernel, shapes.gather_shape(d_in)),

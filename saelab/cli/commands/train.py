@@ -197,11 +197,12 @@ def drive(
             parallel=parallel,
         )
         task = bar.add_task("train", total=total, state="")
-        started, first = time.perf_counter(), None
+        started, first, text = time.perf_counter(), None, ""
         for last in steps:
             first = first or last.tokens - config.batch_size
             speed = (last.tokens - first) / (time.perf_counter() - started)
-            text = f"FVU {last.fvu:.3f}  L0 {last.l0:.0f}  dead {last.dead}  {speed:,.0f} tokens/s"
+            if last.known:  # else they are on the GPU, which would be waited for
+                text = f"FVU {last.fvu:.3f}  L0 {last.l0:.0f}  dead {last.dead}  {speed:,.0f} tokens/s"
             bar.update(task, completed=last.step, state=text)
             if last.step < total and parallel.any(stop.signal is not None):
                 steps.close()

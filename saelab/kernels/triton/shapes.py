@@ -53,6 +53,11 @@ def streamed_block(width: int) -> dict[str, int]:
     return {"BLOCK": min(2048, power(width)), "num_warps": 4}
 
 
+def sweep_shape() -> dict[str, int]:
+    """A pass over all parameters: a few numbers per thread; under the interpreter as much as possible at once."""
+    return {"BLOCK": 1 << 16 if os.environ.get("TRITON_INTERPRET") == "1" else 1024, "num_warps": 4}
+
+
 def gather_shape(width: int) -> dict[str, int]:
     block = min(256, power(width))
     return {"ENTRIES": 8, "BLOCK": block, "num_warps": 4}

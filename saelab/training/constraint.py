@@ -1,0 +1,88 @@
+"""The constraint on the decoder and the norm of the gradient, with as few passes over the parameters as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from saelab import kernels
+from saelab.distributed import Parallel
+from saelab.distributed.sharding import REPLICATED
+from saelab.losses import Subset
+from saelab.sae import SAE, LinearSAE
+from saelab.sae.objective import plain
+
+PASSED = ("W_enc", "b_enc", "W_dec")  # what one gradient pass covers
+
+
+def constrains_on_the_way(sae: SAE, parallel: Parallel) -> bool:
+    """Whether the gradient pass may also project and measure: nothing is added to its results afterwards but AuxK."""
+    if parallel.size > 1 or not isinstance(sae, LinearSAE) or not plain(sae) or kernels.backend(sae.W_dec) != "triton":
+        return False
+    own = {"normalise_decoder": SAE.normalise_decoder, "project_decoder_grad": SAE.project_decoder_grad}
+    return all(getattr(getattr(sae, name), "__func__", None) is method for name, method in own.items())
+
+
+def constrain(
+    sae: SAE, rows: Sequence[Subset], sums: kernels.RowSums | None, parallel: Parallel
+) -> tuple[Tensor, dict[Tensor, Tensor] | None]:
+    """Finish the gradient: AuxK's rows, the sum over data ranks, unit rows, no gradient along them.
+
+    Returns the norm of the whole gradient, and factors that the optimizer must multiply the rows of a parameter by
+    before its step, where the decoder has not been normalised here.
+    """
+    if sums is not None and sums.squares is not None and sums.scale is not None:
+        return _measured(sae, rows, sums.squares, sums.scale), {sae.W_dec: sums.scale}
+    for subset in rows:
+        assert isinstance(sae, LinearSAE)
+        subset.add_gradients(sae)
+    for parameter in sae.parameters():
+        if parameter.grad is not None:
+            parallel.sum_data(parameter.grad, "gradients")
+    sae.normalise_decoder()
+    sae.project_decoder_grad()
+    return _norm(sae, parallel), None
+
+
+@torch.no_grad()
+def _measured(sae: SAE, rows: Sequence[Subset], squares: Tensor, scale: Tensor) -> Tensor:
+    """The norm where the gradient pass has projected; AuxK's rows are projected, added and measured here."""
+    assert isinstance(sae, LinearSAE)
+    for subset in rows:
+        latents = subset.latents
+        if subset.W_dec.grad is not None:
+            unit = subset.W_dec.detach() * scale[latents, None]
+            along = (subset.W_dec.grad * unit).sum(1, keepdim=True)
+            subset.W_dec.grad.addcmul_(along, unit, value=-1.0)
+        subset.add_gradients(sae)
+        grads = sae.W_enc.grad, sae.b_enc.grad, sae.W_dec.grad
+        assert grads[0] is not None and grads[1] is not None and grads[2] is not None
+        found = (grads[0].T[latents], grads[2][latents], grads[1][latents, None])
+        squares.index_copy_(0, latents, sum(part.square().sum(1) for part in found))  # pyright: ignore
+    total = squares.sum()
+    for name, parameter in sae.named_parameters():
+        if name not in PASSED and parameter.grad is not None:
+            total = total + parameter.grad.square().sum()
+    return total.sqrt()
+
+
+def _norm(sae: SAE, parallel: Parallel) -> Tensor:
+    named = {name: parameter.grad for name, parameter in sae.named_parameters() if parameter.grad is not None}
+    if parallel.dict_size == 1:
+        return torch.nn.utils.get_total_norm(named.values())
+    shared = [grad for name, grad in named.items() if name in REPLICATED]
+    own = torch.nn.utils.get_total_norm([grad for name, grad in named.items() if name not in REPLICATED])
+    squares = parallel.sum_dict(own.square()[None], "statistics")[0]
+    return (squares + torch.nn.utils.get_total_norm(shared).square()).sqrt()
+
+
+def clip_factor(norm: Tensor, most: float | None, on_device: bool) -> Tensor | None:
+    """What the gradient is multiplied by so that its norm is at most ``most``; None where it stays as it is.
+
+    Where numbers stay on the device it is computed in any case.
+    """
+    if most is None or not (on_device or norm > most):
+        return None
+    return (most / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,70 @@
+"""Which latents are dead, for the AuxK loss and the log.
+
+A GPU would have to be waited for to learn how many there are. There, all latents that may die during the next few steps
+are listed once in a while, and each step marks those of the list that are dead now: the loss is the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saelab.losses import Subset
+from saelab.sae import SAE, LinearSAE
+from saelab.training.config import TrainConfig
+from saelab.training.readings import READ_EVERY
+from saelab.training.state import TrainState
+
+
+class Aux(NamedTuple):
+    """One auxiliary loss: its weight, copies of its latents' rows, and how many latents take part."""
+
+    weight: float
+    rows: Subset
+    count: Tensor | None  # None: all that are listed
+
+
+def mark_fired(state: TrainState, fired: Tensor, n: int) -> None:
+    """Count ``n`` more tokens since each latent fired, and none for those that did."""
+    state.tokens_since_fired += n
+    state.tokens_since_fired.masked_fill_(fired, 0)
+
+
+def auxiliary(sae: SAE, state: TrainState, config: TrainConfig, n: int, listed: bool) -> dict[str, Aux]:
+    """The auxiliary losses of a step, by name, each with at least one latent on its list."""
+    limit = config.dead_after or 0
+    if listed:
+        latents = candidates(state, limit, n)
+        terms = sae.aux_latents(latents, config.aux_weight)
+        if all(chosen is latents for _, chosen in terms.values()):
+            active = (state.tokens_since_fired > limit)[latents]
+            count = active.sum()
+            return {
+                name: Aux(weight, _copied(sae, latents, active), count)
+                for name, (weight, _) in terms.items()
+                if weight and latents.numel()
+            }
+    dead = (state.tokens_since_fired > limit).nonzero().flatten()
+    terms = sae.aux_latents(dead, config.aux_weight)
+    return {name: Aux(weight, _copied(sae, latents), None) for name, (weight, latents) in terms.items() if weight}
+
+
+def candidates(state: TrainState, limit: int, n: int) -> Tensor:
+    """Latents that are dead or can die before the list is renewed. It is renewed at the same steps in a resumed run."""
+    # A list of those that have been silent for three quarters of the limit is not much longer than that of the dead.
+    steps = max(1, min(READ_EVERY, limit // (4 * n)))
+    if state.listed is None or state.step % steps == 0:
+        state.listed = (state.tokens_since_fired > limit - steps * n).nonzero().flatten()
+    return state.listed
+
+
+def _copied(sae: SAE, latents: Tensor, active: Tensor | None = None) -> Subset:
+    assert isinstance(sae, LinearSAE)  # others are refused before the run begins
+    return Subset.copied(sae, latents, active)
+
+
+def number(state: TrainState, config: TrainConfig) -> Tensor:
+    """How many latents of this process are dead."""
+    return (state.tokens_since_fired > (config.dead_after or 0)).sum(dtype=torch.float64)
