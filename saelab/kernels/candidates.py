@@ -62,16 +62,17 @@ def best_per_token(encoder: Encoder, found: Ragged, k: int, signed: bool, effect
     """The ``k`` best of each token's candidates, of which all tokens have equally many."""
     _, indices, row_ptr = found
     n = row_ptr.numel() - 1
+    shape = n, indices.numel() // max(n, 1)
     if not getattr(encoder.ops, "ASCENDING", False):  # ties go to the lowest latent
-        indices = indices.view(n, -1).sort(dim=1).values.flatten()
+        indices = indices.view(shape).sort(dim=1).values.flatten()
     values = encoder.at(indices, row_ptr)
     keys = ranked(values, signed)
     if effect is not None:
         size = encoder.dots(effect.grads, effect.W_dec, indices, row_ptr).abs_()
         score = size.mul_(effect.weights[1]).add_(effect.weights[0])
         keys = ranked(score.mul_(values.abs() if signed else values.relu()), signed=False)
-    chosen = keys.view(n, -1).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    values, indices = (entries.view(n, -1).gather(1, chosen).flatten() for entries in (values, indices))
+    chosen = keys.view(shape).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    values, indices = (entries.view(shape).gather(1, chosen).flatten() for entries in (values, indices))
     return _clipped(values, signed), indices, torch.arange(n + 1, device=indices.device) * k
 
 

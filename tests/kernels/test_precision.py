@@ -137,6 +137,17 @@ def test_activations_far_from_the_origin_are_centred_before_rounding(device: str
     assert torch.equal(*masks)
 
 
+def test_no_tokens(device: str) -> None:
+    case = random_case(0, 6, 20, 3).to(device)
+    budgets = torch.full((20,), 2).to(device)
+    for selected in (
+        kernels.select_topk(*case.encoder, k=3),
+        kernels.select_threshold(*case.encoder, threshold=0.5),
+        kernels.select_latent(*case.encoder, budgets=budgets),
+    ):
+        assert selected.values.numel() == 0 and selected.row_ptr.tolist() == [0]
+
+
 def test_autocast_means_the_same_as_bf16() -> None:
     case = random_case(9, 12, 96, 8)
     with kernels.use_backend("reference"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saelab import kernels
+from saelab.kernels import products
 from saelab.kernels.cases import random_case
 from saelab.kernels.dispatch import obstacle
 from tests.kernels import oracle
@@ -74,6 +75,24 @@ def test_a_batch_budget_that_gathers_on_few_rows_is_exact() -> None:
     found = oracle.to_mask(selected.indices, selected.row_ptr, 200).reshape(1, -1)
     oracle.check_selection(found, oracle.topk_mask(z.reshape(1, -1), 40), z.reshape(1, -1), gap(case, z))
     assert selected.row_ptr.diff()[3] > 32
+
+
+def test_gradient_scores_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the pre-activations nor the effects of all latents are ever held for the whole batch."""
+    monkeypatch.setattr(products, "MIN_ROWS", 4)
+    monkeypatch.setattr(products, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(products, "DEVICE_CHUNK_BYTES", 1)
+    held, original = [], products.torch.mm
+    monkeypatch.setattr(products.torch, "mm", lambda *a, **b: held.append(len(a[0])) or original(*a, **b))
+    case = random_case(18, 12, 96, 5).to(DEVICE)
+    grads = torch.randn(18, 12, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    with kernels.use_backend("triton"):
+        found = kernels.select_gradient_topk(case.x, grads, *case.encoder[1:], case.W_dec, 5, 2.0, "none")
+    assert max(held) <= 4 and len(held) == 10
+    z = oracle.pre_acts(*(t.double() for t in case.encoder))
+    score = z.relu() * (1 + 2 * (grads.double() @ case.W_dec.double().T).abs())
+    mask = oracle.to_mask(found.indices, found.row_ptr, 96)
+    oracle.check_selection(mask, oracle.topk_mask(score, 5), score, gap(case, score))
 
 
 @pytest.mark.parametrize("counts", [[0, 3, 4, 20, 0, 1, 9], [37], [6, 7, 7, 6, 7, 4], [7, 0, 0, 30]], ids=str)
