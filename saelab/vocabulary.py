@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from saelab.errors import UserError, first_line
+
 # In text decoded with surrogateescape: one character, or bytes that belong to none.
 _PIECES = re.compile("[\udc80-\udcff]+|.", re.DOTALL)
 
@@ -34,6 +36,18 @@ def _characters(data: bytes) -> Iterator[tuple[int, int, str]]:
         raw = piece.encode("utf-8", "surrogateescape")
         start, stop = stop, stop + len(raw)
         yield start, stop, hexadecimal(raw) if "\udc80" <= piece[0] <= "\udcff" else piece
+
+
+def encoded(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
+    """What a tokenizer of transformers makes of several texts, without special tokens.
+
+    Halves of characters, which JSON and command lines may hold and no tokenizer takes, are replaced (:func:`storable`).
+    UserError for text that the tokenizer cannot read, as one without a token for unknown words.
+    """
+    try:
+        return tokenizer([storable(text) for text in texts], add_special_tokens=False, **options)
+    except Exception as error:  # tokenizers have no class of their own for it
+        raise UserError(f"the tokenizer cannot read this text ({first_line(error)}); use the model's own") from error
 
 
 def bos_token_id(tokenizer: Any) -> int | None:

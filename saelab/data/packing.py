@@ -14,7 +14,7 @@ from torch import Tensor
 from saelab.data.chat import SEPARATOR, TEXT, Rendered, render, roles_of
 from saelab.data.text.source import TextSource
 from saelab.errors import UserError
-from saelab.vocabulary import bos_token_id, storable
+from saelab.vocabulary import bos_token_id, encoded
 
 Bos = Literal["context", "document", "none"]
 NOTHING = "none"
@@ -77,7 +77,10 @@ def _separator_ids(separator: str, tokenizer: Any) -> list[int]:
     if separator == NOTHING:
         return []
     number = _token_id(tokenizer, separator)
-    return tokenizer(separator, add_special_tokens=False)["input_ids"] if number is None else [number]
+    try:
+        return encoded(tokenizer, [separator])["input_ids"][0] if number is None else [number]
+    except UserError as error:
+        raise UserError(f"the tokenizer has no token for the separator {separator!r}; use --separator none") from error
 
 
 def pack(
@@ -153,8 +156,7 @@ def _tokenized(
         raise UserError("chats need a fast tokenizer, which tells the place of each token; give text instead")
     texts = [piece.text if isinstance(piece, Rendered) else piece for _, piece in group]
     options = {"return_offsets_mapping": True} if chats else {}
-    # A half of a character, as JSON can hold, is none that a tokenizer takes.
-    found = tokenizer([storable(text) for text in texts], add_special_tokens=False, verbose=False, **options)
+    found = encoded(tokenizer, texts, verbose=False, **options)
     for number, (starts, piece) in enumerate(group):
         ids = found["input_ids"][number]
         if isinstance(piece, str):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.structure import underlying
-from saelab.vocabulary import Vocabulary, bos_token_id, storable
+from saelab.vocabulary import Vocabulary, bos_token_id, encoded
 
 Prompts = str | Sequence[str]
 
@@ -46,7 +46,7 @@ def token_ids(tokenizer: Any, text: str, bos: bool = True) -> list[int]:
 
     A text that already begins with it (a chat template) gets no second one.
     """
-    ids = list(tokenizer(storable(text), add_special_tokens=False)["input_ids"])  # argv may hold halves of characters
+    ids = list(encoded(tokenizer, [text])["input_ids"][0])
     start = bos_token_id(tokenizer)
     return ids if not bos or start is None or ids[:1] == [start] else [start, *ids]
 
@@ -112,7 +112,10 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
     """The text of each token id of the vocabulary as it reads within a text, and the bytes of parts of characters."""
     size = max(tokenizer.get_vocab().values()) + 1
     # Decoders treat the first token otherwise than the rest: they strip its space, or keep the ## of a word's middle.
-    front = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    try:
+        front = encoded(tokenizer, ["a"])["input_ids"][0][-1:]
+    except UserError:  # a vocabulary without letters
+        front = []
     before = tokenizer.decode(front, clean_up_tokenization_spaces=False) if front else ""
     texts = tokenizer.batch_decode([[*front, i] for i in range(size)], clean_up_tokenization_spaces=False)
     texts = [

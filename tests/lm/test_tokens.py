@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +42,23 @@ def test_a_model_without_tokenizer_is_named() -> None:
     assert tokenizer_of(llama(), own := tokenizer()) is own
     with pytest.raises(UserError, match="carries no tokenizer; give tokenizer="):
         tokenizer_of(llama())
+
+
+def test_a_tokenizer_that_cannot_read_a_text_is_one_line(tmp_path: Path) -> None:
+    """One of whole words without a token for the others: its library raises a bare Exception."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from saelab.data.packing import pack
+    from saelab.data.text import from_documents
+
+    words: Any = Tokenizer(models.WordLevel({"cat": 0, "sat": 1, "\n": 2}, unk_token=None))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert token_ids(tokenizer, "cat sat") == [0, 1]
+    assert list(vocabulary(tokenizer)) == ["cat", "sat", "\n"]
+    with pytest.raises(UserError, match="cannot read this text"):
+        token_ids(tokenizer, "the cat")
+    for separator, match in (("none", "cannot read this text"), ("and", "no token for the separator 'and'")):
+        with pytest.raises(UserError, match=match):
+            list(pack(from_documents(["a dog"] * 20), tokenizer, 4, "none", 1, separator))

@@ -35,9 +35,10 @@ def read(path: Path) -> Foreign:
             raise UserError(f"{path}: activation {config[name]!r} has no counterpart in this layout; relu has")
     if config.get("act_size", d_in) != d_in:
         raise UserError(f"{path} reads width {d_in}, its settings say act_size={config['act_size']}; get it again")
-    metadata: dict[str, Any] = {"model_name": config.get("model_name"), "context_size": config.get("seq_len")}
-    if isinstance(config.get("act_name"), str):
-        metadata["hook_name"] = config["act_name"]
+    names = {"model_name": ("model_name", str), "context_size": ("seq_len", int), "hook_name": ("act_name", str)}
+    metadata: dict[str, Any] = {
+        name: config[key] for name, (key, kind_of) in names.items() if isinstance(config.get(key), kind_of)
+    }
     notes = []
     if str(metadata.get("hook_name")).endswith("hook_z"):
         notes.append("reads attention heads' outputs laid side by side (hook_z): pass [n, heads * d_head]")
