@@ -38,14 +38,15 @@ def _characters(data: bytes) -> Iterator[tuple[int, int, str]]:
         yield start, stop, hexadecimal(raw) if "\udc80" <= piece[0] <= "\udcff" else piece
 
 
-def encoded(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
-    """What a tokenizer of transformers makes of several texts, without special tokens.
+def encoded(tokenizer: Any, texts: str | Sequence[str], **options: Any) -> Any:
+    """What a tokenizer of transformers makes of one text or several, without special tokens.
 
     Halves of characters, which JSON and command lines may hold and no tokenizer takes, are replaced (:func:`storable`).
     UserError for text that the tokenizer cannot read, as one without a token for unknown words.
     """
     try:
-        return tokenizer([storable(text) for text in texts], add_special_tokens=False, **options)
+        whole = storable(texts) if isinstance(texts, str) else [storable(text) for text in texts]
+        return tokenizer(whole, add_special_tokens=False, **options)
     except Exception as error:  # tokenizers have no class of their own for it
         raise UserError(f"the tokenizer cannot read this text ({first_line(error)}); use the model's own") from error
 

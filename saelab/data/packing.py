@@ -78,7 +78,7 @@ def _separator_ids(separator: str, tokenizer: Any) -> list[int]:
         return []
     number = _token_id(tokenizer, separator)
     try:
-        return encoded(tokenizer, [separator])["input_ids"][0] if number is None else [number]
+        return encoded(tokenizer, separator)["input_ids"] if number is None else [number]
     except UserError as error:
         raise UserError(f"the tokenizer has no token for the separator {separator!r}; use --separator none") from error
 

@@ -52,6 +52,9 @@ class EvaluateConfig:
     """Let a gradient-aware SAE see the cached gradients of the loss. They contain the labels: an upper bound."""
     seed: int = 0
     """Seed of the bootstrap."""
+    any_weights: bool = False
+    """Accept a model whose weights are not those that the activations come from, such as a fine-tuned one. Loss and KL
+    are then of that model, FVU and density of the stored activations."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch_size"):
@@ -130,7 +133,7 @@ def spliced(
     contexts = spread(cache, config.split, config.lm_tokens)
     for done, (tokens, rows) in enumerate(contexts):
         if done == 0:
-            check_same_model(plain, site, cache, tokens, rows)
+            check_same_model(plain, site, cache, tokens, rows, config.any_weights)
         own = rows[rows >= 0]
         # A context may begin with the end of the document before: it counts for the one that has most of it.
         run.add(tokens, rows, cache.document(int(own[len(own) // 2])))

@@ -55,8 +55,12 @@ def _splice_site(site: Site) -> Site:
 
 
 @torch.no_grad()
-def check_same_model(model: nn.Module, site: Site, cache: ActivationCache, tokens: Tensor, rows: Tensor) -> None:
+def check_same_model(
+    model: nn.Module, site: Site, cache: ActivationCache, tokens: Tensor, rows: Tensor, any_weights: bool = False
+) -> None:
     """Refuse a model that does not produce what the cache holds, judged on every stored row of one context.
+
+    With ``any_weights`` only the width counts.
 
     ``tokens`` and ``rows`` are as :meth:`ActivationCache.contexts` gives them; ``model`` is on any device. The weights
     are compared too, because those above the hook point do not show in the activations.
@@ -69,6 +73,8 @@ def check_same_model(model: nn.Module, site: Site, cache: ActivationCache, token
         raise UserError(
             f"the model's activations have width {live.shape[-1]}, the cache's {stored.shape[1]}; pass its own model"
         )
+    if any_weights:
+        return
     record, live = ModelRecord.from_manifest(cache.manifest), live[rows >= 0]
     # Layers that quantise their inputs as they run do it by the largest of a pass, which leaves most values few bits.
     runs_in = torch.float8_e4m3fn if is_quantised(model) else live.dtype

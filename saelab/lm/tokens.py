@@ -46,7 +46,7 @@ def token_ids(tokenizer: Any, text: str, bos: bool = True) -> list[int]:
 
     A text that already begins with it (a chat template) gets no second one.
     """
-    ids = list(encoded(tokenizer, [text])["input_ids"][0])
+    ids = list(encoded(tokenizer, text)["input_ids"])
     start = bos_token_id(tokenizer)
     return ids if not bos or start is None or ids[:1] == [start] else [start, *ids]
 
@@ -113,7 +113,7 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
     size = max(tokenizer.get_vocab().values()) + 1
     # Decoders treat the first token otherwise than the rest: they strip its space, or keep the ## of a word's middle.
     try:
-        front = encoded(tokenizer, ["a"])["input_ids"][0][-1:]
+        front = encoded(tokenizer, "a")["input_ids"][-1:]
     except UserError:  # a vocabulary without letters
         front = []
     before = tokenizer.decode(front, clean_up_tokenization_spaces=False) if front else ""

@@ -125,6 +125,19 @@ def test_weights_trained_in_place_are_refused_by_every_command(world: Any, tmp_p
             assert "other weights" in said and "weights (" in said, said
         main([*steer, "--any-weights"])
         main([*index, "--any-weights"])
+        capsys.readouterr()
+        main([*evaluate, "--any-weights", "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert found["settings"]["any_weights"]
+        # The model that ran is the changed one.
+        plain, losses = load_hf_model(world.model, device="cpu", dtype="bfloat16"), []
+        for tokens, rows in ActivationCache(world.cache).contexts("held_out"):
+            with torch.no_grad():
+                logits = plain(input_ids=tokens[None]).logits[0].float()
+            at = (rows[:-1] >= 0).nonzero().flatten()
+            losses.append(torch.nn.functional.cross_entropy(logits[at], tokens[1:][at], reduction="none"))
+        mean = float(torch.cat(losses).mean())
+        assert found["metrics"]["ce_loss_without_sae"]["value"] == pytest.approx(mean, rel=5e-2)
     finally:
         file.write_bytes(before)
     main(steer)

@@ -98,7 +98,9 @@ def run(
         complete_tokens(cache, model)
     with stages() as progress:
         # The tasks come first, so that an error in the labels shows before minutes of language model passes.
-        found = run_tasks(sae, cache, wanted, model, seed=config.seed, progress=progress)
+        found = run_tasks(
+            sae, cache, wanted, model, seed=config.seed, any_weights=config.any_weights, progress=progress
+        )
         result = evaluate(sae, cache, model, config, progress)
         result.tasks = found
     console.print(f"saved to {result.save(folder)}", markup=False, soft_wrap=True)

@@ -64,6 +64,7 @@ class _TaskData:
     model: Any
     config: TaskConfig
     seed: int
+    any_weights: bool = False
     passages: labelled.Passages | None = None
     pooled: labelled.Pooled | None = None
 
@@ -88,7 +89,7 @@ class _TaskData:
                 "leave labels out to use the cache's own text"
             )
         plain, site = plain_site(self.model, self.cache)
-        check_same_model(plain, site, self.cache, *next(iter(self.cache.contexts("all"))))
+        check_same_model(plain, site, self.cache, *next(iter(self.cache.contexts("all"))), self.any_weights)
         bos = self.cache.manifest.bos != "none"
 
         return labelled.from_texts(
@@ -105,15 +106,17 @@ def run_tasks(
     model: Any = None,
     *,
     seed: int = 0,
+    any_weights: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Each named task's results, ready for JSON.
 
-    ``model`` is the language model of the cache, as :func:`saelab.load_model` gives it; a labelled file needs it.
+    ``model`` is the language model of the cache, as :func:`saelab.load_model` gives it, or with ``any_weights`` one of
+    its kind; a labelled file needs it.
     Raises UserError, which says what to do, where labels or text do not suffice for a task.
     """
     check_pair(sae, cache, "all")
-    data, results = _TaskData(sae, cache, model, config, seed), {}
+    data, results = _TaskData(sae, cache, model, config, seed, any_weights), {}
     with sae.evaluating():
         for done, name in enumerate(config.tasks):
             if progress is not None:
