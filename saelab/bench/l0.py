@@ -1,7 +1,8 @@
 """Do penalties end at the L0 asked for? ``python -m saelab.bench.l0`` trains them and measures it on held-out tokens.
 
-Of every variant with a sparsity penalty, at several L0 and learning rates; the default is a planted dictionary, and
-``--cache`` takes any activation cache. ``trained`` is the L0 that the controller ended at, before the last shift.
+Of every variant with a sparsity penalty, at several L0 and multiples of the default learning rate; trained on a planted
+dictionary, or with ``--cache`` on any activation cache. ``trained`` is the L0 that the controller ended at, before the
+last shift.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from saelab.data.synthetic import Planted
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.sae import VARIANTS, build
 from saelab.sae.penalty import PenaltySAE
-from saelab.training import TrainConfig, n_steps, train_steps
+from saelab.training import TrainConfig, chosen_rate, n_steps, train_steps
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Options:
     """Variants; by default all with a sparsity penalty."""
     l0: tuple[float, ...] = (4, 16, 32, 64)
     """Active latents per token to ask for."""
-    lr: tuple[float, ...] = (1e-3, 4e-3)
-    """Learning rates."""
+    factors: tuple[float, ...] = (0.25, 1, 4)
+    """Multiples of the default learning rate."""
     d_sae: int = 1024
     """Latents."""
     steps: int = 200
@@ -56,9 +57,10 @@ def results(options: Options, cache: ActivationCache) -> Iterator[dict[str, Any]
     names = options.variants or tuple(name for name, cls in VARIANTS.items() if issubclass(cls, PenaltySAE))
     epoch = cache.n_batches(options.batch_size, split="train", drop_last=True)
     config = TrainConfig(epochs=max(1, round(options.steps / epoch)), batch_size=options.batch_size)
-    for name, l0, lr in itertools.product(names, options.l0, options.lr):
+    for name, l0, factor in itertools.product(names, options.l0, options.factors):
         torch.manual_seed(0)
         sae, clock = build(name, cache.d_in, options.d_sae, l0=l0), Clock()
+        lr = factor * chosen_rate(sae, cache, config).value
         chosen = dataclasses.replace(config, lr=lr)
         steps = clock.time("train", lambda sae=sae, chosen=chosen: sum(1 for _ in train_steps(sae, cache, chosen)))
         assert isinstance(sae, PenaltySAE) and sae.control is not None and steps == n_steps(cache, chosen)
@@ -66,6 +68,7 @@ def results(options: Options, cache: ActivationCache) -> Iterator[dict[str, Any]
         held_out = measured["l0"].value
         yield {
             "variant": name,
+            "factor": factor,
             "lr": lr,
             "steps": steps,
             "asked": l0,
@@ -93,18 +96,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = planted(Path(folder) / "cache") if options.cache is None else ActivationCache(options.cache)
         console.print(f"{cache.path}: d_in {cache.d_in}, d_sae {options.d_sae}, batches of {options.batch_size}")
-        console.print("variant        lr  steps   asked  trained  held-out     off     FVU  seconds")
+        console.print("variant    times auto     lr  steps   asked  trained  held-out     off     FVU  seconds")
         for row in results(options, cache):
             rows.append(row)
             console.print(
-                f"{row['variant']:<10} {row['lr']:>6.2g} {row['steps']:>6} {row['asked']:>7g} {row['trained']:>8.2f} "
-                f"{row['held_out']:>9.2f} {row['off']:>+7.1%} {row['fvu']:>7.4f} {row['cpu_seconds']:>8.1f}"
-                + "".join(f"  {remark}" for remark in row["remarks"]),
+                f"{row['variant']:<10} {row['factor']:>10g} {row['lr']:>6.2g} {row['steps']:>6} {row['asked']:>7g} "
+                f"{row['trained']:>8.2f} {row['held_out']:>9.2f} {row['off']:>+7.1%} {row['fvu']:>7.4f} "
+                f"{row['cpu_seconds']:>8.1f}" + "".join(f"  {remark}" for remark in row["remarks"]),
                 soft_wrap=True,
             )
     worst = max(rows, key=lambda row: abs(row["off"]))
     console.print(
-        f"furthest off: {worst['off']:+.1%} ({worst['variant']}, l0 {worst['asked']:g}, lr {worst['lr']:.2g})"
+        f"furthest off: {worst['off']:+.1%} ({worst['variant']}, l0 {worst['asked']:g}, {worst['factor']:g} times auto)"
     )
     write_out(options.out, rows)
 

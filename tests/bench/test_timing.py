@@ -65,7 +65,7 @@ def test_a_small_cache_is_read_in_every_way(name: str) -> None:
 def test_asked_and_measured_l0_stand_in_one_table(tmp_path: Path) -> None:
     from saelab.bench.l0 import Options, planted, results
 
-    options = Options(variants=("gated",), l0=(4, 8), lr=(4e-3,), d_sae=128, steps=12, batch_size=150)
+    options = Options(variants=("gated",), l0=(4, 8), factors=(1,), d_sae=128, steps=12, batch_size=150)
     rows = list(results(options, planted(tmp_path / "cache", rows=2000)))
     assert [(row["variant"], row["asked"], row["steps"]) for row in rows] == [("gated", 4, 12), ("gated", 8, 12)]
     assert all(abs(row["off"]) < 0.3 and row["fvu"] > 0 and row["trained"] > 0 for row in rows)
