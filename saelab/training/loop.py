@@ -111,7 +111,7 @@ def centre_of(cache: ActivationCache, config: TrainConfig, device: torch.device)
 
 
 def sample_of(cache: ActivationCache) -> Float[Tensor, "n d_in"]:
-    """Training rows, in scaled units, from the whole split: runs of neighbours at equal distances, which is quick to read.
+    """Training rows, in scaled units: runs of neighbours at equal distances over the split, which is quick to read.
 
     Rows from a part of the text would give thresholds with another L0 on the rest.
     """
