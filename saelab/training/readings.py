@@ -71,6 +71,7 @@ class StepMetrics:
 
     @property
     def grad_norm(self) -> float:
+        """Norm of the whole gradient before clipping."""
         return self.read().grad_norm
 
     @property
