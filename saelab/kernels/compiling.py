@@ -46,7 +46,8 @@ def _with_threads(threads: int) -> None:
 
 def _every_op(n: int, d_sae: int) -> None:
     case = random_case(n, 16, d_sae, 4)
-    x, (W_enc, b_enc, b_dec, W_dec) = case.x, (t.clone().requires_grad_() for t in case[1:5])
+    x, tensors = case.x, [t.clone().requires_grad_() for t in case[1:5] if isinstance(t, torch.Tensor)]
+    W_enc, b_enc, b_dec, W_dec = tensors
     for signed in (False, True):
         code = ops.select_topk(x, W_enc, b_enc, b_dec, 4, signed)
         ops.select_batch(x, W_enc, b_enc, b_dec, 4 * n, signed)

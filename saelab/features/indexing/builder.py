@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
@@ -25,13 +29,16 @@ from saelab.features.indexing.corpus import Corpus
 from saelab.features.indexing.logit_lens import LogitLens
 from saelab.features.indexing.postings import Postings, PostingsWriter
 from saelab.files import new_folder
+from saelab.harvesting.background import Background
 from saelab.layout import EXAMPLES, FEATURES, INDEX
 from saelab.lm.record import ModelRecord
 from saelab.sae import SAE
+from saelab.sparse import SparseCode
 from saelab.vocabulary import Vocabulary
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 PRE_ACTS = 1 << 25  # pre-activations computed at once: 128 MiB of them
+WORKERS = 4  # ranges of latents described at a time: each holds its entries in memory
 RELEASE_EVERY = 32  # batches after which the mapped pages of the cache are released
 
 
@@ -85,8 +92,13 @@ def _encode(
     """The pass over the cache; returns the codes and the seconds spent in ``sae.encode``."""
     writer, done, seconds = PostingsWriter(folder, sae.d_sae, config.run_entries), 0, 0.0
     size = min(config.batch_size, max(PRE_ACTS // sae.d_sae, 256))
-    with sae.evaluating(), ExitStack() as stack:
+    with sae.evaluating(), closing(Background()) as background, ExitStack() as stack:
         stack.callback(cache.release)
+
+        def keep(code: SparseCode, acts: Tensor, at: int) -> None:
+            writer.add(code)
+            corpus.norms[at : at + len(acts)] = acts.norm(dim=1).cpu().numpy()
+
         for number, batch in enumerate(cache.head(corpus.n_rows, size)):
             if number % RELEASE_EVERY == 0:
                 cache.release()
@@ -94,10 +106,11 @@ def _encode(
             tick = time.perf_counter()
             code = sae.encode(acts)
             seconds += time.perf_counter() - tick
-            writer.add(code)
-            corpus.norms[done : done + len(acts)] = acts.norm(dim=1).cpu().numpy()
+            # A thread takes codes apart and writes them while the next batch is read and encoded.
+            background.submit(partial(keep, code, acts, done))
             done += len(acts)
             report("encode", done, corpus.n_rows)
+        background.drain()
     return writer.finish(), seconds
 
 
@@ -117,8 +130,8 @@ def _write(
         pq.ParquetWriter(target / FEATURES, features, **options) as feature_file,
         pq.ParquetWriter(target / EXAMPLES, examples, **options) as example_file,
     ):
-        for start, stop in postings.slot_ranges(config.chunk_entries, 2 * config.chunk_latents):
-            columns, windows = describer.tables(start, stop)
+        ranges = postings.slot_ranges(config.chunk_entries, 2 * config.chunk_latents)
+        for stop, (columns, windows) in _described(describer, list(ranges)):
             feature_file.write_table(columns)
             # Small row groups: a latent's page reads one of them.
             example_file.write_table(windows, row_group_size=4096)
@@ -127,6 +140,29 @@ def _write(
         meta["tokens_per_second"] = meta["tokens"] / meta["seconds"]
         for file in (feature_file, example_file):
             file.add_key_value_metadata({schema.META_KEY: json.dumps(meta)})
+
+
+def _described(
+    describer: Describer, ranges: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, tuple[pa.Table, pa.Table]]]:
+    """The end of each range of slots, and its tables, in order; several ranges are described at a time.
+
+    Sorting, searching and counting leave Python's lock alone, and a range depends on no other.
+    """
+    workers = max(1, min(torch.get_num_threads(), WORKERS, len(ranges)))
+    with ThreadPoolExecutor(workers, thread_name_prefix="saelab-index") as pool:
+        pending: deque[tuple[int, Future[tuple[pa.Table, pa.Table]]]] = deque()
+        try:
+            for start, stop in ranges:
+                pending.append((stop, pool.submit(describer.tables, start, stop)))
+                if len(pending) > workers:
+                    end, future = pending.popleft()
+                    yield end, future.result()
+            while pending:
+                end, future = pending.popleft()
+                yield end, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _meta(sae: SAE, cache: ActivationCache, config: IndexConfig, describer: Describer, n_rows: int) -> dict[str, Any]:

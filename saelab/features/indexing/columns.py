@@ -47,17 +47,19 @@ class Describer:
         vocabulary: pa.Array,
     ) -> None:
         self.corpus, self.postings, self.config = corpus, postings, config
-        self.lens, self.vocabulary = lens, vocabulary
+        self.vocabulary = vocabulary
         negative = sae.signed or bool(postings.counts[1::2].any())
         self.poles = (1, -1) if negative else (1,)
         self.edges = histogram_edges(*postings.magnitude_range(), config.bins)
         self.covariates = Covariates(corpus)
         self.labeller = Labeller(corpus, vocabulary.to_pylist(), config.label_sample, config.seed)
         self.partners = Partners(postings, config.partner_sample, config.partners)
-        self.W_dec = sae.W_dec.detach().float().cpu()
+        # Products of all latents with all tokens of the vocabulary, and with all latents, are made where the SAE is.
+        self.W_dec = sae.W_dec.detach().float()
         self.unit = unit_rows(self.W_dec)
+        self.lens = None if lens is None else lens.to(sae.device)
         self.weights = _weights(sae)
-        self.mean = torch.tensor(cache.manifest.mean, dtype=torch.float32)
+        self.mean = torch.tensor(cache.manifest.mean, dtype=torch.float32, device=sae.device)
         self.lens_strings = None if lens is None else vocabulary.slice(0, lens.unembed.shape[1])
 
     def tables(self, start: int, stop: int) -> tuple[pa.Table, pa.Table]:
@@ -96,10 +98,10 @@ class Describer:
         W = self.W_dec[first:last]
         columns: Columns = {name: np.repeat(values[first:last], 2) for name, values in self.weights.items()}
         cosine = self.unit[first:last] @ (self.mean / self.mean.norm().clamp_min(torch.finfo(torch.float32).tiny))
-        columns["mean_cosine"] = (cosine[:, None] * torch.tensor([1.0, -1.0])).reshape(-1).numpy()
+        columns["mean_cosine"] = (cosine.cpu()[:, None] * torch.tensor([1.0, -1.0])).reshape(-1).numpy()
         cosines, close = neighbours(self.unit, first, last, self.config.neighbours, len(self.poles) == 2)
-        columns["neighbours"] = list(np.repeat(close.numpy(), 2, axis=0))
-        columns["neighbour_cosines"] = list(np.repeat(cosines.numpy(), 2, axis=0))
+        columns["neighbours"] = list(np.repeat(close.cpu().numpy(), 2, axis=0))
+        columns["neighbour_cosines"] = list(np.repeat(cosines.cpu().numpy(), 2, axis=0))
         names = [f"{side}{part}" for side in ("promoted", "suppressed") for part in ("", "_ids", "_logits")]
         if self.lens is None:
             return columns | {name: [[]] * (2 * (last - first)) for name in names}

@@ -15,7 +15,7 @@ from torch import Tensor
 from saelab.errors import damaged
 from saelab.files import write_tensors
 
-ROWS = 64  # directions whose logits are held at once
+ROWS, DEVICE_ROWS = 64, 2048  # directions whose logits are held at once on a CPU, and elsewhere
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class LogitLens:
             same = of == [model, weights]
             return cls(kept["unembed"].float(), kept.get("norm_weight"), bool(kept["centred"])) if same else None
 
+    def to(self, device: torch.device | str) -> LogitLens:
+        """The same lens on a device."""
+        norm = None if self.norm_weight is None else self.norm_weight.to(device)
+        return LogitLens(self.unembed.to(device), norm, self.centred)
+
     def effects(self, directions: Float[Tensor, "m d_in"]) -> Float[Tensor, "m vocab"]:
         """Logit change per unit of each direction."""
         directions = self._normalised(directions)
@@ -82,7 +87,7 @@ class LogitLens:
         n, directions = min(n, self.unembed.shape[1]), self._normalised(directions)
         # Few rows at a time: their logits stay in the processor's cache while the ends are picked.
         parts = []
-        for rows in directions.split(ROWS):
+        for rows in directions.split(_rows(directions)):
             logits, mean = rows @ self.unembed, (rows @ self._mean_token)[:, None]
             up, down = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
             parts.append((up.values - mean, up.indices, down.values - mean, down.indices))
@@ -98,10 +103,14 @@ def neighbours(
     Closest is the largest cosine, or the largest absolute cosine where ``signed`` (the cosine keeps its sign).
     """
     found = []
-    for rows in torch.arange(start, stop).split(ROWS):
+    for rows in torch.arange(start, stop, device=unit.device).split(_rows(unit)):
         cosines = unit[rows] @ unit.T
         key = cosines.abs() if signed else cosines
-        key[torch.arange(len(rows)), rows] = -torch.inf  # no row is its own neighbour
+        key[torch.arange(len(rows), device=unit.device), rows] = -torch.inf  # no row is its own neighbour
         best = key.topk(min(n, unit.shape[0] - 1), dim=1).indices
         found.append((cosines.gather(1, best), best))
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+
+
+def _rows(like: Tensor) -> int:
+    return ROWS if like.device.type == "cpu" else DEVICE_ROWS
