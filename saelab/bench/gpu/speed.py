@@ -84,8 +84,9 @@ def kernel_times(shape: Shape, device: torch.device) -> dict[str, float]:
     leaves = [t.clone().requires_grad_() for t in (*encoder, W_dec)]
 
     def forward_and_backward() -> None:
-        values = kernels.pre_acts_at(x, *leaves[:3], code)
-        kernels.sse(x, values, code.indices, code.row_ptr, leaves[3], leaves[2])[0].sum().backward()
+        W_enc, b_enc, b_dec, W = leaves
+        values = kernels.pre_acts_at(x, W_enc, b_enc, b_dec, code)
+        kernels.sse(x, values, code.indices, code.row_ptr, W, b_dec)[0].sum().backward()
         for leaf in leaves:
             leaf.grad = None
 
