@@ -55,18 +55,22 @@ class StepMetrics:
 
     @property
     def loss(self) -> float:
+        """The whole objective."""
         return self.read().loss
 
     @property
     def fvu(self) -> float:
+        """Fraction of variance unexplained of this batch, against the variance of the whole cache."""
         return self.read().fvu
 
     @property
     def l0(self) -> float:
+        """Active latents per token."""
         return self.read().l0
 
     @property
     def dead(self) -> int:
+        """Latents that have not fired for long."""
         return self.read().dead
 
     @property
