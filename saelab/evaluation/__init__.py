@@ -16,6 +16,7 @@ from saelab.errors import UserError
 from saelab.evaluation.reconstruction import Progress, check_pair, count_firing, reconstruction
 from saelab.evaluation.report import Evaluation, fit_remark, l0_remark, split_remark
 from saelab.evaluation.same_model import check_same_model, plain_site
+from saelab.evaluation.seeds import shared_with_seeds
 from saelab.evaluation.splice import Replace, SplicedRun
 from saelab.evaluation.tasks.battery import TaskConfig, run_tasks
 from saelab.sae import SAE
@@ -28,6 +29,7 @@ __all__ = [
     "fit_remark",
     "l0_remark",
     "run_tasks",
+    "shared_with_seeds",
     "spliced",
     "split_remark",
 ]

@@ -114,6 +114,19 @@ def test_label_tasks_read_held_out_rows_unless_told_otherwise(world, capsys):
     assert passages <= world.cache.n_split("held_out") // 4
 
 
+def test_latents_that_other_seeds_share(world, capsys):
+    other = build("topk", d_in=D, d_sae=D, k=6).eval()
+    with torch.no_grad():
+        other.W_dec.copy_(torch.eye(D))
+        other.W_dec[D // 2 :] = -other.W_dec[D // 2 :]  # the other half points away
+    save(other, world.path / "seed", {"model_name": "toy", "hook_name": world.cache.hook_name})
+    args = ["evaluate", str(world.path / "run"), "--cache", str(world.path / "cache"), "--lm-tokens", "0", "--json"]
+    main([*args, "--seeds", str(world.path / "seed")])
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics["latents_shared_by_seeds"]["value"] == 0.5
+    assert metrics["latents_shared_by_chance"]["value"] < 0.4
+
+
 def test_every_task_on_the_text_of_the_cache(world, capsys):
     run, out = world.path / "run", world.path / "bench"
     main([

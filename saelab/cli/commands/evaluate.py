@@ -11,7 +11,7 @@ import tyro
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.models import ModelOptions, complete_tokens, open_model
-from saelab.cli.opening import open_with_cache
+from saelab.cli.opening import open_run, open_with_cache
 from saelab.cli.placement import computing_device
 from saelab.errors import UserError
 from saelab.evaluation import (
@@ -23,6 +23,7 @@ from saelab.evaluation import (
     l0_remark,
     run_tasks,
     saebench_json,
+    shared_with_seeds,
     split_remark,
 )
 from saelab.files import write_json
@@ -38,6 +39,8 @@ class Options:
     folder, for a hub id into a copy of it."""
     cache: Path
     """Folder of the activation cache; its held-out rows are evaluated."""
+    seeds: tuple[str, ...] = ()
+    """Runs of the same SAE with other seeds: adds the share of latents that they have in common, beside chance."""
     saebench: Path | None = None
     """Also write SAEBench's JSON files: name a folder to write one file per evaluation, in the subfolders that
     SAEBench's plots read, or a .json file for the core evaluation alone."""
@@ -55,7 +58,7 @@ EvaluateOptions = dataclasses.make_dataclass(
 SHOWN = (
     *("fvu", "l0", "cosine", "relative_reconstruction_bias", "dead_fraction", "dense_fraction"),
     *("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_recovered_zero", "ce_loss_recovered_mean"),
-    *("kl_div_with_sae", "kl_recovered_zero"),
+    *("kl_div_with_sae", "kl_recovered_zero", "latents_shared_by_seeds", "latents_shared_by_chance"),
 )
 
 
@@ -66,7 +69,7 @@ def main(args: Sequence[str]) -> None:
     if options.saebench is not None and options.saebench.suffix == ".json" and tasks.tasks:
         raise UserError(f"--saebench {options.saebench} holds one result, tasks give several; name a folder")
     model = part(ModelOptions, options)
-    result = run(options.run, options.cache, model, config, tasks, options.out, options.saebench)
+    result = run(options.run, options.cache, model, config, tasks, options.out, options.saebench, options.seeds)
     if options.json:
         print_json(result.content())
     else:
@@ -81,11 +84,13 @@ def run(
     tasks: TaskConfig | None = None,
     out: Path | None = None,
     saebench: Path | None = None,
+    seeds: Sequence[str] = (),
 ) -> Evaluation:
     """Load everything, evaluate with a progress bar, save, and print where."""
     place = computing_device(options.device)
     (opened, cache, folder), wanted = open_with_cache(name, cache_folder, out), tasks or TaskConfig()
     sae = opened.sae.to(place)
+    others = [open_run(other).sae for other in seeds]
     model, known = None, options.model or cache.manifest.model
     if config.lm_tokens and not known:
         console.print("the cache names no model: cross-entropy and KL are left out; give one with --model")
@@ -103,6 +108,8 @@ def run(
         )
         result = evaluate(sae, cache, model, config, progress)
         result.tasks = found
+        if others:
+            result.metrics |= shared_with_seeds(sae, others)
     console.print(f"saved to {result.save(folder)}", markup=False, soft_wrap=True)
     for remark in filter(None, (fit_remark(result["fvu"]), l0_remark(sae, result), split_remark(result))):
         console.print(f"note: {remark}", markup=False, soft_wrap=True)
