@@ -1,4 +1,4 @@
-"""What one training step asks of a GPU, counted on the CPU: kernels, synchronisations and bytes per parameter.
+"""``TRITON_INTERPRET=1 python -m saelab.bench.counting``: kernels, synchronisations and bytes of a step on a GPU.
 
 The step runs as on a GPU, on Triton kernels under their interpreter. A dispatch mode sees every operation of PyTorch,
 and the one function that launches our kernels reports to it. An operation is one kernel, though sorting takes several.
@@ -6,6 +6,7 @@ and the one function that launches our kernels reports to it. An operation is on
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,16 +18,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saelab import kernels
+from saelab.data.cache import Batch
 from saelab.kernels import checks
+from saelab.sae import build
+from saelab.training import TrainConfig, TrainState, step, train_step
+from saelab.training.state import make_optimizer
 
 # Operations that give a name to memory, or take some, and start nothing.
 FREE = {
     "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze",
     "detach", "alias", "as_strided", "unbind", "split", "empty", "empty_like", "empty_strided", "new_empty", "unfold",
-    "lift_fresh", "set_", "_reshape_alias", "diagonal", "resize_",
+    "lift_fresh", "set_", "_reshape_alias", "diagonal", "resize_", "squeeze_", "_record_function_enter_new",
+    "_record_function_exit",
 }  # fmt: skip
 # Operations for whose result the host waits: its value, or the size that it has.
 WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
+# The encoder's product reads its matrix as its work, and the others touch a few rows of theirs.
+PARTLY = {"mm", "addmm", "index", "index_select", "index_add_", "index_copy_"}
 # What our kernels read and write of tensors as large as a weight matrix. Gathered rows are not a pass over a matrix.
 PASSES = {
     "latents_kernel": {"dec": 1, "enc": 1, "W_dec": 1},
@@ -41,6 +49,7 @@ class Count:
     kernels: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
+    per_parameter: float = 0.0
 
     def launches(self) -> int:
         return self.kernels.total()
@@ -62,8 +71,7 @@ class Counting(TorchDispatchMode):
             self.count.kernels[name] += 1
             read = [t for t in _tensors((args, kwargs)) if t.numel() >= self.size]
             written = [t for t in _tensors(out) if t.numel() >= self.size]
-            # The encoder's product reads its matrix, which is its work and no pass over parameters.
-            if name not in ("mm", "addmm"):
+            if name not in PARTLY:
                 self.count.bytes[name] += sum(t.numel() * t.element_size() for t in [*read, *written])
         return out
 
@@ -94,10 +102,10 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 @contextmanager
 def counting(size: int) -> Iterator[Count]:
     """Count inside the block, with the checks left out that are made on a CPU only."""
-    from saelab.kernels.triton import backend, launch, ragged, residual
+    from saelab.kernels.triton import adam, backend, launch, ragged, residual, tally
 
     mode, original, code = Counting(size), launch.launch, checks.code
-    modules = [module for module in (backend, ragged, residual, _adam()) if hasattr(module, "launch")]
+    modules: list[Any] = [adam, backend, ragged, residual, tally]
 
     def watched(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
         mode.launched(kernel, grid, operands, constants)
@@ -116,11 +124,58 @@ def counting(size: int) -> Iterator[Count]:
         checks.code = code
 
 
-def _adam() -> Any:
-    from saelab.kernels.triton import adam
-
-    return adam
-
-
 def _unwatched() -> Any:
     return torch.utils._python_dispatch._disable_current_modes()
+
+
+N, D_IN, D_SAE, K = 16, 16, 256, 4
+CASES = [("topk", 0), ("topk", 50), ("abs_topk", 0), ("gradient_topk", 0), ("batch_topk", 0), ("jump_relu", 0)]
+
+
+def counted(variant: str, dead: int = 0) -> Count:
+    """One step of a variant, counted as it is at the sizes of a training: with ``dead`` latents on AuxK's list.
+
+    The sizes are small; what the kernels hold at a time is made smaller still, so that they take their large forms.
+    """
+    from saelab.kernels.triton import ragged, select
+
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    sae = build(variant, D_IN, D_SAE, l0=K).train()
+    settings = TrainConfig(batch_size=N, lr=1e-4, k_aux=8, dead_after=1000 * N)
+    since = torch.zeros(D_SAE, dtype=torch.int64)
+    state = TrainState(make_optimizer(sae), since, 1.0, float(D_IN), step=1, first_fvu=1.0)
+    state.tokens_since_fired[:dead] = 10**9
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            if name == "b_enc":
+                parameter[:dead] = -100.0
+    acts, grads = (torch.randn(N, D_IN, generator=generator) for _ in range(2))
+    batch = Batch(acts, grads if sae.needs_grads else None, torch.zeros(N), torch.zeros(N))
+    before = select.WHOLE, ragged.SEGMENT, step.leaves_numbers
+    try:
+        select.WHOLE, ragged.SEGMENT, step.leaves_numbers = 64, 16, lambda *_: True
+        with kernels.use_backend("triton"):
+            train_step(sae, batch, settings, state, 1000)  # makes the list of dead latents, and the moments
+        with counting(D_IN * D_SAE) as count:
+            train_step(sae, batch, settings, state, 1000)
+    finally:
+        select.WHOLE, ragged.SEGMENT, step.leaves_numbers = before
+    parameters = 2 * D_IN * D_SAE
+    count.per_parameter = count.bytes.total() / parameters
+    return count
+
+
+def main() -> None:
+    """Print the counts of all cases."""
+    for variant, dead in CASES:
+        count = counted(variant, dead)
+        name = f"{variant}, {dead} dead latents" if dead else variant
+        sys.stdout.write(
+            f"{name:<28}{count.launches():5} kernels{count.waits.total():4} synchronisations"
+            f"{count.per_parameter:7.1f} bytes a parameter\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -33,8 +33,10 @@ class RowSums:
 
     ``scale [d_sae]`` is one over the norm of each dictionary row, and ``squares [d_sae]`` the squared norm of the
     gradients of encoder vector, encoder bias and dictionary row together, the part of the last along the row removed.
+    ``errors [n]`` are the squared errors of the tokens.
     """
 
     def __init__(self) -> None:
         self.scale: Tensor | None = None
         self.squares: Tensor | None = None
+        self.errors: Tensor | None = None

@@ -102,9 +102,11 @@ class Reconstruct(torch.autograd.Function):
         ctx.implementation, ctx.by, ctx.sums = implementation(x), by, sums
         sse, recon, error, along = ctx.implementation.decode_error(x, values, indices, row_ptr, W_dec, b_dec)
         ctx.save_for_backward(x, W_enc, b_in, W_dec, values, indices, row_ptr, error, along)
+        if sums is not None:
+            sums.errors = sse
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(recon)
-        return sse, recon, values.clone()
+        return sse, recon, values.detach()
 
     @staticmethod
     @once_differentiable
@@ -121,7 +123,7 @@ class Reconstruct(torch.autograd.Function):
         if for_x:
             g = entry_grads(values, per_entry(weight, row_ptr, values), along, extra)
             d_x = ops.decode(g, indices, row_ptr, W_enc.T, None) - weight[:, None] * error
-        d_b_in = -(W_enc @ found.bias) if for_b_in else None
+        d_b_in = torch.addmv(b_in, W_enc, found.bias, beta=0, alpha=-1) if for_b_in else None
         d_b_dec = weight @ error if for_b_dec else None
         d_b_enc = found.bias if for_b_enc else None
         return d_x, found.enc.T, d_b_enc, d_b_in, found.dec, d_b_dec, None, None, None, None, None

@@ -27,14 +27,15 @@ def constrains_on_the_way(sae: SAE, parallel: Parallel) -> bool:
 
 def constrain(
     sae: SAE, rows: Sequence[Subset], sums: kernels.RowSums | None, parallel: Parallel
-) -> tuple[Tensor, dict[Tensor, Tensor] | None]:
+) -> dict[Tensor, Tensor] | None:
     """Finish the gradient: AuxK's rows, the sum over data ranks, unit rows, no gradient along them.
 
-    Returns the norm of the whole gradient, and factors that the optimizer must multiply the rows of a parameter by
-    before its step, where the decoder has not been normalised here.
+    Returns factors that the optimizer must multiply the rows of a parameter by before its step, where the decoder has
+    not been normalised here.
     """
     if sums is not None and sums.squares is not None and sums.scale is not None:
-        return _measured(sae, rows, sums.squares, sums.scale), {sae.W_dec: sums.scale}
+        _add_measured(sae, rows, sums.squares, sums.scale)
+        return {sae.W_dec: sums.scale}
     for subset in rows:
         assert isinstance(sae, LinearSAE)
         subset.add_gradients(sae)
@@ -43,12 +44,12 @@ def constrain(
             parallel.sum_data(parameter.grad, "gradients")
     sae.normalise_decoder()
     sae.project_decoder_grad()
-    return _norm(sae, parallel), None
+    return None
 
 
 @torch.no_grad()
-def _measured(sae: SAE, rows: Sequence[Subset], squares: Tensor, scale: Tensor) -> Tensor:
-    """The norm where the gradient pass has projected; AuxK's rows are projected, added and measured here."""
+def _add_measured(sae: SAE, rows: Sequence[Subset], squares: Tensor, scale: Tensor) -> None:
+    """Project and add AuxK's rows where the gradient pass has projected already, and measure the sums."""
     assert isinstance(sae, LinearSAE)
     for subset in rows:
         latents = subset.latents
@@ -61,14 +62,14 @@ def _measured(sae: SAE, rows: Sequence[Subset], squares: Tensor, scale: Tensor) 
         assert grads[0] is not None and grads[1] is not None and grads[2] is not None
         found = (grads[0].T[latents], grads[2][latents], grads[1][latents, None])
         squares.index_copy_(0, latents, sum(part.square().sum(1) for part in found))  # pyright: ignore
-    total = squares.sum()
-    for name, parameter in sae.named_parameters():
-        if name not in PASSED and parameter.grad is not None:
-            total = total + parameter.grad.square().sum()
-    return total.sqrt()
 
 
-def _norm(sae: SAE, parallel: Parallel) -> Tensor:
+@torch.no_grad()
+def gradient_norm(sae: SAE, sums: kernels.RowSums | None, parallel: Parallel) -> Tensor:
+    """The norm of the whole gradient, from the sums of the gradient pass where there are some."""
+    if sums is not None and sums.squares is not None:
+        rest = [p.grad for name, p in sae.named_parameters() if name not in PASSED and p.grad is not None]
+        return (sums.squares.sum() + sum(grad.square().sum() for grad in rest)).sqrt()
     named = {name: parameter.grad for name, parameter in sae.named_parameters() if parameter.grad is not None}
     if parallel.dict_size == 1:
         return torch.nn.utils.get_total_norm(named.values())

@@ -39,12 +39,12 @@ def auxiliary(sae: SAE, state: TrainState, config: TrainConfig, n: int, listed: 
         latents = candidates(state, limit, n)
         terms = sae.aux_latents(latents, config.aux_weight)
         if all(chosen is latents for _, chosen in terms.values()):
+            if not latents.numel():
+                return {}
             active = (state.tokens_since_fired > limit)[latents]
             count = active.sum()
             return {
-                name: Aux(weight, _copied(sae, latents, active), count)
-                for name, (weight, _) in terms.items()
-                if weight and latents.numel()
+                name: Aux(weight, _copied(sae, latents, active), count) for name, (weight, _) in terms.items() if weight
             }
     dead = (state.tokens_since_fired > limit).nonzero().flatten()
     terms = sae.aux_latents(dead, config.aux_weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from saelab import kernels
 from saelab.data.cache import Batch
 from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.sharding import auxk, represent
+from saelab.kernels import tally
 from saelab.sae import SAE, LinearSAE
 from saelab.training import dead
 from saelab.training.config import TrainConfig
-from saelab.training.constraint import clip_factor, constrain, constrains_on_the_way
+from saelab.training.constraint import clip_factor, constrain, constrains_on_the_way, gradient_norm
 from saelab.training.divergence import LIMIT, excess
 from saelab.training.readings import Numbers, Readings, StepMetrics, together
 from saelab.training.schedule import learning_rate
@@ -35,30 +37,21 @@ def train_step(
     sae.schedule(state.step, total)
     sums = kernels.RowSums() if constrains_on_the_way(sae, parallel) else None
     with _randomness(config.seed, state.step, sae.device), kernels.use_precision(config.precision):
-        loss, parts, auxiliary = _forward(sae, x, grads, n, config, state, parallel, later, sums)
+        done = _forward(sae, x, grads, n, config, state, parallel, later, sums)
 
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    grad_norm, scale = constrain(sae, [aux.rows for aux in auxiliary.values()], sums, parallel)
+    done.loss.backward()
+    scale = constrain(sae, [aux.rows for aux in done.auxiliary.values()], sums, parallel)
 
     # What is not finite must not reach the weights: on a CPU it is looked at now, on a GPU a flag forbids the update.
-    summed = parallel.sum_all(together({"loss": loss, **parts}) / parallel.dict_size, "statistics")
-    numbers = dict(zip(("loss", *parts), summed.unbind())) | {"grad_norm": grad_norm}
-    numbers |= {"dead": parallel.sum_dict(dead.number(state, config)[None], "statistics")[0]}
-    numbers |= {f"{name}#": aux.count for name, aux in auxiliary.items() if aux.count is not None}
     readings = state.readings = state.readings or Readings(lambda step, raw: digest(step, raw, state, config))
-    skip = flag_failure(state, numbers) if later else None
-    found = (
-        None
-        if later
-        else digest(state.step + 1, {name: value.item() for name, value in numbers.items()}, state, config)
-    )
+    numbers, factor, skip, found = _numbers(sae, x, done, config, state, parallel, later, sums)
 
     lr = learning_rate(config, state.step, total) * sae.lr_scale(state.step, total)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     _average(sae, config.ema, state)
-    state.optimizer.update(clip_factor(grad_norm, config.grad_clip, later), skip, scale)
+    state.optimizer.update(factor, skip, scale)
 
     state.step += 1
     state.tokens_seen += n
@@ -74,6 +67,15 @@ def train_step(
     return metrics
 
 
+class Forward(NamedTuple):
+    """What the forward pass leaves for the rest of the step."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]  # what is reported besides: FVU, L0 and energy, unless ``fired`` is there, and loss terms
+    auxiliary: dict[str, dead.Aux]
+    fired: tally.Fired | None  # where the numbers of the step are made by two kernels
+
+
 def _forward(
     sae: SAE,
     x: Tensor,
@@ -82,40 +84,88 @@ def _forward(
     config: TrainConfig,
     state: TrainState,
     parallel: Parallel,
-    listed: bool,
+    later: bool,
     sums: kernels.RowSums | None,
-) -> tuple[Tensor, dict[str, Tensor], dict[str, dead.Aux]]:
-    """The loss, its reported parts (FVU, L0, weighted extra terms), and the auxiliary losses with their rows.
+) -> Forward:
+    """The loss with all that is reported of it, and the auxiliary losses with their rows.
 
     ``n`` is the size of the whole batch, of which ``x`` is this data rank's share; the shares' losses add up.
     """
     code, objective, recon = represent(sae, x, grads, parallel, sums)
-    error = x - recon
     with torch.no_grad():
         sae.observe(x, code, grads)
         _share_statistics(sae, parallel)
-    per_token = state.variance * parallel.data_size
-    terms = {name: term / per_token for name, term in sae.extra_losses(x, code, error).items()}
-
     # Firing statistics come before the auxiliary loss, which looks at what is dead now.
-    dead.mark_fired(state, parallel.any_data(code.fired()), n)
-    auxiliary = dead.auxiliary(sae, state, config, n, listed)
+    fired, limit, since = None, config.dead_after or 0, state.tokens_since_fired
+    if later and sums is not None and code.by is not None:
+        fired = tally.count_fired(code.values, code.by, since, n, limit)
+    if fired is None:
+        dead.mark_fired(state, parallel.any_data(code.fired()), n)
+    auxiliary = dead.auxiliary(sae, state, config, n, later)
+
+    error = None
+    if fired is None or auxiliary or type(sae).extra_losses is not SAE.extra_losses:
+        error = x - recon
+    per_token = state.variance * parallel.data_size
+    extra = {} if error is None else sae.extra_losses(x, code, error)
+    terms = {name: term / per_token for name, term in extra.items()}
     for name, aux in list(auxiliary.items()):
         n_latents = _count(aux.rows.latents, parallel)
         if not n_latents:
             del auxiliary[name]
             continue
-        assert isinstance(sae, LinearSAE)
+        assert isinstance(sae, LinearSAE) and error is not None
         terms[name] = aux.weight * auxk(sae, x, error, aux.rows, config.k_aux or 1, n_latents, parallel)
 
     loss = objective / (n * state.variance)
     if terms:
         loss = loss + sum(terms.values())
+    if fired is not None or error is None:
+        return Forward(loss, terms, auxiliary, fired)
     fvu = error.square().sum() / (n * state.variance)
     # All dictionary ranks compute the same loss, but each counts its own latents.
     l0 = (code.values != 0).sum() / n * parallel.dict_size
     energy = x.square().sum() / (n * state.variance)
-    return loss, {"fvu": fvu, "l0": l0, "energy": energy, **terms}, auxiliary
+    return Forward(loss, {"fvu": fvu, "l0": l0, "energy": energy, **terms}, auxiliary, None)
+
+
+@torch.no_grad()
+def _numbers(
+    sae: SAE,
+    x: Tensor,
+    done: Forward,
+    config: TrainConfig,
+    state: TrainState,
+    parallel: Parallel,
+    later: bool,
+    sums: kernels.RowSums | None,
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None, Numbers | None]:
+    """All numbers by name; the factor that clips; the flag that forbids the update; and what was read, unless later."""
+    counts = {f"{name}#": aux.count for name, aux in done.auxiliary.items() if aux.count is not None}
+    parts = done.parts
+    if done.fired is not None and sums is not None and sums.errors is not None:
+        length = torch.linalg.vector_norm(x)
+        if sums.squares is not None and sae.b_dec.grad is not None:
+            first, failed = references(state, x.device)
+            found = tally.report(
+                sums.errors.detach(), done.fired, sums.squares, sae.b_dec.grad, length,
+                torch.stack([term.detach() for term in parts.values()]) if parts else None, first, failed,
+                variance=state.variance, most=config.grad_clip, limit=LIMIT, starting=state.step == 0,
+            )  # fmt: skip
+            numbers = dict(zip(tally.NAMES, found.numbers.unbind())) | parts | counts
+            return numbers, found.factor if config.grad_clip else None, failed, None
+        unit = x.shape[0] * state.variance
+        fvu, l0 = sums.errors.sum() / unit, done.fired.counts.sum() / x.shape[0]
+        parts = {"fvu": fvu, "l0": l0, "energy": length.square() / unit, **parts}
+    grad_norm = gradient_norm(sae, sums, parallel)
+    summed = parallel.sum_all(together({"loss": done.loss, **parts}) / parallel.dict_size, "statistics")
+    numbers = dict(zip(("loss", *parts), summed.unbind())) | {"grad_norm": grad_norm}
+    numbers |= {"dead": parallel.sum_dict(dead.number(state, config)[None], "statistics")[0], **counts}
+    factor = clip_factor(grad_norm, config.grad_clip, later)
+    if later:
+        return numbers, factor, flag_failure(state, numbers), None
+    read = {name: value.item() for name, value in numbers.items()}
+    return numbers, factor, None, digest(state.step + 1, read, state, config)
 
 
 def leaves_numbers(device: torch.device, parallel: Parallel) -> bool:
@@ -123,17 +173,23 @@ def leaves_numbers(device: torch.device, parallel: Parallel) -> bool:
     return device.type == "cuda" and parallel.size == 1
 
 
+def references(state: TrainState, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The FVU of the first batch, and the flag that a step has failed, on the device."""
+    if state.first is None or state.failed is None:
+        state.first = torch.full((), state.first_fvu, dtype=torch.float64, device=device)
+        state.failed = torch.zeros((), dtype=torch.float32, device=device)
+    return state.first, state.failed
+
+
 def flag_failure(state: TrainState, numbers: Mapping[str, Tensor]) -> Tensor:
     """1 from the first step on whose numbers :func:`saelab.training.divergence.excess` refuses; on the device."""
     fvu = numbers["fvu"]
-    if state.first is None:
-        state.first = fvu.clone() if state.step == 0 else torch.full_like(fvu, state.first_fvu)
-        state.failed = torch.zeros((), dtype=torch.float32, device=fvu.device)
-    assert state.failed is not None
-    least = torch.maximum(numbers["energy"], state.first).clamp_min(1.0)
+    first, failed = references(state, fvu.device)
+    if state.step == 0:
+        first.copy_(fvu)
+    least = torch.maximum(numbers["energy"], first).clamp_min(1.0)
     good = (numbers["loss"] + numbers["grad_norm"]).isfinite() & (fvu / least <= LIMIT)
-    state.failed = torch.where(good, state.failed, 1.0)
-    return state.failed
+    return failed.masked_fill_(~good, 1.0)
 
 
 def digest(step: int, raw: Mapping[str, float], state: TrainState, config: TrainConfig) -> Numbers:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from saelab.kernels.triton import adam, code, latents, ragged, residual, select, shapes
+from saelab.kernels.triton import adam, code, latents, ragged, residual, select, shapes, tally
 from saelab.kernels.triton import pursuit as triton_pursuit
 
 INTEGERS = {"indices", "begin", "end", "target", "row_ptr", "groups", "budgets", "start", "counts", "steps"}
@@ -25,6 +25,9 @@ INTEGERS |= {"order", "rows", "ptr"}
 INDICES = {"select_kernel": {"indices"}, "select_streamed_kernel": {"indices"}, "reach_kernel": {"indices"}}
 SCALARS = {"weight0": "fp32", "weight1": "fp32", "bound": "fp32", "residual_stop": "fp32"}
 SCALARS |= dict.fromkeys(("beta1", "beta2", "rate", "root", "eps"), "fp32")
+TALLIED = {"order": "*i64", "ptr": "*i64", "since": "*i64", "dead": "*i32", "counts": "*i32"}
+TALLIED |= {"first": "*fp64", "numbers": "*fp64", "tokens": "i32", "limit": "i64", "unit": "fp32", "most": "fp32"}
+TALLIED |= dict.fromkeys(("n", "d_sae", "d_in", "n_terms", "starting"), "i32")
 SIZES = {"nnz", "n", "count", "width", "held", "n_groups", "d_sae", "d_in", "n_steps"}
 SIZES |= {"numel", "seed_first", "seed_second"}
 # (tokens, d_in, d_sae, k): the smallest training shape, a middle one and the largest of the study.
@@ -42,6 +45,8 @@ def signature(kernel, constants: dict[str, int | bool], load: str) -> dict[str, 
             types[name] = SCALARS[name]
         elif name in SIZES or name.endswith("stride"):
             types[name] = "i32"
+        elif kernel in (tally.firing_kernel, tally.report_kernel):
+            types[name] = TALLIED.get(name, "*fp32")
         elif kernel is adam.adam_kernel:
             types[name] = "*bf16" if constants["HALF"] and name in ("first", "second") else "*fp32"
         elif name in INTEGERS:
@@ -87,6 +92,8 @@ def configurations(loads: list[str]):
                 found.append(("reach", select.reach_kernel, reach))
         for centred in (False, True):
             found.append(("gather", code.gather_kernel, {"CENTRED": centred, **shapes.gather_shape(d_in)}))
+        found.append(("firing", tally.firing_kernel, {"ENTRIES": tally.ENTRIES, "num_warps": 1}))
+        found.append(("report", tally.report_kernel, {"BLOCK": tally.BLOCK, "num_warps": 8}))
         for half in (False, True):
             flags = {"ROWS": True, "FACTOR": True, "SKIP": True, "HALF": half}
             found.append(("adam", adam.adam_kernel, {**flags, **shapes.sweep_shape()}))

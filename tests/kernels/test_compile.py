@@ -19,6 +19,8 @@ THREADS = 1024  # of one program, on every card
 # A few spilled registers are cheap beside a row's traffic; more would mean that a tile is too large.
 SPILLS = 32
 KERNELS = {
+    "firing_kernel",
+    "report_kernel",
     "adam_kernel",
     "group_maxima_kernel",
     "group_keys_kernel",

@@ -1,0 +1,39 @@
+"""A training step on a GPU: fewer than 40 kernels, no synchronisation, at most 36 bytes for each parameter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saelab.kernels.dispatch import obstacle
+
+if obstacle("triton", "cpu") is not None:
+    pytest.skip(f"triton: {obstacle('triton', 'cpu')}", allow_module_level=True)
+
+from saelab.bench.counting import Counting, counted
+from tests.kernels.conftest import quicken_interpreter
+
+quicken_interpreter()
+
+
+def test_the_counter_sees_what_makes_the_host_wait() -> None:
+    x = torch.arange(8.0)
+    with Counting(8) as counting:
+        (x * 2).sum().item()
+        x.nonzero()
+        torch.bincount(x.long())
+    assert counting.count.waits == {"_local_scalar_dense": 1, "nonzero": 1, "bincount": 1}
+    assert counting.count.kernels["mul"] == 1 and counting.count.bytes["mul"] == 2 * 8 * 4
+
+
+def test_a_step_of_topk() -> None:
+    count = counted("topk")
+    assert count.launches() < 40, count.kernels
+    assert not count.waits
+    assert count.per_parameter <= 36, count.bytes
+
+
+def test_dead_latents_and_a_batch_budget_make_nothing_wait() -> None:
+    for variant, dead in (("topk", 50), ("batch_topk", 0)):
+        count = counted(variant, dead)
+        assert not count.waits and count.per_parameter <= 36, (variant, count)
