@@ -43,8 +43,9 @@ class Subset:
     @classmethod
     def copied(cls, sae: LinearSAE, latents: Int[Tensor, " m"], active: Tensor | None = None) -> Subset:
         """Copies of the rows; gradients stay with them until :meth:`add_gradients`."""
-        rows = sae.W_enc.detach().T, sae.b_enc.detach(), sae.W_dec.detach()
-        return cls(latents, *(part.index_select(0, latents).requires_grad_() for part in rows), active)
+        whole = sae.W_enc.detach().T, sae.b_enc.detach(), sae.W_dec.detach()
+        W_enc, b_enc, W_dec = (part.index_select(0, latents).requires_grad_() for part in whole)
+        return cls(latents, W_enc, b_enc, W_dec, active)
 
     @torch.no_grad()
     def add_gradients(self, sae: LinearSAE) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from saelab import kernels
 from saelab.data.cache import Batch
@@ -125,7 +125,7 @@ def counting(size: int) -> Iterator[Count]:
 
 
 def _unwatched() -> Any:
-    return torch.utils._python_dispatch._disable_current_modes()
+    return _disable_current_modes()
 
 
 N, D_IN, D_SAE, K = 16, 16, 256, 4

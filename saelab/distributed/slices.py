@@ -21,6 +21,7 @@ from saelab.distributed.world import Parallel
 from saelab.files import sync
 
 NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+NAMES[torch.bfloat16] = "BF16"
 
 
 def split_dims(shard: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, int]:
@@ -65,7 +66,9 @@ def write_sharded(path: Path, tensors: Mapping[str, Tensor], dims: Mapping[str, 
             dim = split_dim(name, tensor.ndim, dims)
             if (dim is None and parallel.dict_rank) or not tensor.numel():
                 continue
-            values = tensor.detach().cpu().numpy()
+            # numpy has no bfloat16: its bits are written.
+            bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+            values = bits.detach().cpu().numpy()
             whole = np.memmap(partial, values.dtype, "r+", start[name], tuple(shapes[name]) or (1,))
             if dim is None:
                 whole[...] = values

@@ -74,7 +74,8 @@ class Adam(torch.optim.Adam):
                 grad = parameter.grad
                 if grad.stride() != parameter.stride():
                     grad = torch.empty_like(parameter).copy_(grad)
-                tensors = [_in_memory_order(t) for t in (parameter, grad, state["exp_avg"], state["exp_avg_sq"])]
+                moments = _in_memory_order(state["exp_avg"]), _in_memory_order(state["exp_avg_sq"])
+                tensors = _in_memory_order(parameter), _in_memory_order(grad), *moments
                 rows = scale.get(parameter)
                 if backend(parameter) == "triton":
                     from saelab.kernels.triton.adam import update

@@ -23,7 +23,7 @@ class Aux(NamedTuple):
 
     weight: float
     rows: Subset
-    count: Tensor | None  # None: all that are listed
+    taking_part: Tensor | None  # None: all that are listed
 
 
 def mark_fired(state: TrainState, fired: Tensor, n: int) -> None:

@@ -141,7 +141,7 @@ def _numbers(
     sums: kernels.RowSums | None,
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None, Numbers | None]:
     """All numbers by name; the factor that clips; the flag that forbids the update; and what was read, unless later."""
-    counts = {f"{name}#": aux.count for name, aux in done.auxiliary.items() if aux.count is not None}
+    counts = {f"{name}#": aux.taking_part for name, aux in done.auxiliary.items() if aux.taking_part is not None}
     parts = done.parts
     if done.fired is not None and sums is not None and sums.errors is not None:
         length = torch.linalg.vector_norm(x)
