@@ -201,7 +201,7 @@ def catalogue(index: FeatureIndex) -> pd.DataFrame:
     # A label that predicts a rare latent says more than one that predicts "the".
     rarity = -np.log2(table["density"].clip(lower=1 / max(index.meta["tokens"], 1)))
     table = table.merge(index.roles, on=["latent", "pole"], how="left")
-    table["role"] = table["role"].fillna("")
+    table["role"] = [role if isinstance(role, str) else "" for role in table["role"]]
     table["telling"] = table["label_score"].fillna(0.0) * rarity
     for name in names:
         # An ASCII separator that no search contains keeps tokens apart.

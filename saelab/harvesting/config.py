@@ -40,9 +40,6 @@ class HarvestConfig:
 
     tokens: int = 200_000
     """Tokens of text to run through the model; the text may end earlier."""
-    document_tokens: int | None = None
-    """At most so many tokens of each document, from its start; by default all. A few long documents then leave room for
-    more others."""
     context_length: int = 128
     """Tokens in a context."""
     bos: Bos | Literal["auto"] = "auto"
@@ -68,6 +65,9 @@ class HarvestConfig:
     """Tokens in one forward pass; by default 2048, and on a CUDA GPU up to 32768, as its memory and the model allow."""
     shard_bytes: int = 64 << 20
     """Size of a shard: what an interrupted harvest can lose."""
+    document_tokens: int | None = None
+    """At most so many tokens of each document, from its start; by default all. A few long documents then leave room for
+    more others."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "context_length", "pass_tokens", "shard_bytes"):

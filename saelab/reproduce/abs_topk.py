@@ -138,7 +138,7 @@ def _two_sided(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
 def _causal(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
     k, scores = lab.middle_k, {"abs_topk": [], "topk": []}
     decode = lab.decode
-    data = labelled.from_cache(lab.cache, decode, passage_tokens=lab.scale.passage_tokens)
+    data = labelled.from_cache(lab.cache, decode, passage_tokens=lab.scale.passage_tokens, split="all")
     for label, into in scores.items():
         for seed in seeds:
             pooled = labelled.pool(lab.sae(Spec(label, label, lab.scale.d_sae, {"k": k}, seed)), data)

@@ -67,4 +67,5 @@ def _copied(sae: SAE, latents: Tensor, active: Tensor | None = None) -> Subset:
 
 def number(state: TrainState, config: TrainConfig) -> Tensor:
     """How many latents of this process are dead."""
-    return (state.tokens_since_fired > (config.dead_after or 0)).sum(dtype=torch.float64)
+    dead = state.tokens_since_fired > (config.dead_after or 0)
+    return dead.sum(dtype=torch.float32 if dead.device.type == "mps" else torch.float64)

@@ -131,7 +131,7 @@ def test_card_says_what_the_run_is_and_how_to_load_it(tmp_path: Path) -> None:
     evaluate(load(run), cache, config=EvaluateConfig(density_tokens=150)).save(run)
     main(["card", str(run)])
     fvu, dead = (re.findall(rf"\| {name} \|.*", (run / "README.md").read_text()) for name in ("fvu", "dead_fraction"))
-    said = "On the held-out split; shares of latents are counted over a window of 200 tokens."
+    said = "Shares of latents are counted over a window of 200 tokens."
     assert said in (run / "README.md").read_text()
     assert fvu[0].endswith(" | 50 tokens |") and " to " in fvu[0]
     assert dead[0].endswith(" | 40 latents |")

@@ -18,6 +18,7 @@ from saelab.sae import SAE, VARIANTS, LinearSAE, build
 from saelab.sae.weights import load_sae, save
 from saelab.sparse import SparseCode
 from saelab.training import TrainConfig, n_steps, start, train_steps
+from saelab.training.state import make_optimizer
 from tests.devices import EVERY_DEVICE
 
 D_IN, D_SAE, N = 8, 20, 24
@@ -216,7 +217,7 @@ def test_resume_is_bit_exact(name: str, tmp_path: Path, device: str) -> None:
     run.close()
     second = build(sae.variant, **sae.config).to(device)
     second.load_state_dict(first.state_dict())
-    saved, state.optimizer = state.optimizer.state_dict(), torch.optim.Adam(second.parameters(), fused=True)
+    saved, state.optimizer = state.optimizer.state_dict(), make_optimizer(second)
     state.optimizer.load_state_dict(copy.deepcopy(saved))
     rows = first_rows + [step.row() for step in train_steps(second, cache, config, state)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def checkpoint_written() -> None:
+    """Wait for the thread that writes: a copy takes a while, in which it would go on."""
+    for thread in threading.enumerate():
+        if thread.name == "saelab-checkpoint":
+            thread.join()
+
+
 @pytest.mark.parametrize("form", ["sparsify", "saelens", "gemma_scope"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_killed_fine_tuning_goes_on_without_its_source(
@@ -245,6 +253,7 @@ def test_a_killed_fine_tuning_goes_on_without_its_source(
     running = fit_steps(load(theirs), cache, config, tmp_path / "run", source=str(theirs), checkpoint_steps=2)
     for _ in range(steps):
         next(running)
+    checkpoint_written()
     shutil.copytree(tmp_path / "run", tmp_path / "killed")  # what a kill at this moment leaves
     running.close()
     shutil.rmtree(theirs)
@@ -262,6 +271,7 @@ def test_without_its_first_weights_it_does_not_start_from_others(
     config = TrainConfig(epochs=1, batch_size=256, lr=1e-4, warmup=0.0)
     running = fit_steps(load(theirs), cache, config, tmp_path / "run", source=str(theirs))
     next(running)
+    checkpoint_written()
     shutil.copytree(tmp_path / "run", tmp_path / "killed")
     running.close()
     shutil.rmtree(tmp_path / "killed" / "checkpoints")

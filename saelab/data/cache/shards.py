@@ -92,9 +92,10 @@ class Shards:
         parts = []
         for index, (base, end) in enumerate(itertools.pairwise(self.starts)):
             if first < end and base < stop:
-                columns = self.columns(index)
+                columns, shard = self.columns(index), self.manifest.shards[index]
                 slots = columns["slots"].slices([(max(first - base, 0), min(stop, end) - base)])[0].long()
-                parts.append(columns["documents"].all()[slots].long() + self.manifest.shards[index].document_offset)
+                with damaged(f"{self.folder.url}/{shard.file}", REMEDY, IndexError):
+                    parts.append(columns["documents"].all()[slots].long() + shard.document_offset)
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     def divide(self, last: int, contexts: int) -> tuple[int, int]:
