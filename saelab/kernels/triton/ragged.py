@@ -72,18 +72,18 @@ def latent_grads(
     """See the reference. ``W_dec`` is taken note of where both matrices have gradients and a row fits one program."""
     data = x if error is None else error
     assert data is not None and by.latents is not None
-    nnz, d_sae, width, like = values.numel(), by.ptr.numel() - 1, data.shape[1], {"device": data.device}
+    nnz, d_sae, width, device = values.numel(), by.ptr.numel() - 1, data.shape[1], data.device
     project = W_dec is not None and error is not None and x is not None and width <= WIDEST
     segment = segment_size(nnz, d_sae)
     segments, n_parts = -(-nnz // segment), 2 * -(-nnz // segment)
     # What a flag turns off is never read or written: any tensor stands in for it.
     dec, enc, dec_parts, enc_parts = (
-        torch.empty(count if wanted is not None else 0, width, **like)
+        torch.empty(count if wanted is not None else 0, width, device=device)
         for count in (d_sae, n_parts)
         for wanted in (error, x)
     )
-    bias, scale, squares = (torch.empty(d_sae, **like) for _ in range(3))
-    bias_parts = torch.empty(n_parts, **like)
+    bias, scale, squares = (torch.empty(d_sae, device=device) for _ in range(3))
+    bias_parts = torch.empty(n_parts, device=device)
     matrices = [t if t is None else t.contiguous() for t in (error, x, offset, W_dec)]
     error, x, offset, W_dec = (data if t is None else t for t in matrices)
     flags = {"SEGMENT": segment, "DEC": matrices[0] is not None, "ENC": matrices[1] is not None, "PROJECT": project}
