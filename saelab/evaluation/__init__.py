@@ -137,7 +137,7 @@ def spliced(
         if done == 0:
             check_same_model(plain, site, cache, tokens, rows, config.any_weights)
         own = rows[rows >= 0]
-        # A context may begin with the end of the document before: it counts for the one that has most of it.
+        # A context may begin with the end of the document before: it counts for the one of its middle row.
         run.add(tokens, rows, cache.document(int(own[len(own) // 2])))
         if progress is not None:
             progress("language model", done + 1, len(contexts))
@@ -154,8 +154,8 @@ def spread(cache: ActivationCache, split: Split, n_tokens: int) -> list[tuple[Te
 
 def _documents(cache: ActivationCache, config: EvaluateConfig) -> dict[str, int]:
     """How many documents the rows of reconstruction metrics are of, and how many of these have training rows too."""
-    measured = cache.documents(config.split, config.max_tokens).unique()
-    trained = cache.documents("train").unique()
+    measured = cache.document_numbers(config.split, config.max_tokens)
+    trained = cache.document_numbers("train")
     return {"documents": len(measured), "documents_trained_on": int(torch.isin(measured, trained).sum())}
 
 

@@ -282,6 +282,11 @@ class ActivationCache:
         first, stop = self.split_rows(split)
         return self.shards.documents(first, stop if n is None else min(stop, first + n))
 
+    def document_numbers(self, split: Split = "all", n: int | None = None) -> Int[Tensor, " documents"]:
+        """The numbers of the documents that the first ``n`` rows of a split are of, ascending."""
+        first, stop = self.split_rows(split)
+        return self.shards.document_numbers(first, stop if n is None else min(stop, first + n))
+
     @property
     def n_vocabulary(self) -> int:
         """Tokens in the vocabulary that is stored with the cache; 0 without one."""

@@ -89,14 +89,22 @@ class Shards:
 
     def documents(self, first: int, stop: int) -> Int[Tensor, " n"]:
         """The number of the document of each row in ``first .. stop``."""
-        parts = []
+        parts = list(self._documents_by_shard(first, stop))
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+    def document_numbers(self, first: int, stop: int) -> Int[Tensor, " d"]:
+        """The numbers of the documents of the rows in ``first .. stop``, ascending; holds the rows of one shard."""
+        parts = [part.unique() for part in self._documents_by_shard(first, stop)]
+        return torch.cat(parts).unique() if parts else torch.zeros(0, dtype=torch.int64)
+
+    def _documents_by_shard(self, first: int, stop: int) -> Iterator[Int[Tensor, " n"]]:
         for index, (base, end) in enumerate(itertools.pairwise(self.starts)):
             if first < end and base < stop:
                 columns, shard = self.columns(index), self.manifest.shards[index]
                 slots = columns["slots"].slices([(max(first - base, 0), min(stop, end) - base)])[0].long()
                 with damaged(f"{self.folder.url}/{shard.file}", REMEDY, IndexError):
-                    parts.append(columns["documents"].all()[slots].long() + shard.document_offset)
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+                    found = columns["documents"].all()[slots].long() + shard.document_offset
+                yield found
 
     def divide(self, last: int, contexts: int) -> tuple[int, int]:
         """Divide the first ``contexts`` contexts so that about ``last`` of them are in the second part, and no document
