@@ -73,6 +73,8 @@ def test_reconstruction_metrics_equal_their_formulas():
         "legacy_explained_variance_per_token": (1 - norm(e) ** 2 / norm(x - mu) ** 2).mean(),
         "legacy_explained_variance_squared_moment": 1
         - (norm(e) ** 2).mean() / ((norm(x) ** 2).mean() - (x**2).mean() ** 2),
+        "legacy_mse_per_batch": (norm(e) ** 2).mean() / 2048,
+        "legacy_l1_with_signs": acts.sum(1).mean(),
         "legacy_r2_global": 1 - (e**2).mean() / ((x - x.mean()) ** 2).mean(),
     }
     want["explained_variance"] = 1 - want["fvu"]

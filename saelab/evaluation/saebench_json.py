@@ -2,8 +2,10 @@
 
 One file per evaluation, named ``<id>_eval_results.json``: ``eval_type_id``, ``eval_config``, ``eval_id``,
 ``datetime_epoch_millis``, ``eval_result_metrics {category: {metric: number}}``, ``eval_result_details``, and the
-SAE's identity. Numbers keep SAEBench's names where the formula is the same; explained variance is 1 - FVU, which is
-what the name promises, and not the formula of SAEBench 0.6.0 (see ``saelab.metrics.LEGACY``). Tasks on other labels
+SAE's identity. Under SAEBench's names stand numbers of SAEBench's formulas: ``mse`` is divided by the tokens of a
+batch once more, as there, and ``l1`` is the sum of the values with their signs; SCR and TPP ablate whole latents. One
+name differs: explained variance is 1 - FVU, which is what it promises, and not the formula of SAEBench 0.6.0 (see
+``saelab.metrics.LEGACY``). Tasks on other labels
 and models than SAEBench's own give numbers of the same definition, not comparable ones: ``eval_config`` says on what.
 """
 
@@ -35,14 +37,14 @@ CORE = {
     "reconstruction_quality": {
         "explained_variance": "explained_variance",
         "explained_variance_legacy": "legacy_explained_variance_per_token",
-        "mse": "mse",
+        "mse": "legacy_mse_per_batch",
         "cossim": "cosine",
     },
     "shrinkage": {
         "l2_ratio": "l2_ratio",
         "relative_reconstruction_bias": "relative_reconstruction_bias",
     },
-    "sparsity": {"l0": "l0", "l1": "l1"},
+    "sparsity": {"l0": "l0", "l1": "legacy_l1_with_signs"},
 }
 
 
@@ -79,7 +81,8 @@ def task_metrics(task: str, found: dict[str, Any]) -> tuple[str, dict[str, dict[
                                   for side in ("llm", "sae")}  # fmt: skip
     if task in ("scr", "tpp"):
         per_set = {"scr": _scr, "tpp": _tpp}[task]
-        return task, {f"{task}_metrics": _mean([per_set(rows) for rows in found.values()])}
+        units = [rows.get("whole_latents", rows) for rows in found.values()]  # SAEBench knows no poles
+        return task, {f"{task}_metrics": _mean([per_set(rows) for rows in units])}
     return None
 
 

@@ -31,12 +31,19 @@ LEGACY = {
     " the cache's mean (SAELens and SAEBench, explained_variance_legacy)",
     "legacy_explained_variance_squared_moment": "1 - mean|e|^2 / (mean|x|^2 - (mean|x|^2 / d)^2): squares E[x^2] for"
     " E[x], not invariant under scaling (SAELens 6.18, SAEBench 0.6.0)",
+    "legacy_mse_per_batch": "mse / 2048: the squared error divided by the tokens of a batch, 16 contexts of 128, once"
+    " more (SAEBench, mse)",
+    "legacy_l1_with_signs": "mean_t sum_j code_tj, which is l1 where no value is negative (SAEBench, l1)",
     "legacy_r2_global": "1 - mean (x - recon)^2 / mean (x - m)^2 with m one scalar over all entries (Overcomplete)",
 }
+SAEBENCH_BATCH = 16 * 128  # tokens of a batch of its core evaluation, by default
 MOST = 512  # documents, or groups of them, in a report
 ROWS = 256  # taken together in the float64 sums
 HELD = 1 << 25  # numbers of a vector per document: 256 MiB, twice, and once more while they are resampled
-_COLUMNS = ("n", "sse", "xx", "rr", "xr", "yy", "l0", "l1", "n_ratio", "nmse", "cosine", "l2_ratio", "n_y", "y_ratio")
+_COLUMNS = (
+    *("n", "sse", "xx", "rr", "xr", "yy", "l0", "l1", "sum", "n_ratio"),
+    *("nmse", "cosine", "l2_ratio", "n_y", "y_ratio"),
+)
 
 
 class ReconstructionSums:
@@ -71,11 +78,12 @@ class ReconstructionSums:
         # A few rows at a time: their float64 copies then stay in the processor's cache.
         parts = [self._products(*part) for part in zip(x.split(ROWS), recon.split(ROWS), documents.split(ROWS))]
         sse, xx, rr, xr, yy = torch.cat(parts, dim=1)
-        l1 = torch.zeros(code.n, dtype=torch.float64).index_add_(0, code.rows(), code.values.abs().double())
+        values, zeros = code.values.double(), torch.zeros(code.n, dtype=torch.float64)
+        l1, total = (zeros.index_add(0, code.rows(), part) for part in (values.abs(), values))
         ratio, y_ratio = (xx > 0).double(), (yy > 0).double()
         safe_x, safe_y = xx.where(xx > 0, 1.0), yy.where(yy > 0, 1.0)
         cosine = xr / (safe_x * rr.where(rr > 0, 1.0)).sqrt()
-        columns = [torch.ones_like(sse), sse, xx, rr, xr, yy, code.l0().double(), l1, ratio]
+        columns = [torch.ones_like(sse), sse, xx, rr, xr, yy, code.l0().double(), l1, total, ratio]
         columns += [ratio * sse / safe_x, ratio * cosine, ratio * (rr / safe_x).sqrt(), y_ratio, y_ratio * sse / safe_y]
         self.columns.index_add_(0, documents, torch.stack(columns, dim=1))
 
@@ -147,6 +155,8 @@ def _ratios(s: dict[str, Array], sum_y: Array, sum_e: Array, centre: Array) -> d
         "legacy_fraction_variance_explained": 1 - residual / variance,
         "legacy_explained_variance_per_token": 1 - s["y_ratio"] / s["n_y"],
         "legacy_explained_variance_squared_moment": 1 - s["sse"] / n / (m2 - (m2 / d) ** 2),
+        "legacy_mse_per_batch": s["sse"] / n / SAEBENCH_BATCH,
+        "legacy_l1_with_signs": s["sum"] / n,
         "legacy_r2_global": 1 - s["sse"] / _above_rounding(s["xx"] - sum_x**2 / (n * d), s["xx"]),
     }
 

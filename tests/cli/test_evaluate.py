@@ -132,6 +132,7 @@ def test_every_task_on_the_text_of_the_cache(world, capsys):
     main([
         "evaluate", str(run), "--cache", str(world.path / "cache"), "--lm-tokens", "0", "--passage-tokens", "8",
         "--tasks", "probing,scr,tpp", "absorption,two-sided", "--saebench", str(out), "--json", "--task-split", "all",
+        "--min-letters", "10",
     ])  # fmt: skip
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((run / "evaluation.json").read_text())
@@ -164,7 +165,8 @@ def test_a_labelled_file_runs_through_the_model(world, capsys):
     path = labelled_file(world)
     arguments = ["evaluate", str(world.path / "run"), "--cache", str(world.path / "cache"), "--lm-tokens", "0"]
     main([*arguments, "--tasks", "probing,scr,tpp", "--labels", str(path)])
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert "2605.18229" in " ".join(said.split())
     assert "probing a: sae_top_1" in shown
     assert "scr a / b: 20 random" in shown
     tasks = json.loads((world.path / "run" / "evaluation.json").read_text())["tasks"]

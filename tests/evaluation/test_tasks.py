@@ -13,7 +13,7 @@ from torch import nn
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, evaluate, saebench_json
-from saelab.evaluation.tasks.absorption import absorbed, absorption, split_latents, words_by_letter
+from saelab.evaluation.tasks.absorption import absorbed, absorption, l1_probe, split_latents, words_by_letter
 from saelab.evaluation.tasks.passages import Passages, Pooled, from_cache, from_texts, pool, read_jsonl
 from saelab.evaluation.tasks.probing import Standardised, sparse_probing, tasks
 from saelab.evaluation.tasks.scr_tpp import ablate, scr, tpp
@@ -139,14 +139,48 @@ def test_absorption_needs_a_model_that_spells():
     letters = np.array(list("abcd") * 60)
     acts = 0.1 * torch.randn(240, D)
     with pytest.raises(UserError, match="does not spell"):
-        absorption(planted_sae(), acts, letters)
+        absorption(planted_sae(), acts, letters, min_letters=4)
     for i, c in enumerate("abcd"):
         acts[torch.from_numpy(letters == c), i] += 1
-    got = absorption(planted_sae(), acts, letters)
+    got = absorption(planted_sae(), acts, letters, min_letters=4)
     assert got["probe_f1"] > 0.95
     assert got["absorption_fraction"] < 0.05
     assert got["split_latents"] == 1
-    assert split_latents(acts.numpy(), letters == "b").tolist() == [1]
+    assert got["scored_words"] == 60  # those that no probe was fitted on
+    with pytest.raises(UserError, match="absorption needs 20"):
+        absorption(planted_sae(), acts, letters)
+    signed = absorption(planted_sae(signed=True), -acts, letters, min_letters=4)  # poles, not latents
+    assert signed["absorption_fraction"] < 0.05
+    assert signed["split_latents"] == 1
+
+
+def test_split_latents_are_those_that_predict_the_letter_by_firing():
+    """A latent that is silent on the letter has the largest difference of means, and a negative weight."""
+    rng = np.random.default_rng(0)
+    y = rng.random(4000) < 0.15
+    z = np.zeros((4000, 3))
+    z[:, 0] = 5 * ~y  # fires on everything else
+    z[:, 1] = y * (rng.random(4000) < 0.95)
+    z[:, 2] = rng.random(4000) < 0.3
+    train = np.arange(4000) < 3000
+    weights = l1_probe(z[train], y[train, None])[0]
+    assert weights[0] < 0 < weights[1]
+    assert split_latents(z, y, train, weights).tolist() == [1]
+
+
+def test_whole_latents_stand_beside_poles():
+    """Two classes that are the poles of one latent: ablating it hurts both, ablating a pole one of them."""
+    cls = np.tile(np.arange(3), 80)
+    x = 0.05 * torch.randn(240, D)
+    x[torch.from_numpy(cls == 0), 0] += 1
+    x[torch.from_numpy(cls == 1), 0] -= 1
+    x[torch.from_numpy(cls == 2), 1] += 1
+    data = Passages(x, torch.arange(240), {"c": [str(c) for c in cls]}, "planted")
+    got = tpp(pool(planted_sae(signed=True), data), data, "c", ns=(1,))
+    assert got["score"][1] > got["whole_latents"]["score"][1] + 0.03
+    assert "2605.18229" in got["warning"]
+    files = saebench_json.task_metrics("tpp", {"c": got})[1]["tpp_metrics"]
+    assert files["tpp_threshold_1_total_metric"] == got["whole_latents"]["score"][1]
 
 
 def test_words_by_letter_takes_word_starts_only(tmp_path):

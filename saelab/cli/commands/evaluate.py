@@ -26,6 +26,7 @@ from saelab.evaluation import (
     shared_with_seeds,
     split_remark,
 )
+from saelab.evaluation.tasks.scr_tpp import AUDIT
 from saelab.files import write_json
 from saelab.lm.record import ModelRecord
 
@@ -111,7 +112,8 @@ def run(
         if others:
             result.metrics |= shared_with_seeds(sae, others)
     console.print(f"saved to {result.save(folder)}", markup=False, soft_wrap=True)
-    for remark in filter(None, (fit_remark(result["fvu"]), l0_remark(sae, result), split_remark(result))):
+    audit = AUDIT if {"scr", "tpp"} & found.keys() else None
+    for remark in filter(None, (fit_remark(result["fvu"]), l0_remark(sae, result), split_remark(result), audit)):
         console.print(f"note: {remark}", markup=False, soft_wrap=True)
     if saebench is not None:
         write_saebench(result, folder, saebench, wanted)
@@ -159,6 +161,8 @@ def headline(task: str, found: dict[str, Any]) -> list[tuple[str, float]]:
         for label, metrics in found.items():
             rows += [(f"{label}: {n} ablated", score) for n, score in metrics["score"].items()]
             rows += [(f"{label}: {n} random", score) for n, score in metrics["score_random_latents"].items() if n == 20]
+            whole = metrics.get("whole_latents", {}).get("score", {})
+            rows += [(f"{label}: {n} whole latents", score) for n, score in whole.items() if n == 20]
     elif task == "two-sided":
         rows = [(name, e["value"]) for name, e in found.items()]
     else:

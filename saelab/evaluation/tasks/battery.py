@@ -40,6 +40,8 @@ class TaskConfig:
     """Rows of the cache that two-sidedness is judged on."""
     task_split: Literal["held_out", "all"] = "held_out"
     """Rows that passages and words of the cache's own text are taken from; all includes what the SAE was trained on."""
+    min_letters: int = 20
+    """Letters that the model must spell for absorption to be measured (SAEBench: 20)."""
 
     def __post_init__(self) -> None:
         names = tuple(name for entry in self.tasks for name in entry.split(",") if name)
@@ -48,7 +50,7 @@ class TaskConfig:
         for name in names:
             if name not in TASKS:
                 raise UserError(f"unknown task {name!r}: {near_matches(name, TASKS)}")
-        for name in ("passage_tokens", "task_tokens"):
+        for name in ("passage_tokens", "task_tokens", "min_letters"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.labels is not None and not set(names) & set(ON_PASSAGES):
@@ -160,7 +162,7 @@ def _scr(data: _TaskData) -> dict[str, Any]:
 def _absorption(data: _TaskData) -> dict[str, Any]:
     strings = _vocabulary(data.cache)
     acts, letters = words_by_letter(data.cache, strings, split=data.config.task_split)
-    return absorption(data.sae, acts, letters, seed=data.seed)
+    return absorption(data.sae, acts, letters, seed=data.seed, min_letters=data.config.min_letters)
 
 
 def _two_sided(data: _TaskData) -> dict[str, Any]:

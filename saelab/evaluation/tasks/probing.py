@@ -56,20 +56,24 @@ def tasks(values: np.ndarray, seed: int = 0, min_class: int = MIN_CLASS, test_sh
     return out
 
 
-def logistic(x: np.ndarray, y: np.ndarray, C: float = 1.0) -> LogisticRegression:
-    """scikit-learn's logistic regression with L2; hitting its iteration limit is accepted, as SAEBench accepts it."""
+def logistic(x: np.ndarray, y: np.ndarray, C: float = 1.0, balanced: bool = False) -> LogisticRegression:
+    """scikit-learn's logistic regression with L2; hitting its iteration limit is accepted, as SAEBench accepts it.
+
+    ``balanced`` lets both classes count alike, however many examples they have.
+    """
     # On problems this small, threads of the linear algebra library wait for each other longer than they work.
     with warnings.catch_warnings(), threadpool_limits(limits=1):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=C, max_iter=1000).fit(x, y)
+        weight = "balanced" if balanced else None
+        return LogisticRegression(C=C, max_iter=1000, class_weight=weight).fit(x, y)
 
 
 class Standardised:
     """A probe on standardised inputs: its weights in units of the raw ones are ``coef``."""
 
-    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+    def __init__(self, x: np.ndarray, y: np.ndarray, balanced: bool = False) -> None:
         self.mean, self.sd = x.mean(0), x.std(0) + 1e-8
-        self.probe = logistic((x - self.mean) / self.sd, y)
+        self.probe = logistic((x - self.mean) / self.sd, y, balanced=balanced)
         self.coef = self.probe.coef_[0] / self.sd
 
     def correct(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -3,12 +3,15 @@
 Definitions of SAEBench (Karvonen et al., 2025), with two differences: probes are scikit-learn's logistic regressions on
 standardised activations, and a signed latent counts as two poles. Ablating a pole keeps the SAE's error in place. The
 latents chosen by attribution are compared with the same number of random ones, and with removal of the difference of
-means.
+means. Where latents have two signs, ``whole_latents`` holds the scores in SAEBench's unit, the latent with its sign.
+
+An audit of the benchmarks (Chanin, 2026, arXiv 2605.18229) found that both tasks should not be used to evaluate SAEs:
+``AUDIT`` says why, and stands beside every result.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,10 @@ from saelab.evaluation.tasks.passages import Passages, Pooled, frequent
 from saelab.evaluation.tasks.probing import MIN_CLASS, Standardised
 
 N_ABLATED = (2, 5, 10, 20, 50, 100)
+AUDIT = (
+    "an audit (arXiv 2605.18229) advises against SCR and TPP: TPP falls as SAEs train longer, SCR with many latents "
+    "ablated falls as recovery of known features rises; compare SAEs by k-sparse probing"
+)
 SMALLEST_GAP = 1e-3  # of accuracy; below it there is nothing to repair and the score is 0
 
 
@@ -29,6 +36,16 @@ def attribution(pooled: Pooled, rows: np.ndarray, y: np.ndarray, w: np.ndarray, 
     gap = pooled.z[rows][y].mean(0) - pooled.z[rows][~y].mean(0)
     effect = pooled.directions @ w
     return np.maximum(gap, 0) * effect if signed else np.abs(gap * effect)
+
+
+def whole_latents(pooled: Pooled) -> Pooled:
+    """The same passages with latents as units, whose values keep their sign, in place of poles."""
+    return replace(pooled, z=pooled.latents, directions=pooled.directions[: pooled.latents.shape[1]])
+
+
+def has_poles(pooled: Pooled) -> bool:
+    """Whether latents have two signs, so that a pole is not a whole latent."""
+    return pooled.z.shape[1] != pooled.latents.shape[1]
 
 
 def ablate(pooled: Pooled, rows: np.ndarray, poles: np.ndarray) -> np.ndarray:
@@ -107,6 +124,9 @@ def scr_over_classes(
     out["score_by_intended"] = [
         {n: float(np.mean([r["score_by_intended"][i][n] for r in results])) for n in ns} for i in (0, 1)
     ]
+    out["warning"] = AUDIT
+    if has_poles(pooled):
+        out["whole_latents"] = scr_over_classes(whole_latents(pooled), a, b, ns, seed, min_cell)
     return out
 
 
@@ -164,7 +184,7 @@ def tpp(
     n_test = max(1, size // 4)
     train = np.concatenate([r[n_test:] for r in rows.values()])
     test = np.concatenate([r[:n_test] for r in rows.values()])
-    probes = {name: Standardised(pooled.x[train], values[train] == name) for name in classes}
+    probes = {name: Standardised(pooled.x[train], values[train] == name, balanced=True) for name in classes}
 
     def accuracies(x: np.ndarray) -> dict[str, float]:
         return {name: float(_balanced(probe.correct(x, values[test] == name), values[test] == name))
@@ -182,6 +202,8 @@ def tpp(
                 into[n].append(drop[name] - np.mean([drop[c] for c in classes if c != name]))
                 if into is scores:
                     intended[n].append(drop[name])
+    unit = whole_latents(pooled)
+    whole = tpp(unit, passages, label, ns, seed, min_class) if has_poles(pooled) else None
     return {
         "classes": len(classes),
         "accuracy_before": float(np.mean(list(before.values()))),
@@ -189,6 +211,8 @@ def tpp(
         "score_random_latents": {n: float(np.mean(v)) for n, v in random_scores.items()},
         "drop_intended": {n: float(np.mean(v)) for n, v in intended.items()},
         "test_passages": int(test.size),
+        "warning": AUDIT,
+        **({"whole_latents": whole} if whole else {}),
     }
 
 
