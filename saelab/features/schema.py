@@ -43,6 +43,7 @@ FEATURE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "label_score": (pa.float32(), "F1 of the label as a detector of firing, on contexts it was not chosen on"),
     "label_precision": (pa.float32(), "precision of the same detection"),
     "label_recall": (pa.float32(), "recall of the same detection"),
+    "label_mass": (pa.float32(), "share of the magnitude that it meets, on the same contexts"),
     "promoted": (_STRINGS, "tokens whose logits pole x decoder row raises most"),
     "promoted_ids": (_INTS, "their ids"),
     "promoted_logits": (_FLOATS, "logit change per unit of activation, minus its mean over the vocabulary"),

@@ -12,12 +12,12 @@ from saelab import ActivationCache
 from saelab.features import FeatureIndex, IndexConfig, build_index
 from saelab.features.indexing.corpus import Corpus
 from saelab.features.indexing.groups import group_top, systematic
-from saelab.features.indexing.labels import Labeller
+from saelab.features.indexing.labels import half_of, parse_label
 from saelab.features.indexing.partners import MIN_TOGETHER
 from tests.features.lookup import Lookup
 
 CONTEXT, N_CONTEXTS, VOCAB = 32, 80, 40
-RULES = ["token: w3 · w5", "after: w4", "before: w6", "near: w8"]
+RULES = ["token: w5 · w3", "after: w4", "before: w6", "near: w8", "phrase: w1 w2"]
 
 
 def make(folder: Path, code: torch.Tensor, tokens: torch.Tensor, config: IndexConfig) -> FeatureIndex:
@@ -34,15 +34,17 @@ def ruled(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureIndex, torch
     n = CONTEXT * N_CONTEXTS
     tokens = torch.randint(0, VOCAB, (n,))
     tokens[(tokens == 8) & (torch.rand(n) < 0.7)] = 9  # rare, so that "near" it says something
+    tokens[1:][(tokens[:-1] == 1) & (torch.rand(n - 1) < 0.5)] = 2  # a phrase frequent enough to be learnt
     grid = tokens.view(N_CONTEXTS, CONTEXT)
-    code = torch.zeros(N_CONTEXTS, CONTEXT, 6)
-    code[..., 0] = ((grid == 3) | (grid == 5)).float()
+    code = torch.zeros(N_CONTEXTS, CONTEXT, 7)
+    code[..., 0] = (grid == 3).float() + 3 * (grid == 5).float()
     code[:, 1:, 1] = (grid == 4).float()[:, :-1]
     code[:, :-1, 2] = (grid == 6).float()[:, 1:]
     for place in range(CONTEXT):
         code[:, place, 3] = (grid[:, max(place - 15, 0) : place + 1] == 8).any(1).float()
-    code[..., 4] = (torch.rand(N_CONTEXTS, CONTEXT) < 0.02).float()
-    code = code.view(n, 6)
+    code[:, 1:, 4] = ((grid[:, :-1] == 1) & (grid[:, 1:] == 2)).float()
+    code[..., 5] = (torch.rand(N_CONTEXTS, CONTEXT) < 0.02).float()
+    code = code.view(n, 7)
     index = make(tmp_path_factory.mktemp("ruled"), code, tokens, IndexConfig(label_sample=10**6, chunk_latents=2))
     return index, code, tokens
 
@@ -54,10 +56,11 @@ def test_a_planted_rule_is_found_and_scored(ruled, latent: int) -> None:
     assert row["label_recall"] == pytest.approx(1.0)
     # How often a token is near is counted in 4096 windows; the other rules are counted exactly.
     assert row["label_score"] == pytest.approx(1.0, abs=0.03 if latent == 3 else 1e-6)
+    assert row["label_mass"] == pytest.approx(1.0)
 
 
 def test_noise_and_silence_have_no_good_label(ruled) -> None:
-    noise, silent = ruled[0].latent(4), ruled[0].latent(5)
+    noise, silent = ruled[0].latent(5), ruled[0].latent(6)
     assert not noise["label"] or noise["label_score"] < 0.3
     assert silent["label"] == "" and np.isnan(silent["label_score"])
 
@@ -71,8 +74,7 @@ def test_scores_are_those_of_the_half_not_chosen_on(tmp_path: Path) -> None:
     row = index.latent(0)
     words = {int(word.removeprefix("w")) for word in row["label"].removeprefix("token: ").split(" · ")}
     cache = ActivationCache(tmp_path / "cache")
-    labeller = Labeller(Corpus(cache, tmp_path / "corpus", n), [str(i) for i in range(VOCAB)], 10, 0)
-    scored = torch.from_numpy(labeller._half(np.arange(n)) == 1)
+    scored = torch.from_numpy(half_of(Corpus(cache, tmp_path / "corpus", n).contexts(np.arange(n))) == 1)
     assert 0.3 < scored.float().mean() < 0.7
     predicted = torch.tensor([t in words for t in tokens.tolist()])
     true = float((predicted & fires & scored).sum())
@@ -81,6 +83,30 @@ def test_scores_are_those_of_the_half_not_chosen_on(tmp_path: Path) -> None:
     assert row["label_precision"] == pytest.approx(precision)
     assert row["label_recall"] == pytest.approx(recall)
     assert row["label_score"] == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+def test_a_label_names_what_the_strong_firings_share(tmp_path: Path) -> None:
+    """Weak firings are many and elsewhere: counted alike, they would decide."""
+    n = CONTEXT * N_CONTEXTS
+    tokens = torch.randint(0, VOCAB, (n,))
+    strong = (tokens == 3) & (torch.rand(n) < 0.9)
+    weak = ((tokens == 5) | (tokens == 7)) & (torch.rand(n) < 0.5)
+    code = 10.0 * strong + 0.1 * weak
+    row = make(tmp_path, code[:, None].repeat(1, 2), tokens, IndexConfig(label_sample=10**6)).latent(0)
+    assert row["label"] == "token: w3"
+    scored = torch.from_numpy(
+        half_of(Corpus(ActivationCache(tmp_path / "cache"), tmp_path / "corpus", n).contexts(np.arange(n))) == 1
+    )
+    met, firing, said = (float((x & scored).sum()) for x in (strong, strong | weak, tokens == 3))
+    assert row["label_score"] == pytest.approx(2 * met / (said + firing))
+    assert row["label_recall"] == pytest.approx(met / firing) and row["label_recall"] < 0.6
+    mass = float(code[strong & scored].sum() / code[scored].sum())
+    assert row["label_mass"] == pytest.approx(mass) and mass > 0.95
+
+
+def test_a_labels_text_is_read_back() -> None:
+    assert parse_label("phrase: New York · in the") == ("phrase", ["New York", "in the"])
+    assert parse_label("token: :") == ("token", [":"])
 
 
 @pytest.mark.parametrize("signed", [False, True])
