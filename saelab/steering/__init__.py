@@ -5,21 +5,25 @@ take the prompts next and then the interventions; functions that measure (``cali
 ``effect_size``, ``two_way``) take what is measured next and then the texts to measure on.
 
 A steering operation is one class, see :mod:`saelab.steering.interventions`; those that saelab has are in
-:mod:`saelab.steering.operations`.
+:mod:`saelab.steering.operations`. Any of them may be limited to tokens on which a latent or a probe fires
+(:mod:`saelab.steering.conditions`) and weighted over the generated tokens (:mod:`saelab.steering.schedule`).
 """
 
 from saelab.runs import Run
 from saelab.steering.attachment import attach
+from saelab.steering.conditions import Condition, LatentFires, ProbeFires
 from saelab.steering.directions import difference_of_means, pca, probe, random_direction, text_activations
 from saelab.steering.generation import Comparison, Sampling, compare, generate, generate_tokens, stream
 from saelab.steering.interventions import OPERATIONS, Amount, Intervention, LatentIntervention, VectorIntervention
+from saelab.steering.layers import at_layers
 from saelab.steering.measure.attribution import TokenAttribution, attribute_logits
 from saelab.steering.measure.calibration import Calibration, calibrate
 from saelab.steering.measure.dose_response import Dose, DoseResponse, dose_response
 from saelab.steering.measure.effect_size import EffectSize, TwoWay, effect_size, two_way
-from saelab.steering.operations import Ablate, Add, Clamp, MinClamp, ProjectOut, Scale
+from saelab.steering.operations import Ablate, Add, Cap, Clamp, MinClamp, ProjectOut, Scale
 from saelab.steering.positions import TokenContext
 from saelab.steering.recipe.recipe import Recipe
+from saelab.steering.schedule import Schedule
 from saelab.steering.vectors import SteeringVector
 
 __all__ = [
@@ -28,24 +32,30 @@ __all__ = [
     "Add",
     "Amount",
     "Calibration",
+    "Cap",
     "Clamp",
     "Comparison",
+    "Condition",
     "Dose",
     "DoseResponse",
     "EffectSize",
     "Intervention",
+    "LatentFires",
     "LatentIntervention",
     "MinClamp",
+    "ProbeFires",
     "ProjectOut",
     "Recipe",
     "Run",
     "Sampling",
     "Scale",
+    "Schedule",
     "SteeringVector",
     "TokenAttribution",
     "TokenContext",
     "TwoWay",
     "VectorIntervention",
+    "at_layers",
     "attach",
     "attribute_logits",
     "calibrate",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from saelab.errors import UserError
 from saelab.lm.sites import Site, check_replaceable, locate
 from saelab.lm.structure import is_compiled
-from saelab.steering.edits import LatentEdits, check_conflicts
+from saelab.steering.conditions import Condition, Gate, check_order
+from saelab.steering.edits import Gates, LatentEdits, check_conflicts, selected
 from saelab.steering.interventions import Intervention, LatentIntervention, VectorIntervention
 from saelab.steering.positions import Positions, TokenContext
 
@@ -35,24 +35,30 @@ def attach(model: nn.Module, interventions: Intervention | Sequence[Intervention
     # An unknown name is refused even when it would change nothing.
     sites = {name: check_replaceable(locate(model, name)) for name in {i.hook_name: None for i in interventions}}
     _check_widths(model, sites, interventions)
-    by_place: dict[tuple[Any, ...], list[Intervention]] = defaultdict(list)  # a hook point may have several names
+    gates = {i.when: Gate(i.when) for i in interventions if i.when is not None}
+    read = {condition: locate(model, condition.hook_name) for condition in gates}
+    _check_conditions(model, read, interventions)
+    by_place: dict[tuple[Any, ...], tuple[Site, list[Gate], list[Intervention]]] = {}
+    for condition, gate in gates.items():
+        by_place.setdefault(read[condition].place, (read[condition], [], []))[1].append(gate)
     for intervention in interventions:
-        site = sites[intervention.hook_name]
-        if not intervention.idle:
-            by_place[site.place].append(intervention)
+        site = sites[intervention.hook_name]  # a hook point may have several names
+        if not (intervention.idle or (intervention.schedule is not None and intervention.schedule.idle)):
+            by_place.setdefault(site.place, (site, [], []))[2].append(intervention)
     with ExitStack() as stack:
         if is_compiled(model):
             # Code that was compiled before a hook was set does not know of it.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         positions = stack.enter_context(Positions().follow(model))
-        for group in by_place.values():
-            site, hook = sites[group[0].hook_name], _hook(_edits(group), positions)
-            stack.enter_context(site.register(model, hook))
+        for site, asked, group in by_place.values():
+            stack.enter_context(site.register(model, _hook(asked, _edits(group, gates), positions)))
         yield positions
 
 
-def _hook(edits: list[Edit], positions: Positions) -> Callable[[Tensor], Tensor | None]:
+def _hook(asked: list[Gate], edits: list[Edit], positions: Positions) -> Callable[[Tensor], Tensor | None]:
     def hook(x: Tensor) -> Tensor | None:
+        for gate in asked:
+            gate.read(x, positions.now)
         new = x
         for edit in edits:
             result = edit(new, positions.now)
@@ -62,42 +68,58 @@ def _hook(edits: list[Edit], positions: Positions) -> Callable[[Tensor], Tensor 
     return hook
 
 
-def _edits(interventions: Sequence[Intervention]) -> list[Edit]:
+def _edits(interventions: Sequence[Intervention], gates: Gates) -> list[Edit]:
     """One edit per vector intervention and per run of neighbours on one SAE."""
     edits: list[Edit] = []
     group: list[LatentIntervention] = []
     for intervention in interventions:
         if isinstance(intervention, LatentIntervention):
             if group and group[0].sae is not intervention.sae:
-                edits.append(LatentEdits(group))
+                edits.append(LatentEdits(group, gates))
                 group = []
             group.append(intervention)
             continue
         if group:
-            edits.append(LatentEdits(group))
+            edits.append(LatentEdits(group, gates))
             group = []
         if not isinstance(intervention, VectorIntervention):
             raise UserError(
                 f"{type(intervention).__name__} cannot be applied; derive it from VectorIntervention or "
                 "LatentIntervention"
             )
-        edits.append(_vector_edit(intervention))
-    return [*edits, LatentEdits(group)] if group else edits
+        edits.append(_vector_edit(intervention, gates))
+    return [*edits, LatentEdits(group, gates)] if group else edits
 
 
-def _vector_edit(intervention: VectorIntervention) -> Edit:
+def _vector_edit(intervention: VectorIntervention, gates: Gates) -> Edit:
     prepared: dict[tuple[torch.device, torch.dtype], Callable[[Tensor], Tensor]] = {}
 
     def edit(x: Tensor, context: TokenContext) -> Tensor | None:
-        mask = context.select(intervention.where, intervention.skip_first)
+        mask = selected(intervention, context, gates)
         if mask is False:
             return None
         change = prepared.get((x.device, x.dtype))
         if change is None:
             change = prepared[x.device, x.dtype] = intervention.prepare(x)
-        return change(x) if mask is True else torch.where(mask[..., None].to(x.device), change(x), x)
+        new = change(x)
+        if intervention.schedule is not None:
+            new = x + intervention.schedule.weights(context)[:, None].to(x) * (new - x)
+        return new if mask is True else torch.where(mask[..., None].to(x.device), new, x)
 
     return edit
+
+
+def _check_conditions(model: nn.Module, read: dict[Condition, Site], interventions: Sequence[Intervention]) -> None:
+    for condition, site in read.items():
+        width = site.width(model)
+        if width is not None and condition.d_in != width:
+            raise UserError(
+                f"the condition at {condition.hook_name} reads width {condition.d_in}, the model's activations have "
+                f"{width}: it belongs to another model"
+            )
+    for intervention in interventions:
+        if intervention.when is not None:
+            check_order(intervention.when, intervention.hook_name)
 
 
 def _check_widths(model: nn.Module, sites: dict[str, Site], interventions: Sequence[Intervention]) -> None:

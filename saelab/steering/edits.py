@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -11,17 +11,31 @@ from torch import Tensor
 from saelab.errors import UserError
 from saelab.sae import SAE
 from saelab.sparse import SparseCode
-from saelab.steering.interventions import LatentIntervention
+from saelab.steering.conditions import Condition, Gate
+from saelab.steering.interventions import Intervention, LatentIntervention
 from saelab.steering.positions import TokenContext
 
-_PHASES = (["prompt", "generated"], ["generated", "prompt"])  # tokens that two interventions never share
+# Tokens that two interventions never share.
+_APART = [{"prompt", "generated"}, {"instruction", "answer"}, {"instruction", "generated"}]
+Gates = Mapping[Condition, Gate]
+
+
+def selected(intervention: Intervention, context: TokenContext, gates: Gates) -> Tensor | bool:
+    """The tokens that an intervention changes: a mask ``[batch, length]``, or True or False for all of them."""
+    mask = context.select(intervention.where, intervention.skip_first)
+    if mask is not False and intervention.when is not None:
+        mask = gates[intervention.when].mask(context, intervention.hook_name) & mask
+    if mask is not False and intervention.schedule is not None:
+        on = intervention.schedule.weights(context) != 0
+        mask = False if not bool(on.any()) else mask if bool(on.all()) else (on & mask).expand(context.batch, -1)
+    return mask
 
 
 class LatentEdits:
     """Edits of one SAE's code at one hook point, made together on one encoding."""
 
-    def __init__(self, interventions: Sequence[LatentIntervention]) -> None:
-        self.interventions = list(interventions)
+    def __init__(self, interventions: Sequence[LatentIntervention], gates: Gates) -> None:
+        self.interventions, self.gates = list(interventions), gates
         first = self.interventions[0]
         self.sae: SAE = first.sae
         self.keep_error = first.keep_error
@@ -41,7 +55,7 @@ class LatentEdits:
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "batch length d_in"], context: TokenContext) -> Tensor | None:
         """The edited activations, or None when nothing is selected in this pass."""
-        masks = [context.select(i.where, i.skip_first) for i in self.interventions]
+        masks = [selected(i, context, self.gates) for i in self.interventions]
         if all(mask is False for mask in masks):
             return None
         # The blocks of a model may be on several devices; the masks are where its tokens are.
@@ -55,9 +69,12 @@ class LatentEdits:
         after = before.clone()
         for intervention, mask in zip(self.interventions, full):
             column = self.column[intervention.latent]
-            after[:, column] = torch.where(
-                mask[chosen].to(rows.device), intervention.edit(after[:, column]), after[:, column]
-            )
+            values = after[:, column]
+            new = intervention.edit(values)
+            if intervention.schedule is not None:
+                weights = intervention.schedule.weights(context).expand(x.shape[:2])[chosen.to(context.device)]
+                new = values + weights.to(values) * (new - values)
+            after[:, column] = torch.where(mask[chosen].to(rows.device), new, values)
         change = after - before
         base = rows if self.keep_error else self.sae.decode(code)
         new = base + change @ self.sae.W_dec[self.latents]
@@ -88,6 +105,6 @@ def check_conflicts(interventions: Sequence[LatentIntervention]) -> None:
 
 
 def _overlap(first: LatentIntervention, second: LatentIntervention) -> bool:
-    if [w for w in (first.where, second.where) if w in ("prompt", "generated")] in _PHASES:
+    if isinstance(first.where, str) and isinstance(second.where, str) and {first.where, second.where} in _APART:
         return False
     return {first.signs, second.signs} != {1, -1}

@@ -20,6 +20,7 @@ are saved and restored without further code. ``amount`` names the one that the c
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,9 @@ from torch import Tensor
 from saelab.errors import UserError
 from saelab.runs import Run
 from saelab.sae import SAE
+from saelab.steering.conditions import Condition
 from saelab.steering.positions import Where, check_where
+from saelab.steering.schedule import Schedule
 from saelab.steering.vectors import SteeringVector, Strength, parse_strength
 
 OPERATIONS: dict[str, type[Intervention]] = {}
@@ -55,9 +58,11 @@ class Amount:
 class Intervention(ABC):
     """One change at one hook point.
 
-    ``where`` says on which tokens: "all", "prompt", "generated", a list of positions in the text (negative ones count
-    back from the prompt's end), or a predicate on a :class:`~saelab.steering.positions.TokenContext`. Padding is never
-    touched. ``skip_first`` leaves out each text's first token, whose activations are an attention sink of huge norm.
+    ``where`` says on which tokens: "all", "prompt", "generated", in a chat "answer" (the assistant's messages) or
+    "instruction" (the user's), a list of positions in the text (negative ones count back from the prompt's end), or a
+    predicate on a :class:`~saelab.steering.positions.TokenContext`. Padding is never touched. ``skip_first`` leaves out
+    each text's first token, whose activations are an attention sink of huge norm. ``when`` limits it further, to tokens
+    on which a latent or a probe fires; ``schedule`` multiplies the change by a weight for each generated token.
     """
 
     operation: ClassVar[str] = ""  # the name it is registered under; empty for one that is not
@@ -67,6 +72,8 @@ class Intervention(ABC):
     where: Where = "all"
     skip_first: bool = False
     hook_name: str = ""  # by default that of the vector or the run
+    when: Condition | None = None
+    schedule: Schedule | None = None
 
     def __init_subclass__(cls, operation: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,15 +113,30 @@ class Intervention(ABC):
         """The steering vectors it acts along; empty for operations on a latent."""
         return ()
 
+    def times(self, factor: float) -> Self:
+        """The same intervention with its change of the activations multiplied; 0 switches it off.
+
+        Multiplied is the change and not the operation's own number: half of a clamp goes half of the way to its value.
+        """
+        if not math.isfinite(factor):
+            raise UserError(f"a change cannot be multiplied by {factor}; give a finite number")
+        if factor == 1:
+            return self
+        return dataclasses.replace(self, schedule=(self.schedule or Schedule([(0, 1)])) * factor)
+
     def settings(self) -> dict[str, Any]:
         """The operation, its hook point, its tokens, and every field that holds no tensors, as JSON."""
         where = "predicate" if callable(self.where) else self.where
+        limits: dict[str, Any] = {} if self.when is None else {"when": self.when.settings()}
+        if self.schedule is not None:
+            limits["schedule"] = [list(point) for point in self.schedule.points]
         return {
             "op": type(self).__name__,
             "hook_name": self.hook_name,
             "where": where if isinstance(where, str) else [int(position) for position in where],
             "skip_first": self.skip_first,
             **{name: getattr(self, name) for name in self._own_fields()},
+            **limits,
         }
 
     def saved_settings(self) -> dict[str, Any]:
@@ -152,6 +174,8 @@ class Intervention(ABC):
         """The constructor's arguments in saved settings; KeyError for a missing one, so that none is guessed."""
         where = settings["where"] if isinstance(settings["where"], str) else tuple(settings["where"])
         common = {"where": where, "skip_first": settings["skip_first"], "hook_name": settings["hook_name"]}
+        if settings.get("schedule") is not None:  # "when" holds tensors: the recipe adds it
+            common["schedule"] = Schedule(settings["schedule"])
         return common | {name: settings[name] for name in cls._own_fields()}
 
     @classmethod

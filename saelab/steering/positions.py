@@ -17,10 +17,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from saelab.data.chat import ROLES
 from saelab.errors import UserError
 from saelab.lm.sites import underlying
 
-_NAMED = ("all", "prompt", "generated")
+# "answer" and "instruction" are the assistant's and the user's messages of a chat.
+PHASES = ("prompt", "generated")
+MESSAGES = {"answer": ROLES.index("assistant"), "instruction": ROLES.index("user")}
+_NAMED = ("all", *PHASES, *MESSAGES)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class TokenContext:
     prompt_tokens: Int[Tensor, " batch"] | None  # real tokens in each row's prompt; None without padding
     tokens: Int[Tensor, "batch length"] | None
     device: torch.device
+    roles: Int[Tensor, "batch length"] | None = None  # places in saelab.data.chat.ROLES; None outside a chat
 
     @property
     def slots(self) -> Int[Tensor, " length"]:
@@ -72,6 +77,13 @@ class TokenContext:
     def _named(self, where: str) -> Tensor | bool:
         if where == "all":
             return True
+        if where in MESSAGES:
+            if self.roles is None:
+                raise UserError(
+                    f"where={where!r} means messages of a chat, and this text is none; use Chat or answer_chats "
+                    "(--chat), or where='prompt' or 'generated'"
+                )
+            return self.roles == MESSAGES[where]
         # One phase only, as in every cached step.
         if self.past >= self.prompt_length or self.past + self.length <= self.prompt_length:
             return (self.past >= self.prompt_length) == (where == "generated")
@@ -92,7 +104,8 @@ class TokenContext:
         return torch.isin(self.positions, wanted) | torch.isin(self.positions - ends, before)
 
 
-# "all", "prompt", "generated", positions in the text, or a predicate that returns a mask [batch, length].
+# "all", "prompt", "generated", "answer", "instruction", positions in the text, or a predicate that returns a mask
+# [batch, length].
 Where = str | Sequence[int] | Callable[[TokenContext], Tensor]
 
 
@@ -111,6 +124,7 @@ class Positions:
         self._depth = 0  # of nested calls of generate()
         self._prompt_length: int | None = None
         self._prompt_mask: Tensor | None = None  # the mask that generate() was given
+        self._roles: Tensor | None = None  # of the prompt's tokens, in a chat
 
     @property
     def now(self) -> TokenContext:
@@ -158,13 +172,16 @@ class Positions:
         return wrapped
 
     @contextmanager
-    def generating(self, prompt_length: int) -> Iterator[None]:
-        """Treat the forward passes inside as one generation from a prompt of so many columns."""
-        self._depth, self._prompt_length = self._depth + 1, prompt_length
+    def generating(self, prompt_length: int, roles: Int[Tensor, "batch prompt_length"] | None = None) -> Iterator[None]:
+        """Treat the forward passes inside as one generation from a prompt of so many columns.
+
+        ``roles`` are those of a chat's tokens, see :data:`saelab.data.chat.ROLES`; what is generated is the answer.
+        """
+        self._depth, self._prompt_length, self._roles = self._depth + 1, prompt_length, roles
         try:
             yield
         finally:
-            self._depth -= 1
+            self._depth, self._roles = self._depth - 1, None
 
     def _begin(self, given: dict[str, Any]) -> None:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
@@ -185,7 +202,15 @@ class Positions:
             prompt_tokens = mask[:, :prompt_length].sum(dim=1)
             real = None if bool(chunk.all()) else chunk
         device = carrier.device
-        self._now = TokenContext(batch, past, length, order, real, prompt_length, prompt_tokens, ids, device)
+        roles = self._chunk_of_roles(batch, past, length, device)
+        self._now = TokenContext(batch, past, length, order, real, prompt_length, prompt_tokens, ids, device, roles)
+
+    def _chunk_of_roles(self, batch: int, past: int, length: int, device: torch.device) -> Tensor | None:
+        if self._roles is None:
+            return None
+        given = self._roles.to(device)
+        written = given.new_full((batch, max(past + length - given.shape[1], 0)), MESSAGES["answer"])
+        return torch.cat([given, written], dim=1)[:, past : past + length]
 
     def _mask(self, given: Any, batch: int, columns: int) -> Tensor | None:
         """Which columns hold real tokens ``[batch, columns]``; None where nothing says so.

@@ -10,7 +10,19 @@ import torch
 
 from saelab.cli import main
 from saelab.sae.weights import save
-from saelab.steering import OPERATIONS, Ablate, Add, Clamp, Recipe, SteeringVector, calibrate, generate
+from saelab.steering import (
+    OPERATIONS,
+    Ablate,
+    Add,
+    Clamp,
+    LatentFires,
+    Recipe,
+    Schedule,
+    SteeringVector,
+    at_layers,
+    calibrate,
+    generate,
+)
 from tests import tiny_lm
 from tests.steering.models import HOOK, folder, llama, tokenizer
 from tests.steering.test_steering import RUN
@@ -65,7 +77,21 @@ def test_the_strength_of_add_is_calibrated_where_none_is_given(run: str, tmp_pat
     assert f"of a budget of {0.3:g} nats" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("operation", ["scale", "clamp", "min-clamp", "ablate", "project-out"])
+def test_limits_are_those_of_the_library(run: str, tmp_path: Path, capsys) -> None:
+    args = [run, "--latent", "3", "--strength", "9", "--prompt", PROMPT, "--max-new-tokens", "6"]
+    args += ["--when-latent", "5", "--when-above", "0.1", "--schedule", "0:1,4:0.5", "--layers", "1-2"]
+    result = as_json(capsys, *args, "--save", str(tmp_path / "recipe"))
+    condition, schedule = LatentFires(RUN, 5, 0.1), Schedule([(0, 1), (4, 0.5)])
+    adds = [Add(SteeringVector.from_latent(RUN, 3), 9.0, when=condition, schedule=schedule)]
+    expected = generate(llama(), PROMPT, at_layers(llama(), adds[0], [1, 2]), tokenizer=tokenizer(), max_new_tokens=6)
+    assert result["texts"][0]["steered"] == expected
+    assert as_json(capsys, str(tmp_path / "recipe"), *args[5:9])["texts"] == result["texts"]
+    several = as_json(capsys, run, "--latent", "3", "--prompt", PROMPT, "--max-new-tokens", "1", "--layers", "all")
+    alone = as_json(capsys, run, "--latent", "3", "--prompt", PROMPT, "--max-new-tokens", "1")
+    assert several["interventions"][0]["length"] < alone["interventions"][0]["length"], "three layers do more damage"
+
+
+@pytest.mark.parametrize("operation", ["scale", "clamp", "min-clamp", "ablate", "project-out", "cap"])
 def test_every_operation_runs_and_is_shown(operation: str, run: str, capsys) -> None:
     number = ["--strength", "9"] if OPERATIONS[operation].amount else []
     steer(run, "--latent", "3", "--operation", operation, *number, "--prompt", PROMPT, "--max-new-tokens", "3")
@@ -128,6 +154,12 @@ def test_logits_are_attributed(run: str, capsys) -> None:
         (["--latent", "3", "--operation", "clamp", "--strength", "auto", "--prompt", PROMPT], "--operation add only"),
         (["--latent", "3", "--operation", "flop", "--strength", "1", "--prompt", PROMPT], "invalid choice 'flop'"),
         (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--top-p", "0"], "top_p=0.0"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--when-above", "1"], "name the latent"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--when-latent", "64"], "latent 64 does not exist"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--schedule", "0=1"], "TOKEN:WEIGHT"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--layers", "a"], "--layers 'a' is neither"),
+        (["--latent", "3", "--strength", "1", "--prompt", PROMPT, "--layers", "1-3"], "layer 3 does not exist"),
+        (["--latent", "3", "--operation", "ablate", "--prompt", PROMPT, "--layers", "1"], "whose SAE has one layer"),
         (
             ["--latent", "3", "--strength", "1", "--budget-kl", "0.1", "--prompt", "w1"],
             "--budget-kl limits the damage of --strength auto",
@@ -152,6 +184,8 @@ def test_mistakes_are_one_line_and_exit_code_2(args: list[str], message: str, ru
         (["--strength", "2"], "leave out --strength"),
         (["--where", "prompt"], "leave out --where"),
         (["--hook", HOOK], "leave out --hook"),
+        (["--when-latent", "3"], "leave out --when-latent"),
+        (["--layers", "all"], "leave out --layers"),
         (["--attribute"], "steer from a run folder"),
     ],
 )

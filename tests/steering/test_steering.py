@@ -11,12 +11,17 @@ from saelab.sae import build
 from saelab.steering import (
     Ablate,
     Add,
+    Cap,
     Clamp,
+    LatentFires,
     MinClamp,
+    ProbeFires,
     ProjectOut,
     Run,
     Scale,
+    Schedule,
     SteeringVector,
+    at_layers,
     attach,
     generate_tokens,
 )
@@ -60,6 +65,16 @@ INTERVENTIONS = {
     "ablate": [Ablate(RUN, latent) for latent in range(0, 64, 2)],
     "clamp_then_add": [Clamp(RUN, 11, 5.0), Add(vector(), 5.0), Clamp(RUN, 20, 5.0)],
     "no_error_term": [Scale(RUN, 3, 2.0, keep_error=False)],
+    "cap": [Cap(vector(i), -2.0) for i in range(4)],
+    "two_layers": at_layers(llama(), Add(vector(), 5.0), [0, 2]),
+    "project_at_all_layers": at_layers(llama(), ProjectOut([vector(i) for i in range(4)]), "all"),
+    "when_a_latent_fires": [Add(vector(), 15.0, when=LatentFires(RUN, 3, 0.5))],
+    "when_a_probe_fires_earlier": [
+        Add(vector(), 15.0, when=ProbeFires(vector(2, "blocks.0.hook_resid_post"))),
+        Clamp(RUN, 20, 8.0, when=LatentFires(RUN, 3), where="generated"),
+    ],
+    "fade_out": [Add(vector(), 15.0, schedule=Schedule([(0, 1), (6, 0)]))],
+    "fade_in": [Clamp(RUN, 11, 9.0, schedule=Schedule([(-1, 0), (3, 1), (4, 1.5)])), Scale(RUN, 5, -4.0)],
 }
 
 

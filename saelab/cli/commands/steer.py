@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 from rich.table import Table
@@ -23,13 +23,19 @@ from saelab.steering import (
     OPERATIONS,
     Add,
     Intervention,
+    LatentFires,
     Recipe,
     Sampling,
+    Schedule,
     SteeringVector,
+    VectorIntervention,
+    at_layers,
     attribute_logits,
     calibrate,
     generate,
 )
+from saelab.steering.layers import parse_layers
+from saelab.steering.measure.calibration import activation_norm
 from saelab.steering.recipe import check_free, check_parent, export_gguf
 from saelab.steering.vectors import Strength, parse_strength, pole_sign
 
@@ -60,6 +66,17 @@ class OwnOptions:
     """The operation's number; options_class() completes the help."""
     where: Literal["all", "prompt", "generated"] = "all"
     """On which tokens to act."""
+    when_latent: int | None = None
+    """Act only on tokens where this latent of the SAE fires above --when-above."""
+    when_above: str | None = None
+    """Threshold of --when-latent: an activation, or 0.5max of the latent's largest; 0 by default."""
+    when_pole: str = "+"
+    """Which pole of --when-latent: + or -."""
+    schedule: str | None = None
+    """Weight of the change at each generated token, as TOKEN:WEIGHT pairs: 0:1,20:0 fades out over twenty tokens. The
+    prompt has the first weight."""
+    layers: str | None = None
+    """Steer at these blocks (4,6,8 or 4-8, or all) instead of the SAE's own; for add, project-out and cap."""
     budget_kl: float | None = None
     """Damage that --strength auto may cause: mean KL divergence per token, in nats; 0.3 by default."""
     hook: str | None = None
@@ -133,7 +150,7 @@ def main(args: Sequence[str]) -> None:
     prompts = [chat(model, prompt) for prompt in options.prompt] if options.chat else options.prompt
     if recipe is None:
         assert run is not None
-        recipe = Recipe.of(model, intervention(options, run, model, prompts), name=f"latent {options.latent}")
+        recipe = Recipe.of(model, interventions(options, run, model, prompts), name=f"latent {options.latent}")
     result = {
         "model": recipe.model.name,
         "interventions": recipe.settings(),
@@ -168,9 +185,11 @@ def check_outputs(options: Options) -> None:
 
 def check_recipe(options: Options) -> None:
     """Refuse options that the recipe already sets, instead of ignoring them."""
-    for name in ("latent", "pole", "operation", "strength", "where", "hook"):
+    limits = ("when_latent", "when_above", "when_pole", "schedule", "layers")
+    for name in ("latent", "pole", "operation", "strength", "where", "hook", *limits):
         if getattr(options, name) != getattr(Options, name):
-            raise UserError(f"a recipe has its own {name}; leave out --{name}")
+            shown = name.replace("_", "-")
+            raise UserError(f"a recipe has its own {shown}; leave out --{shown}")
     if options.attribute:
         raise UserError("--attribute needs the SAE; steer from a run folder instead of a recipe")
 
@@ -182,6 +201,10 @@ def check(options: Options, run: Run) -> None:
     run.check_latent(options.latent)
     _ = run.hook_name  # refuses where nothing says which
     pole_sign(options.pole)
+    if options.when_latent is None and options.when_above is not None:
+        raise UserError("--when-above is the threshold of --when-latent; name the latent")
+    if options.layers is not None:
+        parse_layers(options.layers)
     if not is_auto(options):
         make(options, run, strength_of(options))
     elif options.operation != Add.operation:
@@ -213,23 +236,40 @@ def chat(model: Any, prompt: str) -> str:
 
 
 def make(options: Options, run: Run, strength: Strength | None) -> Intervention:
-    """The intervention that the options describe."""
+    """The intervention that the options describe, at the SAE's own layer."""
     operation, pole = OPERATIONS[options.operation], pole_sign(options.pole)
-    return operation.on_latent(run, options.latent or 0, strength, pole=pole, where=options.where)
+    made = operation.on_latent(run, options.latent or 0, strength, pole=pole, where=options.where)
+    if options.schedule is not None:
+        made = dataclasses.replace(made, schedule=Schedule.parse(options.schedule))
+    if options.when_latent is not None:
+        condition = LatentFires(run, options.when_latent, options.when_above or 0.0, pole_sign(options.when_pole))
+        made = dataclasses.replace(made, when=condition)
+    return made
 
 
-def intervention(options: Options, run: Run, model: Any, prompts: Sequence[str]) -> Intervention:
-    """The intervention; with --strength auto its strength is calibrated on the prompts."""
+def placed(options: Options, made: Intervention, model: Any) -> list[Intervention]:
+    """The intervention at every layer that was asked for."""
+    if options.layers is None:
+        return [made]
+    return [*at_layers(model, cast(VectorIntervention, made), parse_layers(options.layers))]
+
+
+def interventions(options: Options, run: Run, model: Any, prompts: Sequence[str]) -> list[Intervention]:
+    """The interventions; with --strength auto their strength is calibrated on the prompts."""
     if not is_auto(options):
-        return make(options, run, strength_of(options))
+        return placed(options, make(options, run, strength_of(options)), model)
     vector = SteeringVector.from_latent(run, options.latent or 0, pole_sign(options.pole))
     texts, budget = list(prompts) or NEUTRAL, 0.3 if options.budget_kl is None else options.budget_kl
-    found = calibrate(model, vector, texts, budget_kl=budget)
+    if options.layers is None:
+        found = calibrate(model, vector, texts, budget_kl=budget)
+    else:  # the damage is that of all layers together
+        limit = 4 * (vector.rms_norm or activation_norm(model, vector.hook_name, texts))
+        found = calibrate(model, lambda s: placed(options, Add(vector, s), model), texts, budget_kl=budget, limit=limit)
     limit = "" if found.reached else ", and no larger strength that was tried reaches the budget"
     console.print(
         f"strength {found.strength:.3g}: KL {found.damage:.3g} of a budget of {found.budget:g} nats per token{limit}"
     )
-    return make(options, run, repr(found.strength))
+    return placed(options, make(options, run, repr(found.strength)), model)
 
 
 def texts(options: Options, recipe: Recipe, model: Any, prompts: Sequence[str]) -> list[dict[str, str]]:

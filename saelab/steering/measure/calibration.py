@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Calibration:
 
 def calibrate(
     model: nn.Module,
-    vector: SteeringVector | Callable[[float], Intervention],
+    vector: SteeringVector | Callable[[float], Intervention | Sequence[Intervention]],
     prompts: Prompts,
     *,
     budget_kl: float | None = None,
@@ -50,7 +50,7 @@ def calibrate(
     budget, then the bracket is halved until it is narrower than ``tolerance`` of itself. Where damage does not grow
     steadily with strength this finds the first crossing. ``limit`` defaults to four times the root-mean-square norm
     of the activations. UserError where damage stays above the budget however small the strength.
-    ``vector`` may be a function from a strength to any intervention; then ``limit`` is needed.
+    ``vector`` may be a function from a strength to any intervention or several; then ``limit`` is needed.
     """
     if (budget_kl is None) == (budget_perplexity is None):
         raise UserError("give one budget: budget_kl in nats per token, or budget_perplexity as a ratio above 1")
@@ -62,7 +62,9 @@ def calibrate(
         raise UserError(f"the budget {budget} is not a finite number above {floor}, the damage of doing nothing")
     baseline = UnsteeredBaseline(model, prompts, tokenizer=tokenizer)
     if isinstance(vector, SteeringVector):
-        limit = limit or 4 * (vector.rms_norm or _rms_norm(model, vector.hook_name, baseline))
+        limit = limit or 4 * (
+            vector.rms_norm or activation_norm(model, vector.hook_name, baseline.prompts, tokenizer=baseline.tokenizer)
+        )
     elif limit is None:
         raise UserError("calibrating a function of strength needs limit, the largest strength to try")
     trace: list[tuple[float, float]] = []
@@ -112,6 +114,8 @@ def damage_of(effects: Effects, unit: str) -> float:
     return effects.mean_kl if unit == "kl" else effects.perplexity_ratio
 
 
-def _rms_norm(model: nn.Module, hook_name: str, baseline: UnsteeredBaseline) -> float:
-    acts = text_activations(model, hook_name, baseline.prompts, tokenizer=baseline.tokenizer)
+def activation_norm(model: nn.Module, hook_name: str, prompts: Prompts, *, tokenizer: Any = None) -> float:
+    """Root mean square over ``prompts`` of the norm of their mean activations at a hook point."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    acts = text_activations(model, hook_name, texts, tokenizer=tokenizer)
     return float(acts.square().sum(dim=1).mean().sqrt())

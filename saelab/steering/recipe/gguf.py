@@ -38,8 +38,11 @@ def export_gguf(recipe: Recipe, path: Path | str) -> Path:
     for intervention in recipe.interventions:
         if not isinstance(intervention, Add):
             raise UserError(f"a GGUF control vector can only add; {type(intervention).__name__} stays in saelab")
-        if intervention.where != "all" or intervention.skip_first:
-            raise UserError("a GGUF control vector acts on every token; use where='all' without skip_first")
+        if intervention.where != "all" or intervention.skip_first or intervention.when or intervention.schedule:
+            raise UserError(
+                "a GGUF control vector acts on every token alike; use where='all' without skip_first, condition and "
+                "schedule"
+            )
         layer = _layer(intervention.hook_name)
         shift = intervention.vector.direction.float() * intervention.length
         layers[layer] = layers.get(layer, torch.zeros_like(shift)) + shift

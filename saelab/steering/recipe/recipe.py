@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from saelab.layout import RECIPE, VECTORS
 from saelab.runs import Run
 from saelab.sae.weights import load_sae, save, tensors_hash
 from saelab.steering.attachment import attach
+from saelab.steering.conditions import LatentFires, ProbeFires
 from saelab.steering.interventions import OPERATIONS, Intervention, LatentIntervention
 from saelab.steering.positions import Positions
 from saelab.steering.recipe.model import ModelIdentity
 from saelab.steering.vectors import SteeringVector
 
-FORMAT, VERSION = "saelab-recipe", 1
+# Version 2 has conditions and schedules, which a reader of version 1 would pass over; others are still written as 1.
+FORMAT, VERSIONS = "saelab-recipe", (1, 2)
 AGAIN = "get the recipe again"
 
 
@@ -82,18 +84,18 @@ class Recipe:
             _check_savable(intervention)
             entry = intervention.saved_settings()
             if isinstance(intervention, LatentIntervention):
-                entry["sae"] = saes.setdefault(id(intervention.sae), f"sae_{len(saes)}")
-                if not (folder / entry["sae"]).exists():
-                    save(intervention.sae, folder / entry["sae"], {"hook_name": intervention.hook_name})
-                entry["sae_sha256"] = intervention.run.fingerprint
-                entry["source"] = intervention.run.provenance()
+                entry |= _sae_entry(intervention.run, intervention.hook_name, saes, folder)
             else:
                 entry["vectors"] = [_vector_entry(v, vectors) for v in intervention.directions]
+            if isinstance(intervention.when, LatentFires):
+                entry["when"] |= _sae_entry(intervention.when.run, intervention.when.hook_name, saes, folder)
+            elif isinstance(intervention.when, ProbeFires):
+                entry["when"]["vectors"] = [_vector_entry(intervention.when.vector, vectors)]
             entries.append(entry)
         write_tensors(folder / VECTORS, vectors)
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": 2 if any("when" in entry or "schedule" in entry for entry in entries) else 1,
             "saelab_version": __version__,
             "name": self.name,
             "description": self.description,
@@ -113,7 +115,7 @@ class Recipe:
             vectors = load_file(folder / VECTORS)
         if tensors_hash(vectors) != content.get("vectors_sha256"):
             raise UserError(f"{folder / VECTORS} does not match the hash in {RECIPE}; {AGAIN}")
-        runs: dict[str, Run] = {}
+        runs: dict[tuple[str, str], Run] = {}
         with damaged(folder / RECIPE, AGAIN):
             interventions = [_intervention(entry, folder, vectors, runs) for entry in content["interventions"]]
             about = {name: content[name] for name in ("name", "description", "provenance")}
@@ -144,10 +146,10 @@ def _read(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise TypeError("it holds no JSON object")
-    if content.get("format") != FORMAT or content.get("version") != VERSION:
+    if content.get("format") != FORMAT or content.get("version") not in VERSIONS:
         raise UserError(
             f"{path} has format {content.get('format')} version {content.get('version')}; this saelab reads "
-            f"{FORMAT} version {VERSION}; save it again or update saelab"
+            f"{FORMAT} versions {VERSIONS[0]} and {VERSIONS[-1]}; save it again or update saelab"
         )
     return content
 
@@ -155,12 +157,24 @@ def _read(folder: Path) -> dict[str, Any]:
 def _check_savable(intervention: Intervention) -> None:
     if callable(intervention.where):
         raise UserError("a token predicate cannot be written to a file; use all, prompt, generated or positions")
+    if intervention.when is not None and not isinstance(intervention.when, LatentFires | ProbeFires):
+        raise UserError(
+            f"the condition {type(intervention.when).__name__} cannot be written to a recipe; use LatentFires or "
+            "ProbeFires"
+        )
     name = type(intervention).__name__
     if not intervention.operation:
         raise UserError(
             f"{name} cannot be written to a recipe, which finds operations by name; declare it with "
             f'class {name}(..., operation="{name.lower()}")'
         )
+
+
+def _sae_entry(run: Run, hook_name: str, saes: dict[int, str], folder: Path) -> dict[str, Any]:
+    name = saes.setdefault(id(run.sae), f"sae_{len(saes)}")
+    if not (folder / name).exists():
+        save(run.sae, folder / name, {"hook_name": hook_name})
+    return {"sae": name, "sae_sha256": run.fingerprint, "source": run.provenance()}
 
 
 def _vector_entry(vector: SteeringVector, vectors: dict[str, Tensor]) -> dict[str, Any]:
@@ -173,7 +187,7 @@ def _vector_entry(vector: SteeringVector, vectors: dict[str, Tensor]) -> dict[st
 
 
 def _intervention(
-    entry: dict[str, Any], folder: Path, vectors: dict[str, Tensor], runs: dict[str, Run]
+    entry: dict[str, Any], folder: Path, vectors: dict[str, Tensor], runs: dict[tuple[str, str], Run]
 ) -> Intervention:
     operation = next((cls for cls in OPERATIONS.values() if cls.__name__ == entry["op"]), None)
     if operation is None:
@@ -182,14 +196,25 @@ def _intervention(
             "import the module that defines it"
         )
     if "vectors" in entry:
-        made = [
-            SteeringVector(vectors[v["tensor"]], **{key: value for key, value in v.items() if key != "tensor"})
-            for v in entry["vectors"]
-        ]
-        return operation.from_settings(entry, vectors=made)
-    name = entry["sae"]
-    if name not in runs:
-        runs[name] = Run(load_sae(folder / name), entry["hook_name"])
-        if runs[name].fingerprint != entry["sae_sha256"]:
+        found = operation.from_settings(entry, vectors=[_vector(v, vectors) for v in entry["vectors"]])
+    else:
+        found = operation.from_settings(entry, run=_run(entry, folder, runs))
+    when = entry.get("when")
+    if when is None:
+        return found
+    if when["kind"] == "probe":
+        return replace(found, when=ProbeFires(_vector(when["vectors"][0], vectors), when["above"]))
+    return replace(found, when=LatentFires(_run(when, folder, runs), when["latent"], when["above"], when["pole"]))
+
+
+def _vector(entry: dict[str, Any], vectors: dict[str, Tensor]) -> SteeringVector:
+    return SteeringVector(vectors[entry["tensor"]], **{key: value for key, value in entry.items() if key != "tensor"})
+
+
+def _run(entry: dict[str, Any], folder: Path, runs: dict[tuple[str, str], Run]) -> Run:
+    name, hook_name = entry["sae"], entry["hook_name"]
+    if (name, hook_name) not in runs:
+        found = runs[name, hook_name] = Run(load_sae(folder / name), hook_name)
+        if found.fingerprint != entry["sae_sha256"]:
             raise UserError(f"{folder / name} does not match the hash in {RECIPE}; {AGAIN}")
-    return operation.from_settings(entry, run=runs[name])
+    return runs[name, hook_name]
