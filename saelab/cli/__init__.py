@@ -31,6 +31,7 @@ GROUPS = {
         "evaluate": "measure an SAE on held-out activations and in the language model",
         "index": "describe every latent of an SAE over a corpus",
         "explain": "describe latents with a language model, and score the descriptions",
+        "find": "find latents by words, by a number, or by a marked text, in one SAE or several",
         "labels": "import labels of a public SAE's latents from Neuronpedia's export",
     },
     "use": {

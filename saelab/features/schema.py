@@ -31,6 +31,8 @@ FEATURE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "token_share": (pa.float32(), "share of firings on its most frequent token"),
     "top_tokens": (_STRINGS, "most frequent tokens it fires on; a part of a character counts as the character"),
     "top_token_counts": (_INTS, "firings on each of them"),
+    "words": (_STRINGS, "whole words of the text that its firings stand in, by magnitude"),
+    "word_shares": (_FLOATS, "share of its magnitude on each of them, of a sample of its firings"),
     "position_corr": (pa.float32(), "Pearson correlation of the magnitude with the position in the context"),
     "frequency_corr": (pa.float32(), "Pearson correlation of the magnitude with log(count of the token in the corpus)"),
     "first_corr": (pa.float32(), "Pearson correlation of the magnitude with being a context's first indexed token"),

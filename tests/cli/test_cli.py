@@ -32,7 +32,20 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_overview_follows_the_order_of_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(cli.COMMANDS) == [
-        *("demo", "harvest", "cache", "train", "sweep", "evaluate", "index", "explain", "labels", "app", "steer"),
+        *(
+            "demo",
+            "harvest",
+            "cache",
+            "train",
+            "sweep",
+            "evaluate",
+            "index",
+            "explain",
+            "find",
+            "labels",
+            "app",
+            "steer",
+        ),
         *("inspect", "convert", "card", "reproduce", "plan", "info"),
     ]
     cli.main([])

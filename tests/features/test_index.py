@@ -19,6 +19,8 @@ from saelab import SAE, ActivationCache, SparseCode, UserError, build
 from saelab.features import FeatureIndex, IndexConfig, LogitLens, build_index
 from saelab.features.indexing.config import OPTIONAL
 from saelab.features.indexing.examples import BANDS
+from saelab.features.indexing.words import joins
+from tests.features.lookup import Lookup
 
 CONTEXT, N_CONTEXTS, D_IN, D_SAE, VOCAB = 16, 20, 6, 12, 11
 # Small runs and chunks, so that merging runs and cutting chunks is exercised.
@@ -337,3 +339,32 @@ def test_two_hosts_build_one_index(tmp_path: Path) -> None:
         other.kill()
     build_index(sae, cache, run, token_strings=strings(), config=CONFIG)
     assert sorted(path.name for path in run.iterdir()) == [".features-backup", "features"]
+
+
+def test_words_are_whole_and_their_shares_are_those_of_the_magnitude(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = [" Mo", "zart", " music", ",", " 猫", "猫", "ian", "\n", " 19", "56"]
+    tokens = torch.randint(0, len(names), (40, 16))
+    code = torch.rand(640, 3) * (torch.rand(640, 3) < 0.3)
+    acts = torch.zeros(640, 4)
+    acts[:, 0] = torch.arange(640)
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts, tokens, context_length=16)
+    index = build_index(Lookup(code), cache, tmp_path / "run", token_strings=names, config=IndexConfig(words=500))
+    words = []
+    for line in tokens.tolist():
+        whole: list[list[int]] = []
+        for place, token in enumerate(line):
+            text, last = names[token], names[line[place - 1]][-1]
+            if place and joins(text[0]) and joins(last):
+                whole[-1].append(place)
+            else:
+                whole.append([place])
+        for run in whole:
+            words += ["".join(names[line[p]] for p in run).strip() or "⏎"] * len(run)
+    for latent in range(3):
+        row, mass = index.latent(latent), code[:, latent]
+        expected = {w: float(sum(m for m, x in zip(mass, words) if x == w) / mass.sum()) for w in set(words)}
+        found = dict(zip(row["words"], row["word_shares"]))
+        assert found == pytest.approx({w: share for w, share in expected.items() if share}, abs=1e-5)
+        assert row["word_shares"] == sorted(row["word_shares"], reverse=True)
+    assert {"Mozart", "Mozartian", "1956"} & set(words)

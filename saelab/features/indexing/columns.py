@@ -27,6 +27,7 @@ from saelab.features.indexing.statistics import (
     rank,
     token_statistics,
 )
+from saelab.features.indexing.words import Words
 from saelab.sae import SAE
 from saelab.sae.base import unit_rows
 
@@ -52,7 +53,9 @@ class Describer:
         self.poles = (1, -1) if negative else (1,)
         self.edges = histogram_edges(*postings.magnitude_range(), config.bins)
         self.covariates = Covariates(corpus)
-        self.labeller = Labeller(corpus, vocabulary.to_pylist(), config.label_sample, config.seed)
+        names = vocabulary.to_pylist()
+        self.labeller = Labeller(corpus, names, config.label_sample, config.seed)
+        self.words = Words(corpus, names, config.label_sample, config.words, config.seed)
         self.partners = Partners(postings, config.partner_sample, config.partners)
         # Products of all latents with all tokens of the vocabulary, and with all latents, are made where the SAE is.
         self.W_dec = sae.W_dec.detach().float()
@@ -76,6 +79,7 @@ class Describer:
             **self._directions(start // 2, stop // 2),
             **self.labeller.columns(entries, rng),
             **self.partners.columns(entries, start, rng),
+            **self.words.columns(entries, start),
         }
         chosen = choose(entries, slots, ranked, self.corpus, len(self.poles), self.config, rng)
         windows = example_table(chosen, entries, self.corpus, start, self.vocabulary, self.config)

@@ -9,7 +9,7 @@ from saelab.errors import UserError
 # May be 0: then that part of the index stays empty.
 OPTIONAL = (
     *("top", "band", "random", "silent", "before", "after"),
-    *("tokens", "top_tokens", "neighbours", "partners", "seed"),
+    *("tokens", "top_tokens", "words", "neighbours", "partners", "seed"),
 )
 
 
@@ -35,6 +35,8 @@ class IndexConfig:
     """Promoted and suppressed tokens."""
     top_tokens: int = 8
     """Most frequent tokens listed."""
+    words: int = 16
+    """Words listed with their shares of the latent's magnitude."""
     neighbours: int = 10
     """Decoder neighbours listed."""
     partners: int = 6

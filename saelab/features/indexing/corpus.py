@@ -63,11 +63,11 @@ class Corpus:
         that are spread over several tokens are added; returns the longer list."""
         is_part = np.zeros(len(names), bool)
         is_part[list(vocabulary.parts)] = True
-        if not any(is_part[self.text[piece]].any() for piece in self._pieces()):
+        if not any(is_part[self.text[piece]].any() for piece in self.pieces()):
             return names
         self.shown, self.units = (self.array(name, len(self.text), np.int32) for name in ("shown", "units"))
         added: dict[str, int] = {}
-        for piece in self._pieces():
+        for piece in self.pieces():
             text = np.array(self.text[piece])
             shown, units = text.copy(), text.copy()
             part = is_part[text]
@@ -79,7 +79,7 @@ class Corpus:
             self.shown[piece], self.units[piece] = shown, units
         return [*names, *added]
 
-    def _pieces(self, size: int = 1 << 20) -> Iterator[slice]:
+    def pieces(self, size: int = 1 << 20) -> Iterator[slice]:
         """The whole text in pieces of whole contexts."""
         start = 0
         while start < len(self.text):
