@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,8 +37,8 @@ def check_roles(roles: Sequence[str]) -> None:
         raise UserError(f"unknown role {wrong[0]!r}; roles are {', '.join(known)}")
 
 
-def render(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
-    """A chat through the tokenizer's template.
+def render(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Rendered:
+    """A chat through the tokenizer's template, which is given the ``options`` (``add_generation_prompt=True``).
 
     Raises UserError where the tokenizer has no template, and ValueError where the template refuses this chat.
     """
@@ -47,12 +47,12 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
             f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no chat template, which messages "
             "need; give a model that has one, or a column of plain text"
         )
-    text = _apply(tokenizer, messages)
+    text = _apply(tokenizer, messages, options)
     # Where the contents stand is seen by rendering the chat again with marks in their place: a search for the contents
     # would find "user" in the template's own text.
     marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
     try:
-        frame = _apply(tokenizer, [{**m, "content": mark} for m, mark in zip(messages, marks)])
+        frame = _apply(tokenizer, [{**m, "content": mark} for m, mark in zip(messages, marks)], options)
     except ValueError:  # a template that looks into the contents
         frame = ""
     spans, place = [], 0
@@ -74,9 +74,9 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
     return Rendered(text, spans)
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _apply(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False)
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except Exception as error:  # the template's own exceptions (jinja's), and those of what it calls
         raise ValueError(first_line(error)) from error
 

@@ -11,6 +11,7 @@ A steering operation is one class, see :mod:`saelab.steering.interventions`; tho
 
 from saelab.runs import Run
 from saelab.steering.attachment import attach
+from saelab.steering.chat import Answerer, Chat, EncodedChat, answer_chats, encode_chat
 from saelab.steering.conditions import Condition, LatentFires, ProbeFires
 from saelab.steering.directions import difference_of_means, pca, probe, random_direction, text_activations
 from saelab.steering.generation import Comparison, Sampling, compare, generate, generate_tokens, stream
@@ -31,14 +32,17 @@ __all__ = [
     "Ablate",
     "Add",
     "Amount",
+    "Answerer",
     "Calibration",
     "Cap",
+    "Chat",
     "Clamp",
     "Comparison",
     "Condition",
     "Dose",
     "DoseResponse",
     "EffectSize",
+    "EncodedChat",
     "Intervention",
     "LatentFires",
     "LatentIntervention",
@@ -55,6 +59,7 @@ __all__ = [
     "TokenContext",
     "TwoWay",
     "VectorIntervention",
+    "answer_chats",
     "at_layers",
     "attach",
     "attribute_logits",
@@ -63,6 +68,7 @@ __all__ = [
     "difference_of_means",
     "dose_response",
     "effect_size",
+    "encode_chat",
     "generate",
     "generate_tokens",
     "pca",

@@ -92,7 +92,7 @@ def stream(
     written: list[int] = []
     shown = ""
     with attach(model, interventions) as positions, positions.generating(ids.shape[1]):
-        for tokens in _steps(model, ids, mask, Sampling(**sampling), end_ids(model, tokenizer)):
+        for tokens in token_steps(model, ids, mask, Sampling(**sampling), end_ids(model, tokenizer)):
             written.append(int(tokens[0]))
             text = written_text(tokenizer, written)  # a character may be spread over several tokens
             yield text[len(shown) :]
@@ -106,14 +106,19 @@ def generate_tokens(
     interventions: Intervention | Sequence[Intervention] = (),
     *,
     eos: int | Sequence[int] | None = None,
+    roles: Int[Tensor, "batch length"] | None = None,
     **sampling: Any,
 ) -> list[list[int]]:
-    """Token ids of each row's continuation, up to and without the first end-of-text token ``eos``, one or several."""
+    """Token ids of each row's continuation, up to and without the first end-of-text token ``eos``, one or several.
+
+    ``roles`` are those of a chat's tokens (:class:`saelab.steering.chat.EncodedChat`), for interventions on the answer
+    or the instruction.
+    """
     ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     mask = torch.ones_like(ids) if mask is None else mask
     settings = Sampling(**sampling)
-    with attach(model, interventions) as positions, positions.generating(ids.shape[1]):
-        steps = list(_steps(model, ids, mask, settings, ends))
+    with attach(model, interventions) as positions, positions.generating(ids.shape[1], roles):
+        steps = list(token_steps(model, ids, mask, settings, ends))
     rows = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in range(ids.shape[0])]
     if not settings.stop_at_eos:
         return rows
@@ -144,8 +149,28 @@ def compare(
     return [Comparison(*texts) for texts in zip(prompts, plain, steered)]
 
 
+@dataclass
+class KeptCache:
+    """A model's cache of the first ``length`` tokens of one text, kept from one generation to the next."""
+
+    cache: Any = None
+    length: int = 0
+
+
 @torch.no_grad()
-def _steps(model: nn.Module, ids: Tensor, mask: Tensor, settings: Sampling, ends: Sequence[int]) -> Iterator[Tensor]:
+def token_steps(
+    model: nn.Module,
+    ids: Int[Tensor, "batch length"],
+    mask: Int[Tensor, "batch length"],
+    settings: Sampling,
+    ends: Sequence[int],
+    kept: KeptCache | None = None,
+) -> Iterator[Int[Tensor, " batch"]]:
+    """The tokens of each step of a generation, until all rows have ended or as many as the settings allow.
+
+    ``kept`` holds a cache of the first tokens of ``ids`` (one row), which are then not computed again; it is brought up
+    to date with every step.
+    """
     root, device = underlying(model), device_of(model)
     check_tokens(model, ids[mask.bool()])
     check_length(model, int(mask.sum(dim=1).max()) + settings.max_new_tokens, "a prompt with its continuation")
@@ -153,11 +178,13 @@ def _steps(model: nn.Module, ids: Tensor, mask: Tensor, settings: Sampling, ends
     generator = torch.Generator().manual_seed(settings.seed)
     eos = torch.tensor(ends if settings.stop_at_eos else (), dtype=torch.int64, device=device)
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
-    cache, fresh, use_cache = None, ids, settings.use_cache
+    kept = kept if kept is not None and settings.use_cache else KeptCache()
+    cache, fresh, use_cache = kept.cache, ids[:, kept.length :], settings.use_cache
     for _ in range(settings.max_new_tokens):
         logits, cache = forward(root, fresh, mask, cache, use_cache, last_only=True)
         if cache is not None and not _masks_padding(cache, mask):
             cache, use_cache = None, False
+        kept.cache, kept.length = cache, 0 if cache is None else ids.shape[1]
         tokens = settings.draw(logits[:, -1], generator)
         if eos.numel():
             tokens = torch.where(done, eos[0], tokens)

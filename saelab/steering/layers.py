@@ -20,8 +20,8 @@ def at_layers(
 ) -> list[VectorIntervention]:
     """The same change at the same place of several blocks: ``at_layers(model, ProjectOut(vector), "all")``.
 
-    Each of them makes the whole change, so a strength that suits one layer is too much for ten; :func:`calibrate`
-    takes ``lambda s: at_layers(model, Add(vector, s), [4, 6, 8])``. UserError for an operation on a latent, whose code
+    Each of them makes the whole change, so a strength that suits one layer is too much for ten; ``calibrate`` takes
+    ``lambda s: at_layers(model, Add(vector, s), [4, 6, 8])``. UserError for an operation on a latent, whose code
     has a meaning at the SAE's own hook point only, and for a layer that the model does not have.
     """
     if not isinstance(intervention, VectorIntervention):

@@ -11,6 +11,7 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
+from saelab.cli.chatting import answers, as_text, converse, sampling, show_messages, turns
 from saelab.cli.console import console, out, parse, print_json
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_run
@@ -64,8 +65,8 @@ class OwnOptions:
     """What to do; options_class() completes choices and help from the registered operations."""
     strength: str | None = None
     """The operation's number; options_class() completes the help."""
-    where: Literal["all", "prompt", "generated"] = "all"
-    """On which tokens to act."""
+    where: Literal["all", "prompt", "generated", "answer", "instruction"] = "all"
+    """On which tokens to act; in a chat also the answers (of earlier turns too) or the user's messages alone."""
     when_latent: int | None = None
     """Act only on tokens where this latent of the SAE fires above --when-above."""
     when_above: str | None = None
@@ -84,7 +85,12 @@ class OwnOptions:
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """Text to continue; give the option again for more prompts."""
     chat: bool = False
-    """Wrap each prompt in the model's chat template, as a user's message."""
+    """Ask each prompt as a user's message in the model's chat template. Without --prompt the messages of one chat are
+    read from the standard input, a line each, and answered as they come."""
+    system: str | None = None
+    """System prompt of --chat."""
+    turns: bool = False
+    """With --chat: the prompts are the successive messages of one chat."""
     max_new_tokens: int = 40
     """Tokens to generate per prompt."""
     temperature: float = 0.0
@@ -132,8 +138,8 @@ def options_class() -> type[Options]:
 def main(args: Sequence[str]) -> None:
     """Load, steer, show."""
     options = parse(options_class(), "steer", args, "Steer a language model with a latent or a recipe.")
-    if not options.prompt and options.save is None and options.gguf is None:
-        raise UserError('nothing to do: give --prompt "text", --save RECIPE or --gguf FILE')
+    if not (options.prompt or options.chat) and options.save is None and options.gguf is None:
+        raise UserError('nothing to do: give --prompt "text", --chat, --save RECIPE or --gguf FILE')
     check_outputs(options)
     device = computing_device(options.device)
     if (Path(options.run) / RECIPE).is_file():
@@ -147,15 +153,16 @@ def main(args: Sequence[str]) -> None:
         check(options, run)
         run.sae.to(device)
         model = open_model(options, model_record(run), f"the SAE {options.run}")
-    prompts = [chat(model, prompt) for prompt in options.prompt] if options.chat else options.prompt
+    prompts = [as_text(options, model, prompt) for prompt in options.prompt] if options.chat else options.prompt
     if recipe is None:
         assert run is not None
         recipe = Recipe.of(model, interventions(options, run, model, prompts), name=f"latent {options.latent}")
-    result = {
-        "model": recipe.model.name,
-        "interventions": recipe.settings(),
-        "texts": texts(options, recipe, model, prompts),
-    }
+    result: dict[str, Any] = {"model": recipe.model.name, "interventions": recipe.settings()}
+    if options.chat and not options.prompt:
+        recipe.model.check(model, options.any_weights)
+        result["messages"] = converse(options, recipe, model, silent=options.json)
+    else:
+        result |= texts(options, recipe, model)
     if options.attribute and run is not None:
         result["attribution"] = attributed(options, recipe, run, model, prompts[0])
     if options.save is not None:
@@ -172,6 +179,12 @@ def check_outputs(options: Options) -> None:
     """Refuse outputs that cannot be written, before anything is loaded."""
     if not options.prompt and (options.attribute or options.compare):
         raise UserError('--attribute and --compare need a text to continue: give --prompt "text"')
+    if not options.chat and (options.turns or options.system is not None):
+        raise UserError("--system and --turns belong to a chat; add --chat")
+    if options.turns and not options.prompt:
+        raise UserError('--turns needs the messages: give --prompt "text" for each, or leave it out to type them')
+    if options.chat and options.attribute:
+        raise UserError("--attribute splits the logits of a plain text; leave out --chat")
     if options.budget_kl is not None and not is_auto(options):
         raise UserError("--budget-kl limits the damage of --strength auto; add that, or leave out --budget-kl")
     Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
@@ -227,14 +240,6 @@ def strength_of(options: Options) -> Strength | None:
     return f"{amount.default:g}max" if amount.units else amount.default
 
 
-def chat(model: Any, prompt: str) -> str:
-    """The prompt as a user's message in the model's chat template."""
-    if not getattr(model.tokenizer, "chat_template", None):
-        raise UserError("the model's tokenizer has no chat template; leave out --chat")
-    message = [{"role": "user", "content": prompt}]
-    return model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-
-
 def make(options: Options, run: Run, strength: Strength | None) -> Intervention:
     """The intervention that the options describe, at the SAE's own layer."""
     operation, pole = OPERATIONS[options.operation], pole_sign(options.pole)
@@ -272,18 +277,24 @@ def interventions(options: Options, run: Run, model: Any, prompts: Sequence[str]
     return placed(options, make(options, run, repr(found.strength)), model)
 
 
-def texts(options: Options, recipe: Recipe, model: Any, prompts: Sequence[str]) -> list[dict[str, str]]:
-    """Each prompt's continuations."""
-    if not prompts:
-        return []
-    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    with recipe.attach(model, options.any_weights):
-        steered = generate(model, list(prompts), **sampling)
-    rows = [{"prompt": prompt, "steered": text} for prompt, text in zip(prompts, steered)]
+def texts(options: Options, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Each prompt's continuations, or the chat that they make."""
+    recipe.model.check(model, options.any_weights)
+    if options.turns:
+        found = {"messages": turns(options, recipe, model, options.prompt)}
+        return found | ({"unsteered": turns(options, None, model, options.prompt)} if options.compare else {})
+
+    def written(steering: Recipe | None) -> list[str]:
+        if options.chat:
+            return answers(options, steering, model, options.prompt)
+        steps = [] if steering is None else steering.interventions
+        return generate(model, list(options.prompt), steps, **sampling(options)) if options.prompt else []
+
+    rows = [{"prompt": prompt, "steered": text} for prompt, text in zip(options.prompt, written(recipe))]
     if options.compare:
-        for row, text in zip(rows, generate(model, list(prompts), **sampling)):
+        for row, text in zip(rows, written(None)):
             row["unsteered"] = text
-    return rows
+    return {"texts": rows}
 
 
 def attributed(options: Options, recipe: Recipe, run: Run, model: Any, prompt: str) -> list[dict[str, Any]]:
@@ -300,7 +311,11 @@ def show(options: Options, result: dict[str, Any]) -> None:
             style="dim",
             markup=False,
         )
-    for row in result["texts"]:
+    if options.turns:
+        show_messages(result["messages"])
+    if "unsteered" in result:
+        show_messages(result["unsteered"], "unsteered")
+    for row in result.get("texts", []):
         out.print(Text(f"\n{row['prompt']}", style="bold"))
         for kind in ("unsteered", "steered"):
             if kind in row:

@@ -1,0 +1,102 @@
+"""``saelab steer --chat``: single questions in one batch, several turns, or a conversation on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from rich.text import Text
+
+from saelab.cli.console import console, out
+from saelab.errors import UserError
+from saelab.steering import Chat, Recipe, answer_chats, encode_chat
+from saelab.steering.chat import Message
+
+
+class ChatOptions(Protocol):
+    """What the options of a command say about a chat."""
+
+    @property
+    def system(self) -> str | None: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def sampling(options: ChatOptions) -> dict[str, Any]:
+    """The settings of the sampling among the options."""
+    return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+
+
+def opening(options: ChatOptions, prompt: str) -> list[Message]:
+    """The chat that a single prompt begins."""
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def as_text(options: ChatOptions, model: Any, prompt: str) -> str:
+    """The text that the model reads for a single prompt."""
+    return encode_chat(model.tokenizer, opening(options, prompt)).text
+
+
+def answers(options: ChatOptions, recipe: Recipe | None, model: Any, prompts: list[str]) -> list[str]:
+    """The answer to each prompt as a chat of its own, in one batch; unsteered without a recipe."""
+    chats = [opening(options, prompt) for prompt in prompts]
+    return answer_chats(model, chats, [] if recipe is None else recipe.interventions, **sampling(options))
+
+
+def turns(options: ChatOptions, recipe: Recipe | None, model: Any, prompts: list[str]) -> list[Message]:
+    """One chat in which the prompts are asked in turn."""
+    chat = started(options, recipe, model)
+    for prompt in prompts:
+        chat.say(prompt)
+    return chat.messages
+
+
+def started(options: ChatOptions, recipe: Recipe | None, model: Any) -> Chat:
+    """A chat before the first message."""
+    interventions = [] if recipe is None else recipe.interventions
+    return Chat(model, interventions, system=options.system or "", **sampling(options))
+
+
+def converse(options: ChatOptions, recipe: Recipe, model: Any, silent: bool = False) -> list[Message]:
+    """Answer the lines of the standard input as they come, until it ends; the answers are printed unless ``silent``."""
+    chat = started(options, recipe, model)
+    for line in _lines():
+        try:
+            for piece in chat.stream(line):
+                if not silent:
+                    out.print(Text(piece), end="", soft_wrap=True)
+        except UserError as error:  # a line that cannot be answered, as one that is too long, does not end the chat
+            console.print(f"error: {error}", markup=False, soft_wrap=True)
+            continue
+        if not silent:
+            out.print()
+    return chat.messages
+
+
+def _lines() -> Iterator[str]:
+    """The lines that say something; a terminal is shown a prompt."""
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            console.print("> ", end="")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def show_messages(messages: list[Message], title: str = "") -> None:
+    """A chat, one message after another."""
+    if title:
+        out.print(Text(f"\n{title}", style="dim"))
+    for message in messages:
+        out.print(Text(f"{message['role']:<10}", style="dim"), Text(message["content"]))
