@@ -14,6 +14,7 @@ from saelab.sparse import SparseCode
 from saelab.steering.conditions import Condition, Gate
 from saelab.steering.interventions import Intervention, LatentIntervention
 from saelab.steering.positions import TokenContext
+from saelab.steering.rows import OnRows
 
 # Tokens that two interventions never share.
 _APART = [{"prompt", "generated"}, {"instruction", "answer"}, {"instruction", "generated"}]
@@ -106,5 +107,8 @@ def check_conflicts(interventions: Sequence[LatentIntervention]) -> None:
 
 def _overlap(first: LatentIntervention, second: LatentIntervention) -> bool:
     if isinstance(first.where, str) and isinstance(second.where, str) and {first.where, second.where} in _APART:
+        return False
+    rows = [i.where.rows for i in (first, second) if isinstance(i.where, OnRows)]
+    if len(rows) == 2 and not rows[0] & rows[1]:
         return False
     return {first.signs, second.signs} != {1, -1}
