@@ -29,16 +29,22 @@ class Reading:
     acts: Float[Tensor, "n d_in"]
     grads: Float[Tensor, "n d_in"] | None  # of the next-token loss, summed over the text
     code: SparseCode
-    recon: Float[Tensor, "n d_in"]
+    recon: Float[Tensor, "n d_out"]
     first: int = 0
+    target: Float[Tensor, "n d_out"] | None = None  # of a transcoder: what it reconstructs
+
+    @property
+    def goal(self) -> Float[Tensor, "n d_out"]:
+        """What the SAE reconstructs."""
+        return self.acts if self.target is None else self.target
 
     @property
     def n(self) -> int:
         return len(self.strings)
 
     def unexplained(self) -> list[float]:
-        """Per token ``|x - recon|^2 / |x|^2``: the share of its squared norm that the SAE loses."""
-        lost = (self.acts - self.recon).square().sum(1) / self.acts.square().sum(1).clamp_min(1e-30)
+        """Per token ``|goal - recon|^2 / |goal|^2``: the share of its squared norm that the SAE loses."""
+        lost = (self.goal - self.recon).square().sum(1) / self.goal.square().sum(1).clamp_min(1e-30)
         return lost.tolist()
 
     def l0(self) -> list[int]:
@@ -78,12 +84,14 @@ def read_prompt(
     bos: bool = True,
     gradients: bool = False,
     max_tokens: int = MAX_TOKENS,
+    hook_name_out: str = "",
 ) -> Reading:
     """Run ``text`` through ``model`` up to ``hook_name`` and encode every position with ``sae`` (raw units).
 
     ``model`` is what :func:`saelab.lm.load_model` gives. ``bos`` puts the tokenizer's BOS token in front, as in the
     SAE's training data. ``gradients`` also computes the gradient of the next-token loss; the code changes only where
-    the SAE selects by gradients at inference. Raises UserError for an empty text, a hook point the model lacks, and a
+    the SAE selects by gradients at inference. A transcoder also needs ``hook_name_out``, the place of its target;
+    gradients are those there. Raises UserError for an empty text, a hook point the model lacks, and a
     width that does not fit.
     """
     from saelab.harvesting.activations import Reader
@@ -92,18 +100,22 @@ def read_prompt(
     if not token_ids(model.tokenizer, text, bos=False):
         raise UserError("the text is empty; type at least one word")
     ids = token_ids(model.tokenizer, text, bos)[:max_tokens]
-    reader = Reader(model, [locate(model, hook_name)])
+    if sae.transcodes and not hook_name_out:
+        raise UserError(f"the SAE at {hook_name} is a transcoder; give hook_name_out, the place that it reconstructs")
+    names = [hook_name, hook_name_out] if sae.transcodes else [hook_name]
+    reader = Reader(model, [locate(model, name) for name in names])
     if (gradients or sae.selects_by_gradient) and len(ids) > 1:
-        (acts,), (grads,) = reader.gradients(torch.tensor([ids]))
-        grads = grads[0].float()
+        acts, slopes = reader.gradients(torch.tensor([ids]))
+        grads = slopes[-1][0].float().to(sae.device)
     else:
-        (acts,), grads = reader.activations(torch.tensor([ids])), None
-    x, grads = acts[0].float().to(sae.device), None if grads is None else grads.to(sae.device)
+        acts, grads = reader.activations(torch.tensor([ids])), None
+    x, goal = (part[0].float().to(sae.device) for part in (acts[0], acts[-1]))
     if x.shape[1] != sae.d_in:
         raise UserError(
             f"{hook_name} has width {x.shape[1]}, the SAE reads d_in={sae.d_in}; load the model it belongs to"
         )
     with torch.no_grad():
         code = sae.encode(x, grads)
-        recon = sae.decode(code)
-    return Reading(decode_each(model.tokenizer, ids), x, grads, code, recon, first=int(bos and len(ids) > 1))
+        recon = sae.reconstruct(x, code)
+    first, target = int(bos and len(ids) > 1), goal if sae.transcodes else None
+    return Reading(decode_each(model.tokenizer, ids), x, grads, code, recon, first, target)

@@ -62,6 +62,7 @@ class Run:
         origin: str = "",
         model_name: str | None = None,
         rms_norm: float | None = None,
+        hook_name_out: str = "",
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if (sae is None) == (path is None):
@@ -70,6 +71,7 @@ class Run:
         self.name = name or (self.path.name if self.path is not None else "")
         self.origin = origin or (str(self.path.resolve()) if self.path is not None else "")
         self._given = {"hook_name": hook_name, "model_name": model_name, "rms_norm": rms_norm}
+        self._given["hook_name_out"] = hook_name_out
         self._options = tuple(sorted((options or {}).items()))
         if sae is not None:
             self.sae = sae.eval()
@@ -173,6 +175,14 @@ class Run:
         raise UserError(f"{self._called} does not record its hook point; give hook_name (--hook)")
 
     @property
+    def hook_name_out(self) -> str:
+        """The hook point that it writes to: that of a transcoder's target, else the one that it reads."""
+        name = self.metadata.get("hook_name_out") or self.metadata.get("hf_hook_name_out")
+        if not name and self.sae.transcodes:
+            raise UserError(f"{self._called} is a transcoder and does not record its target; give hook_name_out")
+        return name or self.hook_name
+
+    @property
     def model_name(self) -> str | None:
         """The language model it was trained on; of another tool's name for it (``gpt2-small``) the hub's."""
         name = self.metadata.get("model_name")
@@ -180,7 +190,7 @@ class Run:
 
     @property
     def rms_norm(self) -> float | None:
-        """Root-mean-square norm of the activations it was trained on."""
+        """Root-mean-square norm of the activations that it reconstructs."""
         return self.metadata.get("rms_norm")
 
     @property
@@ -295,6 +305,8 @@ def as_run(run: Run | SAE | Path | str, hook_name: str = "") -> Run:
             raise UserError(
                 "an SAE that was not loaded from a run folder needs hook_name, e.g. blocks.9.hook_resid_post"
             )
+        if run.transcodes:
+            raise UserError("a transcoder has two places: wrap it with Run(sae, hook_name, hook_name_out=...)")
         return Run(run, hook_name)
     opened = run if isinstance(run, Run) else Run.open(run, hook_name)
     assert opened.hook_name
