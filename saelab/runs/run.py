@@ -177,10 +177,11 @@ class Run:
     @property
     def hook_name_out(self) -> str:
         """The hook point that it writes to: that of a transcoder's target, else the one that it reads."""
-        name = self.metadata.get("hook_name_out") or self.metadata.get("hf_hook_name_out")
-        if not name and self.sae.transcodes:
-            raise UserError(f"{self._called} is a transcoder and does not record its target; give hook_name_out")
-        return name or self.hook_name
+        if not (name := self.metadata.get("hook_name_out") or self.metadata.get("hf_hook_name_out")):
+            if self.sae.transcodes:
+                raise UserError(f"{self._called} is a transcoder and does not record its target; give hook_name_out")
+            return self.hook_name
+        return name
 
     @property
     def model_name(self) -> str | None:
@@ -293,24 +294,6 @@ class Run:
             return (_mtime(path),)
         names = sorted(entry.name for entry in path.iterdir())
         return tuple(_mtime(path / name) for name in names if any(form.may_hold(name) for form in FORMATS.values()))
-
-
-def as_run(run: Run | SAE | Path | str, hook_name: str = "") -> Run:
-    """A :class:`Run` with a known hook point, from a path, a hub id, an SAE and its ``hook_name``, or another Run.
-
-    Raises UserError if neither the files nor ``hook_name`` give the hook point.
-    """
-    if isinstance(run, SAE):
-        if not hook_name:
-            raise UserError(
-                "an SAE that was not loaded from a run folder needs hook_name, e.g. blocks.9.hook_resid_post"
-            )
-        if run.transcodes:
-            raise UserError("a transcoder has two places: wrap it with Run(sae, hook_name, hook_name_out=...)")
-        return Run(run, hook_name)
-    opened = run if isinstance(run, Run) else Run.open(run, hook_name)
-    assert opened.hook_name
-    return opened
 
 
 class Place(NamedTuple):

@@ -127,12 +127,8 @@ def test_latents_are_steered_where_they_write(world):
             assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
         Recipe.of(plain, [clamp]).save(folder / f"recipe{latent}")
         with attach(plain, Recipe.load(folder / f"recipe{latent}").interventions):
-            assert torch.equal(plain(tokens).logits, _steered(plain, clamp, tokens))
-
-
-def _steered(plain, clamp, tokens):
-    with attach(plain, clamp):
-        return plain(tokens).logits
+            got = plain(tokens).logits
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_a_prompt_is_read_at_both_places(world):

@@ -174,7 +174,7 @@ class ActivationCache:
         Gradients are then those at the target. Both must come from one harvest: UserError where the rows are not of the
         same tokens of the same text in the same model.
         """
-        check_same_rows(self, target)
+        check_same_rows(self.shards, target.shards)
         view = copy.copy(self)
         view.target, view.shards = target, Shards(self.folder, self.manifest, target.shards)
         return view
