@@ -95,6 +95,11 @@ def fact_table(rows: Iterable[tuple[str, str, str]]) -> str:
     return f'<table class="sl-facts">{cells}</table>'
 
 
+def text_block(text: str) -> str:
+    """A text as it is being written."""
+    return f'<div class="sl-strip">{plain(text)}</div>'
+
+
 def caption(text: str) -> str:
     """A small grey line."""
     return f'<div class="sl-muted">{plain(text)}</div>'
