@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,12 @@ import streamlit as st
 
 from saelab import viz
 from saelab.errors import UserError
+from saelab.files import protect
 from saelab.layout import METRICS
 from saelab.runs import Run
-from saelab.workspace import Workspace, read_metrics
+from saelab.workspace import Progress, Workspace, progress, read_metrics
+from saelab.workspace import summary as summarise
+from saelab.workspace.relatives import chance_cosine, relatives
 
 if TYPE_CHECKING:  # a page loads these when it needs them
     import pandas as pd
@@ -28,10 +32,20 @@ if TYPE_CHECKING:  # a page loads these when it needs them
     from saelab.comparison import LatentMatching
     from saelab.features import FeatureIndex, LogitLens
     from saelab.features.poles import AxisScore
+    from saelab.prompt.ranking import Known
     from saelab.prompt.reading import Reading
     from saelab.sae import SAE
 
 FOLDER, MODEL, LOADING = "SAELAB_APP_FOLDER", "SAELAB_APP_MODEL", "SAELAB_APP_LOADING"
+READ_ONLY = "SAELAB_APP_READ_ONLY"
+
+
+def read_only() -> bool:
+    """Whether nothing may be written into the folder; pages then leave out what would."""
+    if os.environ.get(READ_ONLY) != "1":
+        return False
+    protect(Path(os.environ.get(FOLDER, ".")))  # whatever a page offers
+    return True
 
 
 @st.cache_resource(ttl=5, max_entries=4, show_spinner=False)
@@ -67,6 +81,16 @@ def place(run: Run) -> Path:
     return run.path
 
 
+@st.cache_data(max_entries=1024, ttl=60, show_spinner=False)  # whether a run is silent changes with time alone
+def _summary(path: str, stamp: tuple[float, ...], _run: Run) -> dict[str, Any]:
+    return summarise(_run)
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """One row of the overview."""
+    return _summary(str(run.path), run.stamp, run)
+
+
 @st.cache_data(max_entries=32, show_spinner=False)
 def _metrics(path: str, size: int) -> list[dict[str, Any]]:
     return read_metrics(Path(path))
@@ -76,6 +100,18 @@ def metrics(run: Run) -> list[dict[str, Any]]:
     """The run's log, read again when it has grown."""
     path = place(run) / METRICS
     return _metrics(str(path), path.stat().st_size)
+
+
+def logged(found: Workspace) -> tuple[dict[str, Progress], list[str]]:
+    """How far each run with a log has come, and for each log that cannot be read a line that says why."""
+    known, unread = {}, []
+    for name, run in found.runs.items():
+        try:
+            if (at := progress(run)) is not None:
+                known[name] = at
+        except UserError as error:
+            unread.append(str(error))
+    return known, unread
 
 
 def need_index(run: Run) -> FeatureIndex:
@@ -103,10 +139,63 @@ def catalogue(run: Run) -> pd.DataFrame:
     return _catalogue(str(run.path), run.stamp, need_index(run))
 
 
+@st.cache_resource(max_entries=6, show_spinner=False)
+def _known(path: str, stamp: tuple[float, ...], _index: FeatureIndex) -> Known:
+    from saelab.prompt.ranking import Known
+
+    return Known.of(_index.table(), _index.d_sae, _index.meta["tokens"])
+
+
+def known(run: Run) -> Known:
+    """Each latent's maximum and density in the corpus."""
+    return _known(str(run.path), run.stamp, need_index(run))
+
+
+def reads_alike(run: Run, name: str) -> bool:
+    """Whether the activations of one text serve both SAEs: of the same hook point, with or without a BOS token."""
+    other = workspace().runs[name]
+    return bool(run.metadata.get("prepend_bos", True)) == bool(other.metadata.get("prepend_bos", True))
+
+
+class Recent:
+    """The last few results that sessions share; they must not be changed."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._kept, self._lock = most, OrderedDict[Any, Any](), threading.Lock()
+
+    def get(self, key: Any) -> Any:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def keep(self, key: Any, value: Any) -> Any:
+        with self._lock:
+            self._kept[key] = value
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return value
+
+
+class ModelLock:
+    """The lock to hold while running the shared model, because hooks are state of the model. Waiting is shown."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            with st.spinner("Waiting for the language model, which another tab is using …"):
+                self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
 @st.cache_resource(show_spinner=False)
-def model_lock() -> threading.RLock:
-    """The lock to hold while running the shared model, because hooks are state of the model."""
-    return threading.RLock()
+def model_lock() -> ModelLock:
+    """The one lock of the server's model."""
+    return ModelLock()
 
 
 @st.cache_resource(max_entries=1, show_spinner="Loading the language model …")
@@ -126,7 +215,7 @@ def _other_weights(path: str, stamp: tuple[float, ...], name: str, dtype: str, _
     from saelab.runs.language_model import model_record
 
     try:
-        check_weights(_loaded, model_record(_run), f"the SAE {_run.name}", any_weights=False)
+        check_weights(_loaded, model_record(_run, workspace().root), f"the SAE {_run.name}", any_weights=False)
     except UserError as error:
         return str(error)
     return ""
@@ -166,10 +255,11 @@ def need_model(run: Run, purpose: str) -> Any:
     from saelab.runs.language_model import model_record
 
     given = _loading()
-    dtype, revision = load_settings(model_record(run), name, given.get("model_dtype"), given.get("revision"))
-    with model_lock():
-        model = _model(name, dtype, revision)
-        wrong = "" if given.get("any_weights") else _other_weights(str(run.path), run.stamp, name, dtype, run, model)
+    dtype, revision = load_settings(
+        model_record(run, workspace().root), name, given.get("model_dtype"), given.get("revision")
+    )
+    model = _model(name, dtype, revision)
+    wrong = "" if given.get("any_weights") else _other_weights(str(run.path), run.stamp, name, dtype, run, model)
     if wrong:
         st.error(viz.markdown(wrong), icon=":material/error:")
         st.stop()
@@ -206,48 +296,50 @@ def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Rea
     meta = run.metadata
     with model_lock(), st.spinner("Running the model …"):
         return read_prompt(
-            model,
-            sae(run),
-            text,
-            meta["hook_name"],
-            bos=bool(meta.get("prepend_bos", True)),
-            gradients=gradients,
-            hook_name_out=meta.get("hook_name_out", ""),
+            model, sae(run), text, meta["hook_name"], bos=bool(meta.get("prepend_bos", True)), gradients=gradients
         )
 
 
-def _distance(run: Run, other: Run) -> tuple[bool, ...]:
-    """Sort key for how much two SAEs differ: another variant, another width, no feature index."""
-    return other.variant != run.variant, other.d_sae != run.d_sae, not other.has_index
-
-
 def siblings(run: Run, most: int = 4) -> dict[str, Run]:
-    """A few other SAEs of the folder on the same hook point and width, the most similar first."""
-    same = {
-        name: other
-        for name, other in workspace().runs.items()
-        if name != run.name
-        and other.has_weights
-        and other.config.get("d_in") == run.config.get("d_in")
-        and other.metadata.get("hook_name") == run.metadata.get("hook_name")
-    }
-    alike = sorted(same.items(), key=lambda item: _distance(run, item[1]))
-    return dict(alike[:most])
+    """A few other SAEs of the folder on the same hook point and width, those of another seed first."""
+    return dict(list(relatives(run, workspace().runs).items())[:most])
 
 
-@st.cache_data(max_entries=8, show_spinner="Matching latents …")
-def _matching(key: tuple[Any, ...], _left: Run, _right: Run) -> LatentMatching:
+@st.cache_data(max_entries=256, show_spinner=False)
+def _chance(key: tuple[Any, ...], _left: Run, _right: Run) -> float:
+    return chance_cosine(sae(_left), sae(_right))
+
+
+def chance(left: Run, right: Run) -> float:
+    """The cosine that a random direction has with the closest latent of ``right``."""
+    return _chance((str(left.path), left.stamp, str(right.path), right.stamp), left, right)
+
+
+@st.cache_resource(show_spinner=False)
+def _matchings() -> Recent:
+    return Recent(8)
+
+
+def matching(left: Run, right: Run, compute: bool) -> LatentMatching | None:
+    """The latents of two SAEs matched, by activations as well where both were trained on a cache of the folder.
+
+    Large SAEs take a minute, so it is done only where ``compute`` says so, with a bar, and kept; None where it is not.
+    """
     from saelab.comparison import match_saes
 
-    cache = workspace().cache_of(_left)
-    if cache is not None and cache.fingerprint != _right.metadata.get("cache_fingerprint"):
+    key = (str(left.path), left.stamp, str(right.path), right.stamp)
+    known = _matchings().get(key)
+    if known is not None or not compute:
+        return known
+    cache = workspace().cache_of(left)
+    if cache is not None and cache.fingerprint != right.metadata.get("cache_fingerprint"):
         cache = None
-    return match_saes(sae(_left), sae(_right), cache, tokens=16_384)
-
-
-def matching(left: Run, right: Run) -> LatentMatching:
-    """The latents of two SAEs matched, by activations as well where both were trained on a cache of the folder."""
-    return _matching((str(left.path), left.stamp, str(right.path), right.stamp), left, right)
+    bar = st.progress(0.0, "Matching latents …")
+    found = match_saes(
+        sae(left), sae(right), cache, tokens=16_384, progress=lambda done, what: bar.progress(done, f"{what} …")
+    )
+    bar.empty()
+    return _matchings().keep(key, found)
 
 
 @st.cache_data(max_entries=512, show_spinner="Comparing the poles …")

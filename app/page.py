@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import session
 import streamlit as st
 from loaders import workspace
-from session import show_link
 
 from saelab import viz
 from saelab.errors import UserError, first_line
@@ -27,24 +29,62 @@ def html(fragment: str) -> None:
     st.html(fragment)
 
 
+def to_top(seen: str) -> None:
+    """Scroll up where something else is shown than in the pass before: the browser keeps the place on the page."""
+    place = st.container()  # there in every pass, so that what follows keeps its position
+    if st.session_state.get("seen") == seen:
+        return
+    st.session_state["seen"] = seen
+    # The text differs each time, or the script would not run again; the number holds nothing of the reader's.
+    count = st.session_state["seen_count"] = st.session_state.get("seen_count", 0) + 1
+    script = f"document.querySelector('[data-testid=stMain]')?.scrollTo(0, 0); /* {count} */"
+    place.html(f"<script>{script}</script>", unsafe_allow_javascript=True)
+
+
 def chart(figure: Any, alt: str, key: str | None = None, **options: Any) -> Any:
     """A figure with its description for screen readers."""
     return st.plotly_chart(figure, theme=None, alt=alt, key=key, config={"displaylogo": False}, **options)
 
 
-def sidebar() -> None:
-    """The choice of the run, shared by all pages."""
+def sidebar(pages: Mapping[str, Sequence[Any]]) -> None:
+    """The menu, and the choice of the run, shared by all pages."""
     found = workspace()
     names = [name for name, run in found.runs.items() if run.has_weights]
     with st.sidebar:
-        if not names:
+        menu = st.container()
+        if names:
+            choose_run(found.runs, names)
+        else:
             st.caption("No SAE below this folder yet.")
-            return
-        st.session_state["run"] = st.session_state.pop("next_run", st.session_state.get("run"))
-        if st.session_state["run"] not in names:
-            st.session_state["run"] = names[0]
-        st.selectbox("SAE", names, key="run", format_func=lambda name: viz.visible(run_title(found.runs[name])))
-        for note in found.runs[st.session_state["run"]].notes:
+        with menu:
+            links(pages)
+
+
+def links(pages: Mapping[str, Sequence[Any]]) -> None:
+    """The pages, with the chosen run in each address: a page that wrote it later would add a step to the history."""
+    run, latent = st.session_state.get("run"), st.session_state.get("latent")
+    for section, members in pages.items():
+        st.caption(section)
+        for page in members:
+            params = {} if run is None else {"run": run}
+            if page.title == "Latent" and run is not None and latent is not None:
+                params |= {"latent": str(latent), "pole": str(st.session_state.get("pole", 1))}
+            st.page_link(page, query_params=params, width="stretch")
+
+
+def choose_run(runs: Mapping[str, Run], names: list[str]) -> None:
+    """The menu of SAEs. One that is not there is not replaced by another one."""
+    wanted = st.session_state.pop("next_run", st.session_state.get("run"))
+    if wanted is None and session.missing_run() is None:
+        wanted = next((name for name in names if runs[name].has_index), names[0])
+    if wanted is not None:
+        st.session_state["missing_run"] = None if wanted in names else wanted
+    st.session_state["run"] = wanted if wanted in names else None
+    st.selectbox(
+        "SAE", names, None, key="run", format_func=lambda name: viz.visible(run_title(runs[name])), placeholder="none"
+    )
+    if wanted in names:
+        for note in runs[wanted].notes:
             st.caption(f":material/info: {viz.markdown(note)}")
 
 
@@ -55,11 +95,20 @@ def run_title(run: Run) -> str:
 
 def run_page(chosen: Any) -> None:
     """Run a page; a UserError is shown as one line."""
-    if chosen.title != "Latent" and "run" in st.session_state:
+    if session.missing_run() is not None:
+        session.say_missing()
+    elif chosen.title != "Latent" and st.session_state.get("run") is not None:
         # That page writes its own address; changing it twice would add an entry to the browser's history.
-        show_link(run=st.session_state["run"])
-    try:
+        session.show_link(run=st.session_state["run"])
+    with part():
         chosen.run()
+
+
+@contextlib.contextmanager
+def part() -> Iterator[None]:
+    """A page, or a piece of one that may fail alone: its error is shown in its place, in one line."""
+    try:
+        yield
     except UserError as error:
         st.error(viz.markdown(str(error)), icon=":material/error:")
     except OSError as error:  # of the disk or the network share

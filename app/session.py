@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Literal, TypedDict
 
 import streamlit as st
 from loaders import workspace
 
+from saelab import viz
 from saelab.runs import Run
 
 
@@ -20,30 +20,70 @@ class Keep(TypedDict):
 KEEP: Keep = {"persist_state": "session"}  # the input is kept while another page is visited
 
 
+ADDRESS = ("run", "latent", "pole")  # what an address can hold; widgets that are bound to it add their own
+
+
 def follow_link() -> None:
     """Take run, latent and pole from the address, unless this session wrote it."""
     params = st.query_params.to_dict()
-    if not params or params == st.session_state.get("address"):
+    known = {name: params[name] for name in ADDRESS if name in params}
+    if not known or known == st.session_state.get("address"):
         return
-    if params.get("run") in workspace().runs:
-        st.session_state["run"] = params["run"]
+    st.session_state["address"] = known
+    st.session_state.pop("faulty_link", None)
+    if "run" in known:
+        st.session_state["run"] = known["run"]
     for name in ("latent", "pole"):
-        with contextlib.suppress(ValueError):  # an address may hold anything
-            st.session_state[name] = int(params.get(name, ""))
+        if name in known:
+            try:
+                st.session_state[name] = int(known[name])
+            except ValueError:  # an address may hold anything
+                st.session_state["faulty_link"] = f"{name} {viz.visible(known[name][:40])}"
+
+
+def faulty_link() -> str:
+    """What in the address was no number, said once; empty where all was well."""
+    return st.session_state.pop("faulty_link", "")
+
+
+def address(**params: Any) -> dict[str, str]:
+    """What to write into the address of a page, noted as this session's own."""
+    found = {name: str(value) for name, value in params.items()}
+    st.session_state["address"] = found
+    return found
 
 
 def show_link(**params: Any) -> None:
     """Write the state into the address, so that it can be shared."""
-    address = {name: str(value) for name, value in params.items()}
-    st.session_state["address"] = address
-    if st.query_params.to_dict() != address:
-        st.query_params.from_dict(address)
+    wanted = address(**params)
+    if {name: value for name, value in st.query_params.to_dict().items() if name in ADDRESS} == wanted:
+        return
+    # One change at a time would be one entry each in the history of the browser.
+    others = {name: value for name, value in st.query_params.to_dict().items() if name not in ADDRESS}
+    st.query_params.from_dict({**wanted, **others})
+
+
+def missing_run() -> str | None:
+    """The SAE that a link names, or that was open until now, and that is not in the folder."""
+    return st.session_state.get("missing_run")
+
+
+def say_missing() -> None:
+    """Say that the SAE of the address is not there: showing another in its place would pass for it."""
+    name, found = str(missing_run()), workspace()
+    why = "has no weights yet" if name in found.runs else f"is not below {found.root.name}"
+    st.error(
+        f"The SAE **{viz.markdown(name)}**, which this address names, {why}. Choose one in the side bar.",
+        icon=":material/link_off:",
+    )
 
 
 def need_run() -> Run:
     """The chosen run; without one the page ends with the command that makes one."""
     found = workspace()
-    if "run" not in st.session_state or st.session_state["run"] not in found.runs:
+    if missing_run() is not None:
+        st.stop()  # run_page has said it
+    if st.session_state.get("run") not in found.runs:
         st.info(
             f"There is no SAE below `{found.root.name}` yet. "
             f"Train one into it: `saelab train CACHE --out {found.root.name}/run`.",
@@ -56,13 +96,15 @@ def need_run() -> Run:
 def open_latent(latent: int, pole: int = 1, run: Run | None = None) -> None:
     """Go to a latent's page, of another run where one is given."""
     st.session_state["latent"], st.session_state["pole"] = int(latent), int(pole)
-    if run is not None and run.name != st.session_state.get("run"):
+    name = st.session_state.get("run") if run is None else run.name
+    if name != st.session_state.get("run"):
         # The sidebar's widget has been drawn in this pass; its choice is set at the start of the next.
-        st.session_state["next_run"] = run.name
-    st.switch_page("views/latent.py")
+        st.session_state["next_run"] = name
+    # With the address in the same step: writing it afterwards would ask for a second press of Back.
+    st.switch_page("views/latent.py", query_params=address(run=name, latent=int(latent), pole=int(pole)))
 
 
 def steer_with(run: Run, latent: int, pole: int) -> None:
     """Go to the Steering page with this latent picked."""
     st.session_state["steer_pick"] = (run.name, int(latent), int(pole))
-    st.switch_page("views/steering.py")
+    st.switch_page("views/steering.py", query_params=address(run=run.name))

@@ -1,5 +1,6 @@
 """The router: page list, shared sidebar, links. Everything shown lives in views/, everything computed in saelab."""
 
+import loaders
 import page
 import session
 import streamlit as st
@@ -23,8 +24,9 @@ pages = {
     ],
 }
 
+loaders.read_only()  # before anything could be written
 session.follow_link()
-chosen = st.navigation(pages)
-page.sidebar()
+chosen = st.navigation(pages, position="hidden")
+page.sidebar(pages)
 page.html(page.style())
 page.run_page(chosen)

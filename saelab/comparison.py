@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
@@ -40,6 +41,10 @@ class LatentMatching:
         }
 
 
+def _quiet(done: float, what: str) -> None:
+    """Nobody is told."""
+
+
 @torch.no_grad()
 def match_saes(
     left: SAE,
@@ -51,6 +56,7 @@ def match_saes(
     related: float = 0.3,
     contained: float = 0.5,
     candidates: int = 32,
+    progress: Callable[[float, str], object] = _quiet,
 ) -> LatentMatching:
     """Match latents one to one so that the total similarity is the largest possible.
 
@@ -65,13 +71,18 @@ def match_saes(
     of its firings; *absorbed* if one of them fires on that share of its firings; *only* else; *dead* if it never fires
     on the tokens compared. Without a cache, *split* means two or more related latents at a cosine of ``contained`` and
     *absorbed* one of them.
+
+    ``progress`` is called with the share that is done and what is being done.
     """
     if left.d_in != right.d_in:
         raise UserError(f"the SAEs read d_in={left.d_in} and d_in={right.d_in}; only SAEs of one hook can be matched")
     signed = left.signed or right.signed
-    cosines = _near_pairs(left, right, candidates, related, signed)
+    cosines = _near_pairs(left, right, candidates, related, signed, progress)
+    progress(0.5, "Encoding tokens")
     codes: Any = None if cache is None else [_codes(sae, cache, tokens) for sae in (left, right)]
+    progress(0.6, "Correlating activations")
     table: Any = _similarities(cosines, codes, signed)
+    progress(0.8, "Assigning pairs")
     pairs = _assign(table[table["similarity"] >= shared], left.d_sae, right.d_sae)
     n = 0 if codes is None else codes[0].shape[0]
     back = None if codes is None else codes[::-1]
@@ -85,12 +96,26 @@ def match_saes(
     )
 
 
-def _near_pairs(left: SAE, right: SAE, k: int, floor: float, signed: bool) -> pd.DataFrame:
+def matching_poles(cosines: ArrayLike, signed: tuple[bool, bool]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The poles (1 or -1) that point the same way in latents of a left and a right SAE with these cosines.
+
+    Where both SAEs are ``signed`` the left pole is the positive one; an SAE that is not has no other.
+    """
+    turned = np.where(np.asarray(cosines, dtype=float) < 0, -1, 1)
+    plus = np.ones_like(turned)
+    left, right = signed
+    return (turned if left and not right else plus), (turned if right else plus)
+
+
+def _near_pairs(
+    left: SAE, right: SAE, k: int, floor: float, signed: bool, progress: Callable[[float, str], object]
+) -> pd.DataFrame:
     """The ``k`` closest pairs from either side with a cosine of at least ``floor``."""
     a, b = (unit_rows(sae.W_dec.detach().float().cpu()) for sae in (left, right))
     found = []
     for first, second, flip in ((a, b, False), (b, a, True)):
         for rows in torch.arange(len(first)).split(1024):
+            progress(0.25 * flip + 0.25 * int(rows[0]) / len(first), "Comparing decoder rows")
             cosine = first[rows] @ second.T
             key = cosine.abs() if signed else cosine
             best = key.topk(min(k, len(second)), dim=1)

@@ -33,6 +33,20 @@ NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTS
 _log = logging.getLogger(__name__)
 
 
+_protected: set[Path] = set()  # folders in which this process writes nothing
+
+
+def protect(folder: Path) -> None:
+    """From now on writing below ``folder`` raises UserError in this process: for an app that is read only."""
+    _protected.add(folder.resolve())
+
+
+def _check_writable(path: Path) -> None:
+    where = path.absolute().parent.resolve() / path.name
+    if any(where.is_relative_to(folder) for folder in _protected):
+        raise UserError(f"{path.name} is not written: this app was started with --read-only")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader, or a crash at any moment, sees the old file or the new one."""
     replace(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
@@ -58,6 +72,7 @@ def _save_plain(tensors: dict[str, Tensor], path: Path) -> None:
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with the name of a new file beside ``path``, and rename that file to ``path``."""
+    _check_writable(path)
     partial = partial_path(path)
     partial.touch(exist_ok=False)
     mode = partial.stat().st_mode  # as the umask allows; safetensors makes files that only the owner can read
@@ -82,6 +97,7 @@ def new_folder(folder: Path, *, overwrite: bool = False, wait: bool = False) -> 
     With ``overwrite`` a folder of that name is replaced at the end. Without it, an existing folder raises UserError. So
     does a folder that another process is writing, unless ``wait`` is set.
     """
+    _check_writable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder, beside=True, wait=wait):
         if folder.exists() and not overwrite:

@@ -11,10 +11,11 @@ import pandas as pd
 import session
 import streamlit as st
 
+from parts import latent as latent_parts
 from parts import tables
 from saelab import viz
 from saelab.errors import UserError
-from saelab.features import health
+from saelab.features import FeatureIndex, health
 from saelab.features.search import per_latent
 from saelab.metrics import zipf_fit
 from saelab.runs import Run
@@ -57,6 +58,21 @@ def deaths(run: Run, table: pd.DataFrame) -> pd.DataFrame:
     return _deaths(str(run.path), run.stamp, run, table)
 
 
+def dead(run: Run, index: FeatureIndex, table: pd.DataFrame, count: int) -> None:
+    """Dead latents with the cause of each, and the nearest living neighbour of the chosen one."""
+    if not count:
+        st.success(f"Every latent fired at least once in {index.meta['tokens']:,} tokens.", icon=":material/check:")
+        return
+    found = deaths(run, table)
+    cause_summary(found)
+    chosen = death_table(run, found)
+    with st.container(width=620):
+        if chosen is not None and chosen["neighbour"] >= 0:
+            st.markdown(f"Nearest living neighbour of **#{chosen['latent']}**, cosine {chosen['cosine']:+.2f}")
+            side = -1 if chosen["cosine"] < 0 and len(index.poles) > 1 else 1
+            latent_parts.preview(run, index, int(chosen["neighbour"]), side, key="health_neighbour")
+
+
 def cause_summary(found: pd.DataFrame) -> None:
     """The number of dead latents by cause."""
     counts = Counter(found["cause"])
@@ -97,7 +113,7 @@ def death_table(run: Run, found: pd.DataFrame) -> dict[Any, Any] | None:
         hide_index=True,
         column_config=config,
         on_select="rerun",
-        selection_mode="single-row",
+        selection_mode=tables.CLICK,
         key="health_deaths",
         placeholder="–",
         alt="Dead latents with the cause of death",
@@ -106,8 +122,8 @@ def death_table(run: Run, found: pd.DataFrame) -> dict[Any, Any] | None:
         chance = 1 / ((1 if loaders.sae(run).signed else 2) * run.config["d_in"])
         st.caption(f"A random direction would gain {chance:.2%}.")
     # Something to look at before the first click.
-    rows = [r for r in event.selection.rows if r < len(shown)] or ([0] if len(shown) else [])
-    return shown.iloc[rows[0]].to_dict() if rows else None
+    at = tables.picked_row(event, range(len(shown)))
+    return shown.iloc[at or 0].to_dict() if len(shown) else None
 
 
 def audit(index: Any, limit: float) -> None:

@@ -9,11 +9,13 @@ import page
 import session
 import streamlit as st
 
+from parts import tables
 from saelab import viz
 from saelab.features.explanations import imported_labels, load
 from saelab.features.search import counterparts
 from saelab.runs import Run
 from saelab.workspace.notes import read_notes, write_note
+from saelab.workspace.relatives import same_start, seed_of
 
 LONGEST_TITLE = 44
 ROLE = "Only examples that fire on messages of this role."
@@ -38,6 +40,15 @@ def title(row: dict[str, Any], signed: bool, notes: dict[int, dict[str, str]] | 
     if label and len(label) > LONGEST_TITLE:
         label = label[: LONGEST_TITLE - 1] + "…"
     return f"\\#{row['latent']}{pole}" + (f" · {viz.markdown(label)}" if label else "")
+
+
+def pole_heading(row: dict[str, Any]) -> None:
+    """The name of one pole of a signed latent, with the label of that pole: the two stand for different things."""
+    st.subheader("Positive pole" if row["pole"] > 0 else "Negative pole", anchor=False)
+    if row.get("label"):
+        score = row.get("label_score")
+        known = "" if score is None or score != score else f" · F1 {score:.2f} as a detector of its firing"
+        st.markdown(f"**{viz.markdown(row['label'])}**{known}")
 
 
 def names(run: Run) -> dict[int, dict[str, str]]:
@@ -178,40 +189,70 @@ def other_saes(run: Run, latent: int) -> None:
     if not others:
         return
     st.subheader("The same direction in other SAEs", anchor=False)
-    sae = loaders.sae(run)
-    found = counterparts(
-        sae.W_dec[latent].detach(), {name: loaders.sae(other) for name, other in others.items()}, sae.signed
-    )
-    rows = []
-    for name, (j, cosine) in found.items():
-        tokens = loaders.need_index(others[name]).latent(j)["top_tokens"] if others[name].has_index else []
-        shown = " ".join(f"‘{viz.visible(token)}’" for token in tokens)
-        rows.append({"SAE": viz.visible(name), "latent": j, "cosine": cosine, "fires on": shown})
+    rows: list[dict[str, Any]] = []
+    ends: list[tuple[Run, int, int]] = []
+    for name, other in others.items():
+        with page.part():  # a damaged SAE says so, and the others are shown
+            row, end = _counterpart(run, latent, other)
+            rows.append({"SAE": viz.visible(name), **row})
+            ends.append(end)
+    if not rows:
+        return
+    number = st.column_config.NumberColumn
+    config = {
+        "cosine": number(format="%+.2f", help="of the decoder rows"),
+        "by chance": number(format="%+.2f", help="mean cosine of a random direction with its closest latent there"),
+        "seed": st.column_config.TextColumn("seed", help="of the initial weights"),
+    }
     event = st.dataframe(
         rows,
         hide_index=True,
-        column_config={"cosine": st.column_config.NumberColumn(format="%+.2f", help="of the decoder rows")},
+        column_config=config,
         on_select="rerun",
-        selection_mode="single-row",
+        selection_mode=tables.CLICK,
         key=f"latent_stability_{latent}",
         alt="The closest latent in other SAEs; choose a row to see it",
     )
-    if event.selection.rows:
-        name = list(found)[event.selection.rows[0]]
-        j, cosine = found[name]
-        two_poled = loaders.sae(others[name]).signed
-        session.open_latent(j, -1 if two_poled and cosine < 0 else 1, others[name])
+    if any(same_start(run, other) for other, *_ in ends):
+        st.caption(
+            "Rows marked “same start” are of SAEs with the same seed: their latents began as the same directions, so a "
+            "high cosine there is no sign that the direction would be found again. Train one with another `--seed`."
+        )
+    if chosen := tables.picked_row(event, ends):
+        session.open_latent(chosen[1], chosen[2], chosen[0])
+
+
+def _counterpart(run: Run, latent: int, other: Run) -> tuple[dict[str, Any], tuple[Run, int, int]]:
+    """The latent of ``other`` that is closest to one of ``run``: what is shown of it, and where it is."""
+    own, theirs = loaders.sae(run), loaders.sae(other)
+    j, cosine = counterparts(own.W_dec[latent].detach(), {"other": theirs}, own.signed)["other"]
+    pole = -1 if theirs.signed and cosine < 0 else 1
+    tokens = loaders.need_index(other).latent(j, pole)["top_tokens"] if other.has_index else []
+    seed, same = seed_of(other), same_start(run, other)
+    row = {
+        "seed": "unknown" if seed is None else f"{seed}{' (same start)' if same else ''}",
+        "latent": j,
+        "cosine": cosine,
+        "by chance": loaders.chance(run, other),
+        "fires on": " ".join(f"‘{viz.visible(token)}’" for token in tokens),
+    }
+    return row, (other, j, pole)
 
 
 def notes_form(run: Run, latent: int) -> None:
     """The researcher's label and note, saved to ``notes.json`` of the run."""
     saved = read_notes(loaders.place(run)).get(latent, {})
+    if loaders.read_only():
+        st.caption("This app was started with --read-only.")
+        page.html(viz.fact_table([(name, saved.get(name, ""), "") for name in ("label", "note") if saved.get(name)]))
+        return
     with st.form(f"notes_{latent}", border=False):
         label = st.text_input("My label", value=saved.get("label", ""), key=f"note_label_{latent}")
         note = st.text_area("Note", value=saved.get("note", ""), key=f"note_text_{latent}", height=90)
         if st.form_submit_button("Save", icon=":material/save:"):
             write_note(loaders.place(run), latent, label, note)
             st.toast("Saved", icon=":material/check:")
+            st.rerun()  # the title was drawn before
 
 
 def downloads(run: Run, index: Any, latent: int, rows: dict[int, dict[str, Any]]) -> None:

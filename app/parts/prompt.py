@@ -2,39 +2,197 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import loaders
+import numpy as np
 import page
 import pandas as pd
+import session
 import streamlit as st
 
-from parts import tables
+from parts import strip, tables
 from saelab import viz
 from saelab.prompt import contest as explain
+from saelab.prompt.ranking import RANKINGS, Ranked, rank
+from saelab.prompt.reading import Reading
 from saelab.runs import Run
 from saelab.sae.base import PursuitStep
 
+SHOWN = 14  # latents of the ranking
+WINDOW = 60  # tokens that a chart can name
+TITLES = {
+    "telling": "how much they tell",
+    "share": "share of their maximum",
+    "activation": "activation",
+    "effect": "effect on the loss",
+}
 
-def active_table(run: Run, reading: Any, position: int) -> tuple[int, int] | None:
-    """Active latents of one token, with what the index says of each, where there is one."""
-    active = reading.active(position)
-    if not active:
-        st.info("No latent is active on this token.", icon=":material/bedtime:")
-        return None
-    rows = pd.DataFrame(active, columns=["latent", "activation"])
-    rows["pole"] = [1 if a > 0 else -1 for a in rows["activation"]]
-    columns = ["latent", "activation"]
+
+class How(NamedTuple):
+    """How latents are ranked, and whether those that fire on nearly everything are left out."""
+
+    by: str
+    hide_dense: bool
+
+
+def choose_ranking(run: Run, reading: Reading) -> How:
+    """The ranking of all tables of the page, of those that the index and the reading allow."""
+    known = [
+        name
+        for name in RANKINGS
+        if (run.has_index or name in ("activation", "effect")) and (name != "effect" or reading.grads is not None)
+    ]
+    kept = st.session_state.get("prompt_by")
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        by = st.selectbox(
+            "rank latents by",
+            known,
+            known.index(kept) if kept in known else 0,
+            key="prompt_rank_by" + "_".join(known),
+            format_func=TITLES.__getitem__,
+            help="\n".join(f"- {TITLES[name]}: {what}" for name, what in RANKINGS.items()),
+            width=240,
+        )
+        st.session_state["prompt_by"] = by
+        hide = False
+        if run.has_index:
+            hide = st.toggle(
+                "hide dense latents", True, key="prompt_hide_dense", help="those on more than 10 % of the corpus"
+            )
+    return How(by, hide)
+
+
+def ranked(run: Run, reading: Reading, how: How, position: int | None = None) -> tuple[list[Ranked], int]:
+    """The latents of a text, or of one token, in the chosen order, and the number of dense ones left out."""
+    known = loaders.known(run) if run.has_index else None
+    by = how.by if known is not None or how.by == "effect" else "activation"
+    rows = loaders.sae(run).W_dec.detach() if by == "effect" else None
+    return rank(reading, by, known, rows, position=position, hide_dense=how.hide_dense)
+
+
+def coloured_text(run: Run, reading: Reading, position: int, how: How) -> None:
+    """The tokens, tinted by what is lost, by the number of active latents or by one of them; one token is chosen."""
+    lost, counts = reading.unexplained(), [float(count) for count in reading.l0()]
+    with st.container(horizontal=True, vertical_alignment="center"):
+        layer = st.segmented_control(
+            "Colour by",
+            ["unexplained", "active latents", "one latent"],
+            default="unexplained",
+            required=True,
+            key="prompt_layer",
+            **session.KEEP,
+        )
+        found, _ = ranked(run, reading, how)
+        one = None
+        if layer == "one latent" and found:
+            texts = dict(zip([row[:2] for row in found], names(run, [(r.latent, r.activation) for r in found])))
+            kept = st.session_state.get("prompt_one")
+            one = st.selectbox(
+                "latent",
+                list(texts),
+                list(texts).index(kept) if kept in texts else 0,
+                format_func=lambda pair: viz.visible(texts[pair]),
+                key=f"prompt_latent_{run.name}_{how.by}_{how.hide_dense}",
+                width=420,
+            )
+            st.session_state["prompt_one"] = one
+    values, unit, scale = lost, "share of squared norm lost", max(lost[reading.first :] or lost)
+    said = (
+        f"‖x − x̂‖² / ‖x‖² per token: 0 is a perfect reconstruction, 1 is as good as nothing. Here from "
+        f"{min(lost[reading.first :] or lost):.1%} to {scale:.1%}, the full tint."
+    )
+    if layer == "active latents":
+        counted = counts[reading.first :] or counts
+        least, most = min(counted), max(counted)
+        # Where every token has the same number there is nothing to see in it.
+        values, unit, scale = [c - least if c > least else 0.0 for c in counts], "active latents above the fewest", 0.0
+        said = f"From {least:.0f} to {most:.0f} active latents, the full tint."
+        if least == most:
+            said = f"{least:.0f} active latents on every token."
+    elif layer == "one latent":
+        said = "No latent that is shown is active on this text." if one is None else "Its activation, raw units."
+        values, unit, scale = [0.0] * reading.n if one is None else reading.trace(one[0]), "activation", 0.0
+    strip.tokens(reading.strings, values, position, choose, unit=unit, scale=scale or None, key="prompt_strip")
+    st.caption(f"{said} Click a token, or walk with the arrow keys, to see it below.")
+
+
+def choose(position: int) -> None:
+    """Look at another token."""
+    st.session_state["prompt_position"] = position
+
+
+def quoted(string: str) -> str:
+    """A token as a heading shows it."""
+    return f"‘{viz.markdown(string.strip() or '␣')}’"
+
+
+def strongest(run: Run, reading: Reading, position: int, how: How) -> None:
+    """The first latents of the ranking on each token, in a window around the chosen one where the text is long."""
+    found, hidden = ranked(run, reading, how)
+    if found:
+        start = max(0, min(position - WINDOW // 2, reading.n - WINDOW))
+        stop = min(reading.n, start + WINDOW)
+        best = [(row.latent, row.activation) for row in found[:SHOWN]]
+        rows = np.array([reading.trace(latent)[start:stop] for latent, _ in best])
+        figure = viz.heatmap(rows, names(run, best), reading.strings[start:stop], page.colours())
+        page.chart(figure, alt="Activation of the first latents of the ranking on each token", key="prompt_heatmap")
+        where = "" if stop - start == reading.n else f" Tokens {start} to {stop - 1}, around the chosen one."
+        st.caption(f"The first {len(best)} of {len(found):,} active latents.{where}{left_out(hidden)}")
+    else:
+        st.caption(f"No latent is active on this text.{left_out(hidden)}")
+
+
+def left_out(hidden: int) -> str:
+    return f" {hidden} dense ones are hidden." if hidden else ""
+
+
+def side_by_side(runs: list[Run], reading: Reading, how: How) -> None:
+    """The same activations through several SAEs: what each loses, and the first latents of each."""
+    for column, run in zip(st.columns(len(runs), gap="medium"), runs):
+        with column, page.part():
+            own = reading.through(loaders.sae(run))
+            lost = np.mean(own.unexplained()[own.first :])
+            st.markdown(f"**{viz.markdown(page.run_title(run))}**")
+            st.caption(
+                f"{np.mean(own.l0()[own.first :]):.1f} active latents per token, {lost:.1%} of squared norm lost"
+            )
+            found, hidden = ranked(run, own, how)
+            chosen = ranked_table(run, own, found[:SHOWN], key=f"prompt_beside_{run.name}")
+            st.caption(f"{len(found):,} active latents.{left_out(hidden)}")
+        if chosen is not None:
+            session.open_latent(*chosen, run)
+
+
+def ranked_table(run: Run, reading: Reading, found: list[Ranked], key: str) -> tuple[int, int] | None:
+    """Ranked latents with what the index says of each; the one whose row is clicked."""
+    rows = pd.DataFrame(found, columns=list(Ranked._fields))
+    rows["token"] = [reading.strings[at] for at in rows["position"]]
+    columns = ["latent", *(["pole"] if loaders.sae(run).signed else []), "token", "activation"]
     if run.has_index:
         rows = rows.merge(loaders.catalogue(run), on=["latent", "pole"], how="left")
         columns += ["label", "top_tokens", "density"] if any(rows["label"]) else ["top_tokens", "density"]
     extra = {
+        "token": st.column_config.TextColumn("on token", width=90, help="where it scores highest"),
         "activation": st.column_config.NumberColumn("activation", format="%+.2f", width=80, help="raw units"),
-        "label": st.column_config.TextColumn("label", width=110),
+        "label": st.column_config.TextColumn("label", width=170),
         "top_tokens": st.column_config.TextColumn("fires on", width=110, help="tokens it fires on most often"),
     }
     view = tables.shown(rows, *columns)
-    return tables.simple(view, rows, key=f"prompt_active_{position}", config=extra, height=480)
+    view["token"] = view["token"].map(viz.visible)
+    return tables.simple(view, rows, key=key, config=extra, height=min(480, 40 + 35 * max(1, len(rows))))
+
+
+def active_table(run: Run, reading: Reading, position: int, how: How) -> tuple[int, int] | None:
+    """Active latents of one token in the chosen order, with what the index says of each, where there is one."""
+    found, hidden = ranked(run, reading, how, position)
+    if not found:
+        st.info(f"No latent is active on this token.{left_out(hidden)}", icon=":material/bedtime:")
+        return None
+    picked = ranked_table(run, reading, found, key=f"prompt_active_{position}")
+    if hidden:
+        st.caption(left_out(hidden).strip())
+    return picked
 
 
 def names(run: Run, found: list[tuple[int, float]]) -> list[str]:

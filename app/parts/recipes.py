@@ -9,6 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from parts import steering as steering_parts
+from parts import tables
 from saelab import viz
 from saelab.runs import Run
 from saelab.steering import Recipe
@@ -21,15 +22,19 @@ TEXTS = ("name", "does", "strength", "origin", "promotes", "model", "verdict")
 
 def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> None:
     """The interventions of the page as a recipe in the folder."""
+    if loaders.read_only():
+        st.caption("Recipes cannot be saved: this app was started with --read-only.")
+        return
     with st.form("steering_save", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.text_input("Save as a recipe", key="recipe_name", placeholder="name")
         asked = st.form_submit_button("Save", icon=":material/save:")
     if not asked:
         return
     folder = saved.recipe_folder(loaders.workspace().root, name)
-    of_run, _, measured = st.session_state.get("steering_doses", (None, None, None))
+    _, pick, measured = st.session_state.get("steering_doses", (None, None, None))
     promotes = [token for pick in found for token in steering_parts.promoted(run, model, pick)]
-    about = saved.provenance(found, prompt, promotes, measured if of_run == run.name else None)
+    held = None if pick is None else next((p.label for p in found if steering.same_vector(p, pick)), None)
+    about = saved.provenance(found, prompt, promotes, None if held is None else measured, held)
     with loaders.model_lock(), st.spinner("Saving …"):
         recipe = Recipe.of(
             model, [steering.intervention(p, source) for p in found], name=name.strip(), provenance=about
@@ -54,16 +59,15 @@ def show(run: Run) -> None:
         hide_index=True,
         column_config={"norm": st.column_config.NumberColumn("norm", format="%.3f", help="of the first vector")},
         on_select="rerun",
-        selection_mode="single-row",
+        selection_mode=tables.CLICK,
         key="recipe_table",
         placeholder="–",
         alt="Saved recipes",
     )
-    chosen = [i for i in event.selection.rows if i < len(rows)]
-    if not chosen:
-        st.caption("Choose a recipe to see its doses and responses, or to load it.")
+    row = tables.picked_row(event, rows)
+    if row is None:
+        st.caption("Click a recipe to see its doses and responses, or to load it.")
         return
-    row = rows[chosen[0]]
     if st.button("Load this recipe", key="recipe_reopen", icon=":material/open_in_full:"):
         st.session_state["steer_recipe"] = (run.name, row["folder"])
         st.toast(f"Loaded {row['name']}", icon=":material/check:")

@@ -37,8 +37,11 @@ def picks(run: Run, source: Any) -> list[Pick]:
         _put(found, steering.pick_latent(source, sent[1], sent[2]))
     taken = st.session_state.pop("steer_recipe", None)
     if taken is not None and taken[0] == run.name:
-        for pick in recipes.reopen(loaders.workspace().root, taken[1], source):
+        root = loaders.workspace().root
+        for pick in recipes.reopen(root, taken[1], source):
             _put(found, pick)
+        if prompt := recipes.saved_prompt(root, taken[1]):
+            st.session_state["steering_prompt"] = prompt
     return found
 
 
@@ -70,7 +73,7 @@ def add_means(run: Run, source: Any, model: Any) -> None:
         negative = st.text_area("texts without it, one a line", key="steering_negative", height=90, **session.KEEP)
         if st.form_submit_button("Make the vector", icon=":material/add:"):
             with loaders.model_lock(), st.spinner("Reading the texts …"):
-                vector = difference_of_means(model, source.hook_name_out, lines(positive), lines(negative))
+                vector = difference_of_means(model, source.hook_name, lines(positive), lines(negative))
             _put(st.session_state["steering_picks"][run.name], steering.pick_vector(vector, name.strip() or "means"))
 
 
@@ -157,12 +160,13 @@ def generation(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
             asked = st.form_submit_button("Generate", icon=":material/play_arrow:", type="primary", disabled=not picks)
     if not picks:
         st.caption("Pick a latent, or make a vector from two sets of texts.")
+    options = {"max_new_tokens": int(length), "temperature": float(temperature), "seed": int(seed)}
+    now = steering.described(picks, prompt, options)
     if asked and picks:
-        options = {"max_new_tokens": int(length), "temperature": float(temperature), "seed": int(seed)}
-        st.session_state["steering_result"] = (run.name, generate(model, source, picks, prompt, options))
-    name, result = st.session_state.get("steering_result", (None, None))
+        st.session_state["steering_result"] = (run.name, now, generate(model, source, picks, prompt, options))
+    name, made_with, result = st.session_state.get("steering_result", (None, "", None))
     if name == run.name:
-        show(result)
+        show(result, made_with, made_with != now)
     return prompt
 
 
@@ -183,14 +187,21 @@ def generate(model: Any, source: Any, found: list[Pick], prompt: str, options: d
     return made
 
 
-def show(result: dict[str, Any]) -> None:
-    """The continuations side by side; tokens that the unsteered text does not have are marked."""
+def show(result: dict[str, Any], made_with: str, outdated: bool) -> None:
+    """The continuations side by side, with the settings that made them; pale where those are no longer the page's.
+
+    Tokens that the unsteered text does not have are marked.
+    """
     before = result["unsteered"].tokens
+    st.caption(f"Made with {viz.markdown(made_with)}")
+    if outdated:
+        st.warning("The settings have changed since. Generate again to see what they do.", icon=":material/history:")
     for column, (name, text) in zip(st.columns(len(result)), result.items()):
         with column, st.container(border=True, height="stretch"):
             st.markdown(f"**{name}**", help=CONTINUATIONS[name])
             marks = [0.0] * len(text.tokens) if name == "unsteered" else steering.changed(before, text.tokens)
-            page.html(viz.token_strip(text.strings, [0.55 * m for m in marks], page.colours(), 1.0, unit="changed"))
+            strip = viz.token_strip(text.strings, [0.55 * m for m in marks], page.colours(), 1.0, unit="changed")
+            page.html(viz.outdated(strip) if outdated else strip)
     st.caption("Marked: tokens that are not in the longest runs shared with the unsteered continuation.")
 
 
@@ -224,11 +235,12 @@ def doses(run: Run, model: Any, found: list[Pick]) -> None:
                 negative=lines(negative),
                 n_random=3,
             )
-        st.session_state["steering_doses"] = (run.name, label, measured)
-    name, label, measured = st.session_state.get("steering_doses", (None, None, None))
+        st.session_state["steering_doses"] = (run.name, pick, measured)
+    name, pick, measured = st.session_state.get("steering_doses", (None, None, None))
     if name != run.name:
         return
-    st.markdown(f"**{viz.markdown(label)}**: {viz.markdown(measured.verdict)}.")
+    gone = "" if any(steering.same_vector(p, pick) for p in found) else " (no longer among the interventions above)"
+    st.markdown(f"**{viz.markdown(pick.label)}**{gone}: {viz.markdown(measured.verdict)}.")
     dose_charts([vars(dose) for dose in measured.doses])
 
 

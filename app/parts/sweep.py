@@ -10,9 +10,9 @@ import pandas as pd
 import streamlit as st
 
 from parts import source as source_parts
+from parts import tables
 from saelab import viz
 from saelab.layout import SWEEP_TABLE
-from saelab.runs import Run
 from saelab.sweep import load_results, load_summary
 from saelab.viz.sweep import (
     AXES,
@@ -42,7 +42,7 @@ def _summary(folder: str, stamp: float) -> tuple[list[dict[str, Any]], list[dict
     return load_summary(folder)
 
 
-def show(found: Workspace, logged: dict[str, Run]) -> None:
+def show(found: Workspace, logged: list[str]) -> None:
     """One sweep: its members on held-out tokens, and the way to their curves."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.selectbox("sweep", list(found.sweeps), key="training_sweep", format_func=viz.visible, width=320)
@@ -77,11 +77,11 @@ def show(found: Workspace, logged: dict[str, Run]) -> None:
             page.chart(rates, alt="FVU on validation tokens against the learning rates tried", key="training_rates")
     with right:
         event = _table(rows, measured)
-        picked = [rows[i] for i in event.selection.rows if i < len(rows)]
-        if not picked:
-            st.caption("Choose a row to see where its numbers come from.")
+        picked = tables.picked_row(event, rows)
+        if picked is None:
+            st.caption("Click a row to see where its numbers come from.")
         else:
-            member = found.runs.get((Path(name) / (picked[0]["folder"] or picked[0]["name"])).as_posix())
+            member = found.runs.get((Path(name) / (picked["folder"] or picked["name"])).as_posix())
             if member is not None:
                 source_parts.of_run(member)
     _means(*_summary(str(folder), (folder / SWEEP_TABLE).stat().st_mtime))
@@ -129,7 +129,7 @@ def _table(rows: list[dict[str, Any]], measured: list[str]) -> Any:
         hide_index=True,
         column_config=config,
         on_select="rerun",
-        selection_mode="single-row",
+        selection_mode=tables.CLICK,
         key="training_sweep_table",
         placeholder="–",
         alt="The SAEs of the sweep with their numbers on held-out tokens",

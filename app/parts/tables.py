@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 import streamlit as st
 
 from saelab import viz
+from saelab.comparison import matching_poles
 
 Chosen = tuple[int, int]  # latent, pole
 
 
 class Pair(NamedTuple):
-    """A latent of either SAE, and the sign of their cosine."""
+    """A latent's pole of either SAE; a latent of -1 is none."""
 
     left: int
+    left_pole: int
     right: int
-    sign: int
+    right_pole: int
 
 
+CLICK: Any = ["single-row", "single-cell"]  # a row is chosen by its box, by the keyboard, or by a click on any cell
 DECADES = [0.0, *(m * 10.0**e for e in range(-7, 0) for m in (1, 3)), 0.5, 1.0]
 COLUMNS = {
     "latent": st.column_config.NumberColumn("latent", format="%d", width=70),
@@ -36,6 +40,12 @@ COLUMNS = {
         "entropy", format="%.1f", width=70, help="bits, of the token it fires on"
     ),
 }
+
+
+def picked_row(event: Any, names: Sequence[Any]) -> Any:
+    """What a table's selection stands for: ``names`` has an entry for each row. None where nothing is chosen."""
+    chosen = [*event.selection.rows, *(cell[0] for cell in event.selection.cells)]
+    return names[chosen[0]] if chosen and chosen[0] < len(names) else None
 
 
 def decade(value: float) -> str:
@@ -93,10 +103,12 @@ def matches(found: pd.DataFrame, table: pd.DataFrame, key: str) -> Chosen:
     return _choose(shown(rows, *names), rows, key, extra, height=320) or first
 
 
-def pairs(found: Any, view: str, key: str, known: tuple[pd.DataFrame | None, pd.DataFrame | None]) -> Pair | None:
+def pairs(
+    found: Any, view: str, key: str, known: tuple[pd.DataFrame | None, pd.DataFrame | None], signed: tuple[bool, bool]
+) -> Pair | None:
     """Matched pairs, or the unmatched latents of one side with their closest counterpart.
 
-    ``known`` are the catalogues of both sides, None where there is no index.
+    ``known`` are the catalogues of both sides, None where there is no index; ``signed`` says which have two poles.
     """
     number = st.column_config.NumberColumn
     config = {name: number(format="%+.2f") for name in ("cosine", "correlation", "similarity")}
@@ -109,10 +121,14 @@ def pairs(found: Any, view: str, key: str, known: tuple[pd.DataFrame | None, pd.
         rows = rows[rows["partner"] < 0].drop(columns="partner").rename(columns={"best": "closest"})
         rows["related"] = [", ".join(f"#{j}" for j in related) for related in rows["related"]]
         ends = rows[["latent", "closest"] if side == "left" else ["closest", "latent"]]
-    for side, table, latents in zip(("left", "right"), known, (ends.iloc[:, 0], ends.iloc[:, 1])):
+    turned = matching_poles(rows["cosine"].fillna(0.0), signed)
+    for i, (side, table) in enumerate(zip(("left", "right"), known)):
+        if signed[i]:
+            rows.insert(rows.columns.get_loc(ends.columns[i]) + 1, f"{side} pole", [sign(pole) for pole in turned[i]])
         if table is not None:
-            tokens = table[table["pole"] == 1].set_index("latent")["top_tokens"]
-            rows[f"{side} fires on"] = latents.map(tokens).fillna("").map(viz.visible)
+            tokens = table.set_index(["latent", "pole"])["top_tokens"]
+            at = pd.MultiIndex.from_arrays([ends.iloc[:, i].to_numpy(), turned[i]])
+            rows[f"{side} fires on"] = tokens.reindex(at).fillna("").map(viz.visible).to_numpy()
     if "correlation" in rows and rows["correlation"].isna().all():
         rows = rows.drop(columns=["correlation", "similarity"])  # without activations the cosine is all there is
     event = st.dataframe(
@@ -120,34 +136,31 @@ def pairs(found: Any, view: str, key: str, known: tuple[pd.DataFrame | None, pd.
         hide_index=True,
         column_config=config,
         on_select="rerun",
-        selection_mode="single-row",
+        selection_mode=CLICK,
         key=f"{key}_{view}",
         height=320,
         placeholder="–",
         alt="Latents of two SAEs with their similarity",
     )
-    chosen = [r for r in event.selection.rows if r < len(rows)] or ([0] if len(rows) else [])
-    if not chosen:
+    chosen = picked_row(event, range(len(rows)))
+    if chosen is None and not len(rows):
         return None
-    row = chosen[0]
-    return Pair(int(ends.iloc[row, 0]), int(ends.iloc[row, 1]), 1 if rows["cosine"].iloc[row] >= 0 else -1)
+    at = chosen or 0
+    return Pair(int(ends.iloc[at, 0]), int(turned[0][at]), int(ends.iloc[at, 1]), int(turned[1][at]))
 
 
 def neighbours(row: dict[str, Any], table: pd.DataFrame, key: str) -> Chosen | None:
-    """Latents with the closest decoder rows."""
+    """Latents whose decoder rows are closest to that of a latent's pole, with the poles that point the same way."""
     rows = pd.DataFrame({"latent": row["neighbours"], "cosine": row["neighbour_cosines"]})
-    rows["pole"] = [1 if c >= 0 else -1 for c in rows["cosine"]]
-    known = table[table["pole"] == 1]
-    rows = rows.merge(known.drop(columns="pole"), on="latent", how="left")
-    if row["pole"] < 0:
-        rows["pole"] = -rows["pole"]
     if rows.empty:
         st.caption("There is no other latent.")
         return None
+    two = two_poles(table)
+    rows["pole"] = [row["pole"] * (1 if c >= 0 else -1) if two else 1 for c in rows["cosine"]]
+    rows = rows.merge(table, on=["latent", "pole"], how="left")
     extra = {"cosine": st.column_config.NumberColumn("cosine", format="%+.2f", help="of the decoder rows")}
-    if not two_poles(table):
-        rows["pole"] = 1
-    return _choose(shown(rows, "latent", "cosine", "top_tokens", "label"), rows, key, extra)
+    columns = ["latent", *(["pole"] if two else []), "cosine", "top_tokens", "label"]
+    return _choose(shown(rows, *columns), rows, key, extra)
 
 
 def partners(row: dict[str, Any], table: pd.DataFrame, key: str) -> Chosen | None:
@@ -191,12 +204,10 @@ def _choose(
         hide_index=True,
         column_config={**COLUMNS, **(extra or {})},
         on_select="rerun",
-        selection_mode="single-row",
+        selection_mode=CLICK,
         key=key,
         height=height or "auto",
         alt="Latents; choose a row to see one",
     )
-    if not event.selection.rows or event.selection.rows[0] >= len(rows):
-        return None
-    row = rows.iloc[event.selection.rows[0]]
-    return int(row["latent"]), int(row["pole"])
+    at = picked_row(event, range(len(rows)))
+    return None if at is None else (int(rows["latent"].iloc[at]), int(rows["pole"].iloc[at]))

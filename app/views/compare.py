@@ -8,6 +8,7 @@ from parts import latent as latent_parts
 from parts import tables
 
 from saelab import viz
+from saelab.workspace.relatives import same_start, seed_of
 
 MEANINGS = {
     "shared": "matched one to one with a similarity of at least 0.7",
@@ -25,6 +26,15 @@ BY_COSINE = {
 st.title("Compare", anchor=False)
 run = session.need_run()
 others = loaders.siblings(run, most=1000)
+
+
+def described(name: str) -> str:
+    """An SAE of the menu, with what it has in common with the left one from the start."""
+    seed = seed_of(others[name])
+    start = ", same start" if same_start(run, others[name]) else ""
+    return f"{viz.visible(name)} ({'seed unknown' if seed is None else f'seed {seed}'}{start})"
+
+
 if not others:
     st.info(
         "Comparing needs a second SAE on the same hook point in this folder; train one with another seed or variant.",
@@ -33,10 +43,23 @@ if not others:
     st.stop()
 with st.container(horizontal=True, vertical_alignment="center"):
     st.markdown(f"Left **{viz.markdown(page.run_title(run))}**, right", width="content")
-    label = {"format_func": viz.visible, "label_visibility": "collapsed"}
-    name = st.selectbox("right", list(others), key="compare_right", **session.KEEP, **label)
-other = others[name]
-found = loaders.matching(run, other)
+    label = {"label_visibility": "collapsed"}
+    name = st.selectbox("right", list(others), key="compare_right", format_func=described, **label, **session.KEEP)
+    other = others[name]
+    asked = st.button("Compare", icon=":material/compare_arrows:", type="primary", key="compare_go")
+if same_start(run, other):
+    st.warning(
+        f"Both SAEs began with the same directions (seed {seed_of(run)}). What they share may come from that start and "
+        "not from the data; compare SAEs of different seeds to see what would be found again.",
+        icon=":material/content_copy:",
+    )
+found = loaders.matching(run, other, asked)
+if found is None:
+    st.caption(
+        f"Matches {run.d_sae:,} with {other.d_sae:,} latents when you press Compare: seconds for a few thousand, a "
+        "minute for 65,000."
+    )
+    st.stop()
 counts = found.counts()
 meanings = MEANINGS if found.tokens else {**MEANINGS, **BY_COSINE}
 for column, (side, number), named in zip(st.columns(2, gap="medium"), counts.items(), (run, other)):
@@ -46,6 +69,8 @@ for column, (side, number), named in zip(st.columns(2, gap="medium"), counts.ite
             for status in MEANINGS:
                 if status in number:
                     st.metric(status, f"{number[status]:,}", help=meanings[status], width=85)
+chance = loaders.chance(run, other)
+st.caption(f"A random direction has a cosine of {chance:.2f} with the closest latent on the right.")
 st.caption(
     f"Similarity: the mean of decoder cosine and activation correlation over the first {found.tokens:,} tokens of "
     "their cache; pairs by the Hungarian method. In Python: `saelab.comparison.match_saes`."
@@ -63,11 +88,12 @@ view = st.segmented_control(
     **session.KEEP,
 )
 left, right = (loaders.catalogue(side) if side.has_index else None for side in (run, other))
-pair = tables.pairs(found, view, "compare_table", (left, right))
+signed = loaders.sae(run).signed, loaders.sae(other).signed
+pair = tables.pairs(found, view, "compare_table", (left, right), signed)
 if pair is None:
     st.caption("None.")
     st.stop()
-ends = ((run, pair.left, 1), (other, pair.right, pair.sign))
+ends = ((run, pair.left, pair.left_pole), (other, pair.right, pair.right_pole))
 for column, (side, latent, pole) in zip(st.columns(2, gap="medium"), ends):
     with column:
         st.caption(viz.markdown(page.run_title(side)))

@@ -4,7 +4,6 @@ import loaders
 import session
 import streamlit as st
 from parts import health as health_parts
-from parts import latent as latent_parts
 from parts import source as source_parts
 
 from saelab import viz
@@ -26,39 +25,36 @@ with st.container(horizontal=True):
     st.metric("tokens counted", f"{index.meta['tokens']:,}", width=115)
     source_parts.of_index(run, index, ("count", "density", *AUDIT))
 
-density_tab, dead_tab, dense_tab = st.tabs(["Firing densities", f"Dead ({counts['dead']:,})", "Always on"])
-with density_tab:
-    others = [name for name, other in loaders.workspace().runs.items() if other.has_index and name != run.name]
-    beside = st.multiselect(
-        "beside",
-        others,
-        key="health_beside",
-        format_func=viz.visible,
-        placeholder="other SAEs",
-        **session.KEEP,
-    )
-    health_parts.densities(run, beside)
+# What is in a tab is computed when that is opened: the causes of many deaths take seconds.
+density_tab, dead_tab, dense_tab = st.tabs(
+    ["Firing densities", f"Dead ({counts['dead']:,})", "Always on"], key="health_tab", on_change="rerun"
+)
+if density_tab.open:
+    with density_tab:
+        others = [name for name, other in loaders.workspace().runs.items() if other.has_index and name != run.name]
+        beside = st.multiselect(
+            "beside",
+            others,
+            key="health_beside",
+            format_func=viz.visible,
+            placeholder="other SAEs",
+            **session.KEEP,
+        )
+        health_parts.densities(run, beside)
 
-with dead_tab:
-    if not counts["dead"]:
-        st.success(f"Every latent fired at least once in {index.meta['tokens']:,} tokens.", icon=":material/check:")
-    else:
-        deaths = health_parts.deaths(run, table)
-        health_parts.cause_summary(deaths)
-        chosen = health_parts.death_table(run, deaths)
-        with st.container(width=620):
-            if chosen is not None and chosen["neighbour"] >= 0:
-                st.markdown(f"Nearest living neighbour of **#{chosen['latent']}**, cosine {chosen['cosine']:+.2f}")
-                latent_parts.preview(run, index, int(chosen["neighbour"]), 1, key="health_neighbour")
+if dead_tab.open:
+    with dead_tab:
+        health_parts.dead(run, index, table, counts["dead"])
 
-with dense_tab:
-    limit = st.select_slider(
-        "denser than",
-        [0.02, 0.05, 0.1, 0.2, 0.5],
-        value=0.1,
-        format_func=lambda v: f"{v:.0%}",
-        key="health_limit",
-        width=420,
-        **session.KEEP,
-    )
-    health_parts.audit(index, limit)
+if dense_tab.open:
+    with dense_tab:
+        limit = st.select_slider(
+            "denser than",
+            [0.02, 0.05, 0.1, 0.2, 0.5],
+            value=0.1,
+            format_func=lambda v: f"{v:.0%}",
+            key="health_limit",
+            width=420,
+            **session.KEEP,
+        )
+        health_parts.audit(index, limit)

@@ -1,6 +1,7 @@
 """One latent: each pole with its examples, strengths and logit effects; its neighbours, partners and notes."""
 
 import loaders
+import page
 import session
 import streamlit as st
 from parts import latent as latent_parts
@@ -17,21 +18,32 @@ run = session.need_run()
 index = loaders.need_index(run)
 table = loaders.catalogue(run)
 signed = len(index.poles) > 1
-latent = min(max(st.session_state.get("latent", 0), 0), index.d_sae - 1)
+asked = st.session_state.get("latent", 0)
+latent = min(max(asked, 0), index.d_sae - 1)
 pole = st.session_state.get("pole", 1)
+pole = pole if pole in index.poles else 1
 rows = {p: index.latent(latent, p) for p in index.poles}
+fault = session.faulty_link()
+if latent != asked or fault:
+    st.warning(
+        f"There is no {fault or f'latent {asked}'} in this SAE: it has latents 0 to "
+        f"{index.d_sae - 1:,}. This is latent {latent}.",
+        icon=":material/link_off:",
+    )
 
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
-    st.title(f"Latent {latent_parts.title(rows[1], False, latent_parts.names(run))}", anchor=False)
+    st.title(f"Latent {latent_parts.title(rows[pole], signed, latent_parts.names(run))}", anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom", width="content"):
         chosen = st.number_input("latent", 0, index.d_sae - 1, latent, key=f"latent_number_{latent}", width=150)
         if chosen != latent:
             session.open_latent(chosen, 1)
         if st.button("Steer with it", icon=":material/tune:", key="latent_steer"):
-            session.steer_with(run, latent, pole if pole in index.poles else 1)
+            session.steer_with(run, latent, pole)
         latent_parts.downloads(run, index, latent, rows)
         source_parts.of_index(run, index, SOURCES)
+st.session_state["latent"], st.session_state["pole"] = latent, pole
 session.show_link(run=run.name, latent=latent, pole=pole)
+page.to_top(f"{run.name} {latent}")
 
 if signed:
     latent_parts.axis(run, latent)
@@ -39,7 +51,7 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
     row = rows[side]
     with column, st.container(border=signed):
         if signed:
-            st.subheader("Positive pole" if side > 0 else "Negative pole", anchor=False)
+            latent_parts.pole_heading(row)
         if not row["count"]:
             latent_parts.silent(index, signed)
         else:
@@ -63,11 +75,10 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
 left, right = st.columns(2, gap="medium")
 with left:
     st.subheader("Closest directions", anchor=False)
-    near = tables.neighbours(rows[1], table, key=f"latent_neighbours_{latent}")
+    near = tables.neighbours(rows[pole], table, key=f"latent_neighbours_{latent}")
 with right:
     st.subheader("Fires together with", anchor=False)
-    side = st.session_state.get("pole", 1) if signed else 1
-    together = tables.partners(rows[side], table, key=f"latent_partners_{latent}")
+    together = tables.partners(rows[pole], table, key=f"latent_partners_{latent}")
 if chosen_beside := near or together:
     session.open_latent(*chosen_beside)
 

@@ -6,6 +6,7 @@ import pandas as pd
 import session
 import streamlit as st
 from parts import source as source_parts
+from parts import tables
 
 from saelab import viz, workspace
 
@@ -22,7 +23,8 @@ if not found.runs:
     )
     st.stop()
 
-rows = pd.DataFrame([workspace.summary(run) for run in found.runs.values()])
+names = list(found.runs)
+rows = pd.DataFrame([loaders.summary(run) for run in found.runs.values()])
 rows["run"] = rows["run"].map(viz.visible)
 for share in {"ce_recovered", "dead"}.intersection(rows.columns):
     rows[share] = 100 * rows[share].astype(float)
@@ -38,18 +40,32 @@ config = {
     "measured": st.column_config.TextColumn("measured on", help="Held-out text, or the last training batch"),
     "index": st.column_config.CheckboxColumn("index", help="Whether the feature index is complete"),
 }
-picked = st.dataframe(
+
+
+def choose() -> None:
+    """The row's SAE becomes the one of all pages. Runs that have no weights yet can only be looked at here."""
+    if name := tables.picked_row(st.session_state["overview_table"], names):
+        if found.runs[name].has_weights:
+            st.session_state["run"] = name
+        st.session_state["overview_run"] = (name, st.session_state.get("run"))
+
+
+st.dataframe(
     rows,
     hide_index=True,
     column_config=config,
-    on_select="rerun",
-    selection_mode="single-row",
+    on_select=choose,
+    selection_mode=tables.CLICK,
     key="overview_table",
     height="content" if len(rows) <= 20 else 620,
     placeholder="–",
-    alt="The runs below the folder with their numbers",
+    alt="The runs below the folder with their numbers; choose a row to work with that SAE",
 )
-chosen = list(found.runs.values())[picked.selection.rows[0] if picked.selection.rows else 0]
+st.caption("Click a row to work with that SAE on all pages.")
+name, beside = st.session_state.get("overview_run", (None, None))
+if name not in found.runs or beside != st.session_state.get("run"):
+    name = st.session_state.get("run") or names[0]  # that of the sidebar
+chosen = found.runs[name]
 
 left, right = st.columns([3, 2], gap="large")
 with left:
@@ -64,17 +80,28 @@ with left:
         key="overview_fidelity",
         **session.KEEP,
     )
-    points = workspace.pareto_points(found.runs.values(), y)
+    title = workspace.TITLES[y]
+    others = st.toggle(
+        "also numbers of the last training batch",
+        key="overview_training",
+        help="Hollow points. An SAE fits the rows it was trained on better, so they cannot be compared with held-out "
+        "numbers; `saelab evaluate RUN --cache CACHE` measures a run on held-out text.",
+        **session.KEEP,
+    )
+    points = workspace.pareto_points(found.runs.values(), y, training=others)
     if points:
-        title = workspace.TITLES[y]
         page.chart(viz.pareto(points, page.colours(), y=title), alt=f"{title} against L0 for every run", key="pareto")
+        st.caption(
+            "Measured on held-out tokens; bars are 95 % intervals."
+            + (" Hollow: the last training batch, which is not held out." if others else "")
+        )
     else:
-        st.caption("No run has this number yet; `saelab evaluate RUN --cache CACHE` measures it.")
+        st.caption("No run has this number on held-out text yet; `saelab evaluate RUN --cache CACHE` measures it.")
 with right:
     st.subheader("Where the numbers come from", anchor=False)
     st.markdown(f"**{viz.markdown(page.run_title(chosen))}**")
-    st.caption("Choose a row of the table to see another's.")
-    source_parts.of_run(chosen)
+    with page.part():
+        source_parts.of_run(chosen)
     settings = {k: v for k, v in chosen.settings.items() if isinstance(v, str | int | float | bool)}
     with st.expander("Settings and training"):
         source_parts.commands(workspace.train_command(chosen))
@@ -83,9 +110,10 @@ with right:
 
 if chosen.has_index:
     st.subheader("How often latents fire", anchor=False)
-    table = loaders.need_index(chosen).table()
-    page.chart(
-        viz.density_histogram({chosen.name: table["density"].to_numpy()}, page.colours()),
-        alt="Histogram of the latents' firing densities",
-        key="overview_density",
-    )
+    with page.part():
+        table = loaders.need_index(chosen).table()
+        page.chart(
+            viz.density_histogram({chosen.name: table["density"].to_numpy()}, page.colours()),
+            alt="Histogram of the latents' firing densities",
+            key="overview_density",
+        )

@@ -1,15 +1,12 @@
-"""A text seen through the SAE: active latents per token, what is lost, and why each latent won."""
+"""A text seen through one or more SAEs: which latents tell something of it, what is lost, and why each one won."""
 
 import loaders
-import numpy as np
-import page
 import session
 import streamlit as st
 from parts import prompt as prompt_parts
 
-from saelab import viz
-
 EXAMPLE = "The river runs past the old mill, and the weather today is grey."
+MOST = 3  # SAEs beside each other
 
 st.title("Prompt", anchor=False)
 run = session.need_run()
@@ -32,57 +29,40 @@ if reading is None:
     loaders.need_model(run, "Reading a prompt")
     st.caption("Type a text and press Read.")
     st.stop()
-
-colours = page.colours()
-lost, counts = reading.unexplained(), reading.l0()
-layer = st.segmented_control(
-    "Colour by",
-    ["unexplained", "active latents", "one latent"],
-    default="unexplained",
-    required=True,
-    key="prompt_layer",
-    **session.KEEP,
-)
-if layer == "one latent":
-    strongest = [latent for latent, _ in reading.strongest(30)]
-    if not strongest:
-        st.caption("No latent is active on this text.")
-        st.stop()
-    latent = st.selectbox("latent", strongest, format_func=lambda j: f"#{j}", key="prompt_latent", width=160)
-    page.html(viz.token_strip(reading.strings, reading.trace(latent), colours))
-elif layer == "active latents":
-    page.html(viz.token_strip(reading.strings, [float(c) for c in counts], colours, unit="active latents"))
-else:
-    counted = lost[reading.first :] or lost
-    page.html(viz.token_strip(reading.strings, lost, colours, scale=max(counted), unit="share of squared norm lost"))
-    st.caption(
-        f"‖x − x̂‖² / ‖x‖² per token: 0 is a perfect reconstruction, 1 is as good as nothing. Here from "
-        f"{min(counted):.1%} to {max(counted):.1%}, the full tint; point at a token to read its own."
+if reading.cut:
+    st.warning(
+        f"Only the first {reading.n:,} tokens were read; {reading.cut:,} more are not shown.", icon=":material/cut:"
     )
 
-best = reading.strongest(14)
-if best:
-    st.subheader("Strongest latents", anchor=False)
-    rows = np.array([reading.trace(latent) for latent, _ in best])
-    figure = viz.heatmap(rows, prompt_parts.names(run, best), reading.strings, colours)
-    page.chart(figure, alt="Activation of the strongest latents on each token", key="prompt_heatmap")
+position = st.session_state.get("prompt_position", reading.first + 1)
+position = st.session_state["prompt_position"] = min(max(position, 0), reading.n - 1)
+how = prompt_parts.choose_ranking(run, reading)
+prompt_parts.coloured_text(run, reading, position, how)
 
-st.subheader("One token", anchor=False)
-position = st.pills(
-    "token",
-    range(reading.n),
-    default=min(reading.first + 1, reading.n - 1),
-    required=True,
-    key="prompt_position",
-    format_func=lambda i: f"{i} {viz.markdown(reading.strings[i].strip() or ('␣' if reading.strings[i] else '·'))}",
-    label_visibility="collapsed",
-)
-position = min(position, reading.n - 1)
-facts = [f"{counts[position]} active latents", f"{lost[position]:.1%} of the squared norm lost"]
-st.caption(" · ".join(facts))
+st.subheader("Latents on this text", anchor=False)
+others = [other for other in loaders.siblings(run, most=1000) if loaders.reads_alike(run, other)]
+beside = []
+if others:
+    beside = st.multiselect(
+        "other SAEs beside it",
+        others,
+        key="prompt_beside",
+        max_selections=MOST - 1,
+        placeholder="other SAEs beside it",
+        label_visibility="collapsed",
+        **session.KEEP,
+    )
+if beside:
+    prompt_parts.side_by_side([run, *(loaders.workspace().run(other) for other in beside)], reading, how)
+else:
+    prompt_parts.strongest(run, reading, position, how)
+
+st.subheader(f"Token {position}: {prompt_parts.quoted(reading.strings[position])}", anchor=False)
+counts, lost = reading.l0(), reading.unexplained()
+st.caption(f"{counts[position]} active latents · {lost[position]:.1%} of the squared norm lost")
 left, right = st.columns([1, 1], gap="large")
 with left:
-    chosen = prompt_parts.active_table(run, reading, position)
+    chosen = prompt_parts.active_table(run, reading, position, how)
 with right:
     prompt_parts.why(run, reading, position)
 if chosen is not None and st.button(f"Open latent #{chosen[0]}", icon=":material/open_in_full:", key="prompt_open"):

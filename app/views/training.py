@@ -1,5 +1,7 @@
 """Curves of runs in training or finished; they are redrawn while a log grows."""
 
+from typing import Any
+
 import loaders
 import page
 import session
@@ -18,12 +20,16 @@ CURVES = {
     "grad_norm": "gradient norm",
 }
 
+COLUMNS = 4
+
 found = loaders.workspace()
 st.title("Training", anchor=False)
-logged = {name: run for name, run in found.runs.items() if run.last_step}
+logged, unread = loaders.logged(found)
+for message in unread:
+    st.error(viz.markdown(message), icon=":material/error:")
 if found.sweeps:
-    with st.expander(f"Sweeps ({len(found.sweeps)})", icon=":material/grid_view:", expanded=True):
-        sweep_parts.show(found, logged)
+    with st.expander(f"Sweeps ({len(found.sweeps)})", icon=":material/grid_view:", expanded=True), page.part():
+        sweep_parts.show(found, list(logged))
 if not logged:
     st.info("No run below this folder has a log (`metrics.jsonl`) yet.", icon=":material/info:")
     st.stop()
@@ -39,16 +45,41 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
     )
     live = st.toggle(
         "follow",
-        value=any(not run.has_weights for run in logged.values()),
+        value=any(at.state == "running" for at in logged.values()),
         key="training_live",
         help="Read the logs again every two seconds",
     )
 
 
 @st.fragment(run_every=2 if live else None)
-def curves() -> None:
-    """All curves of the chosen runs, read anew on every call."""
-    logs = {name: workspace.thin(loaders.metrics(logged[name])) for name in names}
+def followed() -> None:
+    """The state and the curves of the chosen runs, read anew on every call."""
+    logs = {}
+    for name in names:
+        with page.part():
+            logs[name] = loaders.metrics(found.runs[name])
+    states({name: rows[-1] for name, rows in logs.items()})
+    curves({name: workspace.thin(rows) for name, rows in logs.items()})
+
+
+def states(last: dict[str, dict[str, Any]]) -> None:
+    """Of each chosen run the last number of its log, and whether it is still being trained."""
+    for start in range(0, len(last), COLUMNS):
+        for column, (name, row) in zip(st.columns(COLUMNS), list(last.items())[start : start + COLUMNS]):
+            at = workspace.progress(found.runs[name])
+            column.metric(
+                viz.markdown(name),
+                f"FVU {row['fvu']:.4f}" if "fvu" in row else f"step {row['step']:,}",
+                at.text() if at else "",
+                delta_color="off",
+                delta_arrow="off",
+                help=f"{workspace.FORMULAS['fvu']} of the last training batch; held-out numbers stand on the Overview. "
+                "A run is interrupted if it has not reached its last step and its log has not grown for two minutes.",
+            )
+
+
+def curves(logs: dict[str, list[dict[str, Any]]]) -> None:
+    """All curves of the chosen runs."""
     found_in = set().union(*(workspace.measured(rows[-1]) for rows in logs.values()))
     columns = st.columns(2, gap="large")
     for i, key in enumerate([*CURVES, *sorted(found_in - {*CURVES, "step", "tokens"})]):
@@ -61,22 +92,10 @@ def curves() -> None:
 
 
 if names:
-    columns = st.columns(len(names[:4]))
-    for column, name in zip(columns, names):
-        last = logged[name].last_step
-        state = "finished" if logged[name].has_weights else "running"
-        column.metric(
-            viz.markdown(name),
-            f"FVU {last['fvu']:.4f}",
-            f"step {last['step']:,} · {state}",
-            delta_color="off",
-            delta_arrow="off",
-            help=f"{workspace.FORMULAS['fvu']} of the last training batch; held-out numbers stand on the Overview",
-        )
     st.caption(
         "A point is one training batch. FVU: its squared error over the variance of the whole cache; loss: FVU and the "
         "variant's weighted extra terms; gradient norm: before clipping; dead latents: silent for `dead_after` tokens."
     )
-    curves()
+    followed()
     with st.expander("Commands"):
-        source_parts.commands(*(workspace.train_command(logged[name]) for name in names))
+        source_parts.commands(*(workspace.train_command(found.runs[name]) for name in names))

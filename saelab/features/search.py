@@ -169,7 +169,11 @@ def count_states(table: pd.DataFrame) -> dict[str, int]:
 def counterparts(
     direction: Float[Tensor, " d_in"], others: Mapping[str, SAE], signed: bool = False
 ) -> dict[str, tuple[int, float]]:
-    """In each other SAE the latent closest to ``direction``, and its cosine: a latent's stability across seeds."""
+    """In each other SAE the latent closest to ``direction``, and its cosine.
+
+    It says that a direction is found again only where the SAEs began with different weights (see
+    :func:`saelab.workspace.relatives.same_start`), and beside the cosine of a random direction.
+    """
     unit = unit_rows(direction.detach().float()[None])[0]
     found = {}
     for name, sae in others.items():

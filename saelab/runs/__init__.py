@@ -1,6 +1,5 @@
 """A trained SAE as one object: its path, weights, provenance and measurements."""
 
-from saelab.runs.given import as_run
-from saelab.runs.run import Run
+from saelab.runs.run import Run, as_run
 
 __all__ = ["Run", "as_run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
@@ -11,12 +12,13 @@ from saelab.lm.record import ModelRecord
 from saelab.runs.run import Run
 
 
-def model_record(run: Run) -> ModelRecord:
+def model_record(run: Run, below: Path | None = None) -> ModelRecord:
     """The run's language model, with what its own files, its index or the cache it was trained on record of the
-    weights; what none of them records is empty."""
+    weights; what none of them records is empty. With ``below`` a cache that is not in that folder is not opened."""
     known = run.recorded.get("language_model") or (run.index.meta.get("language_model") if run.index else None)
     found, cache = ModelRecord.from_json(known), run.metadata.get("cache")
-    if not found.fingerprint and cache:  # a run of 0.1.0
+    outside = below is not None and cache and not Path(cache).resolve().is_relative_to(below.resolve())
+    if not found.fingerprint and cache and not outside:  # a run of 0.1.0
         with contextlib.suppress(UserError, OSError):
             opened = ActivationCache(cache)
             if opened.fingerprint == run.metadata.get("cache_fingerprint"):

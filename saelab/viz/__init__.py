@@ -14,11 +14,12 @@ from saelab.viz.escape import label, markdown, plain, visible
 from saelab.viz.export import latent_json, latent_page
 from saelab.viz.prompt import contest_bars, heatmap, steps
 from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
-from saelab.viz.tokens import caption, example_list, fact_table, style_sheet, text_block, token_chips, token_strip
+from saelab.viz.tokens import PART, caption, example_list, fact_table, outdated, style_sheet, token_chips, token_strip
 
 __all__ = [
     "DARK",
     "LIGHT",
+    "PART",
     "Palette",
     "activation_histogram",
     "caption",
@@ -36,13 +37,13 @@ __all__ = [
     "lines",
     "logit_effects",
     "markdown",
+    "outdated",
     "palette",
     "pareto",
     "plain",
     "scatter",
     "steps",
     "style_sheet",
-    "text_block",
     "token_chips",
     "token_strip",
     "visible",

@@ -27,6 +27,8 @@ def base(colours: Palette, height: int = 300, x: str = "", y: str = "", **layout
         yaxis={"title": {"text": y, "standoff": 10}, **axis},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": colours.text}},
         hoverlabel={"bgcolor": colours.surface, "font": {"color": colours.text}, "align": "left"},
+        # Without colours of its own the tool bar is a dark block on a transparent page.
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": colours.muted, "activecolor": colours.text},
         bargap=0.06,
     )
     return fig.update_layout(**layout)

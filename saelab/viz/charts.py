@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -16,27 +16,59 @@ from saelab.viz.theme import SYMBOLS, Palette
 DEAD_LOG_DENSITY = -10.0  # where a latent that never fired stands on a log10 density axis
 
 
-def pareto(
-    points: Mapping[str, Sequence[tuple[float, float, str]]], colours: Palette, x: str = "L0", y: str = "FVU"
-) -> go.Figure:
-    """Sparsity against fidelity, one series per variant: ``{variant: [(l0, value, hover lines), ...]}``.
+class _Point(NamedTuple):
+    """One SAE of :func:`pareto`."""
 
-    The hover text is taken as HTML already (escape names with ``viz.label``). ``customdata`` holds (variant, position).
+    x: float
+    value: float
+    text: str
+    low: float | None = None
+    high: float | None = None
+    held_out: bool = True
+
+
+def pareto(
+    points: Mapping[str, Sequence[tuple[Any, ...]]], colours: Palette, x: str = "L0", y: str = "FVU"
+) -> go.Figure:
+    """Sparsity against fidelity, one series per variant: ``{variant: [(l0, value, hover text, ...), ...]}``.
+
+    The hover text is taken as HTML already (escape names with ``viz.label``). Further fields of a point are the ends of
+    the value's interval, which is drawn as a bar, and whether it was measured on held-out rows: where it was not, the
+    symbol is hollow and no line leads to it.
     """
     fig = base(colours, 320 + 20 * -(-len(points) // 3), x, y)  # the legend has about three names a row
     for i, (name, rows) in enumerate(points.items()):
-        rows = sorted(rows)
-        fig.add_scatter(
-            x=[r[0] for r in rows],
-            y=[r[1] for r in rows],
-            text=[r[2] for r in rows],
-            name=safe(name),
-            mode="lines+markers",
-            marker={"size": 11, "symbol": SYMBOLS[i % len(SYMBOLS)], "line": {"width": 1, "color": colours.background}},
-            line={"width": 1, "dash": "dot"},
-            hovertemplate="%{text}<extra></extra>",
-        )
-    return fig.update_xaxes(log_axis([r[0] for rows in points.values() for r in rows]))
+        series = sorted((_Point(*row) for row in rows), key=lambda point: point[:2])
+        look = SYMBOLS[i % len(SYMBOLS)], colours.series[i % len(colours.series)]
+        measured, others = ([p for p in series if p.held_out == side] for side in (True, False))
+        if measured:
+            _points(fig, measured, name, *look, colours.background)
+        if others:
+            _points(fig, others, f"{name}, training batch", f"{look[0]}-open", look[1], "")
+    return fig.update_xaxes(log_axis([row[0] for rows in points.values() for row in rows]))
+
+
+def _points(fig: go.Figure, rows: Sequence[_Point], name: str, symbol: str, colour: str, edge: str) -> None:
+    """One series of :func:`pareto`; ``edge`` is the colour around filled symbols, empty for hollow ones."""
+    above = [0.0 if row.high is None else row.high - row.value for row in rows]
+    below = [0.0 if row.low is None else row.value - row.low for row in rows]
+    bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5, "width": 4}
+    fig.add_scatter(
+        x=[row.x for row in rows],
+        y=[row.value for row in rows],
+        text=[row.text for row in rows],
+        name=safe(name),
+        mode="lines+markers" if edge else "markers",
+        marker={
+            "size": 11,
+            "symbol": symbol,
+            "color": colour,
+            "line": {"width": 1 if edge else 2, "color": edge or colour},
+        },
+        line={"width": 1, "dash": "dot", "color": colour},
+        hovertemplate="%{text}<extra></extra>",
+        error_y=bars if any(above) or any(below) else None,
+    )
 
 
 def lines(

@@ -15,7 +15,8 @@ def style_sheet(colours: Palette) -> str:
     """The CSS that the fragments of this module expect, once a page."""
     return f"""<style>
 [data-testid="stMainBlockContainer"] {{ padding-top: 3.75rem; padding-bottom: 3rem; max-width: 1600px; }}
-[data-testid^="stBaseButton-primary"] *, [data-baseweb="tag"], [data-baseweb="tag"] *, [data-tag], [data-tag] * {{
+[data-testid^="stBaseButton-primary"]:not(:disabled) *,
+[data-baseweb="tag"], [data-baseweb="tag"] *, [data-tag], [data-tag] * {{
   color: {colours.on_primary} !important; }}
 [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * {{
   color: {colours.muted}; opacity: 1 !important; }}
@@ -37,6 +38,7 @@ def style_sheet(colours: Palette) -> str:
   white-space: pre; padding: 1px 6px; margin: 2px 4px 2px 0; border-radius: 4px; color: {colours.text};
   max-width: 100%; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom;
   border: 1px solid {colours.grid}; unicode-bidi: isolate; }}
+.sl-outdated {{ opacity: 0.55; }}
 .sl-muted {{ color: {colours.muted}; font-size: 0.85rem; }}
 </style>"""
 
@@ -95,9 +97,9 @@ def fact_table(rows: Iterable[tuple[str, str, str]]) -> str:
     return f'<table class="sl-facts">{cells}</table>'
 
 
-def text_block(text: str) -> str:
-    """A text as it is being written."""
-    return f'<div class="sl-strip">{plain(text)}</div>'
+def outdated(fragment: str) -> str:
+    """A fragment of this module made pale, for what was made with settings that are no longer those shown."""
+    return f'<div class="sl-outdated">{fragment}</div>'
 
 
 def caption(text: str) -> str:

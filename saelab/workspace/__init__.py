@@ -2,6 +2,7 @@
 
 from saelab.runs.metrics_log import measured, read_metrics, series, thin
 from saelab.workspace.commands import evaluate_command, index_command, train_command
+from saelab.workspace.condition import Progress, damage, progress
 from saelab.workspace.numbers import FORMULAS, TITLES, Number, numbers, pareto_points, summary
 from saelab.workspace.scan import Workspace
 
@@ -9,12 +10,15 @@ __all__ = [
     "FORMULAS",
     "TITLES",
     "Number",
+    "Progress",
     "Workspace",
+    "damage",
     "evaluate_command",
     "index_command",
     "measured",
     "numbers",
     "pareto_points",
+    "progress",
     "read_metrics",
     "series",
     "summary",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
+from saelab.layout import EVALUATION, METRICS
 from saelab.runs import Run
 from saelab.workspace.commands import evaluate_command, train_command
+from saelab.workspace.condition import state
 
 FORMULAS = {
     "l0": "mean number of latents with a non-zero value per token",
@@ -36,12 +39,18 @@ class Number:
     command: str
     low: float | None = None
     high: float | None = None
+    held_out: bool = False
+    """Whether it was measured on rows that the SAE was not trained on."""
 
     def text(self) -> str:
         """The value as it is written in the app: L0 with one decimal, shares in per cent, FVU with four digits."""
         if self.name == "l0":
             return f"{self.value:,.1f}"
         return f"{self.value:.1%}" if self.name in {"dead", "ce_recovered"} else f"{self.value:.4f}"
+
+    def where(self) -> str:
+        """The sample in a word: ``held-out``, ``train`` or ``all`` for an evaluation, else ``training batch``."""
+        return self.source.removesuffix(" split").removeprefix("last ")
 
     def provenance(self) -> str:
         """One line: formula, tokens, seed, command."""
@@ -58,31 +67,32 @@ class Number:
 
 def numbers(run: Run) -> dict[str, Number]:
     """The run's L0, FVU, CE recovered and dead share: from ``evaluation.json`` where it exists, else from training."""
-    found = _training(run)
-    found.update(_evaluation(run))
+    where = Path() if run.path is None else run.path
+    with damaged(where / METRICS, "remove it or train again"):
+        found = _training(run)
+    with damaged(where / EVALUATION, "evaluate the run again"):
+        found.update(_evaluation(run))
     return found
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """One row of the overview: plain values, ``None`` where a number was never measured."""
-    row: dict[str, Any] = {"run": run.name}
+    """One row of the overview: plain values, ``None`` where a number was never measured or cannot be read."""
+    row: dict[str, Any] = {"run": run.name, "state": state(run)}
     if "error" in run.config:
-        return {**row, "state": run.config["error"]}
+        return row
     try:
         found = numbers(run)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return {**row, "state": str(error)}
-    settings = run.settings
     return {
         **row,
         "variant": run.variant,
         "d_sae": run.d_sae,
-        "k": settings.get("k"),
+        "k": run.settings.get("k"),
         **{name: found[name].value if name in found else None for name in TITLES},
-        "measured": "held-out" if run.evaluation else ("training" if found else None),
+        "measured": found["fvu"].where() if "fvu" in found else None,
         "step": run.last_step.get("step"),
         "index": run.has_index,
-        "state": f"from {run.config['format']}" if run.is_foreign else "ready" if run.has_weights else "training",
     }
 
 
@@ -117,13 +127,15 @@ def _evaluation(run: Run) -> dict[str, Number]:
         row = metrics.get(key)
         if not row or row.get("value") is None:
             continue
+        split = settings.get("split", "held_out")
         found[name] = Number(
             name=name,
             value=row["value"],
             formula=row.get("formula") or FORMULAS[name],
             tokens=row.get("n") if row.get("unit") == "token" else None,
             seed=settings.get("seed"),
-            source=f"{settings.get('split', 'held_out')} split".replace("_", "-"),
+            source=f"{split} split".replace("_", "-"),
+            held_out=split == "held_out",
             command=evaluate_command(run),
             low=row.get("low"),
             high=row.get("high"),
@@ -131,24 +143,47 @@ def _evaluation(run: Run) -> dict[str, Number]:
     return found
 
 
-def pareto_points(runs: Iterable[Run], fidelity: str) -> dict[str, list[tuple[float, float, str]]]:
-    """What :func:`saelab.viz.pareto` draws: ``{variant: [(L0, fidelity, provenance as safe HTML)]}``.
+class Point(NamedTuple):
+    """One SAE in the chart of sparsity against fidelity."""
 
-    A variant of several widths is a series for each of them: a line between two widths is not a trade-off.
+    l0: float
+    value: float
+    text: str
+    """Provenance as safe HTML."""
+    low: float | None = None
+    high: float | None = None
+    held_out: bool = True
+
+
+def pareto_points(runs: Iterable[Run], fidelity: str, training: bool = False) -> dict[str, list[Point]]:
+    """What :func:`saelab.viz.pareto` draws: for each variant the SAEs that were measured on held-out rows.
+
+    ``training`` adds those of which only numbers of training rows are known. They cannot be compared with the others:
+    an SAE fits the rows it was trained on better. Runs without weights, or with damaged files, are left out. A variant
+    of several widths is a series for each of them: a line between two widths is not a trade-off.
     """
-    runs = list(runs)
+    known = [(run, *pair) for run in runs if run.has_weights and (pair := _pair(run, fidelity)) is not None]
+    known = [row for row in known if training or (row[1].held_out and row[2].held_out)]
     widths: dict[str, set[int | None]] = {}
-    for run in runs:
+    for run, *_ in known:
         widths.setdefault(run.variant, set()).add(run.d_sae)
-    points: dict[str, list[tuple[float, float, str]]] = {}
-    for run in runs:
-        found = numbers(run)
-        if "l0" not in found or fidelity not in found:
-            continue
+    points: dict[str, list[Point]] = {}
+    for run, l0, number in known:
         lines = [f"<b>{html.escape(run.name, quote=False)}</b>"]
-        for name in ("l0", fidelity):
-            lines.append(f"{TITLES[name]} = {found[name].text()}")
-            lines += [html.escape(part, quote=False) for part in found[name].provenance().split(" · ")]
+        for found in (l0, number):
+            lines.append(f"{TITLES[found.name]} = {found.text()}")
+            lines += [html.escape(part, quote=False) for part in found.provenance().split(" · ")]
         series = run.variant if len(widths[run.variant]) == 1 else f"{run.variant} {run.d_sae or '?'}"
-        points.setdefault(series, []).append((found["l0"].value, found[fidelity].value, "<br>".join(lines)))
+        held_out = l0.held_out and number.held_out
+        point = Point(l0.value, number.value, "<br>".join(lines), number.low, number.high, held_out)
+        points.setdefault(series, []).append(point)
     return points
+
+
+def _pair(run: Run, fidelity: str) -> tuple[Number, Number] | None:
+    """L0 and a fidelity of a run; None where one is unknown or the run's files cannot be read."""
+    try:
+        found = numbers(run)
+    except (UserError, OSError):
+        return None
+    return (found["l0"], found[fidelity]) if "l0" in found and fidelity in found else None

@@ -35,7 +35,7 @@ def saved_recipes(root: Path) -> list[dict[str, Any]]:
     """Name, what it does, where its vectors come from, and its measured doses, for every recipe in the folder."""
     rows = []
     for path in sorted((root / RECIPES).glob(f"*/{RECIPE}")):
-        if not path.resolve().is_relative_to(root.resolve()):
+        if not all(file.resolve().is_relative_to(root.resolve()) for file in path.parent.iterdir()):
             continue
         try:
             rows.append(_row(path.parent.name, json.loads(path.read_bytes())))
@@ -56,20 +56,25 @@ def _row(folder: str, content: dict[str, Any]) -> dict[str, Any]:
         "norm": parts[0]["norm"] if parts else None,
         "promotes": " ".join(about.get("promotes", [])),
         "model": (content.get("model") or {}).get("name"),
-        "verdict": about.get("verdict", ""),
+        "verdict": ": ".join(filter(None, (about.get("measured"), about.get("verdict", "")))),
         "doses": about.get("doses", []),
     }
 
 
-def provenance(picks: Sequence[Pick], prompt: str, promotes: Sequence[str], measured: Any = None) -> dict[str, Any]:
-    """The state of the page that a recipe records: picks, prompt, logit effect, doses and responses."""
+def provenance(
+    picks: Sequence[Pick], prompt: str, promotes: Sequence[str], measured: Any = None, of: str | None = None
+) -> dict[str, Any]:
+    """The state of the page that a recipe records: picks, prompt, logit effect, doses and responses.
+
+    ``measured`` are those of the pick with the label ``of``.
+    """
     about: dict[str, Any] = {
         "prompt": prompt,
         "promotes": list(promotes),
         "picks": [{"label": p.label, "operation": p.operation, "amount": p.amount, "unit": p.unit} for p in picks],
     }
     if measured is not None:
-        about |= {"verdict": measured.verdict, "doses": [asdict(dose) for dose in measured.doses]}
+        about |= {"measured": of, "verdict": measured.verdict, "doses": [asdict(dose) for dose in measured.doses]}
     return about
 
 
@@ -83,13 +88,18 @@ def reopen(root: Path, folder: str, source: Run) -> list[Pick]:
     told = recipe.provenance.get("picks", [])
     picks = []
     for i, step in enumerate(recipe.interventions):
-        if step.hook_name != source.hook_name_out:
+        if step.hook_name != source.hook_name:
             raise UserError(
-                f"{folder} acts at {step.hook_name}, this SAE writes at {source.hook_name_out}; choose another SAE"
+                f"{folder} acts at {step.hook_name}, this SAE lies at {source.hook_name}; choose another SAE"
             )
         label = told[i]["label"] if i < len(told) else f"{folder} {i + 1}"
         picks.append(_pick(step, label, folder, source))
     return picks
+
+
+def saved_prompt(root: Path, folder: str) -> str:
+    """The prompt that a recipe was saved with; empty where it has none."""
+    return str(Recipe.load(root / RECIPES / folder).provenance.get("prompt") or "")
 
 
 def _pick(step: Intervention, label: str, folder: str, source: Run) -> Pick:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, near_matches
-from saelab.layout import MANIFEST, RECIPE, SWEEP_TABLE
+from saelab.layout import INDEX, MANIFEST, RECIPE, SWEEP_TABLE
 from saelab.runs import Run
 from saelab.runs.run import walk
 
@@ -27,11 +27,16 @@ class Workspace:
 
     @classmethod
     def scan(cls, root: Path | str) -> Workspace:
-        """Look for SAEs of any tool, runs in training, caches and sweeps, at any depth."""
+        """Look for SAEs of any tool, runs in training, caches and sweeps, at any depth.
+
+        A run, cache or sweep of which a file is a link to one outside the folder is left out.
+        """
         root = Path(root).resolve()
         runs, caches, sweeps = {}, {}, {}
         for place in walk(root):
             name = place.folder.relative_to(root).as_posix()
+            if _leads_out(place.folder, root):
+                continue
             runs |= {run.name: run for run in place.runs}
             if RECIPE in place.files:
                 continue
@@ -57,13 +62,8 @@ class Workspace:
         return resolved
 
     def cache_of(self, run: Run) -> ActivationCache | None:
-        """The cache a run was trained on, with its target, if they (or some of their fingerprints) lie below."""
-        cache, of_target = (self._cache(run.metadata.get(f"{name}_fingerprint")) for name in ("cache", "target"))
-        if cache is None or run.metadata.get("target_fingerprint") is None:
-            return cache
-        return None if of_target is None else cache.with_target(of_target)
-
-    def _cache(self, wanted: str | None) -> ActivationCache | None:
+        """The cache a run was trained on, if it (or one with its fingerprint) lies below the folder."""
+        wanted = run.metadata.get("cache_fingerprint")
         for folder in self.caches.values():
             try:
                 cache = ActivationCache(folder)
@@ -82,3 +82,9 @@ class Workspace:
             return name
         folder = (self.root / name).resolve()
         return str(folder) if folder.is_relative_to(self.root) and (folder / "config.json").is_file() else None
+
+
+def _leads_out(folder: Path, root: Path) -> bool:
+    """Whether a file in a folder, or in the index below it, is in truth outside ``root``."""
+    files = [path for place in (folder, folder / INDEX) if place.is_dir() for path in place.iterdir()]
+    return any(path.is_symlink() and not path.resolve().is_relative_to(root) for path in files)

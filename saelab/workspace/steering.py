@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from saelab.errors import UserError
 from saelab.lm.tokens import end_ids, tokenize, tokenizer_of
@@ -72,6 +74,30 @@ def pick_latent(source: Run, latent: int, pole: int) -> Pick:
 def pick_vector(vector: SteeringVector, label: str) -> Pick:
     """A vector made from texts; its natural strength is its own length."""
     return Pick(label, vector, unit="raw")
+
+
+def same_vector(pick: Pick, other: Pick) -> bool:
+    """Whether two picks are along the same vector, whatever is done with it: then they have the same doses."""
+    return pick.vector.hook_name == other.vector.hook_name and torch.equal(
+        pick.vector.direction * pick.vector.norm, other.vector.direction * other.vector.norm
+    )
+
+
+def described(picks: Sequence[Pick], prompt: str, options: Mapping[str, Any]) -> str:
+    """One line on what a continuation was made with: interventions, prompt and sampling."""
+    parts = [" ".join(filter(None, (p.operation, p.label, _amount(p), _place(p)))) for p in picks]
+    sampling = [f"{name.replace('_', ' ')} {value}" for name, value in options.items()]
+    return " · ".join([*parts, f"“{prompt.strip()}”", *sampling])
+
+
+def _amount(pick: Pick) -> str:
+    return (
+        "" if pick.strength is None else f"{pick.strength}" if isinstance(pick.strength, str) else f"{pick.strength:g}"
+    )
+
+
+def _place(pick: Pick) -> str:
+    return "" if pick.where == "all" else f"on {pick.where}"
 
 
 def best_unit(vector: SteeringVector) -> str:

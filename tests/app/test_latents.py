@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from saelab import viz
+from saelab.comparison import matching_poles
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, search
@@ -196,3 +197,14 @@ def test_a_counterpart_is_the_closest_row_of_each_other_sae() -> None:
     assert found["a"][0] == 9 and found["a"][1] > 0.9
     latent, cosine = search.counterparts(sae.W_dec[4], {"a": other}, signed=True)["a"]
     assert latent == 7 and cosine == pytest.approx(-1, abs=1e-5)
+
+
+def test_the_poles_of_a_pair_point_the_same_way() -> None:
+    cosines = [0.9, -0.9]
+    for signed, expected in {
+        (False, False): ([1, 1], [1, 1]),
+        (True, False): ([1, -1], [1, 1]),  # the right has no negative pole, so the left's is the one that matches
+        (False, True): ([1, 1], [1, -1]),
+        (True, True): ([1, 1], [1, -1]),
+    }.items():
+        assert tuple(side.tolist() for side in matching_poles(cosines, signed)) == expected

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from saelab import viz
 from saelab.features import FeatureIndex
 from saelab.features.search import catalogue
 from saelab.sae import VARIANTS
@@ -112,13 +113,95 @@ def test_a_link_leads_to_its_latent(monkeypatch: pytest.MonkeyPatch, folder: Pat
     app.switch_page("views/latent.py").run()
     assert not app.exception and app.session_state["run"] == "runs/gated"
     assert "#7" in app.title[0].value
-    # What is no run of the folder and no number is ignored.
-    for latent in ("1e9", "--5", "-5", "²", "9" * 5000):
+    # What is no number is said, and no other latent passes for it.
+    for latent in ("1e9", "--5", "-5", "²", "9" * 5000, "48"):
         app = AppTest.from_file(ENTRY, default_timeout=60)
-        app.query_params["run"], app.query_params["latent"] = "../../etc", latent
+        app.query_params["run"], app.query_params["latent"], app.query_params["pole"] = "runs/gated", latent, "7"
         app.switch_page("views/latent.py").run()
-        assert not app.exception and app.session_state["run"] in ("runs/abs_topk",)
-        assert not app.error and "#0" in app.title[0].value
+        assert not app.exception and not app.error
+        assert len(app.warning) == 1 and "latents 0 to 47" in app.warning[0].value
+        assert app.query_params["pole"] == "1"
+
+
+def test_a_link_to_an_sae_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("SAELAB_APP_FOLDER", str(folder))
+    for view in VIEWS:
+        for name in ("../../etc", "runs/nonexist"):
+            app = AppTest.from_file(ENTRY, default_timeout=60)
+            app.query_params["run"], app.query_params["latent"] = name, "3"
+            app.switch_page(f"views/{view}").run()
+            assert not app.exception and app.session_state["run"] is None
+            assert [name in error.value.replace("\\", "") for error in app.error] == [True], (view, app.error)
+            assert app.query_params["run"] == name, "the address stays, for the reader to correct"
+    app.selectbox(key="run").select("runs/gated")
+    app.run()
+    assert not app.error and app.query_params["run"] == "runs/gated"
+
+
+def test_a_damaged_run_harms_no_other(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    for name in ("good", "bad_index", "bad_weights", "bad_evaluation", "bad_log", "bad_config"):
+        shutil.copytree(folder / "runs" / "topk", tmp_path / name)
+    write_evaluation(tmp_path / "good", fvu=0.5, l0=4.0)
+    (tmp_path / "bad_index" / "features" / "features.parquet").write_bytes(b"torn")
+    weights = tmp_path / "bad_weights" / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tmp_path / "bad_evaluation" / "evaluation.json").write_text('{"metrics": [1]}')
+    (tmp_path / "bad_log" / "metrics.jsonl").write_text("{torn}\n")
+    (tmp_path / "bad_config" / "cfg.json").write_text('{"metadata": 3}')
+    app = launch(monkeypatch, tmp_path, model="none")
+    app.selectbox(key="run").select("good")
+    for view in VIEWS:
+        app.switch_page(f"views/{view}").run()
+        assert not app.exception, (view, app.exception)
+        damaged = [error.value.replace("\\", "") for error in app.error]
+        assert all(("bad_" in text and "damaged" in text) or "not JSON" in text for text in damaged), (view, damaged)
+        if view == "overview.py":
+            states = dict(zip(app.dataframe[0].value["run"], app.dataframe[0].value["state"]))
+            assert states.pop("good") == "ready" and states.pop("bad_index") == "ready"
+            assert all("damaged" in state or "not JSON" in state for state in states.values()), states
+            assert not damaged and len(app.get("plotly_chart")) == 2
+        if view == "training.py":
+            assert len(damaged) == 1 and len(app.metric) == 1
+        if view == "latent.py":
+            assert any("My label" in item.label for item in app.text_input), "the form for notes is there"
+            assert app.main.get("dataframe")[-1].value["SAE"].tolist() == ["bad_log", "bad_evaluation"][::-1]
+
+
+def write_evaluation(run: Path, split: str = "held_out", **values: float) -> None:
+    """An ``evaluation.json`` with these numbers and intervals of 0.1 around them."""
+    metrics = {
+        name: {"value": v, "low": v - 0.1, "high": v + 0.1, "n": 9, "unit": "token"} for name, v in values.items()
+    }
+    (run / "evaluation.json").write_text(json.dumps({"metrics": metrics, "settings": {"split": split, "seed": 0}}))
+
+
+def test_each_pole_of_a_signed_latent_has_its_own_label(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "runs" / "abs_topk", tmp_path / "run")
+    path = tmp_path / "run" / "features" / "features.parquet"
+    table = pq.read_table(path)
+    frame = table.select(["latent", "pole"]).to_pandas()
+    labels = [f"label {n}{'+' if pole > 0 else '-'}" for n, pole in zip(frame["latent"], frame["pole"])]
+    field = table.schema.field("label")
+    table = table.set_column(table.schema.get_field_index("label"), field, pa.array(labels, field.type))
+    about = pq.ParquetFile(path).metadata.metadata
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({key: value for key, value in about.items() if key != b"ARROW:schema"})
+    monkeypatch.setenv("SAELAB_APP_FOLDER", str(tmp_path))
+    for pole, asked in (("1", "label 7+"), ("-1", "label 7-")):
+        app = AppTest.from_file(ENTRY, default_timeout=60)
+        app.query_params["run"], app.query_params["latent"], app.query_params["pole"] = "run", "7", pole
+        app.switch_page("views/latent.py").run()
+        assert not app.exception and not app.error, app.error[0].value
+        assert viz.markdown(asked) in app.title[0].value, "the title is that of the pole that was asked for"
+        shown = [item.value for item in app.markdown]
+        for label in ("label 7+", "label 7-"):
+            assert any(text.startswith(f"**{viz.markdown(label)}**") for text in shown), (label, shown)
+        near = app.dataframe[0].value
+        assert all(row.endswith("+" if sign == "+" else "-") for row, sign in zip(near["label"], near["pole"]))
+        assert set(near["pole"]) == {"+", "−"} or len(near) < 3
 
 
 def test_notes_are_saved_to_the_run(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:

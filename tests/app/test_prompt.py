@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from streamlit.testing.v1 import AppTest
 from test_pages import launch
 
+from saelab.errors import UserError
+from saelab.features import FeatureIndex
+from saelab.prompt.ranking import RANKINGS, Known, rank
+from saelab.prompt.reading import Reading
 from saelab.sae import VARIANTS
+from saelab.workspace import Workspace
 
 TEXT = "the river runs past the old mill"
 
@@ -40,6 +48,7 @@ def test_a_text_is_read_and_one_token_explained(monkeypatch: pytest.MonkeyPatch,
     position = next(i for i in range(reading.first, reading.n) if reading.l0()[i])
     app.session_state["prompt_position"] = position
     succeed(app.run())
+    succeed(app.toggle(key="prompt_hide_dense").set_value(False).run())
     drawn = figures(app)
     assert "prompt_effects" in drawn and "prompt_heatmap" in drawn
     assert ("prompt_pursuit" in drawn) == (variant == "matching_pursuit")
@@ -68,6 +77,70 @@ def test_another_sae_reads_the_same_text_at_once(monkeypatch: pytest.MonkeyPatch
     succeed(app.switch_page("views/features.py").run())
     succeed(app.switch_page("views/prompt.py").run())
     assert app.text_area(key="prompt_text").value == TEXT
+
+
+def test_a_long_text_is_cut_and_the_page_says_so(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    app = launch(monkeypatch, folder, model=str(folder / "model"))
+    app.switch_page("views/prompt.py").run()
+    app.text_area(key="prompt_text").input("river " * 99 + "river")  # the model has 64 positions
+    succeed(app.button(key="FormSubmitter:prompt_form-Read").click().run())
+    assert [warning.value for warning in app.warning] == ["Only the first 64 tokens were read; 37 more are not shown."]
+    (chart,) = [json.loads(item.proto.spec) for item in app.get("plotly_chart") if "heatmap" in item.proto.id]
+    assert len(chart["layout"]["xaxis"]["ticktext"]) == 60, "as many tokens as a chart can name"
+
+
+def test_saes_beside_each_other_read_the_same_activations(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    app = read(monkeypatch, folder, "topk")
+    app.multiselect(key="prompt_beside").set_value(["runs/abs_topk"])
+    succeed(app.run())
+    _, reading = app.session_state["prompt_reading"]
+    found = Workspace.scan(folder)
+    for run, table in zip(("runs/topk", "runs/abs_topk"), app.dataframe):
+        own = reading.through(found.run(run).sae)
+        ranked, _ = rank(own, "telling", hide_dense=True, known=known(folder / run))
+        shown = [(row["latent"], row["activation"]) for row in table.value.to_dict("records")]
+        assert shown == [(r.latent, r.activation) for r in ranked[:14]]
+
+
+def known(run: Path) -> Known:
+    index = FeatureIndex(run)
+    return Known.of(index.table(), index.d_sae, index.meta["tokens"])
+
+
+def test_rankings_are_what_their_formulas_say(folder: Path) -> None:
+    torch.manual_seed(0)
+    sae = Workspace.scan(folder).run("runs/abs_topk").sae
+    acts, grads = torch.randn(7, 32), torch.randn(7, 32)
+    code = sae.encode(acts).detach()
+    reading = Reading(list("abcdefg"), acts, grads, code, sae.decode(code), first=1)
+    index = known(folder / "runs" / "abs_topk")
+    dense = code.dense().double()
+    for by in RANKINGS:
+        expected: dict[tuple[int, int], float] = {}
+        for position, latent in dense.nonzero().tolist():
+            if position == 0:
+                continue
+            value = float(dense[position, latent])
+            side = int(value < 0)
+            share = abs(value) / max(index.maximum[side, latent], abs(value))
+            bits = -math.log2(max(index.density[side, latent], 0.5 / index.tokens))
+            effect = abs(value * float(sae.W_dec[latent].detach().double() @ grads[position].double()))
+            score = {"telling": share * bits, "share": share, "activation": abs(value), "effect": effect}[by]
+            key = latent, 1 - 2 * side
+            expected[key] = max(expected.get(key, 0.0), score)
+        found, hidden = rank(reading, by, index, sae.W_dec)
+        assert {(r.latent, r.pole): r.score for r in found} == pytest.approx(expected, rel=1e-5) and not hidden
+        assert [r.score for r in found] == pytest.approx(sorted(expected.values(), reverse=True))
+        assert all(float(dense[r.position, r.latent]) == pytest.approx(r.activation) for r in found)
+    (latent, pole), *_ = expected
+    index.density[int(pole < 0), latent] = 0.11
+    kept, hidden = rank(reading, "telling", index, hide_dense=True)
+    often = {key for key in expected if index.density[int(key[1] < 0), key[0]] > 0.1}
+    assert hidden == len(often) > 0 and {r[:2] for r in kept} == set(expected) - often
+    with pytest.raises(UserError, match="needs gradients"):
+        rank(dataclasses.replace(reading, grads=None), "effect", index, sae.W_dec)
+    with pytest.raises(UserError, match="needs a feature index"):
+        rank(reading, "telling")
 
 
 def test_a_model_with_other_weights_than_the_sae_was_trained_on_is_not_used(

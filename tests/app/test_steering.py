@@ -59,8 +59,8 @@ def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workpla
     app.text_area(key="dose_positive").input("the river runs")
     app.text_area(key="dose_negative").input("grey towns near")
     succeed(app.button(key="FormSubmitter:steering_dose-Measure").click().run())
-    _, label, measured = app.session_state["steering_doses"]
-    assert label == f"#{latent}" and len({dose.direction for dose in measured.doses}) >= 3
+    _, pick, measured = app.session_state["steering_doses"]
+    assert pick.label == f"#{latent}" and len({dose.direction for dose in measured.doses}) >= 3
     effect, damage = list(figures(app).values())
     assert len(effect["data"]) == len(damage["data"]) == len({dose.direction for dose in measured.doses})
     drawn = {trace["name"]: trace for trace in damage["data"]}
@@ -73,14 +73,45 @@ def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workpla
     assert recipe.settings()[0]["strength"] == "0.5max"
     saved = recipe.provenance
     assert saved["verdict"] == measured.verdict and len(saved["doses"]) == len(measured.doses)
-    assert len(saved["promotes"]) == 5
+    assert len(saved["promotes"]) == 5 and saved["measured"] == f"#{latent}"
+
+    # Doses are of the vector that was measured: a recipe of another one does not get them.
+    app.number_input(key="steering_latent_number").set_value(other := (latent + 1) % 48)
+    app.button(key="FormSubmitter:steering_latent-Add").click().run()
+    succeed(app.button(key=f"steering_remove_#{latent}").click().run())
+    assert any("no longer among the interventions" in item.value for item in app.markdown)
+    app.text_input(key="recipe_name").input("Other")
+    succeed(app.button(key="FormSubmitter:steering_save-Save").click().run())
+    saved = Recipe.load(workplace / "recipes" / "Other").provenance
+    assert saved["picks"][0]["label"] == f"#{other}" and "doses" not in saved and "verdict" not in saved
+    shutil.rmtree(workplace / "recipes" / "Other")
 
     # A new session without a model still shows the recipes.
     app = launch(monkeypatch, workplace, model="none")
     app = succeed(app.switch_page("views/steering.py").run())
     (row,) = app.dataframe[0].value.to_dict("records")
     assert row["name"] == "More of it" and row["strength"] == "0.5max" and f"latent {latent}" in row["origin"]
-    assert row["norm"] > 0 and row["promotes"] and row["verdict"] == measured.verdict
+    assert row["norm"] > 0 and row["promotes"] and row["verdict"] == f"#{latent}: {measured.verdict}"
+
+
+def test_texts_are_shown_with_the_settings_that_made_them(
+    monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path
+) -> None:
+    latent = strongest(folder)
+    app = open_page(monkeypatch, workplace, folder / "model", latent)
+    app.number_input(key="steering_length").set_value(3)
+    succeed(app.button(key="FormSubmitter:steering_form-Generate").click().run())
+    assert any(f"add \\#{latent} 1\\.0max" in item.value for item in app.caption), [c.value for c in app.caption]
+    assert not app.warning and not pale(app)
+    app.slider(key=f"steering_add_#{latent}").set_value(0.5).run()
+    assert len(app.warning) == 1 and "changed since" in app.warning[0].value and pale(app) == 3
+    assert any(f"add \\#{latent} 1\\.0max" in item.value for item in app.caption), "what made them does not change"
+    app.slider(key=f"steering_add_#{latent}").set_value(1.0).run()
+    assert not app.warning and not pale(app)
+
+
+def pale(app: AppTest) -> int:
+    return sum('class="sl-outdated"' in element.proto.body for element in app.get("html"))
 
 
 def test_a_recipe_comes_back_to_the_page_as_it_was(workplace: Path, folder: Path) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from small_workspace import make_cache, make_model, make_run
 
 from saelab import workspace
 from saelab.errors import UserError
 from saelab.runs import Run
+from saelab.sae import build
 from saelab.workspace import Workspace, recipes
+from saelab.workspace.relatives import chance_cosine, relatives, same_start
 
 
 def test_finds_runs_and_caches_at_any_depth(folder: Path) -> None:
@@ -72,14 +76,78 @@ def test_numbers_come_from_the_evaluation_where_there_is_one(folder: Path, tmp_p
     for part in ("(a - b) / (a - c)", "4,000 tokens", "seed 3", "0.9 to 0.95", "saelab evaluate"):
         assert part in after["ce_recovered"].provenance()
     assert after["fvu"] == before["fvu"]
+    # Its L0 is one of training rows, so it is no held-out point.
     points = workspace.pareto_points([Run(path=tmp_path, name="<b>")], "ce_recovered")
-    assert "&lt;b&gt;" in points["topk"][0][2]
+    assert not points, "without weights there is nothing that could be used"
+    (tmp_path / "sae_weights.safetensors").write_bytes(
+        (folder / "runs" / "topk" / "sae_weights.safetensors").read_bytes()
+    )
+    assert not workspace.pareto_points([Run(path=tmp_path, name="<b>")], "ce_recovered")
+    ((point,),) = workspace.pareto_points([Run(path=tmp_path, name="<b>")], "ce_recovered", training=True).values()
+    assert "&lt;b&gt;" in point.text and not point.held_out and (point.low, point.high) == (0.9, 0.95)
+    content["metrics"]["l0"] = {"value": 4.0, "n": 4000, "unit": "token"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    ((point,),) = workspace.pareto_points([Run(path=tmp_path, name="<b>")], "ce_recovered").values()
+    assert point.held_out
+    content["settings"]["split"] = "train"
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    assert not workspace.pareto_points([Run(path=tmp_path, name="<b>")], "ce_recovered")
     # Two widths of a variant are two series: a line between them would be no trade-off.
     shutil.copytree(tmp_path, tmp_path / "wide")
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "wide" / "cfg.json").write_text(json.dumps({**config, "d_sae": 96}))
     both = [Run(path=tmp_path, name="narrow"), Run(path=tmp_path / "wide", name="wide")]
-    assert set(workspace.pareto_points(both, "ce_recovered")) == {"topk 48", "topk 96"}
+    assert set(workspace.pareto_points(both, "ce_recovered", training=True)) == {"topk 48", "topk 96"}
+
+
+def test_a_run_is_running_interrupted_or_finished(folder: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"step": i, "tokens": i, "fvu": 0.5}) for i in range(1, 480)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "run.json").write_text('{"steps": 920}')
+    run = Run(path=tmp_path, name="x")
+    assert workspace.progress(run).text() == "running, step 479 of 920"
+    os.utime(tmp_path / "metrics.jsonl", (1, 1))
+    assert workspace.progress(run).text() == "interrupted, step 479 of 920"
+    assert workspace.summary(run)["state"] == "interrupted, step 479 of 920"
+    # Weights on disk do not make it complete.
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        shutil.copy(folder / "runs" / "topk" / name, tmp_path / name)
+    assert workspace.progress(Run(path=tmp_path, name="x")).state == "interrupted"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 920}) + "\n")
+    assert workspace.progress(run).text() == "finished"
+    assert workspace.progress(Run(path=folder / "runs" / "topk", name="x")).state == "finished"
+
+
+def test_saes_of_one_seed_have_the_same_start(folder: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name, seed, d_in in (("a", 0, 32), ("same", 0, 32), ("other", 1, 32), ("unknown", None, 32), ("wide", 1, 64)):
+        shutil.copytree(folder / "runs" / ("abs_topk" if name == "other" else "topk"), tmp_path / name)
+        config = json.loads((tmp_path / name / "cfg.json").read_text())
+        config["metadata"]["train"]["seed"], config["d_in"] = seed, d_in
+        (tmp_path / name / "cfg.json").write_text(json.dumps(config))
+        runs[name] = Run(path=tmp_path / name, name=name)
+    assert list(relatives(runs["a"], runs)) == ["other", "unknown", "same"]
+    assert [same_start(runs["a"], runs[name]) for name in ("same", "other", "unknown")] == [True, False, None]
+
+
+def test_initial_rows_of_one_seed_are_the_same_whatever_variant_and_width() -> None:
+    made = []
+    for variant, d_sae, seed in (("topk", 40, 3), ("jump_relu", 96, 3), ("topk", 40, 4)):
+        torch.manual_seed(seed)
+        made.append(build(variant, 24, d_sae, **({"k": 3} if variant == "topk" else {})).W_dec.detach())
+    torch.testing.assert_close(made[0], made[1][:40])
+    assert (made[0] * made[2]).sum(1).abs().max() < 0.9
+
+
+def test_the_chance_cosine_is_that_of_random_directions() -> None:
+    torch.manual_seed(0)
+    sae, other = (build("topk", 48, n, k=3) for n in (256, 512))
+    # Isotropic rows: the largest of 512 cosines of standard deviation 1/sqrt(48), about 3.04 of them.
+    assert chance_cosine(sae, other) == pytest.approx(3.04 / 48**0.5, rel=0.1)
+    with torch.no_grad():  # all rows of both in one plane: there a random direction finds a close one
+        for one in (sae, other):
+            one.W_dec[:, 2:] = 0
+    assert chance_cosine(sae, other) > 0.99
 
 
 def test_a_damaged_configuration_is_one_row_not_a_crash(tmp_path: Path) -> None:

@@ -1,11 +1,16 @@
-"""``saelab app``: the feature browser on a folder of runs, on this machine only."""
+"""``saelab app``: the feature browser on a folder of runs, for this machine only unless other machines are let in."""
 
 from __future__ import annotations
 
 import dataclasses
+import getpass
 import importlib.util
+import ipaddress
 import json
 import os
+import re
+import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +24,7 @@ from saelab.cli.models import ModelOptions
 from saelab.errors import UserError
 
 DEMO = Path("demo")
+TOKEN = "SAELAB_APP_TOKEN"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +34,15 @@ class OwnOptions:
     folder: tyro.conf.Positional[Path | None] = None
     """Folder that holds runs and caches, at any depth; nothing outside it is opened. By default `demo`, or the trained
     SAEs that come with saelab if there is no such folder."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than this machine's own asks visitors for a token, which is printed; an app on a
+    distant machine is better reached through ssh, which encrypts."""
     port: int = 8501
-    """TCP port on 127.0.0.1."""
+    """TCP port."""
     browser: bool = True
     """Open the page in the default browser."""
+    read_only: bool = False
+    """Write nothing into the folder: no notes, labels, recipes, explanations or indexes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +62,8 @@ def main(args: Sequence[str]) -> None:
     if options.folder is None:
         options = dataclasses.replace(options, folder=default_folder())
     command, environment = prepare(options)
-    console.print(f"saelab app on {options.folder}: http://127.0.0.1:{options.port}", markup=False)
+    for line in addresses(options, environment.get(TOKEN)):
+        console.print(line, markup=False, soft_wrap=True)
     if os.name == "posix":
         os.execve(command[0], command, environment)
     sys.exit(subprocess.call(command, env=environment))
@@ -67,22 +79,75 @@ def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
         raise UserError(f"port {options.port} is no TCP port; give one from 1024 to 65535")
     if importlib.util.find_spec("streamlit") is None:
         raise UserError("the app needs streamlit; install it with: pip install 'saelab[app]'")
+    open_to_others = not is_loopback(options.host)
+    script = shipped.app_script()
     command = [
-        *(sys.executable, "-m", "streamlit", "run", str(shipped.app_script())),
-        "--server.address=127.0.0.1",
+        *(sys.executable, "-m", "streamlit", "run"),
+        str(script.with_name("guarded_app.py") if open_to_others else script),
+        f"--server.address={options.host}",
         f"--server.port={options.port}",
-        f"--server.headless={'false' if options.browser else 'true'}",
+        f"--server.headless={'false' if options.browser and not open_to_others and not over_ssh() else 'true'}",
         "--server.fileWatcherType=none",
         "--server.showEmailPrompt=false",
         "--browser.gatherUsageStats=false",
     ]
     environment = {**os.environ, "SAELAB_APP_FOLDER": str(options.folder.resolve())}
-    environment.pop("SAELAB_APP_MODEL", None)
+    for name in ("SAELAB_APP_MODEL", "SAELAB_APP_READ_ONLY", TOKEN):
+        environment.pop(name, None)
+    if open_to_others:
+        environment[TOKEN] = token()  # not on the command line, which every user of the machine can read
+    if options.read_only:
+        environment["SAELAB_APP_READ_ONLY"] = "1"
     loading = {f.name: getattr(options, f.name) for f in dataclasses.fields(ModelOptions) if f.name != "model"}
     environment["SAELAB_APP_LOADING"] = json.dumps(loading)
     if options.model:
         environment["SAELAB_APP_MODEL"] = options.model
     return command, environment
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone. UserError for what is no address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        raise UserError(
+            f"--host {host} is no IP address; give 127.0.0.1 for this machine alone, or 0.0.0.0 to let others in"
+        ) from None
+
+
+def token() -> str:
+    """What visitors from other machines must show: new for each start, unless the environment has one."""
+    given = os.environ.get(TOKEN)
+    if given is None:
+        return secrets.token_urlsafe(24)
+    if not re.fullmatch(r"[\w-]{16,}", given, re.ASCII):
+        raise UserError(f"{TOKEN} must be 16 or more letters, digits, - or _; unset it to get a new one at each start")
+    return given
+
+
+def over_ssh() -> bool:
+    """Whether this terminal belongs to somebody at another machine."""
+    return bool(os.environ.get("SSH_CONNECTION"))
+
+
+def addresses(options: Options, secret: str | None) -> list[str]:
+    """What to open in a browser, here or at the other end of an ssh connection."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    here = f"http://{host}:{options.port}"
+    if secret is not None:
+        named = f"http://{socket.gethostname()}:{options.port}" if options.host in ("0.0.0.0", "::") else here
+        return [
+            f"saelab app on {options.folder}: {named}/?token={secret}",
+            "The token stays in a cookie. The connection is not encrypted: use it in a network that you trust.",
+        ]
+    lines = [f"saelab app on {options.folder}: {here}"]
+    if over_ssh():
+        server = os.environ["SSH_CONNECTION"].split()[2:3] or ["HOST"]
+        tunnel = f"ssh -L {options.port}:{host}:{options.port} {getpass.getuser()}@{server[0]}"
+        lines.append(f"From your own machine: {tunnel}, then open http://127.0.0.1:{options.port} there.")
+    return lines
 
 
 def default_folder() -> Path:

@@ -1,1 +1,0 @@
-"""Evaluating steering by the texts it gives: concepts, instructions, methods, judges, proxies, verdicts."""

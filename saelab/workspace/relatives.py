@@ -1,0 +1,73 @@
+"""Which SAEs of a folder can be compared, and whether they began as the same directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from saelab.errors import UserError
+from saelab.runs import Run
+from saelab.sae import SAE
+from saelab.sae.base import unit_rows
+
+DIRECTIONS = 64  # random ones, of which the chance level is the mean
+
+
+def seed_of(run: Run) -> int | None:
+    """The seed of its initial weights; None where its files do not say."""
+    train = run.metadata.get("train")
+    seed = train.get("seed") if isinstance(train, dict) else None
+    return seed if isinstance(seed, int) else None
+
+
+def same_start(run: Run, other: Run) -> bool | None:
+    """Whether two SAEs began with the same directions; None where that is not known.
+
+    The rows of a dictionary are drawn one after the other, so SAEs of one seed share their first rows whatever their
+    variant and width. Such latents are alike because they started alike, which says nothing of the data.
+    """
+    seeds = seed_of(run), seed_of(other)
+    if None in seeds:
+        return None
+    return seeds[0] == seeds[1]
+
+
+def relatives(run: Run, runs: Mapping[str, Run]) -> dict[str, Run]:
+    """The other SAEs that read the same activations: those of another seed first, then the most similar ones.
+
+    A run whose files cannot be read is left out.
+    """
+    found = {}
+    for name, other in runs.items():
+        try:
+            if name != run.name and other.has_weights and _reads_the_same(run, other):
+                found[name] = other
+        except (UserError, OSError):
+            continue
+    return dict(sorted(found.items(), key=lambda item: _distance(run, item[1])))
+
+
+def _reads_the_same(run: Run, other: Run) -> bool:
+    return other.config.get("d_in") == run.config.get("d_in") and other.metadata.get("hook_name") == run.metadata.get(
+        "hook_name"
+    )
+
+
+def _distance(run: Run, other: Run) -> tuple[int, bool, bool, bool]:
+    start = {False: 0, None: 1, True: 2}[same_start(run, other)]
+    return start, other.variant != run.variant, other.d_sae != run.d_sae, not other.has_index
+
+
+@torch.no_grad()
+def chance_cosine(sae: SAE, other: SAE) -> float:
+    """Mean cosine of a random direction with the closest row of ``other``'s dictionary: what means nothing.
+
+    The directions are Gaussian with the covariance of the rows of ``sae``'s dictionary, because isotropic ones would
+    lie where no dictionary has rows. Where either SAE is signed, a row counts as close with its negative, too.
+    """
+    generator = torch.Generator().manual_seed(0)
+    own, theirs = (unit_rows(one.W_dec.detach().float().cpu()) for one in (sae, other))
+    directions = unit_rows(torch.randn(DIRECTIONS, len(own), generator=generator) @ own)
+    cosines = directions @ theirs.T
+    return float((cosines.abs() if sae.signed or other.signed else cosines).amax(1).mean())

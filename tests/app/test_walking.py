@@ -1,0 +1,80 @@
+"""Walking through the app in a real browser: the address, the way back, rows that open by a click, buttons in sight."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from seen import settle
+
+pytestmark = pytest.mark.browser
+
+
+def titled(page: Any, text: str) -> None:
+    page.locator("h1", has_text=re.compile(text)).wait_for()
+    settle(page)
+
+
+def test_one_press_of_back_undoes_one_step(page: Any, address: str) -> None:
+    page.goto(f"{address}/features?run=signed")
+    titled(page, "Features")
+    page.locator(".st-key-features_preview_open button").click()
+    titled(page, "Latent #")
+    first = page.url
+    page.get_by_label("latent", exact=True).fill("9")
+    page.keyboard.press("Enter")
+    titled(page, "Latent #9 ")
+    page.get_by_role("link", name="Health").click()
+    titled(page, "Health")
+    assert page.url.endswith("/health?run=signed")
+    for title, url in (("Latent #9 ", "latent=9&pole=1"), ("Latent #", first), ("Features", "features?run=signed")):
+        page.go_back()
+        titled(page, title)
+        assert page.url.endswith(url)
+
+
+def test_a_new_latent_is_seen_from_its_top(page: Any, address: str) -> None:
+    page.set_viewport_size({"width": 1440, "height": 500})
+    page.goto(f"{address}/latent?run=signed&latent=5&pole=1")
+    titled(page, "Latent #5")
+    main = page.locator("[data-testid=stMain]")
+    main.evaluate("e => e.scrollTo(0, e.scrollHeight)")
+    assert main.evaluate("e => e.scrollTop") > 200
+    click_row(page, page.locator(".stDataFrame").first, 0)
+    page.wait_for_url(re.compile(r"latent=(?!5&)\d+"))
+    settle(page)
+    assert main.evaluate("e => e.scrollTop") == 0
+
+
+def test_a_click_on_a_row_of_the_overview_chooses_that_sae(page: Any, address: str) -> None:
+    page.goto(f"{address}/?run=sick")
+    titled(page, "Overview")
+    click_row(page, page.locator(".stDataFrame").first, 1)  # by name: sick, signed
+    page.wait_for_url(re.compile("run=signed"))
+    settle(page)
+    assert page.get_by_text("signed · abs_topk").first.is_visible()
+
+
+def click_row(page: Any, table: Any, row: int) -> None:
+    """Click into a row's second cell, as a reader would, not on its box."""
+    box = table.bounding_box()
+    page.mouse.click(box["x"] + min(300, box["width"] / 2), box["y"] + 35 + 35 * row + 17)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_button_that_cannot_be_pressed_yet_is_in_sight(browser: Any, address: str, theme: str) -> None:
+    page = browser.new_page(viewport={"width": 1440, "height": 1000}, color_scheme=theme)
+    page.set_default_timeout(60_000)
+    page.goto(f"{address}/steering?run=signed")
+    button = page.get_by_role("button", name="Generate")
+    button.wait_for()
+    settle(page)
+    assert button.is_disabled()
+    text, ground = button.evaluate(
+        "e => [getComputedStyle(e.querySelector('p')).color, getComputedStyle(document.querySelector('.stApp'))"
+        ".backgroundColor]"
+    )
+    ink, paper = (list(map(float, re.findall(r"[\d.]+", colour)))[:3] for colour in (text, ground))
+    assert sum(abs(a - b) for a, b in zip(ink, paper)) > 90, (text, ground)
+    page.close()
