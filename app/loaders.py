@@ -296,7 +296,13 @@ def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Rea
     meta = run.metadata
     with model_lock(), st.spinner("Running the model …"):
         return read_prompt(
-            model, sae(run), text, meta["hook_name"], bos=bool(meta.get("prepend_bos", True)), gradients=gradients
+            model,
+            sae(run),
+            text,
+            meta["hook_name"],
+            bos=bool(meta.get("prepend_bos", True)),
+            gradients=gradients,
+            hook_name_out=meta.get("hook_name_out", ""),
         )
 
 

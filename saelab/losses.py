@@ -32,7 +32,7 @@ class Subset:
     latents: Int[Tensor, " m"]
     W_enc: Float[Tensor, "m d_in"]
     b_enc: Float[Tensor, " m"]
-    W_dec: Float[Tensor, "m d_in"]
+    W_dec: Float[Tensor, "m d_out"]
     active: Bool[Tensor, " m"] | None = None  # which of them take part; None means all
 
     @classmethod
@@ -61,7 +61,7 @@ class Subset:
 def auxk(
     sae: LinearSAE,
     x: Float[Tensor, "n d_in"],
-    error: Float[Tensor, "n d_in"],
+    error: Float[Tensor, "n d_out"],
     latents: Int[Tensor, " m"] | Subset,
     k_aux: int,
 ) -> Float[Tensor, ""]:

@@ -73,7 +73,7 @@ def add_means(run: Run, source: Any, model: Any) -> None:
         negative = st.text_area("texts without it, one a line", key="steering_negative", height=90, **session.KEEP)
         if st.form_submit_button("Make the vector", icon=":material/add:"):
             with loaders.model_lock(), st.spinner("Reading the texts …"):
-                vector = difference_of_means(model, source.hook_name, lines(positive), lines(negative))
+                vector = difference_of_means(model, source.hook_name_out, lines(positive), lines(negative))
             _put(st.session_state["steering_picks"][run.name], steering.pick_vector(vector, name.strip() or "means"))
 
 

@@ -31,7 +31,7 @@ def open_start(name: str, variant: str | None) -> Run:
 
 def fixed_options(run: Run) -> dict[str, Any]:
     """The options that the SAE fixes: the variant, its size and the variant's own options."""
-    names = {name for name, *_ in option_fields(run.sae.variant)} | {"d_sae"}
+    names = {name for name, *_ in option_fields(run.sae.variant)} | {"d_sae", "d_out"}
     known = {name: value for name, value in run.sae.config.items() if name in names}
     return {"variant": run.sae.variant, **known}
 
@@ -58,6 +58,9 @@ def remarks(run: Run, cache: ActivationCache) -> list[str]:
     hook_name = run.recorded.get("hook_name")
     if hook_name and cache.hook_name and hook_name != cache.hook_name:
         found.append(f"it was trained on {hook_name}, the cache holds {cache.hook_name}")
+    out, target = run.recorded.get("hook_name_out"), cache.target
+    if out and target is not None and target.hook_name and out != target.hook_name:
+        found.append(f"it was trained to write {out}, the target holds {target.hook_name}")
     norms = run.sae.W_dec.detach().norm(dim=1)
     if "k" in run.sae.config and float((norms - 1).abs().max()) > 1e-2:
         low, high = float(norms.min()), float(norms.max())

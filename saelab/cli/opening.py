@@ -15,6 +15,7 @@ from saelab.files import new_folder
 from saelab.interop import resave
 from saelab.interop.fetch import wanted_files
 from saelab.interop.origin import Origin
+from saelab.layout import MANIFEST
 from saelab.lm.hook_names import short
 from saelab.runs import Run
 
@@ -33,12 +34,24 @@ def print_notes(notes: Iterable[str]) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
-def open_with_cache(name: Path | str, cache_folder: Path, out: Path | None) -> tuple[Run, ActivationCache, Path]:
+def open_pair(cache: Path, target: Path | None) -> ActivationCache:
+    """The cache, with its target if one is named."""
+    found = ActivationCache(cache)
+    return found if target is None else found.with_target(ActivationCache(target))
+
+
+def open_with_cache(
+    name: Path | str, cache_folder: Path, out: Path | None, target: Path | None = None
+) -> tuple[Run, ActivationCache, Path]:
     """The SAE, the cache, and the folder that results are written into (see :func:`results_folder`).
 
+    A transcoder's cache comes with its target: ``target``, or the one that lies beside it (see :func:`find_target`).
     UserError where the cache holds another model or hook point than the SAE was trained on; another text is fine.
     """
     run, cache = open_run(name), ActivationCache(cache_folder)
+    if run.sae.transcodes and target is None:
+        target = find_target(run, cache)
+    cache = open_pair(cache_folder, target)
     # Other tools use other names for a model, "gpt2-small" for "gpt2".
     names = ["hook_name"] if run.is_foreign else ["model_name", "hook_name"]
     have = {"model_name": cache.manifest.model, "hook_name": cache.hook_name}
@@ -49,8 +62,33 @@ def open_with_cache(name: Path | str, cache_folder: Path, out: Path | None) -> t
                 f"{run.path} was trained on {key}={want}, {cache.path} holds {have[key]}; "
                 "use a cache of the same model and hook point"
             )
+    if cache.target is not None and short(run.hook_name_out) != short(cache.target.hook_name or run.hook_name_out):
+        raise UserError(
+            f"{run.path} writes at {run.hook_name_out}, the target {cache.target.path} holds {cache.target.hook_name}; "
+            "use a cache of that hook point"
+        )
     print_notes(differences(run, cache))
     return run, cache, results_folder(run, out)
+
+
+def find_target(run: Run, cache: ActivationCache) -> Path:
+    """The cache of a transcoder's target: of the folders beside ``cache`` the one with its hook point.
+
+    For the cache that it was trained on, else the target that it was trained on.
+    """
+    beside = Path(cache.path).parent
+    for folder in sorted(beside.iterdir()) if beside.is_dir() else ():
+        if (folder / MANIFEST).is_file() and folder != Path(cache.path):
+            other = ActivationCache(folder)
+            if other.hook_name and short(other.hook_name) == short(run.hook_name_out) and other.n_rows == cache.n_rows:
+                return folder
+    known = run.recorded.get("target_cache")
+    if known and run.recorded.get("cache_fingerprint") == cache.fingerprint and Path(known).is_dir():
+        return Path(known)
+    raise UserError(
+        f"{run.path} is a transcoder, and no cache of its target {run.hook_name_out} lies beside {cache.path}; name it "
+        "with --target"
+    )
 
 
 def differences(run: Run, cache: ActivationCache) -> list[str]:

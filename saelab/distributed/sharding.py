@@ -22,7 +22,7 @@ from saelab.sae import SAE, LinearSAE, build, objective
 from saelab.sae.base import unit_rows
 from saelab.sparse import SparseCode
 
-REPLICATED = ("b_dec",)  # parameters that every dictionary rank holds in full
+REPLICATED = ("b_dec", "W_skip")  # parameters that every dictionary rank holds in full
 
 
 def whole(sae: SAE, parallel: Parallel) -> SAE:
@@ -58,8 +58,11 @@ def build_shard(variant: str, d_in: int, d_sae: int, seed: int, parallel: Parall
     sae.join(parallel.dict_rank, lambda tensor: parallel.gather_dict(tensor, "statistics"))
     torch.manual_seed(seed)
     with torch.no_grad():
-        sae.W_dec.copy_(unit_rows(_rows_of_randn(d_sae, d_in, parallel.latents(d_sae))))
-        sae.W_enc.copy_(sae.W_dec.T)
+        rows = unit_rows(_rows_of_randn(d_sae, d_in, parallel.latents(d_sae)))
+        sae.W_enc.copy_(rows.T)
+        if sae.d_out != d_in:
+            rows = unit_rows(_rows_of_randn(d_sae, sae.d_out, parallel.latents(d_sae)))
+        sae.W_dec.copy_(rows)
     return sae
 
 
@@ -90,11 +93,16 @@ def _rows_of_randn(d_sae: int, d_in: int, rows: slice) -> Tensor:
 
 
 def represent(
-    sae: SAE, x: Tensor, grads: Tensor | None, parallel: Parallel, sums: kernels.RowSums | None = None
+    sae: SAE,
+    x: Tensor,
+    grads: Tensor | None,
+    parallel: Parallel,
+    sums: kernels.RowSums | None = None,
+    target: Tensor | None = None,
 ) -> tuple[SparseCode, Tensor, Tensor]:
-    """The code (of this rank's latents), the objective's first term, and the reconstruction without gradient."""
+    """The code (of this rank's latents), the objective's first term, and what was decoded, without gradient."""
     if parallel.dict_size == 1:
-        return objective.represent(sae, x, grads, sums)
+        return objective.represent(sae, x, grads, sums, target)
     assert isinstance(sae, LinearSAE)
     with torch.no_grad():
         selected = _exchange(sae.select(x, grads), x.shape[0], sae, parallel)
@@ -102,7 +110,7 @@ def represent(
     pre_acts = kernels.pre_acts_at(x, sae.W_enc, sae.b_enc, b_in, selected)  # pyright: ignore[reportArgumentType]
     code = SparseCode(sae.activate(pre_acts, selected.indices), selected.indices, selected.row_ptr, sae.d_sae)
     recon = _decode(code.values, selected, sae.W_dec, parallel) + sae.b_dec
-    return code, (x - recon).square().sum(), recon.detach()
+    return code, ((x if target is None else target) - recon).square().sum(), recon.detach()
 
 
 def auxk(
@@ -124,7 +132,7 @@ def auxk(
         selected = kernels.select_topk(x, W_enc.detach(), b_enc.detach(), b_in, own, sae.signed)
     if parallel.dict_size > 1:
         selected = winners(selected, x.shape[0], k, sae, parallel, latents)
-    partial = x.new_zeros(x.shape) + 0.0 * rows.W_dec.sum()  # in the graph, also without latents
+    partial = error.new_zeros(error.shape) + 0.0 * rows.W_dec.sum()  # in the graph, also without latents
     if latents.numel():
         values = kernels.pre_acts_at(x, W_enc, b_enc, b_in, selected)
         partial = kernels.decode(values, selected.indices, selected.row_ptr, rows.W_dec, None)

@@ -15,7 +15,7 @@ from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.evaluation.reconstruction import Progress, check_pair, count_firing, reconstruction
 from saelab.evaluation.report import Evaluation, fit_remark, l0_remark, split_remark
-from saelab.evaluation.same_model import check_same_model, plain_site
+from saelab.evaluation.same_model import check_same_model, plain_route
 from saelab.evaluation.seeds import shared_with_seeds
 from saelab.evaluation.splice import Replace, SplicedRun
 from saelab.evaluation.tasks.battery import TaskConfig, run_tasks
@@ -76,6 +76,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure ``sae`` (in raw units, as :func:`saelab.sae.weights.load_sae` gives it) on a cache.
 
+    A transcoder needs a cache with its target (:meth:`~saelab.data.cache.ActivationCache.with_target`): its metrics are
+    those of the target, and spliced in it replaces the activations there.
+
     ``model`` is the language model that the cache was harvested from, as :func:`saelab.load_model` gives it or as a
     plain Hugging Face causal model; without it, or with ``lm_tokens=0``, cross-entropy and KL are left out. The SAE is
     evaluated in eval mode.
@@ -119,7 +122,7 @@ def spliced(
 
     They are whole contexts, spread evenly over the split, so that they come from all its documents.
     """
-    manifest = cache.manifest
+    manifest = cache.goal.manifest
 
     def replacing(sae: SAE) -> Replace:
         def replace(x: Tensor, rows: Tensor) -> Tensor:
@@ -128,14 +131,16 @@ def spliced(
 
         return replace
 
-    plain, site = plain_site(model, cache)
+    plain, route = plain_route(model, cache)
     mean = torch.tensor(manifest.mean, dtype=torch.float32)
     replace = {name: replacing(sae) for name, sae in saes.items()}
-    run = SplicedRun(plain, site, mean, replace, residual="hook_resid" in manifest.hook_name)
+    run = SplicedRun(plain, route, mean, replace, residual="hook_resid" in manifest.hook_name)
     contexts = spread(cache, config.split, config.lm_tokens)
     for done, (tokens, rows) in enumerate(contexts):
         if done == 0:
-            check_same_model(plain, site, cache, tokens, rows, config.any_weights)
+            check_same_model(plain, route.read, cache, tokens, rows, config.any_weights)
+            if cache.target is not None:
+                check_same_model(plain, route.write, cache.target, tokens, rows, config.any_weights)
         own = rows[rows >= 0]
         # A context may begin with the end of the document before: it counts for the one of its middle row.
         run.add(tokens, rows, cache.document(int(own[len(own) // 2])))
@@ -177,6 +182,7 @@ def _settings(sae: SAE, cache: ActivationCache, config: EvaluateConfig, timing: 
         "cache_fingerprint": cache.fingerprint,
         "model": manifest.model,
         "hook_name": manifest.hook_name,
+        **({} if cache.target is None else {"hook_name_out": cache.target.hook_name, "target": str(cache.target.path)}),
         "untouched_positions": (
             f"positions without a row in the cache: the first {manifest.skip_first} of each context"
             + (f", and tokens with a norm above {manifest.max_norm}" if manifest.max_norm is not None else "")

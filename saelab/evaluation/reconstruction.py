@@ -13,6 +13,7 @@ from saelab.errors import UserError
 from saelab.metrics import FiringCounts, ReconstructionSums
 from saelab.sae import SAE
 from saelab.sparse import SparseCode
+from saelab.training.config import check_target
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -44,6 +45,7 @@ def check_pair(sae: SAE, cache: ActivationCache, split: Split) -> None:
             f"the SAE reads width d_in={sae.d_in} but the cache {cache.path} holds width {cache.d_in}; "
             "use the cache it was trained on"
         )
+    check_target(sae, cache)
     if cache.n_split(split) == 0:
         raise UserError(f"the {split} split of {cache.path} is empty; harvest with a held-out share above 0")
 
@@ -67,11 +69,11 @@ def reconstruction(
     check_pair(sae, cache, split)
     total = min(max_tokens or cache.n_split(split), cache.n_split(split))
     clusters = document_of_rows(cache, split, total)
-    sums = ReconstructionSums(int(clusters.max()) + 1, torch.tensor(cache.manifest.mean, dtype=torch.float64))
+    sums = ReconstructionSums(int(clusters.max()) + 1, torch.tensor(cache.goal.manifest.mean, dtype=torch.float64))
     firing, done = FiringCounts(sae.d_sae - sae.n_bookkeeping), 0
     for batch in cache.head(total, batch_size, split=split, grads=grads):
         own = clusters[done : done + len(batch.acts)]
-        measure_batch(sae, batch.acts, batch.grads, own, sums, firing)
+        measure_batch(sae, batch.acts, batch.grads, own, sums, firing, batch.target)
         done += len(batch.acts)
         if progress is not None:
             progress("reconstruction", done, total)
@@ -79,13 +81,19 @@ def reconstruction(
 
 
 def measure_batch(
-    sae: SAE, x: Tensor, grads: Tensor | None, clusters: Tensor, sums: ReconstructionSums, firing: FiringCounts
+    sae: SAE,
+    x: Tensor,
+    grads: Tensor | None,
+    clusters: Tensor,
+    sums: ReconstructionSums,
+    firing: FiringCounts,
+    target: Tensor | None = None,
 ) -> None:
-    """Encode and decode rows ``x [n, d_in]`` and add them to the sums."""
+    """Encode and decode rows ``x [n, d_in]`` and add them, or the rows of their target, to the sums."""
     x = x.to(sae.device)
     code = sae.encode(x, None if grads is None else grads.to(sae.device))
-    recon, code = sae.decode(code), features(sae, code)
-    sums.update(x.cpu(), recon.cpu(), code.to("cpu"), clusters)
+    recon, code = sae.reconstruct(x, code), features(sae, code)
+    sums.update((x if target is None else target).cpu(), recon.cpu(), code.to("cpu"), clusters)
     firing.update(code)
 
 

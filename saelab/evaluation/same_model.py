@@ -13,6 +13,7 @@ from saelab.errors import UserError
 from saelab.lm.fingerprint import DTYPES, coarser, is_quantised, row_gaps, same_activations
 from saelab.lm.hook_names import layer_of, side_of
 from saelab.lm.record import ModelRecord, differences
+from saelab.lm.route import Route
 from saelab.lm.sites import Site, check_replaceable, device_of, locate
 from saelab.lm.structure import opened, underlying
 from saelab.lm.unwrapped import plain_model
@@ -31,6 +32,18 @@ def plain_site(model: Any, cache: ActivationCache) -> tuple[nn.Module, Site]:
     if plain is None:
         raise UserError("this bridge's weights fit no plain model to splice into; load it without weight processing")
     return plain, _splice_site(site)
+
+
+def plain_route(model: Any, cache: ActivationCache) -> tuple[nn.Module, Route]:
+    """The plain model, and the places of an SAE on ``cache``: that of the cache, and that of its target."""
+    plain, write = plain_site(model, cache.goal)
+    return plain, Route(write if cache.target is None else reading_site(model, plain, cache), write)
+
+
+def reading_site(model: Any, plain: nn.Module, cache: ActivationCache) -> Site:
+    """The cache's place in the plain model, where activations are only read."""
+    manifest, model = cache.manifest, opened(model)
+    return _recorded(plain, manifest) if underlying(model) is model else locate(model, manifest.hook_name)
 
 
 def _recorded(model: nn.Module, manifest: Manifest) -> Site:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from saelab.devices import in_float64
 from saelab.errors import UserError
-from saelab.lm.sites import Site, device_of
+from saelab.lm.route import Route
+from saelab.lm.sites import device_of
 from saelab.metrics.intervals import Array, Estimate, from_resamples, resampled_sums
 
 FORMULAS = {
@@ -38,7 +39,7 @@ FORMULAS = {
 }
 ABLATIONS = ("zero", "mean")
 ROWS = 8
-Replace = Callable[[Float[Tensor, "n d_in"], Int[Tensor, " n"]], Float[Tensor, "n d_in"]]
+Replace = Callable[[Float[Tensor, "n d_in"], Int[Tensor, " n"]], Float[Tensor, "n d_out"]]
 
 
 @dataclass
@@ -98,21 +99,21 @@ class SplicedRun:
     """Runs contexts through ``model`` with every variant at once and sums the losses of each SAE.
 
     ``model(input_ids=..., use_cache=False)`` returns an object with ``logits``. ``replace[name](x, rows)`` gives the
-    reconstruction, by one of several SAEs, of the activations ``x [n, d_in]`` whose cache rows are ``rows``.
-    ``residual`` says that the hook carries everything the layers above see: then an ablated context that equals the
-    previous one bit for bit (all positions but an identical first one are ablated) reuses its logits, which is exact
-    and halves the work.
+    reconstruction, by one of several SAEs, from the activations ``x [n, d_in]`` whose cache rows are ``rows``; they are
+    read where ``route`` begins, and what is replaced is where it ends. ``residual`` says that this place
+    carries everything the layers above see: then an ablated context that equals the previous one bit for bit (all
+    positions but an identical first one are ablated) reuses its logits, which is exact and halves the work.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        site: Site,
-        mean: Float[Tensor, " d_in"],
+        route: Route,
+        mean: Float[Tensor, " d_out"],
         replace: Mapping[str, Replace],
         residual: bool,
     ) -> None:
-        self.model, self.site, self.mean, self.replace, self.residual = model, site, mean, dict(replace), residual
+        self.model, self.route, self.mean, self.replace, self.residual = model, route, mean, dict(replace), residual
         self.sums = {name: LossSums() for name in replace}
         self.reused: dict[str, tuple[Tensor, Tensor]] = {}  # ablation -> (hidden states, logits) of an earlier context
         self.grows: bool | None = None  # whether the batch may grow at the hook; found on the first context
@@ -165,16 +166,16 @@ class SplicedRun:
             self.grows = self._batch_may_grow(tokens)
         copies = 1 if self.grows else 1 + len(ABLATIONS) + len(self.replace)
 
-        def edit(acts: Tensor) -> Tensor:
+        def edit(source: Tensor, acts: Tensor) -> Tensor:
             nonlocal seconds_edit
             started = time.perf_counter()
-            hidden.update(self._variants(acts[0], rows))
+            hidden.update(self._variants(source[0], acts[0], rows))
             stacked = torch.stack([*hidden.values(), *[acts[0]] * (copies - len(hidden))])
             seconds_edit += time.perf_counter() - started
             return stacked
 
         started = time.perf_counter()
-        with self.site.register(self.model, edit):
+        with self.route.register(self.model, edit):
             out = self._run(tokens.expand(copies, -1))
         self.seconds_lm += time.perf_counter() - started - seconds_edit
         logits = dict(zip(hidden, out))
@@ -194,7 +195,7 @@ class SplicedRun:
         """
         expected = self._run(tokens[None])[0]
         try:
-            with self.site.register(self.model, lambda acts: torch.cat([acts, acts])):
+            with self.route.write.register(self.model, lambda acts: torch.cat([acts, acts])):
                 found = self._run(tokens[None])
         except torch.OutOfMemoryError:
             raise
@@ -208,13 +209,13 @@ class SplicedRun:
     def _run(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens.to(device_of(self.model)), use_cache=False).logits
 
-    def _variants(self, acts: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    def _variants(self, source: Tensor, acts: Tensor, rows: Tensor) -> dict[str, Tensor]:
         own = rows[rows >= 0]
         stored, mean = (rows >= 0).to(acts.device), self.mean.to(acts.device)
-        x = acts[stored].float()
+        x = source[stored].float()
         made = {"clean": acts}
         for name, replace in self.replace.items():
-            made[name] = acts.index_put((stored,), replace(x, own).to(acts.dtype))
+            made[name] = acts.index_put((stored,), replace(x, own).to(acts))
         for name, value in zip(ABLATIONS, (torch.zeros_like(mean), mean)):
             ablated = torch.where(stored[:, None], value.to(acts.dtype), acts)
             before = self.reused.get(name)

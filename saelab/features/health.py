@@ -117,12 +117,12 @@ def _examine(sae: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> lis
     """What EVIDENCE names, for each dead latent."""
     W_enc, b_enc = _encoder(sae)
     W, b = W_enc[:, dead], b_enc[dead]
-    offset = dict(sae.named_parameters()).get("b_dec")
+    offset = None if sae.transcodes else dict(sae.named_parameters()).get("b_dec")
     best, bare, shortfall = (torch.full((len(dead),), value) for value in (-torch.inf, -torch.inf, torch.inf))
     rows = unit_rows(sae.W_dec.detach().float().cpu())[dead]
     removed, error = torch.zeros(len(dead), dtype=torch.float64), 0.0
     with sae.evaluating():
-        for acts in _rows(cache, tokens):
+        for acts, goal in _rows(cache, tokens):
             code = sae.encode(acts.to(sae.device)).to("cpu")
             smallest = torch.full((code.n,), torch.inf).scatter_reduce(
                 0, code.rows()[code.values != 0], code.values[code.values != 0].abs(), "amin"
@@ -131,7 +131,8 @@ def _examine(sae: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> lis
             size, plain = ((raw + b).abs(), raw.abs()) if sae.signed else (raw + b, raw)
             best, bare = torch.maximum(best, size.amax(0)), torch.maximum(bare, plain.amax(0))
             shortfall = torch.minimum(shortfall, (smallest[:, None] - size).amin(0))
-            residual = acts - sae.decode(code.to(sae.device)).float().cpu()
+            recon = sae.reconstruct(acts.to(sae.device), code.to(sae.device)).float().cpu()
+            residual = goal - recon
             along = residual @ rows.T
             removed += (along if sae.signed else along.clamp_min(0.0)).double().square().sum(0)
             error += float(residual.double().square().sum())
@@ -139,12 +140,15 @@ def _examine(sae: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> lis
     return [best.numpy(), bare.numpy(), shortfall.numpy(), gain.numpy()]
 
 
-def _rows(cache: ActivationCache, tokens: int, batch: int = 2048) -> Iterator[Float[Tensor, "n d_in"]]:
-    """Up to ``tokens`` rows spread evenly over a cache."""
+def _rows(
+    cache: ActivationCache, tokens: int, batch: int = 2048
+) -> Iterator[tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]]:
+    """Up to ``tokens`` rows spread evenly over a cache, and what an SAE reconstructs of them."""
     n = min(tokens, cache.n_rows)
     rows = torch.arange(n) * cache.n_rows // n
     for part in rows.split(batch):
-        yield cache.read(part).acts
+        found = cache.read(part)
+        yield found.acts, found.acts if found.target is None else found.target
 
 
 AUDIT = {

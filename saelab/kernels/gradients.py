@@ -98,9 +98,10 @@ class Reconstruct(torch.autograd.Function):
     """:class:`PreActsAt`, then :class:`SquaredError`: one gradient pass for both matrices and the encoder's bias."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_in, W_dec, b_dec, values, indices, row_ptr, by, sums):  # pyright: ignore
+    def forward(ctx, x, target, W_enc, b_enc, b_in, W_dec, b_dec, values, indices, row_ptr, by, sums):  # pyright: ignore
         ctx.implementation, ctx.by, ctx.sums = implementation(x), by, sums
-        sse, recon, error, along = ctx.implementation.decode_error(x, values, indices, row_ptr, W_dec, b_dec)
+        ctx.of_input, wanted = target is None, x if target is None else target
+        sse, recon, error, along = ctx.implementation.decode_error(wanted, values, indices, row_ptr, W_dec, b_dec)
         ctx.save_for_backward(x, W_enc, b_in, W_dec, values, indices, row_ptr, error, along)
         if sums is not None:
             sums.errors = sse
@@ -112,21 +113,29 @@ class Reconstruct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _, extra):  # pyright: ignore
         x, W_enc, b_in, W_dec, values, indices, row_ptr, error, along = ctx.saved_tensors
-        ops, (for_x, _, for_b_enc, for_b_in, _, for_b_dec, *_) = ctx.implementation, ctx.needs_input_grad
+        ops, (for_x, for_target, _, for_b_enc, for_b_in, _, for_b_dec, *_) = ctx.implementation, ctx.needs_input_grad
         weight = x.new_zeros(x.shape[0]) if grad is None else 2.0 * grad
         constrained = W_dec if ctx.sums is not None else None
         by = ctx.by.sorted(ops)
-        found = ops.latent_grads(by, values, weight, along, extra, error, x, b_in, constrained)
+        if error.shape[1] == x.shape[1]:
+            found = ops.latent_grads(by, values, weight, along, extra, error, x, b_in, constrained)
+        else:  # one pass for each width
+            found = ops.latent_grads(by, values, weight, along, extra, x=x, offset=b_in)
+            found = found._replace(dec=ops.latent_grads(by, values, weight, error=error).dec)
         if ctx.sums is not None:
             ctx.sums.scale, ctx.sums.squares = found.scale, found.squares
         d_x = None
         if for_x:
             g = entry_grads(values, per_entry(weight, row_ptr, values), along, extra)
-            d_x = ops.decode(g, indices, row_ptr, W_enc.T, None) - weight[:, None] * error
+            d_x = ops.decode(g, indices, row_ptr, W_enc.T, None)
+        to_target = -weight[:, None] * error if for_target or (for_x and ctx.of_input) else None
+        if d_x is not None and ctx.of_input:
+            d_x = d_x + to_target
         d_b_in = torch.addmv(b_in, W_enc, found.bias, beta=0, alpha=-1) if for_b_in else None
         d_b_dec = weight @ error if for_b_dec else None
         d_b_enc = found.bias if for_b_enc else None
-        return d_x, found.enc.T, d_b_enc, d_b_in, found.dec, d_b_dec, None, None, None, None, None
+        d_target = to_target if for_target else None
+        return d_x, d_target, found.enc.T, d_b_enc, d_b_in, found.dec, d_b_dec, None, None, None, None, None
 
 
 def per_entry(weight: Tensor, row_ptr: Tensor, values: Tensor) -> Tensor:

@@ -66,17 +66,18 @@ def select_gradient_topk(
 ) -> SelectedPreActs:
     """Per token the ``k`` largest of ``relu(z) * (1 + beta * |grads @ W_dec^T| / norm)``; the value is ``z``.
 
-    ``norm`` is the root mean square of ``grads @ W_dec^T`` over batch and latents, or 1. ``beta=0`` is TopK,
-    ``beta=math.inf`` ranks by ``relu(z) * |grads @ W_dec^T|`` alone. With ``signed``, ``|z|`` replaces ``relu(z)``.
+    ``grads [n, d_out]`` has the width of ``W_dec [d_sae, d_out]``. ``norm`` is the root mean square of ``grads @
+    W_dec^T`` over batch and latents, or 1. ``beta=0`` is TopK, ``beta=math.inf`` ranks by ``relu(z) * |grads @
+    W_dec^T|`` alone. With ``signed``, ``|z|`` replaces ``relu(z)``.
     """
     checks.encoder(x, W_enc, b_enc, b_dec)
-    checks.matrices(x, W_dec, W_dec.shape[-1], "W_dec")
+    checks.matrices(grads, W_dec, W_dec.shape[-1], "W_dec")
     checks.like(x, grads=grads)
     checks.budget(k, W_enc.shape[1], "k", "d_sae")
-    if grads.shape != x.shape or W_dec.shape != W_enc.T.shape:
+    if grads.shape[0] != x.shape[0] or W_dec.shape[0] != W_enc.shape[1]:
         raise ValueError(
-            f"grads {list(grads.shape)} must match x {list(x.shape)} and W_dec {list(W_dec.shape)} the transpose of "
-            f"W_enc {list(W_enc.shape)}"
+            f"grads {list(grads.shape)} must have the rows of x {list(x.shape)}, and W_dec {list(W_dec.shape)} a row "
+            f"for each latent of W_enc {list(W_enc.shape)}"
         )
     if not beta >= 0:
         raise ValueError(f"beta={beta} must be 0 or more (math.inf ranks by the gradient term alone)")
@@ -228,21 +229,27 @@ def reconstruct(
     selected: SelectedPreActs,
     by: ByLatent | None = None,
     sums: RowSums | None = None,
+    target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`pre_acts_at`, then :func:`sse`: per token the squared error, the reconstruction, and the code's values.
 
-    ``encoder`` is ``(W_enc, b_enc, b_in)`` and ``decoder`` ``(W_dec, b_dec)``. The backward pass takes the gradients of
-    both matrices and of ``b_enc`` together. With ``sums``, which it fills where the backend does so, the gradient of
-    ``W_dec`` comes without the part along each of its rows. Returns ``([n], [n, d_in], [nnz])``.
+    ``encoder`` is ``(W_enc, b_enc, b_in)`` and ``decoder`` ``(W_dec, b_dec)``. The error is that of ``target [n,
+    d_out]``, where it is given, in which it is differentiable, and else of ``x``. The backward pass takes the gradients
+    of both matrices and of ``b_enc`` together. With ``sums``, which it fills where the backend does so, the gradient of
+    ``W_dec`` comes without the part along each of its rows. Returns ``([n], [n, d_out], [nnz])``.
     """
     (W_enc, b_enc, b_in), (W_dec, b_dec) = encoder, decoder
     checks.encoder(x, W_enc, b_enc, b_in)
-    checks.matrices(x, W_dec, W_dec.shape[-1], "W_dec")
+    if target is None:
+        checks.matrices(x, W_dec, W_dec.shape[-1], "W_dec")
     _check_decoder(*selected, W_dec, b_dec)
     _check_rows(x, selected.row_ptr)
+    if target is not None:
+        checks.matrices(target, W_dec, W_dec.shape[-1], "W_dec")
+        _check_rows(target, selected.row_ptr)
     by = by or ByLatent(*selected[1:], W_dec.shape[0])
     weights = W_enc, b_enc, b_in, W_dec, b_dec
-    return gradients.Reconstruct.apply(x, *weights, *_contiguous(selected), by, sums)  # pyright: ignore
+    return gradients.Reconstruct.apply(x, target, *weights, *_contiguous(selected), by, sums)  # pyright: ignore
 
 
 def pursuit(

@@ -49,8 +49,9 @@ _ADDED = {"hook_attn_out": "attn_out", "hook_mlp_out": "mlp_out", "hook_resid_mi
 _SUBLAYERS = {"attn.hook_out": "attn_out", "mlp.hook_out": "mlp_out"}
 _LAST = {"attn.hook_z": "attn", "attn.o.hook_in": "attn", "mlp.hook_post": "mlp", "mlp.out.hook_in": "mlp"}
 _PROJECTED = {"attn.hook_q": "q", "attn.hook_k": "k", "attn.hook_v": "v"}
+_READS = {"mlp.hook_in": "mlp", "attn.hook_in": "attn"}  # what a sublayer reads, behind its norm
 _PRE = "mlp.hook_pre"
-_POINTS = (*_STREAM, *_ADDED, *_SUBLAYERS, *_LAST, *_PROJECTED, _PRE)
+_POINTS = (*_STREAM, *_ADDED, *_SUBLAYERS, *_LAST, *_PROJECTED, *_READS, _PRE)
 _PARTIAL = {"hook_resid_mid"}
 
 Edit = Callable[[Tensor], Tensor | None]
@@ -304,6 +305,8 @@ def _structural(model: nn.Module, name: str, index: int, point: str) -> Site | N
     path, module = f"{path}.{sublayer}".rstrip("."), child(block, sublayer)
     if point.startswith("mlp") and is_mixture(block):
         raise UserError(f"{name}: a mixture of experts has no one layer of neurons; use hook_mlp_out")
+    if point in _READS:
+        return Site(name, path, "in")
     if point in _LAST:
         last = last_map(module)
         return None if last is None else Site(name, f"{path}.{last}", "in")

@@ -29,13 +29,26 @@ class Reading:
     acts: Float[Tensor, "n d_in"]
     grads: Float[Tensor, "n d_in"] | None  # of the next-token loss, summed over the text
     code: SparseCode
-    recon: Float[Tensor, "n d_in"]
+    recon: Float[Tensor, "n d_out"]
     first: int = 0
+    target: Float[Tensor, "n d_out"] | None = None  # of a transcoder: what it reconstructs
     cut: int = 0
     """Tokens at the end of the text that were left out."""
 
+    @property
+    def goal(self) -> Float[Tensor, "n d_out"]:
+        """What the SAE reconstructs."""
+        return self.acts if self.target is None else self.target
+
     def through(self, sae: SAE) -> Reading:
-        """The same activations in another SAE of the same hook point. Raises UserError for another width."""
+        """The same activations in another SAE of the same hook point, and of the same target where it is a transcoder.
+
+        Raises UserError for another width, and for a transcoder beside an SAE that is none.
+        """
+        if sae.transcodes != (self.target is not None):
+            raise UserError(
+                "a transcoder and an SAE of the place itself reconstruct different activations; compare alike"
+            )
         code, recon = _encode(sae, self.acts, self.grads)
         return replace(self, code=code, recon=recon)
 
@@ -44,8 +57,8 @@ class Reading:
         return len(self.strings)
 
     def unexplained(self) -> list[float]:
-        """Per token ``|x - recon|^2 / |x|^2``: the share of its squared norm that the SAE loses."""
-        lost = (self.acts - self.recon).square().sum(1) / self.acts.square().sum(1).clamp_min(1e-30)
+        """Per token ``|goal - recon|^2 / |goal|^2``: the share of its squared norm that the SAE loses."""
+        lost = (self.goal - self.recon).square().sum(1) / self.goal.square().sum(1).clamp_min(1e-30)
         return lost.tolist()
 
     def l0(self) -> list[int]:
@@ -85,14 +98,16 @@ def read_prompt(
     bos: bool = True,
     gradients: bool = False,
     max_tokens: int = MAX_TOKENS,
+    hook_name_out: str = "",
 ) -> Reading:
     """Run ``text`` through ``model`` up to ``hook_name`` and encode every position with ``sae`` (raw units).
 
     ``model`` is what :func:`saelab.lm.load_model` gives. ``bos`` puts the tokenizer's BOS token in front, as in the
     SAE's training data. ``gradients`` also computes the gradient of the next-token loss; the code changes only where
-    the SAE selects by gradients at inference. What is longer than ``max_tokens``, or than the texts that the model was
-    made for, is left out and counted in ``cut``. Raises UserError for an empty text, a hook point the model lacks, and
-    a width that does not fit.
+    the SAE selects by gradients at inference. A transcoder also needs ``hook_name_out``, the place of its target;
+    gradients are those there. What is longer than ``max_tokens``, or than the texts that the model was made for, is
+    left out and counted in ``cut``. Raises UserError for an empty text, a hook point the model lacks, and a width that
+    does not fit.
     """
     from saelab.harvesting.activations import Reader
     from saelab.lm.limits import position_limit
@@ -103,16 +118,19 @@ def read_prompt(
     every = token_ids(model.tokenizer, text, bos)
     limit, _ = position_limit(model)
     ids = every[: min(max_tokens, limit or max_tokens)]
-    reader = Reader(model, [locate(model, hook_name)])
+    if sae.transcodes and not hook_name_out:
+        raise UserError(f"the SAE at {hook_name} is a transcoder; give hook_name_out, the place that it reconstructs")
+    names = [hook_name, hook_name_out] if sae.transcodes else [hook_name]
+    reader = Reader(model, [locate(model, name) for name in names])
     if (gradients or sae.selects_by_gradient) and len(ids) > 1:
-        (acts,), (grads,) = reader.gradients(torch.tensor([ids]))
-        grads = grads[0].float()
+        acts, slopes = reader.gradients(torch.tensor([ids]))
+        grads = slopes[-1][0].float().to(sae.device)
     else:
-        (acts,), grads = reader.activations(torch.tensor([ids])), None
-    x, grads = acts[0].float().to(sae.device), None if grads is None else grads.to(sae.device)
+        acts, grads = reader.activations(torch.tensor([ids])), None
+    x, goal = (part[0].float().to(sae.device) for part in (acts[0], acts[-1]))
     code, recon = _encode(sae, x, grads)
-    first, cut = int(bos and len(ids) > 1), len(every) - len(ids)
-    return Reading(decode_each(model.tokenizer, ids), x, grads, code, recon, first, cut)
+    target, first, cut = goal if sae.transcodes else None, int(bos and len(ids) > 1), len(every) - len(ids)
+    return Reading(decode_each(model.tokenizer, ids), x, grads, code, recon, first, target, cut)
 
 
 @torch.no_grad()
@@ -121,5 +139,6 @@ def _encode(sae: SAE, x: Tensor, grads: Tensor | None) -> tuple[SparseCode, Tens
         raise UserError(
             f"the activations have width {x.shape[1]}, the SAE reads d_in={sae.d_in}; load the model it belongs to"
         )
-    code = sae.encode(x.to(sae.device), None if grads is None else grads.to(sae.device))
-    return code, sae.decode(code).to(x.device)
+    own = x.to(sae.device)
+    code = sae.encode(own, None if grads is None else grads.to(sae.device))
+    return code, sae.reconstruct(own, code).to(x.device)

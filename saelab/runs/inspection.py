@@ -15,6 +15,7 @@ from saelab.interop.reading import read_json, read_tensors
 from saelab.layout import EVALUATION
 from saelab.runs.run import Run
 from saelab.sae import SAE
+from saelab.training.config import check_target
 
 DEAD_RATIO = 1e-3  # an encoder this much shorter than the median is taken for collapsed
 SILENT = -9.5  # SAELens stores log10(firing rate + 1e-10): below this a latent did not fire once
@@ -107,15 +108,17 @@ def _measured(sae: SAE, cache: ActivationCache, max_rows: int, facts: dict[str, 
     if cache.d_in != sae.d_in:
         raise UserError(f"the SAE reads d_in={sae.d_in}, {cache.path} holds d_in={cache.d_in}; use the cache it saw")
     fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    check_target(sae, cache)
     error = square = 0.0
-    rows, mean = 0, torch.tensor(cache.manifest.mean, dtype=torch.float64)
+    rows, mean = 0, torch.tensor(cache.goal.manifest.mean, dtype=torch.float64)
     shift = torch.zeros_like(mean)
     for batch in cache.head(max_rows):
         x = batch.acts
         code = sae.encode(x.to(sae.device))
         fired[code.indices[code.values != 0].cpu().long()] = True
-        error += (x - sae.decode(code).cpu()).double().square().sum().item()
-        y = x.double() - mean  # of the whole cache: close enough to lose no digits, and replaced below
+        goal = x if batch.target is None else batch.target
+        error += (goal - sae.reconstruct(x.to(sae.device), code).cpu()).double().square().sum().item()
+        y = goal.double() - mean  # of the whole cache: close enough to lose no digits, and replaced below
         square, shift = square + y.square().sum().item(), shift + y.sum(dim=0)
         rows += len(x)
     total = square - shift.square().sum().item() / rows

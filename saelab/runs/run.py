@@ -62,6 +62,7 @@ class Run:
         origin: str = "",
         model_name: str | None = None,
         rms_norm: float | None = None,
+        hook_name_out: str = "",
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if (sae is None) == (path is None):
@@ -70,6 +71,7 @@ class Run:
         self.name = name or (self.path.name if self.path is not None else "")
         self.origin = origin or (str(self.path.resolve()) if self.path is not None else "")
         self._given = {"hook_name": hook_name, "model_name": model_name, "rms_norm": rms_norm}
+        self._given["hook_name_out"] = hook_name_out
         self._options = tuple(sorted((options or {}).items()))
         if sae is not None:
             self.sae = sae.eval()
@@ -173,6 +175,15 @@ class Run:
         raise UserError(f"{self._called} does not record its hook point; give hook_name (--hook)")
 
     @property
+    def hook_name_out(self) -> str:
+        """The hook point that it writes to: that of a transcoder's target, else the one that it reads."""
+        if not (name := self.metadata.get("hook_name_out") or self.metadata.get("hf_hook_name_out")):
+            if self.sae.transcodes:
+                raise UserError(f"{self._called} is a transcoder and does not record its target; give hook_name_out")
+            return self.hook_name
+        return name
+
+    @property
     def model_name(self) -> str | None:
         """The language model it was trained on; of another tool's name for it (``gpt2-small``) the hub's."""
         name = self.metadata.get("model_name")
@@ -180,7 +191,7 @@ class Run:
 
     @property
     def rms_norm(self) -> float | None:
-        """Root-mean-square norm of the activations it was trained on."""
+        """Root-mean-square norm of the activations that it reconstructs."""
         return self.metadata.get("rms_norm")
 
     @property
@@ -283,22 +294,6 @@ class Run:
             return (_mtime(path),)
         names = sorted(entry.name for entry in path.iterdir())
         return tuple(_mtime(path / name) for name in names if any(form.may_hold(name) for form in FORMATS.values()))
-
-
-def as_run(run: Run | SAE | Path | str, hook_name: str = "") -> Run:
-    """A :class:`Run` with a known hook point, from a path, a hub id, an SAE and its ``hook_name``, or another Run.
-
-    Raises UserError if neither the files nor ``hook_name`` give the hook point.
-    """
-    if isinstance(run, SAE):
-        if not hook_name:
-            raise UserError(
-                "an SAE that was not loaded from a run folder needs hook_name, e.g. blocks.9.hook_resid_post"
-            )
-        return Run(run, hook_name)
-    opened = run if isinstance(run, Run) else Run.open(run, hook_name)
-    assert opened.hook_name
-    return opened
 
 
 class Place(NamedTuple):

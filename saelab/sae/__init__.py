@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 
-from saelab.sae.base import SAE, VARIANTS, LinearSAE, build
+from saelab.sae.base import SAE, VARIANTS, build
+from saelab.sae.linear import LinearSAE
 from saelab.sae.normalised import Normalised, restore
 
 __all__ = ["SAE", "VARIANTS", "LinearSAE", "Normalised", "build", "restore"]

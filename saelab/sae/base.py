@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from saelab import kernels
 from saelab.devices import widest_float
 from saelab.errors import UserError, first_line, near_matches
-from saelab.kernels import SelectedPreActs
 from saelab.sae import options
-from saelab.sae.inference import TWO_SIDED, InferenceForm
+from saelab.sae.inference import InferenceForm
 from saelab.sparse import SparseCode
 
 VARIANTS: dict[str, type[SAE]] = {}
@@ -53,6 +52,9 @@ class SAE(nn.Module, ABC):
     saelens: str | None = None  # the SAELens architecture of its inference form, if there is one
     signed: bool = False  # whether codes carry negative values; an option of many variants
     needs_grads: ClassVar[bool] = False  # must be trained on a cache that holds gradients of the LM loss
+    transcodes: bool = False  # whether it reconstructs another place than the one it reads: a transcoder
+    no_target: ClassVar[str] = "its constructor takes no d_out; let it pass **options on"  # why it cannot transcode
+    W_skip: nn.Parameter | None  # [d_out, d_in], of the skip connection of a transcoder
     # Parameters and buffers (dotted names) in units of the activations: they scale when the data are rescaled.
     scaled: ClassVar[tuple[str, ...]] = ("b_dec",)
     tunable: ClassVar[tuple[str, ...]] = ()  # options that act only in training, which fine-tuning may change
@@ -77,7 +79,7 @@ class SAE(nn.Module, ABC):
         super().__init__()
         if d_in < 1 or d_sae < 1:
             raise UserError(f"d_in={d_in} and d_sae={d_sae} must both be at least 1")
-        self.d_in, self.d_sae = d_in, d_sae
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in
         self.config: dict[str, Any] = vars(self).get("config", {"d_in": d_in, "d_sae": d_sae})
         for name in config:
             if name not in options.signature(type(self)).parameters:
@@ -86,34 +88,50 @@ class SAE(nn.Module, ABC):
             options.check_json(self.config, self.variant)
         self.W_dec = nn.Parameter(unit_rows(torch.randn(d_sae, d_in)))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_parameter("W_skip", None)
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "n d_in"], grads: Float[Tensor, "n d_in"] | None = None) -> SparseCode:
+    def encode(self, x: Float[Tensor, "n d_in"], grads: Float[Tensor, "n d_out"] | None = None) -> SparseCode:
         """The code of ``x``. In eval mode the code of a token does not depend on the other tokens.
 
         ``grads`` is the gradient of the language model's loss at ``x``; only variants with ``needs_grads`` use it.
         """
 
-    def decode(self, code: SparseCode) -> Float[Tensor, "n d_in"]:
-        """The reconstruction ``dense(code) @ W_dec + b_dec``."""
+    def decode(self, code: SparseCode) -> Float[Tensor, "n d_out"]:
+        """What the latents write: ``dense(code) @ W_dec + b_dec``, the reconstruction but for a skip connection."""
         return kernels.decode(code.values, code.indices, code.row_ptr, self.W_dec, self.b_dec, code.by)
 
-    def forward(self, x: Float[Tensor, "n d_in"], grads: Tensor | None = None) -> Float[Tensor, "n d_in"]:
-        return self.decode(self.encode(x, grads))
+    def skipped(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"] | None:
+        """What the skip connection carries, ``x @ W_skip^T``; None without one."""
+        return None if self.W_skip is None else x @ self.W_skip.T
 
-    def reconstruction_loss(self, x: Float[Tensor, "n d_in"], code: SparseCode) -> tuple[Tensor, Tensor]:
+    def to_decode(self, x: Float[Tensor, "n d_in"], target: Tensor | None) -> Float[Tensor, "n d_out"]:
+        """What the latents shall write: the input, or a target without what the skip connection carries."""
+        skipped = self.skipped(x)
+        return x if target is None else target if skipped is None else target - skipped
+
+    def reconstruct(self, x: Float[Tensor, "n d_in"], code: SparseCode) -> Float[Tensor, "n d_out"]:
+        """The reconstruction from the input and its code: :meth:`decode`, and what a skip connection carries."""
+        recon, skipped = self.decode(code), self.skipped(x)
+        return recon if skipped is None else recon + skipped
+
+    def forward(self, x: Float[Tensor, "n d_in"], grads: Tensor | None = None) -> Float[Tensor, "n d_out"]:
+        return self.reconstruct(x, self.encode(x, grads))
+
+    def reconstruction_loss(self, x: Float[Tensor, "n d_out"], code: SparseCode) -> tuple[Tensor, Tensor]:
         """The objective's first term, summed over tokens and dimensions, and the reconstruction without gradient.
 
-        It is the squared error; nested dictionaries replace it.
+        ``x`` is what shall be decoded: the input, or a target without what the skip connection carries. The term is the
+        squared error; nested dictionaries replace it.
         """
         per_token, recon = kernels.sse(x, code.values, code.indices, code.row_ptr, self.W_dec, self.b_dec, code.by)
         return per_token.sum(), recon
 
-    def extra_losses(self, x: Tensor, code: SparseCode, error: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
+    def extra_losses(self, x: Tensor, code: SparseCode, error: Float[Tensor, "n d_out"]) -> dict[str, Tensor]:
         """Terms of the variant's own objective (a sparsity penalty, say), each a mean per token, weighted.
 
-        ``error`` is ``x - recon`` without gradient. The trainer divides them, like the reconstruction term, by the
-        data's mean squared deviation.
+        ``error [n, d_out]`` is what the reconstruction lacks, without gradient. The trainer divides them, like the
+        reconstruction term, by the data's mean squared deviation.
         """
         return {}
 
@@ -171,7 +189,7 @@ class SAE(nn.Module, ABC):
             return "uses gradients of the language model's loss at inference"
         return "has no linear encoder on raw activations"
 
-    def contest(self, x: Float[Tensor, "1 d_in"], grads: Float[Tensor, "1 d_in"] | None = None) -> Scores | None:
+    def contest(self, x: Float[Tensor, "1 d_in"], grads: Float[Tensor, "1 d_out"] | None = None) -> Scores | None:
         """The scores compared by selection on one token in eval mode; None where latents do not compete all at once."""
         return None
 
@@ -180,8 +198,11 @@ class SAE(nn.Module, ABC):
         return None
 
     @torch.no_grad()
-    def initialise(self, x: Float[Tensor, "n d_in"], b_dec: Float[Tensor, " d_in"]) -> None:
-        """Set data-dependent parameters from a sample ``x`` and its centre ``b_dec``, before the first step."""
+    def initialise(self, x: Float[Tensor, "n d_in"], b_dec: Float[Tensor, " d_out"]) -> None:
+        """Set data-dependent parameters from a sample ``x`` and its centre ``b_dec``, before the first step.
+
+        For a transcoder the centre is that of the target, and :meth:`saelab.sae.LinearSAE.initialise_map` follows.
+        """
         self.b_dec.copy_(b_dec)
 
     @torch.no_grad()
@@ -209,10 +230,11 @@ class SAE(nn.Module, ABC):
         return matrix.split(max(1, 2**19 // self.d_in) if matrix.device.type == "cpu" else self.d_sae)
 
     @torch.no_grad()
-    def rescale_(self, factor: float) -> None:
+    def rescale_(self, factor: float, of_input: float | None = None) -> None:
         """Rewrite the parameters for data multiplied by ``factor``: ``code(factor * x) = factor * code(x)``.
 
-        Exact in floating point when ``factor`` is a power of two, which is the only kind the trainer uses.
+        A transcoder's target is multiplied by ``factor`` and its input by ``of_input``: ``code(of_input * x) = factor *
+        code(x)``. Exact in floating point for powers of two, which are the only factors the trainer uses.
         """
         for name in self.scaled:
             attrgetter(name)(self).mul_(factor)
@@ -240,114 +262,6 @@ class SAE(nn.Module, ABC):
     def device(self) -> torch.device:
         """The device of its parameters."""
         return self.W_dec.device
-
-
-class LinearSAE(SAE):
-    """An SAE whose pre-activations are ``(x - b_dec) @ W_enc + b_enc`` and whose variant is a selection rule.
-
-    With ``apply_b_dec_to_input=False`` in the configuration they are ``x @ W_enc + b_enc``.
-    """
-
-    scaled: ClassVar[tuple[str, ...]] = ("b_dec", "b_enc")
-
-    def __init__(self, d_in: int, d_sae: int, **config: Any) -> None:
-        super().__init__(d_in, d_sae, **config)
-        # Shape [d_in, d_sae] in every formula; in memory each latent's vector is contiguous, because sparse
-        # gradients scatter into latents. Tied to the decoder at the start.
-        self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-
-    @property
-    def budget_over(self) -> Literal["token", "batch", "latent"] | None:
-        """The unit that has a fixed number of selections: a token, the batch or a latent; None without a budget.
-
-        Only with such a budget can the dictionary be split over processes.
-        """
-        return None
-
-    @property
-    def budget(self) -> int | float:
-        """Latents per token that a variant with ``budget_over`` currently selects: its option ``k``."""
-        return self.config["k"]
-
-    def join(self, part: int, gather: Callable[[Tensor], Tensor]) -> None:
-        """Become part number ``part`` of a dictionary that is split over processes; for variants with ``budget_over``.
-
-        ``gather`` stacks a tensor over all parts, ``[parts, ...]``; every process calls it at the same places.
-        """
-
-    @property
-    def b_in(self) -> Tensor | None:
-        """The vector that is subtracted from the input: ``b_dec``, or None."""
-        return self.b_dec if self.config.get("apply_b_dec_to_input", True) else None
-
-    @abstractmethod
-    def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
-        """Which latents represent each token, with their pre-activations; called without gradients."""
-
-    def activate(self, pre_acts: Float[Tensor, " nnz"], indices: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
-        """The code's values from the selected pre-activations; differentiable. The identity unless overridden."""
-        return pre_acts
-
-    @final
-    def encode(self, x: Float[Tensor, "n d_in"], grads: Float[Tensor, "n d_in"] | None = None) -> SparseCode:
-        with torch.no_grad():
-            selected = self.select(x, grads)
-        by = kernels.ByLatent(*selected[1:], self.d_sae)
-        pre_acts = kernels.pre_acts_at(x, self.W_enc, self.b_enc, self.b_in, selected, by)
-        return SparseCode(self.activate(pre_acts, selected.indices), *selected[1:], self.d_sae, by)
-
-    @torch.no_grad()
-    def select_above(self, x: Tensor, threshold: Tensor | float) -> SelectedPreActs:
-        """The pre-activations strictly above a threshold (a number or ``[d_sae]``); magnitudes when signed."""
-        if isinstance(threshold, Tensor):
-            threshold = threshold.to(x.dtype)
-        return kernels.select_threshold(x, self.W_enc, self.b_enc, self.b_in, threshold, self.signed)
-
-    def pre_acts(self, x: Float[Tensor, "n d_in"], latents: slice) -> Float[Tensor, "n m"]:
-        """Dense pre-activations of a run of latents: for statistics, never in the training step."""
-        centred = x if self.b_in is None else x - self.b_in
-        return torch.addmm(self.b_enc[latents], centred, self.W_enc[:, latents])
-
-    def aux_latents(self, dead: Int[Tensor, " m"], weight: float) -> dict[str, tuple[float, Tensor]]:
-        return {"auxk": (weight, dead)}
-
-    @torch.no_grad()
-    def contest(self, x: Float[Tensor, "1 d_in"], grads: Float[Tensor, "1 d_in"] | None = None) -> Scores:
-        """The pre-activations, or their magnitudes where signs are kept, and the threshold at inference if any."""
-        u, cut = self.pre_acts(x, slice(0, self.d_sae))[0], self.inference_threshold()
-        name = "magnitude of the pre-activation" if self.signed else "pre-activation"
-        return Scores(u, u.abs() if self.signed else u, None if cut is None else cut.to(u), name)
-
-    @torch.no_grad()
-    def inference_form(self) -> InferenceForm | None:
-        """The form of a variant that names its SAELens architecture in ``saelens`` or has a threshold."""
-        threshold = self.inference_threshold()
-        if self.saelens is None and threshold is None:
-            return None
-        tensors: dict[str, Tensor] = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        config: dict[str, Any] = {"apply_b_dec_to_input": self.b_in is not None}
-        if threshold is not None:
-            tensors["threshold"] = threshold.to(self.W_dec.dtype).expand(self.d_sae)
-        elif self.saelens in {"topk", "abstopk"}:
-            config |= {"k": int(self.config["k"]), "rescale_acts_by_decoder_norm": False}
-        return InferenceForm(self.saelens or TWO_SIDED, tensors, config)
-
-    def why_no_form(self) -> str:
-        if self.selects_by_gradient:
-            return super().why_no_form()
-        return "selects latents by a rule of its own (its class declares neither `saelens` nor `inference_threshold()`)"
-
-    @torch.no_grad()
-    def take_norms(self) -> Float[Tensor, " d_sae"]:
-        """Give the dictionary unit rows and return the norms they had, for the encoder to take over.
-
-        Zero rows, and rows of unit norm up to rounding, are left alone and count as 1.
-        """
-        norms = self.W_dec.norm(dim=1)
-        norms = torch.where((norms == 0) | ((norms - 1).abs() < 1e-6), 1.0, norms)
-        self.W_dec.div_(norms[:, None])
-        return norms
 
 
 def _place(cls: type) -> tuple[str, str]:
@@ -387,6 +301,8 @@ def build(variant: str, d_in: int, d_sae: int, **config: Any) -> SAE:
         raise UserError(f"unknown variant {variant!r}: {near_matches(variant, VARIANTS)}")
     config = options.with_l0(VARIANTS[variant], config)
     known = options.signature(VARIANTS[variant]).parameters
+    if config.get("d_out") is not None and "d_out" not in known:
+        raise UserError(f"{variant} cannot be trained on a target: {VARIANTS[variant].no_target}")
     for name in sorted(config.keys() - known.keys()):
         raise UserError(f"variant {variant!r} has no option {name!r}: {near_matches(name, known)}")
     try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from saelab.errors import UserError
-from saelab.sae.base import LinearSAE, check_k, check_share, progress
+from saelab.sae.base import check_k, check_share, progress
+from saelab.sae.linear import LinearSAE
 
 
 class BudgetSAE(LinearSAE):
@@ -13,7 +16,13 @@ class BudgetSAE(LinearSAE):
     only_if_set = ("k_start", "k_warmup")
 
     def __init__(
-        self, d_in: int, d_sae: int, k: int | float, k_start: int | None = None, k_warmup: float = 0.0
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int | float,
+        k_start: int | None = None,
+        k_warmup: float = 0.0,
+        **options: Any,
     ) -> None:
         """
         Args:
@@ -21,7 +30,7 @@ class BudgetSAE(LinearSAE):
             k_start: Latents per token at the first step of a warm-up; by default 4 k, at most d_sae.
             k_warmup: Share of the steps over which the number falls from k-start to k; 0 trains with k throughout.
         """
-        super().__init__(d_in, d_sae)
+        super().__init__(d_in, d_sae, **options)
         self.k, self.k_warmup = check_k(k, d_sae), check_share("k_warmup", k_warmup)
         if k_start is not None and not 1 <= k_start <= d_sae:
             raise UserError(f"k_start={k_start} is outside 1..d_sae={d_sae}")

@@ -42,6 +42,10 @@ class GatedSAE(L1SAE, variant="gated"):
         gate = self.pre_acts(x, slice(0, self.d_sae))
         return gate[self.r_mag.exp() * (gate - self.b_enc) + self.b_mag > 0]
 
+    def shift_biases_(self, shift: Tensor) -> None:
+        super().shift_biases_(shift)
+        self.b_mag.add_((self.r_mag.to(shift).exp() * shift).to(self.b_mag))
+
     @torch.no_grad()
     def before_fine_tuning(self, scale: float) -> None:
         super().before_fine_tuning(scale)
@@ -55,7 +59,8 @@ class GatedSAE(L1SAE, variant="gated"):
             selected = self.select(x, None)
         gate = kernels.pre_acts_at(x, self.W_enc, self.b_enc, self.b_in, selected)
         frozen = self.W_dec.detach(), self.b_dec.detach()
-        from_gate, _ = kernels.sse(x, gate, selected.indices, selected.row_ptr, *frozen)
+        wanted = x if not self.transcodes else error + self.decode(code).detach()
+        from_gate, _ = kernels.sse(wanted, gate, selected.indices, selected.row_ptr, *frozen)
         return {"l1": self.l1 * self.pressure() * gate.sum() / code.n, "gate": from_gate.mean()}
 
     def contest(self, x: Tensor, grads: Tensor | None = None) -> Scores:
@@ -67,4 +72,4 @@ class GatedSAE(L1SAE, variant="gated"):
         assert form is not None
         gate = {name: value for name, value in form.tensors.items() if name != "b_enc"}
         tensors = {**gate, "b_gate": self.b_enc, "r_mag": self.r_mag, "b_mag": self.b_mag}
-        return InferenceForm(form.architecture, tensors, form.config)
+        return InferenceForm(form.architecture, tensors, form.config, form.d_out)

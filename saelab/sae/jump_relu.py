@@ -43,6 +43,8 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
         apply_b_dec_to_input: bool = False,
         tanh_scale: float = 4.0,
         l0: int | float | None = None,
+        d_out: int | None = None,
+        skip: bool = False,
     ) -> None:
         """
         Args:
@@ -63,7 +65,7 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
         """
         if not tanh_scale > 0:
             raise UserError(f"tanh_scale={tanh_scale} must be positive")
-        super().__init__(d_in, d_sae, penalty_warmup, l0=l0, start=0.1)
+        super().__init__(d_in, d_sae, penalty_warmup, l0=l0, start=0.1, d_out=d_out, skip=skip)
         self.penalty, self.target_l0, self.penalty_weight = penalty, target_l0, penalty_weight
         self.tanh_scale = tanh_scale
         self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold)))

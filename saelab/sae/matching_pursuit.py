@@ -32,6 +32,7 @@ class MatchingPursuit(SAE, variant="matching_pursuit"):
     l0_option = "n_steps"
     scaled = ("b_dec", "residual_stop")
     tunable = ("norm", "revive_weight")
+    no_target = "its encoder and its decoder are one dictionary, which a target would need two of"
 
     residual_stop: Tensor
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.sae.base import SAE, LinearSAE, build, current
+from saelab.sae.base import SAE, build, current
+from saelab.sae.linear import LinearSAE
 from saelab.sparse import SparseCode
 
 EPSILON = 1e-5  # of layer_norm, as in OpenAI's and SAELens' code

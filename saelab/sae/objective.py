@@ -6,26 +6,29 @@ import torch
 from torch import Tensor
 
 from saelab import kernels
-from saelab.sae.base import SAE, LinearSAE
+from saelab.sae.base import SAE
+from saelab.sae.linear import LinearSAE
 from saelab.sparse import SparseCode
 
 
 def represent(
-    sae: SAE, x: Tensor, grads: Tensor | None, sums: kernels.RowSums | None = None
+    sae: SAE, x: Tensor, grads: Tensor | None, sums: kernels.RowSums | None = None, target: Tensor | None = None
 ) -> tuple[SparseCode, Tensor, Tensor]:
-    """The code, the objective's first term, and the reconstruction without gradient.
+    """The code, the objective's first term, and what was decoded, without gradient.
 
+    ``target`` is what a transcoder's latents shall write (:meth:`saelab.sae.SAE.to_decode`).
     Where the values of the code are the pre-activations and the objective is the squared error, both matrices get their
     gradients in one pass. It fills ``sums`` where the backend does so on the way.
     """
+    wanted = x if target is None else target
     if not isinstance(sae, LinearSAE) or not plain(sae):
         code = sae.encode(x, grads)
-        return code, *sae.reconstruction_loss(x, code)
+        return code, *sae.reconstruction_loss(wanted, code)
     with torch.no_grad():
         selected = sae.select(x, grads)
     by = kernels.ByLatent(*selected[1:], sae.d_sae)
     encoder, decoder = (sae.W_enc, sae.b_enc, sae.b_in), (sae.W_dec, sae.b_dec)
-    per_token, recon, values = kernels.reconstruct(x, encoder, decoder, selected, by, sums)
+    per_token, recon, values = kernels.reconstruct(x, encoder, decoder, selected, by, sums, target)
     return SparseCode(values, *selected[1:], sae.d_sae, by), per_token.sum(), recon
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from saelab.errors import UserError
 
-SIZES = ("d_in", "d_sae")  # arguments of every constructor that are not options of the variant
+SIZES = ("d_in", "d_sae", "d_out")  # arguments of every constructor that are not options of the variant
 UNNAMED = {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}
 
 
@@ -105,17 +105,18 @@ def _check_passed_on(sae: Any, call: inspect.Signature, args: tuple[Any, ...], k
 
 
 def configuration(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``cls(*args, **kwargs)`` by name; without those in ``cls.only_if_set`` that have their default.
+    """The arguments of ``cls(*args, **kwargs)`` by name; without those in ``only_if_set`` that have their default.
 
     Raises TypeError where the call would.
     """
     call = signature(cls)
     bound = call.bind(*args, **kwargs)
     bound.apply_defaults()
+    omitted = {name for parent in cls.__mro__ for name in vars(parent).get("only_if_set", ())}
     return {
         name: value
         for name, value in bound.arguments.items()
-        if name not in cls.only_if_set or value != call.parameters[name].default
+        if name not in omitted or value != call.parameters[name].default
     }
 
 

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.sae.base import LinearSAE, Scores
+from saelab.sae.base import Scores
 from saelab.sae.controller import L0Controller, shift_to
+from saelab.sae.linear import LinearSAE
 from saelab.sae.threshold import calibration_sample
 from saelab.sparse import SparseCode
 
@@ -41,8 +42,10 @@ class PenaltySAE(LinearSAE):
         rate: int | float = 0.0,
         l0: int | float | None = None,
         start: float = 1.0,
+        d_out: int | None = None,
+        skip: bool = False,
     ) -> None:
-        super().__init__(d_in, d_sae)
+        super().__init__(d_in, d_sae, d_out, skip)
         if not 0 <= warmup <= 1:
             raise UserError(f"penalty_warmup={warmup} is a share of the run; give a number from 0 to 1")
         self.warmup, self.adapt_to, self.rate = warmup, adapt_to, rate
@@ -130,6 +133,8 @@ class L1SAE(PenaltySAE):
         target_l0: int | float | None = None,
         adapt_rate: float = 1e-3,
         l0: int | float | None = None,
+        d_out: int | None = None,
+        skip: bool = False,
     ) -> None:
         """
         Args:
@@ -141,5 +146,5 @@ class L1SAE(PenaltySAE):
             l0: Active latents per token to end at. A controller sets the weight, which begins at l1, and at the end one
                 number is added to all biases (of the gate, where there is one) if L0 is more than 1 % off.
         """
-        super().__init__(d_in, d_sae, penalty_warmup, target_l0, adapt_rate, l0)
+        super().__init__(d_in, d_sae, penalty_warmup, target_l0, adapt_rate, l0, d_out=d_out, skip=skip)
         self.l1 = l1

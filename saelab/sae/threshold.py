@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from saelab import kernels
 from saelab.devices import widest_float
 from saelab.kernels import SelectedPreActs
-from saelab.sae.base import LinearSAE
 from saelab.sae.budget import BudgetSAE
+from saelab.sae.linear import LinearSAE
 from saelab.sparse import SparseCode
 
 SAMPLE_NUMBERS = 2**27  # activations kept for a calibration: 512 MiB in float32

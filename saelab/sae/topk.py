@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saelab import kernels
+from saelab.errors import UserError
 from saelab.kernels import SelectedPreActs
 from saelab.sae.budget import BudgetSAE
 
@@ -32,6 +33,8 @@ class TopK(BudgetSAE, variant="topk"):
                 b_dec: what comes out is then as long as what goes in (OpenAI's code, which sees no clear gain in it).
         """
         super().__init__(d_in, d_sae, k, **options)
+        if match_norm and self.transcodes:
+            raise UserError("match_norm compares a reconstruction with its input; leave it out with a target")
         self.match_norm = match_norm
 
     @torch.no_grad()

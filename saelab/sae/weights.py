@@ -59,12 +59,12 @@ def configuration(sae: SAE, metadata: Mapping[str, Any] | None = None) -> dict[s
     """The content of ``cfg.json``."""
     form, remarks = sae.inference_form(), sae.remarks()
     return {
-        "architecture": form.architecture if form and form.in_saelens else f"saelab_{sae.variant}",
+        "architecture": form.name if form and form.in_saelens else f"saelab_{sae.variant}",
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": sae.config.get("apply_b_dec_to_input", True),
+        "apply_b_dec_to_input": not sae.transcodes and sae.config.get("apply_b_dec_to_input", True),
         **(form.config if form else {}),
         "normalize_activations": "none",
         "reshape_activations": "none",

@@ -18,9 +18,10 @@ from saelab.steering.generation import Comparison, Sampling, compare, generate, 
 from saelab.steering.interventions import OPERATIONS, Amount, Intervention, LatentIntervention, VectorIntervention
 from saelab.steering.layers import at_layers
 from saelab.steering.measure.attribution import TokenAttribution, attribute_logits
-from saelab.steering.measure.calibration import Calibration, calibrate
+from saelab.steering.measure.calibration import Calibration, calibrate, calibrate_each
 from saelab.steering.measure.dose_response import Dose, DoseResponse, dose_response
 from saelab.steering.measure.effect_size import EffectSize, TwoWay, effect_size, two_way
+from saelab.steering.measure.texts import TextDamage, measure_text
 from saelab.steering.operations import Ablate, Add, Cap, Clamp, MinClamp, ProjectOut, Scale
 from saelab.steering.positions import TokenContext
 from saelab.steering.recipe.recipe import Recipe
@@ -55,6 +56,7 @@ __all__ = [
     "Scale",
     "Schedule",
     "SteeringVector",
+    "TextDamage",
     "TokenAttribution",
     "TokenContext",
     "TwoWay",
@@ -64,6 +66,7 @@ __all__ = [
     "attach",
     "attribute_logits",
     "calibrate",
+    "calibrate_each",
     "compare",
     "difference_of_means",
     "dose_response",
@@ -71,6 +74,7 @@ __all__ = [
     "encode_chat",
     "generate",
     "generate_tokens",
+    "measure_text",
     "pca",
     "probe",
     "random_direction",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.route import Reader
 from saelab.lm.sites import Site, check_replaceable, locate
 from saelab.lm.structure import is_compiled
 from saelab.steering.conditions import Condition, Gate, check_order
@@ -50,9 +52,25 @@ def attach(model: nn.Module, interventions: Intervention | Sequence[Intervention
             # Code that was compiled before a hook was set does not know of it.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         positions = stack.enter_context(Positions().follow(model))
+        readers: list[Reader] = []
         for site, asked, group in by_place.values():
-            stack.enter_context(site.register(model, _hook(asked, _edits(group, gates), positions)))
+            edits = _edits(group, gates)
+            readers += _connect(model, edits, site)
+            stack.enter_context(site.register(model, _hook(asked, edits, positions)))
+        for reader in readers:  # after the edits, which they shall see where both are at one place
+            stack.enter_context(reader.follow(model))
         yield positions
+
+
+def _connect(model: nn.Module, edits: Sequence[Edit], site: Site) -> list[Reader]:
+    """Readers for those edits at ``site`` that are by transcoders, which read at another place."""
+    readers = []
+    for edit in edits:
+        if isinstance(edit, LatentEdits) and edit.source:
+            reader = Reader(locate(model, edit.source))
+            edit.read = partial(reader.take, site, last=False)
+            readers.append(reader)
+    return readers
 
 
 def _hook(asked: list[Gate], edits: list[Edit], positions: Positions) -> Callable[[Tensor], Tensor | None]:

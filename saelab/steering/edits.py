@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from saelab.sparse import SparseCode
 from saelab.steering.conditions import Condition, Gate
 from saelab.steering.interventions import Intervention, LatentIntervention
 from saelab.steering.positions import TokenContext
+from saelab.steering.rows import OnRows
 
 # Tokens that two interventions never share.
 _APART = [{"prompt", "generated"}, {"instruction", "answer"}, {"instruction", "generated"}]
@@ -38,6 +39,8 @@ class LatentEdits:
         self.interventions, self.gates = list(interventions), gates
         first = self.interventions[0]
         self.sae: SAE = first.sae
+        self.source = first.run.hook_name if self.sae.transcodes else ""  # where it reads, if not where it writes
+        self.read: Callable[[], Tensor] | None = None  # gives the activations there
         self.keep_error = first.keep_error
         self.latents = sorted({i.latent for i in self.interventions})
         self.column = {latent: column for column, latent in enumerate(self.latents)}
@@ -53,7 +56,7 @@ class LatentEdits:
         return values
 
     @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "batch length d_in"], context: TokenContext) -> Tensor | None:
+    def __call__(self, x: Float[Tensor, "batch length d_out"], context: TokenContext) -> Tensor | None:
         """The edited activations, or None when nothing is selected in this pass."""
         masks = [selected(i, context, self.gates) for i in self.interventions]
         if all(mask is False for mask in masks):
@@ -64,7 +67,8 @@ class LatentEdits:
         rows = x[chosen].to(self.sae.W_dec)
         if rows.shape[0] == 0:
             return None
-        code = self.sae.encode(rows)
+        source = rows if self.read is None else self.read().to(x.device)[chosen].to(self.sae.W_dec)
+        code = self.sae.encode(source)
         before = self.activations(code)
         after = before.clone()
         for intervention, mask in zip(self.interventions, full):
@@ -76,7 +80,7 @@ class LatentEdits:
                 new = values + weights.to(values) * (new - values)
             after[:, column] = torch.where(mask[chosen].to(rows.device), new, values)
         change = after - before
-        base = rows if self.keep_error else self.sae.decode(code)
+        base = rows if self.keep_error else self.sae.reconstruct(source, code)
         new = base + change @ self.sae.W_dec[self.latents]
         if self.keep_error:  # a token whose code did not change keeps its activations bit for bit
             new = torch.where((change != 0).any(dim=1, keepdim=True), new, base)
@@ -106,5 +110,8 @@ def check_conflicts(interventions: Sequence[LatentIntervention]) -> None:
 
 def _overlap(first: LatentIntervention, second: LatentIntervention) -> bool:
     if isinstance(first.where, str) and isinstance(second.where, str) and {first.where, second.where} in _APART:
+        return False
+    rows = [i.where.rows for i in (first, second) if isinstance(i.where, OnRows)]
+    if len(rows) == 2 and not rows[0] & rows[1]:
         return False
     return {first.signs, second.signs} != {1, -1}

@@ -237,7 +237,7 @@ class VectorIntervention(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class LatentIntervention(Intervention):
-    """A change to the activation of one latent.
+    """A change to the activation of one latent. A transcoder's is made where it writes, from what it reads.
 
     ``pole`` limits it to activations of one sign (``1`` or ``-1``); 0 means both.
     """
@@ -269,7 +269,7 @@ class LatentIntervention(Intervention):
 
     @property
     def d_in(self) -> int:
-        return self.sae.d_in
+        return self.sae.d_out
 
     @property
     def signs(self) -> int:
@@ -309,4 +309,4 @@ class LatentIntervention(Intervention):
         return cls(run, latent, pole=pole, where=where, **cls._amount_argument(amount))
 
     def _default_hook_name(self) -> str:
-        return self.run.hook_name
+        return self.run.hook_name_out

@@ -26,7 +26,7 @@ _STRENGTH = re.compile(r"([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|[+-]?\.\d+)\s*([a-
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """A direction in the activations at one hook point.
+    """A direction in the activations at one hook point; that of a latent lies where its SAE writes.
 
     Strengths may be given as multiples of three lengths: ``"0.8max"`` (or ``"0.8x"``) of the largest activation of
     the latent it came from, ``"0.5norm"`` of the root-mean-square norm of the activations, ``"1raw"`` of the vector's
@@ -68,7 +68,7 @@ class SteeringVector:
         highest = source.max_activation(latent, pole)
         return cls.from_tensor(
             row,
-            source.hook_name,
+            source.hook_name_out,
             model=source.model_name,
             max_activation=None if highest is None else highest * float(row.norm()),
             rms_norm=source.rms_norm,
@@ -86,7 +86,7 @@ class SteeringVector:
         rows = sum(weight * source.sae.W_dec[source.check_latent(latent)] for latent, weight in weights.items())
         return cls.from_tensor(
             torch.as_tensor(rows),
-            source.hook_name,
+            source.hook_name_out,
             model=source.model_name,
             rms_norm=source.rms_norm,
             origin={"kind": "latents", "weights": {str(k): v for k, v in weights.items()}, **source.provenance()},

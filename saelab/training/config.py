@@ -86,7 +86,7 @@ class TrainConfig:
         total = self.epochs * cache.n_split("train")
         values = asdict(self)
         values["lr"] = chosen_rate(sae, cache, self, fine_tuning).value
-        values["k_aux"] = self.k_aux or 2 ** round(math.log2(max(sae.d_in / 2, 1)))
+        values["k_aux"] = self.k_aux or 2 ** round(math.log2(max(sae.d_out / 2, 1)))
         values["dead_after"] = self.dead_after or max(1, min(10_000_000, total // 10))
         found = TrainConfig(**values)
         return found if sae.device.type == "meta" else found.on(sae.device)  # the whole of a shard has no device
@@ -130,9 +130,11 @@ def check(sae: SAE, cache: ActivationCache, config: TrainConfig, parallel: Paral
             f"the SAE reads width d_in={sae.d_in} but the cache holds width {cache.d_in}; "
             "use a cache of its own hook point"
         )
-    if cache.manifest.variance == 0:
+    check_target(sae, cache)
+    if cache.goal.manifest.variance == 0:
         raise UserError(
-            f"all activations of {cache.path} are the same (variance zero): there is nothing to learn; harvest others"
+            f"all activations of {cache.goal.path} are the same (variance zero): there is nothing to learn; harvest "
+            "others"
         )
     if sae.needs_grads and not cache.has_grads:
         raise UserError(f"{sae.variant} needs gradients and the cache has none; harvest it with --gradients")
@@ -144,6 +146,22 @@ def check(sae: SAE, cache: ActivationCache, config: TrainConfig, parallel: Paral
     if type(sae).aux_latents is not SAE.aux_latents and not isinstance(sae, LinearSAE):
         raise UserError(
             f"the auxiliary loss of {sae.variant} needs pre-activations; derive it from LinearSAE, or drop aux_latents"
+        )
+
+
+def check_target(sae: SAE, cache: ActivationCache) -> None:
+    """Refuse a transcoder without a target, an SAE with one, and a target of another width than its dictionary's."""
+    if cache.target is None:
+        if sae.transcodes:
+            raise UserError(
+                f"the SAE is a transcoder and {cache.path} has no target; give the target's cache (--target)"
+            )
+    elif not sae.transcodes:
+        raise UserError(f"the SAE reconstructs its input; build it with d_out={cache.target.d_in} to have a target")
+    elif cache.target.d_in != sae.d_out:
+        raise UserError(
+            f"the SAE writes width d_out={sae.d_out} but the target {cache.target.path} has width "
+            f"{cache.target.d_in}; use the target it was made for"
         )
 
 

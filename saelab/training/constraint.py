@@ -21,6 +21,8 @@ def constrains_on_the_way(sae: SAE, parallel: Parallel) -> bool:
     """Whether the gradient pass may also project and measure: nothing is added to its results afterwards but AuxK."""
     if parallel.size > 1 or not isinstance(sae, LinearSAE) or not plain(sae) or kernels.backend(sae.W_dec) != "triton":
         return False
+    if sae.d_out != sae.d_in or sae.W_skip is not None:  # two passes; a gradient that the sums lack
+        return False
     own = {"normalise_decoder": SAE.normalise_decoder, "project_decoder_grad": SAE.project_decoder_grad}
     return all(getattr(getattr(sae, name), "__func__", None) is method for name, method in own.items())
 

@@ -219,7 +219,23 @@ def run_description(sae: SAE, cache: ActivationCache, config: TrainConfig, sourc
         "rms_norm": manifest.rms_norm,  # the unit of steering strengths
         "cache": str(cache.path),
         "cache_fingerprint": cache.fingerprint,
+        **_target(cache),
         **({VALIDATION: list(cache.split_rows("validation"))} if cache.n_split("validation") else {}),
+    }
+
+
+def _target(cache: ActivationCache) -> dict[str, Any]:
+    """What the description of a transcoder's run says of its target."""
+    if cache.target is None:
+        return {}
+    manifest = cache.target.manifest
+    return {
+        "hook_name_out": manifest.hook_name,
+        "hf_hook_name_out": manifest.hf_hook_name,
+        "rms_norm": manifest.rms_norm,  # of what it writes, the unit of steering strengths
+        "rms_norm_in": cache.manifest.rms_norm,
+        "target_cache": str(cache.target.path),
+        "target_fingerprint": cache.target.fingerprint,
     }
 
 
@@ -281,6 +297,11 @@ def _same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
         raise UserError(
             f"the cache {now['cache']} is not the one {folder} was trained on (fingerprint {now['cache_fingerprint']}, "
             f"was {before['cache_fingerprint']}); restore it or start a new run"
+        )
+    if before.get("target_fingerprint") != now.get("target_fingerprint"):
+        raise UserError(
+            f"{folder} was begun with {before.get('target_cache', 'no target')} as its target, not "
+            f"{now.get('target_cache', 'without one')}; resume it so or start a new run"
         )
     if before.get(VALIDATION) != now.get(VALIDATION):
         raise UserError(

@@ -13,7 +13,7 @@ from saelab.data.cache import ActivationCache, Batch
 from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.sharding import whole as whole_of
 from saelab.errors import UserError
-from saelab.sae import SAE
+from saelab.sae import SAE, LinearSAE
 from saelab.training.config import TrainConfig, n_steps, prepared
 from saelab.training.memory import check_memory
 from saelab.training.readings import StepMetrics
@@ -82,8 +82,12 @@ def start(sae: SAE, cache: ActivationCache, config: TrainConfig, centre: Tensor 
 
     ``centre [d_in]`` is the sample's geometric median (see :func:`centre_of`), where the caller has it already.
     """
-    x = sample_of(cache).to(sae.device)
-    sae.initialise(x, losses.geometric_median(x) if centre is None else centre.to(sae.device))
+    sample = _sample(cache)
+    x = sample.acts.to(sae.device) * cache.manifest.scale
+    goal = x if sample.target is None else sample.target.to(sae.device) * cache.goal.manifest.scale
+    sae.initialise(x, losses.geometric_median(goal) if centre is None else centre.to(sae.device))
+    if sample.target is not None and isinstance(sae, LinearSAE):
+        sae.initialise_map(x, goal)
     state = _first_state(sae, cache)
     state.fold(sae)
     return state
@@ -95,19 +99,24 @@ def adopt(sae: SAE, cache: ActivationCache) -> TrainState:
     The reconstructions do not change. Where the variant allows, the norms of dictionary rows move into the encoder,
     because training keeps the rows at unit norm.
     """
-    sae.before_fine_tuning(cache.manifest.scale)
+    sae.before_fine_tuning(cache.goal.manifest.scale)
+    if isinstance(sae, LinearSAE) and sae.transcodes:
+        sae.centre_on(torch.tensor(cache.manifest.mean).to(sae.W_dec))
     return _first_state(sae, cache)
 
 
 def _first_state(sae: SAE, cache: ActivationCache) -> TrainState:
-    scale = cache.manifest.scale
+    scale, goal = cache.manifest.scale, cache.goal.manifest
     since = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
-    return TrainState(make_optimizer(sae), since, scale, cache.manifest.variance * scale**2)
+    of_target = None if cache.target is None else goal.scale
+    return TrainState(make_optimizer(sae), since, scale, goal.variance * goal.scale**2, target_scale=of_target)
 
 
 def centre_of(cache: ActivationCache, config: TrainConfig, device: torch.device) -> Tensor:
-    """The geometric median of the sample that :func:`start` takes, in scaled units. ``[d_in]``"""
-    return losses.geometric_median(sample_of(cache).to(device))
+    """The geometric median of the sample that :func:`start` takes, of the target if there is one, in scaled units."""
+    sample = _sample(cache)
+    goal = sample.acts if sample.target is None else sample.target
+    return losses.geometric_median(goal.to(device) * cache.goal.manifest.scale)
 
 
 def sample_of(cache: ActivationCache) -> Float[Tensor, "n d_in"]:
@@ -115,10 +124,14 @@ def sample_of(cache: ActivationCache) -> Float[Tensor, "n d_in"]:
 
     Rows from a part of the text would give thresholds with another L0 on the rest.
     """
+    return _sample(cache).acts * cache.manifest.scale
+
+
+def _sample(cache: ActivationCache) -> Batch:
     (first, _), n = cache.split_rows("train"), cache.n_split("train")
     runs, length = (SAMPLE // RUN, RUN) if n > SAMPLE else (1, n)
     starts = first + torch.arange(runs) * (n - length) // max(runs - 1, 1)
-    return cache.read((starts[:, None] + torch.arange(length)).flatten()).acts * cache.manifest.scale
+    return cache.read((starts[:, None] + torch.arange(length)).flatten())
 
 
 def batches(
@@ -148,6 +161,8 @@ def finalise(sae: SAE, cache: ActivationCache, config: TrainConfig, state: Train
         correction = 1 - config.ema**state.step
         for name, parameter in sae.named_parameters():
             parameter.copy_(state.ema[name] / correction)
+    if isinstance(sae, LinearSAE) and sae.transcodes:
+        sae.uncentre()
     sae.normalise_decoder()
     sae.eval()
     # On training rows: thresholds fitted to the held-out ones would meet their target there by construction.

@@ -22,7 +22,7 @@ def step_bytes(sae: SAE, batch_size: int, ema: bool = False) -> tuple[int, int]:
     parameters = sum(p.numel() for p in sae.parameters())
     per_latent = sae.config.get("k") or sae.config.get("n_steps") or sae.d_sae / 2
     held = min(4 * batch_size * sae.d_sae, products.DEVICE_CHUNK_BYTES)
-    batch = batch_size * (5 * 4 * sae.d_in + ENTRY * min(per_latent, sae.d_sae)) + held
+    batch = batch_size * (4 * (2 * sae.d_in + 3 * sae.d_out) + ENTRY * min(per_latent, sae.d_sae)) + held
     return parameters * (4 + 8 + 2 + 4 * ema), int(batch)
 
 

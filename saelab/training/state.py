@@ -38,20 +38,26 @@ class TrainState:
     ema: dict[str, Tensor] = field(default_factory=dict)  # running sums of the weights, not yet bias-corrected
     first_fvu: float = 0.0  # of the first batch; 0 before it, and in runs begun before 0.2.0
     excess: float = 0.0  # the last batch's FVU over that without training (see training.divergence); not saved
+    target_scale: float | None = None  # that of a transcoder's target; ``variance`` is then the target's
     listed: Tensor | None = None  # latents that may be dead, where they are listed once in a while (training.dead)
     failed: Tensor | None = None  # on a GPU: 1 once a step has diverged, which forbids all updates from then on
     first: Tensor | None = None  # first_fvu on the device, before it is read
     readings: Readings | None = None  # of steps whose numbers are on the device
 
+    @property
+    def out_scale(self) -> float:
+        """What the data that are reconstructed are multiplied by."""
+        return self.scale if self.target_scale is None else self.target_scale
+
     @torch.no_grad()
     def fold(self, sae: SAE) -> None:
         """Put ``sae`` into units of the raw data; a power of two leaves the mantissa of every number alone."""
-        sae.rescale_(1 / self.scale)
+        sae.rescale_(1 / self.out_scale, 1 / self.scale)
 
     @torch.no_grad()
     def unfold(self, sae: SAE) -> None:
         """The inverse of :meth:`fold`: put ``sae`` back into units of the scaled data, bit for bit."""
-        sae.rescale_(self.scale)
+        sae.rescale_(self.out_scale, self.scale)
 
     def keep_moments_in(self, name: str) -> None:
         """Keep the optimizer's moments in ``fp32`` or ``bf16``. Raises UserError where they are in the other one."""
@@ -75,7 +81,8 @@ class TrainState:
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
         names = ("step", "tokens_seen", "scale", "variance", "first_fvu")
-        return {name: getattr(self, name) for name in names}
+        of_target = {} if self.target_scale is None else {"target_scale": self.target_scale}
+        return {name: getattr(self, name) for name in names} | of_target
 
     @classmethod
     def restore(cls, sae: SAE, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> TrainState:

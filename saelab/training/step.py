@@ -29,15 +29,20 @@ def train_step(
 ) -> StepMetrics:
     """One step: forward, statistics, backward, constraint on the decoder, clip, average, Adam (in this order)."""
     n, later = batch.acts.shape[0], leaves_numbers(sae.device, parallel)
-    x = parallel.share(batch.acts).to(sae.device, non_blocking=True) * state.scale
-    grads = None
-    if batch.grads is not None:
-        # The loss does not change when its input is rescaled, so its gradient scales inversely.
-        grads = parallel.share(batch.grads).to(sae.device, non_blocking=True) / state.scale
+
+    def share(part: Tensor | None) -> Tensor | None:
+        return None if part is None else parallel.share(part).to(sae.device, non_blocking=True)
+
+    x, grads, target = share(batch.acts) * state.scale, share(batch.grads), share(batch.target)  # pyright: ignore
+    if grads is not None:
+        # The loss does not change when what it depends on is rescaled, so its gradient scales inversely.
+        grads = grads / state.out_scale
+    if target is not None:
+        target = target * state.out_scale
     sae.schedule(state.step, total)
     sums = kernels.RowSums() if constrains_on_the_way(sae, parallel) else None
     with _randomness(config.seed, state.step, sae.device), kernels.use_precision(config.precision):
-        done = _forward(sae, x, grads, n, config, state, parallel, later, sums)
+        done = _forward(sae, x, grads, target, n, config, state, parallel, later, sums)
 
     state.optimizer.zero_grad(set_to_none=True)
     done.loss.backward()
@@ -45,7 +50,9 @@ def train_step(
 
     # What is not finite must not reach the weights: on a CPU it is looked at now, on a GPU a flag forbids the update.
     readings = state.readings = state.readings or Readings(lambda step, raw: digest(step, raw, state, config))
-    numbers, factor, skip, found = _numbers(sae, x, done, config, state, parallel, later, sums)
+    numbers, factor, skip, found = _numbers(
+        sae, x if target is None else target, done, config, state, parallel, later, sums
+    )
 
     lr = learning_rate(config, state.step, total) * sae.lr_scale(state.step, total)
     for group in state.optimizer.param_groups:
@@ -80,6 +87,7 @@ def _forward(
     sae: SAE,
     x: Tensor,
     grads: Tensor | None,
+    target: Tensor | None,
     n: int,
     config: TrainConfig,
     state: TrainState,
@@ -91,7 +99,8 @@ def _forward(
 
     ``n`` is the size of the whole batch, of which ``x`` is this data rank's share; the shares' losses add up.
     """
-    code, objective, recon = represent(sae, x, grads, parallel, sums)
+    wanted = sae.to_decode(x, target)
+    code, objective, recon = represent(sae, x, grads, parallel, sums, None if target is None else wanted)
     with torch.no_grad():
         sae.observe(x, code, grads)
         _share_statistics(sae, parallel)
@@ -105,7 +114,7 @@ def _forward(
 
     error = None
     if fired is None or auxiliary or type(sae).extra_losses is not SAE.extra_losses:
-        error = x - recon
+        error = wanted.detach() - recon
     per_token = state.variance * parallel.data_size
     extra = {} if error is None else sae.extra_losses(x, code, error)
     terms = {name: term / per_token for name, term in extra.items()}
@@ -125,14 +134,14 @@ def _forward(
     fvu = error.square().sum() / (n * state.variance)
     # All dictionary ranks compute the same loss, but each counts its own latents.
     l0 = (code.values != 0).sum() / n * parallel.dict_size
-    energy = x.square().sum() / (n * state.variance)
+    energy = (x if target is None else target).square().sum() / (n * state.variance)
     return Forward(loss, {"fvu": fvu, "l0": l0, "energy": energy, **terms}, auxiliary, None)
 
 
 @torch.no_grad()
 def _numbers(
     sae: SAE,
-    x: Tensor,
+    goal: Tensor,
     done: Forward,
     config: TrainConfig,
     state: TrainState,
@@ -140,13 +149,16 @@ def _numbers(
     later: bool,
     sums: kernels.RowSums | None,
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None, Numbers | None]:
-    """All numbers by name; the factor that clips; the flag that forbids the update; and what was read, unless later."""
+    """All numbers by name; the factor that clips; the flag that forbids the update; and what was read, unless later.
+
+    ``goal`` is what is reconstructed.
+    """
     counts = {f"{name}#": aux.taking_part for name, aux in done.auxiliary.items() if aux.taking_part is not None}
     parts = done.parts
     if done.fired is not None and sums is not None and sums.errors is not None:
-        length = torch.linalg.vector_norm(x)
+        length = torch.linalg.vector_norm(goal)
         if sums.squares is not None and sae.b_dec.grad is not None:
-            first, failed = references(state, x.device)
+            first, failed = references(state, goal.device)
             found = tally.report(
                 sums.errors.detach(), done.fired, sums.squares, sae.b_dec.grad, length,
                 torch.stack([term.detach() for term in parts.values()]) if parts else None, first, failed,
@@ -154,8 +166,8 @@ def _numbers(
             )  # fmt: skip
             numbers = dict(zip(tally.NAMES, found.numbers.unbind())) | parts | counts
             return numbers, found.factor if config.grad_clip else None, failed, None
-        unit = x.shape[0] * state.variance
-        fvu, l0 = sums.errors.sum() / unit, done.fired.counts.sum() / x.shape[0]
+        unit = goal.shape[0] * state.variance
+        fvu, l0 = sums.errors.sum() / unit, done.fired.counts.sum() / goal.shape[0]
         parts = {"fvu": fvu, "l0": l0, "energy": length.square() / unit, **parts}
     grad_norm = gradient_norm(sae, sums, parallel)
     summed = parallel.sum_all(together({"loss": done.loss, **parts}) / parallel.dict_size, "statistics")

@@ -14,7 +14,17 @@ from saelab.viz.escape import label, markdown, plain, visible
 from saelab.viz.export import latent_json, latent_page
 from saelab.viz.prompt import contest_bars, heatmap, steps
 from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
-from saelab.viz.tokens import PART, caption, example_list, fact_table, outdated, style_sheet, token_chips, token_strip
+from saelab.viz.tokens import (
+    PART,
+    caption,
+    example_list,
+    fact_table,
+    outdated,
+    style_sheet,
+    text_block,
+    token_chips,
+    token_strip,
+)
 
 __all__ = [
     "DARK",
@@ -44,6 +54,7 @@ __all__ = [
     "scatter",
     "steps",
     "style_sheet",
+    "text_block",
     "token_chips",
     "token_strip",
     "visible",

@@ -97,6 +97,11 @@ def fact_table(rows: Iterable[tuple[str, str, str]]) -> str:
     return f'<table class="sl-facts">{cells}</table>'
 
 
+def text_block(text: str) -> str:
+    """A text as it is being written."""
+    return f'<div class="sl-strip">{plain(text)}</div>'
+
+
 def outdated(fragment: str) -> str:
     """A fragment of this module made pale, for what was made with settings that are no longer those shown."""
     return f'<div class="sl-outdated">{fragment}</div>'

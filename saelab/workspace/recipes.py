@@ -88,9 +88,9 @@ def reopen(root: Path, folder: str, source: Run) -> list[Pick]:
     told = recipe.provenance.get("picks", [])
     picks = []
     for i, step in enumerate(recipe.interventions):
-        if step.hook_name != source.hook_name:
+        if step.hook_name != source.hook_name_out:
             raise UserError(
-                f"{folder} acts at {step.hook_name}, this SAE lies at {source.hook_name}; choose another SAE"
+                f"{folder} acts at {step.hook_name}, this SAE writes at {source.hook_name_out}; choose another SAE"
             )
         label = told[i]["label"] if i < len(told) else f"{folder} {i + 1}"
         picks.append(_pick(step, label, folder, source))

@@ -49,8 +49,10 @@ def relatives(run: Run, runs: Mapping[str, Run]) -> dict[str, Run]:
 
 
 def _reads_the_same(run: Run, other: Run) -> bool:
-    return other.config.get("d_in") == run.config.get("d_in") and other.metadata.get("hook_name") == run.metadata.get(
-        "hook_name"
+    """Whether two SAEs have the same hook point, and the same target where they are transcoders."""
+    places = ("hook_name", "hook_name_out")
+    return other.config.get("d_in") == run.config.get("d_in") and all(
+        other.metadata.get(name) == run.metadata.get(name) for name in places
     )
 
 

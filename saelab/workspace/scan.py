@@ -62,8 +62,13 @@ class Workspace:
         return resolved
 
     def cache_of(self, run: Run) -> ActivationCache | None:
-        """The cache a run was trained on, if it (or one with its fingerprint) lies below the folder."""
-        wanted = run.metadata.get("cache_fingerprint")
+        """The cache a run was trained on, with its target, if they (or some of their fingerprints) lie below."""
+        cache, of_target = (self._cache(run.metadata.get(f"{name}_fingerprint")) for name in ("cache", "target"))
+        if cache is None or run.metadata.get("target_fingerprint") is None:
+            return cache
+        return None if of_target is None else cache.with_target(of_target)
+
+    def _cache(self, wanted: str | None) -> ActivationCache | None:
         for folder in self.caches.values():
             try:
                 cache = ActivationCache(folder)

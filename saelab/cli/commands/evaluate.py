@@ -40,6 +40,8 @@ class Options:
     folder, for a hub id into a copy of it."""
     cache: Path
     """Folder of the activation cache; its held-out rows are evaluated."""
+    target: Path | None = None
+    """Folder of the cache of a transcoder's target; by default the one beside the cache that has its hook point."""
     seeds: tuple[str, ...] = ()
     """Runs of the same SAE with other seeds: adds the share of latents that they have in common, beside chance."""
     saebench: Path | None = None
@@ -70,7 +72,8 @@ def main(args: Sequence[str]) -> None:
     if options.saebench is not None and options.saebench.suffix == ".json" and tasks.tasks:
         raise UserError(f"--saebench {options.saebench} holds one result, tasks give several; name a folder")
     model = part(ModelOptions, options)
-    result = run(options.run, options.cache, model, config, tasks, options.out, options.saebench, options.seeds)
+    places = options.out, options.saebench, options.seeds, options.target
+    result = run(options.run, options.cache, model, config, tasks, *places)
     if options.json:
         print_json(result.content())
     else:
@@ -86,10 +89,11 @@ def run(
     out: Path | None = None,
     saebench: Path | None = None,
     seeds: Sequence[str] = (),
+    target: Path | None = None,
 ) -> Evaluation:
     """Load everything, evaluate with a progress bar, save, and print where."""
     place = computing_device(options.device)
-    (opened, cache, folder), wanted = open_with_cache(name, cache_folder, out), tasks or TaskConfig()
+    (opened, cache, folder), wanted = open_with_cache(name, cache_folder, out, target), tasks or TaskConfig()
     sae = opened.sae.to(place)
     others = [open_run(other).sae for other in seeds]
     model, known = None, options.model or cache.manifest.model

@@ -38,6 +38,8 @@ class Options:
     folder, for a hub id into a copy of it."""
     cache: Path
     """Folder of the activation cache."""
+    target: Path | None = None
+    """Folder of the cache of a transcoder's target; by default the one beside the cache that has its hook point."""
     keep_unembedding: bool = False
     """Keep the model's unembedding in the run folder (half precision), so that the next index needs no model."""
     out: Path | None = None
@@ -66,7 +68,8 @@ def main(args: Sequence[str]) -> None:
     options = parse(IndexOptions, "index", args, "Describe every latent of a trained SAE over a corpus.")
     config = part(IndexConfig, options)
     places, keep = (options.run, options.cache), options.keep_unembedding
-    index = run(*places, part(LensOptions, options), config, options.overwrite, keep, options.out)
+    more = options.overwrite, keep, options.out, options.target
+    index = run(*places, part(LensOptions, options), config, *more)
     if options.json:
         print_json(summary(index))
     else:
@@ -81,10 +84,11 @@ def run(
     overwrite: bool = False,
     keep_unembedding: bool = False,
     out: Path | None = None,
+    target: Path | None = None,
 ) -> FeatureIndex:
     """Load everything and build the index with a progress bar."""
     place = computing_device(model.device)
-    opened, cache, folder = open_with_cache(name, cache_folder, out)
+    opened, cache, folder = open_with_cache(name, cache_folder, out, target)
     opened.sae.to(place)
     record = ModelRecord.from_manifest(cache.manifest)
     # The unembedding kept in the run serves for the run's own model; a model given with --model is loaded.
@@ -118,10 +122,10 @@ def load_lens(options: LensOptions, cache: ActivationCache) -> LogitLens | None:
     weights = unembedding(model)
     del model
     gc.collect()  # a bridge refers to itself: without this the rest of the model would stay in memory
-    if weights.weight.shape[0] != cache.d_in:
+    if weights.weight.shape[0] != cache.goal.d_in:
         raise UserError(
-            f"{options.model or record.name} unembeds d_in={weights.weight.shape[0]}, {cache.path} holds "
-            f"d_in={cache.d_in}; give its own model with --model, or --model none"
+            f"{options.model or record.name} unembeds d_in={weights.weight.shape[0]}, {cache.goal.path} holds "
+            f"d_in={cache.goal.d_in}; give its own model with --model, or --model none"
         )
     return LogitLens(weights.weight, weights.norm_weight, weights.centred)
 

@@ -37,17 +37,9 @@ from saelab.steering import (
 )
 from saelab.steering.layers import parse_layers
 from saelab.steering.measure.calibration import activation_norm
+from saelab.steering.neutral import NEUTRAL
 from saelab.steering.recipe import check_free, check_parent, export_gguf
 from saelab.steering.vectors import Strength, parse_strength, pole_sign
-
-# Texts of several kinds, on which a strength is calibrated where no prompt is given.
-NEUTRAL = [
-    "The committee will meet again next week to discuss the budget for the coming year.",
-    "Once the water boils, add the pasta and stir it now and then until it is soft.",
-    "She opened the window and looked at the street, where nobody was awake yet.",
-    "The function returns a list of numbers, sorted from the smallest to the largest.",
-    "In 1912 the railway reached the coast, and the small harbour became a town.",
-]
 
 
 @dataclasses.dataclass(frozen=True)

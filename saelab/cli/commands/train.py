@@ -16,6 +16,7 @@ from saelab import kernels
 from saelab.cli import report
 from saelab.cli.console import console, out, output_folder, parse, part, print_json, progress_bar, quiet
 from saelab.cli.fine_tuning import announce, check_options, fixed_options, open_start
+from saelab.cli.opening import open_pair
 from saelab.cli.placement import computing_device
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.variants import l0_field, option_fields, resolve_l0, value_of, variant_in
@@ -48,6 +49,11 @@ class Options:
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Fine-tune this SAE: a run, or a file, a folder or a hub id of any tool. Its variant, its size and the options
     that its codes depend on are taken over; options that contradict them are refused."""
+    target: Path | None = None
+    """Train a transcoder: folder of the cache of what the SAE shall reconstruct, another place of the model, harvested
+    in the same pass (`saelab harvest --hook INPUT TARGET`)."""
+    d_out: int | None = None
+    """Width of the target; to be given where it is not that of the input."""
     variant: str = "topk"
     """The variant; `--variant NAME --help` lists its own options too."""
     d_sae: int = 4608
@@ -94,6 +100,8 @@ def main(args: Sequence[str]) -> None:
         known = {key: value for key, value in same_variant.items() if key != "d_in"}
         with damaged(f"{folder}/{RUN}", "start the run again with --overwrite"):
             known = {**known, **saved["train"], "variant": variant, "from_": saved.get(SOURCE)}
+            if "target_cache" in saved:
+                known["target"] = Path(saved["target_cache"])
             default = cls(cache=tyro.MISSING, out=tyro.MISSING, **known)
     elif source:
         default = cls(cache=tyro.MISSING, out=tyro.MISSING, **fixed_options(source))
@@ -115,8 +123,10 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
     if options.dict_ranks > 1 and parallel.size == 1:
         raise UserError(f"dict_ranks={options.dict_ranks} needs several processes; start them with torchrun")
     quiet(not parallel.is_main)
-    cache = ActivationCache(options.cache)
+    cache = open_pair(options.cache, options.target)
     d_in = cache.d_in if source is None else source.sae.d_in
+    if (d_out := width_out(cache, options.d_out)) is not None:
+        config = {**config, "d_out": d_out}
     sae = build_shard(options.variant, d_in, options.d_sae, options.seed, parallel, **config).to(device)
     whole = whole_of(sae, parallel)
     given = part(TrainConfig, options)
@@ -147,6 +157,23 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
     return last
 
 
+def width_out(cache: ActivationCache, given: int | None) -> int | None:
+    """The width of the target; None without one. UserError where it is not the input's and nobody said so."""
+    if cache.target is None:
+        if given is not None:
+            raise UserError(
+                f"--d-out {given} is the width of a target, and none is given; name its cache with --target"
+            )
+        return None
+    found = cache.target.d_in
+    if found != (cache.d_in if given is None else given):
+        raise UserError(
+            f"the target {cache.target.path} has width {found}, not "
+            + (f"{cache.d_in} as the input; give --d-out {found} if that is meant" if given is None else f"{given}")
+        )
+    return found
+
+
 def remarks(sae: SAE, last: StepMetrics | None, config: TrainConfig, folder: Path) -> list[str]:
     """What the user should know about the finished run."""
     failed = "" if last is None else failure(recent_fvu(folder, last.step, last.step), config.rate)
@@ -175,9 +202,10 @@ def drive(
 ) -> StepMetrics | None:
     """Advance the training generator under a progress bar until it ends or a signal asks to stop."""
     total, last = n_steps(cache, config), None
+    goal = "" if cache.target is None else f"d_out {sae.d_out} ({cache.goal.hook_name or cache.goal.path}), "
     console.print(
-        f"training {sae.variant}: d_in {sae.d_in}, d_sae {options.d_sae}, {total} steps of {config.batch_size} tokens, "
-        f"lr {config.rate:.2g}, dead after {config.dead_after} tokens"
+        f"training {sae.variant}: d_in {sae.d_in}, {goal}d_sae {options.d_sae}, "
+        f"{total} steps of {config.batch_size} tokens, lr {config.rate:.2g}, dead after {config.dead_after} tokens"
         + (f", {parallel.data_size} data x {parallel.dict_size} dictionary ranks" if parallel.size > 1 else "")
     )
     halves = kernels.arithmetic(config.precision, sae.device) == "bf16"

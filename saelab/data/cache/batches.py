@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     grads: Float[Tensor, "n d_in"] | None  # float32: gradient of the summed LM loss at the hook
     tokens: Int[Tensor, " n"]
     rows: Int[Tensor, " n"]  # row numbers in the cache
+    target: Float[Tensor, "n d_out"] | None = None  # float32: activations of the target cache; grads are then there
 
 
 class Buffers:
@@ -112,7 +113,7 @@ class _Draft:
             to = out[self.filled : self.filled + stop - start]
             if out.is_floating_point():
                 finite = gather_rows(held[name], rows, to)
-                self.finite &= finite or name != "acts"
+                self.finite &= finite or name == "grads"
             else:
                 torch.index_select(held[name], 0, rows, out=to)
         self.filled += stop - start
@@ -136,19 +137,21 @@ def _cut(windows: Iterator[tuple[Window, dict[str, Tensor]]], batch_size: int, r
 def make_batch(shards: Shards, held: dict[str, Tensor], finite: bool | None = None) -> Batch:
     """One batch in raw units. Raises UserError for non-finite activations, unless they are known to be finite."""
     acts, rows = held["acts"].float(), held["rows"]
+    target = held["target"].float() if "target" in held else None
     if finite is None:
-        finite = bool(acts.isfinite().all())
+        finite = bool(acts.isfinite().all()) and (target is None or bool(target.isfinite().all()))
     if not finite:
         refuse(shards, rows)
     grads = None
     if "grads" in held:
-        grads = held["grads"].float().div_(shards.manifest.grad_scale or 1.0)
-    return Batch(acts, grads, held["tokens"].long(), rows)
+        grads = held["grads"].float().div_(shards.grad_scale)
+    return Batch(acts, grads, held["tokens"].long(), rows, target)
 
 
 def refuse(shards: Shards, rows: Int[Tensor, " n"]) -> NoReturn:
     """Raise UserError for the first of the rows whose activation is not finite; there must be one."""
-    acts = shards.gather(rows, ("acts",))["acts"]
-    bad = int((~acts.isfinite().all(1)).nonzero()[0])
-    file, local = shards.name(int(rows[bad]))
+    found = ~shards.gather(rows, ("acts",))["acts"].isfinite().all(1)
+    if shards.target is not None and not found.any():
+        refuse(shards.target, rows)
+    file, local = shards.name(int(rows[int(found.nonzero()[0])]))
     raise UserError(f"{shards.folder.url}/{file} has a non-finite activation in row {local}; harvest the cache again")

@@ -181,12 +181,13 @@ def _load(shards: Shards, transport: Transport, window: Window, names: Sequence[
         transport.wait(slot.read)  # the caller's last look at what is overwritten
     held: dict[str, Tensor] = {"rows": window.rows()}
     finite = transport.empty((window.length,), torch.bool)
+    transport.queue(lambda: finite.fill_(True))
     for name, pieces in shards.pieces(window.spans, names).items():
         if not pieces[0].is_floating_point():
             held[name] = torch.cat(pieces)
             continue
         held[name] = slot.take(transport, name, (window.length, *pieces[0].shape[1:]), pieces[0].dtype)
-        _copy(transport, pieces, held[name], finite if name == "acts" else None)
+        _copy(transport, pieces, held[name], finite if name in ("acts", "target") else None)
     bad = torch.empty(0, dtype=torch.int64)
     if not bool(transport.fetch(finite.all)):
         bad = (~transport.fetch(lambda: finite)).nonzero().flatten()
@@ -234,7 +235,7 @@ def _arrival(staged: Tensor, to: Tensor, finite: Tensor | None) -> Callable[[], 
     def work() -> None:
         to.copy_(staged, non_blocking=True)
         if finite is not None:
-            finite.copy_(to.isfinite().all(1))
+            finite.logical_and_(to.isfinite().all(1))
 
     return work
 
@@ -286,5 +287,5 @@ def _batch(shards: Shards, draft: _Draft) -> Batch:
     held = draft.held
     if draft.bad:
         refuse(shards, held["rows"])
-    grads = held["grads"].div_(shards.manifest.grad_scale or 1.0) if "grads" in held else None
-    return Batch(held["acts"], grads, held["tokens"].long(), held["rows"])
+    grads = held["grads"].div_(shards.grad_scale) if "grads" in held else None
+    return Batch(held["acts"], grads, held["tokens"].long(), held["rows"], held.get("target"))

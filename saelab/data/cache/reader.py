@@ -17,6 +17,7 @@ from saelab.data.cache import feed
 from saelab.data.cache.batches import Batch, Buffers, make_batch, stream
 from saelab.data.cache.manifest import PARTIAL, REMEDY, Manifest, check_provenance
 from saelab.data.cache.order import BLOCK, Order
+from saelab.data.cache.same_rows import check_same_rows
 from saelab.data.cache.shards import Shards
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import CacheWriter
@@ -55,6 +56,7 @@ class ActivationCache:
                     "restore it or harvest the cache again"
                 )
         self.shards = Shards(self.folder, self.manifest)
+        self.target: ActivationCache | None = None  # see with_target
         self._validation = (self.manifest.train_rows, self.manifest.train_rows)
         self._buffers = Buffers()
         if verify:
@@ -125,8 +127,13 @@ class ActivationCache:
 
     @property
     def has_grads(self) -> bool:
-        """Whether gradients of the loss are stored beside the activations."""
-        return self.manifest.has_grads
+        """Whether gradients of the loss are stored beside the activations, the target's if there is one."""
+        return self.goal.manifest.has_grads
+
+    @property
+    def goal(self) -> ActivationCache:
+        """What an SAE on this cache reconstructs: the target, or the cache itself."""
+        return self if self.target is None else self.target
 
     @property
     def fingerprint(self) -> str:
@@ -160,6 +167,17 @@ class ActivationCache:
         if not 0 <= row <= self.manifest.train_rows:
             raise UserError(f"validation rows cannot begin at {row}: {self.path} has {self.n_rows} rows")
         return self._with_validation(row, row)
+
+    def with_target(self, target: ActivationCache) -> ActivationCache:
+        """The same cache as the input of a transcoder: its batches also carry the activations of ``target``.
+
+        Gradients are then those at the target. Both must come from one harvest: UserError where the rows are not of the
+        same tokens of the same text in the same model.
+        """
+        check_same_rows(self.shards, target.shards)
+        view = copy.copy(self)
+        view.target, view.shards = target, Shards(self.folder, self.manifest, target.shards)
+        return view
 
     def _with_validation(self, train_until: int, first: int) -> ActivationCache:
         view = copy.copy(self)
@@ -246,11 +264,12 @@ class ActivationCache:
                     return
 
     def _names(self, grads: bool) -> tuple[str, ...]:
-        return ("acts", "tokens", "grads") if grads else ("acts", "tokens")
+        target = () if self.target is None else ("target",)
+        return ("acts", "tokens", *target, "grads") if grads else ("acts", "tokens", *target)
 
     def _need_grads(self, grads: bool) -> None:
         if grads and not self.has_grads:
-            raise UserError(f"{self.path} holds no gradients; harvest it again with --gradients")
+            raise UserError(f"{self.goal.path} holds no gradients; harvest it again with --gradients")
 
     def read(self, rows: Int[Tensor, " n"] | Sequence[int], *, grads: bool = False) -> Batch:
         """The given rows, in the given order; with their gradients if ``grads``."""
@@ -338,4 +357,5 @@ def _moved(batches: Generator[Batch], device: torch.device | str) -> Generator[B
     with closing(batches):
         for batch in batches:
             grads = None if batch.grads is None else batch.grads.to(device)
-            yield batch._replace(acts=batch.acts.to(device), grads=grads)
+            target = None if batch.target is None else batch.target.to(device)
+            yield batch._replace(acts=batch.acts.to(device), grads=grads, target=target)

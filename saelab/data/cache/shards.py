@@ -17,10 +17,14 @@ from saelab.errors import UserError, damaged
 
 
 class Shards:
-    """The shards of a cache as one long table. Files are opened, memory-mapped, on first use."""
+    """The shards of a cache as one long table. Files are opened, memory-mapped, on first use.
 
-    def __init__(self, folder: Folder, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    With those of a ``target``, another cache of the same rows, it has a column "target" of its activations, and the
+    column "grads" is the target's.
+    """
+
+    def __init__(self, folder: Folder, manifest: Manifest, target: Shards | None = None) -> None:
+        self.folder, self.manifest, self.target = folder, manifest, target
         self.starts = [0]
         for shard in manifest.shards:
             self.starts.append(self.starts[-1] + shard.rows)
@@ -30,12 +34,25 @@ class Shards:
         """The tensors of a shard by name."""
         found = self._opened.get(index)
         if found is None:
-            found = self._opened[index] = self._open(index)
+            found = self._open(index)
+            if self.target is not None:
+                other = self.target.columns(index)
+                found = {name: column for name, column in found.items() if name != "grads"}
+                found |= {name: other[key] for name, key in (("target", "acts"), ("grads", "grads")) if key in other}
+            self._opened[index] = found
         return found
+
+    @property
+    def grad_scale(self) -> float:
+        """What stored gradients are multiplied by."""
+        manifest = self.manifest if self.target is None else self.target.manifest
+        return manifest.grad_scale or 1.0
 
     def release(self) -> None:
         """Unmap the files."""
         self._opened.clear()
+        if self.target is not None:
+            self.target.release()
 
     def _open(self, index: int) -> dict[str, Column]:
         shard, m = self.manifest.shards[index], self.manifest

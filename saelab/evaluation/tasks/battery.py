@@ -12,7 +12,7 @@ import torch
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, near_matches
 from saelab.evaluation.reconstruction import Progress, check_pair
-from saelab.evaluation.same_model import check_same_model, plain_site
+from saelab.evaluation.same_model import check_same_model, plain_route, reading_site
 from saelab.evaluation.tasks import passages as labelled
 from saelab.evaluation.tasks import scr_tpp, two_sided
 from saelab.evaluation.tasks.absorption import absorption, words_by_letter
@@ -90,7 +90,8 @@ class _TaskData:
                 f"{self.config.labels} needs the language model and its tokenizer to run through; give the model, or "
                 "leave labels out to use the cache's own text"
             )
-        plain, site = plain_site(self.model, self.cache)
+        plain = plain_route(self.model, self.cache)[0]
+        site = reading_site(self.model, plain, self.cache)
         check_same_model(plain, site, self.cache, *next(iter(self.cache.contexts("all"))), self.any_weights)
         bos = self.cache.manifest.bos != "none"
 
@@ -123,6 +124,11 @@ def run_tasks(
         for done, name in enumerate(config.tasks):
             if progress is not None:
                 progress("tasks", done, len(config.tasks))
+            if sae.transcodes and name in ON_THE_INPUT:
+                raise UserError(
+                    f"{name} compares dictionary rows with what the SAE reads, and a transcoder's lie elsewhere; leave "
+                    "it out of --tasks"
+                )
             try:
                 results[name] = TASKS[name](data)
             except UserError as error:
@@ -171,6 +177,7 @@ def _two_sided(data: _TaskData) -> dict[str, Any]:
     return {name: e.row() for name, e in found.items()}
 
 
+ON_THE_INPUT = ("scr", "tpp", "absorption")  # they subtract latents from the activations, or project on them
 TASKS: dict[str, Callable[[_TaskData], dict[str, Any]]] = {
     "probing": _probing,
     "scr": _scr,

@@ -34,6 +34,7 @@ from saelab.layout import EXAMPLES, FEATURES, INDEX
 from saelab.lm.record import ModelRecord
 from saelab.sae import SAE
 from saelab.sparse import SparseCode
+from saelab.training.config import check_target
 from saelab.vocabulary import Vocabulary
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -66,6 +67,7 @@ def build_index(
     report = progress or (lambda stage, done, total: None)
     if cache.d_in != sae.d_in:
         raise UserError(f"the SAE reads d_in={sae.d_in}, {cache.path} holds d_in={cache.d_in}; use the cache it saw")
+    check_target(sae, cache)
     if (folder / INDEX).exists() and not overwrite:
         raise UserError(f"{folder / INDEX} exists; add --overwrite to replace it")
     n_rows = cache.n_rows if config.max_tokens is None else min(config.max_tokens, cache.n_rows)
@@ -179,6 +181,7 @@ def _meta(sae: SAE, cache: ActivationCache, config: IndexConfig, describer: Desc
         "model": manifest.model,
         "language_model": ModelRecord.from_manifest(manifest).to_json(),
         "hook_name": manifest.hook_name,
+        **({} if cache.target is None else {"hook_name_out": cache.target.hook_name}),
         "context_length": manifest.context_length,
         "skip_first": manifest.skip_first,
         "histogram_edges": describer.edges.tolist(),

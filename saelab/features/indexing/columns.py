@@ -62,7 +62,7 @@ class Describer:
         self.unit = unit_rows(self.W_dec)
         self.lens = None if lens is None else lens.to(sae.device)
         self.weights = _weights(sae)
-        self.mean = torch.tensor(cache.manifest.mean, dtype=torch.float32, device=sae.device)
+        self.mean = torch.tensor(cache.goal.manifest.mean, dtype=torch.float32, device=sae.device)
         self.lens_strings = None if lens is None else vocabulary.slice(0, lens.unembed.shape[1])
 
     def tables(self, start: int, stop: int) -> tuple[pa.Table, pa.Table]:

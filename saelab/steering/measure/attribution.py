@@ -85,6 +85,10 @@ def attribute_logits(
         )
     hook_name = hooks.pop()
     source = as_run(run, hook_name)
+    if source.sae.transcodes:
+        raise UserError(
+            "a steered token is split into latents of the SAE that lies there; a transcoder reads elsewhere"
+        )
     steered = sorted(named_latents(interventions) if latents is None else map(source.check_latent, latents))
     tokenizer = tokenizer_of(model, tokenizer)
     ids, _ = tokenize(tokenizer, prompt)

@@ -57,9 +57,37 @@ def calibrate(
     unit = "kl" if budget_kl is not None else "perplexity"
     budget = budget_kl if budget_kl is not None else budget_perplexity
     assert budget is not None
+    return _calibrate(model, vector, prompts, [budget], unit, limit, tolerance, tokenizer)[0]
+
+
+def calibrate_each(
+    model: nn.Module,
+    vector: SteeringVector | Callable[[float], Intervention | Sequence[Intervention]],
+    prompts: Prompts,
+    budgets_kl: Sequence[float] = (0.1, 0.3, 1.0),
+    *,
+    limit: float | None = None,
+    tolerance: float = 0.05,
+    tokenizer: Any = None,
+) -> list[Calibration]:
+    """:func:`calibrate` for several budgets of KL, which share the measurements of the doubling strengths."""
+    return _calibrate(model, vector, prompts, budgets_kl, "kl", limit, tolerance, tokenizer)
+
+
+def _calibrate(
+    model: nn.Module,
+    vector: SteeringVector | Callable[[float], Intervention | Sequence[Intervention]],
+    prompts: Prompts,
+    budgets: Sequence[float],
+    unit: str,
+    limit: float | None,
+    tolerance: float,
+    tokenizer: Any,
+) -> list[Calibration]:
     floor = 0.0 if unit == "kl" else 1.0
-    if not floor < budget < math.inf:
-        raise UserError(f"the budget {budget} is not a finite number above {floor}, the damage of doing nothing")
+    for budget in budgets:
+        if not floor < budget < math.inf:
+            raise UserError(f"the budget {budget} is not a finite number above {floor}, the damage of doing nothing")
     baseline = UnsteeredBaseline(model, prompts, tokenizer=tokenizer)
     if isinstance(vector, SteeringVector):
         limit = limit or 4 * (
@@ -67,19 +95,28 @@ def calibrate(
         )
     elif limit is None:
         raise UserError("calibrating a function of strength needs limit, the largest strength to try")
-    trace: list[tuple[float, float]] = []
+    known: dict[float, float] = {}
 
-    def damage(strength: float) -> float:
+    def measured(strength: float) -> float:
         intervention = Add(vector, strength) if isinstance(vector, SteeringVector) else vector(strength)
         try:
-            found = damage_of(baseline.measure(intervention), unit)
+            return damage_of(baseline.measure(intervention), unit)
         except OverflowError:  # a ratio of perplexities beyond the largest number
-            found = math.inf
-        trace.append((strength, found))
-        return found
+            return math.inf
 
-    low, low_damage, reached = _largest(damage, budget, floor, limit, tolerance)
-    return Calibration(low, low_damage, budget, unit, reached, trace)
+    found = []
+    for budget in budgets:
+        trace: list[tuple[float, float]] = []
+
+        def damage(strength: float, trace: list[tuple[float, float]] = trace) -> float:
+            if strength not in known:
+                known[strength] = measured(strength)
+            trace.append((strength, known[strength]))
+            return known[strength]
+
+        low, low_damage, reached = _largest(damage, budget, floor, limit, tolerance)
+        found.append(Calibration(low, low_damage, budget, unit, reached, trace))
+    return found
 
 
 def _largest(

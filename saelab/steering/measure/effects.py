@@ -22,6 +22,7 @@ from saelab.lm.tokens import Prompts, token_ids, tokenize, tokenizer_of
 from saelab.steering.attachment import attach
 from saelab.steering.generation import forward
 from saelab.steering.interventions import Intervention
+from saelab.steering.rows import on_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,19 @@ class UnsteeredBaseline:
             for (ids, mask), before in zip(self._batches, self._before)
         ]
         return Effects(*(torch.cat(column) for column in zip(*parts)))
+
+    def measure_many(self, steered: Sequence[Sequence[Intervention]], rows: int = 32) -> list[Effects]:
+        """The effects of several sets of interventions, as many at a time as ``rows`` texts of a batch allow."""
+        parts: list[list[tuple[Tensor, ...]]] = [[] for _ in steered]
+        for (ids, mask), before in zip(self._batches, self._before):
+            n, step = len(ids), max(rows // len(ids), 1)
+            for start in range(0, len(steered), step):
+                some = steered[start : start + step]
+                own = [i for k, group in enumerate(some) for i in on_rows(group, range(k * n, (k + 1) * n))]
+                logits = self._logits(ids.repeat(len(some), 1), mask.repeat(len(some), 1), own)
+                for k, after in enumerate(logits.split(n)):
+                    parts[start + k].append(self._compare(ids, mask, before, after))
+        return [Effects(*(torch.cat(column) for column in zip(*part))) for part in parts]
 
     @torch.no_grad()
     def _logits(self, ids: Tensor, mask: Tensor, interventions: Intervention | Sequence[Intervention]) -> Tensor:

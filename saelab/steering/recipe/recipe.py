@@ -173,8 +173,14 @@ def _check_savable(intervention: Intervention) -> None:
 def _sae_entry(run: Run, hook_name: str, saes: dict[int, str], folder: Path) -> dict[str, Any]:
     name = saes.setdefault(id(run.sae), f"sae_{len(saes)}")
     if not (folder / name).exists():
-        save(run.sae, folder / name, {"hook_name": hook_name})
-    return {"sae": name, "sae_sha256": run.fingerprint, "source": run.provenance()}
+        save(run.sae, folder / name, _places(run) or {"hook_name": hook_name})
+    places = {"sae_places": _places(run)} if run.sae.transcodes else {}
+    return {"sae": name, "sae_sha256": run.fingerprint, "source": run.provenance(), **places}
+
+
+def _places(run: Run) -> dict[str, str]:
+    """Where a transcoder reads and writes; nothing for an SAE that does both in one place, its intervention's."""
+    return {"hook_name": run.hook_name, "hook_name_out": run.hook_name_out} if run.sae.transcodes else {}
 
 
 def _vector_entry(vector: SteeringVector, vectors: dict[str, Tensor]) -> dict[str, Any]:
@@ -214,7 +220,8 @@ def _vector(entry: dict[str, Any], vectors: dict[str, Tensor]) -> SteeringVector
 def _run(entry: dict[str, Any], folder: Path, runs: dict[tuple[str, str], Run]) -> Run:
     name, hook_name = entry["sae"], entry["hook_name"]
     if (name, hook_name) not in runs:
-        found = runs[name, hook_name] = Run(load_sae(folder / name), hook_name)
+        places = entry.get("sae_places") or {"hook_name": hook_name}
+        found = runs[name, hook_name] = Run(load_sae(folder / name), **places)
         if found.fingerprint != entry["sae_sha256"]:
             raise UserError(f"{folder / name} does not match the hash in {RECIPE}; {AGAIN}")
     return runs[name, hook_name]

@@ -1,0 +1,1 @@
+"""Evaluating steering by the texts it gives: concepts, instructions, methods, judges, proxies, verdicts."""

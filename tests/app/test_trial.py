@@ -1,0 +1,60 @@
+"""The panel that tries a latent at three calibrated strengths, as any page may show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+from test_pages import ENTRY
+
+from saelab.lm import load_model
+from saelab.steering import Add, calibrate_each, generate_tokens
+from saelab.steering.directions import random_direction
+from saelab.steering.neutral import NEUTRAL
+from saelab.workspace import Workspace, steering
+
+
+def script() -> None:
+    import loaders
+    from parts import trial
+
+    from saelab.workspace import steering
+
+    run = loaders.workspace().runs["sick"]
+    source = loaders.opened(run)
+    model = loaders.need_model(run, "The trial")
+    trial.panel(run, source, model, steering.pick_latent(source, 3, 1), "here")
+
+
+def test_three_strengths_stand_beside_the_control(monkeypatch: pytest.MonkeyPatch, sick_folder: Path) -> None:
+    monkeypatch.syspath_prepend(str(ENTRY.parent))
+    monkeypatch.setenv("SAELAB_APP_FOLDER", str(sick_folder))
+    monkeypatch.setenv("SAELAB_APP_MODEL", str(sick_folder / "model"))
+    from parts import trial
+
+    budgets = (0.001, 0.002, 0.004)  # the model is random: little moves it
+    monkeypatch.setattr(trial, "BUDGETS", budgets)
+    app = AppTest.from_function(script, default_timeout=60).run()
+    app.text_input(key="trial_prompt_here").input("the river runs")
+    app.number_input(key="trial_length_here").set_value(5)
+    app.button(key="trial_generate_here").click().run()
+    assert not app.exception and not app.error, (app.exception, app.error)
+    _, made_with, texts = app.session_state["trial_here"]
+    assert made_with == "#3, “the river runs”, 5 tokens"
+    assert [text.name for text in texts] == ["unsteered", *(f"KL {b:g}" for b in budgets), "random control"]
+    assert not any(text.stopped for text in texts)
+    model, source = load_model(str(sick_folder / "model")), Workspace.scan(sick_folder).run("sick")
+    vector = steering.pick_latent(source, 3, 1).vector
+    found = calibrate_each(model, vector, NEUTRAL, budgets)
+    lengths = [one.strength for one in found]
+    assert [text.length for text in texts] == [None, *lengths, lengths[1]]
+    adds = [[], *([Add(vector, s)] for s in lengths), [Add(random_direction(vector, 0), lengths[1])]]
+    ids = torch.tensor([[1, *model.tokenizer("the river runs", add_special_tokens=False)["input_ids"]]])
+    assert [t.tokens for t in texts] == [generate_tokens(model, ids, None, a, max_new_tokens=5)[0] for a in adds]
+    shown = " ".join(element.body for element in app.get("html"))
+    for text in texts[1:]:
+        assert f"KL {text.damage.kl:.2f} nats per token here, perplexity {text.damage.perplexity:.3g}" in shown
+    app.run()
+    assert shown.count("sl-strip") == 5 and app.session_state["trial_here"][2] is texts
