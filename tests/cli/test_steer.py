@@ -252,3 +252,31 @@ def test_an_sae_of_another_width_is_refused(run: str, tmp_path: Path, capsys) ->
     with pytest.raises(SystemExit):
         steer(str(tmp_path / "wide"), "--latent", "3", "--strength", "1", "--prompt", PROMPT)
     assert "width 16" in capsys.readouterr().err
+
+
+def test_a_concept_chooses_its_latent_and_says_why(run: str, tmp_path: Path, capsys) -> None:
+    result = as_json(capsys, run, "--concept", "w10, w11", "--prompt", PROMPT, "--max-new-tokens", "2")
+    choice = result["choice"]["candidates"][0]
+    assert result["interventions"][0]["op"] == "Add" and result["interventions"][0]["length"] > 0
+    assert choice["effect"] >= max(c["effect"] for c in result["choice"]["candidates"])
+    texts = [{"name": "ten", "words": ["w10"], "positive": ["w10 w5", "w10 w6"], "negative": ["w7 w5", "w8 w6"]}]
+    file = tmp_path / "concepts.json"
+    file.write_text(json.dumps(texts))
+    steer(run, "--concept", "ten", "--concepts", str(file))  # no prompt: the candidates are listed
+    shown = capsys.readouterr()
+    assert "chose latent" in shown.err and "contrast texts" in shown.err and "random" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--concept", "w10", "--latent", "3"], "--latent 12"),
+        (["--concept", " , "], "the concept is empty"),
+        (["--latent", "3", "--concepts", "x.json"], "give --concept"),
+        (["--concept", "w10", "--concepts", "missing.json"], "missing.json"),
+    ],
+)
+def test_a_concept_that_is_wrong_is_refused(args: list[str], message: str, run: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        steer(run, *args, "--prompt", PROMPT)
+    assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.split())

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saelab.cli.chatting import answers, as_text, converse, sampling, show_messages, turns
+from saelab.cli.concepts import choose_latent, show_ranking
 from saelab.cli.console import console, out, parse, print_json
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_run
@@ -53,6 +54,11 @@ class OwnOptions:
     """Latent to steer with (not with a recipe)."""
     pole: str = "+"
     """Which pole of the latent: + or -."""
+    concept: str | None = None
+    """Choose the latent that steers towards this: the name of a shipped concept (sea, music, war ...), or words with
+    commas between them. Candidates are measured in the language model; without --prompt the best ones are listed."""
+    concepts: Path | None = None
+    """JSON file of concepts, each with name, positive and negative texts and words, in which --concept is looked up."""
     operation: str = "add"
     """What to do; options_class() completes choices and help from the registered operations."""
     strength: str | None = None
@@ -130,8 +136,9 @@ def options_class() -> type[Options]:
 def main(args: Sequence[str]) -> None:
     """Load, steer, show."""
     options = parse(options_class(), "steer", args, "Steer a language model with a latent or a recipe.")
-    if not (options.prompt or options.chat) and options.save is None and options.gguf is None:
-        raise UserError('nothing to do: give --prompt "text", --chat, --save RECIPE or --gguf FILE')
+    asked = (options.prompt, options.chat, options.save, options.gguf, options.concept)
+    if not any(asked):
+        raise UserError('nothing to do: give --prompt "text", --chat, --concept, --save RECIPE or --gguf FILE')
     check_outputs(options)
     device = computing_device(options.device)
     if (Path(options.run) / RECIPE).is_file():
@@ -146,6 +153,10 @@ def main(args: Sequence[str]) -> None:
         run.sae.to(device)
         model = open_model(options, model_record(run), f"the SAE {options.run}")
     prompts = [as_text(options, model, prompt) for prompt in options.prompt] if options.chat else options.prompt
+    ranking = None
+    if options.concept is not None and run is not None:
+        ranking = choose_latent(run, model, options.concept, options.concepts)
+        options = dataclasses.replace(options, latent=ranking.best.latent, pole=str(ranking.best.pole))
     if recipe is None:
         assert run is not None
         recipe = Recipe.of(model, interventions(options, run, model, prompts), name=f"latent {options.latent}")
@@ -155,6 +166,8 @@ def main(args: Sequence[str]) -> None:
         result["messages"] = converse(options, recipe, model, silent=options.json)
     else:
         result |= texts(options, recipe, model)
+    if ranking is not None:
+        result["choice"] = ranking.content()
     if options.attribute and run is not None:
         result["attribution"] = attributed(options, recipe, run, model, prompts[0])
     if options.save is not None:
@@ -163,8 +176,10 @@ def main(args: Sequence[str]) -> None:
         export_gguf(recipe, options.gguf)
     if options.json:
         print_json(result)
-    else:
-        show(options, result)
+        return
+    if ranking is not None:
+        show_ranking(ranking)
+    show(options, result)
 
 
 def check_outputs(options: Options) -> None:
@@ -191,7 +206,7 @@ def check_outputs(options: Options) -> None:
 def check_recipe(options: Options) -> None:
     """Refuse options that the recipe already sets, instead of ignoring them."""
     limits = ("when_latent", "when_above", "when_pole", "schedule", "layers")
-    for name in ("latent", "pole", "operation", "strength", "where", "hook", *limits):
+    for name in ("latent", "pole", "concept", "operation", "strength", "where", "hook", *limits):
         if getattr(options, name) != getattr(Options, name):
             shown = name.replace("_", "-")
             raise UserError(f"a recipe has its own {shown}; leave out --{shown}")
@@ -201,9 +216,11 @@ def check_recipe(options: Options) -> None:
 
 def check(options: Options, run: Run) -> None:
     """Check the options that do not need the language model."""
-    if options.latent is None:
-        raise UserError("name the latent to steer with: --latent 12")
-    run.check_latent(options.latent)
+    if (options.latent is None) == (options.concept is None):
+        raise UserError('name the latent to steer with, --latent 12, or what to steer towards, --concept "sea"')
+    if options.concepts is not None and options.concept is None:
+        raise UserError("--concepts is the file in which --concept is looked up; give --concept NAME")
+    run.check_latent(options.latent or 0)
     _ = run.hook_name  # refuses where nothing says which
     pole_sign(options.pole)
     if options.when_latent is None and options.when_above is not None:
