@@ -20,6 +20,7 @@ pages = {
     ],
     "Model": [
         st.Page("views/prompt.py", title="Prompt", icon=":material/notes:"),
+        st.Page("views/attribution.py", title="Attribution", icon=":material/account_tree:"),
         st.Page("views/steering.py", title="Steering", icon=":material/tune:"),
     ],
 }

@@ -29,6 +29,8 @@ _EXPORTS = {
     "harvest_many": "saelab.harvesting",
     "HarvestConfig": "saelab.harvesting",
     "evaluate": "saelab.evaluation",
+    "attribute": "saelab.attribution",
+    "AttributionGraph": "saelab.attribution",
     "FeatureIndex": "saelab.features",
     "build_index": "saelab.features",
     "load": "saelab.interop",

@@ -26,7 +26,7 @@ LAYERS = [
     {"evaluation", "features"},
     {"runs"},
     {"steering", "sweep"},
-    {"comparison", "prompt", "reproduce", "workspace"},
+    {"attribution", "comparison", "prompt", "reproduce", "workspace"},
     {"viz"},
     {"bench", "cli", "__main__"},
 ]

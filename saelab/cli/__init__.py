@@ -36,6 +36,7 @@ GROUPS = {
     },
     "use": {
         "app": "browse latents, explain prompts and steer in the web app",
+        "attribute": "find out which latents caused a token, and which fed which",
         "steer": "continue prompts while latents or vectors are added, clamped or removed",
     },
     "exchange": {

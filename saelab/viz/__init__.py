@@ -1,5 +1,6 @@
 """Figures and HTML from plain arrays, for the app and the notebooks, in light and dark."""
 
+from saelab.viz.attribution import attribution_graph
 from saelab.viz.charts import (
     activation_histogram,
     density_histogram,
@@ -11,7 +12,7 @@ from saelab.viz.charts import (
     scatter,
 )
 from saelab.viz.escape import label, markdown, plain, visible
-from saelab.viz.export import latent_json, latent_page
+from saelab.viz.export import figure_page, latent_json, latent_page
 from saelab.viz.prompt import contest_bars, heatmap, steps
 from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
 from saelab.viz.tokens import (
@@ -32,6 +33,7 @@ __all__ = [
     "PART",
     "Palette",
     "activation_histogram",
+    "attribution_graph",
     "caption",
     "contest_bars",
     "contrast",
@@ -39,6 +41,7 @@ __all__ = [
     "dose_response",
     "example_list",
     "fact_table",
+    "figure_page",
     "firing_rank",
     "heatmap",
     "label",

@@ -1,4 +1,4 @@
-"""One latent as a file: a page that needs no server, or JSON."""
+"""One latent or one figure as a file: a page that needs no server, or JSON."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ def latent_json(poles: Mapping[int, Mapping[str, Any]], examples: Mapping[int, S
         ],
     }
     return json.dumps(_finite(content), indent=1, ensure_ascii=False)
+
+
+def figure_page(figure: Any, title: str) -> str:
+    """A complete HTML document with an interactive figure; everything it needs is inside."""
+    body = figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{plain(title)}</title></head>'
+        f'<body style="font-family: sans-serif; background: {LIGHT.background}"><h1>{plain(title)}</h1>{body}'
+        "</body></html>"
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,270 @@
+"""Pieces of the Attribution page. Everything that touches the model holds its lock."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import loaders
+import page
+import pandas as pd
+import session
+import streamlit as st
+
+from saelab import viz
+from saelab.attribution import AttributionGraph, Node, attribute
+from saelab.attribution.viewers import viewer_json
+from saelab.errors import UserError
+from saelab.runs import Run
+from saelab.steering import Recipe
+from saelab.workspace import recipes as saved
+from saelab.workspace import steering
+
+OPERATIONS = {"ablate": "set to zero", "clamp": "set to its largest activation", "scale": "multiplied"}
+
+
+def companions(run: Run) -> dict[str, Run]:
+    """Other SAEs of the folder that may stand beside this one: of the same model, at another place."""
+    here, model = run.metadata.get("hook_name"), run.model_name
+    return {
+        name: other
+        for name, other in loaders.workspace().runs.items()
+        if other.has_weights
+        and other.metadata.get("hook_name") not in (None, here)
+        and (other.model_name == model or None in (other.model_name, model))
+    }
+
+
+def explain(runs: list[Run], prompt: str, target: str, against: str, settings: dict[str, Any]) -> AttributionGraph:
+    """The graph of one prediction; needs the model."""
+    model = loaders.need_model(runs[0], "Attribution")
+    with loaders.model_lock(), st.spinner("Tracing the prediction …"):
+        return attribute(
+            [loaders.opened(run) for run in runs],
+            prompt,
+            target or None,
+            against=against or None,
+            model=model,
+            any_weights=True,  # need_model has compared them
+            **settings,
+        )
+
+
+def headline(graph: AttributionGraph) -> None:
+    """What is explained, how, and what the user should know."""
+    how = "integrated gradients" if graph.integrated else "activation × gradient"
+    st.markdown(
+        f"**{viz.markdown(graph.target)}**: {graph.value:+.3f}, probability {graph.probability:.1%} "
+        f"({graph.mode}, {how})"
+    )
+    for note in graph.notes:
+        st.caption(f":material/info: {viz.markdown(note)}")
+
+
+def figure(graph: AttributionGraph) -> Node | None:
+    """The interactive figure; the node that was clicked."""
+    drawn = viz.attribution_graph(graph, page.colours(), _examples(graph))
+    event = page.chart(
+        drawn,
+        alt="Latents, error terms and tokens by layer and position, joined by their strongest effects",
+        key="attribution_figure",
+        on_select="rerun",
+        selection_mode="points",
+    )
+    points = event.selection.points if event is not None else []
+    names = {node.id for node in graph.nodes}
+    for point in points:
+        name = point.get("customdata")
+        name = name[0] if isinstance(name, list) and name else name
+        if name in names:
+            return graph[name]
+    return None
+
+
+def _examples(graph: AttributionGraph, most: int = 2) -> dict[str, list[str]]:
+    """The strongest examples of each kept latent, where there is an index."""
+    found: dict[str, list[str]] = {}
+    for node in graph.latents[:60]:
+        index = _run(graph, node).index
+        if index is None or node.latent is None:
+            continue
+        pole = node.pole if node.pole in index.poles else 1
+        found[node.id] = [_around(example) for example in index.examples(node.latent, pole)[:most]]
+    return found
+
+
+def _around(example: Any, before: int = 6, after: int = 3) -> str:
+    """The tokens around an example's strongest activation."""
+    peak = max(range(len(example.activations)), key=lambda i: abs(example.activations[i]))
+    part = example.tokens[max(0, peak - before) : peak + after + 1]
+    return "… " + "".join(part).strip() + " …"
+
+
+def _run(graph: AttributionGraph, node: Node) -> Run:
+    return next(run for run, place in zip(graph.runs, graph.places) if place.layer == node.layer)
+
+
+def details(graph: AttributionGraph, node: Node | None) -> None:
+    """What feeds the clicked node, what it feeds, and a button to its page."""
+    if node is None:
+        st.caption("Point at a mark for what is known of it; click one to see what feeds it and what it feeds.")
+        return
+    st.markdown(f"**{viz.markdown(node.id)}** {viz.markdown(node.label)}")
+    columns = st.columns(2, gap="large")
+    for column, title, edges, end in (
+        (columns[0], "fed by", graph.into(node.id), "source"),
+        (columns[1], "feeds", graph.out_of(node.id), "target"),
+    ):
+        rows = [(getattr(edge, end), f"{edge.effect:+.4f}", graph[getattr(edge, end)].label) for edge in edges[:8]]
+        with column:
+            st.markdown(f"**{title}**")
+            page.html(viz.fact_table(rows) if rows else viz.caption("nothing that was kept"))
+    if node.latent is not None and st.button(
+        f"Open latent #{node.latent}", icon=":material/open_in_full:", key="attribution_open"
+    ):
+        session.open_latent(node.latent, node.pole, _named(graph, node))
+
+
+def _named(graph: AttributionGraph, node: Node) -> Run | None:
+    """The run of the folder that a node's place belongs to."""
+    names = st.session_state["attribution"][0]
+    path = graph.place(node).run
+    return next((r for name, r in loaders.workspace().runs.items() if name in names and str(r.path) == path), None)
+
+
+def table(graph: AttributionGraph) -> list[Node]:
+    """The kept latents; the chosen ones, by default the three strongest."""
+    checked = {found.id: found.ablated for found in (graph.checks.nodes if graph.checks else [])}
+    rows = pd.DataFrame(
+        {
+            "latent": [f"#{n.latent}" for n in graph.latents],
+            "place": [viz.visible(graph.place(n).name) for n in graph.latents],
+            "token": [viz.visible(graph.tokens[n.position]) for n in graph.latents],
+            "effect": [n.effect for n in graph.latents],
+            "direct": [n.direct for n in graph.latents],
+            "ablated": [checked.get(n.id) for n in graph.latents],
+            "activation": [n.activation for n in graph.latents],
+            "what": [viz.visible(n.label) for n in graph.latents],
+        }
+    )
+    if rows.empty:
+        st.caption("No latent was kept.")
+        return []
+    number = {name: st.column_config.NumberColumn(name, format="%+.3f") for name in ("effect", "direct", "ablated")}
+    event = st.dataframe(
+        rows,
+        hide_index=True,
+        height=360,
+        column_config=number,
+        on_select="rerun",
+        selection_mode="multi-row",
+        key="attribution_table",
+        placeholder="–",
+        alt="Latents by their effect on the prediction",
+    )
+    chosen = [i for i in event.selection.rows if i < len(graph.latents)]
+    return [graph.latents[i] for i in chosen] or graph.latents[:3]
+
+
+def checks(graph: AttributionGraph) -> str:
+    """How much of the influence latents have, and what ablation says."""
+    rows = []
+    for place in graph.places:
+        rows.append((place.name, f"{place.share:.0%}", "of the influence is the latents', the rest the error terms'"))
+        rows.append(("", f"{place.kept_share:.0%}", f"of it kept, with {place.kept} nodes"))
+    if graph.checks is not None and graph.checks.nodes:
+        n = len(graph.checks.nodes)
+        rows.append(("ablated one by one", f"{graph.checks.same_sign} of {n}", "have the sign that attribution gives"))
+        rows.append(("", f"{graph.checks.within(2.0)} of {n}", "its size too, up to a factor of 2"))
+    if (found := graph.faithfulness) is not None:
+        rows.append(("faithfulness", f"{found.faithfulness:.2f}", "of the kept latents: 1 is all that latents do"))
+        rows.append(("completeness", f"{found.completeness:.2f}", "1: what was left out does nothing on its own"))
+    for name, value in graph.sums.items():
+        rows.append((name, f"{value:+.3f}", "direct effect"))
+    return viz.fact_table(rows)
+
+
+def intervene(run: Run, graph: AttributionGraph, chosen: list[Node]) -> None:
+    """Change the chosen latents and see the text; hand them to the Steering page; save a recipe or the graph."""
+    if not chosen:
+        return
+    st.caption("Chosen: " + viz.markdown(", ".join(node.id for node in chosen)) + ". Choose others in the table.")
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        operation = st.selectbox(
+            "do",
+            list(OPERATIONS),
+            key="attribution_operation",
+            format_func=lambda o: f"{o}: {OPERATIONS[o]}",
+            width=260,
+        )
+        asked = st.button("Continue the prompt", icon=":material/play_arrow:", key="attribution_continue")
+        sent = st.button("Open in Steering", icon=":material/tune:", key="attribution_steer")
+        st.download_button(
+            "Graph as JSON",
+            json.dumps(viewer_json(graph, "graph")),
+            "graph.json",
+            "application/json",
+            icon=":material/download:",
+            help="circuit-tracer's and Neuronpedia's viewers read it",
+        )
+    if sent:
+        _send(graph, chosen, operation)
+    if asked:
+        st.session_state["attribution_text"] = (id(graph), _continue(run, graph, chosen, operation))
+    of, texts = st.session_state.get("attribution_text", (None, None))
+    if of == id(graph):
+        _show(texts)
+    _save(run, graph, chosen, operation)
+
+
+def _send(graph: AttributionGraph, chosen: list[Node], operation: str) -> None:
+    """The chosen latents become picks of the Steering page, those of each run its own."""
+    first: Run | None = None
+    for node in chosen:
+        named = _named(graph, node)
+        if named is None or node.latent is None:
+            continue
+        first = first or named
+        picks = st.session_state.setdefault("steering_picks", {}).setdefault(named.name, [])
+        pick = steering.pick_latent(_run(graph, node), node.latent, node.pole).changed(operation=operation)
+        if pick.label not in {other.label for other in picks}:
+            picks.append(pick)
+    if first is not None:
+        st.session_state["next_run"] = first.name
+        st.switch_page("views/steering.py")
+
+
+def _continue(run: Run, graph: AttributionGraph, chosen: list[Node], operation: str) -> dict[str, Any]:
+    model = loaders.need_model(run, "Attribution")
+    interventions = graph.interventions(chosen, operation)
+    with loaders.model_lock(), st.spinner("Generating …"):
+        return {
+            "as it is": steering.continue_text(model, graph.prompt, [], max_new_tokens=20),
+            "changed": steering.continue_text(model, graph.prompt, interventions, max_new_tokens=20),
+        }
+
+
+def _show(texts: dict[str, Any]) -> None:
+    before = texts["as it is"].tokens
+    for column, (name, text) in zip(st.columns(len(texts)), texts.items()):
+        with column, st.container(border=True, height="stretch"):
+            st.markdown(f"**{name}**")
+            marks = steering.changed(before, text.tokens) if name != "as it is" else [False] * len(text.tokens)
+            page.html(viz.token_strip(text.strings, [0.55 * m for m in marks], page.colours(), 1.0, unit="changed"))
+
+
+def _save(run: Run, graph: AttributionGraph, chosen: list[Node], operation: str) -> None:
+    with st.form("attribution_save", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
+        name = st.text_input("Save the change as a recipe", key="attribution_recipe", placeholder="name")
+        asked = st.form_submit_button("Save", icon=":material/save:")
+    if not asked:
+        return
+    if not name.strip():
+        raise UserError("a recipe needs a name")
+    folder = saved.recipe_folder(loaders.workspace().root, name)
+    model = loaders.need_model(run, "Attribution")
+    with loaders.model_lock(), st.spinner("Saving …"):
+        about = {"attribution": {"target": graph.target, "value": graph.value, "nodes": [n.id for n in chosen]}}
+        recipe = Recipe.of(model, graph.interventions(chosen, operation), name=name.strip(), provenance=about)
+        recipe.save(folder)
+    st.toast(f"Saved {folder.name}", icon=":material/check:")

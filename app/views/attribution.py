@@ -1,0 +1,81 @@
+"""The Attribution page: what caused the next token, which latents fed which, and the text without them."""
+
+import loaders
+import page
+import session
+import streamlit as st
+from parts import attribution as parts
+
+from saelab import viz
+
+st.title("Attribution", anchor=False)
+run = session.need_run()
+others = parts.companions(run)
+with st.form("attribution_form", border=False):
+    prompt = st.text_area("Prompt", "The capital of France is", key="attribution_prompt", height=70, **session.KEEP)
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        target = st.text_input(
+            "token to explain",
+            key="attribution_target",
+            placeholder="the likeliest",
+            help="With its space, as in ' Paris'; of a longer text the first token",
+            width=170,
+            **session.KEEP,
+        )
+        against = st.text_input(
+            "against",
+            key="attribution_against",
+            placeholder="nothing",
+            help="Another token: the difference of the two logits is explained",
+            width=150,
+            **session.KEEP,
+        )
+        integrated = st.number_input(
+            "path steps",
+            0,
+            64,
+            0,
+            key="attribution_steps",
+            help="Steps of integrated gradients; 0 takes activation × gradient",
+            width=130,
+            **session.KEEP,
+        )
+        kept = st.slider(
+            "share of influence to keep", 0.2, 1.0, 0.8, 0.05, key="attribution_keep", width=220, **session.KEEP
+        )
+        asked = st.form_submit_button("Explain", icon=":material/play_arrow:", type="primary")
+    also = st.multiselect(
+        "SAEs at other places of the same model",
+        list(others),
+        key="attribution_also",
+        format_func=lambda name: viz.visible(f"{name} · {others[name].hook_name}"),
+        disabled=not others,
+        placeholder="none" if others else "there is none in this folder",
+    )
+chosen = [run, *(others[name] for name in also)]
+if asked:
+    settings = {"integrated": int(integrated), "keep": float(kept)}
+    graph = parts.explain(chosen, prompt, target, against, settings)
+    st.session_state["attribution"] = ([r.name for r in chosen], graph)
+names, graph = st.session_state.get("attribution", (None, None))
+if graph is None or run.name not in names:
+    loaders.need_model(run, "Attribution")
+    st.caption("Type a prompt and press Explain.")
+    st.stop()
+
+parts.headline(graph)
+node = parts.figure(graph)
+parts.details(graph, node)
+left, right = st.columns([3, 2], gap="large")
+with left:
+    st.subheader("Latents", anchor=False)
+    picked = parts.table(graph)
+with right:
+    st.subheader("Checks", anchor=False)
+    page.html(parts.checks(graph))
+    st.caption(
+        "Effect: what the activation adds to the explained number, to first order and along all paths; direct: along "
+        "paths that avoid the other SAEs. Ablated: how far the number falls when the latent alone is set to zero."
+    )
+st.subheader("Without them", anchor=False)
+parts.intervene(run, graph, picked)

@@ -1,0 +1,162 @@
+"""The model made linear: attention patterns and the scales of norms held at their values, MLPs cut out.
+
+What is left between places is linear, so that the effects of latents, error terms, embeddings, MLPs without a
+transcoder and biases add up to the logit. Queries and keys are cut from the graph, which leaves the derivative of a
+model whose patterns do not move. A norm is replaced by its linear map at the present scale: how it scales is found by
+probing the module, and a module that does anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saelab.errors import UserError
+from saelab.lm.sites import locate, underlying
+from saelab.lm.structure import attention, blocks, mlp, modules, state_space, text_config
+
+Leaf = Callable[[int, Tensor], Tensor]
+
+
+class NormParts(NamedTuple):
+    """``norm(x) = scale(x) * weight * (x - mean) + bias``; the mean is subtracted where ``centred``."""
+
+    weight: Tensor
+    bias: Tensor
+    centred: bool
+
+
+@dataclass
+class Frozen:
+    """Holds patterns and scales while a pass runs, and collects the constants that the pass adds."""
+
+    biases: list[Tensor] = field(default_factory=list)
+    _parts: dict[nn.Module, NormParts] = field(default_factory=dict)
+
+    @contextmanager
+    def apply(self, model: nn.Module, covered: set[tuple[Any, ...]], leaf: Leaf) -> Iterator[None]:
+        """Freeze ``model``. MLPs whose output is not at one of the places ``covered`` become inputs (``leaf``).
+
+        UserError, with the reason, for a block whose attention or MLP cannot be told apart.
+        """
+        with ExitStack() as stack:
+            # First the norms: what an MLP adds may be the output of one.
+            norms = self._norms(stack, model)
+            for index, block in enumerate(blocks(model)[1]):
+                self._attention(stack, model, index, block)
+                self._mlp(stack, model, index, block, covered, leaf)
+            for name, parameter in underlying(model).named_parameters():
+                owner = name.rpartition(".")[0]
+                if name.endswith("bias") and owner not in norms:
+                    self.biases.append(parameter.requires_grad_())
+                    stack.callback(parameter.requires_grad_, False)
+            yield
+
+    def _attention(self, stack: ExitStack, model: nn.Module, index: int, block: nn.Module) -> None:
+        if attention(block) is None or state_space(block) is not None:
+            raise UserError(
+                f"block {index} of {type(underlying(model)).__name__} has a layer that is no attention, so it has no "
+                "pattern to freeze; use --mode gradient"
+            )
+        for point in ("attn.hook_q", "attn.hook_k"):
+            try:
+                site = locate(model, f"blocks.{index}.{point}")
+            except UserError as error:
+                raise UserError(f"attention cannot be frozen ({error}); use --mode gradient") from error
+            if site.side == "inner":
+                raise UserError(f"attention cannot be frozen: {site.hook_name} is inside a module; use --mode gradient")
+            stack.enter_context(site.register(model, Tensor.detach))
+
+    def _mlp(
+        self,
+        stack: ExitStack,
+        model: nn.Module,
+        index: int,
+        block: nn.Module,
+        covered: set[tuple[Any, ...]],
+        leaf: Leaf,
+    ) -> None:
+        if mlp(block) is None:
+            return
+        names = [f"blocks.{index}.hook_mlp_out", f"blocks.{index}.mlp.hook_out"]
+        try:
+            sites = [locate(model, name) for name in names]
+        except UserError as error:
+            raise UserError(f"the MLP cannot be cut out ({error}); use --mode gradient") from error
+        if not any(site.place in covered for site in sites):
+            stack.enter_context(sites[0].register(model, lambda x: leaf(index, x)))
+
+    def _norms(self, stack: ExitStack, model: nn.Module) -> set[str]:
+        found = set()
+        for path, module in modules(model):
+            if "norm" not in type(module).__name__.lower() or next(module.children(), None) is not None:
+                continue
+            found.add(path)
+            stack.enter_context(module.register_forward_hook(self._held(path), with_kwargs=True))
+        return found
+
+    def _held(self, path: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not isinstance(output, Tensor) or not isinstance(x, Tensor) or not x.requires_grad:
+                return None
+            with torch.no_grad():
+                parts = self._parts.get(module) or self._parts.setdefault(module, norm_parts(module, x))
+                base = self._base(parts, x)
+                change = output.to(base) - parts.bias
+                scale = (change * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True).clamp_min(1e-30)
+                gap = (scale * base - change).norm() / change.norm().clamp_min(1e-30)
+            # Norms compute in float32 at most places, whatever the model's precision.
+            eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
+            if not float(gap) <= 64 * eps**0.75:
+                raise UserError(f"{path} ({type(module).__name__}) is no norm that can be frozen; use --mode gradient")
+            bias = parts.bias.to(x).clone().requires_grad_()
+            self.biases.append(bias)
+            return (scale * self._base(parts, x)).to(output.dtype) + bias.to(output.dtype)
+
+        return hook
+
+    @staticmethod
+    def _base(parts: NormParts, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return parts.weight.to(wide) * (wide - wide.mean(-1, keepdim=True) if parts.centred else wide)
+
+    @contextmanager
+    def before_cap(self, model: nn.Module) -> Iterator[list[Tensor]]:
+        """Collects the unembedding's output where the model caps its logits by a tanh, which is not linear."""
+        seen: list[Tensor] = []
+        if not getattr(text_config(model), "final_logit_softcapping", None):
+            yield seen
+            return
+        head: Any = underlying(model)
+        handle = head.get_output_embeddings().register_forward_hook(lambda _m, _a, output: seen.append(output))
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+
+@torch.no_grad()
+def norm_parts(norm: nn.Module, like: Float[Tensor, "... d"]) -> NormParts:
+    """Weight and bias of a norm, and whether it subtracts the mean, found by probing a copy of it."""
+    width = like.shape[-1]
+    norm = copy.deepcopy(norm)
+    norm._forward_hooks.clear()  # those of this pass come along
+    norm._forward_pre_hooks.clear()
+    norm.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    x = torch.ones(width, device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+    x[1::2] = -1.0  # of mean 0 and root mean square 1, no entry 0
+    if width % 2:
+        x[-3:] = torch.tensor([1.0, 1.0, -2.0]) * 0.5**0.5
+    up, down = norm(x[None])[0], norm(-x[None])[0]
+    weight, bias = (up - down) / (2 * x), (up + down) / 2
+    shifted = norm(x[None] + 1)[0] - bias
+    centred = (shifted - weight * x).norm() < (shifted - weight * (x + 1) / 2**0.5).norm()
+    return NormParts(weight, bias, bool(centred))

@@ -1,0 +1,128 @@
+"""The figure of an attribution graph: layers above positions, one mark for each latent, error term and token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+from saelab.viz.axes import base
+from saelab.viz.escape import label as safe
+from saelab.viz.theme import Palette
+
+if TYPE_CHECKING:
+    from saelab.attribution import AttributionGraph, Edge, Node
+
+SYMBOLS = {"latent": "circle", "error": "diamond-open", "embedding": "square", "mlp": "diamond", "target": "star"}
+NAMES = {"latent": "latents", "error": "error terms", "embedding": "tokens", "mlp": "MLPs", "target": "prediction"}
+WIDTHS = ((0.5, 4.0), (0.2, 2.2), (0.0, 1.0))  # least share of the strongest edge, width of the line
+ACROSS, APART = 4, 0.19  # marks side by side in one cell, and their distance
+
+
+def attribution_graph(
+    graph: AttributionGraph,
+    colours: Palette,
+    examples: Mapping[str, Sequence[str]] | None = None,
+    edges: int = 120,
+) -> go.Figure:
+    """The graph with its ``edges`` strongest edges. A mark's ``customdata`` is its node's name.
+
+    ``examples`` are lines of text for the nodes of latents, shown with the label when a mark is pointed at.
+    """
+    rows = _rows(graph)
+    at = _placed(graph, rows)
+    fig = base(colours, 150 + 120 * len(rows), "position", hovermode="closest")
+    _draw_edges(fig, graph.edges[:edges], at, colours)
+    largest = max((abs(n.effect) for n in graph.nodes if n.kind != "target"), default=1.0) or 1.0
+    for kind, symbol in SYMBOLS.items():
+        own = [node for node in graph.nodes if node.kind == kind]
+        if not own:
+            continue
+        fig.add_scatter(
+            x=[at[n.id][0] for n in own],
+            y=[at[n.id][1] for n in own],
+            mode="markers",
+            name=NAMES[kind],
+            marker={
+                "symbol": symbol,
+                "size": [_size(n, largest) for n in own],
+                "color": [colours.positive if n.effect >= 0 else colours.negative for n in own],
+                "line": {"width": 1.5, "color": colours.background},
+            },
+            customdata=[n.id for n in own],
+            text=[_hover(graph, n, (examples or {}).get(n.id, ())) for n in own],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    tokens = [safe(token) or "·" for token in graph.tokens]
+    fig.update_xaxes(tickvals=list(range(len(tokens))), ticktext=tokens, range=[-0.6, len(tokens) - 0.4])
+    names = ["tokens", *(safe(place.name) for place in graph.places), safe(graph.target_text) or "prediction"]
+    fig.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[-0.5, len(names) - 0.4])
+    return fig.update_xaxes(showgrid=False, zeroline=False).update_yaxes(showgrid=True, zeroline=False)
+
+
+def _rows(graph: AttributionGraph) -> dict[int, int]:
+    """The row of each place's layer; tokens are row 0, the prediction is the last."""
+    return {place.layer: i + 1 for i, place in enumerate(graph.places)}
+
+
+def _row(graph: AttributionGraph, rows: Mapping[int, int], node: Node) -> float:
+    if node.kind == "embedding":
+        return 0.0
+    if node.kind == "target":
+        return len(rows) + 1.0
+    if node.kind == "mlp":  # between the places around its block
+        return 0.5 + sum(place.layer <= node.layer for place in graph.places)
+    return float(rows[node.layer])
+
+
+def _placed(graph: AttributionGraph, rows: Mapping[int, int]) -> dict[str, tuple[float, float]]:
+    """Where each node is drawn; those of one cell stand side by side, in lines."""
+    cells: dict[tuple[float, int], int] = {}
+    sizes: dict[tuple[float, int], int] = {}
+    for node in graph.nodes:
+        cell = _row(graph, rows, node), node.position
+        sizes[cell] = sizes.get(cell, 0) + 1
+    found = {}
+    for node in graph.nodes:
+        cell = _row(graph, rows, node), node.position
+        i = cells[cell] = cells.get(cell, -1) + 1
+        line, column = divmod(i, ACROSS)
+        width = min(ACROSS, sizes[cell] - line * ACROSS)
+        x = node.position + APART * (column - (width - 1) / 2)
+        found[node.id] = (x, cell[0] + 0.11 * line)
+    return found
+
+
+def _draw_edges(fig: go.Figure, edges: Sequence[Edge], at: Mapping[str, tuple[float, float]], colours: Palette) -> None:
+    largest = max((abs(edge.effect) for edge in edges), default=1.0) or 1.0
+    upper = 2.0
+    for share, width in WIDTHS:
+        for sign, colour in ((1, colours.positive), (-1, colours.negative)):
+            own = [e for e in edges if share <= abs(e.effect) / largest < upper and e.effect * sign > 0]
+            if not own:
+                continue
+            xs, ys = [], []
+            for edge in own:
+                (x0, y0), (x1, y1) = at[edge.source], at[edge.target]
+                xs += [x0, x1, None]
+                ys += [y0, y1, None]
+            line = {"width": width, "color": colour}
+            fig.add_scatter(x=xs, y=ys, mode="lines", line=line, opacity=0.35, hoverinfo="skip", showlegend=False)
+        upper = share
+
+
+def _size(node: Node, largest: float) -> float:
+    return 16.0 if node.kind == "target" else 6.0 + 16.0 * (abs(node.effect) / largest) ** 0.5
+
+
+def _hover(graph: AttributionGraph, node: Node, examples: Sequence[str]) -> str:
+    name = node.id if node.kind == "latent" else NAMES[node.kind].rstrip("s")
+    lines = [f"<b>{safe(name)}</b> at {node.position} {safe(graph.tokens[node.position])}"]
+    if node.label:
+        lines.append(safe(node.label))
+    if node.activation is not None:
+        lines.append(f"activation {node.activation:+.3g}")
+    lines.append(f"effect {node.effect:+.4g}, direct {node.direct:+.4g}")
+    lines += [safe(example) for example in examples]
+    return "<br>".join(lines)
