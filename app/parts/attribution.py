@@ -37,7 +37,9 @@ def companions(run: Run) -> dict[str, Run]:
 
 def explain(runs: list[Run], prompt: str, target: str, against: str, settings: dict[str, Any]) -> AttributionGraph:
     """The graph of one prediction; needs the model."""
-    model = loaders.need_model(runs[0], "Attribution")
+    model: Any = None
+    for run in runs:  # each run's weights are compared with the model's
+        model = loaders.need_model(run, "Attribution")
     with loaders.model_lock(), st.spinner("Tracing the prediction …"):
         return attribute(
             [loaders.opened(run) for run in runs],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saelab.attribution import ablation
 from saelab.attribution.building import choose, find_edges
 from saelab.attribution.effects import Effects, measure
-from saelab.attribution.frozen import Frozen
+from saelab.attribution.frozen import Frozen, caps
 from saelab.attribution.graph import AttributionGraph
 from saelab.attribution.passes import Passes, Text
 from saelab.attribution.places import Place, find_places
@@ -113,7 +113,12 @@ def attribute(
     chosen, notes = find_target(tokenizer, prompt, text.ids[0].tolist(), logits, target, against, config.of)
     frozen = _is_frozen(runs_on, places, config.mode, chosen)
     passes = Passes(runs_on, places, text, Frozen() if frozen else None)
-    effects = measure(passes, chosen, float(chosen.value(logits[None])), config.integrated)
+    value = float(chosen.value(logits[None]))
+    if frozen and caps(runs_on):
+        notes.append("the model caps its logits, which is not linear: the logit before the cap is explained")
+        with torch.no_grad():
+            value = float(chosen.value(passes.logits()))
+    effects = measure(passes, chosen, value, config.integrated)
     if frozen and abs(effects.gap) > TOLERANCE * max(1.0, abs(effects.value)):
         raise UserError(
             f"{type(underlying(model)).__name__} is not linear with attention and norms frozen: the effects add up to "

@@ -96,7 +96,6 @@ def measure(passes: Passes, target: Target, value: float, steps: int = 0) -> Eff
     mlps_total = {key: _by_position(x, g) for (key, x), g in zip(linked.mlps.items(), total[n + 1 :])}
     embedding = _by_position(linked.embedding, total[n])
     embedding_direct = _by_position(cut.embedding, direct[n])
-    value = float(cut.value.detach()) if frozen else value  # of a model that caps its logits, before the cap
     found = Effects(value, places, embedding, embedding_direct, mlps, mlps_total, bias, 0.0, drift)
     if frozen:
         found.gap = value - sum(found.sums().values())

@@ -128,19 +128,25 @@ class Frozen:
         wide = x if x.dtype == torch.float64 else x.float()
         return parts.weight.to(wide) * (wide - wide.mean(-1, keepdim=True) if parts.centred else wide)
 
-    @contextmanager
-    def before_cap(self, model: nn.Module) -> Iterator[list[Tensor]]:
-        """Collects the unembedding's output where the model caps its logits by a tanh, which is not linear."""
-        seen: list[Tensor] = []
-        if not getattr(text_config(model), "final_logit_softcapping", None):
-            yield seen
-            return
-        head: Any = underlying(model)
-        handle = head.get_output_embeddings().register_forward_hook(lambda _m, _a, output: seen.append(output))
-        try:
-            yield seen
-        finally:
-            handle.remove()
+
+def caps(model: nn.Module) -> bool:
+    """Whether a model caps its logits by a tanh (Gemma 2), which is not linear."""
+    return bool(getattr(text_config(model), "final_logit_softcapping", None))
+
+
+@contextmanager
+def before_cap(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the unembedding's output of a model that caps its logits; nothing of any other."""
+    seen: list[Tensor] = []
+    if not caps(model):
+        yield seen
+        return
+    found: Any = underlying(model)
+    handle = found.get_output_embeddings().register_forward_hook(lambda _m, _a, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

@@ -8,15 +8,15 @@ of the untouched model in both.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saelab.attribution.frozen import Frozen
+from saelab.attribution.frozen import Frozen, before_cap
 from saelab.attribution.places import Edit, Place
 from saelab.attribution.target import Target
 from saelab.lm.sites import device_of, locate, underlying
@@ -96,9 +96,12 @@ class Passes:
         self.device = device_of(model)
 
     def logits(self, rows: int = 1) -> Float[Tensor, "rows vocabulary"]:
-        """The model's predictions after the prompt, with whatever hooks are set."""
+        """The model's predictions after the prompt, with whatever hooks are set; of a frozen model before a cap."""
         ids = self.text.ids.to(self.device).expand(rows, -1)
-        return forward(self.root, ids, torch.ones_like(ids), last_only=True)[0][:, -1]
+        with contextlib.ExitStack() as stack:
+            seen = [] if self.freeze is None else stack.enter_context(before_cap(self.model))
+            logits = forward(self.root, ids, torch.ones_like(ids), last_only=True)[0]
+        return (seen[-1] if seen else logits)[:, -1]
 
     @torch.enable_grad()
     def run(self, target: Target, *, cut: bool, rows: int = 1) -> Pass:
@@ -110,7 +113,7 @@ class Passes:
             inputs[key] = x.detach().requires_grad_()
             return inputs[key].clone()  # later modules may write into it
 
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             stack.enter_context(without_gradients(self.root))
             first = locate(self.model, "blocks.0.hook_resid_pre")
             stack.enter_context(first.register(self.model, lambda x: leaf(None, x)))
@@ -122,17 +125,10 @@ class Passes:
                 stack.enter_context(without_gradients(place.sae))
                 edit = self._edit(place, readings, cut)
                 stack.enter_context(place.register(self.model, edit))
-            value = target.value(self._last(rows))
+            value = target.value(self.logits(rows))
         mlps = {key: x for key, x in inputs.items() if key is not None}
         biases = [] if self.freeze is None else list(self.freeze.biases)
         return Pass(value, readings, inputs[None], mlps, biases)
-
-    def _last(self, rows: int) -> Tensor:
-        if self.freeze is None:
-            return self.logits(rows)
-        with self.freeze.before_cap(self.model) as seen:
-            logits = self.logits(rows)
-        return seen[-1][:, -1] if seen else logits
 
     def _edit(self, place: Place, readings: list[Reading], cut: bool) -> Edit:
         sae, skip = place.sae, self.text.skip

@@ -52,7 +52,7 @@ FAINT = """() => {
   }
   return faint;
 }"""
-PAGES = ("", "training", "compare", "features", "latent", "health", "prompt", "steering")
+PAGES = ("", "training", "compare", "features", "latent", "health", "prompt", "attribution", "steering")
 
 
 def faint(page: Any) -> list[Any]:
