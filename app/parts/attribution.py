@@ -98,7 +98,7 @@ def _examples(graph: AttributionGraph, most: int = 2) -> dict[str, list[str]]:
 def _around(example: Any, before: int = 6, after: int = 3) -> str:
     """The tokens around an example's strongest activation."""
     peak = max(range(len(example.activations)), key=lambda i: abs(example.activations[i]))
-    part = example.tokens[max(0, peak - before) : peak + after + 1]
+    part = example.strings[max(0, peak - before) : peak + after + 1]
     return "… " + "".join(part).strip() + " …"
 
 

@@ -49,7 +49,7 @@ class AttributeConfig:
     """Steps of integrated gradients; 0 takes activation x gradient."""
     keep: float = 0.8
     """Share of each place's influence (summed magnitudes of effects) that the kept nodes must have."""
-    max_nodes: int = 60
+    max_nodes: int = 120
     """Most latents and error terms to keep, over all places."""
     check: int = 10
     """Strongest latents to ablate one by one, for comparison."""
