@@ -11,8 +11,9 @@ from torch import Tensor
 from saelab.attribution.findings import Ablated, Check, Faithfulness
 from saelab.attribution.graph import AttributionGraph, Node
 from saelab.attribution.passes import Passes, batches
-from saelab.attribution.places import Edit, Place
+from saelab.attribution.places import Place
 from saelab.attribution.target import Target
+from saelab.lm.route import Edit
 
 ROWS = 10  # ablations that share a pass
 
@@ -26,7 +27,7 @@ def check(graph: AttributionGraph, passes: Passes, target: Target, count: int) -
         chosen = [nodes[i] for i in part]
         with ExitStack() as stack:
             for place in passes.places:
-                stack.enter_context(place.register(passes.model, _removing(place, chosen)))
+                stack.enter_context(place.route.register(passes.model, _removing(place, chosen)))
             values = target.value(passes.logits(len(chosen) + 1)).tolist()
         found += [Ablated(n.id, n.effect, values[-1] - value) for n, value in zip(chosen, values)]
     return Check(found)
@@ -51,9 +52,8 @@ def _removing(place: Place, nodes: Sequence[Node]) -> Edit:
 def _error(place: Place, x: Tensor, y: Tensor) -> Tensor:
     """The error terms ``[n, d_out]`` of activations ``x`` read and ``y`` explained."""
     rows = x.to(place.sae.W_dec)
-    explained = place.sae.decode(place.sae.encode(rows))
-    passed = place.skipped(rows)
-    return y.to(explained) - explained - (0 if passed is None else passed)
+    explained = place.sae.reconstruct(rows, place.sae.encode(rows))
+    return y.to(explained) - explained
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def faithfulness(graph: AttributionGraph, passes: Passes, target: Target) -> Fai
     rows = [("all", True), ("kept", True), ("others", True), ("none", True), ("kept", False), ("none", False)]
     with ExitStack() as stack:
         for place in passes.places:
-            stack.enter_context(place.register(passes.model, _circuit(place, graph, passes.text.skip, rows)))
+            stack.enter_context(place.route.register(passes.model, _circuit(place, graph, passes.text.skip, rows)))
         values = target.value(passes.logits(len(rows))).tolist()
     return Faithfulness(*values)
 

@@ -26,9 +26,8 @@ from saelab.lm.sites import device_of, underlying
 from saelab.lm.structure import blocks
 from saelab.lm.tokens import decode_each, token_ids, tokenizer_of
 from saelab.lm.unwrapped import has_hooks, plain_model
-from saelab.runs import Run
+from saelab.runs import Run, as_run
 from saelab.runs.language_model import model_record
-from saelab.runs.run import as_run
 from saelab.sae import SAE
 
 Mode = Literal["auto", "gradient", "frozen"]
@@ -165,7 +164,7 @@ def _fast(model: nn.Module, ids: Tensor) -> nn.Module:
 
 def _is_frozen(model: nn.Module, places: Sequence[Place], mode: Mode, target: Target) -> bool:
     if mode == "auto":
-        inside = sum(place.transcodes for place in places)
+        inside = sum(not place.route.same for place in places)
         return target.is_linear and inside >= len(blocks(model)[1])
     if mode == "frozen" and not target.is_linear:
         raise UserError("a log-probability is not linear in the logits; explain a logit, or use --mode gradient")

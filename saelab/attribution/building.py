@@ -103,7 +103,7 @@ def _summary(place: PlaceEffects, kept: Sequence[Node]) -> PlaceSummary:
         name=place.place.name,
         layer=place.place.layer,
         run=str(run.path) if run.path is not None else run.name,
-        read=place.place.read.hook_name,
+        read=place.place.route.read.hook_name,
         latents=len(place.total),
         kept=len(kept),
         latents_effect=float(place.total.double().sum()),

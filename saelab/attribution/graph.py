@@ -167,7 +167,7 @@ class AttributionGraph:
         if len(runs) != len(self.places):
             raise UserError(f"the graph has {len(self.places)} places, {len(runs)} runs were given")
         for run, place in zip(runs, self.places):
-            if (getattr(run, "hook_name_out", None) or run.hook_name) != place.name:
+            if run.hook_name_out != place.name:
                 raise UserError(f"{run.name or 'the run'} belongs to {run.hook_name}, the place is {place.name}")
         self.runs = list(runs)
 

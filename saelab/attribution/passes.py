@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.attribution.frozen import Frozen, before_cap
-from saelab.attribution.places import Edit, Place
+from saelab.attribution.places import Place
 from saelab.attribution.target import Target
+from saelab.lm.route import Edit
 from saelab.lm.sites import device_of, locate, underlying
 from saelab.lm.unwrapped import frozen as without_gradients
 from saelab.sparse import SparseCode
@@ -124,7 +125,7 @@ class Passes:
             for place in self.places:
                 stack.enter_context(without_gradients(place.sae))
                 edit = self._edit(place, readings, cut)
-                stack.enter_context(place.register(self.model, edit))
+                stack.enter_context(place.route.register(self.model, edit))
             value = target.value(self.logits(rows))
         mlps = {key: x for key, x in inputs.items() if key is not None}
         biases = [] if self.freeze is None else list(self.freeze.biases)
@@ -140,7 +141,7 @@ class Passes:
             with torch.set_grad_enabled(cut or linear):
                 code = sae.encode(rows)
                 whole = sae.decode(code)
-                passed = place.skipped(rows)
+                passed = sae.skipped(rows)
                 explained = whole if passed is None else whole + passed
                 explained = explained.unflatten(0, (x.shape[0], -1))
                 error = y.to(explained).clone()

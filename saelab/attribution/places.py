@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -13,25 +13,22 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.hook_names import layer_of
-from saelab.lm.sites import Site, check_replaceable, locate, underlying
+from saelab.lm.route import Route, route
+from saelab.lm.sites import Site, underlying
 from saelab.runs import Run
 from saelab.sae import SAE
 from saelab.steering.generation import forward
 
-Edit = Callable[[Tensor, Tensor], Tensor | None]
-
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One SAE and where it stands: it encodes what is at ``read`` and explains what is at ``write``.
+    """One SAE or transcoder and where it stands: it encodes what its route reads and explains what it writes to.
 
-    Both are the same for an ordinary SAE. ``layer`` numbers the places: it is the block where no two places share one,
-    else their order.
+    ``layer`` numbers the places: it is the block where no two places share one, else their order.
     """
 
     run: Run
-    read: Site
-    write: Site
+    route: Route
     layer: int
 
     @property
@@ -40,42 +37,14 @@ class Place:
         return self.run.sae
 
     @property
+    def write(self) -> Site:
+        """The place that it explains."""
+        return self.route.write
+
+    @property
     def name(self) -> str:
         """Hook name of the place that it explains."""
         return self.write.hook_name
-
-    @property
-    def transcodes(self) -> bool:
-        """Whether it reads one place and explains another."""
-        return self.read.place != self.write.place
-
-    def skipped(self, x: Float[Tensor, "n d_in"]) -> Tensor | None:
-        """What an affine skip connection adds to the output; None without one."""
-        found = getattr(self.sae, "skipped", None)
-        return None if found is None else found(x)
-
-    @contextmanager
-    def register(self, model: nn.Module, edit: Edit) -> Iterator[None]:
-        """Call ``edit(x, y)`` with the activations read and those explained; what it returns replaces ``y``."""
-        with ExitStack() as stack:
-            if not self.transcodes:
-                stack.enter_context(self.write.register(model, lambda y: edit(y, y)))
-                yield
-                return
-            seen: list[Tensor] = []
-            stack.enter_context(self.read.register(model, lambda x: _keep(seen, x)))
-            stack.enter_context(self.write.register(model, lambda y: edit(_taken(seen, self), y)))
-            yield
-
-
-def _keep(seen: list[Tensor], x: Tensor) -> None:
-    seen[:] = [x]
-
-
-def _taken(seen: list[Tensor], place: Place) -> Tensor:
-    if not seen:
-        raise UserError(f"{place.read.hook_name} comes after {place.write.hook_name} in a pass of this model")
-    return seen.pop()
 
 
 def find_places(
@@ -86,7 +55,7 @@ def find_places(
     UserError where two runs explain the same place, where a place cannot be replaced, and for a width that is not the
     model's.
     """
-    found = [Place(run, *_sites(model, run), layer=0) for run in runs]
+    found = [Place(run, _route(model, run), layer=0) for run in runs]
     order, logits = _order(model, found, ids)
     found = [found[i] for i in order]
     for first, second in itertools.pairwise(found):
@@ -95,26 +64,24 @@ def find_places(
     layers = [layer_of(place.name) for place in found]
     if None in layers or len(set(layers)) < len(layers):
         layers = list(range(len(found)))
-    return [Place(p.run, p.read, p.write, int(layer or 0)) for p, layer in zip(found, layers)], logits
+    return [Place(p.run, p.route, int(layer or 0)) for p, layer in zip(found, layers)], logits
 
 
-def _sites(model: nn.Module, run: Run) -> tuple[Site, Site]:
-    read = locate(model, run.hook_name)
-    write = check_replaceable(locate(model, getattr(run, "hook_name_out", None) or run.hook_name))
+def _route(model: nn.Module, run: Run) -> Route:
+    found = route(model, run.hook_name, run.hook_name_out)
     if run.sae.selects_by_gradient:
         raise UserError(
             f"the SAE at {run.hook_name} selects latents by the gradient of the loss, which contains the next token; "
             "its codes explain nothing of a prediction"
         )
-    sizes = ((read, run.sae.d_in, "reads"), (write, run.sae.W_dec.shape[1], "writes"))
-    for site, width, what in sizes:
+    for site, width, what in ((found.read, run.sae.d_in, "reads"), (found.write, run.sae.d_out, "writes")):
         have = site.width(model)
         if have is not None and have != width:
             raise UserError(
                 f"the SAE at {run.hook_name} {what} vectors of {width}, {site.hook_name} holds {have}: it belongs to "
                 "another model"
             )
-    return read, write
+    return found
 
 
 @torch.no_grad()
