@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-EXTRAS = app,demo,notebooks,docs,dev
+EXTRAS = app,demo,serve,notebooks,docs,dev
 STAMP = $(VENV)/.installed
 PORT ?= 8501
 

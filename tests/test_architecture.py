@@ -26,7 +26,7 @@ LAYERS = [
     {"evaluation", "features"},
     {"runs"},
     {"steering", "sweep"},
-    {"attribution", "comparison", "prompt", "reproduce", "workspace"},
+    {"attribution", "comparison", "prompt", "reproduce", "serving", "workspace"},
     {"viz"},
     {"bench", "cli", "__main__"},
 ]
@@ -39,6 +39,8 @@ GATEWAYS = {
     "plotly": {"viz"},
     "streamlit": set(),
     "datasets": {"data"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
 }
 # Pairs on one layer that must not know each other.
 STRANGERS = {("lm", "sae"), ("data", "sae"), ("lm", "data"), ("data", "lm")}

@@ -38,6 +38,7 @@ GROUPS = {
         "app": "browse latents, explain prompts and steer in the web app",
         "attribute": "find out which latents caused a token, and which fed which",
         "steer": "continue prompts while latents or vectors are added, clamped or removed",
+        "serve": "answer any chat client with a steered model, over OpenAI's protocol",
     },
     "exchange": {
         "inspect": "print what an SAE file of any tool contains",

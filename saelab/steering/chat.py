@@ -27,6 +27,10 @@ from saelab.steering.positions import PHASES
 from saelab.vocabulary import encoded
 
 Message = Mapping[str, Any]  # role, content
+# Options of apply_chat_template itself, with which a client could have it do something else.
+_RESERVED = {"conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
+_RESERVED |= {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "processor_kwargs"}
+_RESERVED |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "messages"}
 _SYSTEM, _ANSWER = ("system", "developer"), ROLES.index("assistant")
 
 
@@ -48,6 +52,8 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], **template: Any) ->
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("chats need a fast tokenizer, which tells the place of each token")
+    if taken := sorted(_RESERVED & set(template)):
+        raise UserError(f"{taken[0]} is no variable of a chat template; leave it out")
     text, spans = _rendered(tokenizer, _checked(messages), template)
     found = encoded(tokenizer, text, return_offsets_mapping=True)
     ids = list(found["input_ids"])
