@@ -45,6 +45,7 @@ def test_overview_follows_the_order_of_work(capsys: pytest.CaptureFixture[str]) 
             "labels",
             "app",
             "steer",
+            "serve",
         ),
         *("inspect", "convert", "card", "reproduce", "plan", "info"),
     ]
