@@ -44,6 +44,7 @@ def test_overview_follows_the_order_of_work(capsys: pytest.CaptureFixture[str]) 
             "find",
             "labels",
             "app",
+            "attribute",
             "steer",
             "serve",
         ),
