@@ -17,6 +17,8 @@ EXPLANATIONS = "explanations.json"  # outside the index, so that building it aga
 LABELS = "labels.parquet"  # imported ones; outside the index for the same reason
 NOTES = "notes.json"
 SOURCE = "saelab_source.json"  # in a copy of another tool's SAE: the repository and the path it is from
+CONTROLS = "controls"  # a folder: SAEs trained as controls of this one, which are no runs of their own
+STABILITY = "stability.json"  # of each latent, how many other seeds have it
 LOGIT_LENS = "logit_lens.safetensors"
 CARD = "README.md"  # the model card
 

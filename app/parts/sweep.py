@@ -13,7 +13,7 @@ from parts import source as source_parts
 from parts import tables
 from saelab import viz
 from saelab.layout import SWEEP_TABLE
-from saelab.sweep import load_results, load_summary
+from saelab.sweep import guidance, load_results, load_summary, points_of
 from saelab.viz.sweep import (
     AXES,
     COLUMNS,
@@ -22,6 +22,7 @@ from saelab.viz.sweep import (
     RATES,
     SUMMARY,
     SUMMARY_COLUMNS,
+    WHICH_L0,
     chance,
     lost_rates,
     pareto_of,
@@ -84,6 +85,10 @@ def show(found: Workspace, logged: list[str]) -> None:
             member = found.runs.get((Path(name) / (picked["folder"] or picked["name"])).as_posix())
             if member is not None:
                 source_parts.of_run(member)
+    if advice := guidance(points_of(rows)):
+        st.caption(WHICH_L0)
+        for one in advice:
+            st.caption(viz.markdown(one.sentence))
     _means(*_summary(str(folder), (folder / SWEEP_TABLE).stat().st_mtime))
 
 

@@ -4,9 +4,9 @@ import loaders
 import page
 import session
 import streamlit as st
+from parts import evidence, tables
 from parts import latent as latent_parts
 from parts import source as source_parts
-from parts import tables
 
 KINDS = {"top": "top", "q75": "75–100 %", "q50": "50–75 %", "q25": "25–50 %", "q00": "0–25 %", "random": "random"}
 SOURCES = (
@@ -57,6 +57,7 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
         else:
             latent_parts.explanation(run, latent, side)
             latent_parts.numbers(row)
+            evidence.latent(run, latent, row)
             known = {example.kind for example in index.examples(latent, side)}
             kind = st.segmented_control(
                 "examples",

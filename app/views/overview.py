@@ -5,6 +5,7 @@ import page
 import pandas as pd
 import session
 import streamlit as st
+from parts import evidence
 from parts import source as source_parts
 from parts import tables
 
@@ -108,6 +109,7 @@ with right:
         trained = chosen.metadata.get("train") or {}
         page.html(viz.fact_table([(name, f"{value}", "") for name, value in {**settings, **trained}.items()]))
 
+evidence.controls(chosen)
 if chosen.has_index:
     st.subheader("How often latents fire", anchor=False)
     with page.part():

@@ -29,6 +29,7 @@ GROUPS = {
     },
     "what was learned": {
         "evaluate": "measure an SAE on held-out activations and in the language model",
+        "l0": "say which number of active latents fits, from SAEs trained with several",
         "index": "describe every latent of an SAE over a corpus",
         "explain": "describe latents with a language model, and score the descriptions",
         "find": "find latents by words, by a number, or by a marked text, in one SAE or several",

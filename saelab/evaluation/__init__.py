@@ -16,7 +16,7 @@ from saelab.errors import UserError
 from saelab.evaluation.reconstruction import Progress, check_pair, count_firing, reconstruction
 from saelab.evaluation.report import Evaluation, fit_remark, l0_remark, split_remark
 from saelab.evaluation.same_model import check_same_model, plain_route
-from saelab.evaluation.seeds import shared_with_seeds
+from saelab.evaluation.seeds import Stability, shared_with_seeds, stability
 from saelab.evaluation.splice import Replace, SplicedRun
 from saelab.evaluation.tasks.battery import TaskConfig, run_tasks
 from saelab.sae import SAE
@@ -24,6 +24,7 @@ from saelab.sae import SAE
 __all__ = [
     "EvaluateConfig",
     "Evaluation",
+    "Stability",
     "TaskConfig",
     "evaluate",
     "fit_remark",
@@ -32,6 +33,7 @@ __all__ = [
     "shared_with_seeds",
     "spliced",
     "split_remark",
+    "stability",
 ]
 
 

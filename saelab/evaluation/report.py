@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from saelab._version import __version__
 from saelab.files import write_json
@@ -13,6 +14,12 @@ from saelab.metrics import LEGACY, Estimate
 from saelab.sae import SAE
 
 FEW_DOCUMENTS = 20
+# The metrics that are printed; the file has them all.
+SHOWN = (
+    *("fvu", "l0", "cosine", "relative_reconstruction_bias", "dead_fraction", "dense_fraction"),
+    *("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_recovered_zero", "ce_loss_recovered_mean"),
+    *("kl_div_with_sae", "kl_recovered_zero", "latents_shared_by_seeds", "latents_shared_by_chance"),
+)
 NEAR = 0.05  # relative difference of a measured L0 from the requested one up to which it goes without saying
 
 
@@ -27,6 +34,7 @@ class Evaluation:
         timing: seconds, and the ratio to the language model's own passes where one ran.
         by_document: tokens, squared error and squared deviation from the mean of each held-out document.
         tasks: results of :func:`saelab.evaluation.run_tasks` by task, where any ran.
+        controls: the same numbers of each control (:mod:`saelab.evaluation.controls`), where any were measured.
     """
 
     metrics: dict[str, Estimate]
@@ -35,6 +43,7 @@ class Evaluation:
     timing: dict[str, float] = field(default_factory=dict)
     by_document: dict[str, list[float]] = field(default_factory=dict)
     tasks: dict[str, Any] = field(default_factory=dict)
+    controls: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         """The value of a metric."""
@@ -47,6 +56,7 @@ class Evaluation:
             "metrics": {name: e.row() for name, e in self.metrics.items() if name not in LEGACY},
             "legacy": {name: e.row() for name, e in self.metrics.items() if name in LEGACY},
             **({"tasks": self.tasks} if self.tasks else {}),
+            **({"controls": self.controls} if self.controls else {}),
             "by_document": self.by_document,
             "density_histogram": self.histogram,
             "settings": self.settings,
@@ -99,3 +109,54 @@ def split_remark(evaluation: Evaluation) -> str | None:
             "harvest more and shorter documents, or a larger --held-out share"
         )
     return None
+
+
+def headline(task: str, found: dict[str, Any]) -> list[tuple[str, float]]:
+    """The numbers of a task worth a line, by name; none for one that could not be done."""
+    if "cannot" in found:
+        return []
+    rows: list[tuple[str, float]] = []
+    if task == "probing":
+        for label, metrics in found.items():
+            rows += [(f"{label}: {name.removesuffix('_test_accuracy')}", e["value"]) for name, e in metrics.items()]
+    elif task in ("scr", "tpp"):
+        for label, metrics in found.items():
+            rows += [(f"{label}: {n} ablated", score) for n, score in metrics["score"].items()]
+            beside = {
+                "random": metrics["score_random_latents"],
+                "whole latents": metrics.get("whole_latents", {}).get("score", {}),
+            }
+            for what, scores in beside.items():  # in a file the numbers of latents are texts
+                rows += [(f"{label}: {n} {what}", score) for n, score in scores.items() if str(n) == "20"]
+    elif task in ("two-sided", "labels"):
+        rows = [(name, e["value"]) for name, e in found.items() if isinstance(e, dict)]
+    else:
+        rows = list(found.items())
+    return rows
+
+
+class Row(NamedTuple):
+    """One number of an SAE, and of each control that has it."""
+
+    name: str
+    value: float
+    controls: dict[str, float]
+
+
+def control_rows(content: Mapping[str, Any]) -> list[Row]:
+    """The numbers of an ``evaluation.json`` worth a line, each with those of its controls."""
+    controls = content.get("controls") or {}
+    own = _numbers(content)
+    others = {name: _numbers(found) for name, found in controls.items()}
+    return [
+        Row(name, value, {control: numbers[name] for control, numbers in others.items() if name in numbers})
+        for name, value in own.items()
+    ]
+
+
+def _numbers(content: Mapping[str, Any]) -> dict[str, float]:
+    metrics = content.get("metrics") or {}
+    found = {name: metrics[name]["value"] for name in SHOWN if name in metrics}
+    for task, numbers in (content.get("tasks") or {}).items():
+        found |= {f"{task} {name}": value for name, value in headline(task, numbers)}
+    return found

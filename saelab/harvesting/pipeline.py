@@ -19,6 +19,7 @@ from saelab.harvesting.config import HarvestConfig
 from saelab.harvesting.shards import ALONE, Progress, Share, fill, finish_caches, open_writers
 from saelab.lm.fingerprint import tokenizer_hash
 from saelab.lm.loading import load_model, model_name
+from saelab.lm.randomised import RANDOM
 from saelab.lm.record import ModelRecord
 from saelab.lm.sites import locate
 from saelab.lm.structure import underlying
@@ -141,6 +142,8 @@ def _provenance(model: TransformerBridge, source: TextSource, config: HarvestCon
     settings = {"tokens": config.tokens, "pass_contexts": config.pass_contexts, "gradients": config.gradients}
     if config.document_tokens is not None:
         settings["document_tokens"] = config.document_tokens
+    if (random := getattr(underlying(model), RANDOM, None)) is not None:
+        settings["random_weights"] = random.record()
     return {
         "model": name,
         "revision": revision,

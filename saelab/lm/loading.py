@@ -25,6 +25,7 @@ from saelab.errors import UserError, first_line, near_matches
 from saelab.lm import gemma3
 from saelab.lm.checkpoints import Source, check_causal, check_complete, find_source, read_adapter
 from saelab.lm.fingerprint import DTYPES, rounding_gap, row_gaps
+from saelab.lm.randomised import RANDOM, RandomWeights, randomise
 from saelab.lm.smollm2 import cache_home, quiet_progress, smollm2_folder, smollm2_version
 from saelab.lm.structure import blocks, opened, text_config, underlying
 
@@ -49,6 +50,7 @@ def load_model(
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    random_weights: RandomWeights | None = None,
 ) -> TransformerBridge:
     """Load a causal language model, in evaluation mode.
 
@@ -56,7 +58,8 @@ def load_model(
     PEFT adapter (read without any network access), or a hub id (``org/name`` or ``hf://org/name``), of which
     ``revision`` names a branch, tag or commit. ``device`` is a device of torch, or ``auto``: a GPU if there is one,
     else the CPU. ``dtype="auto"`` is the precision of the checkpoint. ``device_map="auto"`` spreads the model over all
-    devices instead (it needs accelerate).
+    devices instead (it needs accelerate). With ``random_weights`` the model's weights are drawn at random before
+    anything is made of it.
 
     Activations are those of the Hugging Face model: weights are not folded or centred, and a tokenizer without BOS
     token gets none. A model that TransformerLens cannot read, or computes differently from transformers, or that is
@@ -67,13 +70,13 @@ def load_model(
     """
     check_transformers()
     given, source = (device, _dtype(dtype), revision, device_map), _source(name)
-    read = _read(source, *given)
+    read = _read(source, *given, random=random_weights)
     if len(set((getattr(read.model, "hf_device_map", None) or {}).values())) <= 1:
         try:
             return _bridge(source, *read)
         except Exception as error:  # whatever its adapter stumbles over: the plain model serves as well
             _log.info("no bridge for %s (%s): the plain model is used", source.name, first_line(error))
-            read = _read(source, *given)  # a bridge that failed half-way has changed the model
+            read = _read(source, *given, random=random_weights)  # a bridge that failed half-way has changed the model
     read.model.tokenizer = read.tokenizer
     return read.model
 
@@ -104,7 +107,13 @@ def check_transformers() -> None:
 
 
 def model_name(model: TransformerBridge | nn.Module) -> tuple[str, str]:
-    """The name and revision with which ``load_model`` loads this model again."""
+    """The name and revision with which ``load_model`` loads this model again; of random weights the name says so."""
+    name, revision = _plain_name(model)
+    random = getattr(underlying(model), RANDOM, None)
+    return (name if random is None else f"{name} ({random})"), revision
+
+
+def _plain_name(model: TransformerBridge | nn.Module) -> tuple[str, str]:
     config = getattr(underlying(model), "config", None)
     cfg = getattr(opened(model), "cfg", None)  # of a bridge
     name = str(getattr(cfg, "model_name", None) or getattr(config, "_name_or_path", ""))
@@ -128,6 +137,7 @@ def _read(
     revision: str | None,
     device_map: str | dict[str, Any] | None,
     tokenizer: bool = True,
+    random: RandomWeights | None = None,
 ) -> _Read:
     """The model, in evaluation mode, on its device, and its tokenizer. UserError, in one line, for whatever fails."""
     place = pick_device(device) if device_map is None else None
@@ -149,6 +159,8 @@ def _read(
         if source.base:
             model = read_adapter(model, source)
         found = AutoTokenizer.from_pretrained(_with_tokenizer(source), **where) if tokenizer else None
+    if random is not None:
+        randomise(model, random)
     if place is not None and not getattr(model, "is_quantized", False):
         model = model.to(place)
     return _Read(model.eval(), found)

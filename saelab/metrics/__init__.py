@@ -11,9 +11,11 @@ from saelab.metrics.dictionary import (
     match_directions,
     max_cosines,
     shared_fraction,
+    shared_rows,
     stability,
 )
 from saelab.metrics.intervals import Estimate, bootstrap, proportion, t_interval
+from saelab.metrics.projections import decoder_projections, mean_cosine
 from saelab.metrics.reconstruction import FORMULAS, LEGACY, ReconstructionSums
 from saelab.metrics.recovery import (
     FeatureDetection,
@@ -42,14 +44,17 @@ __all__ = [
     "coherence_histogram",
     "correlation_errors",
     "correlations",
+    "decoder_projections",
     "effective_rank",
     "feature_detection",
     "match_dictionary",
     "match_directions",
     "max_cosines",
     "mcc",
+    "mean_cosine",
     "proportion",
     "shared_fraction",
+    "shared_rows",
     "stability",
     "t_interval",
     "zipf_fit",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import maximum_bipartite_matching
@@ -136,10 +136,23 @@ def shared_fraction(
     generator = torch.Generator().manual_seed(0)
     a, b = living_rows(A), living_rows(B)
     random = living_rows(torch.randn(b.shape, generator=generator, dtype=torch.float64))
-    return _matched(a, b, threshold, signed), _matched(a, random, threshold, signed)
+    least = max(1, min(len(a), len(b)))
+    found, chance = (float(_matched(a, other, threshold, signed).sum()) / least for other in (b, random))
+    return found, chance
 
 
-def _matched(a: Tensor, b: Tensor, threshold: float, signed: bool) -> float:
+def shared_rows(
+    A: Float[Tensor, "m d_in"], B: Float[Tensor, "n d_in"], threshold: float = 0.7, signed: bool = False
+) -> Bool[Tensor, " m"]:
+    """Which directions of ``A`` are in the largest one-to-one matching with those of ``B`` at a cosine above
+    ``threshold``; rows that are zero are in none."""
+    alive = A.detach().norm(dim=1).cpu() > 0
+    found = torch.zeros(len(A), dtype=torch.bool)
+    found[alive] = _matched(living_rows(A), living_rows(B), threshold, signed)
+    return found
+
+
+def _matched(a: Tensor, b: Tensor, threshold: float, signed: bool) -> Bool[Tensor, " m"]:
     rows, columns = [], []
     for block in _blocks(a):
         cosines = a[block].float() @ b.float().T
@@ -148,8 +161,7 @@ def _matched(a: Tensor, b: Tensor, threshold: float, signed: bool) -> float:
         columns.append(found[:, 1])
     row, column = torch.cat(rows).numpy(), torch.cat(columns).numpy()
     edges = sparse.csr_matrix((np.ones(len(row)), (row, column)), shape=(len(a), len(b)))
-    matched = int((maximum_bipartite_matching(edges, perm_type="column") >= 0).sum())
-    return matched / max(1, min(len(a), len(b)))
+    return torch.from_numpy(maximum_bipartite_matching(edges, perm_type="column") >= 0)
 
 
 def stability(A: Float[Tensor, "m d_in"], B: Float[Tensor, "m d_in"], signed: bool = False) -> float:

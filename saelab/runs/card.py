@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import UserError, damaged
+from saelab.evaluation.report import control_rows
 from saelab.interop.reading import read_json
 from saelab.layout import EVALUATION
 from saelab.runs.run import Run
@@ -94,4 +95,20 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
         low, high = entry["low"], entry["high"]
         interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
         lines.append(f"| {name} | {entry['value']:.4g} | {interval} | {entry['n']:,} {entry['unit']}s |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_controls(evaluation)]) + "\n"
+
+
+def _controls(evaluation: Mapping[str, Any]) -> list[str]:
+    """Every number beside those of its controls; where none were measured, how to have them."""
+    controls = evaluation.get("controls")
+    if not controls:
+        return ["", "No controls were measured (`saelab evaluate --controls`)."]
+    names = [name for name, found in controls.items() if "cannot" not in found]
+    head = " | ".join(["", "SAE", *(name.replace("_", " ") for name in names)])
+    lines = ["", "## Controls", "", "What dictionaries reach that have learned less, or nothing:", ""]
+    lines += [f"- {name.replace('_', ' ')}: {f.get('cannot') or f['what']}" for name, f in controls.items()]
+    lines += ["", f"| {head} |", f"|---|---|{'---|' * len(names)}"]
+    for row in control_rows(evaluation):
+        cells = [f"{row.controls[name]:.4g}" if name in row.controls else "" for name in names]
+        lines.append(f"| {row.name} | {row.value:.4g} | {' | '.join(cells)} |")
+    return lines

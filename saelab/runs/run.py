@@ -21,6 +21,7 @@ from saelab.interop.formats import FORMATS
 from saelab.layout import (
     CHECKPOINTS,
     CONFIG,
+    CONTROLS,
     EVALUATION,
     EXAMPLES,
     EXPLANATIONS,
@@ -324,7 +325,7 @@ def walk(root: Path) -> Iterator[Place]:
         runs = _runs_in(folder, files, {entry for entry in (*folders, *names) if is_part(entry)}, links, root)
         # The checkpoints of a run are not runs; a folder of that name elsewhere is an ordinary folder.
         is_run = RUN in files or any(run.path == folder for run in runs)
-        inner = {INDEX, CHECKPOINTS} if is_run else {INDEX}
+        inner = {INDEX, CHECKPOINTS, CONTROLS} if is_run else {INDEX}
         folders[:] = sorted(entry for entry in folders if not entry.startswith(".") and entry not in inner)
         yield Place(folder, files, runs)
 

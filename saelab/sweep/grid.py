@@ -140,8 +140,9 @@ class Grid:
                 del entry["rates"]
             if entry["train"]["precision"] == "auto":
                 entry["train"]["precision"] = "fp32"  # the default of 0.1.0; the runs record what they computed in
-            if entry["train"]["moments"] == "fp32":
-                del entry["train"]["moments"]  # there was no other in 0.1.0
+            for name, value in (("moments", "fp32"), ("freeze", "none")):
+                if entry["train"][name] == value:
+                    del entry["train"][name]  # there was no other in 0.1.0
         tuning = {} if self.tuning is None else {"tuning": asdict(self.tuning)}
         return {"entries": entries, "halving": None if self.halving is None else asdict(self.halving), **tuning}
 

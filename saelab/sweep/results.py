@@ -16,6 +16,7 @@ from saelab.errors import UserError, damaged
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.files import replace
 from saelab.layout import SWEEP_TABLE
+from saelab.metrics import mean_cosine
 from saelab.sae import VARIANTS
 from saelab.sae.controller import NEAR
 from saelab.sae.weights import load_sae
@@ -42,6 +43,7 @@ SCHEMA = pa.schema(
         *((name, pa.float64()) for name in MEASURED),  # on held-out tokens; null where not measured
         ("cpu_seconds", pa.float64()),  # processor time of the training steps
         ("parameters", pa.float64()),
+        ("mean_cosine", pa.float64()),  # between directions; lowest near the right L0 (see guidance)
         ("folder", pa.string()),  # relative to the table
         ("tried", pa.string()),  # learning rates, as JSON (see choice.Group), where it was tuned; null elsewhere
     ]
@@ -59,12 +61,13 @@ def measure(
     config = config or EvaluateConfig(lm_tokens=0)
     rows = []
     for member in members:
-        values: dict[str, float | None] = dict.fromkeys((*MEASURED, "parameters"))
+        values: dict[str, float | None] = dict.fromkeys((*MEASURED, "parameters", "mean_cosine"))
         message = member.message
         if member.status == "finished":
             sae = load_sae(member.folder)
             evaluation = evaluate(sae, _as_trained(member, cache), model, config)
             evaluation.save(member.folder)
+            values["mean_cosine"] = mean_cosine(sae.W_dec) if sae.d_sae > 1 else None
             values["parameters"] = float(sum(part.numel() for part in sae.parameters()))
             values |= {name: evaluation.metrics[name].value for name in MEASURED if name in evaluation.metrics}
             remarks = [*sae.remarks(), _failed(member, values["fvu"])]

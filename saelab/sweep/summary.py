@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saelab.errors import damaged
+from saelab.evaluation.seeds import stability
 from saelab.files import replace
 from saelab.layout import EVALUATION, SWEEP_DIFFERENCES, SWEEP_SUMMARY
 from saelab.metrics.dictionary import shared_fraction
@@ -73,6 +74,16 @@ def summarise(rows: Sequence[Row], folder: Path | str) -> tuple[list[dict[str, A
     by_document = {row["name"]: _by_document(folder / row["folder"]) for row in itertools.chain(*found.values())}
     summaries = [_summary(name, members, by_document, folder) for name, members in found.items()]
     return summaries, list(_differences(found, by_document))
+
+
+def save_stability(rows: Sequence[Row], folder: Path | str) -> None:
+    """Write into each run how many other seeds of its group have each latent (``stability.json``)."""
+    for members in groups(rows).values():
+        saes = [load_sae(Path(folder) / row["folder"]) for row in members] if len(members) > 1 else []
+        for i, row in enumerate(members if saes else ()):
+            others = [other for j, other in enumerate(saes) if j != i]
+            names = [other["name"] for j, other in enumerate(members) if j != i]
+            stability(saes[i], others, names).save(Path(folder) / row["folder"])
 
 
 def save_summary(summaries: Sequence[Row], differences: Sequence[Row], folder: Path | str) -> tuple[Path, Path]:

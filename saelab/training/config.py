@@ -48,6 +48,8 @@ class TrainConfig:
     moments: Literal["fp32", "bf16"] = "fp32"
     """What Adam's two moments are kept in; bf16, rounded at random, takes half of their memory and saves a GPU a fifth
     to a quarter of the optimizer's time."""
+    freeze: Literal["none", "decoder", "encoder"] = "none"
+    """Leave the dictionary, or the encoder's matrix, at its random initialisation: the controls of arXiv 2602.14111."""
     seed: int = 0
     """Seed of the initialisation and of everything random inside a step."""
     data_seed: int = 0
@@ -138,6 +140,8 @@ def check(sae: SAE, cache: ActivationCache, config: TrainConfig, parallel: Paral
         )
     if sae.needs_grads and not cache.has_grads:
         raise UserError(f"{sae.variant} needs gradients and the cache has none; harvest it with --gradients")
+    if config.freeze == "encoder" and not hasattr(sae, "W_enc"):
+        raise UserError(f"a {sae.variant} SAE has no encoder matrix that could be frozen; freeze the decoder")
     if config.batch_size > cache.n_split("train"):
         raise UserError(
             f"batch_size={config.batch_size} exceeds the {cache.n_split('train')} training rows of the cache; "

@@ -40,13 +40,17 @@ def train_step(
     if target is not None:
         target = target * state.out_scale
     sae.schedule(state.step, total)
-    sums = kernels.RowSums() if constrains_on_the_way(sae, parallel) else None
+    measures = config.freeze == "none" and constrains_on_the_way(sae, parallel)
+    sums = kernels.RowSums() if measures else None
     with _randomness(config.seed, state.step, sae.device), kernels.use_precision(config.precision):
         done = _forward(sae, x, grads, target, n, config, state, parallel, later, sums)
 
     state.optimizer.zero_grad(set_to_none=True)
     done.loss.backward()
     scale = constrain(sae, [aux.rows for aux in done.auxiliary.values()], sums, parallel)
+
+    for name in FROZEN[config.freeze]:
+        getattr(sae, name).grad = None  # neither the norm nor the optimizer sees it
 
     # What is not finite must not reach the weights: on a CPU it is looked at now, on a GPU a flag forbids the update.
     readings = state.readings = state.readings or Readings(lambda step, raw: digest(step, raw, state, config))
@@ -72,6 +76,9 @@ def train_step(
         known = {name: value.item() if isinstance(value, Tensor) else value for name, value in diagnostics.items()}
         metrics.settle(found._replace(diagnostics=known))
     return metrics
+
+
+FROZEN: dict[str, tuple[str, ...]] = {"none": (), "decoder": ("W_dec",), "encoder": ("W_enc",)}
 
 
 class Forward(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from saelab.sweep.guidance import guidance, points_of
 from saelab.viz.axes import base, log_axis
 from saelab.viz.charts import pareto
 from saelab.viz.escape import label as safe
@@ -24,6 +25,7 @@ COSTS = {"cpu_seconds": "processor seconds of training", "parameters": "paramete
 SUMMARY = "Means over seeds, with 95 % intervals over seeds and held-out documents"
 DIFFERENCES = "Differences of FVU on the same seeds and documents (a minus b), with 95 % intervals"
 RATES = "Learning rates tried, on validation tokens; the star is the one chosen"
+WHICH_L0 = "Which number of active latents? Where the directions of the dictionary overlap least (arXiv 2508.16560)"
 SUMMARY_COLUMNS = (
     *("name", "seeds", "documents", "l0", "fvu", "fvu_low", "fvu_high", "dead_fraction", "ce_loss_recovered_zero"),
     *("shared_latents", "shared_by_chance", "cpu_seconds", "parameters"),
@@ -136,6 +138,11 @@ def report(
         if (figure := cost_of(rows, column)) is not None:
             page = figure.to_html(full_html=False, include_plotlyjs=not shown and rates is None)
             parts.append(f"<h2>{html.escape(AXES['fvu'])}, {html.escape(COSTS[column])}</h2>{page}")
+    if advice := guidance(points_of(rows)):
+        parts.append(f"<h2>{html.escape(WHICH_L0)}</h2>")
+        for one in advice:
+            curve = ", ".join(f"{l0:.3g}: {overlap:.4f}" for l0, overlap in one.curve)
+            parts.append(f"<p>{html.escape(one.sentence)}. L0 and c_dec: {html.escape(curve)}</p>")
     if summaries:
         parts.append(f"<h2>{html.escape(SUMMARY)}</h2>{_table(summaries, SUMMARY_COLUMNS)}")
     if differences:

@@ -13,6 +13,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from saelab import viz
+from saelab.evaluation import Stability
 from saelab.features import FeatureIndex
 from saelab.features.search import catalogue
 from saelab.sae import VARIANTS
@@ -216,6 +217,35 @@ def test_notes_are_saved_to_the_run(monkeypatch: pytest.MonkeyPatch, folder: Pat
     assert read_notes(tmp_path / "run") == {5: {"label": "**water**", "note": "fires near rivers"}}
     app.run()
     assert r"\*\*water\*\*" in app.title[0].value
+
+
+def test_numbers_stand_beside_controls_and_other_seeds(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "runs" / "topk", tmp_path / "run")
+    labels = {"mean_f1": {"value": 0.25}, "f1_quantiles": [0.0] * 60 + [1.0] * 41}
+    settings = {"split": "held_out", "seed": 0}
+    content = {
+        "metrics": {"fvu": {"value": 0.25, "n": 100, "low": None, "high": None}},
+        "controls": {
+            "untrained": {"what": "<i>untrained</i>", "metrics": {"fvu": {"value": 0.75}}, "tasks": {"labels": labels}},
+            "random_transformer": {"what": "x", "cannot": "the run does not say how"},
+        },
+        "settings": settings,
+        "density_histogram": {"tokens": 100},
+    }
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps(content))
+    Stability(["other"], [1] + [0] * 47, 0.0).save(tmp_path / "run")
+    app = launch(monkeypatch, tmp_path, model="none")
+    table = app.dataframe[1].value
+    assert table["SAE"].tolist() == [0.25] and table["untrained"].tolist() == [0.75]
+    captions = " ".join(caption.value for caption in app.caption)
+    assert "the run does not say how" in captions and r"\<i\>" in captions
+    app.session_state["latent"] = 0
+    app.switch_page("views/latent.py").run()
+    assert not app.exception
+    captions = " ".join(caption.value for caption in app.caption)
+    assert "1 of 1 other seed have this latent" in captions
 
 
 def test_a_sweep_is_shown_with_its_members(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:

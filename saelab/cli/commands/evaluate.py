@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
+from rich.table import Table
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.models import ModelOptions, complete_tokens, open_model
 from saelab.cli.opening import open_run, open_with_cache
 from saelab.cli.placement import computing_device
+from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import (
     EvaluateConfig,
@@ -25,10 +27,13 @@ from saelab.evaluation import (
     saebench_json,
     shared_with_seeds,
     split_remark,
+    stability,
 )
+from saelab.evaluation.controls import ControlConfig, measure_controls
+from saelab.evaluation.report import SHOWN, control_rows, headline
 from saelab.evaluation.tasks.scr_tpp import AUDIT
 from saelab.files import write_json
-from saelab.lm.record import ModelRecord
+from saelab.lm.record import ModelRecord, load_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +61,7 @@ class Options:
 
 # The evaluation's options come after ours in the list of fields, so they are the first base.
 EvaluateOptions = dataclasses.make_dataclass(
-    "EvaluateOptions", [], bases=(TaskConfig, EvaluateConfig, ModelOptions, Options), frozen=True
-)
-SHOWN = (
-    *("fvu", "l0", "cosine", "relative_reconstruction_bias", "dead_fraction", "dense_fraction"),
-    *("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_recovered_zero", "ce_loss_recovered_mean"),
-    *("kl_div_with_sae", "kl_recovered_zero", "latents_shared_by_seeds", "latents_shared_by_chance"),
+    "EvaluateOptions", [], bases=(TaskConfig, EvaluateConfig, ControlConfig, ModelOptions, Options), frozen=True
 )
 
 
@@ -71,9 +71,9 @@ def main(args: Sequence[str]) -> None:
     config, tasks = part(EvaluateConfig, options), part(TaskConfig, options)
     if options.saebench is not None and options.saebench.suffix == ".json" and tasks.tasks:
         raise UserError(f"--saebench {options.saebench} holds one result, tasks give several; name a folder")
-    model = part(ModelOptions, options)
+    model, controls = part(ModelOptions, options), part(ControlConfig, options)
     places = options.out, options.saebench, options.seeds, options.target
-    result = run(options.run, options.cache, model, config, tasks, *places)
+    result = run(options.run, options.cache, model, config, tasks, *places, controls)
     if options.json:
         print_json(result.content())
     else:
@@ -90,6 +90,7 @@ def run(
     saebench: Path | None = None,
     seeds: Sequence[str] = (),
     target: Path | None = None,
+    controls: ControlConfig | None = None,
 ) -> Evaluation:
     """Load everything, evaluate with a progress bar, save, and print where."""
     place = computing_device(options.device)
@@ -115,6 +116,12 @@ def run(
         result.tasks = found
         if others:
             result.metrics |= shared_with_seeds(sae, others)
+            stability(sae, others, seeds).save(folder)
+        if controls is not None and controls.kinds:
+            result.controls = measure_controls(
+                sae, cache, result["l0"], config, wanted, controls, model=model, folder=folder, progress=progress,
+                random_model=with_random_weights(options, cache, controls.control_seed) if known else None,
+            )  # fmt: skip
     console.print(f"saved to {result.save(folder)}", markup=False, soft_wrap=True)
     audit = AUDIT if {"scr", "tpp"} & found.keys() else None
     for remark in filter(None, (fit_remark(result["fvu"]), l0_remark(sae, result), split_remark(result), audit)):
@@ -122,6 +129,22 @@ def run(
     if saebench is not None:
         write_saebench(result, folder, saebench, wanted)
     return result
+
+
+def with_random_weights(options: ModelOptions, cache: ActivationCache, seed: int) -> Callable[[], Any]:
+    """What loads the language model of the cache with random weights."""
+
+    def load() -> Any:
+        from saelab.lm.loading import load_model
+        from saelab.lm.randomised import RandomWeights
+
+        record = ModelRecord.from_manifest(cache.manifest)
+        name = options.model or record.name
+        dtype, revision = load_settings(record, name, options.model_dtype, options.revision)
+        where: dict[str, Any] = {"device": options.device, "device_map": options.device_map, "revision": revision}
+        return load_model(name, dtype=dtype, random_weights=RandomWeights(seed=seed), **where)
+
+    return load
 
 
 def write_saebench(result: Evaluation, run: Path, path: Path, tasks: TaskConfig) -> None:
@@ -137,7 +160,9 @@ def write_saebench(result: Evaluation, run: Path, path: Path, tasks: TaskConfig)
 
 
 def show(result: Evaluation) -> None:
-    """The main numbers, one a line, each with its interval and sample."""
+    """The main numbers, one a line, each with its interval and sample, and with those of the controls."""
+    if result.controls:
+        out.print(controls_table(result.content()))
     for name in SHOWN:
         if name not in result.metrics:
             continue
@@ -155,20 +180,14 @@ def show(result: Evaluation) -> None:
     )
 
 
-def headline(task: str, found: dict[str, Any]) -> list[tuple[str, float]]:
-    """The numbers of a task worth a line; ``evaluation.json`` has them all."""
-    rows: list[tuple[str, float]] = []
-    if task == "probing":
-        for label, metrics in found.items():
-            rows += [(f"{label}: {name.removesuffix('_test_accuracy')}", e["value"]) for name, e in metrics.items()]
-    elif task in ("scr", "tpp"):
-        for label, metrics in found.items():
-            rows += [(f"{label}: {n} ablated", score) for n, score in metrics["score"].items()]
-            rows += [(f"{label}: {n} random", score) for n, score in metrics["score_random_latents"].items() if n == 20]
-            whole = metrics.get("whole_latents", {}).get("score", {})
-            rows += [(f"{label}: {n} whole latents", score) for n, score in whole.items() if n == 20]
-    elif task == "two-sided":
-        rows = [(name, e["value"]) for name, e in found.items()]
-    else:
-        rows = list(found.items())
-    return rows
+def controls_table(content: dict[str, Any]) -> Table:
+    """A line per number: the SAE's, and that of each control. A control that could not be made is a line below."""
+    names = [name for name, found in content["controls"].items() if "cannot" not in found]
+    table = Table("", "SAE", *(name.replace("_", " ") for name in names), box=None, pad_edge=False)
+    for row in control_rows(content):
+        cells = [f"{row.controls[name]:.4f}" if name in row.controls else "" for name in names]
+        table.add_row(row.name, f"{row.value:.4f}", *cells)
+    for name, found in content["controls"].items():
+        if "cannot" in found:
+            table.add_row(f"no {name.replace('_', ' ')}: {found['cannot']}")
+    return table

@@ -38,6 +38,11 @@ class Options:
     model_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Precision the model runs in; auto is that of its checkpoint on a CUDA GPU, and float32 elsewhere. The cache
     records it, and later commands use it."""
+    random_weights: Literal["none", "all", "all-but-embeddings"] = "none"
+    """Draw the model's weights at random, for a control: each parameter becomes Gaussian numbers of its own mean and
+    standard deviation, with or without the embeddings (arXiv 2501.17727)."""
+    random_seed: int = 0
+    """Seed of the random weights."""
     overwrite: bool = False
     """Replace an existing cache."""
     resume: bool = False
@@ -95,11 +100,14 @@ def run(options: Any, config: Any) -> None:
     from saelab.distributed.world import end_world
     from saelab.harvesting import harvest, harvest_many
     from saelab.lm import load_model
+    from saelab.lm.randomised import RandomWeights
 
     share, device = place(options)
     source = open_text(options.text, split=options.text_split, column=options.text_column)
     with console.status(f"loading {options.model} (converted on first use)", spinner=SPINNER):
-        where = {"device_map": options.device_map, "device": device, "revision": options.revision}
+        where: dict[str, Any] = {"device_map": options.device_map, "device": device, "revision": options.revision}
+        if options.random_weights != "none":
+            where["random_weights"] = RandomWeights(options.random_weights, options.random_seed)
         model = load_model(options.model, dtype=running_dtype(options.model_dtype, device), **where)
     settings: Any = {"overwrite": options.overwrite, "resume": options.resume, "share": share}
     with counting("harvest") as progress:

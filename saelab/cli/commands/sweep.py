@@ -26,11 +26,23 @@ from saelab.evaluation import EvaluateConfig
 from saelab.files import replace
 from saelab.layout import SWEEP_REPORT
 from saelab.lm.record import ModelRecord
-from saelab.sweep import Grid, Member, measure, read_grid, run_sweep, save_results, save_summary, summarise
+from saelab.sweep import (
+    Grid,
+    Member,
+    guidance,
+    measure,
+    points_of,
+    read_grid,
+    run_sweep,
+    save_results,
+    save_stability,
+    save_summary,
+    summarise,
+)
 from saelab.sweep.grid import check_grid
 from saelab.training import n_steps
 from saelab.training.checkpoints import Interval
-from saelab.viz.sweep import DIFFERENCES, SUMMARY, chance
+from saelab.viz.sweep import DIFFERENCES, SUMMARY, WHICH_L0, chance
 from saelab.viz.sweep import report as sweep_report
 
 
@@ -95,6 +107,7 @@ def main(args: Sequence[str]) -> None:
         path = save_results(rows, options.out)
         summaries, differences = summarise(rows, options.out)
         save_summary(summaries, differences, options.out)
+        save_stability(rows, options.out)
         report = options.out / SWEEP_REPORT
         page = sweep_report(rows, options.out.name, summaries, differences)
         replace(report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
@@ -106,6 +119,10 @@ def main(args: Sequence[str]) -> None:
             out.print(f"\n{SUMMARY}", summary_table(summaries), sep="\n")
         if differences:
             out.print(f"\n{DIFFERENCES}", differences_table(differences), chance(len(differences)), sep="\n")
+        if advice := guidance(points_of(rows)):
+            out.print(f"\n{WHICH_L0}")
+            for one in advice:
+                out.print(one.sentence, markup=False)
         for row in rows:
             if row["message"]:
                 out.print(f"{row['name']}: {row['message']}", markup=False)

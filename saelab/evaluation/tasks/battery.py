@@ -16,11 +16,13 @@ from saelab.evaluation.same_model import check_same_model, plain_route, reading_
 from saelab.evaluation.tasks import passages as labelled
 from saelab.evaluation.tasks import scr_tpp, two_sided
 from saelab.evaluation.tasks.absorption import absorption, words_by_letter
+from saelab.evaluation.tasks.labels import label_task
 from saelab.evaluation.tasks.probing import sparse_probing
 from saelab.lm.tokens import token_ids
 from saelab.sae import SAE
 
 ON_PASSAGES = ("probing", "scr", "tpp")
+ON_ALL = ("two-sided", "labels")  # which read rows of both splits
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class TaskConfig:
     """Which tasks, and on what."""
 
     tasks: tuple[str, ...] = ()
-    """Any of probing, scr, tpp, absorption and two-sided."""
+    """Any of probing, labels, absorption and two-sided; and, against the advice of an audit, scr and tpp."""
     labels: Path | None = None
     """Labelled .jsonl (a key text and one or more labels a line) for probing, scr and tpp. By default passages of the
     cache's own text, labelled by article and by whether a year is written in them."""
@@ -37,7 +39,7 @@ class TaskConfig:
     passage_tokens: int = 32
     """Tokens of a passage cut from the cache's own text."""
     task_tokens: int = 100_000
-    """Rows of the cache that two-sidedness is judged on."""
+    """Rows of the cache that two-sidedness and labels are judged on."""
     task_split: Literal["held_out", "all"] = "held_out"
     """Rows that passages and words of the cache's own text are taken from; all includes what the SAE was trained on."""
     min_letters: int = 20
@@ -132,7 +134,7 @@ def run_tasks(
             try:
                 results[name] = TASKS[name](data)
             except UserError as error:
-                if config.labels is not None or config.task_split == "all" or name == "two-sided":
+                if config.labels is not None or config.task_split == "all" or name in ON_ALL:
                     raise
                 raise UserError(
                     f"{error}. Held-out rows were read; --task-split all adds those that the SAE was trained on"
@@ -171,6 +173,10 @@ def _absorption(data: _TaskData) -> dict[str, Any]:
     return absorption(data.sae, acts, letters, seed=data.seed, min_letters=data.config.min_letters)
 
 
+def _labels(data: _TaskData) -> dict[str, Any]:
+    return label_task(data.sae, data.cache, data.config.task_tokens)
+
+
 def _two_sided(data: _TaskData) -> dict[str, Any]:
     firings = two_sided.collect(data.sae, data.cache, data.config.task_tokens)
     found = two_sided.two_sidedness(data.sae, firings, data.seed, readout=_readout(data.model))
@@ -184,6 +190,7 @@ TASKS: dict[str, Callable[[_TaskData], dict[str, Any]]] = {
     "tpp": _tpp,
     "absorption": _absorption,
     "two-sided": _two_sided,
+    "labels": _labels,
 }
 
 

@@ -76,8 +76,8 @@ def build_index(
         scratch.mkdir()
         started = time.perf_counter()
         corpus = Corpus(cache, scratch / "corpus", n_rows)
-        postings, encode_seconds = _encode(sae, cache, corpus, scratch / "codes", config, report)
-        vocabulary = _vocabulary(corpus, cache, token_strings, 0 if lens is None else lens.unembed.shape[1])
+        postings, encode_seconds = encode_corpus(sae, cache, corpus, scratch / "codes", config, report)
+        vocabulary = corpus_vocabulary(corpus, cache, token_strings, 0 if lens is None else lens.unembed.shape[1])
         describer = Describer(sae, cache, corpus, postings, config, lens, vocabulary)
         meta = _meta(sae, cache, config, describer, n_rows)
         meta["encode_seconds"] = encode_seconds
@@ -88,7 +88,7 @@ def build_index(
 
 
 @torch.no_grad()
-def _encode(
+def encode_corpus(
     sae: SAE, cache: ActivationCache, corpus: Corpus, folder: Path, config: IndexConfig, report: Progress
 ) -> tuple[Postings, float]:
     """The pass over the cache; returns the codes and the seconds spent in ``sae.encode``."""
@@ -192,7 +192,7 @@ def _meta(sae: SAE, cache: ActivationCache, config: IndexConfig, describer: Desc
     }
 
 
-def _vocabulary(corpus: Corpus, cache: ActivationCache, strings: Sequence[str] | None, size: int) -> pa.Array:
+def corpus_vocabulary(corpus: Corpus, cache: ActivationCache, strings: Sequence[str] | None, size: int) -> pa.Array:
     """Text of every token id, at least ``size``, then the characters of which tokens of the corpus are parts."""
     largest = int(corpus.text.max())
     known = cache.vocabulary if strings is None else strings
