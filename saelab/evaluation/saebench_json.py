@@ -79,6 +79,10 @@ def task_metrics(task: str, found: dict[str, Any]) -> tuple[str, dict[str, dict[
     if task == "probing":
         return "sparse_probing", {side: _mean([_probing(rows, side) for rows in found.values()])
                                   for side in ("llm", "sae")}  # fmt: skip
+    if task == "sae-probes":
+        means = {name.replace("_accuracy", "_test_accuracy").replace("_auc", "_test_auc").replace("_f1", "_test_f1"):
+                 e["value"] for name, e in found["means"].items() if name.startswith("sae_")}  # fmt: skip
+        return "sparse_probing_sae_probes", {"llm": {}, "sae": means}
     if task in ("scr", "tpp"):
         per_set = {"scr": _scr, "tpp": _tpp}[task]
         units = [rows.get("whole_latents", rows) for rows in found.values()]  # SAEBench knows no poles

@@ -69,7 +69,8 @@ def from_resamples(
     """
     finite = values[1:][np.isfinite(values[1:])]
     if n_resampled < 2 or finite.size < 0.5 * (values.size - 1):
-        why = f"none: {n_resampled} {over} are too few to resample"
+        one = f"{over.removesuffix('s')} is" if n_resampled == 1 else f"{over} are"
+        why = f"none: cannot say, {n_resampled} {one} too few to resample"
         return Estimate(float(values[0]), None, None, n, unit, formula, why)
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     how = f"95 % percentile bootstrap over {n_resampled} {over}"

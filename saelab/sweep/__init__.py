@@ -7,6 +7,7 @@ from saelab.sweep.results import load_results, measure, save_results
 from saelab.sweep.runner import run_sweep
 from saelab.sweep.summary import load_summary, save_stability, save_summary, summarise
 from saelab.sweep.tuning import Tuning
+from saelab.sweep.widths import hedging_of_widths
 
 __all__ = [
     "Entry",
@@ -16,6 +17,7 @@ __all__ = [
     "Member",
     "Tuning",
     "guidance",
+    "hedging_of_widths",
     "load_results",
     "load_summary",
     "make_grid",

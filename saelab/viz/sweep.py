@@ -26,6 +26,7 @@ SUMMARY = "Means over seeds, with 95 % intervals over seeds and held-out documen
 DIFFERENCES = "Differences of FVU on the same seeds and documents (a minus b), with 95 % intervals"
 RATES = "Learning rates tried, on validation tokens; the star is the one chosen"
 WHICH_L0 = "Which number of active latents? Where the directions of the dictionary overlap least (arXiv 2508.16560)"
+WIDTHS = "Hedging: what narrower SAEs hold of features that only wider ones have latents for (arXiv 2505.11756)"
 SUMMARY_COLUMNS = (
     *("name", "seeds", "documents", "l0", "fvu", "fvu_low", "fvu_high", "dead_fraction", "ce_loss_recovered_zero"),
     *("shared_latents", "shared_by_chance", "cpu_seconds", "parameters"),
@@ -122,6 +123,7 @@ def report(
     title: str = "sweep",
     summaries: Sequence[Mapping[str, Any]] = (),
     differences: Sequence[Mapping[str, Any]] = (),
+    widths: Sequence[str] = (),
 ) -> str:
     """The charts that have data, then the tables, as one HTML page."""
     shown = [value for value in AXES if any(row[value] is not None for row in rows)]
@@ -143,6 +145,9 @@ def report(
         for one in advice:
             curve = ", ".join(f"{l0:.3g}: {overlap:.4f}" for l0, overlap in one.curve)
             parts.append(f"<p>{html.escape(one.sentence)}. L0 and c_dec: {html.escape(curve)}</p>")
+    if widths:
+        parts.append(f"<h2>{html.escape(WIDTHS)}</h2>")
+        parts += [f"<p>{html.escape(line)}</p>" for line in widths]
     if summaries:
         parts.append(f"<h2>{html.escape(SUMMARY)}</h2>{_table(summaries, SUMMARY_COLUMNS)}")
     if differences:

@@ -125,6 +125,11 @@ def test_latents_that_other_seeds_share(world, capsys):
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert metrics["latents_shared_by_seeds"]["value"] == 0.5
     assert metrics["latents_shared_by_chance"]["value"] < 0.4
+    found = json.loads((world.path / "run" / "stability.json").read_text())
+    assert found["found"] == [1] * (D // 2) + [0] * (D // 2)  # of each latent, how many other seeds have it
+    with pytest.raises(SystemExit):
+        main([*args, "--seeds", str(world.path / "run")])
+    assert "is the SAE itself" in capsys.readouterr().err
 
 
 def test_every_task_on_the_text_of_the_cache(world, capsys):

@@ -96,6 +96,20 @@ def test_the_minimum_is_within_15_percent_of_the_planted_l0(tmp_path: Path, caps
     assert max(recovered, key=lambda k: recovered[k]) in (10, 11, 12, 14)  # which is what the number is good for
 
 
+def test_a_sweep_over_k_and_width_says_what_it_can(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    x, _, _ = world(3000, seed=2)
+    ActivationCache.from_tensors(tmp_path / "cache", x, held_out=0.2)
+    grid = '[train]\nepochs = 2\nbatch_size = 100\n[[grid]]\nvariant = "topk"\nd_sae = [20, 40]\nk = [2, 4, 8]\n'
+    (tmp_path / "grid.toml").write_text(grid)
+    main(["sweep", str(tmp_path / "cache"), str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    assert "Which number of active latents?" in shown and "topk at 4 active latents, 20 latents beside 40" in shown
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "L0 and c_dec" in report and "Hedging" in report
+    main(["l0", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
+    assert "topk 40" in capsys.readouterr().out
+
+
 def test_the_command_compares_runs_and_refuses_what_it_cannot_compare(tmp_path: Path, capsys) -> None:
     cache = ActivationCache.from_tensors(tmp_path / "cache", torch.randn(400, 12), held_out=0.5)
     names = []

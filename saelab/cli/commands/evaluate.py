@@ -31,6 +31,7 @@ from saelab.evaluation import (
 )
 from saelab.evaluation.controls import ControlConfig, measure_controls
 from saelab.evaluation.report import SHOWN, control_rows, headline
+from saelab.evaluation.seeds import check as check_seeds
 from saelab.evaluation.tasks.scr_tpp import AUDIT
 from saelab.files import write_json
 from saelab.lm.record import ModelRecord, load_settings
@@ -97,13 +98,16 @@ def run(
     (opened, cache, folder), wanted = open_with_cache(name, cache_folder, out, target), tasks or TaskConfig()
     sae = opened.sae.to(place)
     others = [open_run(other).sae for other in seeds]
+    if others:
+        check_seeds(sae, others)
     model, known = None, options.model or cache.manifest.model
     if config.lm_tokens and not known:
         console.print("the cache names no model: cross-entropy and KL are left out; give one with --model")
-    elif config.lm_tokens or wanted.labels is not None:
+    elif config.lm_tokens or wanted.labels is not None or "sae-probes" in wanted.tasks:
         if not known:
             raise UserError(
-                f"{wanted.labels} must run through the language model; the cache names none, so give one with --model"
+                f"{wanted.labels or 'sae-probes'} must run through the language model; the cache names none, so give "
+                "one with --model"
             )
         model = open_model(options, ModelRecord.from_manifest(cache.manifest), str(cache.path))
         complete_tokens(cache, model)
@@ -167,7 +171,7 @@ def show(result: Evaluation) -> None:
         if name not in result.metrics:
             continue
         e = result.metrics[name]
-        interval = f"{e.low:.4f} .. {e.high:.4f}" if e.low is not None else "no interval"
+        interval = f"{e.low:.4f} .. {e.high:.4f}" if e.low is not None else f"no interval ({e.interval[6:]})"
         out.print(f"{name:<30} {e.value:>9.4f}   [dim]{interval}, {e.n:,} {e.unit}s[/]")
     for task, numbers in result.tasks.items():
         for name, value in headline(task, numbers):

@@ -30,6 +30,7 @@ from saelab.sweep import (
     Grid,
     Member,
     guidance,
+    hedging_of_widths,
     measure,
     points_of,
     read_grid,
@@ -42,7 +43,7 @@ from saelab.sweep import (
 from saelab.sweep.grid import check_grid
 from saelab.training import n_steps
 from saelab.training.checkpoints import Interval
-from saelab.viz.sweep import DIFFERENCES, SUMMARY, WHICH_L0, chance
+from saelab.viz.sweep import DIFFERENCES, SUMMARY, WHICH_L0, WIDTHS, chance
 from saelab.viz.sweep import report as sweep_report
 
 
@@ -109,24 +110,36 @@ def main(args: Sequence[str]) -> None:
         save_summary(summaries, differences, options.out)
         save_stability(rows, options.out)
         report = options.out / SWEEP_REPORT
-        page = sweep_report(rows, options.out.name, summaries, differences)
+        widths = hedging_of_widths(rows, options.out)
+        page = sweep_report(rows, options.out.name, summaries, differences, widths)
         replace(report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     if options.json:
         print_json(rows)
     else:
-        out.print(results_table(rows))
-        if any(row["seeds"] > 1 for row in summaries):
-            out.print(f"\n{SUMMARY}", summary_table(summaries), sep="\n")
-        if differences:
-            out.print(f"\n{DIFFERENCES}", differences_table(differences), chance(len(differences)), sep="\n")
-        if advice := guidance(points_of(rows)):
-            out.print(f"\n{WHICH_L0}")
-            for one in advice:
-                out.print(one.sentence, markup=False)
-        for row in rows:
-            if row["message"]:
-                out.print(f"{row['name']}: {row['message']}", markup=False)
+        show(rows, summaries, differences, widths)
         out.print(f"saved to {path} and {report}", markup=False, soft_wrap=True)
+
+
+def show(
+    rows: Sequence[dict[str, Any]],
+    summaries: Sequence[dict[str, Any]],
+    differences: Sequence[dict[str, Any]],
+    widths: Sequence[str],
+) -> None:
+    """Print the tables, and what they say of the number of active latents and of widths."""
+    out.print(results_table(rows))
+    if any(row["seeds"] > 1 for row in summaries):
+        out.print(f"\n{SUMMARY}", summary_table(summaries), sep="\n")
+    if differences:
+        out.print(f"\n{DIFFERENCES}", differences_table(differences), chance(len(differences)), sep="\n")
+    for title, lines in ((WHICH_L0, [one.sentence for one in guidance(points_of(rows))]), (WIDTHS, widths)):
+        if lines:
+            out.print(f"\n{title}")
+        for line in lines:
+            out.print(line, markup=False)
+    for row in rows:
+        if row["message"]:
+            out.print(f"{row['name']}: {row['message']}", markup=False)
 
 
 def train(grid: Grid, cache: ActivationCache, options: Options, device: Any, stop: Stop) -> list[Member] | None:

@@ -91,10 +91,11 @@ def measure_controls(
                 )
             except UserError as error:
                 found[name]["cannot"] = str(error)
+        shared: dict[str, Any] = {}
         for name, control in made.items():
             own = evaluate(control.sae, control.cache, None, replace(config, lm_tokens=0))
             found[name]["metrics"] = {key: e.row() for key, e in own.metrics.items() if not key.startswith("legacy")}
-            found[name]["tasks"] = _tasks(control, tasks, config)
+            found[name]["tasks"] = _tasks(control, tasks, config, shared)
             if progress is not None:
                 progress("controls", list(made).index(name) + 1, len(made))
         same = {name: control.sae for name, control in made.items() if control.cache is cache}
@@ -136,15 +137,14 @@ def _make(
     return Control(trained, own, other)
 
 
-def _tasks(control: Control, tasks: TaskConfig, config: EvaluateConfig) -> dict[str, Any]:
+def _tasks(control: Control, tasks: TaskConfig, config: EvaluateConfig, shared: dict[str, Any]) -> dict[str, Any]:
     """Each task's result, or why there is none: a model with random weights may not spell."""
     found: dict[str, Any] = {}
     for name in tasks.tasks:
         own = replace(tasks, tasks=(name,), labels=tasks.labels if name in ("probing", "scr", "tpp") else None)
         try:
-            found |= run_tasks(
-                control.sae, control.cache, own, control.model, seed=config.seed, any_weights=config.any_weights
-            )
+            options: dict[str, Any] = {"seed": config.seed, "any_weights": config.any_weights, "shared": shared}
+            found |= run_tasks(control.sae, control.cache, own, control.model, **options)
         except UserError as error:
             found[name] = {"cannot": str(error)}
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from saelab.errors import UserError, near_matches
 from saelab.evaluation.reconstruction import Progress, check_pair
 from saelab.evaluation.same_model import check_same_model, plain_route, reading_site
 from saelab.evaluation.tasks import passages as labelled
-from saelab.evaluation.tasks import scr_tpp, two_sided
+from saelab.evaluation.tasks import probe_sets, scr_tpp, two_sided
 from saelab.evaluation.tasks.absorption import absorption, words_by_letter
 from saelab.evaluation.tasks.labels import label_task
 from saelab.evaluation.tasks.probing import sparse_probing
@@ -22,7 +22,7 @@ from saelab.lm.tokens import token_ids
 from saelab.sae import SAE
 
 ON_PASSAGES = ("probing", "scr", "tpp")
-ON_ALL = ("two-sided", "labels")  # which read rows of both splits
+ON_ALL = ("two-sided", "labels", "sae-probes")  # which do not read the held-out rows alone
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TaskConfig:
     """Which tasks, and on what."""
 
     tasks: tuple[str, ...] = ()
-    """Any of probing, labels, absorption and two-sided; and, against the advice of an audit, scr and tpp."""
+    """Any of probing, sae-probes, labels, absorption, two-sided; and, against the advice of an audit, scr and tpp."""
     labels: Path | None = None
     """Labelled .jsonl (a key text and one or more labels a line) for probing, scr and tpp. By default passages of the
     cache's own text, labelled by article and by whether a year is written in them."""
@@ -42,17 +42,23 @@ class TaskConfig:
     """Rows of the cache that two-sidedness and labels are judged on."""
     task_split: Literal["held_out", "all"] = "held_out"
     """Rows that passages and words of the cache's own text are taken from; all includes what the SAE was trained on."""
+    probe_sets: tuple[str, ...] = ()
+    """Sets of the package sae-probes for the task sae-probes, by name or number; by default its 113 binary ones."""
+    probe_seeds: int = 3
+    """Splits of each of these sets, over which the interval is taken."""
     min_letters: int = 20
     """Letters that the model must spell for absorption to be measured (SAEBench: 20)."""
 
     def __post_init__(self) -> None:
         names = tuple(name for entry in self.tasks for name in entry.split(",") if name)
         object.__setattr__(self, "tasks", names)
-        object.__setattr__(self, "columns", tuple(n for entry in self.columns for n in entry.split(",") if n))
+        for name in ("columns", "probe_sets"):
+            parts = tuple(n for entry in getattr(self, name) for n in entry.split(",") if n)
+            object.__setattr__(self, name, parts)
         for name in names:
             if name not in TASKS:
                 raise UserError(f"unknown task {name!r}: {near_matches(name, TASKS)}")
-        for name in ("passage_tokens", "task_tokens", "min_letters"):
+        for name in ("passage_tokens", "task_tokens", "min_letters", "probe_seeds"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.labels is not None and not set(names) & set(ON_PASSAGES):
@@ -69,6 +75,7 @@ class _TaskData:
     config: TaskConfig
     seed: int
     any_weights: bool = False
+    shared: dict[str, Any] = field(default_factory=dict)
     passages: labelled.Passages | None = None
     pooled: labelled.Pooled | None = None
 
@@ -113,15 +120,16 @@ def run_tasks(
     seed: int = 0,
     any_weights: bool = False,
     progress: Progress | None = None,
+    shared: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Each named task's results, ready for JSON.
 
     ``model`` is the language model of the cache, as :func:`saelab.load_model` gives it, or with ``any_weights`` one of
-    its kind; a labelled file needs it.
+    its kind; a labelled file and sae-probes need it. ``shared`` keeps what the next SAE on the same model can use.
     Raises UserError, which says what to do, where labels or text do not suffice for a task.
     """
     check_pair(sae, cache, "all")
-    data, results = _TaskData(sae, cache, model, config, seed, any_weights), {}
+    data, results = _TaskData(sae, cache, model, config, seed, any_weights, {} if shared is None else shared), {}
     with sae.evaluating():
         for done, name in enumerate(config.tasks):
             if progress is not None:
@@ -173,6 +181,26 @@ def _absorption(data: _TaskData) -> dict[str, Any]:
     return absorption(data.sae, acts, letters, seed=data.seed, min_letters=data.config.min_letters)
 
 
+def _sae_probes(data: _TaskData) -> dict[str, Any]:
+    folder = probe_sets.data_folder()
+    names = probe_sets.chosen_sets(folder, data.config.probe_sets)
+    tokenizer = getattr(data.model, "tokenizer", None)
+    if tokenizer is None:
+        raise UserError("the task sae-probes runs prompts through the language model and its tokenizer; give the model")
+    key = f"sae-probes {id(data.model)} {data.cache.hook_name}"
+    if key not in data.shared:
+        plain, site = plain_site(data.model, data.cache)
+        check_same_model(plain, site, data.cache, *next(iter(data.cache.contexts("all"))), data.any_weights)
+        bos, found = data.cache.manifest.bos != "none", {}
+        for name in names:
+            one = probe_sets.read_set(folder, name)
+            acts = probe_sets.last_activations(plain, site, lambda text: token_ids(tokenizer, text, bos), one.prompts)
+            found[name] = acts, one.labels
+        data.shared[key] = found
+    seeds = range(probe_sets.FIRST_SEED, probe_sets.FIRST_SEED + data.config.probe_seeds)
+    return probe_sets.probe_sets(data.sae, data.shared[key], seeds=seeds)
+
+
 def _labels(data: _TaskData) -> dict[str, Any]:
     return label_task(data.sae, data.cache, data.config.task_tokens)
 
@@ -191,6 +219,7 @@ TASKS: dict[str, Callable[[_TaskData], dict[str, Any]]] = {
     "absorption": _absorption,
     "two-sided": _two_sided,
     "labels": _labels,
+    "sae-probes": _sae_probes,
 }
 
 
