@@ -5,9 +5,8 @@ import page
 import pandas as pd
 import session
 import streamlit as st
-from parts import evidence
+from parts import evidence, tables
 from parts import source as source_parts
-from parts import tables
 
 from saelab import viz, workspace
 

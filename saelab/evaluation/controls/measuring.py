@@ -119,6 +119,8 @@ def _make(
     progress: Report | None,
     stack: ExitStack,
 ) -> Control:
+    if sae.transcodes and name in ("random_directions", "raw_channels", "random_transformer"):
+        raise UserError("a transcoder writes elsewhere than it reads, so this control is not one of it")
     if name == "untrained":
         return Control(untrained(sae, cache, seed), cache, model)
     if name == "random_directions":

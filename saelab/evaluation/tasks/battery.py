@@ -189,7 +189,8 @@ def _sae_probes(data: _TaskData) -> dict[str, Any]:
         raise UserError("the task sae-probes runs prompts through the language model and its tokenizer; give the model")
     key = f"sae-probes {id(data.model)} {data.cache.hook_name}"
     if key not in data.shared:
-        plain, site = plain_site(data.model, data.cache)
+        plain = plain_route(data.model, data.cache)[0]
+        site = reading_site(data.model, plain, data.cache)
         check_same_model(plain, site, data.cache, *next(iter(data.cache.contexts("all"))), data.any_weights)
         bos, found = data.cache.manifest.bos != "none", {}
         for name in names:
