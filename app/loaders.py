@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # a page loads these when it needs them
 
     from saelab.comparison import LatentMatching
     from saelab.features import FeatureIndex, LogitLens
+    from saelab.features.finding import Finder
     from saelab.features.poles import AxisScore
     from saelab.prompt.ranking import Known
     from saelab.prompt.reading import Reading
@@ -190,6 +191,18 @@ class ModelLock:
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
+
+
+@st.cache_resource(max_entries=6, show_spinner="Reading what latents fire on …")
+def _finder(path: str, stamp: tuple[float, ...], _index: FeatureIndex, _table: pd.DataFrame) -> Finder:
+    from saelab.features.finding import Finder
+
+    return Finder(_index, _table)
+
+
+def finder(run: Run) -> Finder:
+    """The search of a run's index: shared by all sessions."""
+    return _finder(str(run.path), run.stamp, need_index(run), catalogue(run))
 
 
 @st.cache_resource(show_spinner=False)

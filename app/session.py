@@ -56,11 +56,18 @@ def address(**params: Any) -> dict[str, str]:
 def show_link(**params: Any) -> None:
     """Write the state into the address, so that it can be shared."""
     wanted = address(**params)
-    if {name: value for name, value in st.query_params.to_dict().items() if name in ADDRESS} == wanted:
+    there = st.query_params.to_dict()
+    if {name: value for name, value in there.items() if name in ADDRESS} == wanted:
         return
-    # One change at a time would be one entry each in the history of the browser.
-    others = {name: value for name, value in st.query_params.to_dict().items() if name not in ADDRESS}
-    st.query_params.from_dict({**wanted, **others})
+    if there.keys() <= set(ADDRESS):
+        # One change at a time would be one entry each in the history of the browser.
+        st.query_params.from_dict(wanted)
+        return
+    for name in ADDRESS:  # what widgets are bound to cannot be written again
+        if name in wanted:
+            st.query_params[name] = wanted[name]
+        elif name in there:
+            del st.query_params[name]
 
 
 def missing_run() -> str | None:
@@ -107,4 +114,12 @@ def open_latent(latent: int, pole: int = 1, run: Run | None = None) -> None:
 def steer_with(run: Run, latent: int, pole: int) -> None:
     """Go to the Steering page with this latent picked."""
     st.session_state["steer_pick"] = (run.name, int(latent), int(pole))
+    st.switch_page("views/steering.py", query_params=address(run=run.name))
+
+
+def steer_all(run: Run, picks: list[tuple[int, int]], operation: str) -> None:
+    """Go to the Steering page with several latents picked, to apply ``operation`` with each."""
+    st.session_state["steer_picks"] = (run.name, picks, operation)
+    if run.name != st.session_state.get("run"):
+        st.session_state["next_run"] = run.name
     st.switch_page("views/steering.py", query_params=address(run=run.name))

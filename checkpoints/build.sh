@@ -23,7 +23,7 @@ for config in "$runs"/*/cfg.json; do
     saelab convert "$run" "$here/$name" --to saelab --dtype float16
     saelab evaluate "$here/$name" --cache "$cache" --lm-tokens 4096
     # Fewer and shorter examples than by default: the folder stays small enough to clone.
-    saelab index "$here/$name" --cache "$cache" --top 5 --band $band --random 0 --silent 1 --before 8 --after 2 --bins 20 \
+    saelab index "$here/$name" --cache "$cache" --top 5 --band $band --random 0 --silent 1 --hard 0 --words 12 --before 8 --after 2 --bins 20 \
         --tokens 6 --neighbours 5 --partners 2
     saelab card "$here/$name"
 done

@@ -37,6 +37,9 @@ SWEEP_SUMMARY = "sweep_summary.parquet"  # means over seeds
 SWEEP_DIFFERENCES = "sweep_differences.parquet"  # between groups of SAEs, on the same seeds and documents
 SWEEP_REPORT = "report.html"
 
+# A folder of runs
+COLLECTIONS = "collections.json"  # named sets of latents
+
 # A steering recipe
 RECIPE, VECTORS = "recipe.json", "vectors.safetensors"
 

@@ -18,6 +18,7 @@ from saelab.workspace.notes import read_notes, write_note
 from saelab.workspace.relatives import same_start, seed_of
 
 LONGEST_TITLE = 44
+POOR = 0.3  # F1 below which a label says little
 ROLE = "Only examples that fire on messages of this role."
 POSITIVE = ("token_share", "encoder_norm", "decoder_norm")
 FACTS = {
@@ -98,14 +99,28 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
 
 
-def preview(run: Run, index: Any, latent: int, pole: int, key: str) -> None:
-    """A latent beside a table: what it is, its evidence, a button to its page."""
+def label_scores(row: dict[str, Any]) -> None:
+    """How well the offline label predicts where the latent fires."""
+    score, mass = row.get("label_score"), row.get("label_mass")
+    if not row.get("label") or score is None or score != score:
+        return
+    meets = "" if mass is None or mass != mass else f" · meets {mass:.0%} of the magnitude"
+    st.caption(
+        f"label {viz.markdown(row['label'])}: F1 {score:.2f}{' (a poor guess)' if score < POOR else ''} · precision "
+        f"{row['label_precision']:.2f} · recall {row['label_recall']:.2f}{meets}",
+        help="As a detector of the tokens that the latent fires on, on contexts that the label was not chosen on.",
+    )
+
+
+def preview(run: Run, index: Any, latent: int, pole: int, key: str, opens: bool = True) -> None:
+    """A latent beside a table: what it is, its evidence, and with ``opens`` a button to its page."""
     row = index.latent(latent, pole)
     with st.container(border=True):
-        name, button = st.columns([5, 2], vertical_alignment="center")
+        name, button = st.columns([5, 2], vertical_alignment="center") if opens else (st.container(), None)
         name.markdown(f"##### {title(row, len(index.poles) > 1, names(run))}")
-        if button.button("Open", key=f"{key}_open", width="stretch"):
+        if button is not None and button.button("Open", key=f"{key}_open", width="stretch"):
             session.open_latent(latent, pole, run)
+        label_scores(row)
         if not row["count"]:
             silent(index, len(index.poles) > 1)
         else:

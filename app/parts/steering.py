@@ -35,6 +35,10 @@ def picks(run: Run, source: Any) -> list[Pick]:
     sent = st.session_state.pop("steer_pick", None)
     if sent is not None and sent[0] == run.name:
         _put(found, steering.pick_latent(source, sent[1], sent[2]))
+    several = st.session_state.pop("steer_picks", None)
+    if several is not None and several[0] == run.name:
+        for latent, pole in several[1]:
+            _put(found, steering.pick_latent(source, latent, pole).changed(operation=several[2]))
     taken = st.session_state.pop("steer_recipe", None)
     if taken is not None and taken[0] == run.name:
         root = loaders.workspace().root

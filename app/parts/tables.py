@@ -72,37 +72,6 @@ def shown(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return view
 
 
-def latents(table: pd.DataFrame, signed: bool, notes: dict[int, dict[str, str]], key: str) -> Chosen | None:
-    """The table of the Features page; returns the (latent, pole) of the chosen row."""
-    columns = ["latent", *(["pole"] if signed else []), "top_tokens", "label", "label_score", "density", "max"]
-    if any(table["explanation"]):
-        columns.insert(columns.index("top_tokens"), "explanation")
-    columns += ["token_entropy", "promoted"]
-    view = shown(table, *columns)
-    if notes:
-        view.insert(1, "my label", [viz.visible(notes.get(n, {}).get("label", "")) for n in table["latent"]])
-    if not any(view["label"]):
-        view = view.drop(columns=["label", "label_score"])
-    return _choose(view, table, key, height=620)
-
-
-def matches(found: pd.DataFrame, table: pd.DataFrame, key: str) -> Chosen:
-    """Latents found by example, with what the index knows of them; the chosen one, first the best."""
-    rows = found.merge(table[["latent", "pole", "top_tokens"]], on=["latent", "pole"], how="left")
-    number = st.column_config.NumberColumn
-    poles = ["pole"] if two_poles(table) else []
-    names = ["latent", *poles, "specificity", "low", "high", "on_span", "off_span", "density", "label", "top_tokens"]
-    extra = {
-        "specificity": number(format="%.2f", help="(mean on the span − mean elsewhere) × −log₂ density, in maxima"),
-        "low": number(format="%.2f", help="5 % quantile over 200 bootstrap samples of the tokens, seed 0"),
-        "high": number(format="%.2f", help="95 % quantile over 200 bootstrap samples of the tokens, seed 0"),
-        "on_span": number("on the span", format="percent", help="share of marked tokens it fires on"),
-        "off_span": number("elsewhere", format="percent", help="share of all other tokens it fires on"),
-    }
-    first = int(rows["latent"].iloc[0]), int(rows["pole"].iloc[0])
-    return _choose(shown(rows, *names), rows, key, extra, height=320) or first
-
-
 def pairs(
     found: Any, view: str, key: str, known: tuple[pd.DataFrame | None, pd.DataFrame | None], signed: tuple[bool, bool]
 ) -> Pair | None:

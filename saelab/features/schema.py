@@ -62,7 +62,11 @@ FEATURE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 EXAMPLE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "latent": (pa.int32(), "latent number"),
     "pole": (pa.int8(), "+1 or -1"),
-    "kind": (pa.string(), "top, a quantile band (q00: lowest quarter, q25, q50, q75), random, or silent"),
+    "kind": (
+        pa.string(),
+        "top, a quantile band (q00: lowest quarter, q25, q50, q75), random, silent, or hard (silent on a token of a "
+        "strong firing)",
+    ),
     "rank": (pa.int16(), "order within the kind; top: by magnitude"),
     "row": (pa.int64(), "row of the focus token in the cache"),
     "document": (pa.int32(), "its document"),

@@ -15,7 +15,7 @@ _lock = threading.Lock()  # two browser tabs may save at once
 
 
 def read_notes(run_folder: Path | str) -> dict[int, dict[str, str]]:
-    """Latent number -> ``{"label": ..., "note": ...}``; empty where nothing was written yet."""
+    """Latent number -> ``{"label": ..., "note": ..., "rating": ...}``, each only where given; empty without a file."""
     path = Path(run_folder) / NOTES
     if not path.is_file():
         return {}
@@ -25,10 +25,19 @@ def read_notes(run_folder: Path | str) -> dict[int, dict[str, str]]:
 
 
 def write_note(run_folder: Path | str, latent: int, label: str = "", note: str = "") -> None:
-    """Save one latent's label and note; an empty pair removes it. Others' notes stay as they are on disk."""
+    """Save one latent's label and note; its rating stays, and what is empty is removed. Other latents' stay too."""
+    _write(run_folder, latent, label=label.strip(), note=note.strip())
+
+
+def rate(run_folder: Path | str, latent: int, rating: int) -> None:
+    """Save a rating from 1 to 5, or remove it with 0."""
+    _write(run_folder, latent, rating=str(rating) if rating else "")
+
+
+def _write(run_folder: Path | str, latent: int, **entries: str) -> None:
     with _lock:
         notes: dict[Any, Any] = dict(read_notes(run_folder))
-        notes.pop(latent, None)
-        if label.strip() or note.strip():
-            notes[latent] = {"label": label.strip(), "note": note.strip()}
+        entry = notes.pop(latent, {}) | entries
+        if any(entry.values()):
+            notes[latent] = {"label": "", "note": ""} | {name: text for name, text in entry.items() if text}
         write_json(Path(run_folder) / NOTES, {str(key): notes[key] for key in sorted(notes)})

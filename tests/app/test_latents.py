@@ -22,18 +22,6 @@ from saelab.workspace.notes import read_notes, write_note
 D_IN, D_SAE = 12, 30
 
 
-def test_what_a_search_finds_is_ordered_by_how_close_it_is(folder: Path) -> None:
-    table = search.catalogue(FeatureIndex(folder / "runs" / "topk"))
-    table.loc[:, ["label_lower", "top_tokens_lower"]] = "nothing"
-    table.loc[3, "label_lower"], table.loc[5, "label_lower"] = "token: mill · river", "token: river · mill"
-    table.loc[9, "top_tokens_lower"] = "river"
-    table["telling"] = 0.0
-    assert search.by_closeness(search.find(table, "River"), "River ")["latent"].tolist()[:3] == [9, 5, 3]
-    table.loc[[4, 6], "label_lower"] = "token: river"
-    table.loc[6, "telling"] = 1.0
-    assert search.by_closeness(search.find(table, "river"), "river")["latent"].tolist()[:5] == [9, 6, 4, 5, 3]
-
-
 def test_search_by_text_is_literal_and_ignores_case(folder: Path) -> None:
     table = search.catalogue(FeatureIndex(folder / "runs" / "topk"))
     found = search.find(table, "RIVER", "fires on")

@@ -79,12 +79,15 @@ def test_search_filters_and_opens(monkeypatch: pytest.MonkeyPatch, folder: Path)
     app.selectbox(key="run").select("runs/abs_topk")
     app.switch_page("views/features.py").run()
     assert len(app.dataframe[0].value) == 96  # two poles of 48 latents
-    app.selectbox(key="features_where").select("fires on")
-    app.text_input(key="features_text").input("river").run()
+    app.selectbox(key="where").select("fires on")
+    app.text_input(key="q").input("river").run()
     found = app.dataframe[0].value
     assert 0 < len(found) < 96
-    assert all("river" in row for row in found["top_tokens"])
-    app.text_input(key="features_text").input("<script>").run()
+    words = FeatureIndex(folder / "runs" / "abs_topk")
+    for latent, pole, share in zip(found["latent"], found["pole"], found["share"]):
+        row = words.latent(latent, 1 if pole == "+" else -1)
+        assert any("river" in word for word in (*row["words"], *row["top_tokens"])) and share >= 0
+    app.text_input(key="q").input("<script>").run()
     assert not app.exception
 
 
@@ -96,10 +99,10 @@ def test_explanations_are_shown_and_searched(monkeypatch: pytest.MonkeyPatch, fo
     (tmp_path / "run" / "explanations.json").write_text(json.dumps(rows))
     app = launch(monkeypatch, tmp_path, model="none")
     app.switch_page("views/features.py").run()
-    app.text_input(key="features_text").input("WORDS near").run()
+    app.text_input(key="q").input("WORDS near").run()
     assert not app.exception, app.exception
     found = app.dataframe[0].value
-    assert (found["latent"].tolist(), found["explanation"].tolist()) == ([7], ["words near **water**"])
+    assert (found["latent"][0], found["explanation"][0]) == (7, "words near **water**")  # others fire on "near"
     app.session_state["latent"] = 7
     app.switch_page("views/latent.py").run()
     shown = " ".join(item.value for item in (*app.markdown, *app.caption))
@@ -314,9 +317,9 @@ def test_examples_of_one_role_of_a_chat(monkeypatch: pytest.MonkeyPatch, folder:
     pq.write_table(table.set_column(table.schema.get_field_index("role"), "role", pa.array(roles)), path)
     app = launch(monkeypatch, tmp_path, model="none")
     app.switch_page("views/features.py").run()
-    app.pills(key="features_role").set_value("user").run()
+    app.pills(key="role").set_value("user").run()
     assert not app.exception and not app.error
-    shown = app.session_state["features_role"]
+    shown = app.session_state["role"]
     found = catalogue(FeatureIndex(tmp_path / "run"))
     assert shown == "user" and set(found[found["role"] == "user"]["latent"]) >= set(range(1, 48, 2)) - set(dead(found))
     live = int(found[(found["latent"] % 2 == 0) & (found["count"] > 8)]["latent"].iloc[0])

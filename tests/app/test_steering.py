@@ -183,11 +183,9 @@ def test_latents_are_found_by_example_against_a_contrast(
 ) -> None:
     app = launch(monkeypatch, workplace, model=str(folder / "model"))
     app.switch_page("views/features.py").run()
-    app.text_area(key="features_example").input("the [[river]] runs past")
-    succeed(app.button(key="FormSubmitter:example-Find latents").click().run())
+    succeed(app.text_input(key="q").input("the [[river]] runs past").run())
     alone = app.session_state["features_matches"][1].set_index("latent")
-    app.text_area(key="features_contrast").input("a river and a river")
-    succeed(app.button(key="FormSubmitter:example-Find latents").click().run())
+    succeed(app.text_input(key="contrast").input("a river and a river").run())
     against = app.session_state["features_matches"][1].set_index("latent")
     assert (alone["on_span"] == 1).all() and len(against)
     both = against.index.intersection(alone.index)
@@ -198,6 +196,5 @@ def test_latents_are_found_by_example_against_a_contrast(
     lost = against.loc[both, "specificity"] < alone.loc[both, "specificity"]
     assert lost[fires].mean() > 0.5
     assert (against["specificity"].diff().dropna() <= 0).all(), "ranked by specificity"
-    app.text_area(key="features_example").input("   ")
-    app.button(key="FormSubmitter:example-Find latents").click().run()
+    app.text_input(key="q").input("[[ ]]").run()
     assert not app.exception and "empty" in app.error[0].value

@@ -139,7 +139,7 @@ class User:
         deeds = ["", "training", "features", "search", "latent", "latent", "latent", "health", "compare"]
         deed = self.rng.choice([*deeds, *(["prompt", "steering"] if self.model else [])])
         if deed == "search":
-            return self.draw("features", run) + self.draw("features", run, features_text=self.rng.choice(WORDS))
+            return self.draw("features", run) + self.draw("features", run, q=self.rng.choice(WORDS))
         if deed == "latent":
             return self.draw("latent", f"{run}&latent={self.rng.randrange(self.d_sae)}&pole=1")
         if deed == "prompt":

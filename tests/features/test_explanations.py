@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -31,11 +32,13 @@ class FakeServer:
         self.headers: list[dict[str, str]] = []
         self.failures: list[int] = []  # status codes to answer first
         self.answer: str | None = None  # overrides everything
+        self.delay = 0.0  # seconds for an answer
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                time.sleep(fake.delay)
                 fake.requests.append(body)
                 fake.headers.append(dict(self.headers))
                 status = fake.failures.pop(0) if fake.failures else 200
@@ -140,6 +143,61 @@ def test_results_are_kept_beside_the_index(index: FeatureIndex, server: FakeServ
     (index.run_folder / "explanations.json").unlink()
     with pytest.raises(UserError, match="too rarely"):
         interpret(index, 2, 1, client(server))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> FeatureIndex:
+    """32 latents that each fire on two thirds of the occurrences of a word of their own."""
+    torch.manual_seed(0)
+    folder, n, width = tmp_path_factory.mktemp("many"), 200 * CONTEXT, 32
+    tokens = torch.randint(0, width, (n,))
+    code = torch.nn.functional.one_hot(tokens, width).float() * (torch.rand(n, 1) < 0.66)
+    acts = torch.zeros(n, 4)
+    acts[:, 0] = torch.arange(n)
+    cache = ActivationCache.from_tensors(folder / "cache", acts, tokens, context_length=CONTEXT)
+    names = [f" w{i}" for i in range(width)]
+    config = IndexConfig(before=2, after=2)
+    return build_index(Lookup(code), cache, folder / "run", token_strings=names, config=config)
+
+
+def test_requests_fly_together_and_the_file_is_that_of_a_sequence(many: FeatureIndex, server: FakeServer) -> None:
+    chosen, path = [(latent, 1) for latent in range(32)], many.run_folder / "explanations.json"
+    few = {"score_examples": 5, "shown": 20}
+    interpret_all(many, chosen, client(server), config=InterpretConfig(in_flight=1, **few))
+    one_by_one, alone = path.read_bytes(), len(server.requests)
+    path.unlink()
+    server.delay = 0.25
+    started = time.monotonic()
+    done, _ = interpret_all(many, chosen, client(server), config=InterpretConfig(in_flight=16, **few))
+    assert time.monotonic() - started < alone * server.delay / 8
+    assert path.read_bytes() == one_by_one and [e.latent for e in done] == list(range(32))
+    with pytest.raises(UserError, match="in_flight"):
+        InterpretConfig(in_flight=0)
+
+
+def test_hard_windows_hold_the_word_and_no_firing(many: FeatureIndex, server: FakeServer) -> None:
+    for latent in range(32):
+        hard = many.examples(latent, kind="hard")
+        assert hard and all(e.strings[e.focus] == f" w{latent}" and not any(e.activations) for e in hard)
+        assert len({e.row for e in hard}) == len(hard)
+    interpret(many, 3, 1, client(server))
+    system, user = (message["content"] for message in server.requests[0]["messages"])
+    shown = re.findall(r"Silent excerpt \d+: (.*)", user)
+    assert "silent" in system and any(" w3 " in f"{text} " for text in shown) and len(shown) >= 3
+    judged = "\n".join(request["messages"][1]["content"] for request in server.requests[1:])
+    assert not any(re.search(rf": {re.escape(text)}$", judged, re.MULTILINE) for text in shown)
+    server.requests.clear()
+    interpret(many, 3, 1, client(server), config=InterpretConfig(contrast=0))
+    assert "silent" not in server.requests[0]["messages"][0]["content"]
+
+
+def test_a_failure_keeps_what_was_made(many: FeatureIndex, server: FakeServer) -> None:
+    path = many.run_folder / "explanations.json"
+    path.unlink(missing_ok=True)
+    server.failures = [200] * 40 + [401]
+    with pytest.raises(UserError, match="401"):
+        interpret_all(many, [(latent, 1) for latent in range(9)], client(server), config=InterpretConfig(in_flight=1))
+    assert load(many.run_folder)
 
 
 def test_settings_that_show_nothing_are_refused() -> None:

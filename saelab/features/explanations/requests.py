@@ -71,6 +71,9 @@ class KeptAnswers:
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
+Client = ChatClient | KeptAnswers
+
+
 def in_parallel(function: Callable[[T], R], items: Sequence[T], in_flight: int = IN_FLIGHT) -> Iterator[tuple[int, R]]:
     """``(number, function(item))`` of every item as it is done, ``in_flight`` of them at once, in threads.
 

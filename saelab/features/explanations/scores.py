@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from saelab.features.explanations import prompts
-from saelab.features.explanations.client import ChatClient
+from saelab.features.explanations.requests import Client
 from saelab.features.schema import Example
 
 
@@ -88,7 +88,7 @@ class JudgeScore:
 
 
 def detection(
-    client: ChatClient, explanation: str, firing: Sequence[Example], silent: Sequence[Example], shown: int, seed: int
+    client: Client, explanation: str, firing: Sequence[Example], silent: Sequence[Example], shown: int, seed: int
 ) -> JudgeScore:
     """Have the judge tell firing windows from silent ones."""
     samples = [("".join(e.strings), True) for e in firing] + [("".join(e.strings), False) for e in silent]
@@ -96,7 +96,7 @@ def detection(
 
 
 def fuzzing(
-    client: ChatClient,
+    client: Client,
     explanation: str,
     firing: Sequence[Example],
     silent: Sequence[Example],
@@ -116,7 +116,7 @@ def fuzzing(
 
 
 def _judge(
-    client: ChatClient, instruction: str, explanation: str, samples: list[tuple[str, bool]], shown: int, seed: int
+    client: Client, instruction: str, explanation: str, samples: list[tuple[str, bool]], shown: int, seed: int
 ) -> JudgeScore:
     samples = list(samples)
     random.Random(seed).shuffle(samples)

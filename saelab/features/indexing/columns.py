@@ -14,7 +14,7 @@ from saelab.data.cache import ActivationCache
 from saelab.features import schema
 from saelab.features.indexing.config import IndexConfig
 from saelab.features.indexing.corpus import Corpus
-from saelab.features.indexing.examples import choose, example_table
+from saelab.features.indexing.examples import Occurrences, choose, example_table
 from saelab.features.indexing.labels import Labeller
 from saelab.features.indexing.logit_lens import LogitLens, neighbours
 from saelab.features.indexing.partners import Partners
@@ -56,6 +56,7 @@ class Describer:
         names = vocabulary.to_pylist()
         self.labeller = Labeller(corpus, names, config.label_sample, config.seed)
         self.words = Words(corpus, names, config.label_sample, config.words, config.seed)
+        self.occurrences = Occurrences(corpus)
         self.partners = Partners(postings, config.partner_sample, config.partners)
         # Products of all latents with all tokens of the vocabulary, and with all latents, are made where the SAE is.
         self.W_dec = sae.W_dec.detach().float()
@@ -81,7 +82,7 @@ class Describer:
             **self.partners.columns(entries, start, rng),
             **self.words.columns(entries, start),
         }
-        chosen = choose(entries, slots, ranked, self.corpus, len(self.poles), self.config, rng)
+        chosen = choose(entries, slots, ranked, self.corpus, len(self.poles), self.config, rng, self.occurrences)
         windows = example_table(chosen, entries, self.corpus, start, self.vocabulary, self.config)
         kinds = {name: kind for name, (kind, _) in schema.FEATURE_COLUMNS.items()}
         keep = np.arange(0, n, 3 - len(self.poles))

@@ -8,7 +8,7 @@ from saelab.errors import UserError
 
 # May be 0: then that part of the index stays empty.
 OPTIONAL = (
-    *("top", "band", "random", "silent", "before", "after"),
+    *("top", "band", "random", "silent", "hard", "before", "after"),
     *("tokens", "top_tokens", "words", "neighbours", "partners", "seed"),
 )
 
@@ -25,6 +25,8 @@ class IndexConfig:
     """Windows sampled from all activations."""
     silent: int = 8
     """Windows in which the latent does not fire: the negative examples of detection scores."""
+    hard: int = 6
+    """Silent windows around a token that the latent fires on strongly elsewhere: what an explanation must rule out."""
     before: int = 24
     """Tokens in a window before the focus token."""
     after: int = 8

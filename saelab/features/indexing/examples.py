@@ -18,7 +18,10 @@ from saelab.features.indexing.statistics import Ranked
 from saelab.features.schema import EXAMPLE_COLUMNS
 
 BANDS = ("q75", "q50", "q25", "q00")  # quarters of the firings, from the largest magnitudes down
-KINDS = ("top", *BANDS, "random", "silent")
+KINDS = ("top", *BANDS, "random", "silent", "hard")
+HARDEST = 8  # strongest firings whose tokens are looked for elsewhere
+DRAWS = 3  # places for each of them
+OCCURRENCES = 1 << 21  # rows in which tokens are looked for
 
 
 @dataclass
@@ -38,6 +41,22 @@ class Chosen:
         return cls(*(f[order] for f in fields))
 
 
+class Occurrences:
+    """Rows by token, of a sample of the corpus."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        rows = np.arange(0, corpus.n_rows, -(-corpus.n_rows // OCCURRENCES))
+        tokens = corpus.counted(rows)
+        order = np.argsort(tokens, kind="stable")
+        self.rows, self.tokens = rows[order], np.asarray(tokens)[order]
+
+    def draw(self, tokens: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.int64]:
+        """A random row of each token, -1 for a token that the sample does not have."""
+        low, high = (np.searchsorted(self.tokens, tokens, side) for side in ("left", "right"))
+        at = low + (rng.random(len(tokens)) * (high - low)).astype(np.int64)
+        return np.where(high > low, self.rows[np.minimum(at, len(self.rows) - 1)], -1)
+
+
 def choose(
     entries: Entries,
     slots: NDArray[np.int64],
@@ -46,8 +65,10 @@ def choose(
     n_poles: int,
     config: IndexConfig,
     rng: np.random.Generator,
+    occurrences: Occurrences,
 ) -> Chosen:
-    """Top firings (the best of each context), a sample of each quarter, a sample of all, and silent windows.
+    """Top firings (the best of each context), a sample of each quarter, a sample of all, and silent windows: of random
+    tokens, and hard ones, whose focus is the token of a strong firing.
 
     Samples are systematic with a random start: every firing is equally likely to be taken, none twice.
     """
@@ -65,14 +86,33 @@ def choose(
     # Windows without any firing: draw twice as many as needed, keep the silent ones.
     drawn = np.repeat(np.arange(0, n, 3 - n_poles), 2 * config.silent)
     candidates = rng.integers(0, corpus.n_rows, len(drawn))
-    values = window_values(entries, corpus, drawn, candidates, config)[0]
-    silent = (values == 0).all(1)
-    drawn, candidates = drawn[silent], candidates[silent]
-    order = rank_in_group(drawn)
-    keep = order < config.silent
-    kinds = np.full(int(keep.sum()), KINDS.index("silent"))
-    parts.append(Chosen(drawn[keep], candidates[keep], kinds, order[keep]))
+    parts.append(_silent(entries, corpus, drawn, candidates, config, "silent", config.silent))
+    if config.hard:
+        strong = ranked.order[rank_in_group(slots[ranked.order]) < HARDEST]
+        drawn = np.repeat(slots[strong], DRAWS)
+        found = occurrences.draw(np.repeat(corpus.counted(entries.rows[strong]), DRAWS), rng)
+        there = found >= 0
+        parts.append(_silent(entries, corpus, drawn[there], found[there], config, "hard", config.hard))
     return Chosen.join(parts)
+
+
+def _silent(
+    entries: Entries,
+    corpus: Corpus,
+    slots: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    config: IndexConfig,
+    kind: str,
+    most: int,
+) -> Chosen:
+    """The first ``most`` different rows of each slot in whose windows its latent does not fire."""
+    silent = (window_values(entries, corpus, slots, rows, config)[0] == 0).all(1)
+    keys = slots[silent] * corpus.n_rows + rows[silent]
+    first = np.sort(np.unique(keys, return_index=True)[1])
+    slots, rows = slots[silent][first], rows[silent][first]
+    order = rank_in_group(slots)
+    keep = order < most
+    return Chosen(slots[keep], rows[keep], np.full(int(keep.sum()), KINDS.index(kind)), order[keep])
 
 
 def _top(entries: Entries, slots: NDArray, ranked: Ranked, corpus: Corpus, top: int) -> Chosen:

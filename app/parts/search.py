@@ -1,0 +1,188 @@
+"""The search of the Features page: one box, filters, and what they find. All of it is part of the address."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import loaders
+import page
+import pandas as pd
+import session
+import streamlit as st
+
+from parts import results as results_table
+from parts import tables
+from saelab import viz
+from saelab.features import search
+from saelab.features.finding import ANYTHING, Query, find_in, read_query
+from saelab.metrics.density import DENSE
+from saelab.runs import Run
+from saelab.workspace.notes import read_notes
+
+SORTS = {
+    "best": "best match",
+    "telling": "most telling",
+    "label_score": "best label",
+    "density": "most frequent",
+    "max": "strongest",
+    "token_entropy": "most token-specific",
+    "latent": "latent number",
+}
+ASCENDING = {"latent", "token_entropy"}
+EVERY = 5  # latents of each SAE in a search of all
+PLACEHOLDER = "words, a latent's number, or a text with [[marks]]"
+ROLE = "Latents whose strongest examples are mostly in messages of this role of a chat."
+HELP = (
+    '`war` finds the whole word, `rain*` any ending, `world war` both words, `"world war"` the phrase in labels; '
+    "`#12` or `12-` a latent; `The [[sea]] is calm` runs the text through the model and finds what fires on the marks."
+)
+
+
+class Bound(TypedDict):
+    """A widget's option; see :class:`session.Keep`."""
+
+    bind: Literal["query-params"]
+
+
+BOUND: Bound = {"bind": "query-params"}
+
+
+class Asked(NamedTuple):
+    """What stands in the box and the filters."""
+
+    query: Query
+    text: str
+    where: str
+    sort: str
+    filters: dict[str, Any]
+    dense: bool  # shown too
+    related: bool
+    everywhere: bool
+
+    @property
+    def key(self) -> str:
+        """A table's key: another question is another table, with nothing chosen in it."""
+        return (
+            f"found_{hash((self.text, self.where, self.sort, str(self.filters), self.dense, self.related)) & 0xFFFFFF}"
+        )
+
+
+KEPT = ("q", "where", "sort", "dense", "similar", "everywhere", "state", "sign", "role", "at", "contrast")
+
+
+def restore() -> None:
+    """Ask again what was asked when the page was left, unless the address asks for something."""
+    kept: dict[str, Any] = st.session_state.get("features_kept", {})
+    if not any(name in st.query_params for name in KEPT):
+        for name, value in kept.items():
+            if name not in st.session_state:
+                st.session_state[name] = value
+
+
+def remember() -> None:
+    """Keep what is asked for when the page is left."""
+    st.session_state["features_kept"] = {name: st.session_state[name] for name in KEPT if name in st.session_state}
+
+
+def box(table: pd.DataFrame, signed: bool) -> Asked:
+    """The box and the filters."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        text = st.text_input("Search", key="q", placeholder=PLACEHOLDER, icon=":material/search:", help=HELP, **BOUND)
+        where = st.selectbox("in", [ANYTHING, *search.TEXT_COLUMNS], key="where", width=140, **BOUND)
+        sort = st.selectbox("sort by", list(SORTS), format_func=SORTS.__getitem__, key="sort", width=180, **BOUND)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        filters = _filters(table, signed)
+        dense = st.toggle("dense", key="dense", help=f"show latents that fire on more than {DENSE:.0%}", **BOUND)
+        related = st.toggle("similar meaning", key="similar", help=SIMILAR, **BOUND)
+        everywhere = len(with_index()) > 1 and st.toggle("all SAEs", key="everywhere", help=ALL, **BOUND)
+    return Asked(read_query(text or ""), text or "", where, sort, filters, dense, related, everywhere)
+
+
+SIMILAR = (
+    "Add latents about words that keep company with these, by latent semantic analysis of the index. "
+    "No language model is asked."
+)
+ALL = "Search every SAE of the folder, and show the best of each."
+
+
+def _filters(table: pd.DataFrame, signed: bool) -> dict[str, Any]:
+    state = st.pills("state", list(search.STATES), key="state", label_visibility="collapsed", **BOUND)
+    found: dict[str, Any] = {"state": state}
+    if signed:
+        pole = st.pills("pole", ["+ pole", "− pole"], key="sign", label_visibility="collapsed", **BOUND)
+        found["pole"] = None if pole is None else (1 if pole.startswith("+") else -1)
+    roles = sorted(set(table["role"]) - {""})
+    if len(roles) > 1:
+        found["role"] = st.pills("fires on", roles, key="role", label_visibility="collapsed", help=ROLE, **BOUND)
+    density, entropy = st.session_state.get("density", (0.0, 1.0)), st.session_state.get("entropy", (0.0, 16.0))
+    used = (tuple(density) != (0.0, 1.0)) + (tuple(entropy) != (0.0, 16.0))
+    with st.popover(f"More filters ({used})" if used else "More filters", icon=":material/filter_alt:"):
+        density = st.select_slider(
+            "share of tokens it fires on",
+            tables.DECADES,
+            value=(0.0, 1.0),
+            format_func=tables.decade,
+            key="density",
+            **session.KEEP,
+        )
+        entropy = st.slider("entropy of its tokens, bits", 0.0, 16.0, (0.0, 16.0), 0.5, key="entropy", **session.KEEP)
+    found["density"] = None if density == (0.0, 1.0) else density
+    found["entropy"] = None if entropy == (0.0, 16.0) else entropy
+    return found
+
+
+def results(run: Run, asked: Asked) -> pd.DataFrame:
+    """The rows that fit, in order; what is left out, or added by meaning, is said above them."""
+    finder = loaders.finder(run)
+    found = finder.find(asked.text, asked.where, read_notes(loaders.place(run)))
+    near: list[str] = []
+    if asked.query.kind == "words" and (asked.related or found.empty):
+        with st.spinner("Learning which words keep company …"):
+            close, near = finder.related(asked.text)
+        found = pd.concat([found, close[~close.index.isin(found.index)]])
+    found = search.narrow(found, **asked.filters)
+    hidden = 0
+    if not asked.dense and asked.filters["state"] not in {"dense", "ultra-dense"}:
+        shown = ~(found["density"] > DENSE) | (found["score"] == float("inf"))
+        hidden, found = int((~shown).sum()), found[shown]
+    if asked.sort != "best":
+        found = found.sort_values(asked.sort, ascending=asked.sort in ASCENDING, kind="stable")
+    said = f"{len(found):,} of {len(finder.table):,}"
+    said += f", the first {results_table.SHOWN:,} shown" if len(found) > results_table.SHOWN else ""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(said)
+        if hidden:
+            st.button(f"{hidden:,} dense hidden ✕", key="show_dense", type="tertiary", on_click=_show_dense)
+        if near:
+            st.caption("similar: " + ", ".join(viz.markdown(word) for word in near))
+    return found
+
+
+def _show_dense() -> None:
+    st.session_state["dense"] = True
+
+
+def with_index() -> dict[str, Run]:
+    """The SAEs of the folder that can be searched."""
+    return {name: run for name, run in loaders.workspace().runs.items() if run.has_index}
+
+
+def everywhere(asked: Asked) -> None:
+    """The same question to all SAEs of the folder, in one table; a click opens a latent."""
+    if asked.query.kind not in {"words", "latent"}:
+        st.caption("Type words to search for in all SAEs.")
+        return
+    runs, finders, notes = with_index(), {}, {}
+    for name, run in runs.items():
+        with page.part():  # a damaged SAE says so, and the others are searched
+            finders[name], notes[name] = loaders.finder(run), read_notes(loaders.place(run))
+    found = find_in(finders, asked.text, notes, top=EVERY)
+    if len(found) and not asked.dense:
+        found = found[~(found["density"] > DENSE)]
+    if found.empty:
+        st.caption("No latent fits.")
+    else:
+        place = results_table.everywhere(found, key=f"everywhere_{asked.key}")
+        if place is not None:
+            row = found.iloc[place]
+            session.open_latent(int(row["latent"]), int(row["pole"]), runs[row["SAE"]])
