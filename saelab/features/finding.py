@@ -1,6 +1,6 @@
 """Find latents: one query that takes words, a latent's number, or a text, ranked by what the latents fire on.
 
-    score = (sum over terms of share + 0.25 named) * (matched / terms)^2 * count / (count + 10) * (1 + F1) / 2
+    score = (sum over terms of share + 0.5 named) * (matched / terms)^2 * count / (count + 10) * (1 + F1) / 2
 
 ``share`` is the share of the latent's firing magnitude on words of the text that equal the term, ``named`` is 1 where
 its explanation has the term and 1 / n where a label of n words does, ``matched`` counts the terms that anything of the
@@ -28,7 +28,7 @@ from saelab.features.indexing.labels import SEPARATOR
 from saelab.features.search import TEXT_COLUMNS, catalogue, find, words
 
 FEW = 10  # firings of which nothing is known, beside those counted
-NAMED = 0.25  # what a label or an explanation that has the term is worth, as a share
+NAMED = 0.5  # what a label or an explanation that has the term is worth, as a share
 LONG = 6  # words from which on a query is a text
 ANYTHING = "anything"
 Notes = Mapping[int, Mapping[str, str]]
