@@ -1,12 +1,12 @@
 """Find latents: one query that takes words, a latent's number, or a text, ranked by what the latents fire on.
 
-    score = (sum over terms of share + 0.5 named) * (matched / terms)^2 * count / (count + 10) * (1 + F1) / 2
+    score = (share * count / (count + 10) * (1 + F1) / 2 + named / 2) * (matched / terms)^2
 
-``share`` is the share of the latent's firing magnitude on words of the text that equal the term, ``named`` is 1 where
-its explanation has the term and 1 / n where a label of n words does, ``matched`` counts the terms that anything of the
-latent has, ``count`` are its firings, ``F1`` is the score of its offline label (0 without one). Latents that are mostly
-about the words come first, those that have all of them before those that have one, and a handful of firings proves
-little. What its researcher has called a latent comes before everything else.
+summed over the terms. ``share`` is the share of the latent's firing magnitude on words of the text that equal the
+term, ``count`` are its firings, ``F1`` is the score of its offline label (0 without one), ``named`` is 1 where its
+explanation has the term and F1 / n where a label of n words does, ``matched`` counts the terms that it has at all.
+Latents that are mostly about the words come first, those that have all of them before those that have one, and a
+handful of firings proves little. What its researcher has called a latent comes before everything else.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class Finder:
         self.index = index
         self.table = catalogue(index) if table is None else table
         self.words = WordTable(index)
-        self._listed = 1.0 / (self.table["label"].fillna("").str.count(SEPARATOR) + 1).to_numpy()
+        listed = self.table["label"].fillna("").str.count(SEPARATOR) + 1
+        self._listed = (self.table["label_score"].fillna(0.0) / listed).to_numpy()
 
     def find(self, text: str, where: str = ANYTHING, notes: Notes | None = None) -> pd.DataFrame:
         """Rows of the catalogue that a query of words or a number finds, the best first, with ``share`` and ``score``.
@@ -129,15 +130,16 @@ class Finder:
         for term in terms:
             on = self.words.share(term)
             texts = (where,) if where in TEXT_COLUMNS else ("label", "explanation")
+            hit = on > 0 if where in {ANYTHING, "fires on"} else np.zeros(n, bool)
             said = np.zeros(n)
             for name in texts:
                 rows = frame.index.get_indexer(find(frame, term, name).index)
+                hit[rows] = True
                 said[rows] = np.maximum(said[rows], self._listed[rows] if name == "label" else 1.0)
-            hit = (said > 0) | ((on > 0) if where in {ANYTHING, "fires on"} else False)
             share, named, matched = share + on * hit, named + said, matched + hit
         own = _noted(frame, terms, notes) if where in {ANYTHING, "label"} else np.zeros(n, bool)
         count, quality = frame["count"].to_numpy(), frame["label_score"].fillna(0.0).to_numpy()
-        score = (share + NAMED * named) * (matched / len(terms)) ** 2 * count / (count + FEW) * (1 + quality) / 2
+        score = (share * count / (count + FEW) * (1 + quality) / 2 + NAMED * named) * (matched / len(terms)) ** 2
         hits = np.flatnonzero((matched > 0) | own)
         order = np.lexsort((-frame["telling"].to_numpy()[hits], -score[hits], ~own[hits]))
         best = hits[order]
