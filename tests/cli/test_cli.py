@@ -39,6 +39,7 @@ def test_overview_follows_the_order_of_work(capsys: pytest.CaptureFixture[str]) 
             "train",
             "sweep",
             "evaluate",
+            "l0",
             "index",
             "explain",
             "find",

@@ -117,7 +117,7 @@ def test_activations_are_those_of_single_prompts(tmp_path: Path, save) -> None:
 
 
 def test_the_command_probes_and_writes_saebench(tmp_path: Path, monkeypatch, capsys) -> None:
-    folder = make_data(tmp_path / "data", {"1_weather": sentiment(160), "2_again": sentiment(150)})
+    folder = make_data(tmp_path / "data", {"1_weather": sentiment(240), "2_again": sentiment(232)})
     monkeypatch.setattr(probe_sets, "data_folder", lambda: folder)
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": sentences(80, seed)}) for seed in range(12)), encoding="utf-8")
@@ -128,12 +128,12 @@ def test_the_command_probes_and_writes_saebench(tmp_path: Path, monkeypatch, cap
           "--batch-size", "128"])  # fmt: skip
     capsys.readouterr()
     args = ["evaluate", str(run), "--cache", str(tmp_path / "cache"), "--lm-tokens", "0", "--tasks", "sae-probes"]
-    main([*args, "--probe-seeds", "2", "--probe-sets", "1,2", "--saebench", str(tmp_path / "bench"),
+    main([*args, "--probe-seeds", "2", "--probe-sets", "1", "--saebench", str(tmp_path / "bench"),
           "--controls", "--control-kinds", "untrained"])  # fmt: skip
     assert "sae-probes sae_top_16_auc" in capsys.readouterr().out
     found = json.loads((run / "evaluation.json").read_text())
     probes = found["tasks"]["sae-probes"]
-    assert set(probes["by_set"]) == {"1_weather", "2_again"}
+    assert set(probes["by_set"]) == {"1_weather"}
     assert probes["means"]["channels_top_16_auc"]["value"] > 0.9  # the last word decides
     assert found["controls"]["untrained"]["tasks"]["sae-probes"]["means"]["sae_top_1_auc"]["value"] > 0
     (path,) = (tmp_path / "bench").glob("sparse_probing_sae_probes/*.json")

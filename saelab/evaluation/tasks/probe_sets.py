@@ -24,10 +24,11 @@ import torch
 from jaxtyping import Float
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import LeavePOut, StratifiedKFold
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from saelab.errors import UserError, damaged, near_matches
-from saelab.evaluation.tasks.probing import logistic
+from saelab.evaluation.tasks.probing import fitted
 from saelab.lm.sites import Site, device_of
 from saelab.metrics.intervals import Estimate, t_interval
 from saelab.sae import SAE
@@ -72,7 +73,7 @@ def data_folder() -> Path:
 def set_names(folder: Path) -> list[str]:
     """The binary sets in the package's order, such as ``5_hist_fig_ismale``."""
     path = folder / "probing_datasets_MASTER.csv.zst"
-    with damaged(path, "install sae-probes again"):
+    with damaged(path, "install sae-probes again", pa.ArrowException, OSError):
         rows = _table(path, ("Data type", "Dataset save name"))
         return [
             Path(name).name.split(".")[0]
@@ -84,7 +85,7 @@ def set_names(folder: Path) -> list[str]:
 def read_set(folder: Path, name: str) -> ProbeSet:
     """One set, its first 5,000 prompts. UserError for one with other than two classes."""
     path = folder / "cleaned_data" / f"{name}.csv.zst"
-    with damaged(path, "install sae-probes again"):
+    with damaged(path, "install sae-probes again", pa.ArrowException, OSError):
         rows = _table(path, ("prompt", "target"))
     classes = sorted(set(rows["target"]))
     if len(classes) != 2:
@@ -175,7 +176,7 @@ def probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, 
     """Test metrics of a logistic regression whose C is chosen on validation prompts of the training part."""
     scores = [np.mean([_validate(x, y, part, float(C)) for part in _folds(x, y, seed)]) for C in CS]
     shuffled = np.random.RandomState(seed).permutation(len(x))
-    model = logistic(x[shuffled], y[shuffled], C=float(CS[int(np.argmax(scores))]))
+    model = fitted(x[shuffled], y[shuffled], C=float(CS[int(np.argmax(scores))]))
     said = model.predict(x_test)
     return {
         "auc": float(roc_auc_score(y_test, model.predict_proba(x_test)[:, 1])),
@@ -197,7 +198,7 @@ def _validate(x: np.ndarray, y: np.ndarray, fold: tuple[np.ndarray, np.ndarray],
     train, held = fold
     if len(set(y[train])) < 2:
         return 0.5
-    return float(roc_auc_score(y[held], logistic(x[train], y[train], C=C).predict_proba(x[held])[:, 1]))
+    return float(roc_auc_score(y[held], fitted(x[train], y[train], C=C).predict_proba(x[held])[:, 1]))
 
 
 def probe_sets(
@@ -216,8 +217,8 @@ def probe_sets(
     for number, (name, (x, labels)) in enumerate(activations.items()):
         z, rows = encode(sae, x), []
         for seed in seeds:
-            parts = split(labels, seed)
-            rows.append(_scores(z, x, labels, parts, ks, seed))
+            with threadpool_limits(limits=1):
+                rows.append(_scores(z, x, labels, split(labels, seed), ks, seed))
         details[name] = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
         for key in rows[0]:
             own = np.array([[row[key] for row in rows]])

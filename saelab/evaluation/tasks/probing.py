@@ -62,7 +62,13 @@ def logistic(x: np.ndarray, y: np.ndarray, C: float = 1.0, balanced: bool = Fals
     ``balanced`` lets both classes count alike, however many examples they have.
     """
     # On problems this small, threads of the linear algebra library wait for each other longer than they work.
-    with warnings.catch_warnings(), threadpool_limits(limits=1):
+    with threadpool_limits(limits=1):
+        return fitted(x, y, C, balanced)
+
+
+def fitted(x: np.ndarray, y: np.ndarray, C: float = 1.0, balanced: bool = False) -> LogisticRegression:
+    """:func:`logistic` for a caller who has limited the threads, which takes longer than a small fit."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         weight = "balanced" if balanced else None
         return LogisticRegression(C=C, max_iter=1000, class_weight=weight).fit(x, y)
