@@ -135,7 +135,7 @@ def _named(graph: AttributionGraph, node: Node) -> Run | None:
 
 
 def table(graph: AttributionGraph) -> list[Node]:
-    """The kept latents; the chosen ones, by default the three strongest."""
+    """The kept latents; the chosen ones, by default the three that raise the target most."""
     checked = {found.id: found.ablated for found in (graph.checks.nodes if graph.checks else [])}
     rows = pd.DataFrame(
         {
@@ -153,6 +153,7 @@ def table(graph: AttributionGraph) -> list[Node]:
         st.caption("No latent was kept.")
         return []
     number = {name: st.column_config.NumberColumn(name, format="%+.3f") for name in ("effect", "direct", "ablated")}
+    number["activation"] = st.column_config.NumberColumn("activation", format="%+.2f", help="raw units")
     event = st.dataframe(
         rows,
         hide_index=True,
@@ -165,7 +166,7 @@ def table(graph: AttributionGraph) -> list[Node]:
         alt="Latents by their effect on the prediction",
     )
     chosen = [i for i in event.selection.rows if i < len(graph.latents)]
-    return [graph.latents[i] for i in chosen] or graph.latents[:3]
+    return [graph.latents[i] for i in chosen] or graph.causes[:3]
 
 
 def checks(graph: AttributionGraph) -> str:

@@ -40,6 +40,17 @@ with st.form("attribution_form", border=False):
             width=130,
             **session.KEEP,
         )
+        most = st.number_input(
+            "most nodes",
+            10,
+            2000,
+            120,
+            10,
+            key="attribution_most",
+            help="Latents and error terms to keep, over all places",
+            width=140,
+            **session.KEEP,
+        )
         kept = st.slider(
             "share of influence to keep", 0.2, 1.0, 0.8, 0.05, key="attribution_keep", width=220, **session.KEEP
         )
@@ -54,7 +65,7 @@ with st.form("attribution_form", border=False):
     )
 chosen = [run, *(others[name] for name in also)]
 if asked:
-    settings = {"integrated": int(integrated), "keep": float(kept)}
+    settings = {"integrated": int(integrated), "keep": float(kept), "max_nodes": int(most)}
     graph = parts.explain(chosen, prompt, target, against, settings)
     st.session_state["attribution"] = ([r.name for r in chosen], graph)
 names, graph = st.session_state.get("attribution", (None, None))

@@ -182,8 +182,8 @@ def _graph(
     short = [s for s in chosen.summaries if s.kept_share < config.keep - 1e-9]
     if short:
         notes.append(
-            f"max_nodes={config.max_nodes} keeps {min(s.kept_share for s in short):.0%} of the influence at "
-            f"{len(short)} of {len(chosen.summaries)} places, not {config.keep:.0%}; raise it to keep more"
+            f"the most nodes, {config.max_nodes}, keep {min(s.kept_share for s in short):.0%} of the influence at "
+            f"{len(short)} of {len(chosen.summaries)} places, not {config.keep:.0%}; allow more to keep more"
         )
     return AttributionGraph(
         prompt="",

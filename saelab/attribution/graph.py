@@ -114,6 +114,11 @@ class AttributionGraph:
         """The kept latents, strongest first."""
         return [node for node in self.nodes if node.kind == "latent"]
 
+    @property
+    def causes(self) -> list[Node]:
+        """The kept latents that raise the target, strongest first."""
+        return [node for node in self.latents if node.effect > 0]
+
     def place(self, node: Node) -> PlaceSummary:
         """The place of a latent or an error term."""
         return next(place for place in self.places if place.layer == node.layer)

@@ -36,7 +36,7 @@ def test_the_share_that_was_asked_for_is_kept_and_said() -> None:
         assert all(place.kept_share >= keep for place in found.places) and not found.notes
     few = attribute(runs, tiny.PROMPT, model=model, max_nodes=4, check=0)
     assert [place.kept for place in few.places] == [2, 2]
-    assert "max_nodes=4 keeps" in few.notes[0] and all(place.kept_share < 0.8 for place in few.places)
+    assert "the most nodes, 4, keep" in few.notes[0] and all(place.kept_share < 0.8 for place in few.places)
 
 
 def test_a_bridge_and_the_plain_model_give_the_same_graph() -> None:

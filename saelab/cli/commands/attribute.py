@@ -41,7 +41,7 @@ class OwnOptions:
     figure: Path | None = None
     """Write the graph as a page (.html) that needs no server."""
     steer: tuple[str, ...] = ()
-    """Latents of the graph to steer with (9_123_4), or a number: so many of the strongest."""
+    """Latents of the graph to steer with (9_123_4), or a number: so many of those that raise the target most."""
     operation: str = "ablate"
     """What to do with them: ablate, clamp, scale, add."""
     amount: str | None = None
@@ -109,7 +109,7 @@ def _check(options: Any) -> None:
         raise UserError(f"unknown operation {options.operation!r}; known: {', '.join(OPERATIONS)}")
     if options.recipe is not None:
         if not options.steer:
-            raise UserError("--recipe needs the latents to steer with: --steer 3 takes the three strongest")
+            raise UserError("--recipe needs the latents to steer with: --steer 3 takes the three strongest causes")
         check_free(options.recipe)
 
 
@@ -172,7 +172,7 @@ def _write_figure(graph: AttributionGraph, path: Path) -> None:
 def _steer(graph: AttributionGraph, model: Any, options: Any) -> None:
     wanted = options.steer
     if len(wanted) == 1 and wanted[0].isdigit():
-        wanted = [node.id for node in graph.latents[: int(wanted[0])]]
+        wanted = [node.id for node in graph.causes[: int(wanted[0])]]
     interventions = graph.interventions(wanted, options.operation, options.amount)
     for text in compare(model, options.prompt, interventions, max_new_tokens=options.max_new_tokens):
         out.print(Text("unsteered "), Text(repr(text.unsteered)))
