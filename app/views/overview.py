@@ -23,13 +23,19 @@ if not found.runs:
     )
     st.stop()
 
-names = list(found.runs)
-rows = pd.DataFrame([loaders.summary(run) for run in found.runs.values()])
+layers = {name: workspace.layer(run) for name, run in found.runs.items()}
+several = len({number for number in layers.values() if number is not None}) > 1
+# Runs of several layers stand together by layer.
+names = sorted(found.runs, key=lambda name: several and (layers[name] is None, layers[name] or 0))
+rows = pd.DataFrame([loaders.summary(found.runs[name]) for name in names])
+if not several:
+    rows = rows.drop(columns="layer", errors="ignore")
 rows["run"] = rows["run"].map(viz.visible)
 for share in {"ce_recovered", "dead"}.intersection(rows.columns):
     rows[share] = 100 * rows[share].astype(float)
 config = {
     "run": st.column_config.TextColumn("run", pinned=True, width=150),
+    "layer": st.column_config.NumberColumn("layer", format="%d", width=60, help="that the SAE writes to"),
     "d_sae": st.column_config.NumberColumn("latents", format="localized"),
     "l0": st.column_config.NumberColumn("L0", format="%.1f", help=workspace.FORMULAS["l0"]),
     "fvu": st.column_config.NumberColumn("FVU", format="%.4f", help=workspace.FORMULAS["fvu"]),
@@ -97,6 +103,10 @@ with left:
         )
     else:
         st.caption("No run has this number on held-out text yet; `saelab evaluate RUN --cache CACHE` measures it.")
+    depths = workspace.depth_points(found.runs.values(), y, training=others) if several else {}
+    if depths:
+        st.subheader("Quality by depth", anchor=False)
+        page.chart(viz.by_layer(depths, page.colours(), title), alt=f"{title} against the layer", key="depth")
 with right:
     st.subheader("Where the numbers come from", anchor=False)
     st.markdown(f"**{viz.markdown(page.run_title(chosen))}**")

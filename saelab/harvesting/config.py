@@ -14,6 +14,7 @@ from saelab.data.chat import check_roles
 from saelab.data.packing import Bos
 from saelab.errors import UserError, near_matches
 
+ALL_SHARDS = 1 << 30  # bytes of the shards of all hook points that are being filled
 PASS, LARGEST_PASS = 2048, 1 << 15  # tokens of a forward pass
 
 
@@ -104,7 +105,7 @@ class HarvestConfig:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         return replace(self, pass_tokens=largest_pass(model, (total - weights) / 4, self.gradients))
 
-    def shard_passes(self, d_in: int) -> int:
-        """Forward passes whose rows make up one shard."""
-        row_bytes = d_in * getattr(torch, self.dtype).itemsize
-        return max(self.shard_bytes // (row_bytes * self.context_length * self.pass_contexts), 1)
+    def shard_passes(self, d_in: int, hooks: int = 1) -> int:
+        """Forward passes whose rows make up one shard; fewer where a shard of each of many hook points is in memory."""
+        row_bytes, size = d_in * getattr(torch, self.dtype).itemsize, min(self.shard_bytes, ALL_SHARDS // hooks)
+        return max(size // (row_bytes * self.context_length * self.pass_contexts), 1)

@@ -18,6 +18,7 @@ from saelab.harvesting.activations import Reader
 from saelab.harvesting.config import HarvestConfig
 from saelab.harvesting.shards import ALONE, Progress, Share, fill, finish_caches, open_writers
 from saelab.lm.fingerprint import tokenizer_hash
+from saelab.lm.hook_patterns import expand, is_pattern
 from saelab.lm.loading import load_model, model_name
 from saelab.lm.randomised import RANDOM
 from saelab.lm.record import ModelRecord
@@ -51,6 +52,8 @@ def harvest(
     """
     if not isinstance(hook, str):
         raise UserError(f"hook={hook!r} is not the name of one hook point; call harvest_many for several")
+    if is_pattern(hook):
+        raise UserError(f"hook={hook!r} may stand for several hook points; call harvest_many for them")
     folder = Folder(out)
     _harvest(model, {hook: folder}, text, config, overwrite, resume, progress, share)
     return ActivationCache(folder.url)
@@ -68,9 +71,14 @@ def harvest_many(
     progress: Progress | None = None,
     share: Share = ALONE,
 ) -> dict[str, ActivationCache]:
-    """:func:`harvest` at several hook points in one pass: a cache each, in the sub-folder of ``out`` of its name."""
+    """:func:`harvest` at several hook points in one pass: a cache each, in the sub-folder of ``out`` of its name.
+
+    ``hooks`` may be patterns, ``blocks.*.hook_resid_post`` for example (see :mod:`saelab.lm.hook_patterns`).
+    """
     if isinstance(hooks, str) or not hooks:
         raise UserError(f"hooks={hooks!r} is not a list of hook points; call harvest for one")
+    model = load_model(model) if isinstance(model, str) else model
+    hooks = expand(model, hooks)
     folders = {name: Folder(out).sub(name) for name in hooks}
     _harvest(model, folders, text, config, overwrite, resume, progress, share)
     return {name: ActivationCache(folder.url) for name, folder in folders.items()}
@@ -110,7 +118,7 @@ def _harvest(
     reader.use_plain_model(first.tokens[:1], config.skip_first)
     widths = reader.widths(first.tokens[:1])
     shared: dict[str, Any] = _provenance(bridge, source, config) | {"bos": bos, "separator": separator}
-    shared["settings"]["shard_passes"] = config.shard_passes(max(widths))
+    shared["settings"]["shard_passes"] = config.shard_passes(max(widths), len(widths))
     manifests = [
         Manifest(d_in=d_in, hook_name=site.hook_name, hf_hook_name=site.path, side=site.side, **shared)
         for site, d_in in zip(sites, widths)

@@ -51,7 +51,7 @@ _LAST = {"attn.hook_z": "attn", "attn.o.hook_in": "attn", "mlp.hook_post": "mlp"
 _PROJECTED = {"attn.hook_q": "q", "attn.hook_k": "k", "attn.hook_v": "v"}
 _READS = {"mlp.hook_in": "mlp", "attn.hook_in": "attn"}  # what a sublayer reads, behind its norm
 _PRE = "mlp.hook_pre"
-_POINTS = (*_STREAM, *_ADDED, *_SUBLAYERS, *_LAST, *_PROJECTED, *_READS, _PRE)
+POINTS = (*_STREAM, *_ADDED, *_SUBLAYERS, *_LAST, *_PROJECTED, *_READS, _PRE)
 _PARTIAL = {"hook_resid_mid"}
 
 Edit = Callable[[Tensor], Tensor | None]
@@ -141,7 +141,7 @@ def _find(model: nn.Module, name: str) -> Site | None:
     match = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", name)
     bridge = cast("TransformerBridge", model) if underlying(model) is not model else None
     canonical = None if bridge is None else canonical_name(bridge, name)
-    if match is not None and match[2] in _POINTS:
+    if match is not None and match[2] in POINTS:
         site = _structural(model, name, int(match[1]), match[2])
         # Some places have no name in TransformerLens.
         return site if bridge is None or canonical is None else _on_bridge(bridge, name, canonical, site)
@@ -265,12 +265,12 @@ def _point(name: str) -> str:
 
 def _on_bridge(bridge: TransformerBridge, name: str, canonical: str, site: Site | None) -> Site:
     """The site of a name that TransformerLens knows: read on the plain model where its structure shows it."""
-    own = name if _point(name) in _POINTS else short(canonical)
+    own = name if _point(name) in POINTS else short(canonical)
     # In compatibility mode a bridge computes the sublayers itself, past their modules.
     if bridge.compatibility_mode and _point(name) in {*_LAST, *_PROJECTED, _PRE}:
         site = None
     if site is None:
-        side = "inner" if _point(name) in _POINTS else _side(canonical)
+        side = "inner" if _point(name) in POINTS else _side(canonical)
         return Site(own, module_path(bridge, canonical), side, canonical)
     if _point(name) in _PARTIAL and module_path(bridge, canonical) != site.path:
         canonical = ""  # where norms follow the sublayers, TransformerLens shows another tensor by that name
@@ -381,7 +381,7 @@ def _by_path(model: nn.Module, name: str) -> Site | None:
 def _existing(model: nn.Module, name: str) -> list[str]:
     """The names closest to one that does not exist, all of places that the model has."""
     prefix, layers = blocks(model)
-    known = [f"blocks.{i}.{point}" for i in range(len(layers)) for point in _POINTS]
+    known = [f"blocks.{i}.{point}" for i in range(len(layers)) for point in POINTS]
     known += [f"{prefix}.{i}" for i in range(len(layers))]
     if underlying(model) is not model:
         known += list(cast("TransformerBridge", model).hook_dict)

@@ -126,7 +126,7 @@ def rates_for(entry: Entry, grid: Grid, cache: ActivationCache) -> list[float]:
     if entry.rates:
         return sorted(entry.rates)
     assert grid.tuning is not None
-    default = replace(entry.train, lr=TrainConfig().lr).resolved(entry.outline(cache.d_in), cache).lr
+    default = replace(entry.train, lr=TrainConfig().lr).resolved(entry.outline(*entry.sizes(cache)), cache).lr
     assert isinstance(default, float)
     return sorted(factor * default for factor in grid.tuning.factors)
 

@@ -33,6 +33,20 @@ l0 = 32
 lr = "tune"                   # the best of several on validation rows; { tune = [5e-4, 1e-3, 2e-3] } names them
 seed = [0, 1, 2]              # tuned with the first seed
 
+[[grid]]                      # of a folder of caches: these of them (all by default) are one more axis
+cache = ["blocks.*.hook_resid_post"]
+variant = "topk"
+d_sae = 4608
+l0 = 32
+
+[[grid]]                      # transcoders: * is the layer of the cache
+cache = ["blocks.0-29.mlp.hook_in"]
+target = "blocks.*.hook_mlp_out"
+variant = "topk"
+d_sae = 4608
+l0 = 32
+skip = true
+
 [tune]                        # optional: these are the defaults
 factors = [0.25, 0.5, 1, 2, 4]  # rates to try, as multiples of the default rate
 validation = 0.05             # share of the training contexts
@@ -51,7 +65,7 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -63,11 +77,14 @@ from saelab.errors import UserError, first_line, near_matches
 from saelab.sae import SAE, VARIANTS, build
 from saelab.sae.options import defaults, with_l0
 from saelab.sae.options import options as variant_options
+from saelab.sweep.caches import Caches, Pair, resolve_target, spread
 from saelab.sweep.tuning import Tuning, rates_of
 from saelab.training import TrainConfig, check
+from saelab.training.config import target_width
 
 # Settings that all SAEs of a sweep share, because they see the same batches.
 SHARED = ("epochs", "batch_size", "data_seed")
+AXES = ("cache", "target", "variant", "d_sae")  # keys that are no options of a variant
 TABLES = ("train", "grid", "halving", "tune")
 TRAIN = tuple(field.name for field in fields(TrainConfig))
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -86,20 +103,31 @@ class Entry:
     rates: tuple[float, ...] | None = None  # learning rates to choose from, () for multiples of the default; else None
 
     @property
+    def pair(self) -> Pair:
+        """Names of its cache and its target."""
+        return self.keys.get("cache", ""), self.keys.get("target", "")
+
+    @property
     def l0(self) -> float | None:
         """Active latents per token that were asked for; None where a penalty has a weight instead."""
         cls = VARIANTS[self.variant]
         return self.options.get(cls.l0_option, defaults(cls).get(cls.l0_option))
 
-    def build(self, d_in: int) -> SAE:
-        """The untrained SAE: the one that `saelab train` with the same options starts from."""
+    def build(self, d_in: int, d_out: int | None = None) -> SAE:
+        """The untrained SAE: the one that `saelab train` with the same options starts from. ``d_out`` is the target's
+        width."""
         torch.manual_seed(self.train.seed)
-        return build(self.variant, d_in=d_in, d_sae=self.d_sae, **self.options)
+        target = {} if d_out is None else {"d_out": d_out}
+        return build(self.variant, d_in=d_in, d_sae=self.d_sae, **{**self.options, **target})
 
-    def outline(self, d_in: int) -> SAE:
+    def outline(self, d_in: int, d_out: int | None = None) -> SAE:
         """The same SAE without memory for its weights."""
         with torch.device("meta"):
-            return build(self.variant, d_in=d_in, d_sae=self.d_sae, **self.options)
+            return self.build(d_in, d_out)
+
+    def sizes(self, cache: ActivationCache) -> tuple[int, int | None]:
+        """``d_in`` and ``d_out`` on a cache; UserError for a target of another width than the input's or its own."""
+        return cache.d_in, target_width(cache, self.options.get("d_out"))
 
     def keys_but(self, name: str) -> str:
         """What the grid says about the SAE, but for one key, as text to compare."""
@@ -146,13 +174,20 @@ class Grid:
         tuning = {} if self.tuning is None else {"tuning": asdict(self.tuning)}
         return {"entries": entries, "halving": None if self.halving is None else asdict(self.halving), **tuning}
 
+    def parts(self) -> dict[Pair, Grid]:
+        """The same grid for each cache and target that its SAEs have; they train one after the other."""
+        found: dict[Pair, list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.pair, []).append(entry)
+        return {pair: replace(self, entries=tuple(entries)) for pair, entries in found.items()}
+
     def view(self, cache: ActivationCache) -> ActivationCache:
         """``cache`` as all SAEs of this grid see it: where rates are tuned, with validation rows set apart."""
         return cache if self.tuning is None else cache.with_validation(self.tuning.validation)
 
 
-def read_grid(path: Path | str) -> Grid:
-    """Parse a grid file. Raises UserError if it is not one."""
+def read_grid(path: Path | str, caches: Sequence[str] = ()) -> Grid:
+    """Parse a grid file. ``caches`` are the names of a folder's caches. Raises UserError if it is not one."""
     path = Path(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -161,13 +196,13 @@ def read_grid(path: Path | str) -> Grid:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML ({first_line(error)}); correct it") from error
     try:
-        return make_grid(content)
+        return make_grid(content, caches)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def make_grid(content: Mapping[str, Any]) -> Grid:
-    """A grid from the content of a grid file."""
+def make_grid(content: Mapping[str, Any], caches: Sequence[str] = ()) -> Grid:
+    """A grid from the content of a grid file. ``caches`` are the names of several caches, which are one more axis."""
     for name in content:
         if name not in TABLES:
             raise UserError(f"unknown table [{name}] in the grid: {near_matches(name, TABLES)}")
@@ -178,7 +213,8 @@ def make_grid(content: Mapping[str, Any]) -> Grid:
         _table(block, "[[grid]]")
     shared = _table(content.get("train", {}), "[train]")
     _known(shared, TRAIN, "[train]")
-    combinations = [keys for block in blocks for keys in _product(block)]
+    product = [keys for block in blocks for keys in _product(spread(block, caches))]
+    combinations = [resolve_target(keys, caches) for keys in product]
     varying = [key for key in dict.fromkeys(itertools.chain(*combinations)) if _varies(key, combinations)]
     entries = tuple(_entry(i, keys, shared, varying) for i, keys in enumerate(combinations, 1))
     names = [entry.name for entry in entries]
@@ -207,11 +243,17 @@ def _settings(content: Mapping[str, Any], name: str, cls: type, required: Sequen
     return cls(**values)
 
 
-def check_grid(grid: Grid, cache: ActivationCache) -> None:
-    """Raise UserError for the first entry that cannot be trained on ``cache``, by name; nothing is allocated.
+def check_grid(grid: Grid, caches: Caches | ActivationCache | Mapping[str, ActivationCache]) -> None:
+    """Raise UserError for the first entry that cannot be trained on its cache, by name; nothing is allocated.
 
     Validation rows must fill a batch where rates are tuned: fewer do not tell neighbouring rates apart.
     """
+    opened = Caches.of(caches)
+    for pair, part in grid.parts().items():
+        _check_part(part, opened.get(pair))
+
+
+def _check_part(grid: Grid, cache: ActivationCache) -> None:
     cache = grid.view(cache)
     rows, size = cache.n_split("validation"), grid.entries[0].train.batch_size
     if grid.tuning is not None and rows < size:
@@ -219,7 +261,7 @@ def check_grid(grid: Grid, cache: ActivationCache) -> None:
         raise UserError(f"{found}; raise it in [tune], lower batch_size or harvest more tokens")
     for number, entry in enumerate(grid.entries, 1):
         try:
-            check(entry.outline(cache.d_in), cache, entry.train)
+            check(entry.outline(*entry.sizes(cache)), cache, entry.train)
         except UserError as error:
             raise _blame(number, entry.keys, error) from error
 
@@ -233,7 +275,7 @@ def _entry(number: int, keys: dict[str, Any], shared: Mapping[str, Any], varying
             raise _blame(number, keys, f"{name} is shared by all SAEs of a sweep; put it under [train]")
     own = {name: value for name, value in keys.items() if name in TRAIN}
     training = {**shared, **own}
-    options = {name: value for name, value in keys.items() if name not in {*TRAIN, "variant", "d_sae"}}
+    options = {name: value for name, value in keys.items() if name not in {*TRAIN, *AXES}}
     try:
         rates = rates_of(training.get("lr"))
         if rates is not None:
@@ -250,11 +292,11 @@ def _entry(number: int, keys: dict[str, Any], shared: Mapping[str, Any], varying
         raise _blame(number, keys, error) from error
     named = [
         key
-        for key in ("variant", "l0", "k", "d_sae", "lr", "seed")
+        for key in ("cache", "variant", "l0", "k", "d_sae", "lr", "seed")
         if key in keys and (key in varying or key == "variant")
     ]
     named += [key for key in keys if key in varying and key not in named]
-    name = "_".join(_word(keys[key]) if key == "variant" else f"{key}-{_word(keys[key])}" for key in named)
+    name = "_".join(_word(keys[key]) if key in ("cache", "variant") else f"{key}-{_word(keys[key])}" for key in named)
     return Entry(name, keys["variant"], keys["d_sae"], options, train, keys, rates)
 
 

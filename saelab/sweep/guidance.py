@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saelab.sweep.caches import places_of
+
 FEWEST = 3  # numbers of active latents that a minimum between them needs
 PARTS = ("variant", "d_sae", "options")
 
@@ -49,13 +51,13 @@ def guidance(points: Iterable[Point]) -> list[Guidance]:
 def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
     """The points of a sweep's table (:func:`saelab.sweep.load_results`); rows without the numbers are left out."""
     found = []
-    for row in rows:
+    for row, place in zip(rows, places_of(rows)):
         if row.get("mean_cosine") is not None and row["l0"] is not None:
             options = json.loads(row["options"] or "{}")
             rest = {name: value for name, value in sorted(options.items()) if name not in ("k", "l0", "n_steps")}
             said = "".join(f" {name}={value}" for name, value in rest.items())
             found.append(
-                Point(f"{row['variant']} {row['d_sae']}{said}", row["l0"], row["mean_cosine"], row["seed"] or 0)
+                Point(f"{row['variant']} {row['d_sae']}{said}{place}", row["l0"], row["mean_cosine"], row["seed"] or 0)
             )
     return found
 

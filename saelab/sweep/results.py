@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from saelab.metrics import mean_cosine
 from saelab.sae import VARIANTS
 from saelab.sae.controller import NEAR
 from saelab.sae.weights import load_sae
+from saelab.sweep.caches import Caches
 from saelab.sweep.grid import Entry
 from saelab.sweep.member import Member
 from saelab.training import read_run
@@ -45,6 +46,9 @@ SCHEMA = pa.schema(
         ("parameters", pa.float64()),
         ("mean_cosine", pa.float64()),  # between directions; lowest near the right L0 (see guidance)
         ("folder", pa.string()),  # relative to the table
+        ("cache", pa.string()),  # name among several caches; null where there is one
+        ("hook_name", pa.string()),
+        ("hook_name_out", pa.string()),  # of transcoders
         ("tried", pa.string()),  # learning rates, as JSON (see choice.Group), where it was tuned; null elsewhere
     ]
 )
@@ -52,15 +56,16 @@ SCHEMA = pa.schema(
 
 def measure(
     members: Sequence[Member],
-    cache: ActivationCache,
+    caches: Caches | ActivationCache | Mapping[str, ActivationCache],
     model: nn.Module | None = None,
     config: EvaluateConfig | None = None,
     progress: Callable[[Member], None] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per SAE. Finished ones are evaluated on held-out tokens, which leaves their ``evaluation.json``."""
-    config = config or EvaluateConfig(lm_tokens=0)
+    config, caches = config or EvaluateConfig(lm_tokens=0), Caches.of(caches)
     rows = []
     for member in members:
+        cache = caches.get(member.entry.pair)
         values: dict[str, float | None] = dict.fromkeys((*MEASURED, "parameters", "mean_cosine"))
         message = member.message
         if member.status == "finished":
@@ -88,6 +93,9 @@ def measure(
                 **values,
                 "cpu_seconds": member.cpu_seconds,
                 "folder": member.folder.name,
+                "cache": entry.pair[0] or None,
+                "hook_name": cache.hook_name or None,
+                "hook_name_out": None if cache.target is None else cache.target.hook_name,
                 "tried": json.dumps(member.tried) if member.tried else None,
             }
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from saelab.errors import UserError, damaged
 from saelab.files import lock, remove_partial, write_json
 from saelab.layout import SWEEP
 from saelab.sae import VARIANTS
+from saelab.sweep.caches import Caches, Pair
 from saelab.sweep.choice import CANDIDATES, Group, groups_of, validation_score
 from saelab.sweep.grid import Entry, Grid, check_grid
 from saelab.sweep.halving import STRAGGLING, losers, stragglers
@@ -29,7 +30,7 @@ from saelab.training.fitting import without_warmups
 
 def run_sweep(
     grid: Grid,
-    cache: ActivationCache,
+    caches: Caches | ActivationCache | Mapping[str, ActivationCache],
     folder: Path | str,
     *,
     resume: bool = False,
@@ -38,6 +39,8 @@ def run_sweep(
     device: torch.device | str = "cpu",
 ) -> Generator[list[Member]]:
     """Train every entry of ``grid`` into ``folder/NAME``; yields the members after every batch, the entries' last.
+
+    ``caches`` is one cache, or those that the grid was made for by name; they are read one after the other.
 
     Each SAE ends bit-identical to one that :func:`saelab.training.fit_steps` trains alone: it has its own optimizer,
     schedule and checkpoints. One that diverges is stopped, with the reason in its ``message``, and the others continue.
@@ -51,13 +54,26 @@ def run_sweep(
     the first seed of their group. The one with the smallest FVU on the validation rows becomes that seed's SAE. Another
     reading trains the other seeds at that rate, and rates beyond the given multiples where the best was at the edge.
     """
-    folder, cache = Path(folder), grid.view(cache)
-    check_grid(grid, cache)
+    folder, caches = Path(folder), Caches.of(caches)
+    check_grid(grid, caches)
+    often = {"checkpoint_steps": checkpoint_steps, "checkpoint_minutes": checkpoint_minutes}
     with lock(folder):
-        record = _open_record(folder, grid, cache, resume)
-        groups = groups_of(grid, cache, record, folder)
-        often = {"checkpoint_steps": checkpoint_steps, "checkpoint_minutes": checkpoint_minutes}
-        yield from _Sweep(grid, cache, folder, resume, often, torch.device(device), record, groups).run()
+        parts = {pair: (part, part.view(caches.get(pair))) for pair, part in grid.parts().items()}
+        record = _open_record(folder, grid, {pair: cache for pair, (_, cache) in parts.items()}, resume)
+        members: dict[str, Member] = {}
+        for pair, (part, cache) in parts.items():
+            groups = groups_of(part, cache, record, folder)
+            sweep = _Sweep(part, cache, folder, resume, often, torch.device(device), record, groups, _label(pair))
+            current: list[Member] = []
+            for current in sweep.run():
+                if len(parts) > 1:
+                    yield [*members.values(), *current]
+                else:
+                    yield current
+            members |= {member.entry.name: member for member in current}
+            cache.release()
+        if len(parts) > 1:
+            yield [members[entry.name] for entry in grid.entries]
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,7 @@ class _Sweep:
     device: torch.device
     record: dict[str, Any]  # the content of sweep.json
     groups: Sequence[Group]
+    label: str = ""  # of its cache, where the sweep has several
 
     def run(self) -> Generator[list[Member]]:
         """Read the cache until nothing is left to train: once, and again where rates were tuned."""
@@ -141,7 +158,7 @@ class _Sweep:
 
         for member in active:
             member.run = fit_steps(
-                member.entry.build(self.cache.d_in).to(self.device),
+                member.entry.build(*member.entry.sizes(self.cache)).to(self.device),
                 self.cache,
                 member.entry.train,
                 member.folder,
@@ -197,7 +214,7 @@ class _Sweep:
         shares = grid.halving.at if grid.halving is not None else STRAGGLING if self.stops_early else ()
         for share in shares:
             rung = round(share * total)
-            if rung != position or str(rung) in self.record["rungs"]:
+            if rung != position or f"{self.label}{rung}" in self.record["rungs"]:
                 continue
             if grid.halving is not None:
                 lost = losers(grid.halving, [m for m in members if m.status == "running"], rung, total)
@@ -215,7 +232,7 @@ class _Sweep:
     def stop(self, lost: Sequence[Member], rung: int, reason: str) -> None:
         """Stop members at the current step."""
         # The decision is saved first, so that a resumed sweep stops the same SAEs at the same step.
-        self.record["rungs"][str(rung)] = [m.entry.name for m in lost]
+        self.record["rungs"][f"{self.label}{rung}"] = [m.entry.name for m in lost]
         for member in lost:
             self.record["stopped"][member.entry.name] = {"status": "halted", "step": rung, "message": reason}
         self.save()
@@ -237,9 +254,22 @@ def _finish(member: Member) -> None:
         member.status, member.run = "finished", None
 
 
-def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool) -> dict[str, Any]:
-    """``sweep.json``: the grid and the cache, the rungs that were decided, and the SAEs that were stopped."""
-    about = json.loads(json.dumps({"grid": grid.content(), "cache_fingerprint": cache.fingerprint}))
+def _label(pair: Pair) -> str:
+    """What precedes a step in the names of rungs."""
+    return "".join(f"{name}:" for name in pair if name)
+
+
+def _fingerprint(cache: ActivationCache) -> str:
+    return cache.fingerprint + ("" if cache.target is None else f">{cache.target.fingerprint}")
+
+
+def _open_record(folder: Path, grid: Grid, caches: Mapping[Pair, ActivationCache], resume: bool) -> dict[str, Any]:
+    """``sweep.json``: the grid and the caches, the rungs that were decided, and the SAEs that were stopped."""
+    fingerprints = {_label(pair).rstrip(":"): _fingerprint(cache) for pair, cache in caches.items()}
+    paths = {_label(pair).rstrip(":"): str(cache.path) for pair, cache in caches.items()}
+    alone = list(fingerprints) == [""]
+    known = {"cache_fingerprint": fingerprints[""] if alone else fingerprints}
+    about = json.loads(json.dumps({"grid": grid.content(), **known}))
     path = folder / SWEEP
     if resume and path.is_file():
         for run in (folder, *(folder / entry.name for entry in grid.entries), *folder.glob(f"{CANDIDATES}/*/*")):
@@ -258,11 +288,12 @@ def _open_record(folder: Path, grid: Grid, cache: ActivationCache, resume: bool)
         for part, remedy in (("cache_fingerprint", "restore the cache"), ("grid", "use the grid it was begun with")):
             if before[part] != about[part]:
                 raise UserError(f"{folder} was begun with another {part.split('_')[0]}; {remedy} or start a new sweep")
-        cache.verify()
+        for cache in caches.values():
+            cache.verify()
         return record
     if path.is_file():  # its SAEs would count as trained, whatever the new grid says
         raise UserError(f"{folder} holds a sweep; continue it with resume, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    record = {**about, "cache": str(cache.path), "rungs": {}, "stopped": {}}
+    record = {**about, "cache": paths[""] if alone else paths, "rungs": {}, "stopped": {}}
     write_json(path, record)
     return record

@@ -27,7 +27,8 @@ from saelab.sae.controller import NEAR
 from saelab.sae.weights import load_sae
 
 Row = Mapping[str, Any]
-ALIKE = ("variant", "k", "asked_l0", "d_sae", "options")
+PLACE = ("hook_name", "hook_name_out")  # only SAEs of one place are compared
+ALIKE = ("variant", "k", "asked_l0", "d_sae", "options", *PLACE)
 MEANS = ("l0", "dead_fraction", "ce_loss_recovered_zero", "lr", "cpu_seconds", "parameters")
 SUMMARY = pa.schema(
     [
@@ -36,6 +37,7 @@ SUMMARY = pa.schema(
         ("asked_l0", pa.float64()),
         ("d_sae", pa.int64()),
         ("options", pa.string()),
+        *((name, pa.string()) for name in PLACE),
         ("seeds", pa.int64()),
         ("documents", pa.int64()),
         *((name, pa.float64()) for name in ("fvu", "fvu_low", "fvu_high", *MEANS)),  # means over the seeds
@@ -61,7 +63,7 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         if row["status"] == "finished" and row["fvu"] is not None:
             # A tuned rate is the same for all seeds of a group; one that the grid lists makes a group of its own.
-            found.setdefault((*(row[name] for name in ALIKE), row["lr"]), []).append(row)
+            found.setdefault((*(row.get(name) for name in ALIKE), row["lr"]), []).append(row)
     return {_name(members): members for members in found.values()}
 
 
@@ -127,7 +129,7 @@ def _summary(
     first = members[0]
     return {
         "name": name,
-        **{column: first[column] for column in ("variant", "asked_l0", "d_sae", "options")},
+        **{column: first.get(column) for column in ("variant", "asked_l0", "d_sae", "options", *PLACE)},
         "seeds": len(members),
         "documents": len(deviations),
         "fvu": fvu,
@@ -148,7 +150,7 @@ def _differences(
     found: Mapping[str, Sequence[Row]], by_document: Mapping[str, dict[str, np.ndarray]]
 ) -> Iterator[dict[str, Any]]:
     for (a, left), (b, right) in itertools.combinations(found.items(), 2):
-        if any(left[0][name] != right[0][name] for name in ("asked_l0", "d_sae")):
+        if any(left[0].get(name) != right[0].get(name) for name in ("asked_l0", "d_sae", *PLACE)):
             continue
         pairs = [(x, y) for x in left for y in right if x["seed"] == y["seed"]]
         if not pairs:

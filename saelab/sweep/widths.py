@@ -13,6 +13,7 @@ from saelab.errors import UserError
 from saelab.metrics.hedging import Hedging, hedging
 from saelab.metrics.intervals import t_interval
 from saelab.sae.weights import load_sae
+from saelab.sweep.caches import places_of
 
 Row = Mapping[str, Any]
 
@@ -20,9 +21,10 @@ Row = Mapping[str, Any]
 def hedging_of_widths(rows: Sequence[Row], folder: Path | str) -> list[str]:
     """A sentence for each two neighbouring widths of SAEs that are otherwise alike, by the sweep's table and folder."""
     groups: dict[tuple[Any, ...], dict[int, dict[int, Row]]] = {}
-    for row in rows:
+    places = places_of(rows)
+    for row, place in zip(rows, places):
         if row["status"] == "finished":
-            kind = (row["variant"], row["asked_l0"], row["options"])
+            kind = (row["variant"], row["asked_l0"], row["options"], place)
             groups.setdefault(kind, {}).setdefault(row["d_sae"], {})[row["seed"]] = row
     return [
         _sentence(kind, narrow, wide, by_width, Path(folder))
@@ -35,7 +37,7 @@ def _sentence(
     kind: tuple[Any, ...], narrow: int, wide: int, by_width: Mapping[int, Mapping[int, Row]], folder: Path
 ) -> str:
     l0 = "" if kind[1] is None else f" at {kind[1]:g} active latents"
-    name = f"{kind[0]}{l0}, {narrow} latents beside {wide}"
+    name = f"{kind[0]}{l0}{kind[3]}, {narrow} latents beside {wide}"
     seeds = sorted(by_width[narrow].keys() & by_width[wide].keys())
     found: list[Hedging] = []
     try:

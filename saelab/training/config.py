@@ -169,6 +169,23 @@ def check_target(sae: SAE, cache: ActivationCache) -> None:
         )
 
 
+def target_width(cache: ActivationCache, given: int | None) -> int | None:
+    """The width of the target; None without one. UserError where it is not the input's and nobody said so."""
+    if cache.target is None:
+        if given is not None:
+            raise UserError(f"d_out={given} is the width of a target, and there is none; name its cache as the target")
+        return None
+    found = cache.target.d_in
+    if given is None and found != cache.d_in:
+        raise UserError(
+            f"the target {cache.target.path} has width {found}, not {cache.d_in} as the input; give d_out={found} if "
+            "that is meant"
+        )
+    if given is not None and found != given:
+        raise UserError(f"the target {cache.target.path} has width {found}, not d_out={given}; correct one of them")
+    return found
+
+
 def n_steps(cache: ActivationCache, config: TrainConfig) -> int:
     """Steps of a whole run."""
     return config.epochs * cache.n_batches(config.batch_size, split="train", drop_last=True)

@@ -3,6 +3,7 @@
 from saelab.viz.attribution import attribution_graph
 from saelab.viz.charts import (
     activation_histogram,
+    by_layer,
     density_histogram,
     dose_response,
     firing_rank,
@@ -34,6 +35,7 @@ __all__ = [
     "Palette",
     "activation_histogram",
     "attribution_graph",
+    "by_layer",
     "caption",
     "contest_bars",
     "contrast",

@@ -71,6 +71,15 @@ def _points(fig: go.Figure, rows: Sequence[_Point], name: str, symbol: str, colo
     )
 
 
+def by_layer(points: Mapping[str, Sequence[tuple[Any, ...]]], colours: Palette, y: str = "FVU") -> go.Figure:
+    """A number against the layer, one series per kind of SAE: ``{kind: [(layer, value, hover lines), ...]}``."""
+    layers = sorted({int(row[0]) for rows in points.values() for row in rows})
+    shown = layers[:: -(-len(layers) // 16)]
+    return pareto(points, colours, "layer", y).update_xaxes(
+        type="linear", tickvals=shown, ticktext=list(map(str, shown))
+    )
+
+
 def lines(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     colours: Palette,

@@ -10,9 +10,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from saelab.lm.hook_names import layer_of
 from saelab.sweep.guidance import guidance, points_of
 from saelab.viz.axes import base, log_axis
-from saelab.viz.charts import pareto
+from saelab.viz.charts import by_layer, pareto
 from saelab.viz.escape import label as safe
 from saelab.viz.theme import LIGHT, Palette
 
@@ -45,6 +46,22 @@ def pareto_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = 
             series = f"{row['variant']} {row['d_sae']}" if several else row["variant"]
             points[series].append((row["l0"], row[value], text))
     return pareto(points, colours, "L0 on held-out tokens", AXES[value])
+
+
+def depth_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = LIGHT) -> go.Figure | None:
+    """One measured column against the layer, a series for SAEs that differ in nothing else; None for a single layer."""
+    points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    for row in rows:
+        hook = row.get("hook_name_out") or row.get("hook_name") or ""
+        layer = layer_of(hook)
+        if layer is not None and row[value] is not None:
+            text = f"{safe(row['name'])}<br>L0 {row['l0']:.1f}<br>{value} {row[value]:.4f}"
+            asked = "" if row["asked_l0"] is None else f" L0 {row['asked_l0']:g}"
+            place = hook.replace(f".{layer}.", ".*.", 1)
+            points[f"{row['variant']} {row['d_sae']}{asked} {place}"].append((layer, row[value], text))
+    return (
+        by_layer(points, colours, AXES[value]) if len({row[0] for own in points.values() for row in own}) > 1 else None
+    )
 
 
 def cost_of(rows: Sequence[Mapping[str, Any]], column: str, colours: Palette = LIGHT) -> go.Figure | None:
@@ -131,6 +148,9 @@ def report(
     for number, value in enumerate(shown):
         figure = pareto_of(rows, value).to_html(full_html=False, include_plotlyjs=number == 0)
         parts.append(f"<h2>{html.escape(AXES[value])}</h2>{figure}")
+        if (figure := depth_of(rows, value)) is not None:
+            page = figure.to_html(full_html=False, include_plotlyjs=False)
+            parts.append(f"<h2>Quality by depth: {html.escape(AXES[value])}</h2>{page}")
     rates = rates_of(rows)
     if rates is not None:
         page = rates.to_html(full_html=False, include_plotlyjs=not shown)

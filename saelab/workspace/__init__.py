@@ -3,7 +3,7 @@
 from saelab.runs.metrics_log import measured, read_metrics, series, thin
 from saelab.workspace.commands import evaluate_command, index_command, train_command
 from saelab.workspace.condition import Progress, damage, progress
-from saelab.workspace.numbers import FORMULAS, TITLES, Number, numbers, pareto_points, summary
+from saelab.workspace.numbers import FORMULAS, TITLES, Number, depth_points, layer, numbers, pareto_points, summary
 from saelab.workspace.scan import Workspace
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "Progress",
     "Workspace",
     "damage",
+    "depth_points",
     "evaluate_command",
     "index_command",
+    "layer",
     "measured",
     "numbers",
     "pareto_points",

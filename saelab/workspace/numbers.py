@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from saelab.errors import UserError, damaged
 from saelab.layout import EVALUATION, METRICS
+from saelab.lm.hook_names import layer_of
 from saelab.runs import Run
 from saelab.workspace.commands import evaluate_command, train_command
 from saelab.workspace.condition import state
@@ -86,6 +87,7 @@ def summary(run: Run) -> dict[str, Any]:
         return {**row, "state": str(error)}
     return {
         **row,
+        "layer": layer(run),
         "variant": run.variant,
         "d_sae": run.d_sae,
         "k": run.settings.get("k"),
@@ -143,10 +145,19 @@ def _evaluation(run: Run) -> dict[str, Number]:
     return found
 
 
-class Point(NamedTuple):
-    """One SAE in the chart of sparsity against fidelity."""
+def layer(run: Run) -> int | None:
+    """The layer that a run writes to; None where its hook point has none, or is not known."""
+    try:
+        name = run.metadata.get("hook_name_out") or run.metadata.get("hook_name") or ""
+    except (UserError, OSError):
+        return None
+    return layer_of(name)
 
-    l0: float
+
+class Point(NamedTuple):
+    """One SAE in a chart of fidelity against sparsity, or against depth."""
+
+    x: float  # L0, or the layer
     value: float
     text: str
     """Provenance as safe HTML."""
@@ -169,15 +180,34 @@ def pareto_points(runs: Iterable[Run], fidelity: str, training: bool = False) ->
         widths.setdefault(run.variant, set()).add(run.d_sae)
     points: dict[str, list[Point]] = {}
     for run, l0, number in known:
-        lines = [f"<b>{html.escape(run.name, quote=False)}</b>"]
-        for found in (l0, number):
-            lines.append(f"{TITLES[found.name]} = {found.text()}")
-            lines += [html.escape(part, quote=False) for part in found.provenance().split(" · ")]
         series = run.variant if len(widths[run.variant]) == 1 else f"{run.variant} {run.d_sae or '?'}"
-        held_out = l0.held_out and number.held_out
-        point = Point(l0.value, number.value, "<br>".join(lines), number.low, number.high, held_out)
-        points.setdefault(series, []).append(point)
+        points.setdefault(series, []).append(_point(run, l0, number, l0.value))
     return points
+
+
+def depth_points(runs: Iterable[Run], fidelity: str, training: bool = False) -> dict[str, list[Point]]:
+    """What :func:`saelab.viz.by_layer` draws: the same SAEs by layer, a series for those that differ in nothing else.
+
+    That is the variant, its width, the latents per token that were asked for, and the point of the layer.
+    """
+    points: dict[str, list[Point]] = {}
+    for run in runs:
+        depth, pair = layer(run), _pair(run, fidelity) if run.has_weights else None
+        if depth is None or pair is None or not (training or (pair[0].held_out and pair[1].held_out)):
+            continue
+        place = (run.metadata.get("hook_name_out") or run.metadata["hook_name"]).replace(f".{depth}.", ".*.", 1)
+        asked = next((f" L0 {run.settings[key]:g}" for key in ("k", "n_steps", "l0") if run.settings.get(key)), "")
+        series = f"{run.variant} {run.d_sae or '?'}{asked} {place}"
+        points.setdefault(series, []).append(_point(run, *pair, depth))
+    return points
+
+
+def _point(run: Run, l0: Number, number: Number, x: float) -> Point:
+    lines = [f"<b>{html.escape(run.name, quote=False)}</b>"]
+    for found in (l0, number):
+        lines.append(f"{TITLES[found.name]} = {found.text()}")
+        lines += [html.escape(part, quote=False) for part in found.provenance().split(" · ")]
+    return Point(x, number.value, "<br>".join(lines), number.low, number.high, l0.held_out and number.held_out)
 
 
 def _pair(run: Run, fidelity: str) -> tuple[Number, Number] | None:

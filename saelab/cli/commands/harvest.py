@@ -18,7 +18,8 @@ class Options:
     out: str
     """Folder or URL of the cache; with several hooks, each gets a sub-folder."""
     hook: tuple[str, ...] = ("blocks.9.hook_resid_post",)
-    """Hook points: TransformerLens names or Hugging Face module paths."""
+    """Hook points: TransformerLens names or Hugging Face module paths, or patterns of these:
+    `blocks.*.hook_resid_post`, `blocks.3,9,15.hook_mlp_out`, `blocks.0-29:3.hook_resid_post` (every third layer)."""
     model: str = "smollm2"
     """Language model: `smollm2`, `gemma3-270m`, a hub id, or a local folder (of a PEFT adapter too)."""
     revision: str | None = None
@@ -100,6 +101,7 @@ def run(options: Any, config: Any) -> None:
     from saelab.distributed.world import end_world
     from saelab.harvesting import harvest, harvest_many
     from saelab.lm import load_model
+    from saelab.lm.hook_patterns import is_pattern
     from saelab.lm.randomised import RandomWeights
 
     share, device = place(options)
@@ -111,7 +113,7 @@ def run(options: Any, config: Any) -> None:
         model = load_model(options.model, dtype=running_dtype(options.model_dtype, device), **where)
     settings: Any = {"overwrite": options.overwrite, "resume": options.resume, "share": share}
     with counting("harvest") as progress:
-        if len(options.hook) == 1:
+        if len(options.hook) == 1 and not is_pattern(options.hook[0]):
             cache = harvest(model, options.hook[0], source, options.out, config, progress=progress, **settings)
             caches = {cache.hook_name: cache}
         else:

@@ -10,8 +10,10 @@ from typing import Any
 import tyro
 
 from saelab.cli.console import out, parse, print_json
+from saelab.cli.opening import find_target
 from saelab.cli.placement import computing_device
 from saelab.data.cache import ActivationCache
+from saelab.runs import Run
 from saelab.runs.inspection import inspect
 
 
@@ -60,7 +62,7 @@ def main(args: Sequence[str]) -> None:
         args,
         "Print what an SAE file contains: format, shapes, norms, hook point, and anything unusual.",
     )
-    cache = ActivationCache(options.cache) if options.cache else None
+    cache = None if options.cache is None else cache_of(options.path, options.cache, options.hints())
     facts = inspect(options.path, cache, device=computing_device(options.device), **options.hints())
     if options.json:
         print_json(facts)
@@ -77,6 +79,12 @@ def main(args: Sequence[str]) -> None:
         out.print(f"{name:<22} {_short(value)}", markup=False)
     for note in facts["notes"]:
         out.print(f"note: {note}", markup=False)
+
+
+def cache_of(path: str, folder: Path, hints: dict[str, Any]) -> ActivationCache:
+    """The cache, for a transcoder with its target."""
+    cache, run = ActivationCache(folder), Run.open(path, **hints)
+    return cache.with_target(ActivationCache(find_target(run, cache))) if run.sae.transcodes else cache
 
 
 def _short(value: object) -> str:

@@ -20,7 +20,6 @@ from saelab.cli.console import console, out, output_folder, parse, print_json, p
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.placement import computing_device
 from saelab.cli.signals import Stop, stop_on_signals
-from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig
 from saelab.files import replace
@@ -40,6 +39,7 @@ from saelab.sweep import (
     save_summary,
     summarise,
 )
+from saelab.sweep.caches import Caches
 from saelab.sweep.grid import check_grid
 from saelab.training import n_steps
 from saelab.training.checkpoints import Interval
@@ -52,7 +52,8 @@ class OwnOptions:
     """Which cache, which grid, and where to write."""
 
     cache: tyro.conf.Positional[Path]
-    """Folder of the activation cache; it is read once for all SAEs."""
+    """Folder of the activation cache, which is read once for all SAEs; or a folder of caches, as a harvest at several
+    hook points writes it: each is one more value of the grid's `cache`."""
     grid: tyro.conf.Positional[Path]
     """TOML file with [train], [[grid]] and [halving]; its format is described in docs/how-to/sweep.md."""
     out: Path
@@ -86,11 +87,16 @@ def main(args: Sequence[str]) -> None:
         "Train a grid of SAEs while reading the cache once, and compare them on held-out tokens.",
     )
     Interval(options.checkpoint_steps, options.checkpoint_minutes)  # which refuses bad ones, before anything is done
-    cache, grid, device = ActivationCache(options.cache), read_grid(options.grid), computing_device(options.device)
-    check_grid(grid, cache)
+    caches, device = Caches.open(options.cache), computing_device(options.device)
+    grid, cache = read_grid(options.grid, caches.names), caches.first
+    check_grid(grid, caches)
     config = EvaluateConfig(lm_tokens=options.lm_tokens)
-    if not cache.n_split("held_out"):
-        raise UserError(f"{cache.path} has no held-out rows to measure the SAEs on; harvest it with --held-out above 0")
+    for pair in grid.parts():
+        if not caches.get(pair).n_split("held_out"):
+            raise UserError(
+                f"{caches.get(pair).path} has no held-out rows to measure the SAEs on; harvest it with --held-out "
+                "above 0"
+            )
     if options.lm_tokens and not (options.model or cache.manifest.model):
         raise UserError(
             f"lm_tokens={options.lm_tokens} needs the language model, which {cache.path} does not name; give it with "
@@ -99,12 +105,12 @@ def main(args: Sequence[str]) -> None:
     # The old sweep is deleted last, so that an error in the options does not cost it.
     with output_folder(options.out, options.overwrite, options.resume):
         with stop_on_signals() as stop:
-            members = train(grid, cache, options, device, stop)
+            members = train(grid, caches, options, device, stop)
         if members is None:
             assert stop.signal is not None
             console.print(f"{stop.signal.name}: all SAEs saved; continue with --resume")
             sys.exit(stop.exit_code)
-        rows = evaluate(members, cache, config, options)
+        rows = evaluate(members, caches, config, options)
         path = save_results(rows, options.out)
         summaries, differences = summarise(rows, options.out)
         save_summary(summaries, differences, options.out)
@@ -142,16 +148,17 @@ def show(
             out.print(f"{row['name']}: {row['message']}", markup=False)
 
 
-def train(grid: Grid, cache: ActivationCache, options: Options, device: Any, stop: Stop) -> list[Member] | None:
+def train(grid: Grid, caches: Caches, options: Options, device: Any, stop: Stop) -> list[Member] | None:
     """Run the sweep under a live table; None if a signal stopped it."""
-    cache, config = grid.view(cache), grid.entries[0].train
-    total, members, shown, done = n_steps(cache, config), [], 0.0, 0
-    rows = cache.n_split("validation")
+    views, config = [part.view(caches.get(pair)) for pair, part in grid.parts().items()], grid.entries[0].train
+    total, members, shown, done = sum(n_steps(cache, config) for cache in views), [], 0.0, 0
+    rows = min(cache.n_split("validation") for cache in views)
     tuned = f"; learning rates are compared on {rows} validation rows, which no SAE trains on" if grid.tuning else ""
-    console.print(f"{len(grid.entries)} SAEs, {total} steps of {config.batch_size} tokens{tuned}")
+    over = f" over {len(views)} caches" if len(views) > 1 else ""
+    console.print(f"{len(grid.entries)} SAEs, {total} steps of {config.batch_size} tokens{over}{tuned}")
     sweep = run_sweep(
         grid,
-        cache,
+        caches,
         options.out,
         resume=options.resume,
         checkpoint_steps=options.checkpoint_steps,
@@ -164,6 +171,7 @@ def train(grid: Grid, cache: ActivationCache, options: Options, device: Any, sto
         for members in sweep:
             step = max((m.step for m in members if m.status == "running"), default=total)
             done += 1
+            step = step if len(views) == 1 else min(done, total)  # caches are read one after the other
             if time.perf_counter() - shown > 0.5:
                 shown = time.perf_counter()
                 speed = done * config.batch_size / (shown - started)
@@ -188,14 +196,15 @@ def view(members: Sequence[Member], bar: Progress) -> Group:
 
 
 def evaluate(
-    members: Sequence[Member], cache: ActivationCache, config: EvaluateConfig, options: ModelOptions
+    members: Sequence[Member], caches: Caches, config: EvaluateConfig, options: ModelOptions
 ) -> list[dict[str, Any]]:
     """Measure the finished SAEs on held-out tokens, under a progress bar."""
+    cache = caches.first
     record = ModelRecord.from_manifest(cache.manifest)
     model = open_model(options, record, str(cache.path), plain=True) if config.lm_tokens else None
     with progress_bar() as bar:
         task = bar.add_task("measuring", total=len(members))
-        return measure(members, cache, model, config, lambda _: bar.advance(task))
+        return measure(members, caches, model, config, lambda _: bar.advance(task))
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -33,6 +33,7 @@ from saelab.runs import Run
 from saelab.sae import SAE, VARIANTS
 from saelab.training import StepMetrics, TrainConfig, chosen_rate, finished, fit_steps, n_steps, prepared, read_run
 from saelab.training.checkpoints import Interval, latest_step, number_of
+from saelab.training.config import target_width
 from saelab.training.divergence import failure
 from saelab.training.fitting import SOURCE
 from saelab.training.log import Log, TensorBoard, Wandb, recent_fvu
@@ -125,7 +126,7 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
     quiet(not parallel.is_main)
     cache = open_pair(options.cache, options.target)
     d_in = cache.d_in if source is None else source.sae.d_in
-    if (d_out := width_out(cache, options.d_out)) is not None:
+    if (d_out := target_width(cache, options.d_out)) is not None:
         config = {**config, "d_out": d_out}
     sae = build_shard(options.variant, d_in, options.d_sae, options.seed, parallel, **config).to(device)
     whole = whole_of(sae, parallel)
@@ -155,23 +156,6 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
     if not options.json:
         out.print(f"saved to {options.out}", markup=False, soft_wrap=True)
     return last
-
-
-def width_out(cache: ActivationCache, given: int | None) -> int | None:
-    """The width of the target; None without one. UserError where it is not the input's and nobody said so."""
-    if cache.target is None:
-        if given is not None:
-            raise UserError(
-                f"--d-out {given} is the width of a target, and none is given; name its cache with --target"
-            )
-        return None
-    found = cache.target.d_in
-    if found != (cache.d_in if given is None else given):
-        raise UserError(
-            f"the target {cache.target.path} has width {found}, not "
-            + (f"{cache.d_in} as the input; give --d-out {found} if that is meant" if given is None else f"{given}")
-        )
-    return found
 
 
 def remarks(sae: SAE, last: StepMetrics | None, config: TrainConfig, folder: Path) -> list[str]:

@@ -1,0 +1,70 @@
+"""Transcoders of two layers in the app: every page works, and the overview shows their quality by depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_workspace import CONTEXT, D_MODEL, D_SAE, make_model
+from streamlit.testing.v1 import AppTest
+
+from saelab.data.cache import ActivationCache
+from saelab.evaluation import evaluate
+from saelab.features import IndexConfig, build_index
+from saelab.sae import build
+from saelab.training import TrainConfig, train
+
+ENTRY = Path(__file__).parents[2] / "app" / "streamlit_app.py"
+VIEWS = sorted(path.name for path in (ENTRY.parent / "views").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def transcoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2, what the MLPs of its two layers read and give, and a transcoder for each."""
+    from transformers import GPT2LMHeadModel
+
+    root = tmp_path_factory.mktemp("depth")
+    model = make_model(root / "model")
+    lm = GPT2LMHeadModel.from_pretrained(model).eval()
+    tokens = torch.randint(2, lm.config.vocab_size, (60, CONTEXT), generator=torch.Generator().manual_seed(0))
+    for layer, block in enumerate(lm.transformer.h):
+        seen: list[torch.Tensor] = []
+        handle = block.mlp.register_forward_hook(lambda _, args, out, seen=seen: seen.extend((args[0], out)))
+        with torch.no_grad():
+            lm(tokens)
+        handle.remove()
+        caches = [
+            ActivationCache.from_tensors(root / name, acts, tokens, held_out=0.1, model=str(model), hook_name=name)
+            for name, acts in zip((f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"), seen)
+        ]
+        cache, out = caches[0].with_target(caches[1]), root / "runs" / f"layer{layer}"
+        sae = build("topk", D_MODEL, D_SAE, d_out=D_MODEL, k=4, skip=bool(layer))
+        train(sae, cache, TrainConfig(epochs=2, batch_size=128, lr=2e-3), out)
+        build_index(sae, cache, out, config=IndexConfig(bins=20))
+        evaluate(sae, cache).save(out)
+    return root
+
+
+def test_every_page_works_with_transcoders(monkeypatch: pytest.MonkeyPatch, transcoders: Path) -> None:
+    monkeypatch.setenv("SAELAB_APP_FOLDER", str(transcoders))
+    monkeypatch.setenv("SAELAB_APP_MODEL", str(transcoders / "model"))
+    app = AppTest.from_file(ENTRY, default_timeout=60).run()
+    assert not app.exception, app.exception
+    for view in VIEWS:
+        app.switch_page(f"views/{view}").run()
+        assert not app.exception and not app.error, (view, app.exception, app.error)
+    app.switch_page("views/prompt.py").run()
+    app.text_area[0].set_value("the river runs past a mill").run()
+    next(button for button in app.button if button.label == "Read").click().run()
+    assert not app.exception and not app.error, (app.exception, app.error)
+    assert "Strongest latents" in [heading.value for heading in app.subheader]
+
+
+def test_the_overview_is_ordered_by_layer(monkeypatch: pytest.MonkeyPatch, transcoders: Path) -> None:
+    monkeypatch.setenv("SAELAB_APP_FOLDER", str(transcoders))
+    monkeypatch.delenv("SAELAB_APP_MODEL", raising=False)
+    app = AppTest.from_file(ENTRY, default_timeout=60).run()
+    app.switch_page("views/overview.py").run()
+    assert app.dataframe[0].value["layer"].tolist() == [0, 1]
+    assert "Quality by depth" in [heading.value for heading in app.subheader]
