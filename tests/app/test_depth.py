@@ -58,7 +58,7 @@ def test_every_page_works_with_transcoders(monkeypatch: pytest.MonkeyPatch, tran
     app.text_area[0].set_value("the river runs past a mill").run()
     next(button for button in app.button if button.label == "Read").click().run()
     assert not app.exception and not app.error, (app.exception, app.error)
-    assert "Strongest latents" in [heading.value for heading in app.subheader]
+    assert "Latents on this text" in [heading.value for heading in app.subheader]
 
 
 def test_the_overview_is_ordered_by_layer(monkeypatch: pytest.MonkeyPatch, transcoders: Path) -> None:
