@@ -92,12 +92,17 @@ N_NODES = 20
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Mean and standard deviation of the activations of parents and of children; not clamped, as published."""
+    """Mean and standard deviation of the activations of parents and of children.
+
+    ``positive`` sets the negative ones to zero: the paper says that activations are kept positive, and its code does
+    not; it matters where the mean is not several deviations above zero.
+    """
 
     parent_mean: float = 1.5
     parent_sd: float = 0.25
     child_mean: float = 1.5
     child_sd: float = 0.25
+    positive: bool = False
 
 
 class Tree:
@@ -148,6 +153,8 @@ class Tree:
         m = self.magnitudes
         a_parent = m.parent_mean + m.parent_sd * torch.randn(n, generator=generator)
         a_child = m.child_mean + m.child_sd * torch.randn(n, generator=generator)
+        if m.positive:
+            a_parent, a_child = a_parent.clamp_min(0), a_child.clamp_min(0)
         acts = torch.zeros(n, N_NODES)
         acts[torch.arange(n), parent] = a_parent
         rows = has_child.nonzero().flatten()

@@ -56,19 +56,34 @@ class LossSums:
         total = sum(self.n)
         if total == 0:
             raise UserError("no held-out position was replaced, so there is no loss to compare; harvest more text")
-        documents, own = np.unique(self.document, return_inverse=True)
-        columns = [np.zeros((len(documents), *np.shape(column)[1:])) for column in (self.n, self.ce, self.kl)]
-        for column, values in zip(columns, (self.n, self.ce, self.kl)):
-            np.add.at(column, own, values)
+        columns = self._documents()
+        documents = len(columns[0])
         n, ce, kl = resampled_sums(*columns, seed=seed)
         ce, kl = ce / n[:, None], kl / n[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             values = _shares(ce, kl)
         return {
-            name: from_resamples(values[name], total, "token", formula, len(documents))
+            name: from_resamples(values[name], total, "token", formula, documents)
             for name, formula in FORMULAS.items()
             if np.isfinite(values[name][0])
         }
+
+    def by_document(self) -> dict[str, list[float]]:
+        """Replaced positions ``n`` and summed losses of each document: ``ce_clean``, ``ce_sae``, ``ce_zero``,
+        ``ce_mean``, ``kl_sae``, ``kl_zero`` and ``kl_mean``."""
+        n, ce, kl = self._documents()
+        kinds = ("clean", "sae", *ABLATIONS)
+        found = {"n": n, **{f"ce_{kind}": column for kind, column in zip(kinds, ce.T)}}
+        found |= {f"kl_{kind}": column for kind, column in zip(kinds[1:], kl.T)}
+        return {name: column.tolist() for name, column in found.items()}
+
+    def _documents(self) -> list[Array]:
+        """``n``, ``ce`` and ``kl`` summed over the contexts of each document."""
+        documents, own = np.unique(self.document, return_inverse=True)
+        columns = [np.zeros((len(documents), *np.shape(column)[1:])) for column in (self.n, self.ce, self.kl)]
+        for column, values in zip(columns, (self.n, self.ce, self.kl)):
+            np.add.at(column, own, values)
+        return columns
 
 
 def _shares(ce: Array, kl: Array) -> dict[str, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saelab.metrics.density import FiringCounts, ZipfFit, zipf_fit
+from saelab.metrics.density import FiringCounts, ZipfFit, lognormal_r2, zipf_fit
 from saelab.metrics.dictionary import (
     babel,
     babel_co_selected,
@@ -47,6 +47,7 @@ __all__ = [
     "decoder_projections",
     "effective_rank",
     "feature_detection",
+    "lognormal_r2",
     "match_dictionary",
     "match_directions",
     "max_cosines",

@@ -102,3 +102,19 @@ def zipf_fit(density: Array, share: float = 0.8, offset: bool = True, tolerance:
         n_alive=int(alive.size),
         breaks_at=breaks if breaks <= alive.size else None,
     )
+
+
+def lognormal_r2(density: Array, share: float = 0.8) -> float:
+    """R^2, in log density, of a lognormal law fitted to the ranks that :func:`zipf_fit` is fitted to, with its weights.
+
+    Log density is linear in the normal quantile of the share of living latents above: two parameters, as Zipf's law.
+    """
+    from scipy import stats
+
+    ranks, y, weight, n = (np.asarray(part) for part in zipf.points(torch.from_numpy(density), share))
+    if n < 3:
+        raise UserError(f"{int((density > 0).sum())} living latents are too few for a fit; it needs at least four")
+    t = stats.norm.isf((ranks - 0.5) / (density > 0).sum())
+    t, y = t - weight @ t, y - weight @ y
+    slope = weight @ (t * y) / (weight @ t**2)
+    return float(1 - weight @ (y - slope * t) ** 2 / (weight @ y**2))

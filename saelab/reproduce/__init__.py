@@ -15,7 +15,8 @@ from saelab.errors import UserError, near_matches
 from saelab.reproduce.lab import Lab, Scale
 from saelab.reproduce.ledger import Ledger, Row
 
-# Each module has synthetic(folder, seeds, quick) -> rows and real(lab, seeds) -> rows.
+# Each module has synthetic(folder, seeds, quick) -> rows and real(lab, seeds) -> rows; second(lab, seeds), where there is
+# one, repeats a claim on another model.
 PAPERS = {
     "abs-topk": "saelab.reproduce.abs_topk",
     "g-sae": "saelab.reproduce.g_sae",
@@ -26,13 +27,25 @@ PAPERS = {
 __all__ = ["PAPERS", "Lab", "Ledger", "Row", "Scale", "check", "reproduce"]
 
 
+SEEDS, QUICK_SEEDS = 5, 3  # by default
+
+
 def reproduce(
-    paper: str, seeds: Sequence[int] = (0, 1, 2), *, quick: bool = False, lab: Lab | None = None, synthetic: bool = True
+    paper: str,
+    seeds: Sequence[int] | None = None,
+    *,
+    quick: bool = False,
+    lab: Lab | None = None,
+    second: Lab | None = None,
+    synthetic: bool = True,
 ) -> Ledger:
     """Run a paper's rows: the synthetic ones always, those on real activations where a ``lab`` is given.
 
-    ``quick`` shortens the synthetic rows to seconds each and leaves the others out.
+    ``quick`` shortens the synthetic rows to seconds each and leaves the others out. ``seeds`` are five by default,
+    three with ``quick``. ``second`` is a lab with another model, for the papers that repeat a claim there.
     """
+    default = range(QUICK_SEEDS if quick else SEEDS)
+    seeds = default if seeds is None else seeds
     check(paper, len(seeds))
     module = importlib.import_module(PAPERS[paper])
     ledger = Ledger(paper, quick, list(seeds))
@@ -45,7 +58,13 @@ def reproduce(
         lab.seconds.clear()  # one lab may serve several papers
         ledger.rows += module.real(lab, seeds)
         ledger.seconds_training = sum(lab.seconds.values())
-    if len(seeds) != 3:
+        if second is not None and hasattr(module, "second"):
+            second.seconds.clear()
+            ledger.rows += module.second(second, seeds)
+            ledger.seconds_training += sum(second.seconds.values())
+            ledger.data["second"] = about(second.cache)
+            ledger.options += " --second SECOND"
+    if len(seeds) != len(default):
         ledger.options += f" --seeds {len(seeds)}"
     ledger.seconds = time.time() - ledger.started
     return ledger

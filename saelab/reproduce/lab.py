@@ -1,4 +1,4 @@
-"""Train and measure the SAEs of a comparison: same data, same order, same budget; results are kept."""
+"""Train and measure the SAEs of a comparison: same data, same order, same budget, each at a tuned rate."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ import numpy as np
 import torch
 
 from saelab.data.cache import ActivationCache
-from saelab.errors import UserError
+from saelab.errors import UserError, damaged
 from saelab.evaluation import EvaluateConfig, evaluate, spliced
+from saelab.evaluation.reconstruction import reconstruction
 from saelab.files import write_json
-from saelab.reproduce.ledger import summary
 from saelab.sae import SAE, build
 from saelab.sae.weights import CONFIG, load_metadata, load_sae, save
 from saelab.training import TrainConfig, train
-from saelab.training.rate import published
+from saelab.training.config import chosen_rate
 
 Log = Callable[[str], None]
+FACTORS = (0.5, 1.0, 2.0)  # of the default learning rate, that are tried first
+EXTENSIONS = 2  # rates tried beyond them, where the best one is the smallest or the largest
+VALIDATION = 0.05  # share of the training rows that rates are compared on; no SAE is trained on them
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,16 @@ class Scale:
 
     d_sae: int = 1152
     """Latents of each SAE."""
-    ks: tuple[int, ...] = (16, 48)
-    """Latents per token; one SAE for each, so that curves over L0 can be compared."""
+    ks: tuple[int, ...] = (16, 32, 58, 96)
+    """Latents per token; one SAE for each, so that curves over the budget can be compared."""
     epochs: int = 1
     """Passes over the training split of the cache."""
-    batch_size: int = 512
+    batch_size: int = 2048
     """Tokens per training step."""
     lr: float | None = None
-    """Adam's learning rate; by default 2e-4 / sqrt(d_sae / 2^14), with which the recorded results were measured."""
-    lm_tokens: int = 1024
-    """Tokens run through the language model for cross-entropy and KL."""
+    """Adam's learning rate for all SAEs; by default it is tuned for each variant and budget on a validation slice."""
+    lm_tokens: int = 16_384
+    """Tokens run through the language model for cross-entropy and KL, spread over the held-out documents."""
     density_tokens: int = 50_000
     """Training rows added to the window in which dead latents are counted."""
     saes_per_pass: int = 6
@@ -57,7 +60,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Spec:
-    """One SAE of a comparison; ``label`` names the curve it belongs to."""
+    """One SAE of a comparison; ``label`` names the curve it belongs to, ``budget`` the point on it."""
 
     label: str
     variant: str
@@ -66,17 +69,27 @@ class Spec:
     seed: int
 
     @property
-    def name(self) -> str:
+    def group(self) -> str:
         settings = "-".join(f"{key}{value}" for key, value in self.config.items())
-        return f"{self.label}-{settings}-seed{self.seed}"
+        return f"{self.label}-{settings}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-seed{self.seed}"
+
+    @property
+    def budget(self) -> int:
+        """Latents per token."""
+        return self.config["k"] if "k" in self.config else self.config["n_steps"]
 
 
 @dataclass
 class Record:
-    """The measurements of one SAE."""
+    """The measurements of one SAE; ``by_document`` holds the sums of each held-out document that intervals need."""
 
     spec: Spec
     metrics: dict[str, float] = field(default_factory=dict)
+    by_document: dict[str, list[float]] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         return {"label": self.spec.label, "variant": self.spec.variant, "d_sae": self.spec.d_sae,
@@ -96,113 +109,123 @@ class Lab:
     device: torch.device | str = "cpu"  # where the SAEs are trained; they are measured on the CPU
     seconds: dict[str, float] = field(default_factory=dict)  # that each SAE took to train, here or earlier
 
+    def __post_init__(self) -> None:
+        if self.scale.lr is None:
+            self.cache = self.cache.with_validation(VALIDATION)
+
     @property
     def middle_k(self) -> int:
         """The budget at which SAEs are compared one by one."""
         return sorted(self.scale.ks)[len(self.scale.ks) // 2]
 
     def sae(self, spec: Spec) -> SAE:
-        """Train the SAE of ``spec``, or load it if this folder has it."""
-        folder = self.folder / spec.name
-        if (folder / CONFIG).exists():
-            self.seconds[spec.name] = load_metadata(folder)["seconds"]
-            return load_sae(folder)
-        started = time.time()
-        sae = train_spec(spec, self.cache, self.scale, self.device)
-        self.seconds[spec.name] = time.time() - started
-        self.log(f"trained {spec.name} in {self.seconds[spec.name]:.0f} s")
-        save(sae, folder, {"train": {"seed": spec.seed}, "seconds": self.seconds[spec.name]})
-        return sae
+        """Train the SAE of ``spec`` at the rate of its group, or load it if this folder has it."""
+        return self._trained(spec, self.rate(spec), self.folder / spec.name)
+
+    def rate(self, spec: Spec) -> float:
+        """The learning rate of a variant at a budget: given, or the best one on the validation rows with one seed.
+
+        Multiples of the default rate are tried, up to two more where the best is the smallest or the largest.
+        """
+        if self.scale.lr is not None:
+            return self.scale.lr
+        path = self.folder / "rates" / f"{spec.group}.json"
+        with damaged(path, "remove it; it is made again"):
+            text = path.read_text(encoding="utf-8") if path.exists() else '{"fvu": {}}'
+            record: dict[str, Any] = json.loads(text)
+        if "chosen" not in record:
+            lead = Spec(spec.label, spec.variant, spec.d_sae, spec.config, 0)
+            found: dict[float, float] = {float(factor): fvu for factor, fvu in record["fvu"].items()}
+            default = chosen_rate(_built(lead, self.cache), self.cache, self._config(0, "auto")).value
+            while (factor := _untried(found)) is not None:
+                sae = self._trained(lead, factor * default, self.folder / "rates" / lead.name / f"{factor:g}")
+                sums, _ = reconstruction(sae, self.cache, split="validation")
+                found[factor] = sums.estimates()["fvu"].value
+                record = {"default": default, "fvu": {f"{f:g}": fvu for f, fvu in sorted(found.items())}}
+                write_json(path, record)
+            best = min(found, key=found.__getitem__)
+            record |= {"chosen": best * default, "factor": best}
+            write_json(path, record)
+            self.log(f"{spec.group}: learning rate {record['chosen']:.2g}, {best:g} times the default")
+        return record["chosen"]
 
     def measure(self, specs: Sequence[Spec]) -> list[Record]:
         """Train what is missing, and measure everything on held-out tokens."""
-        records = [Record(spec, self._offline(spec)) for spec in specs]
+        records = [self._offline(spec) for spec in specs]
         missing = [record for record in records if self.model is not None and "ce_loss_with_sae" not in record.metrics]
         for start in range(0, len(missing), self.scale.saes_per_pass):
             self._in_model(missing[start : start + self.scale.saes_per_pass])
         return records
 
-    def _offline(self, spec: Spec) -> dict[str, float]:
+    def _config(self, seed: int, lr: float | Any) -> TrainConfig:
+        return TrainConfig(epochs=self.scale.epochs, batch_size=self.scale.batch_size, lr=lr, seed=seed, data_seed=seed)
+
+    def _trained(self, spec: Spec, lr: float, folder: Path) -> SAE:
+        if (folder / CONFIG).exists():
+            self.seconds[str(folder)] = load_metadata(folder)["seconds"]
+            return load_sae(folder)
+        started = time.time()
+        sae = train_spec(spec, self.cache, self._config(spec.seed, lr), self.device)
+        seconds = self.seconds[str(folder)] = time.time() - started
+        self.log(f"trained {spec.name} at {lr:.2g} in {seconds:.0f} s")
+        save(sae, folder, {"train": {"seed": spec.seed, "lr": lr}, "seconds": seconds})
+        return sae
+
+    def _offline(self, spec: Spec) -> Record:
         sae, path = self.sae(spec), self._path(spec)
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            with damaged(path, "remove it; it is made again"):
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                return Record(spec, kept["metrics"], kept["by_document"])
         result = evaluate(sae, self.cache, config=EvaluateConfig(density_tokens=self.scale.density_tokens))
         metrics = {name: e.value for name, e in result.metrics.items() if not name.startswith("legacy")}
-        write_json(path, metrics)
-        return metrics
+        record = Record(spec, metrics, {name: list(values) for name, values in result.by_document.items()})
+        self._keep(record)
+        return record
 
     def _in_model(self, records: Sequence[Record]) -> None:
         self.log(f"cross-entropy of {', '.join(r.spec.name for r in records)}")
         saes = {record.spec.name: self.sae(record.spec) for record in records}
         run = spliced(saes, self.cache, self.model, EvaluateConfig(lm_tokens=self.scale.lm_tokens))
         for record in records:
-            estimates = run.sums[record.spec.name].estimates()
-            record.metrics |= {name: e.value for name, e in estimates.items()}
-            write_json(self._path(record.spec), record.metrics)
+            sums = run.sums[record.spec.name]
+            record.metrics |= {name: e.value for name, e in sums.estimates().items()}
+            record.by_document |= sums.by_document()
+            self._keep(record)
+
+    def _keep(self, record: Record) -> None:
+        content = {"metrics": record.metrics, "by_document": record.by_document}
+        write_json(self._path(record.spec), content)
 
     def _path(self, spec: Spec) -> Path:
         # Numbers measured on other samples are not reused.
-        return self.folder / spec.name / f"metrics-{self.scale.lm_tokens}-{self.scale.density_tokens}.json"
+        return self.folder / spec.name / f"measured-{self.scale.lm_tokens}-{self.scale.density_tokens}.json"
 
 
-def train_spec(spec: Spec, cache: ActivationCache, scale: Scale, device: torch.device | str = "cpu") -> SAE:
+def _untried(found: Mapping[float, float]) -> float | None:
+    """The next multiple of the default rate to try; None once the best lies inside of those that were."""
+    for factor in FACTORS:
+        if factor not in found:
+            return factor
+    best = min(found, key=found.__getitem__)
+    if len(found) >= len(FACTORS) + EXTENSIONS or min(found) < best < max(found):
+        return None
+    return best / 2 if best == min(found) else best * 2
+
+
+def _built(spec: Spec, cache: ActivationCache) -> SAE:
+    torch.manual_seed(spec.seed)
+    return build(spec.variant, d_in=cache.d_in, d_sae=spec.d_sae, **spec.config)
+
+
+def train_spec(spec: Spec, cache: ActivationCache, config: TrainConfig, device: torch.device | str = "cpu") -> SAE:
     """One training run on ``device``; the result is on the CPU.
 
     The seed decides the initial weights and the order of the data.
     """
-    torch.manual_seed(spec.seed)
-    sae = build(spec.variant, d_in=cache.d_in, d_sae=spec.d_sae, **spec.config).to(device)
-    lr = published(spec.d_sae) if scale.lr is None else scale.lr
-    config = TrainConfig(epochs=scale.epochs, batch_size=scale.batch_size, lr=lr, seed=spec.seed, data_seed=spec.seed)
+    sae = _built(spec, cache).to(device)
     train(sae, cache, config)
     return sae.eval().to("cpu")
-
-
-def by_seed(records: Sequence[Record], label: str) -> dict[int, list[Record]]:
-    """The records of one curve, by seed, in order of L0."""
-    found: dict[int, list[Record]] = {}
-    for record in records:
-        if record.spec.label == label:
-            found.setdefault(record.spec.seed, []).append(record)
-    return {seed: sorted(curve, key=lambda r: r.metrics["l0"]) for seed, curve in sorted(found.items())}
-
-
-def at_equal_l0(records: Sequence[Record], a: str, b: str, metric: str, points: int = 7) -> dict[str, Any]:
-    """``metric`` of curve ``a`` minus that of curve ``b`` at equal measured L0, one number per seed, and its interval.
-
-    Each curve is interpolated linearly in log L0 between its measured points, and the difference averaged over the
-    range of L0 that both cover; curves with one point each are compared as they are, and the gap in L0 is stated.
-    """
-    differences, gaps, span = [], [], []
-    curves_a, curves_b = by_seed(records, a), by_seed(records, b)
-    for seed in curves_a.keys() & curves_b.keys():
-        (xa, ya), (xb, yb) = (_curve(curves[seed], metric) for curves in (curves_a, curves_b))
-        low, high = max(xa[0], xb[0]), min(xa[-1], xb[-1])
-        if high > low:
-            grid = np.linspace(low, high, points)
-            differences.append(float((np.interp(grid, xa, ya) - np.interp(grid, xb, yb)).mean()))
-            span.append((float(np.exp(low)), float(np.exp(high))))
-        else:
-            i, j = np.unravel_index(np.abs(xa[:, None] - xb).argmin(), (xa.size, xb.size))
-            differences.append(float(ya[i] - yb[j]))
-            gaps.append(float(np.exp(xa[i]) - np.exp(xb[j])))
-    result = summary(differences)
-    result["l0_range"] = [min(s[0] for s in span), max(s[1] for s in span)] if span else None
-    result["l0_gap"] = max((abs(g) for g in gaps), default=0.0)
-    return result
-
-
-def _curve(records: Sequence[Record], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    return np.log([r.metrics["l0"] for r in records]), np.array([r.metrics[metric] for r in records])
-
-
-def difference(records: Sequence[Record], a: str, b: str, metric: str) -> dict[str, Any]:
-    """``metric`` of ``a`` minus that of ``b``, averaged over each seed's runs."""
-    means = [
-        {seed: float(np.mean([r.metrics[metric] for r in curve])) for seed, curve in by_seed(records, label).items()}
-        for label in (a, b)
-    ]
-    return summary([means[0][seed] - means[1][seed] for seed in sorted(means[0].keys() & means[1].keys())])
 
 
 def values(records: Sequence[Record], label: str, metric: str) -> list[float]:

@@ -17,7 +17,11 @@ from saelab._version import __version__
 from saelab.files import write_json
 from saelab.metrics import t_interval
 
-Verdict = Literal["reproduced", "not reproduced", "not testable here"]
+Verdict = Literal["supported", "contradicted", "inconclusive", "floor", "not attributable", "not testable here"]
+"""``supported``: the whole 95 % interval lies on the side that the paper claims; ``contradicted``: on the other side;
+``inconclusive``: it reaches over zero; ``floor``: the baseline has so little of the effect that it cannot be reduced;
+``not attributable``: what was measured is shown by a control too, so that it does not speak for the paper."""
+FLOOR = 0.01  # share of dead latents of the baseline, below which fewer of them cannot be shown
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Row:
     reason: str
     synthetic: bool = False  # on planted data, whose answer is known
     shows: str = ""  # dotted path to the number of ``measured`` to print; the first difference if empty
-    expected: Verdict = "reproduced"  # of a synthetic row: what was found when it was written
+    expected: Verdict = "supported"  # of a synthetic row: what was found when it was written
 
     def content(self) -> dict[str, Any]:
         """As JSON."""
@@ -109,20 +113,44 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
 
 
 def below(difference: dict[str, Any]) -> Verdict:
-    """``reproduced`` when the whole interval of a paired difference lies below zero."""
-    return "reproduced" if difference["high"] < 0 else "not reproduced"
+    """The verdict on a paired difference that the paper says is negative."""
+    if difference["low"] is None:
+        return "inconclusive"
+    return "supported" if difference["high"] < 0 else "contradicted" if difference["low"] > 0 else "inconclusive"
 
 
 def above(difference: dict[str, Any]) -> Verdict:
-    """``reproduced`` when the whole interval of a paired difference lies above zero."""
-    return "reproduced" if difference["low"] > 0 else "not reproduced"
+    """The verdict on a paired difference that the paper says is positive."""
+    if difference["low"] is None:
+        return "inconclusive"
+    return "supported" if difference["low"] > 0 else "contradicted" if difference["high"] < 0 else "inconclusive"
+
+
+def within(difference: dict[str, Any], margin: float) -> Verdict:
+    """The verdict on a difference that the paper says is no larger than ``margin``."""
+    return below({name: difference[name] - margin for name in ("low", "high")})
 
 
 def fewer(difference: dict[str, Any], baseline: Sequence[float]) -> Verdict:
-    """As :func:`below`, but not testable where the share is zero for the baseline."""
-    return below(difference) if max(baseline) > 0 else "not testable here"
+    """As :func:`below`; ``floor`` where the mean of the baseline's shares is below ``FLOOR``."""
+    return below(difference) if float(np.mean(baseline)) >= FLOOR else "floor"
+
+
+def attributed(verdict: Verdict, control: Verdict) -> Verdict:
+    """A supported claim whose control, the same test against what lacks the paper's idea, does not support it too."""
+    return "not attributable" if verdict == "supported" and control != "supported" else verdict
 
 
 def all_of(verdicts: Sequence[Verdict]) -> Verdict:
-    """``reproduced`` when every part is."""
-    return "reproduced" if all(v == "reproduced" for v in verdicts) else "not reproduced"
+    """Supported or contradicted where every part is; else the weakest part."""
+    found = set(verdicts)
+    if len(found) == 1:
+        return verdicts[0]
+    order: tuple[Verdict, ...] = ("not testable here", "floor", "not attributable", "inconclusive")
+    parts: list[Verdict] = [verdict for verdict in order if verdict in found]
+    return parts[0] if parts else order[-1]
+
+
+def decided(holds: bool) -> Verdict:
+    """The verdict of a test that has no interval."""
+    return "supported" if holds else "contradicted"

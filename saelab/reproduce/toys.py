@@ -3,12 +3,17 @@
 Replicas (seeds and settings) stand in the first dimension: ``W_enc [r, d, n]``, ``W_dec [r, n, d]``. Four kinds:
 ``vanilla`` (ReLU with an L1 penalty), ``matryoshka`` (the same over random nested prefixes), ``batch_topk``, and
 ``pursuit``: :class:`saelab.sae.matching_pursuit.MatchingPursuit` with free norms and without an offset, where a sample
-ends at a residual below 0.05 or with the second choice of an atom; the tests hold both to the same codes. The
-recipe is that of Costa et al. (2025): Adam, lr 3e-2, betas (0.5, 0.9375), gradient norm clipped to 1, 100 warm-up
-steps, the last 20 % falling linearly to a tenth; the penalty starts at 0.1, ramps over the first 20 % of the steps,
-then moves by 3e-4 per step toward the target L0. What their text leaves open is our choice and said so here: prefix
-lengths are drawn with probability falling as length^-1.5, latents are ordered by an EMA (0.95) of their squared
-contribution, and the penalty is on ``z_j |d_j|``.
+ends at a residual below 0.05 or with the second choice of an atom; the tests hold both to the same codes.
+
+The recipe is that of Costa et al. (2025) and of their published code: Adam, lr 3e-2, betas (0.5, 0.9375), gradient norm
+clipped to 1, 100 warm-up steps, the last 20 % falling linearly to a tenth. Encoders start from normal deviates, of
+variance 1/d where there is a penalty and 1 for ``batch_topk``, decoders from their normalised columns, at a norm of 0.1
+where there is a penalty; nothing is subtracted from the input. The penalty is on ``z_j |d_j|``; it starts at 0.1, ramps
+over the first 20 % of the steps, then moves by 3e-4 per step toward the target L0. Of a nested SAE the error and the
+penalty are means over the prefixes, each prefix with the penalty of all its latents. Prefixes are drawn without
+replacement, P(length) ~ sqrt(length) - sqrt(length - 1), and latents are ordered by an EMA (0.95) of their squared
+contribution. Two things differ, which were measured to matter little: Adam's moments move with their latents when the
+order changes, and the input is not rescaled by a running mean of its norm.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ from torch import Tensor, nn
 Kind = Literal["vanilla", "matryoshka", "batch_topk", "pursuit"]
 LR, BETAS, BATCH, STEPS = 3e-2, (0.5, 0.9375), 200, 15_000
 TARGET_L0 = 1.36
-PURSUIT_STEPS, RESIDUAL_STOP = 8, 0.05
+OWN = 1 << 20  # added to a seed for what an SAE draws itself
+PURSUIT_STEPS, RESIDUAL_STOP = 20, 0.05  # steps: as many as dimensions, which samples hardly reach
 
 
 def schedule(step: int, steps: int) -> float:
@@ -33,23 +39,26 @@ def schedule(step: int, steps: int) -> float:
 
 
 class Toys(nn.Module):
-    """``r`` independent autoencoders of one kind."""
+    """Independent autoencoders of one kind, one per seed: each draws its weights and prefixes from its own."""
 
-    def __init__(self, kind: Kind, r: int, d: int = 20, n: int = 20, n_prefixes: int = 5, seed: int = 0) -> None:
+    def __init__(self, kind: Kind, seeds: Sequence[int], d: int = 20, n: int = 20, n_prefixes: int = 5) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        W = torch.randn(r, n, d, generator=generator)
-        self.W_dec = nn.Parameter(W / W.norm(dim=2, keepdim=True))
-        self.W_enc = nn.Parameter(self.W_dec.detach().mT.clone())
+        # Other seeds than those of the trees, whose first draws are matrices of the same shape.
+        r, self.generators = len(seeds), [torch.Generator().manual_seed(OWN + seed) for seed in seeds]
+        W = torch.stack([torch.randn(n, d, generator=generator) for generator in self.generators])
+        unit = W / W.norm(dim=2, keepdim=True)
+        penalised = kind in ("vanilla", "matryoshka")
+        self.W_dec = nn.Parameter(0.1 * unit if penalised else unit)
+        self.W_enc = nn.Parameter((W / d**0.5 if penalised else W).mT.clone())
         self.b_enc = nn.Parameter(torch.zeros(r, 1, n))
         self.b_dec = nn.Parameter(torch.zeros(r, 1, d))
-        self.kind, self.n_prefixes, self.generator = kind, n_prefixes, generator
+        self.kind, self.n_prefixes = kind, n_prefixes if kind == "matryoshka" else 1
         self.penalty = torch.full((r,), 0.1)
         self.contribution = torch.zeros(r, n)
         self.threshold = torch.zeros(r, 1, 1)
 
     def pre_acts(self, x: Tensor) -> Tensor:
-        return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+        return torch.relu(x @ self.W_enc + self.b_enc)
 
     def loss(self, x: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
         """Loss of each replica ``[r]``, and its code ``[r, batch, n]``."""
@@ -62,12 +71,26 @@ class Toys(nn.Module):
             return (x - z @ self.W_dec - self.b_dec).square().sum(2).mean(1), z
         contribution = z * self.W_dec.norm(dim=2)[:, None]
         ramp = min(1.0, (step + 1) / (0.2 * steps))
-        sparsity = ramp * self.penalty * contribution.sum(2).mean(1)
-        if self.kind == "vanilla":
-            return (x - z @ self.W_dec - self.b_dec).square().sum(2).mean(1) + sparsity, z
+        prefixes = self._prefixes()
         with torch.no_grad():
             self.contribution.lerp_(contribution.square().mean(1), 0.05)
-        return self._nested(x, z) + sparsity, z
+        penalties = (prefixes * contribution.mean(1)[:, None]).sum(2).mean(1)
+        errors = [(x - (z * kept[:, None]) @ self.W_dec - self.b_dec).square().sum(2).mean(1)
+                  for kept in prefixes.unbind(1)]  # fmt: skip
+        return torch.stack(errors).mean(0) + ramp * self.penalty * penalties, z
+
+    @torch.no_grad()
+    def _prefixes(self) -> Tensor:
+        """Which latents each prefix of each replica holds, ``[r, n_prefixes, n]``; the last one holds all."""
+        r, n = self.contribution.shape
+        if self.n_prefixes == 1:
+            return torch.ones(r, 1, n, dtype=torch.bool)
+        lengths = torch.arange(n, dtype=torch.float32)
+        law = lengths[1:].sqrt() - lengths[:-1].sqrt()
+        drawn = [law.multinomial(self.n_prefixes - 1, generator=generator) + 1 for generator in self.generators]
+        ends = torch.cat([torch.stack(drawn), torch.full((r, 1), n)], dim=1)
+        rank = self.contribution.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return rank[:, None] < ends[..., None]
 
     def _pursue(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and final residuals; the gradient passes through all coefficients and residuals, not the argmax."""
@@ -86,29 +109,18 @@ class Toys(nn.Module):
             residual = residual - value * atom
         return z, residual
 
-    def _nested(self, x: Tensor, z: Tensor) -> Tensor:
-        n = z.shape[2]
-        rank = self.contribution.argsort(1, descending=True).argsort(1)
-        lengths = torch.arange(1, n, dtype=torch.float32)
-        drawn = torch.multinomial(lengths**-1.5, self.n_prefixes - 1, generator=self.generator) + 1
-        total = torch.zeros(())
-        for length in [*drawn.tolist(), n]:
-            kept = z * (rank < length)[:, None]
-            total = total + (x - kept @ self.W_dec - self.b_dec).square().sum(2).mean(1)
-        return total / self.n_prefixes
-
     def _keep_largest(self, z: Tensor, k: float) -> Tensor:
         flat = z.flatten(1)
         cut = flat.topk(int(k * z.shape[1]) + 1, dim=1).values[:, -1]
         with torch.no_grad():
-            self.threshold.lerp_(cut.detach()[:, None, None], 0.1)
+            self.threshold.lerp_(cut[:, None, None], 0.1 if self.threshold.any() else 1.0)
         return z * (z >= cut[:, None, None]) * (z > 0)
 
     @torch.no_grad()
     def adapt(self, z: Tensor, step: int, steps: int) -> None:
         """Move the penalty toward the target L0, once its ramp is over."""
         if self.kind in ("vanilla", "matryoshka") and step >= 0.2 * steps:
-            dense = (z != 0).sum(2).float().mean(1) > TARGET_L0
+            dense = (z != 0).sum(2).float().mean(1) >= TARGET_L0
             self.penalty *= torch.where(dense, 1 + 3e-4 * STEPS / steps, 1 - 3e-4 * STEPS / steps)
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ def run_toys(kind: Kind, trees: Sequence[Tree], seeds: Sequence[int], steps: int
     def sample(n: int) -> Tensor:
         return torch.stack([tree.sample(n, g)[0] for tree, g in zip(trees, generators)])
 
-    toys = Toys(kind, len(trees), seed=seeds[0])
+    toys = Toys(kind, seeds)
     train_toys(toys, sample, steps)
     tests = [tree.sample(N_TEST, torch.Generator().manual_seed(10_000 + s))[0] for tree, s in zip(trees, seeds)]
     z = toys.codes(torch.stack(tests))
@@ -60,5 +60,5 @@ def run_toys(kind: Kind, trees: Sequence[Tree], seeds: Sequence[int], steps: int
 
 
 def child_magnitudes(mean: float, sd: float = 0.25) -> Magnitudes:
-    """The setting of the absorption table: parents N(1, 0.25^2), children N(mean, sd^2)."""
-    return Magnitudes(parent_mean=1.0, parent_sd=0.25, child_mean=mean, child_sd=sd)
+    """The setting of the absorption table: parents N(1, 0.25^2), children N(mean, sd^2), none negative."""
+    return Magnitudes(parent_mean=1.0, parent_sd=0.25, child_mean=mean, child_sd=sd, positive=True)

@@ -6,7 +6,7 @@ dictionary's prefixes, which keeps general features in the first group.
 
 With ``random_prefixes`` the prefixes are drawn anew in each step, and latents are ordered by how much they contribute
 (a running mean of their squared activations, as their directions have unit norm). This is how Nabeshima's variant
-works, which Costa et al. (2025) compare with; its law of lengths is not published: here P(length) ~ length^-1.5.
+works, which Costa et al. (2025) compare with; their code draws P(length) ~ sqrt(length) - sqrt(length - 1).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
         )
         self.contribution.lerp_(power / code.n, 1 - MEMORY)
         lengths = torch.arange(1, self.d_sae, dtype=power.dtype, device=power.device)
-        drawn = (lengths**-1.5).multinomial(self.random_prefixes).sort().values + 1
+        drawn = (lengths.sqrt() - (lengths - 1).sqrt()).multinomial(self.random_prefixes).sort().values + 1
         order = self.contribution.argsort(descending=True, stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(self.d_sae, device=order.device))
         return [*drawn.tolist(), self.d_sae], places[code.indices]

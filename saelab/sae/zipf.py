@@ -34,7 +34,7 @@ def fit(density: Float[Tensor, " d_sae"], share: float = 1 - TAIL, offset: bool 
     three ranks left, or where no falling law fits, the law is uniform (s = 0) and ``r2`` is 0. Without ``offset`` q is
     0: Zipf's law proper.
     """
-    ranks, y, weight, n = _points(density, share)
+    ranks, y, weight, n = points(density, share)
     if n < 3:
         return Zipf(0.0, 0.0, 0.0)
     q = y.new_zeros(1)
@@ -54,12 +54,13 @@ def fit(density: Float[Tensor, " d_sae"], share: float = 1 - TAIL, offset: bool 
 @torch.no_grad()
 def log_constant(law: Zipf, density: Float[Tensor, " d_sae"], share: float = 1 - TAIL) -> float:
     """``log C`` of ``density = C (rank + q) ** -s`` by the same least squares that found ``law``."""
-    ranks, y, weight, _ = _points(density, share)
+    ranks, y, weight, _ = points(density, share)
     return float(weight @ (y + law.s * (ranks + law.q).log()))
 
 
-def _points(density: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Ranks that are fitted, their log densities and weights, and how many ranks there were to choose from."""
+def points(density: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Ranks that a law is fitted to, their log densities, their weights (which add up to 1), and how many ranks there
+    were to choose from: all but the rarest of the latents that fire."""
     density = in_float64(density)
     live = density[density > 0].sort(descending=True).values
     n = int(live.numel() * share)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -30,8 +30,9 @@ from saelab.reproduce import (
     mp_sae,
     reproduce,
 )
-from saelab.reproduce.lab import Record, Spec, at_equal_l0, table
-from saelab.reproduce.ledger import above, below, paired, summary
+from saelab.reproduce.curves import by_budget, verdict, verdicts
+from saelab.reproduce.lab import FACTORS, Record, Spec, table
+from saelab.reproduce.ledger import Verdict, above, all_of, attributed, below, fewer, paired, summary, within
 from saelab.reproduce.planted_worlds import Readout
 from saelab.reproduce.results import claims, curves, markdown, read_ledgers
 from saelab.reproduce.toys import PURSUIT_STEPS, RESIDUAL_STOP, STEPS, Toys, clip_each, schedule, train_toys
@@ -42,32 +43,60 @@ D, VOCAB, T = 16, 30, 24
 
 
 def test_verdicts_follow_the_interval():
-    assert below(summary([-1.0, -1.1, -0.9])) == "reproduced"
-    assert below(summary([-1.0, 0.5, -0.9])) == "not reproduced"
-    assert above(summary([1.0, 1.1, 0.9])) == "reproduced"
-    assert above(summary([0.1, -0.1, 0.1])) == "not reproduced"
+    assert below(summary([-1.0, -1.1, -0.9])) == "supported"
+    assert below(summary([-1.0, 0.5, -0.9])) == "inconclusive"
+    assert below(summary([1.0, 1.1, 0.9])) == "contradicted"
+    assert above(summary([1.0, 1.1, 0.9])) == "supported"
+    assert above(summary([0.1, -0.1, 0.1])) == "inconclusive"
+    assert above(summary([-1.0, -1.1, -0.9])) == "contradicted"
+    assert within(summary([0.01, 0.011, 0.009]), 0.02) == "supported"
+    assert within(summary([0.03, 0.031, 0.029]), 0.02) == "contradicted"
     assert paired([3.0, 5.0, 7.0], [1.0, 2.0, 3.0])["values"] == [2, 3, 4]
 
 
-def _record(label, seed, l0, fvu):
-    return Record(Spec(label, "topk", 8, {"k": l0}, seed), {"l0": l0, "fvu": fvu})
+def test_a_floor_and_a_control_forbid_a_verdict():
+    gap = summary([-0.001, -0.0011, -0.0009])
+    assert fewer(gap, [0.02, 0.03, 0.02]) == "supported"
+    assert fewer(gap, [0.0, 0.0009, 0.0]) == "floor"  # one dead latent in one of three runs
+    assert attributed("supported", "inconclusive") == "not attributable"
+    assert attributed("supported", "supported") == "supported"
+    assert attributed("contradicted", "inconclusive") == "contradicted"
+    assert all_of(["supported", "contradicted"]) == "inconclusive"
+    assert all_of(["contradicted", "contradicted"]) == "contradicted"
+    assert all_of(["supported", "floor"]) == "floor"
 
 
-def test_curves_are_compared_at_equal_l0():
-    """Curve b is curve a plus 0.1, measured at other L0s: only interpolation sees it."""
+def _record(label, seed, k, fvu, l0=None, documents=()):
+    l0 = k if l0 is None else l0
+    parts = {"squared_error": list(documents), "squared_deviation": [10.0] * len(documents)} if documents else {}
+    return Record(Spec(label, "topk", 8, {"k": k}, seed), {"l0": l0, "fvu": fvu}, parts)
+
+
+def test_curves_are_compared_budget_by_budget():
+    """Curve b is worse at a small budget and better at a large one: a mean over both would hide it."""
     records = []
     for seed in range(3):
-        for l0 in (8, 16, 32, 64):
-            records.append(_record("a", seed, l0, 1 - 0.1 * np.log(l0)))
-        for l0 in (11, 23, 47):
-            records.append(_record("b", seed, l0, 1.1 - 0.1 * np.log(l0) + 0.001 * seed))
-    gap = at_equal_l0(records, "a", "b", "fvu")
-    assert gap["mean"] == pytest.approx(-0.101)
-    assert gap["l0_range"] == [pytest.approx(11), pytest.approx(47)]
-    single = at_equal_l0(
-        [_record(x, s, l0, f) for s in range(2) for x, l0, f in (("a", 8, 0.5), ("b", 9, 0.4))], "a", "b", "fvu"
-    )
-    assert (single["mean"], single["l0_gap"]) == (pytest.approx(0.1), pytest.approx(1))
+        for k, gap in ((8, 0.1), (64, -0.1)):
+            records.append(_record("a", seed, k, 0.5))
+            records.append(_record("b", seed, k, 0.5 + gap + 0.001 * seed))
+    found = by_budget(records, "a", "b", "fvu")
+    assert verdicts(found, "below") == {"8": "supported", "64": "contradicted"}
+    assert verdict(found, "below") == "inconclusive"
+    assert verdict(found, "below", at=58) == "contradicted"
+    apart = [_record(x, s, 8, f, l0) for s in range(3) for x, f, l0 in (("a", 0.4 + 0.01 * s, 8), ("b", 0.5, 9))]
+    assert verdicts(by_budget(apart, "a", "b", "fvu"), "below") == {"8": "inconclusive"}  # not at equal L0
+
+
+def test_intervals_cover_seeds_and_documents():
+    """All seeds agree, and the documents do not: a text on which one document decides supports nothing."""
+    records = []
+    for seed in range(3):
+        records.append(_record("a", seed, 8, 0.25, documents=[1.0, 1.0, 1.0, 7.0]))
+        records.append(_record("b", seed, 8, 0.30, documents=[1.0, 1.0, 1.0, 9.0]))
+    found = by_budget(records, "a", "b", "fvu")["8"]
+    assert (found["mean"], found["documents"]) == (pytest.approx(-0.05), 4)
+    assert found["low"] < -0.05 < 0 <= found["high"]
+    assert below(found) == "inconclusive"
 
 
 def test_schedule_is_the_published_one():
@@ -77,7 +106,8 @@ def test_schedule_is_the_published_one():
     assert schedule(STEPS, STEPS) == pytest.approx(0.1)
 
 
-def test_toy_replicas_are_independent():
+@pytest.mark.parametrize("kind", ["vanilla", "matryoshka"])
+def test_toy_replicas_are_independent(kind):
     """A replica trains alike alone and beside another, gradient clipping included."""
     trees = [Tree(0.0, seed=s) for s in (0, 1)]
 
@@ -85,14 +115,31 @@ def test_toy_replicas_are_independent():
         generators = [torch.Generator().manual_seed(i) for i in which]
         return lambda n: torch.stack([trees[i].sample(n, g)[0] for i, g in zip(which, generators)])
 
-    together, alone = Toys("vanilla", 2), Toys("vanilla", 1)
-    with torch.no_grad():
-        for a, b in zip(alone.parameters(), together.parameters()):
-            a.copy_(b[1:])
+    together, alone = Toys(kind, [0, 1]), Toys(kind, [1])
     train_toys(together, sampler([0, 1]), 60)
     train_toys(alone, sampler([1]), 60)
     # Adam divides by small roots: float32 rounding of another batch shape grows over 60 steps
     torch.testing.assert_close(alone.W_dec[0], together.W_dec[1], atol=1e-3, rtol=1e-3)
+
+
+def test_nested_toys_draw_their_prefixes_by_the_published_law():
+    """P(length) ~ sqrt(length) - sqrt(length - 1), and each prefix pays the penalty of all its latents."""
+    toys = Toys("matryoshka", [0], n_prefixes=2)
+    lengths = torch.stack([toys._prefixes()[0, 0].sum() for _ in range(4000)])
+    law = torch.arange(20.0).sqrt().diff() / 19**0.5
+    seen = torch.bincount(lengths, minlength=20)[1:] / 4000
+    assert (seen - law).abs().max() < 4 * float((law * (1 - law) / 4000).sqrt().max())
+    x = torch.randn(1, 50, 20)
+    with torch.no_grad():
+        drawn, before = toys._prefixes(), toys.generators[0].get_state()
+        toys._prefixes = lambda: drawn
+        loss, z = toys.loss(x, STEPS, STEPS)
+        masks = drawn[0].double()
+        latent = (z * toys.W_dec.norm(dim=2)[:, None])[0].double().mean(0)
+        errors = [((x[0] - (z[0] * m) @ toys.W_dec[0]) ** 2).sum(1).mean() for m in drawn[0]]
+    expected = sum(errors) / 2 + 0.1 * float((masks @ latent).mean())
+    torch.testing.assert_close(loss[0], torch.as_tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-5)
+    assert torch.equal(before, toys.generators[0].get_state())
 
 
 def test_gradients_are_clipped_per_replica():
@@ -103,7 +150,7 @@ def test_gradients_are_clipped_per_replica():
 
 
 def test_batch_topk_toy_keeps_the_published_number():
-    toys = Toys("batch_topk", 2)
+    toys = Toys("batch_topk", [0, 1])
     x = torch.randn(2, 200, 20)
     for step, k in ((0, 3), (14_000, 1.36)):
         _, z = toys.loss(x, step, STEPS)
@@ -112,7 +159,7 @@ def test_batch_topk_toy_keeps_the_published_number():
 
 def test_pursuit_toy_is_the_matching_pursuit_of_the_library():
     """Same dictionaries, same samples: the same codes, and the same gradient through the chain of residuals."""
-    toys = Toys("pursuit", 2)
+    toys = Toys("pursuit", [0, 1])
     with torch.no_grad():
         toys.W_dec.mul_(torch.rand(2, 20, 1) + 0.5)  # free norms
     x = torch.stack([Tree(0.6, seed=s).sample(300, torch.Generator().manual_seed(s))[0] for s in (0, 1)])
@@ -134,7 +181,7 @@ def test_pursuit_toy_is_the_matching_pursuit_of_the_library():
 
 def test_the_true_dictionary_scores_perfectly_and_pursuit_codes_it():
     tree = Tree(0.3)
-    toys = Toys("pursuit", 1)
+    toys = Toys("pursuit", [0])
     with torch.no_grad():
         toys.W_dec.copy_(tree.directions[None])
     x, acts = tree.sample(2000, torch.Generator().manual_seed(1))
@@ -148,7 +195,7 @@ def test_the_true_dictionary_scores_perfectly_and_pursuit_codes_it():
 @pytest.mark.slow
 def test_pursuit_recovers_the_tree_and_vanilla_absorbs():
     """The two synthetic claims of the paper that a short run already shows."""
-    found = run_toys("pursuit", [Tree(0.0, seed=0)], [0], 700)[0]
+    found = run_toys("pursuit", [Tree(0.0, seed=0)], [0], 1200)[0]
     assert found.mean_cosine > 0.95
     assert abs(found.absorption) < 0.05
     vanilla = run_toys("vanilla", [Tree(0.0, seed=0)], [0], 1500)[0]
@@ -201,12 +248,12 @@ def lab(tmp_path):
     with Site("blocks.0.hook_resid_post", "layers.0", "out").register(model, keep):
         logits = model(tokens).logits[:, :-1]
     nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
-    documents = (torch.arange(160) // 40)[:, None].expand(160, T).contiguous()
+    documents = (torch.arange(160) // 16)[:, None].expand(160, T).contiguous()
     cache = ActivationCache.from_tensors(
         tmp_path / "cache", seen[0].detach(), tokens, grads=seen[0].grad, documents=documents, held_out=0.2,
         model="toy", hook_name="blocks.0.hook_resid_post", hf_hook_name="layers.0",
     )  # fmt: skip
-    scale = Scale(d_sae=32, ks=(3, 6), epochs=1, batch_size=128, lm_tokens=200, density_tokens=500, passage_tokens=8)
+    scale = Scale(d_sae=32, ks=(2, 4), epochs=1, batch_size=128, lm_tokens=200, density_tokens=500, passage_tokens=8)
     return Lab(cache, model, scale, tmp_path / "runs", decode=lambda ids: "in 1984" if ids[0] % 2 else "no")
 
 
@@ -214,13 +261,26 @@ def lab(tmp_path):
 def test_rows_on_a_language_model(lab, module, monkeypatch):
     """Every claim gets a row with finite numbers, and a second run trains nothing."""
     rows = module.real(lab, (0, 1, 2))
-    assert {row.verdict for row in rows} <= {"reproduced", "not reproduced", "not testable here"}
+    assert {row.verdict for row in rows} <= {*get_args(Verdict)}
     content = [row.content() for row in rows]
     json.dumps(content, allow_nan=False)
     assert all(row.measured for row in rows if row.verdict != "not testable here")
     monkeypatch.setattr("saelab.reproduce.lab.train_spec", lambda *a: pytest.fail("trained again"))
     again = [row.content() for row in module.real(lab, (0, 1, 2))]
     assert [r["verdict"] for r in again] == [r["verdict"] for r in content]
+
+
+def test_the_rate_of_a_group_is_tuned_on_rows_that_no_sae_sees(lab, tmp_path):
+    spec = Spec("topk", "topk", 32, {"k": 4}, 1)
+    rate = lab.rate(spec)
+    record = json.loads((lab.folder / "rates" / f"{spec.group}.json").read_text())
+    tried = {float(factor): fvu for factor, fvu in record["fvu"].items()}
+    assert set(FACTORS) <= set(tried) and tried[record["factor"]] == min(tried.values())
+    assert rate == record["chosen"] == record["factor"] * record["default"]
+    assert lab.rate(Spec("topk", "topk", 32, {"k": 4}, 2)) == rate  # the same for all seeds
+    assert lab.cache.n_split("validation") > 0
+    given = Lab(lab.cache, None, Scale(lr=1e-3), tmp_path / "given")
+    assert given.rate(spec) == 1e-3 and not (tmp_path / "given").exists()
 
 
 def test_gradient_rows_need_gradients(lab, tmp_path):
@@ -231,9 +291,7 @@ def test_gradient_rows_need_gradients(lab, tmp_path):
 
 
 def test_ledger_file_says_where_its_numbers_come_from(tmp_path, monkeypatch):
-    fake = SimpleNamespace(
-        synthetic=lambda folder, seeds, quick: [Row("choice", "c", "s", {}, "reproduced", "r", True)]
-    )
+    fake = SimpleNamespace(synthetic=lambda folder, seeds, quick: [Row("choice", "c", "s", {}, "supported", "r", True)])
     monkeypatch.setattr("saelab.reproduce.importlib.import_module", lambda name: fake)
     ledger = reproduce("choice", quick=True)
     ledger.save(tmp_path / "x" / "choice.json")
@@ -241,7 +299,7 @@ def test_ledger_file_says_where_its_numbers_come_from(tmp_path, monkeypatch):
     assert content["command"] == "saelab reproduce choice --quick"
     assert content["seeds"] == [0, 1, 2]
     assert content["hardware"]["cores"] >= 1
-    assert content["rows"][0]["verdict"] == "reproduced"
+    assert content["rows"][0]["verdict"] == "supported"
     with pytest.raises(UserError, match="three"):
         reproduce("choice", (0,))
     with pytest.raises(UserError, match="did you mean"):
@@ -252,10 +310,10 @@ def test_quick_fails_when_a_verdict_changes(monkeypatch, capsys):
     def ledger(verdict):
         return lambda name, seeds, **kwargs: Ledger(name, True, [0], [Row(name, "c", "s", {}, verdict, "r", True)])
 
-    monkeypatch.setattr("saelab.cli.commands.reproduce.reproduce", ledger("reproduced"))
+    monkeypatch.setattr("saelab.cli.commands.reproduce.reproduce", ledger("supported"))
     main(["reproduce", "all", "--quick", "--json"])
     assert [doc["paper"] for doc in json.loads(capsys.readouterr().out)] == list(PAPERS)
-    monkeypatch.setattr("saelab.cli.commands.reproduce.reproduce", ledger("not reproduced"))
+    monkeypatch.setattr("saelab.cli.commands.reproduce.reproduce", ledger("contradicted"))
     with pytest.raises(SystemExit) as error:
         main(["reproduce", "choice", "--quick"])
     assert error.value.code == 1
@@ -280,8 +338,8 @@ def test_saved_ledgers_become_a_table_and_curves(tmp_path):
     records = [_record("a", seed, l0, 1 / l0 + 0.01 * seed) for seed in range(3) for l0 in (8, 16)]
     measured = {"fvu_difference": {"topk": summary([-0.1, -0.2, -0.3])}, "table": table(records, ("l0", "fvu"))}
     rows = [
-        Row("choice", "lower FVU", "s", measured, "reproduced", "r"),
-        Row("choice", "exact", "s", {"median_cosine": 0.995, "fvu": summary([0.1, 0.2])}, "reproduced", "r", True,
+        Row("choice", "lower FVU", "s", measured, "supported", "r"),
+        Row("choice", "exact", "s", {"median_cosine": 0.995, "fvu": summary([0.1, 0.2])}, "supported", "r", True,
             shows="median_cosine"),
         Row("choice", "steering", "s", {}, "not testable here", "needs a judge"),
     ]  # fmt: skip
@@ -321,6 +379,7 @@ def test_the_absorption_table_puts_every_score_in_its_place(monkeypatch):
     ]
     assert rows[3].measured["children_recovered"]["vanilla"]["values"] == [3, 5]
     assert [len(by_sd) for by_sd in rows[0].measured["by_sd"]["matryoshka"]] == [2, 2, 2]
-    assert all(row.verdict == "not reproduced" for row in rows)
+    assert [row.verdict for row in rows] == ["contradicted"] * 2 + ["inconclusive"] * 2
     quick = absorption.absorption([3, 5], 10, quick=True)
-    assert len(quick) == 1 and quick[0].measured["absorption"]["pursuit"]["values"] == pytest.approx([100.25] * 2)
+    found = [row.measured["absorption"]["pursuit"]["values"] for row in quick]
+    assert found == [pytest.approx([100 + absorption.SDS[-1]] * 2)]
