@@ -15,8 +15,8 @@ from saelab.errors import UserError, near_matches
 from saelab.reproduce.lab import Lab, Scale
 from saelab.reproduce.ledger import Ledger, Row
 
-# Each module has synthetic(folder, seeds, quick) -> rows and real(lab, seeds) -> rows; second(lab, seeds), where there is
-# one, repeats a claim on another model.
+# Each module has synthetic(folder, seeds, quick) -> rows and real(lab, seeds) -> rows. Where it has second(lab, seeds),
+# that one repeats a claim on another model.
 PAPERS = {
     "abs-topk": "saelab.reproduce.abs_topk",
     "g-sae": "saelab.reproduce.g_sae",
