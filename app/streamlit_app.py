@@ -23,6 +23,7 @@ pages = {
         st.Page("views/prompt.py", title="Prompt", icon=":material/notes:"),
         st.Page("views/attribution.py", title="Attribution", icon=":material/account_tree:"),
         st.Page("views/steering.py", title="Steering", icon=":material/tune:"),
+        st.Page("views/steer_eval.py", title="Steering evaluation", icon=":material/balance:"),
     ],
 }
 

@@ -40,6 +40,10 @@ SWEEP_REPORT = "report.html"
 # A folder of runs
 COLLECTIONS = "collections.json"  # named sets of latents
 
+# An evaluation of steering
+STEER_EVAL = "steer_eval.json"
+STEER_REPORT = "report.html"
+
 # A steering recipe
 RECIPE, VECTORS = "recipe.json", "vectors.safetensors"
 

@@ -31,15 +31,10 @@ from saelab.steering.directions import difference_of_means, random_direction
 from saelab.steering.evaluation.concepts import Concept, pick_concepts, shipped_concepts
 from saelab.steering.measure.budget import strengths_at
 from saelab.steering.measure.effects import UnsteeredBaseline
-from saelab.steering.neutral import NEUTRAL
+from saelab.steering.neutral import HELD_OUT, NEUTRAL
 from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector
 
-HELD_OUT = [
-    "He put the two chairs beside the wall and went to look for another lamp.",
-    "The report was finished on Tuesday, although nobody had asked for it.",
-    "There are several ways to do this, and most of them take less than an hour.",
-]
 WAYS = ("word search", "contrast texts", "output score", "effect", "difference of means", "random direction")
 
 
@@ -86,7 +81,7 @@ def directions(model: Any, run: Run, table: Any, concept: Concept, seed: int) ->
             chosen["word search"] = (int(hits["latent"].iloc[0]), int(hits["pole"].iloc[0]))
             break
     found = {way: SteeringVector.from_latent(run, *chosen[way]) for way in WAYS if way in chosen}
-    found["difference of means"] = difference_of_means(model, run.hook_name, texts.positive, texts.negative)
+    found["difference of means"] = difference_of_means(model, run.hook_name_out, texts.positive, texts.negative)
     found["random direction"] = random_direction(found["difference of means"], seed)
     names = {way: f"{latent}{'' if pole > 0 else ' −'}" for way, (latent, pole) in chosen.items()}
     return found, names

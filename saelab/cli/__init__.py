@@ -14,7 +14,7 @@ from saelab._version import __version__
 from saelab.errors import UserError, first_line, near_matches
 
 # In the order a user works: what a group is for -> command -> what it does, in one line. The code of a command is
-# `main(args)` in the module of that name in saelab.cli.commands.
+# `main(args)` in the module of that name in saelab.cli.commands, - written as _.
 GROUPS = {
     "start": {
         "demo": "do everything once: text, language model, cache, SAE, metrics, feature index",
@@ -39,6 +39,7 @@ GROUPS = {
         "app": "browse latents, explain prompts and steer in the web app",
         "attribute": "find out which latents caused a token, and which fed which",
         "steer": "continue prompts while latents or vectors are added, clamped or removed",
+        "steer-eval": "compare ways of steering by the answers they give, with prompting beside them",
         "serve": "answer any chat client with a steered model, over OpenAI's protocol",
     },
     "exchange": {
@@ -117,7 +118,7 @@ def _dispatch(args: list[str]) -> None:
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: {near_matches(name, COMMANDS)}")
-    importlib.import_module(f"saelab.cli.commands.{name}").main(rest)
+    importlib.import_module(f"saelab.cli.commands.{name.replace('-', '_')}").main(rest)
 
 
 def _overview() -> None:

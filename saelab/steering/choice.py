@@ -34,9 +34,9 @@ from saelab.lm.unwrapped import frozen
 from saelab.runs import Run, as_run
 from saelab.sae import SAE
 from saelab.steering.attachment import attach
-from saelab.steering.directions import text_activations
 from saelab.steering.evaluation.concepts import Concept
 from saelab.steering.generation import forward
+from saelab.steering.measure.calibration import activation_norm
 from saelab.steering.measure.effects import UnsteeredBaseline, concept_tokens
 from saelab.steering.neutral import NEUTRAL
 from saelab.steering.operations import Add
@@ -123,12 +123,11 @@ def rank_latents(
     tokens = word_tokens(tokenizer, concept.vocabulary)
     baseline = UnsteeredBaseline(model, prompts, tokens.tolist(), tokenizer=tokenizer)
     rows = unit_directions(source.sae)
-    slopes = _both_poles(rows @ slope(model, source.hook_name, baseline).to(rows), source.sae.signed)
+    slopes = _both_poles(rows @ slope(model, source.hook_name_out, baseline).to(rows), source.sae.signed)
     read = input_scores(model, source, concept, tokenizer) if concept.positive else None
     written = _output(model, source, tokens)
     scores = {"slope": slopes, "input": None if read is None else read.score, "output": written}
-    acts = text_activations(model, source.hook_name, baseline.prompts, tokenizer=tokenizer)
-    length = dose * (source.rms_norm or float(acts.square().sum(1).mean().sqrt()))
+    length = dose * norm_at(model, source, baseline.prompts, tokenizer)
     before = float(baseline.measure([]).mass_before.mean())
     found = []
     for slot in _shortlist(scores, candidates):
@@ -149,6 +148,13 @@ def rank_latents(
     drawn = torch.randn(CONTROLS, rows.shape[1], generator=generator).to(rows)
     controls = [_at_dose(baseline, source, row / row.norm(), length, before)[2] for row in drawn]
     return Ranking(concept.name, tuple(token_text(tokenizer, t) for t in tokens.tolist()), found, length, controls)
+
+
+def norm_at(model: nn.Module, run: Run, texts: Prompts, tokenizer: Any = None) -> float:
+    """Root mean square norm of the activations where the SAE writes: recorded, or measured on ``texts``."""
+    if run.rms_norm and run.hook_name_out == run.hook_name:
+        return run.rms_norm
+    return activation_norm(model, run.hook_name_out, texts, tokenizer=tokenizer)
 
 
 def word_tokens(tokenizer: Any, words: Sequence[str]) -> Int[Tensor, " tokens"]:
@@ -295,6 +301,6 @@ def _at_dose(
     """By how much the concept's probability is multiplied, the KL, and the effect."""
     if not bool(direction.any()):
         return 1.0, 0.0, 0.0
-    found = baseline.measure(Add(SteeringVector.from_tensor(direction, run.hook_name), length))
+    found = baseline.measure(Add(SteeringVector.from_tensor(direction, run.hook_name_out), length))
     times, kl = float(found.mass.mean()) / max(before, 1e-30), found.mean_kl
     return times, kl, math.log(max(times, 1e-30)) / math.sqrt(max(kl, 1e-12))

@@ -7,3 +7,10 @@ NEUTRAL = [
     "The function returns a list of numbers, sorted from the smallest to the largest.",
     "In 1912 the railway reached the coast, and the small harbour became a town.",
 ]
+
+# Others of the same kind, on which nothing is chosen: what was chosen is measured on them.
+HELD_OUT = [
+    "He put the two chairs beside the wall and went to look for another lamp.",
+    "The report was finished on Tuesday, although nobody had asked for it.",
+    "There are several ways to do this, and most of them take less than an hour.",
+]

@@ -1,4 +1,4 @@
-"""Find the runs, caches and sweeps below a folder.
+"""Find the runs, caches, sweeps and evaluations of steering below a folder.
 
 Nothing outside the folder is opened: names are resolved first, links included.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError, near_matches
-from saelab.layout import INDEX, MANIFEST, RECIPE, SWEEP_TABLE
+from saelab.layout import INDEX, MANIFEST, RECIPE, STEER_EVAL, SWEEP_TABLE
 from saelab.runs import Run
 from saelab.runs.run import walk
 
@@ -24,6 +24,8 @@ class Workspace:
     caches: dict[str, Path] = field(default_factory=dict)
     sweeps: dict[str, Path] = field(default_factory=dict)
     """Folders that hold the table of a finished sweep."""
+    steer_evals: dict[str, Path] = field(default_factory=dict)
+    """Folders that hold an evaluation of steering."""
 
     @classmethod
     def scan(cls, root: Path | str) -> Workspace:
@@ -32,7 +34,7 @@ class Workspace:
         A run, cache or sweep of which a file is a link to one outside the folder is left out.
         """
         root = Path(root).resolve()
-        runs, caches, sweeps = {}, {}, {}
+        runs, caches, sweeps, steer_evals = {}, {}, {}, {}
         for place in walk(root):
             name = place.folder.relative_to(root).as_posix()
             if _leads_out(place.folder, root):
@@ -42,9 +44,11 @@ class Workspace:
                 continue
             if SWEEP_TABLE in place.files:
                 sweeps[name] = place.folder
+            if STEER_EVAL in place.files:
+                steer_evals[name] = place.folder
             if MANIFEST in place.files and not place.runs:
                 caches[name] = place.folder
-        return cls(root, *(dict(sorted(found.items())) for found in (runs, caches, sweeps)))
+        return cls(root, *(dict(sorted(found.items())) for found in (runs, caches, sweeps, steer_evals)))
 
     def run(self, name: str) -> Run:
         """The run called ``name``."""

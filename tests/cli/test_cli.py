@@ -47,6 +47,7 @@ def test_overview_follows_the_order_of_work(capsys: pytest.CaptureFixture[str]) 
             "app",
             "attribute",
             "steer",
+            "steer-eval",
             "serve",
         ),
         *("inspect", "convert", "card", "reproduce", "plan", "info"),
