@@ -4,11 +4,20 @@ import loaders
 import page
 import session
 import streamlit as st
-from parts import evidence, tables
+from parts import collections as collection_parts
+from parts import evidence, examine, reading, tables
 from parts import latent as latent_parts
 from parts import source as source_parts
 
-KINDS = {"top": "top", "q75": "75–100 %", "q50": "50–75 %", "q25": "25–50 %", "q00": "0–25 %", "random": "random"}
+KINDS = {
+    "top": "top",
+    "groups": "by strength",
+    "q75": "75–100 %",
+    "q50": "50–75 %",
+    "q25": "25–50 %",
+    "q00": "0–25 %",
+    "random": "random",
+}
 SOURCES = (
     *("density", "max", "mean", "token_entropy", "histogram", "promoted_logits", "neighbour_cosines"),
     *("partner_jaccard", "partner_pmi", "label", "label_score"),
@@ -39,12 +48,17 @@ with st.container(horizontal=True, vertical_alignment="bottom", horizontal_align
             session.open_latent(chosen, 1)
         if st.button("Steer with it", icon=":material/tune:", key="latent_steer"):
             session.steer_with(run, latent, pole)
+        collection_parts.add_form(run, latent, pole)
+        reading.history("latent_history")
         latent_parts.downloads(run, index, latent, rows)
         source_parts.of_index(run, index, SOURCES)
 st.session_state["latent"], st.session_state["pole"] = latent, pole
 session.show_link(run=run.name, latent=latent, pole=pole)
 page.to_top(f"{run.name} {latent}")
 
+name = latent_parts.title(rows[pole], signed, latent_parts.names(run))
+reading.visited(run, latent, pole, name)
+examine.own_text(run, index, latent, index.poles)
 if signed:
     latent_parts.axis(run, latent)
 for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles):
@@ -58,7 +72,9 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
             latent_parts.explanation(run, latent, side)
             latent_parts.numbers(row)
             evidence.latent(run, latent, row)
+            latent_parts.label_scores(row)
             known = {example.kind for example in index.examples(latent, side)}
+            known |= {"groups"} if "q75" in known else set()
             kind = st.segmented_control(
                 "examples",
                 [name for name in KINDS if name in known] or ["top"],
@@ -69,9 +85,14 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
                 label_visibility="collapsed",
                 **session.KEEP,
             )
-            latent_parts.examples(index, latent, side, kind)
+            if kind == "groups":
+                examine.groups(run, index, latent, side, row)
+            elif kind == "top" and len(index.roles) == 0:
+                examine.top(run, index, latent, side)
+            else:
+                latent_parts.examples(index, latent, side, kind)
             latent_parts.histogram(row, index, key=f"latent_histogram_{side}")
-        latent_parts.logits(row)
+        examine.logits(row)
 
 left, right = st.columns(2, gap="medium")
 with left:
@@ -91,3 +112,6 @@ with left:
 with right:
     st.subheader("Notes", anchor=False)
     latent_parts.notes_form(run, latent)
+
+if run.has_weights:
+    examine.steer(run, latent, pole)

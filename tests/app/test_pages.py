@@ -102,7 +102,10 @@ def test_explanations_are_shown_and_searched(monkeypatch: pytest.MonkeyPatch, fo
     app.text_input(key="q").input("WORDS near").run()
     assert not app.exception, app.exception
     found = app.dataframe[0].value
-    assert (found["latent"].iloc[0], found["explanation"].iloc[0]) == (7, "words near **water**")  # others fire on "near"
+    assert (found["latent"].iloc[0], found["explanation"].iloc[0]) == (
+        7,
+        "words near **water**",
+    )  # others fire on "near"
     app.session_state["latent"] = 7
     app.switch_page("views/latent.py").run()
     shown = " ".join(item.value for item in (*app.markdown, *app.caption))
