@@ -80,8 +80,10 @@ def choose_run(runs: Mapping[str, Run], names: list[str]) -> None:
     if wanted is not None:
         st.session_state["missing_run"] = None if wanted in names else wanted
     st.session_state["run"] = wanted if wanted in names else None
+    # Without a first choice the menu could be emptied, which means nothing where there is an SAE.
+    first = None if st.session_state["run"] is None else 0
     st.selectbox(
-        "SAE", names, None, key="run", format_func=lambda name: viz.visible(run_title(runs[name])), placeholder="none"
+        "SAE", names, first, key="run", format_func=lambda name: viz.visible(run_title(runs[name])), placeholder="none"
     )
     if wanted in names:
         for note in runs[wanted].notes:

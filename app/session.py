@@ -85,17 +85,22 @@ def say_missing() -> None:
     )
 
 
+def say_empty() -> None:
+    """Say that the folder holds no SAE, and which command makes one."""
+    name = workspace().root.name
+    st.info(
+        f"There is no SAE below `{name}` yet. Train one into it: `saelab train CACHE --out {name}/run`.",
+        icon=":material/info:",
+    )
+
+
 def need_run() -> Run:
     """The chosen run; without one the page ends with the command that makes one."""
     found = workspace()
     if missing_run() is not None:
         st.stop()  # run_page has said it
     if st.session_state.get("run") not in found.runs:
-        st.info(
-            f"There is no SAE below `{found.root.name}` yet. "
-            f"Train one into it: `saelab train CACHE --out {found.root.name}/run`.",
-            icon=":material/info:",
-        )
+        say_empty()
         st.stop()
     return found.runs[st.session_state["run"]]
 

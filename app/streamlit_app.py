@@ -25,6 +25,7 @@ pages = {
         st.Page("views/steering.py", title="Steering", icon=":material/tune:"),
         st.Page("views/steer_eval.py", title="Steering evaluation", icon=":material/balance:"),
     ],
+    "Help": [st.Page("views/help.py", title="Help", icon=":material/keyboard:")],
 }
 
 loaders.read_only()  # before anything could be written

@@ -17,6 +17,7 @@ from saelab.sweep import guidance, load_results, load_summary, points_of
 from saelab.viz.sweep import (
     AXES,
     COLUMNS,
+    COSTS,
     DIFFERENCE_COLUMNS,
     DIFFERENCES,
     RATES,
@@ -30,6 +31,7 @@ from saelab.viz.sweep import (
 )
 from saelab.workspace import FORMULAS, Workspace
 
+ONE_SEED = "One seed of each: what another seed would give is not known, so no difference is tested"
 SHORT = {"fvu": "FVU", "dead_fraction": "dead", "ce_loss_recovered_zero": "CE recovered"}
 
 
@@ -96,19 +98,43 @@ def _means(summaries: list[dict[str, Any]], differences: list[dict[str, Any]]) -
     """Means over seeds and differences between variants, where the sweep has several SAEs to compare."""
     if not summaries:
         return
-    number = st.column_config.NumberColumn
-    fixed = {name: number(format="%.4f") for name in ("fvu", "fvu_low", "fvu_high", "difference", "low", "high")}
-    shares = ("dead_fraction", "ce_loss_recovered_zero", "shared_latents", "shared_by_chance")
-    config = fixed | {name: number(format="percent") for name in shares} | {"l0": number("L0", format="%.1f")}
+    number, text = st.column_config.NumberColumn, st.column_config.TextColumn
+    config = {
+        "name": text("SAE", pinned=True, width=240),
+        "seeds": number("seeds", width=60),
+        "documents": number("documents", width=90, help="held-out documents over which intervals are taken"),
+        "l0": number("L0", format="%.1f", width=70),
+        "fvu": number("FVU", format="%.4f", width=80),
+        "interval": text("95 % interval", width=130),
+        "dead_fraction": number("dead", format="percent", width=70),
+        "ce_loss_recovered_zero": number("CE recovered", format="percent", width=110),
+        "shared_latents": number("shared by seeds", format="percent", help="latents that the other seeds have, too"),
+        "shared_by_chance": number("by chance", format="percent", help="the same for random directions"),
+        "cpu_seconds": number("processor s", format="%.1f", help=COSTS["cpu_seconds"]),
+        "parameters": number("parameters", format="compact"),
+        "a": text("a", width=220),
+        "b": text("b", width=220),
+        "difference": number("a − b", format="%+.4f", width=90),
+        "verdict": text("verdict", width=120),
+    }
     options: Any = {"hide_index": True, "column_config": config, "placeholder": "–"}
-    st.caption(SUMMARY)
-    view = pd.DataFrame(summaries, columns=SUMMARY_COLUMNS).dropna(axis="columns", how="all")
+    st.caption(SUMMARY if max(row["seeds"] for row in summaries) > 1 else ONE_SEED)
+    view = _with_interval(pd.DataFrame(summaries, columns=SUMMARY_COLUMNS), "fvu", "fvu_low", "fvu_high")
+    view = view.dropna(axis="columns", how="all")
     st.dataframe(view.assign(name=view["name"].map(viz.visible)), key="training_means", alt=SUMMARY, **options)
     if differences:
         st.caption(f"{DIFFERENCES}. {chance(len(differences))}")
-        view = pd.DataFrame(differences, columns=DIFFERENCE_COLUMNS)
+        view = _with_interval(pd.DataFrame(differences, columns=DIFFERENCE_COLUMNS), "difference", "low", "high")
         view = view.assign(**{name: view[name].map(viz.visible) for name in ("a", "b")})
         st.dataframe(view, key="training_differences", alt=DIFFERENCES, **options)
+
+
+def _with_interval(view: pd.DataFrame, value: str, low: str, high: str) -> pd.DataFrame:
+    """The ends of an interval as one column after its value; empty where there is none."""
+    ends = [None if pd.isna(a) or pd.isna(b) else f"{a:.4f} to {b:.4f}" for a, b in zip(view[low], view[high])]
+    shown = view.drop(columns=[low, high])
+    shown.insert(list(shown.columns).index(value) + 1, "interval", ends)
+    return shown
 
 
 def _table(rows: list[dict[str, Any]], measured: list[str]) -> Any:

@@ -30,11 +30,17 @@ names = sorted(found.runs, key=lambda name: several and (layers[name] is None, l
 rows = pd.DataFrame([loaders.summary(found.runs[name]) for name in names])
 if not several:
     rows = rows.drop(columns="layer", errors="ignore")
+for message in rows.loc[rows["damaged"], "state"]:
+    st.error(viz.markdown(message), icon=":material/error:")
+rows.loc[rows["damaged"], "state"] = "damaged, see above"
+# What one compares comes first, so that it is in sight on a narrow screen.
+first = [*(n for n in ("run", "layer", "l0", "fvu", "measured", "ce_recovered", "dead") if n in rows), "state"]
+rows = rows[[*first, *(name for name in rows if name not in {*first, "damaged"})]]
 rows["run"] = rows["run"].map(viz.visible)
 for share in {"ce_recovered", "dead"}.intersection(rows.columns):
     rows[share] = 100 * rows[share].astype(float)
 config = {
-    "run": st.column_config.TextColumn("run", pinned=True, width=150),
+    "run": st.column_config.TextColumn("run", pinned=True, width=200),
     "layer": st.column_config.NumberColumn("layer", format="%d", width=60, help="that the SAE writes to"),
     "d_sae": st.column_config.NumberColumn("latents", format="localized"),
     "l0": st.column_config.NumberColumn("L0", format="%.1f", help=workspace.FORMULAS["l0"]),
@@ -43,7 +49,9 @@ config = {
         "CE recovered", format="%.1f %%", help=f"{workspace.FORMULAS['ce_recovered']}; ablation to zero"
     ),
     "dead": st.column_config.NumberColumn("dead", format="%.1f %%", help=workspace.FORMULAS["dead"]),
-    "measured": st.column_config.TextColumn("measured on", help="Held-out text, or the last training batch"),
+    "measured": st.column_config.TextColumn(
+        "measured on", help="Held-out text; or the last training batch, whose numbers compare with no others"
+    ),
     "index": st.column_config.CheckboxColumn("index", help="Whether the feature index is complete"),
 }
 

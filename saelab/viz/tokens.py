@@ -38,6 +38,16 @@ def style_sheet(colours: Palette) -> str:
   white-space: pre; padding: 1px 6px; margin: 2px 4px 2px 0; border-radius: 4px; color: {colours.text};
   max-width: 100%; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom;
   border: 1px solid {colours.grid}; unicode-bidi: isolate; }}
+.sl-hidden {{ position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap; }}
+[data-testid^="stBaseButton"] {{ min-width: fit-content; }}
+@media (max-width: 1000px) {{
+  [data-testid="stMainBlockContainer"] {{ padding-left: 1rem; padding-right: 1rem; }}
+  [data-testid="stSidebar"][aria-expanded="true"] {{ width: 200px !important; min-width: 200px !important; }}
+  [data-testid="stHorizontalBlock"] {{ flex-wrap: wrap; }}
+  [data-testid="stMainBlockContainer"] [data-testid="stColumn"] {{ min-width: min(100%, 17rem); flex: 1 1 17rem; }}
+  [data-testid="stColumn"] [data-testid="stColumn"] {{ min-width: min(100%, 7rem); flex: 1 1 7rem; }}
+}}
 .sl-outdated {{ opacity: 0.55; }}
 .sl-muted {{ color: {colours.muted}; font-size: 0.85rem; }}
 </style>"""
@@ -73,11 +83,15 @@ def example_list(examples: Iterable[Any], colours: Palette, scale: float | None 
     rows = []
     for example in examples:
         strip = token_strip(example.strings, example.activations, colours, scale, example.focus)
-        value = f"{example.value:+.2f}"
+        value, token = f"{example.value:+.2f}", plain(example.strings[example.focus].strip() or "space")
+        # For who hears the page: the text alone does not say which token it is about.
+        said = f'<span class="sl-hidden">activation {value} on the token ‘{token}’, in: </span>'
         if example.role != "text":
             value += f"<br>{plain(example.role)}"
-        rows.append(f'<div class="sl-example"><div class="sl-value">{value}</div>{strip}</div>')
-    return "".join(rows) or '<div class="sl-muted">No examples.</div>'
+        shown = f'<div class="sl-value" aria-hidden="true">{value}</div>{said}{strip}'
+        rows.append(f'<div class="sl-example" role="listitem">{shown}</div>')
+    listed = f'<div role="list">{"".join(rows)}</div>' if rows else ""
+    return listed or '<div class="sl-muted">No examples.</div>'
 
 
 def token_chips(strings: Sequence[str], values: Sequence[float], colours: Palette, unit: str = "logit") -> str:

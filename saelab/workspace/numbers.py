@@ -13,7 +13,7 @@ from saelab.layout import EVALUATION, METRICS
 from saelab.lm.hook_names import layer_of
 from saelab.runs import Run
 from saelab.workspace.commands import evaluate_command, train_command
-from saelab.workspace.condition import state
+from saelab.workspace.condition import damage, state
 
 FORMULAS = {
     "l0": "mean number of latents with a non-zero value per token",
@@ -78,13 +78,13 @@ def numbers(run: Run) -> dict[str, Number]:
 
 def summary(run: Run) -> dict[str, Any]:
     """One row of the overview: plain values, ``None`` where a number was never measured or cannot be read."""
-    row: dict[str, Any] = {"run": run.name, "state": state(run)}
+    row: dict[str, Any] = {"run": run.name, "state": state(run), "damaged": damage(run) is not None}
     if "error" in run.config:
         return row
     try:
         found = numbers(run)
     except (UserError, OSError) as error:
-        return {**row, "state": str(error)}
+        return {**row, "state": str(error), "damaged": True}
     return {
         **row,
         "layer": layer(run),

@@ -38,10 +38,11 @@ def test_a_new_latent_is_seen_from_its_top(page: Any, address: str) -> None:
     page.set_viewport_size({"width": 1440, "height": 500})
     page.goto(f"{address}/latent?run=signed&latent=5&pole=1")
     titled(page, "Latent #5")
-    main = page.locator("[data-testid=stMain]")
-    main.evaluate("e => e.scrollTo(0, e.scrollHeight)")
+    main, table = page.locator("[data-testid=stMain]"), page.locator(".stDataFrame").first
+    table.evaluate("e => e.scrollIntoView({ block: 'center' })")
+    page.wait_for_timeout(500)
     assert main.evaluate("e => e.scrollTop") > 200
-    click_row(page, page.locator(".stDataFrame").first, 0)
+    click_row(page, table, 0)
     page.wait_for_url(re.compile(r"latent=(?!5&)\d+"))
     settle(page)
     assert main.evaluate("e => e.scrollTop") == 0
@@ -78,3 +79,62 @@ def test_a_button_that_cannot_be_pressed_yet_is_in_sight(browser: Any, address: 
     ink, paper = (list(map(float, re.findall(r"[\d.]+", colour)))[:3] for colour in (text, ground))
     assert sum(abs(a - b) for a, b in zip(ink, paper)) > 90, (text, ground)
     page.close()
+
+
+def test_a_narrow_window_loses_no_words(page: Any, address: str) -> None:
+    page.set_viewport_size({"width": 800, "height": 900})
+    for place, title in (("", "Overview"), ("features", "Features"), ("latent", "Latent"), ("compare", "Compare")):
+        page.goto(f"{address}/{place}?run=signed")
+        titled(page, title)
+        assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), title
+        cut = page.evaluate(
+            "[...document.querySelectorAll('.stButton button, .stPopover button, [data-testid=stPageLink] a')]"
+            ".filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)"
+        )
+        assert not cut, (title, cut)
+        widths = page.evaluate(
+            "[...document.querySelectorAll('.stDataFrame, .stPlotlyChart')].map(e => e.getBoundingClientRect().width)"
+        )
+        assert all(width >= 260 for width in widths if width), (title, widths)
+
+
+def test_rows_are_walked_with_the_arrow_keys(page: Any, address: str) -> None:
+    page.goto(f"{address}/?run=sick")
+    titled(page, "Overview")
+    click_row(page, page.locator(".stDataFrame").first, 0)
+    settle(page)
+    page.keyboard.press("ArrowDown")
+    page.wait_for_url(re.compile("run=signed"))
+    settle(page)
+    page.keyboard.press("ArrowUp")
+    page.wait_for_url(re.compile("run=sick"))
+
+
+def test_tokens_of_a_text_are_chosen_in_the_text(page: Any, address: str) -> None:
+    page.goto(f"{address}/prompt?run=signed")
+    titled(page, "Prompt")
+    page.get_by_label("Text", exact=True).fill("the river <script>alert(1)</script> runs past\na mill")
+    page.get_by_role("button", name="Read").click()
+    tokens = page.get_by_role("option")
+    tokens.first.wait_for()
+    settle(page)
+    assert page.get_by_role("listbox", name=re.compile("tokens")).count() == 1
+    assert tokens.nth(2).get_attribute("aria-selected") == "true", "the second token after the one of the beginning"
+    tokens.nth(3).click()
+    page.get_by_role("heading", name=re.compile("Token 3")).wait_for()
+    settle(page)
+    page.get_by_role("listbox", name=re.compile("tokens")).focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_role("heading", name=re.compile("Token 4")).wait_for()
+    page.keyboard.press("Home")
+    page.get_by_role("heading", name=re.compile("Token 0")).wait_for()
+    assert page.locator(".strip script").count() == 0
+
+
+def test_examples_say_which_token_they_are_about(page: Any, address: str) -> None:
+    page.goto(f"{address}/latent?run=signed&latent=3&pole=1")
+    titled(page, "Latent #3")
+    page.locator(".sl-example").first.wait_for()
+    assert page.get_by_role("listitem").count() >= 2
+    said = page.get_by_role("listitem").first.text_content()
+    assert re.search(r"activation [+-]\d+\.\d\d on the token ‘.+’, in:", said), said
