@@ -19,6 +19,7 @@ from saelab.attribution.passes import Passes, Text
 from saelab.attribution.places import Place, find_places
 from saelab.attribution.target import Of, Target, find_target
 from saelab.errors import UserError
+from saelab.lm.fingerprint import model_dtype
 from saelab.lm.limits import check_length, check_tokens
 from saelab.lm.loading import model_name
 from saelab.lm.record import check_weights, load_recorded
@@ -32,7 +33,7 @@ from saelab.sae import SAE
 
 Mode = Literal["auto", "gradient", "frozen"]
 MOST = 512  # tokens of a prompt
-TOLERANCE = 1e-3  # of the sum of a frozen model's effects
+TOLERANCE = 1e-4  # of the sum of a frozen model's effects, relative to their sizes
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def attribute(
         with torch.no_grad():
             value = float(chosen.value(passes.logits()))
     effects = measure(passes, chosen, value, config.integrated)
-    if frozen and abs(effects.gap) > TOLERANCE * max(1.0, abs(effects.value)):
+    size = max(1.0, sum(map(abs, effects.sums().values())))
+    if frozen and abs(effects.gap) > size * max(TOLERANCE, 4 * torch.finfo(model_dtype(model)).eps):
         raise UserError(
             f"{type(underlying(model)).__name__} is not linear with attention and norms frozen: the effects add up to "
             f"{effects.value - effects.gap:.4g}, the target is {effects.value:.4g}; use --mode gradient"

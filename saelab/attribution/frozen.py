@@ -9,6 +9,7 @@ probing the module, and a module that does anything else is refused by name.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from saelab.lm.sites import locate, underlying
 from saelab.lm.structure import attention, blocks, mlp, modules, state_space, text_config
 
 Leaf = Callable[[int, Tensor], Tensor]
+_OF_PATTERN = re.compile("(q|k|query|key)_")  # names of norms of queries and keys
 
 
 class NormParts(NamedTuple):
@@ -99,7 +101,11 @@ class Frozen:
             if "norm" not in type(module).__name__.lower() or next(module.children(), None) is not None:
                 continue
             found.add(path)
-            stack.enter_context(module.register_forward_hook(self._held(path), with_kwargs=True))
+            if _OF_PATTERN.match(path.rpartition(".")[2]):
+                # Queries and keys are cut already, but of a fused map they share a tensor with the values.
+                stack.enter_context(module.register_forward_hook(lambda _m, _a, output: output.detach()))
+            else:
+                stack.enter_context(module.register_forward_hook(self._held(path), with_kwargs=True))
         return found
 
     def _held(self, path: str) -> Callable[..., Tensor | None]:

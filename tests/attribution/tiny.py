@@ -26,17 +26,19 @@ def model(name: str, dtype: torch.dtype = torch.float64) -> Any:
     return found
 
 
-def sae(variant: str = "topk", seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> SAE:
+def sae(
+    variant: str = "topk", seed: int = 0, dtype: torch.dtype = torch.float64, d_in: int = WIDTH, **options: Any
+) -> SAE:
     """A random SAE in eval mode in which some latents fire on any input and others do not."""
     torch.manual_seed(seed)
     settings = SIZES.get(variant, {"k": 5})
-    found = build(variant, d_in=WIDTH, d_sae=LATENTS, **settings, **options)
+    found = build(variant, d_in=d_in, d_sae=LATENTS, **settings, **options)
     with torch.no_grad():
         found.b_dec.normal_(std=0.1)
         for name in ("b_enc", "b_gate", "b_mag"):
             if isinstance(getattr(found, name, None), Tensor):
                 getattr(found, name).normal_(std=0.1)
-    found.calibrate([2.0 * torch.randn(200, WIDTH)])
+    found.calibrate([2.0 * torch.randn(200, d_in)])
     return found.eval().to(dtype)
 
 
