@@ -24,8 +24,8 @@ from saelab.metrics import (
     feature_detection,
     intervals,
     match_dictionary,
+    matched_correlation,
     max_cosines,
-    mcc,
     proportion,
     reconstruction,
     stability,
@@ -272,8 +272,8 @@ def test_perfect_and_broken_recovery():
     matching = match_dictionary(W, planted.directions, signed=True)
     assert (order[matching.latents] == matching.features).all()
     assert matching.mean_cosine == pytest.approx(1)
-    assert mcc(code, truth, signed=True) == pytest.approx(1)
-    assert mcc(code, truth) < 1
+    assert matched_correlation(code, truth, signed=True) == pytest.approx(1)
+    assert matched_correlation(code, truth) < 1
     assert feature_detection(code, truth, matching).f1.min() == pytest.approx(1)
     noisy = SparseCode.from_dense(code.dense() * (torch.rand(3000, 12) < 0.5))
     got = feature_detection(noisy, truth, matching)

@@ -25,7 +25,7 @@ from saelab.metrics.recovery import (
     correlations,
     feature_detection,
     match_dictionary,
-    mcc,
+    matched_correlation,
 )
 
 __all__ = [
@@ -50,8 +50,8 @@ __all__ = [
     "lognormal_r2",
     "match_dictionary",
     "match_directions",
+    "matched_correlation",
     "max_cosines",
-    "mcc",
     "mean_cosine",
     "proportion",
     "shared_fraction",

@@ -50,10 +50,11 @@ def correlations(code: SparseCode, truth: SparseCode) -> Float[Tensor, "m d_sae"
     return torch.where(scale > 0, (a.T @ b) / scale.where(scale > 0, 1.0), 0.0)
 
 
-def mcc(code: SparseCode, truth: SparseCode, signed: bool = False) -> float:
-    """Mean correlation coefficient: the mean matched Pearson correlation of activations (Hungarian matching).
+def matched_correlation(code: SparseCode, truth: SparseCode, signed: bool = False) -> float:
+    """The mean matched Pearson correlation of activations (Hungarian matching).
 
-    Planted features left without a latent, because there are fewer latents, count as 0.
+    Planted features left without a latent, because there are fewer latents, count as 0. It is not the ``mcc`` of
+    SAELens, which matches directions: that is :attr:`FeatureMatching.mean_cosine`.
     """
     r = correlations(code, truth)
     r = r.abs() if signed else r

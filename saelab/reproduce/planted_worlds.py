@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saelab.data.cache import ActivationCache
 from saelab.data.synthetic import Planted
-from saelab.metrics import feature_detection, match_dictionary, mcc
+from saelab.metrics import feature_detection, match_dictionary, matched_correlation
 from saelab.sae import SAE
 from saelab.sparse import SparseCode
 
@@ -37,7 +37,7 @@ class World:
         matching = match_dictionary(sae.W_dec, self.planted.directions, sae.signed)
         return {
             "mean_cosine": matching.mean_cosine,
-            "mcc": mcc(code, self.truth, sae.signed),
+            "mcc": matched_correlation(code, self.truth, sae.signed),
             "f1": float(feature_detection(code, self.truth, matching).f1.mean()),
         }
 

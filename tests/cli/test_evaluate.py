@@ -243,6 +243,27 @@ def test_models_and_caches_that_do_not_fit_are_refused(world):
         run_tasks(silent, bare, TaskConfig(("two-sided",)))
 
 
+def test_a_single_document_gives_numbers_and_no_intervals(world, capsys):
+    """All rows of one document, of which a part was trained on: nothing is NaN, and what cannot be said is said."""
+    acts = world.cache.read(torch.arange(world.cache.n_rows)).acts
+    one = ActivationCache.from_tensors(
+        world.path / "one", acts, documents=torch.zeros(len(acts)), context_length=T, held_out=0.2, model="toy",
+        hook_name=world.cache.hook_name,
+    )  # fmt: skip
+    args = ["evaluate", str(world.path / "run"), "--cache", str(one.path), "--lm-tokens", "0", "--tasks", "two-sided"]
+    main([*args, "--control-kinds", "untrained,raw_channels,frozen_dictionary"])
+    shown, said = (" ".join(text.split()) for text in capsys.readouterr())
+    assert "cannot say, 1 document is too few to resample" in shown
+    assert "have training rows too" in said
+    content = json.loads((world.path / "run" / "evaluation.json").read_text())
+    assert all(map(math.isfinite, numbers(content)))
+    assert content["metrics"]["fvu"]["low"] is None
+    assert "run.json" in content["controls"]["frozen_dictionary"]["cannot"]
+    with pytest.raises(SystemExit):  # one document is one class
+        main([*args[:-1], "probing"])
+    assert "error:" in capsys.readouterr().err
+
+
 def test_opposite_pairs_have_opposite_effects_on_logits():
     """Two antipodal latents, and a pair whose readout is turned by a rotation no cosine of directions shows."""
     readout = torch.randn(3, 50)
