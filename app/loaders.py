@@ -19,7 +19,7 @@ import streamlit as st
 from saelab import viz
 from saelab.errors import UserError
 from saelab.files import protect
-from saelab.layout import METRICS
+from saelab.layout import MAP, METRICS
 from saelab.runs import Run
 from saelab.workspace import Progress, Workspace, progress, read_metrics
 from saelab.workspace import summary as summarise
@@ -191,6 +191,19 @@ class ModelLock:
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
+
+
+@st.cache_resource(max_entries=6, show_spinner=False)
+def _latent_map(path: str, stamp: tuple[float, ...], made: float, _run: Run) -> pd.DataFrame | None:
+    from saelab.features.projection import load_map
+
+    return load_map(path, opened(_run).fingerprint)
+
+
+def latent_map(run: Run) -> pd.DataFrame | None:
+    """Where each latent lies on the map; None where no map of these weights was made. Never change it."""
+    path = place(run) / MAP
+    return _latent_map(str(run.path), run.stamp, path.stat().st_mtime, run) if path.is_file() else None
 
 
 @st.cache_resource(max_entries=6, show_spinner="Reading what latents fire on …")

@@ -16,6 +16,7 @@ pages = {
     "Latents": [
         st.Page("views/features.py", title="Features", icon=":material/search:"),
         st.Page("views/latent.py", title="Latent", icon=":material/adjust:"),
+        st.Page("views/map.py", title="Map", icon=":material/scatter_plot:"),
         st.Page("views/collections.py", title="Collections", icon=":material/bookmarks:"),
         st.Page("views/health.py", title="Health", icon=":material/monitor_heart:"),
     ],

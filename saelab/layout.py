@@ -16,6 +16,7 @@ EVALUATION = "evaluation.json"
 EXPLANATIONS = "explanations.json"  # outside the index, so that building it again keeps them
 LABELS = "labels.parquet"  # imported ones; outside the index for the same reason
 NOTES = "notes.json"
+MAP = "map.parquet"  # where each latent lies on the map
 SOURCE = "saelab_source.json"  # in a copy of another tool's SAE: the repository and the path it is from
 CONTROLS = "controls"  # a folder: SAEs trained as controls of this one, which are no runs of their own
 STABILITY = "stability.json"  # of each latent, how many other seeds have it

@@ -1,10 +1,10 @@
 """``python -m saelab.bench.search``: does a search for a word find the latent that is about it, and does it steer?
 
-For every shipped concept its first word is searched for, in four ways: by letters in labels and tokens, wherever they
-stand (version 0.1.0); by whole words in the same places; by the share of the firing magnitude (`saelab find`); and, of
-the ten best of that, the one that promotes the concept's words most. Of the first hit are measured the share of its
-firing magnitude on the concept's words, and the probability of these words on neutral texts when it is added at the
-strength that costs a given KL divergence. A random direction stands beside them.
+For every shipped concept its first word is searched for, in three ways: by letters in labels and tokens, wherever they
+stand (version 0.1.0); by whole words in the same places; and by the share of the firing magnitude (`saelab find`). Of
+the first hit are measured the share of its firing magnitude on the concept's words, and the probability of these words
+on neutral texts when it is added at the strength that costs a given KL divergence. A random direction stands beside
+them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from saelab.bench.concepts import HELD_OUT
 from saelab.bench.timing import write_out
 from saelab.errors import UserError
 from saelab.features.finding import Finder
-from saelab.features.output_score import output_scores
 from saelab.features.search import TEXT_COLUMNS, by_closeness, find
 from saelab.runs import Run
 from saelab.steering.choice import word_tokens
@@ -35,14 +34,8 @@ from saelab.steering.measure.effects import UnsteeredBaseline
 from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector
 
-LETTERS, WORDS, SHARE, WRITES, RANDOM = (
-    "letters (0.1.0)",
-    "whole words",
-    "share",
-    "share, then writes",
-    "random direction",
-)
-WAYS = (LETTERS, WORDS, SHARE, WRITES, RANDOM)
+LETTERS, WORDS, SHARE, RANDOM = "letters (0.1.0)", "whole words", "share", "random direction"
+WAYS = (LETTERS, WORDS, SHARE, RANDOM)
 Hit = tuple[int, int] | None
 
 
@@ -65,15 +58,11 @@ class Options:
 def first_hits(finder: Finder, concept: Concept) -> dict[str, Hit]:
     """The first (latent, pole) of each way; None where it finds nothing."""
     word, table = concept.vocabulary[0], finder.table
-    found = finder.find(word)
     ways: dict[str, Any] = {
         LETTERS: _by_letters(table, word),
         WORDS: by_closeness(find(table, word), word),
-        SHARE: found,
+        SHARE: finder.find(word),
     }
-    scores = output_scores(finder.index, concept.vocabulary)["output_score"].to_numpy()
-    best = found.head(10)
-    ways[WRITES] = best.iloc[np.argsort(-scores[best.index.to_numpy()], kind="stable")]
     return {
         way: (int(rows["latent"].iloc[0]), int(rows["pole"].iloc[0])) if len(rows) else None
         for way, rows in ways.items()

@@ -32,6 +32,7 @@ GROUPS = {
         "l0": "say which number of active latents fits, from SAEs trained with several",
         "index": "describe every latent of an SAE over a corpus",
         "explain": "describe latents with a language model, and score the descriptions",
+        "map": "lay out all latents in the plane by their decoder directions, for the app",
         "find": "find latents by words, by a number, or by a marked text, in one SAE or several",
         "labels": "import labels of a public SAE's latents from Neuronpedia's export",
     },

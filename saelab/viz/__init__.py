@@ -14,6 +14,7 @@ from saelab.viz.charts import (
 )
 from saelab.viz.escape import label, markdown, plain, visible
 from saelab.viz.export import figure_page, latent_json, latent_page
+from saelab.viz.plane import groups_in_plane, values_in_plane
 from saelab.viz.prompt import contest_bars, heatmap, steps
 from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
 from saelab.viz.tokens import (
@@ -45,6 +46,7 @@ __all__ = [
     "fact_table",
     "figure_page",
     "firing_rank",
+    "groups_in_plane",
     "heatmap",
     "label",
     "latent_json",
@@ -62,5 +64,6 @@ __all__ = [
     "text_block",
     "token_chips",
     "token_strip",
+    "values_in_plane",
     "visible",
 ]

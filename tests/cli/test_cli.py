@@ -42,6 +42,7 @@ def test_overview_follows_the_order_of_work(capsys: pytest.CaptureFixture[str]) 
             "l0",
             "index",
             "explain",
+            "map",
             "find",
             "labels",
             "app",
