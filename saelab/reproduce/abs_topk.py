@@ -17,6 +17,7 @@ from saelab.evaluation.controls import untrained
 from saelab.evaluation.tasks import passages as labelled
 from saelab.evaluation.tasks import scr_tpp, two_sided
 from saelab.evaluation.tasks.probing import sparse_probing
+from saelab.reproduce import steering
 from saelab.reproduce.curves import by_budget, verdict, verdicts
 from saelab.reproduce.lab import Lab, Record, Spec, table, train_spec
 from saelab.reproduce.ledger import Row, Verdict, above, all_of, attributed, below, paired, summary, within
@@ -108,11 +109,10 @@ def real(lab: Lab, seeds: Sequence[int]) -> list[Row]:
     if lab.model is not None:
         rows += [_loss(records, pair, at, setting) for pair in PAIRS]
     rows += [_half_width(records, at, setting), _two_sided(lab, seeds, setting), _causal(lab, seeds, setting)]
-    rows.append(
-        Row(PAPER, "steering with a latent matches or beats the difference of means (MMLU, HarmBench)", setting, {},
-            "not testable here", "needs MMLU and HarmBench with a judge and a model of 2B parameters or more; the "
-            "number of latents clamped and their strength are not recoverable from the paper's text")
-    )  # fmt: skip
+    signed, plain = ([Spec(label, label, lab.scale.d_sae, {"k": at}, seed) for seed in seeds] for label in PAIRS[0])
+    bench, where = steering.Bench(lab), f"{setting}, k={at}"
+    rows.append(steering.against_means(bench, "abs_topk", signed, PAPER, where))
+    rows.append(steering.one_latent_both_ways(bench, signed, plain, PAPER, where))
     return rows
 
 

@@ -21,6 +21,7 @@ from saelab.evaluation import EvaluateConfig, spliced, spread
 from saelab.evaluation.same_model import plain_site
 from saelab.files import write_json
 from saelab.lm.sites import device_of
+from saelab.reproduce import steering
 from saelab.reproduce.curves import by_budget, verdict, verdicts
 from saelab.reproduce.lab import Lab, Spec, table, train_spec, values
 from saelab.reproduce.ledger import Row, above, attributed, below, fewer, paired, summary
@@ -131,7 +132,7 @@ def real(lab: Lab, seeds: Sequence[int]) -> list[Row]:
     setting = f"{lab.cache.manifest.model} {lab.cache.hook_name}, d_sae={lab.scale.d_sae}, k in {budgets(lab)}"
     if not lab.cache.has_grads or lab.model is None:
         claims = ("higher cross-entropy recovered at equal L0", "fewer dead latents", "larger effects on logits",
-                  "gradients at evaluation leak the label")  # fmt: skip
+                  "latents steer further", "gradients at evaluation leak the label")  # fmt: skip
         why = "needs a cache harvested with --gradients, and its language model"
         return [Row(PAPER, claim, setting, {}, "not testable here", why) for claim in claims]
     beta = chosen_beta(lab)
@@ -152,8 +153,17 @@ def real(lab: Lab, seeds: Sequence[int]) -> list[Row]:
             f"share of latents silent on held-out and {lab.scale.density_tokens:,} training tokens, at the smallest "
             "budget, where most die"),
         _effects(lab, seeds, setting, beta["chosen"]),
+        _steering(lab, seeds, setting, beta["chosen"]),
         _leak(lab, seeds, setting),
     ]  # fmt: skip
+
+
+def _steering(lab: Lab, seeds: Sequence[int], setting: str, beta: float) -> Row:
+    k = max(budgets(lab))
+    every = [spec for spec in specs(lab, seeds, beta) if spec.budget == k]
+    ours, theirs = ([spec for spec in every if spec.label == label] for label in ("g_sae", "topk"))
+    claim = "steering with a latent moves the predictions further towards a concept than with TopK's"
+    return steering.further_than(steering.Bench(lab), ours, theirs, PAPER, claim, f"{setting}, k={k}")
 
 
 def _effects(lab: Lab, seeds: Sequence[int], setting: str, beta: float, n_latents: int = 64) -> Row:
