@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from saelab import UserError
+from saelab.cli import main
 from saelab.features import FeatureIndex
 from saelab.features.output_score import output_scores
 from saelab.lm.tokens import tokenize
@@ -270,3 +271,24 @@ def test_contrast_texts_give_the_words_where_none_are_named(tmp_path: Path) -> N
 def _file(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def test_the_search_ranks_by_what_latents_promote(capsys: Any) -> None:
+    main(
+        [
+            "find",
+            "music song piano war government",
+            str(checkpoints() / "abs_topk"),
+            "--writes",
+            "--json",
+            "--count",
+            "3",
+        ]
+    )
+    found = json.loads(capsys.readouterr().out)
+    table = output_scores(FeatureIndex(checkpoints() / "abs_topk"), ["music", "song", "piano", "war", "government"])
+    best = table.sort_values("output_score", ascending=False, kind="stable").iloc[0]
+    assert (found[0]["latent"], found[0]["pole"]) == (best["latent"], best["pole"]) and found[0]["output_score"] > 0
+    with pytest.raises(SystemExit):
+        main(["find", "12", str(checkpoints() / "abs_topk"), "--writes"])
+    assert "--writes takes words" in " ".join(capsys.readouterr().err.split())

@@ -17,13 +17,15 @@ from saelab.errors import UserError
 from saelab.features import search
 from saelab.features.by_example import find_by_example
 from saelab.features.finding import ANYTHING, Finder, read_query
+from saelab.features.output_score import output_scores
 from saelab.metrics.density import DENSE
 from saelab.runs import Run
 from saelab.runs.language_model import model_record
 from saelab.workspace import Workspace
 from saelab.workspace.notes import read_notes
 
-COLUMNS = ("SAE", "latent", "pole", "share", "specificity", "closeness", "density", "label_score", "label")
+SCORES = ("share", "output_score", "specificity", "closeness")
+COLUMNS = ("SAE", "latent", "pole", *SCORES, "density", "label_score", "label")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Options(ModelOptions):
     """With a marked text: a text on which the latents should be silent."""
     related: bool = False
     """Find words of similar meaning too, by latent semantic analysis of the index."""
+    writes: bool = False
+    """Rank by what latents promote instead of what they fire on: the share of the promoted logits that falls on the
+    words (the output score). `saelab steer --concept` measures in the model what they do."""
     dense: bool = False
     """Show latents that fire on more than 10 % of the tokens."""
     count: int = 10
@@ -93,6 +98,8 @@ def by_words(run: Run, options: Options) -> pd.DataFrame:
     """The best rows of one SAE for words or a number."""
     assert run.index is not None
     finder = Finder(run.index)
+    if options.writes:
+        return by_output(finder, options)
     found = finder.find(options.query, options.where, read_notes(str(run.path)))
     if not options.dense:
         hidden = (found["density"] > DENSE) & ~(found["score"] == float("inf"))
@@ -105,6 +112,16 @@ def by_words(run: Run, options: Options) -> pd.DataFrame:
         console.print(f"{run.name}: close words: {', '.join(near) or 'none'}", markup=False)
         found = pd.concat([found, close[~close.index.isin(found.index)].assign(score=-1.0)])
     return found
+
+
+def by_output(finder: Finder, options: Options) -> pd.DataFrame:
+    """The rows of one SAE that promote the words most."""
+    query = read_query(options.query)
+    if query.kind != "words":
+        raise UserError('--writes takes words, as in saelab find "sea ocean" RUN --writes')
+    scores = output_scores(finder.index, query.terms)["output_score"].to_numpy()
+    found = finder.table.assign(output_score=scores, score=scores)
+    return found[found["score"] > 0].sort_values("score", ascending=False, kind="stable").head(options.count)
 
 
 def by_example(run: Run, options: Options, models: dict[str, Any]) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from saelab.steering.directions import difference_of_means, pca, probe, random_d
 from saelab.steering.evaluation.concepts import Concept
 from saelab.steering.interventions import Intervention
 from saelab.steering.measure.budget import Maker
+from saelab.steering.neutral import NEUTRAL
 from saelab.steering.operations import Add
 from saelab.steering.recipe import Recipe
 from saelab.steering.vectors import SteeringVector
@@ -28,6 +29,7 @@ PROMPTS = (
     "Answer the request, and work {concept} into every sentence of your answer.",
     "Whatever you are asked, write about {concept} and about nothing else.",
 )
+CANDIDATES = 12  # latents that are measured in the model for each concept
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Setting:
     def ranking(self, concept: Concept) -> Ranking:
         """The latents of the SAE by what they do for a concept; measured once."""
         if concept.name not in self.rankings:
-            self.rankings[concept.name] = rank_latents(self.model, self.run, concept, tokenizer=self.tokenizer)
+            self.rankings[concept.name] = rank_latents(
+                self.model, self.run, concept, NEUTRAL[:3], candidates=CANDIDATES, tokenizer=self.tokenizer
+            )
         return self.rankings[concept.name]
 
 

@@ -53,18 +53,25 @@ class Reader:
         self.site = locate(model, self.hook_name)
 
     @torch.no_grad()
-    def read(self, instructions: Sequence[str], answers: Sequence[Sequence[int]]) -> Read:
-        """Read each answer (token ids) behind its instruction; an empty answer gives zeros and no surprise (NaN)."""
+    def read(self, instructions: Sequence[str], answers: Sequence[Sequence[int]], likelihood: bool = True) -> Read:
+        """Read each answer (token ids) behind its instruction; an empty answer gives zeros and no surprise (NaN).
+
+        Without ``likelihood`` the nats are NaN, and the logits are not computed where the model can spare them.
+        """
         prompts = [prompt_ids(self.tokenizer, text) for text in instructions]
-        parts = [self._some(prompts[i : i + ROWS], answers[i : i + ROWS]) for i in range(0, len(answers), ROWS)]
+        parts = [
+            self._some(prompts[i : i + ROWS], answers[i : i + ROWS], likelihood) for i in range(0, len(answers), ROWS)
+        ]
         return Read(*(np.concatenate(column) for column in zip(*parts)))
 
-    def _some(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    def _some(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], likelihood: bool
+    ) -> tuple[Array, Array]:
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers)]
         ids, mask = (t.to(device_of(self.model)) for t in padded(rows))
         seen: list[Tensor] = []
         with attach(self.model, []), self.site.register(self.model, lambda x: seen.append(x.float().cpu())):
-            logits = forward(underlying(self.model), ids, mask)[0]
+            logits = forward(underlying(self.model), ids, mask, last_only=not likelihood)[0]
         acts, nats = [], []
         for row, answer in enumerate(answers):
             n = len(answer)
@@ -73,6 +80,9 @@ class Reader:
                 nats.append(math.nan)
                 continue
             acts.append(seen[0][row, -n:].double().mean(0).numpy())
+            if not likelihood:
+                nats.append(math.nan)
+                continue
             before = logits[row, -n - 1 : -1].float()
             chosen = before.gather(1, ids[row, -n:, None])[:, 0]
             nats.append(float((before.logsumexp(1) - chosen).double().mean()))
@@ -128,7 +138,8 @@ def train_classifier(positive: Array, negative: Array) -> Classifier:
 def contrast_reading(reader: Reader, texts: Sequence[str], instructions: Sequence[str]) -> Array:
     """Contrast texts read as if they were answers, each to another instruction."""
     asked = [instructions[i % len(instructions)] for i in range(len(texts))]
-    return reader.read(asked, [token_ids(reader.tokenizer, text, bos=False) for text in texts]).activations
+    tokens = [token_ids(reader.tokenizer, text, bos=False) for text in texts]
+    return reader.read(asked, tokens, likelihood=False).activations
 
 
 def classifier_for(concept: Concept, own: dict[str, tuple[Array, Array]]) -> Classifier:
