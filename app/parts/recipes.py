@@ -8,6 +8,7 @@ import loaders
 import pandas as pd
 import streamlit as st
 
+from parts import doses as dose_parts
 from parts import steering as steering_parts
 from parts import tables
 from saelab import viz
@@ -73,6 +74,6 @@ def show(run: Run) -> None:
         st.toast(f"Loaded {row['name']}", icon=":material/check:")
         st.rerun()
     if row.get("doses"):
-        steering_parts.dose_charts(row["doses"], "recipe")
+        dose_parts.dose_charts(row["doses"], "recipe")
     else:
         st.caption("This recipe was saved without measured doses.")

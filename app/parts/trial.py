@@ -51,7 +51,7 @@ def panel(run: Run, source: Any, model: Any, pick: Pick, key: str) -> None:
         try:
             texts = three_strengths(run, model, pick)
             st.session_state[state] = (run.name, made_with, texts)
-            write(model, texts, Beginning.of_text(model, prompt), {"max_new_tokens": int(length)}, key)
+            write(model, texts, [Beginning.of_text(model, prompt)] * len(texts), {"max_new_tokens": int(length)}, key)
             return
         except UserError as error:
             st.error(viz.markdown(str(error)), icon=":material/error:")
@@ -83,7 +83,7 @@ def added(vector: SteeringVector, strength: float, name: str, why: str) -> Text:
 def write(
     model: Any,
     texts: Sequence[Text],
-    beginning: Beginning,
+    beginnings: Sequence[Beginning],
     options: dict[str, Any],
     key: str,
     places: Sequence[Any] | None = None,
@@ -96,7 +96,7 @@ def write(
     stop.button("Stop", key=f"stop_{key}", icon=":material/stop:")
     places = places or [st.container() for _ in texts]
     with loaders.model_lock():
-        for place, text in zip(places, texts):
+        for place, text, beginning in zip(places, texts, beginnings):
             with place:
                 slot = st.empty()
             steps = text.written(model, beginning, **options)
@@ -124,11 +124,12 @@ def heading(text: Text) -> None:
     page.html(viz.caption("; ".join(said[1:]) or "…"))
 
 
-def show(text: Text, before: Sequence[int], model: Any) -> None:
+def show(text: Text, before: Sequence[int], model: Any, pale: bool = False) -> None:
     """A text with its damage; tokens that the unsteered text does not have are marked."""
     heading(text)
     if text.stopped:
-        page.html(viz.text_block(written_text(model.tokenizer, text.tokens)))
-        return
-    marks = [0.0] * len(text.tokens) if text.name == "unsteered" else steering.changed(before, text.tokens)
-    page.html(viz.token_strip(text.strings, [0.55 * m for m in marks], page.colours(), 1.0, unit="changed"))
+        strip = viz.text_block(written_text(model.tokenizer, text.tokens))
+    else:
+        marks = [0.0] * len(text.tokens) if text.name == "unsteered" else steering.changed(before, text.tokens)
+        strip = viz.token_strip(text.strings, [0.55 * m for m in marks], page.colours(), 1.0, unit="changed")
+    page.html(viz.outdated(strip) if pale else strip)

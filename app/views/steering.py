@@ -3,6 +3,7 @@
 import loaders
 import session
 import streamlit as st
+from parts import doses, talk
 from parts import recipes as recipe_parts
 from parts import steering as steering_parts
 
@@ -23,11 +24,12 @@ with steer_tab:
         st.subheader("What to change", anchor=False)
         steering_parts.add_latent(run, source)
         steering_parts.add_means(run, source, model)
+        steering_parts.calibrate_new(run, model, picks)
         picks = steering_parts.edit(run, model, picks)
     with right:
         st.subheader("What the model says", anchor=False)
-        prompt = steering_parts.generation(run, source, model, picks)
+        prompt = talk.section(run, source, model, picks)
     if picks:
         st.subheader("Dose and response", anchor=False)
-        steering_parts.doses(run, model, picks)
+        doses.doses(run, model, picks)
         recipe_parts.save(run, source, model, picks, prompt)

@@ -11,7 +11,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,9 @@ class Answer:
     finish: str = "length"
     text: str = ""
 
-    def pieces(self, served: Served, request: Request, steered: Sequence[Intervention], seed: int) -> Iterator[str]:
+    def pieces(
+        self, served: Served, request: Request, steered: Sequence[Intervention], seed: int
+    ) -> Generator[str, None, None]:
         """The parts of the text that may be shown, token by token; often empty."""
         most = request.max_tokens or served.most_tokens
         sampling = Sampling(most, request.temperature, request.top_p, seed)

@@ -8,7 +8,7 @@ user's messages).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,7 @@ class Answerer:
 
     def tokens(
         self, messages: Sequence[Message], interventions: Sequence[Intervention], settings: Sampling
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """The tokens of the answer as they are generated. The model is steered until the iterator ends or is closed."""
         chat, steered = encode_chat(self.tokenizer, messages, **self.template), tuple(interventions)
         keys = [(token, role, False) for token, role in zip(chat.ids, chat.roles)]
@@ -266,7 +266,7 @@ class Chat:
         """The answer to the next message of the user."""
         return "".join(self.stream(text))
 
-    def stream(self, text: str) -> Iterator[str]:
+    def stream(self, text: str) -> Generator[str, None, None]:
         """The answer piece by piece. If the iterator is closed early, what was written so far is the answer; after an
         error the chat is as it was before the message."""
         given = self.interventions

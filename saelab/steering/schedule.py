@@ -59,7 +59,8 @@ class Schedule:
         """The weight of each token of a forward pass."""
         steps = np.arange(context.past, context.past + context.length) - context.prompt_length
         # A prompt has one weight, although its last tokens are as near to the first point as generated ones.
-        found = np.interp(np.where(steps < 0, self.points[0][0], steps), *zip(*self.points))
+        places, weights = np.array(self.points).T
+        found = np.interp(np.where(steps < 0, places[0], steps), places, weights)
         return torch.tensor(found, dtype=torch.float32, device=context.device)
 
     @classmethod

@@ -225,12 +225,31 @@ def dose_response(
     colours: Palette,
     y: str,
     chosen: float | None = None,
+    band: tuple[Sequence[float], Sequence[float], str] | None = None,
 ) -> go.Figure:
-    """What each direction does as its strength grows; the chosen strength is marked."""
+    """What each direction does as its strength grows; the chosen strength is marked.
+
+    ``band`` is the lower and the upper end of an interval at each strength, and its name.
+    """
     fig = lines(
         {name: (strengths, ys) for name, ys in curves.items()}, colours, "length added, raw units", y, height=260
     )
     fig.update_traces(mode="lines+markers")
+    if band is not None:
+        low, high, name = band
+        fig.add_scatter(
+            x=[*strengths, *reversed(strengths)],
+            y=[*high, *reversed(low)],
+            fill="toself",
+            mode="lines",
+            line={"width": 0},
+            fillcolor=colours.muted,
+            opacity=0.25,
+            hoverinfo="skip",
+            name=safe(name),
+        )
     if chosen is not None:
+        mark = {"text": "on this page", "showarrow": False, "yref": "paper", "y": 1.0, "yanchor": "bottom"}
         fig.add_vline(x=chosen, line={"color": colours.muted, "dash": "dot"})
+        fig.add_annotation(x=chosen, font={"color": colours.muted, "size": 11}, **mark)
     return fig

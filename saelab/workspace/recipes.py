@@ -106,6 +106,7 @@ def _pick(step: Intervention, label: str, folder: str, source: Run) -> Pick:
     number: Any = getattr(step, step.amount.field) if step.amount else None
     units = step.amount is not None and step.amount.units
     common: dict[str, Any] = {"operation": step.operation, "where": step.where}
+    common |= {"when": step.when, "schedule": step.schedule}
     for field in dataclasses.fields(step):  # where they differ from the defaults, which other operations do not share
         if field.name in ("skip_first", "keep_error") and getattr(step, field.name) != field.default:
             common[field.name] = getattr(step, field.name)

@@ -15,8 +15,11 @@ from saelab.runs import Run
 from saelab.steering import (
     OPERATIONS,
     Add,
+    Calibration,
+    Condition,
     Intervention,
     ProjectOut,
+    Schedule,
     SteeringVector,
     VectorIntervention,
     generate_tokens,
@@ -50,6 +53,12 @@ class Pick:
     """Whether each text's first token is left alone; None for the default of the operation."""
     keep_error: bool | None = None
     """Whether the SAE's reconstruction error stays, for operations on a latent; None for the default."""
+    when: Condition | None = None
+    """What must hold on a token, where it came from a saved recipe."""
+    schedule: Schedule | None = None
+    """The weights of generated tokens, where it came from a saved recipe."""
+    note: str = ""
+    """How its amount was found."""
 
     def changed(self, **fields: Any) -> Pick:
         """The pick with some of its fields replaced."""
@@ -97,7 +106,8 @@ def _amount(pick: Pick) -> str:
 
 
 def _place(pick: Pick) -> str:
-    return "" if pick.where == "all" else f"on {pick.where}"
+    where = "" if pick.where == "all" else f"on {pick.where}"
+    return " ".join(filter(None, (where, "conditional" * (pick.when is not None), "scheduled" * bool(pick.schedule))))
 
 
 def best_unit(vector: SteeringVector) -> str:
@@ -121,7 +131,8 @@ def operations(pick: Pick) -> list[str]:
 def intervention(pick: Pick, source: Run) -> Intervention:
     """What a pick does to the model."""
     operation = OPERATIONS[pick.operation]
-    skip = {} if pick.skip_first is None else {"skip_first": pick.skip_first}
+    skip: dict[str, Any] = {"when": pick.when, "schedule": pick.schedule}
+    skip |= {} if pick.skip_first is None else {"skip_first": pick.skip_first}
     if issubclass(operation, VectorIntervention):
         return replace(operation.on_vector(pick.vector, pick.strength, where=pick.where), **skip)
     if pick.latent is None:
@@ -148,11 +159,39 @@ def control(pick: Pick, seed: int) -> Intervention:
     at the length that the latent's activation is set to, or projected out where it has no such length.
     """
     direction, operation = random_direction(pick.vector, seed), OPERATIONS[pick.operation]
+    limits: dict[str, Any] = {"when": pick.when, "schedule": pick.schedule}
     if issubclass(operation, VectorIntervention):
-        return operation.on_vector(direction, pick.strength, where=pick.where)
+        return replace(operation.on_vector(direction, pick.strength, where=pick.where), **limits)
     if operation.amount is not None and operation.amount.units:
-        return Add(direction, pick.vector.length(f"{pick.amount}{pick.unit}"), where=pick.where)
-    return ProjectOut(direction, where=pick.where)
+        return Add(direction, pick.vector.length(f"{pick.amount}{pick.unit}"), where=pick.where, **limits)
+    return ProjectOut(direction, where=pick.where, **limits)
+
+
+def calibrated(pick: Pick, found: Calibration) -> Pick:
+    """The pick with the strength that was found, to three significant digits, in its unit."""
+    amount = float(f"{found.strength / pick.vector.length(f'1{pick.unit}'):.3g}")
+    reached = "" if found.reached else ", the largest strength that was tried"
+    note = f"found by calibration: KL {found.damage:.2g} nats per token on neutral texts{reached}"
+    return pick.changed(amount=amount, start=amount, note=note)
+
+
+def limits(pick: Pick) -> list[str]:
+    """Where the pick acts and what it leaves alone, where that is not the default and no widget shows it."""
+    found = []
+    if not isinstance(pick.where, str):
+        found.append(f"acts on: {pick.where}")
+    if pick.skip_first is not None:
+        found.append(f"first token: {'left unchanged' if pick.skip_first else 'steered as well'}")
+    if pick.keep_error is False:
+        found.append("the SAE's reconstruction error is dropped")
+    if pick.when is not None:
+        settings = pick.when.settings()
+        what = f"latent {settings['latent']}" if "latent" in settings else "a probe"
+        found.append(f"only where {what} is above {settings['above']:.3g} at {settings['hook_name']}")
+    if pick.schedule is not None:
+        points = ", ".join(f"{weight:g} at {step:g}" for step, weight in pick.schedule.points)
+        found.append(f"weight of generated tokens: {points}")
+    return found
 
 
 @dataclass(frozen=True)

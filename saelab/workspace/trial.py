@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ class Text:
     damage: TextDamage | None = None
     stopped: bool = True  # before it was finished
 
-    def written(self, model: nn.Module, beginning: Beginning, **sampling: Any) -> Iterator[None]:
+    def written(self, model: nn.Module, beginning: Beginning, **sampling: Any) -> Generator[None, None, None]:
         """Write it, a token a step; then measure its damage. Closed early, it keeps what it has."""
         ids = torch.tensor([beginning.ids])
         roles = None if beginning.roles is None else torch.tensor([beginning.roles])

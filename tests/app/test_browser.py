@@ -31,13 +31,38 @@ def test_find_a_latent_by_text_look_at_it_and_steer_with_it(page: Any, address: 
     page.locator(".st-key-latent_steer button").click()
     page.get_by_text("What the model says").wait_for()
     settle(page)
-    assert page.get_by_text(re.compile(rf"^#{latent}( −)?$")).count() >= 1
+    assert page.get_by_text(re.compile(rf"^#{latent}( −)?( ·.*)?$")).count() >= 1
     page.get_by_label("Prompt", exact=True).fill("the river runs past")
+    page.get_by_label("new tokens").fill("5")
     page.get_by_role("button", name="Generate").click()
     page.get_by_text("random control").wait_for()
     settle(page)
     texts = page.locator(".sl-strip").all_inner_texts()
-    assert len(texts) == 3 and all(text.strip() for text in texts)
+    assert len(texts) == 5 and all(text.strip() for text in texts)
+    assert page.get_by_text("under the unsteered model").count() == 5
+    assert page.locator(".st-key-stop_steering button").count() == 0
+
+
+def test_stop_stops_and_keeps_what_was_written(page: Any, address: str) -> None:
+    page.goto(f"{address}/steering?run=signed")
+    page.get_by_text("What the model says").wait_for()
+    settle(page)
+    page.get_by_role("button", name="Add", exact=True).click()
+    settle(page)
+    page.get_by_label("new tokens").fill("50")
+    for factor in ("×0.25", "×1.5", "×4"):
+        page.get_by_role("button", name=factor, exact=True).click()
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_function("[...document.querySelectorAll('.sl-strip')].some(e => e.innerText.trim().length > 5)")
+    stop = page.locator(".st-key-stop_steering button")  # the app's head has another, of Streamlit
+    stop.click()
+    stop.wait_for(state="detached")
+    settle(page)
+    assert page.get_by_text("under the unsteered model").count() < 8, "nothing was left to stop"
+    assert any(text.strip() for text in page.locator(".sl-strip").all_inner_texts()), "what was written stays"
+    page.get_by_label("new tokens").fill("3")
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_function("document.body.innerText.split('under the unsteered model').length == 9", timeout=60_000)
 
 
 def test_which_latents_are_dead_and_why(page: Any, address: str, sick_folder: Path) -> None:
@@ -163,4 +188,4 @@ def test_steering_drafts_of_two_tabs_are_their_own(tabs: list[Any]) -> None:
     with only_in(tabs, 1) as tab:
         tab.get_by_role("button", name="Generate").click()
         tab.get_by_text("random control").wait_for()
-    assert [tab.locator(".sl-strip").count() for tab in tabs] == [0, 3]
+    assert [tab.locator(".sl-strip").count() for tab in tabs] == [0, 5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,24 @@ import torch
 from streamlit.testing.v1 import AppTest
 from test_pages import launch
 
+from saelab import viz
 from saelab.errors import UserError
 from saelab.features import FeatureIndex
 from saelab.lm import load_model
-from saelab.steering import ProjectOut, Recipe, SteeringVector
+from saelab.lm.tokens import written_text
+from saelab.steering import (
+    Add,
+    Chat,
+    LatentFires,
+    ProjectOut,
+    Recipe,
+    Schedule,
+    SteeringVector,
+    calibrate,
+    generate_tokens,
+    measure_text,
+)
+from saelab.steering.neutral import NEUTRAL
 from saelab.workspace import Workspace, recipes, steering
 
 RUN = "runs/topk"
@@ -48,6 +63,26 @@ def figures(app: AppTest) -> dict[str, Any]:
     return {item.proto.id.rsplit("-", 1)[-1]: json.loads(item.proto.spec) for item in app.get("plotly_chart")}
 
 
+def check_charts(effect: Any, damage: Any, measured: Any, length: float) -> None:
+    """Eight random directions are drawn as an interval, and the strength on the page is marked."""
+    # The vector, the difference of means, the mean of the random directions and their interval.
+    assert len(effect["data"]) == len(damage["data"]) == 4
+    drawn = {trace["name"]: trace for trace in damage["data"]}
+    assert all(len(trace["y"]) == 4 and min(trace["y"]) >= 0 for trace in drawn.values() if "fill" not in trace)
+    controls = [dose for dose in measured.doses if dose.direction.startswith("random")]
+    assert len({dose.direction for dose in controls}) == 8
+    (band,) = [trace for trace in effect["data"] if "fill" in trace]
+    assert band["name"] == "95 % of random directions (8 drawn)"
+    first = [d.logit_shift for d in controls if d.strength == measured.doses[0].strength]
+    # Student's t with seven degrees of freedom, from a table.
+    half = 2.3646 * statistics.stdev(first) * (1 + 1 / 8) ** 0.5
+    assert band["y"][0] == pytest.approx(statistics.mean(first) + half, rel=1e-3)
+    assert band["y"][-1] == pytest.approx(statistics.mean(first) - half, rel=1e-3)
+    (mark,) = effect["layout"]["shapes"]
+    assert mark["x0"] == pytest.approx(length), "the strength on the page is marked"
+    assert sorted({d.strength for d in measured.doses}) == pytest.approx([length * f for f in (0.25, 0.5, 1, 2)])
+
+
 def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path) -> None:
     latent = strongest(folder)
     app = open_page(monkeypatch, workplace, folder / "model", latent)
@@ -62,9 +97,11 @@ def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workpla
     _, pick, measured = app.session_state["steering_doses"]
     assert pick.label == f"#{latent}" and len({dose.direction for dose in measured.doses}) >= 3
     effect, damage = list(figures(app).values())
-    assert len(effect["data"]) == len(damage["data"]) == len({dose.direction for dose in measured.doses})
-    drawn = {trace["name"]: trace for trace in damage["data"]}
-    assert all(len(trace["y"]) == 4 and min(trace["y"]) >= 0 for trace in drawn.values())
+    length = SteeringVector.from_latent(Workspace.scan(folder).run(RUN), latent).length("0.5max")
+    check_charts(effect, damage, measured, length)
+    said = " ".join(element.proto.body for element in app.get("html"))
+    for one in measured.contrasts:
+        assert f"{one.difference:+.2f} ({one.low:+.2f} to {one.high:+.2f})" in said
 
     app.text_input(key="recipe_name").input("More of it")
     succeed(app.button(key="FormSubmitter:steering_save-Save").click().run())
@@ -101,13 +138,101 @@ def test_texts_are_shown_with_the_settings_that_made_them(
     app = open_page(monkeypatch, workplace, folder / "model", latent)
     app.number_input(key="steering_length").set_value(3)
     succeed(app.button(key="FormSubmitter:steering_form-Generate").click().run())
-    assert any(f"add \\#{latent} 1\\.0max" in item.value for item in app.caption), [c.value for c in app.caption]
+    (pick,) = app.session_state["steering_picks"][RUN]
+    made = viz.markdown(f"add #{latent} {pick.strength}")
+    assert any(made in item.value for item in app.caption), [c.value for c in app.caption]
     assert not app.warning and not pale(app)
     app.slider(key=f"steering_add_#{latent}").set_value(0.5).run()
-    assert len(app.warning) == 1 and "changed since" in app.warning[0].value and pale(app) == 3
-    assert any(f"add \\#{latent} 1\\.0max" in item.value for item in app.caption), "what made them does not change"
-    app.slider(key=f"steering_add_#{latent}").set_value(1.0).run()
+    assert len(app.warning) == 1 and "changed since" in app.warning[0].value and pale(app) == 5
+    assert any(made in item.value for item in app.caption), "what made them does not change"
+    app.slider(key=f"steering_add_#{latent}").set_value(pick.amount).run()
     assert not app.warning and not pale(app)
+
+
+def variants(app: AppTest) -> dict[str, list[Any]]:
+    return app.session_state["steering_talk"]["variants"]
+
+
+def test_a_latent_begins_calibrated_and_several_strengths_are_written_at_once(
+    monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path
+) -> None:
+    latent = strongest(folder)
+    app = open_page(monkeypatch, workplace, folder / "model", latent)
+    model, source = load_model(str(folder / "model")), Workspace.scan(workplace).run(RUN)
+    vector = SteeringVector.from_latent(source, latent)
+    found = calibrate(model, vector, NEUTRAL, budget_kl=0.3, tolerance=0.05)
+    (pick,) = app.session_state["steering_picks"][RUN]
+    assert vector.length(pick.strength) == pytest.approx(found.strength, rel=5e-3)  # three digits
+    label = FeatureIndex(workplace / RUN).latent(latent, 1)["label"]
+    assert label and any(viz.markdown(label[:60]) in item.value for item in app.markdown), "a number says nothing"
+    app.text_area(key="steering_prompt").input("the river runs")
+    app.number_input(key="steering_length").set_value(4)
+    app.button_group(key="steering_factors").set_value([2.0, 1.0])
+    succeed(app.button(key="FormSubmitter:steering_form-Generate").click().run())
+    texts = {name: turns[-1][1] for name, turns in variants(app).items()}
+    assert list(texts) == ["unsteered", "steered ×1", "steered ×2", "random control"]
+    ids = torch.tensor([[1, *model.tokenizer("the river runs", add_special_tokens=False)["input_ids"]]])
+    for name, factor in (("unsteered", 0.0), ("steered ×1", 1.0), ("steered ×2", 2.0)):
+        steer = Add(vector, factor * vector.length(pick.strength))
+        assert texts[name].tokens == generate_tokens(model, ids, None, steer, max_new_tokens=4)[0]
+        damage = measure_text(model, ids[0].tolist(), texts[name].tokens, steer)
+        assert texts[name].damage.kl == pytest.approx(damage.kl, rel=1e-4, abs=1e-9)
+    said = " ".join(element.proto.body for element in app.get("html"))
+    for name, text in texts.items():
+        assert f"perplexity {text.damage.perplexity:.3g} under the unsteered model" in said
+        assert name == "unsteered" or f"KL {text.damage.kl:.2f} nats per token here" in said
+
+
+def test_a_chat_goes_on_under_every_variant(monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path) -> None:
+    shutil.copytree(folder / "model", workplace / "model")
+    model = load_model(str(workplace / "model"))
+    template = "{% for m in messages %} {{ m.content }}{{ eos_token }}{% endfor %}"
+    model.tokenizer.chat_template = template
+    model.tokenizer.save_pretrained(workplace / "model")
+    latent = strongest(folder)
+    app = open_page(monkeypatch, workplace, workplace / "model", latent)
+    succeed(app.button_group(key="steering_kind").set_value("chat").run())
+    app.text_input(key="steering_system").input("grey towns")
+    app.selectbox(key=f"steering_where_#{latent}").select("answer")
+    app.number_input(key="steering_length").set_value(4)
+    app.button_group(key="steering_factors").set_value([1.0])
+    for message in ("the river", "a mill"):
+        app.text_area(key="steering_prompt").input(message)
+        succeed(app.button(key="FormSubmitter:steering_form-Generate").click().run())
+    (pick,) = app.session_state["steering_picks"][RUN]
+    source = Workspace.scan(workplace).run(RUN)
+    for name, steps in (("unsteered", []), ("steered ×1", [steering.intervention(pick, source)])):
+        chat = Chat(model, steps, system="grey towns", max_new_tokens=4)
+        answers = [chat.say("the river"), chat.say("a mill")]
+        found = [written_text(model.tokenizer, text.tokens) for _, text in variants(app)[name]]
+        assert found == answers, name
+    assert pick.where == "answer"
+    app.text_area(key="steering_prompt").input("old bridges")
+    app.button(key="steering_new_chat").click().run()
+    assert "steering_talk" not in app.session_state
+    # A text is no chat: that is said, and nothing is lost.
+    app.button_group(key="steering_kind").set_value("text").run()
+    app.button(key="FormSubmitter:steering_form-Generate").click().run()
+    assert not app.exception and "messages of a chat" in app.error[0].value
+
+
+def test_conditions_and_schedules_of_a_recipe_are_kept(workplace: Path, folder: Path) -> None:
+    source, model = Workspace.scan(workplace).run(RUN), load_model(str(folder / "model"))
+    limited = Add(
+        SteeringVector.from_latent(source, 3),
+        2.0,
+        when=LatentFires(source, 5, 0.5),
+        schedule=Schedule([(0, 1), (9, 0)]),
+    )
+    Recipe.of(model, limited).save(recipes.recipe_folder(workplace, "limited"))
+    (pick,) = recipes.reopen(workplace, "limited", source)
+    again = steering.intervention(pick, source).settings()
+    assert (again["when"], again["schedule"]) == (limited.settings()["when"], limited.settings()["schedule"])
+    assert steering.limits(pick) == [
+        f"only where latent 5 is above 0.5 at {source.hook_name}",
+        "weight of generated tokens: 1 at 0, 0 at 9",
+    ]
+    assert steering.control(pick, 0).schedule == limited.schedule
 
 
 def pale(app: AppTest) -> int:

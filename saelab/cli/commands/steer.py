@@ -297,7 +297,7 @@ def texts(options: Options, recipe: Recipe, model: Any) -> dict[str, Any]:
         if options.chat:
             return answers(options, steering, model, options.prompt)
         steps = [] if steering is None else steering.interventions
-        return generate(model, list(options.prompt), steps, **sampling(options)) if options.prompt else []
+        return list(generate(model, list(options.prompt), steps, **sampling(options))) if options.prompt else []
 
     rows = [{"prompt": prompt, "steered": text} for prompt, text in zip(options.prompt, written(recipe))]
     if options.compare:

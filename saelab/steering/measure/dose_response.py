@@ -150,6 +150,20 @@ def dose_response(
     return DoseResponse(doses, *_compare(curves, kl_budget, seed), curves)
 
 
+def interval_of_another(curves: Sequence[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
+    """Lower end, mean and upper end, at each strength, of the 95 % prediction interval for one more direction.
+
+    ``curves`` are those of at least two random directions, ``[directions, strengths]``; Student's t for their spread.
+    """
+    from scipy.stats import t
+
+    values = np.asarray(curves, dtype=float)
+    n = len(values)
+    middle = values.mean(axis=0)
+    half = t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) * np.sqrt(1 + 1 / n)
+    return (middle - half).tolist(), middle.tolist(), (middle + half).tolist()
+
+
 def _dose(
     name: str, length: float, effects: Effects, damage: Effects, repeated: float | None, scored: float | None
 ) -> Dose:

@@ -1,0 +1,104 @@
+"""Dose and response of a vector on the Steering page, beside its controls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import loaders
+import page
+import session
+import streamlit as st
+
+from parts import steering as steering_parts
+from saelab import viz
+from saelab.runs import Run
+from saelab.steering import dose_response
+from saelab.steering.measure.dose_response import interval_of_another
+from saelab.workspace import steering
+from saelab.workspace.steering import Pick
+
+CONTROLS = 8  # random directions: with three of them nothing could win, by Student's t with two degrees of freedom
+NEUTRAL = (
+    "The committee will meet again in the spring to discuss the budget.\n"
+    "Water boils at a lower temperature in the mountains.\n"
+    "She opened the letter and read it twice before answering.\n"
+    "The museum holds a large collection of early maps."
+)
+
+
+def doses(run: Run, model: Any, found: list[Pick]) -> None:
+    """Effect on a concept and damage elsewhere, over strengths, beside a difference of means and random directions."""
+    names = {p.label: viz.visible(steering_parts.named(run, p)) for p in found}
+    with st.expander("Measure a vector against its controls"), st.form("steering_dose", border=False):
+        label = st.selectbox("vector", list(names), format_func=lambda label: names[label], key="dose_pick")
+        concept = st.text_input(
+            "words whose probability should rise, separated by commas", key="dose_concept", **session.KEEP
+        )
+        columns = st.columns(2)
+        targets = columns[0].text_area(
+            "prompts where they could come next", "The weather today is", key="dose_targets", **session.KEEP
+        )
+        neutral = columns[1].text_area("texts that should not change", NEUTRAL, key="dose_neutral", **session.KEEP)
+        positive = columns[0].text_area("texts with the concept (optional)", key="dose_positive", **session.KEEP)
+        negative = columns[1].text_area("texts without it (optional)", key="dose_negative", **session.KEEP)
+        asked = st.form_submit_button("Measure", icon=":material/science:")
+    pick = next(p for p in found if p.label == label)
+    if asked:
+        unit, around = (pick.unit, abs(pick.amount)) if chosen_length(pick) else (steering.best_unit(pick.vector), 1.0)
+        with loaders.model_lock(), st.spinner("Measuring doses …"):
+            measured = dose_response(
+                model,
+                pick.vector,
+                steering_parts.lines(targets),
+                steering_parts.lines(neutral),
+                [word.strip() for word in concept.split(",") if word.strip()],
+                strengths=[f"{s * around}{unit}" for s in (0.25, 0.5, 1.0, 2.0)],
+                positive=steering_parts.lines(positive),
+                negative=steering_parts.lines(negative),
+                n_random=CONTROLS,
+            )
+        st.session_state["steering_doses"] = (run.name, pick, measured)
+    name, pick, measured = st.session_state.get("steering_doses", (None, None, None))
+    if name != run.name:
+        return
+    gone = "" if any(steering.same_vector(p, pick) for p in found) else " (no longer among the interventions above)"
+    st.markdown(f"**{viz.markdown(steering_parts.named(run, pick))}**{gone}: {viz.markdown(measured.verdict)}.")
+    for one in measured.contrasts:
+        interval = f"{one.difference:+.2f} ({one.low:+.2f} to {one.high:+.2f}) in logit shift"
+        page.html(viz.caption(f"against {one.control}: {interval}, 95 % interval, at equal damage"))
+    now = next((p for p in found if steering.same_vector(p, pick)), pick)
+    dose_charts([vars(dose) for dose in measured.doses], chosen=chosen_length(now))
+
+
+def chosen_length(pick: Pick) -> float | None:
+    """The length that a pick adds, in raw units; None where it adds none or turns the vector round."""
+    if pick.operation != "add":
+        return None
+    length = pick.vector.length(f"{pick.amount}{pick.unit}")
+    return length if length > 0 else None
+
+
+def dose_charts(found: list[dict[str, Any]], key: str = "dose", chosen: float | None = None) -> None:
+    """Effect and damage over strength for every direction; random directions as the interval of one more of them."""
+    names = list(dict.fromkeys(dose["direction"] for dose in found))
+    drawn = [name for name in names if name.startswith("random ")]
+    strengths = sorted({dose["strength"] for dose in found})
+    titles = (("logit_shift", "logit shift of the concept"), ("kl", "off-target KL, nats/token"))
+    for column, (what, title) in zip(st.columns(2, gap="large"), titles):
+        curves = {
+            n: [d[what] for d in sorted(found, key=lambda d: d["strength"]) if d["direction"] == n] for n in names
+        }
+        band = None
+        if len(drawn) > 1:
+            low, middle, high = interval_of_another([curves.pop(name) for name in drawn])
+            curves["random directions"] = middle
+            band = (low, high, f"95 % of random directions ({len(drawn)} drawn)")
+        with column:
+            figure = viz.dose_response(strengths, curves, page.colours(), title, chosen, band)
+            page.chart(figure, alt=f"{title} over strength", key=f"{key}_{what}")
+    st.caption(
+        "Logit shift: mean logit of the words minus that of all tokens, after the prompts where they could come next, "
+        "steered − unsteered. Off-target KL: of the next-token distribution, unsteered against steered, on the texts "
+        "that should not change. Random directions (seeds 0, 1, …) have the vector's length; the shaded interval is "
+        "that of one more such direction (Student's t)."
+    )
