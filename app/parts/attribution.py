@@ -166,7 +166,7 @@ def table(graph: AttributionGraph) -> list[Node]:
         alt="Latents by their effect on the prediction",
     )
     chosen = [i for i in event.selection.rows if i < len(graph.latents)]
-    return [graph.latents[i] for i in chosen] or graph.causes[:3]
+    return [graph.latents[i] for i in chosen] or graph.causes[:3] or graph.latents[:3]
 
 
 def checks(graph: AttributionGraph) -> str:
@@ -221,20 +221,11 @@ def intervene(run: Run, graph: AttributionGraph, chosen: list[Node]) -> None:
 
 
 def _send(graph: AttributionGraph, chosen: list[Node], operation: str) -> None:
-    """The chosen latents become picks of the Steering page, those of each run its own."""
-    first: Run | None = None
-    for node in chosen:
-        named = _named(graph, node)
-        if named is None or node.latent is None:
-            continue
-        first = first or named
-        picks = st.session_state.setdefault("steering_picks", {}).setdefault(named.name, [])
-        pick = steering.pick_latent(_run(graph, node), node.latent, node.pole).changed(operation=operation)
-        if pick.label not in {other.label for other in picks}:
-            picks.append(pick)
-    if first is not None:
-        st.session_state["next_run"] = first.name
-        st.switch_page("views/steering.py")
+    """Go to the Steering page with the chosen latents; it changes one SAE at a time, that of the first of them."""
+    run = _named(graph, chosen[0])
+    if run is not None:
+        own = {(n.latent, n.pole): None for n in chosen if n.latent is not None and n.layer == chosen[0].layer}
+        session.steer_all(run, [(int(latent), pole) for latent, pole in own], operation)
 
 
 def _continue(run: Run, graph: AttributionGraph, chosen: list[Node], operation: str) -> dict[str, Any]:
@@ -257,6 +248,9 @@ def _show(texts: dict[str, Any]) -> None:
 
 
 def _save(run: Run, graph: AttributionGraph, chosen: list[Node], operation: str) -> None:
+    if loaders.read_only():
+        st.caption("Recipes cannot be saved: this app was started with --read-only.")
+        return
     with st.form("attribution_save", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.text_input("Save the change as a recipe", key="attribution_recipe", placeholder="name")
         asked = st.form_submit_button("Save", icon=":material/save:")

@@ -33,7 +33,7 @@ from saelab.sae import SAE
 
 Mode = Literal["auto", "gradient", "frozen"]
 MOST = 512  # tokens of a prompt
-TOLERANCE = 1e-4  # of the sum of a frozen model's effects, relative to their sizes
+TOLERANCE = 2e-5  # of the sum of a frozen model's effects, relative to their sizes
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.sites import locate, underlying
-from saelab.lm.structure import attention, blocks, mlp, modules, state_space, text_config
+from saelab.lm.structure import attention, blocks, children, mlp, modules, state_space, text_config
 
 Leaf = Callable[[int, Tensor], Tensor]
+_ACTIVATIONS = {"act_fn", "activation_fn", "act", "activation"}
 _OF_PATTERN = re.compile("(q|k|query|key)_")  # names of norms of queries and keys
 
 
@@ -85,8 +86,14 @@ class Frozen:
         covered: set[tuple[Any, ...]],
         leaf: Leaf,
     ) -> None:
-        if mlp(block) is None:
+        inside = mlp(block)
+        if inside is None:
             return
+        if inside and (found := _ACTIVATIONS & set(children(block))):
+            raise UserError(
+                f"block {index} of {type(underlying(model)).__name__} has a nonlinearity beside its MLP "
+                f"({', '.join(sorted(found))}); use --mode gradient"
+            )
         names = [f"blocks.{index}.hook_mlp_out", f"blocks.{index}.mlp.hook_out"]
         try:
             sites = [locate(model, name) for name in names]
