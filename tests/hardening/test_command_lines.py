@@ -49,7 +49,7 @@ def cut(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """No long work, no models, no server; relative paths are inside the place."""
     for name in ("train.drive", "sweep.train", "evaluate.evaluate", "index.build_index", "explain.interpret_all"):
         monkeypatch.setattr(f"saelab.cli.commands.{name}", began)
-    for name in ("reproduce.reproduce", "steer.open_model", "convert.export", "convert.resave"):
+    for name in ("reproduce.reproduce", "serve.open_model", "steer.open_model", "convert.export", "convert.resave"):
         monkeypatch.setattr(f"saelab.cli.commands.{name}", began)
     for name in ("load_model", "load_hf_model", "record.load_model", "record.load_hf_model"):
         monkeypatch.setattr(f"saelab.lm.{name}", no_model)
