@@ -102,6 +102,8 @@ class Finder:
         self.words = WordTable(index)
         listed = self.table["label"].fillna("").str.count(SEPARATOR) + 1
         self._listed = (self.table["label_score"].fillna(0.0) / listed).to_numpy()
+        # Walking through a result asks the same again and again.
+        self._scores = functools.lru_cache(maxsize=8)(self._score)
 
     def find(self, text: str, where: str = ANYTHING, notes: Notes | None = None) -> pd.DataFrame:
         """Rows of the catalogue that a query of words or a number finds, the best first, with ``share`` and ``score``.
@@ -125,6 +127,15 @@ class Finder:
         return found
 
     def _ranked(self, terms: tuple[str, ...], where: str, notes: Notes) -> pd.DataFrame:
+        frame, (share, matched, score) = self.table, self._scores(terms, where)
+        own = _noted(frame, terms, notes) if where in {ANYTHING, "label"} else np.zeros(len(frame), bool)
+        hits = np.flatnonzero((matched > 0) | own)
+        order = np.lexsort((-frame["telling"].to_numpy()[hits], -score[hits], ~own[hits]))
+        best = hits[order]
+        return frame.iloc[best].assign(share=share[best].clip(max=1.0), score=score[best])
+
+    def _score(self, terms: tuple[str, ...], where: str) -> tuple[NDArray, NDArray, NDArray]:
+        """``share``, ``matched`` and ``score`` of every row."""
         frame, n = self.table, len(self.table)
         share, matched, named = np.zeros(n), np.zeros(n), np.zeros(n)
         for term in terms:
@@ -137,13 +148,9 @@ class Finder:
                 hit[rows] = True
                 said[rows] = np.maximum(said[rows], self._listed[rows] if name == "label" else 1.0)
             share, named, matched = share + on * hit, named + said, matched + hit
-        own = _noted(frame, terms, notes) if where in {ANYTHING, "label"} else np.zeros(n, bool)
         count, quality = frame["count"].to_numpy(), frame["label_score"].fillna(0.0).to_numpy()
         score = (share * count / (count + FEW) * (1 + quality) / 2 + NAMED * named) * (matched / len(terms)) ** 2
-        hits = np.flatnonzero((matched > 0) | own)
-        order = np.lexsort((-frame["telling"].to_numpy()[hits], -score[hits], ~own[hits]))
-        best = hits[order]
-        return frame.iloc[best].assign(share=share[best].clip(max=1.0), score=score[best])
+        return share, matched, score
 
     @functools.cached_property
     def _meanings(self) -> Meanings:
