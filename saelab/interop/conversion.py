@@ -17,7 +17,7 @@ from saelab.interop.detection import read
 from saelab.interop.format import Writer
 from saelab.interop.formats import FORMATS
 from saelab.layout import METRICS, RUN
-from saelab.sae import SAE
+from saelab.sae import SAE, LinearSAE
 from saelab.sae.inference import TWO_SIDED, doubled
 from saelab.sae.weights import load_sae, save
 from saelab.sparse import SparseCode
@@ -55,6 +55,9 @@ def export(
     form = sae.inference_form()
     if form is None:
         raise UserError(f"a {sae.variant} SAE {sae.why_no_form()}, which has no counterpart in {to}")
+    if form.d_out is not None and not FORMATS[to.replace("-", "_")].holds_targets:
+        able = ", ".join(name.replace("_", "-") for name, other in FORMATS.items() if other.holds_targets)
+        raise UserError(f"{to} has no place for a transcoder; {able} have")
     if form.architecture in SIGNED and not (to == "saelens" and form.in_saelens):
         form = doubled(form)
     with new_folder(Path(folder)) as temporary:
@@ -108,7 +111,8 @@ def prove(ours: SAE, theirs: SAE, x: Tensor) -> Proof:
     if ties.any():
         a = SparseCode.from_dense(torch.where(ties.any(dim=1, keepdim=True), right, left))
     encode = (left - right).abs().masked_fill(ties, 0).max() / top
-    decode = (ours.decode(a) - theirs.decode(b)).norm(dim=1).max() / x.norm(dim=1).max()
+    recon, other = ours.reconstruct(x, a), theirs.reconstruct(x, b)
+    decode = (recon - other).norm(dim=1).max() / (recon if ours.transcodes else x).norm(dim=1).max()
     return Proof(encode.item(), decode.item())
 
 
@@ -133,6 +137,8 @@ def random_probe(sae: SAE) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(256, sae.d_sae, generator=generator)
     weights *= torch.rand(256, sae.d_sae, generator=generator) < min(1.0, 16 / sae.d_sae)
+    if isinstance(sae, LinearSAE) and sae.transcodes:  # what it reads lies along its encoder
+        return (weights @ sae.W_enc.T.float()).detach()
     scale = sae.b_dec.norm().clamp_min(1.0)
     return (sae.b_dec + scale * weights @ sae.W_dec.float()).detach()
 

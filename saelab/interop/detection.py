@@ -59,7 +59,10 @@ def read(path: Path | str, is_sae: bool = False, **options: Any) -> Foreign:
     try:
         foreign = form.read(path, **options)
         complete(foreign, path)
-        if foreign.W_enc is not None and (reason := kind.doubt(foreign.W_enc, foreign.W_dec)):
+        reason = None
+        if foreign.W_enc is not None and not foreign.transcodes:
+            reason = kind.doubt(foreign.W_enc, foreign.W_dec)
+        if reason is not None:
             placed = any(foreign.metadata.get(name) for name in ("hook_name", "hf_hook_name"))
             if not (is_sae or placed or form.tells_kind):
                 raise UserError(

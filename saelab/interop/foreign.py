@@ -21,8 +21,8 @@ class Foreign:
 
     format: str
     architecture: str
-    W_dec: Tensor  # [d_sae, d_in]
-    b_dec: Tensor  # [d_in]
+    W_dec: Tensor  # [d_sae, d_in], of a transcoder [d_sae, d_out]
+    b_dec: Tensor  # [d_in], of a transcoder [d_out]
     W_enc: Tensor | None = None  # [d_in, d_sae]; none for tied dictionaries
     b_enc: Tensor | None = None  # [d_sae]; the gate's bias for gated SAEs
     k: int | None = None
@@ -35,6 +35,9 @@ class Foreign:
     )
     rescale_by_decoder_norm: bool = False
     input_scale: float = 1.0  # the SAE saw activations multiplied by this, and its output was divided by it
+    transcodes: bool = False  # it reconstructs another place; nothing is subtracted from its input then
+    W_skip: Tensor | None = None  # [d_out, d_in]
+    output_scale: float = 1.0  # of a transcoder: its target was multiplied by this
     pursuit: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     known_from: dict[str, str] = field(default_factory=dict)  # entry of the metadata -> how it is known
@@ -43,7 +46,7 @@ class Foreign:
     @property
     def d_in(self) -> int:
         """Width of the activations."""
-        return self.W_dec.shape[1]
+        return self.W_dec.shape[1] if self.W_enc is None else self.W_enc.shape[0]
 
     @property
     def d_sae(self) -> int:
@@ -55,14 +58,21 @@ class Foreign:
         """Our variant with the same codes and reconstructions, in eval mode."""
         if not 0 < self.input_scale < float("inf"):
             raise UserError(f"input_scale={self.input_scale} is not a positive number; correct it")
-        sae = build(self.architecture, self.d_in, self.d_sae, **self._config())
+        target = {"d_out": self.W_dec.shape[1], "skip": self.W_skip is not None} if self.transcodes else {}
+        if target and self.normalize is not None:
+            raise UserError(
+                f"this transcoder reads activations normalised by {self.normalize}, which is not known here"
+            )
+        sae = build(self.architecture, self.d_in, self.d_sae, **self._config(), **target)
         weights = self._weights()
         parameters = dict(sae.named_parameters())
         for name, value in weights.items():
             if parameters[name].shape != value.shape:
                 raise UserError(f"{name} has shape {tuple(value.shape)}, expected {tuple(parameters[name].shape)}")
             parameters[name].copy_(value)
-        if self.input_scale != 1.0:
+        if self.transcodes:
+            sae.rescale_(1 / self.output_scale, 1 / self.input_scale)
+        elif self.input_scale != 1.0:
             sae.rescale_(1 / self.input_scale)
         return (sae if self.normalize is None else Normalised(sae, self.normalize)).eval()
 
@@ -75,7 +85,7 @@ class Foreign:
                     f"this {self.format} SAE has k={self.k!r}, which is not a number from 1 to {self.d_sae}"
                 )
             return {"k": self.k}
-        if self.architecture == "jump_relu":
+        if self.architecture == "jump_relu" and not self.transcodes:
             return {"apply_b_dec_to_input": self.subtracts_b_dec}
         return dict(self.pursuit)
 
@@ -87,8 +97,9 @@ class Foreign:
             return weights if self.subtracts_b_dec else {**weights, "b_dec": torch.zeros_like(self.b_dec)}
         weights |= {"W_enc": self.W_enc, "b_enc": self.b_enc}
         more = {"threshold": self.threshold, "r_mag": self.r_mag, "b_mag": self.b_mag}
+        more["W_skip"] = self.W_skip
         weights |= {name: value for name, value in more.items() if value is not None}
-        if not self.subtracts_b_dec and self.architecture != "jump_relu":
+        if not self.subtracts_b_dec and self.architecture != "jump_relu" and not self.transcodes:
             # All of ours but JumpReLU subtract b_dec: the biases give it back.
             shift = (self.b_dec.double() @ self.W_enc.double()).to(self.b_dec.dtype)
             weights["b_enc"] = self.b_enc + shift

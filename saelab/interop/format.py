@@ -32,6 +32,7 @@ class Format(NamedTuple):
         read: The SAE in canonical form; raises UserError for what cannot be read. Takes ``options`` by keyword.
         write: Writes an inference form and its metadata into an empty folder; None where saelab only reads.
         options: Facts that the user may have to give because the files do not record them.
+        holds_targets: Whether ``write`` also writes transcoders.
         tells_kind: Whether every file says of itself that it is an SAE, and no transcoder.
         by_content: Whether ``sniff`` looks inside files. Such formats are tried after those known by a file's name.
     """
@@ -44,6 +45,7 @@ class Format(NamedTuple):
     options: tuple[str, ...] = ()
     by_content: bool = False
     tells_kind: bool = False
+    holds_targets: bool = False
 
     def may_hold(self, file_name: str) -> bool:
         """Whether a file of this name can be part of an SAE in this format."""

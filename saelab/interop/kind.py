@@ -7,7 +7,7 @@ points, widths, tensors, and the names of folders and repositories.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +58,13 @@ def check_names(path: Path, sure: bool = False) -> None:
             refuse(path, _what(found), f"by the name {name!r}{hint}")
 
 
+def says_transcoder(path: Path) -> bool:
+    """Whether the repository or a folder of ``path`` carries the name of transcoders of single layers."""
+    place = Origin.of(path)
+    found = [WORDS.search(name) for name in (place.repository, *place.inside.split("/"))]
+    return any(match is not None and _what(match) == "transcoder" for match in found)
+
+
 def check_unknown(path: Path) -> None:
     """Refuse by name what is in no format of SAEs: circuit-tracer's sets of transcoders, for example."""
     check_names(path, sure=True)
@@ -65,7 +72,7 @@ def check_unknown(path: Path) -> None:
     if settings.is_file() and settings.stat().st_size < MAX_SETTINGS:
         text = settings.read_text(encoding="utf-8", errors="replace")
         if "feature_output_hook" in text:
-            refuse(path, "transcoder", "its config.yaml has feature_output_hook, as circuit-tracer's have")
+            raise UserError(f"{path} is a set of circuit-tracer's transcoders; name one of its layer_N.safetensors")
 
 
 def doubt(W_enc: Tensor, W_dec: Tensor) -> str | None:
@@ -86,10 +93,10 @@ def _what(found: re.Match[str]) -> str:
     return "cross-layer transcoder" if word == "clt" else word
 
 
-def check_tensors(origin: Path, tensors: Mapping[str, Any]) -> None:
-    """Refuse weights that lead around the latents, or that serve several layers."""
+def check_tensors(origin: Path, tensors: Mapping[str, Any], known: Container[str] = ()) -> None:
+    """Refuse weights that lead around the latents, but for ``known`` ones, or that serve several layers."""
     for name in SKIP:
-        if name in tensors:
+        if name in tensors and name not in known:
             refuse(origin, "transcoder", f"it holds a skip connection, {name}")
     for name, value in tensors.items():
         if isinstance(value, Tensor) and value.ndim == 3 and str(name).lower().startswith(("w_", "encoder", "decoder")):

@@ -69,7 +69,7 @@ def checked(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], o
 
     Raises UserError for the tensors of a transcoder or crosscoder, too.
     """
-    kind.check_tensors(origin, tensors)
+    kind.check_tensors(origin, tensors, shapes)
     out = {}
     for name, shape in shapes.items():
         tensor = tensors.get(name)
@@ -95,14 +95,15 @@ def matrix_shape(tensors: Mapping[str, Any], name: str, origin: Path) -> tuple[i
     return tensor.shape[0], tensor.shape[1]
 
 
-def read_linear(raw: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+def read_linear(raw: Mapping[str, Any], origin: Path, transcodes: bool = False) -> dict[str, Any]:
     """``encoder.*`` and ``decoder.*`` of two ``nn.Linear`` as canonical tensors."""
     d_sae, d_in = matrix_shape(raw, "encoder.weight", origin)
+    d_out = matrix_shape(raw, "decoder.weight", origin)[0] if transcodes else d_in
     shapes = {
         "encoder.weight": (d_sae, d_in),
         "encoder.bias": (d_sae,),
-        "decoder.weight": (d_in, d_sae),
-        "decoder.bias": (d_in,),
+        "decoder.weight": (d_out, d_sae),
+        "decoder.bias": (d_out,),
     }
     tensors = checked(raw, shapes, origin)
     return {

@@ -36,6 +36,8 @@ def as_base_sae(sae: SAE, model_name: str, hook_name: str, context_size: int = 1
     form = sae.inference_form()
     if form is None:
         raise UserError(f"a {sae.variant} SAE {sae.why_no_form()}; SAEBench cannot evaluate it")
+    if form.d_out is not None:
+        raise UserError("SAEBench evaluates SAEs, and this is a transcoder; `saelab evaluate` measures it")
     inner = of_form(doubled(form)) if form.architecture in SIGNED else sae.eval()
 
     class Adapter(base):

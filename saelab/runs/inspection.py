@@ -54,6 +54,7 @@ def inspect(
         "config": {k: v for k, v in sae.config.items() if k not in {"d_in", "d_sae"}},
         "model": metadata.get("model_name"),
         "hook": metadata.get("hook_name") or metadata.get("hf_hook_name"),
+        **({"d_out": sae.d_out, "hook_out": metadata.get("hook_name_out")} if sae.transcodes else {}),
         "collection": metadata.get("collection"),
         "trained_on": {name: metadata[name] for name in PREPARATION if metadata.get(name) is not None},
         "known_from": {name: run.known_from[name] for name in KNOWN if name in run.known_from},
@@ -83,6 +84,8 @@ def _encoder(sae: SAE, facts: dict[str, Any], notes: list[str]) -> None:
     facts["encoder_norm"] = _spread(norms)
     facts["dead_estimate"] = int((norms < DEAD_RATIO * norms.median()).sum())
     facts["dead_estimate_from"] = "collapsed encoders"
+    if sae.transcodes:
+        return  # the two directions of a latent lie in different spaces
     alignment = torch.nn.functional.cosine_similarity(W_enc.float().T, sae.W_dec[: W_enc.shape[1]].float(), dim=1)
     facts["encoder_decoder_cosine"] = alignment.median().item()
     if alignment.median() < 0:

@@ -360,6 +360,7 @@ def _description(found: Foreign) -> dict[str, Any]:
         "d_in": found.d_in,
         "d_sae": found.d_sae,
         "k": found.k,
+        **({"d_out": found.W_dec.shape[1]} if found.transcodes else {}),
         "notes": list(found.notes),
         "known_from": dict(found.known_from),
         "metadata": {name: value for name, value in found.metadata.items() if value is not None},

@@ -3,6 +3,9 @@
     .venv-interop/bin/python -m tests.interop.side_by_side demo/cache --epochs 3
     .venv-interop/bin/python -m tests.interop.side_by_side demo/cache --quick
     .venv-interop/bin/python -m tests.interop.side_by_side demo/cache --defaults --seeds 1 --tools saelens
+    .venv-interop/bin/python -m tests.interop.side_by_side mlp/blocks.9.mlp.hook_in --target mlp/blocks.9.hook_mlp_out
+
+With ``--target`` (and ``--skip``) transcoders are trained, which SAELens does not, and FVU is that of the target.
 
 Every tool runs its own trainer with its own defaults, and reads the same batches in the same order. Its learning rate
 is tuned in the same way: multiples of the tool's default rate, and beyond them while the best one is at the edge,
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 
 from saelab.data.cache import ActivationCache
 from saelab.evaluation.reconstruction import context_of_rows
-from saelab.sae import build
+from saelab.sae import SAE, build
 from saelab.training import TrainConfig, n_steps, prepared, train
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -50,24 +53,34 @@ class Job:
     d_sae: int
     k: int
     rows: int  # at most so many validation and held-out rows are measured
+    skip: bool = False  # of transcoders
 
-    def batches(self) -> Iterator[Tensor]:
-        """The training batches in saelab's order; goes on for ever, since SAELens draws a few for its scale first."""
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches in saelab's order, with what is reconstructed; they go on for ever."""
         epoch, seed = 0, self.config.data_seed
         while True:
             for batch in self.cache.batches(self.config.batch_size, seed=seed, epoch=epoch, drop_last=True):
-                yield batch.acts
+                yield batch.acts, batch.acts if batch.target is None else batch.target
             epoch += 1
+
+    def batches(self) -> Iterator[Tensor]:
+        """The training batches alone; SAELens draws a few for its scale first."""
+        return (acts for acts, _ in self.pairs())
+
+    def build(self) -> SAE:
+        """saelab's SAE or transcoder, before training."""
+        target = {} if self.cache.target is None else {"d_out": self.cache.target.d_in, "skip": self.skip}
+        return build("topk", self.cache.d_in, self.d_sae, k=self.k, **target)
 
 
 def saelab(job: Job, lr: float | None, seed: int) -> Coder:
     config = TrainConfig(epochs=job.config.epochs, batch_size=job.config.batch_size, seed=seed, lr=lr)
-    sae = build("topk", job.cache.d_in, job.d_sae, k=job.k)
+    sae = job.build()
     train(sae, job.cache, config)
 
     def code(x: Tensor) -> tuple[Tensor, Tensor]:
         found = sae.encode(x)
-        return sae.decode(found), found.nonzero().row_ptr.diff()
+        return sae.reconstruct(x, found), found.nonzero().row_ptr.diff()
 
     return code
 
@@ -84,12 +97,19 @@ def saelens(job: Job, lr: float | None, seed: int) -> Coder:
     return lambda x: (trained(x), (trained.encode(x) != 0).sum(1))
 
 
-class Replay(nn.Module):
-    """A "language model" for sparsify's trainer: its one module returns the cached activations of the given rows."""
+class Point(nn.Module):
+    """A module that reads one tensor and returns another."""
 
-    def __init__(self, acts: Tensor) -> None:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+
+class Replay(nn.Module):
+    """A "language model" for sparsify's trainer: its one module reads and returns cached activations of given rows."""
+
+    def __init__(self, acts: Tensor, target: Tensor) -> None:
         super().__init__()
-        self.acts, self.point, self.device = acts, nn.Identity(), acts.device
+        self.acts, self.target, self.point, self.device = acts, target, Point(), acts.device
         self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
 
     @property
@@ -97,18 +117,18 @@ class Replay(nn.Module):
         return self
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.point(self.acts[input_ids].float())
+        return self.point(self.acts[input_ids].float(), self.target[input_ids].float())
 
 
 def sparsify(job: Job, lr: float | None, seed: int) -> Coder:
     size, steps = job.config.batch_size, n_steps(job.cache, job.config)
-    stream = job.batches()
+    stream, transcodes = job.pairs(), job.cache.target is not None
     # Sequences of one token, so that any batch size is a whole number of them.
-    acts = torch.cat([next(stream) for _ in range(steps)])
+    acts, target = (torch.cat(part) for part in zip(*(next(stream) for _ in range(steps))))
     rows = Dataset.from_dict({"input_ids": torch.arange(len(acts))[:, None].tolist()}).with_format("torch")
     with tempfile.TemporaryDirectory() as folder:
         config = SparsifyConfig(
-            SparseCoderConfig(num_latents=job.d_sae, k=job.k),
+            SparseCoderConfig(num_latents=job.d_sae, k=job.k, transcode=transcodes, skip_connection=job.skip),
             batch_size=size,
             lr=lr,
             hookpoints=["point"],
@@ -116,20 +136,21 @@ def sparsify(job: Job, lr: float | None, seed: int) -> Coder:
             log_to_wandb=False,
             save_dir=folder,
         )
-        model: Any = Replay(acts)
+        model: Any = Replay(acts, target)
         Trainer(config, rows, model).fit()
         coder = SparseCoder.load_from_disk(f"{folder}/unnamed/point")  # its averaged weights, which it saves
 
     def code(x: Tensor) -> tuple[Tensor, Tensor]:
         found = coder.encode(x)
-        return coder.decode(found.top_acts, found.top_indices), (found.top_acts != 0).sum(1)
+        recon = coder.decode(found.top_acts, found.top_indices)
+        return recon if coder.W_skip is None else recon + x @ coder.W_skip.mT, (found.top_acts != 0).sum(1)
 
     return code
 
 
 def default_rates(job: Job) -> dict[str, float]:
     """The rate that each tool takes if none is given."""
-    ours = prepared(build("topk", job.cache.d_in, job.d_sae, k=job.k), job.cache, job.config).lr
+    ours = prepared(job.build(), job.cache, job.config).lr
     assert ours is not None
     return {"saelab": ours, "saelens": SAETrainerConfig(1, 1).lr, "sparsify": 5e-3 / (job.d_sae / 2**14) ** 0.5}
 
@@ -140,14 +161,15 @@ TOOLS = {"saelab": saelab, "saelens": saelens, "sparsify": sparsify}
 @torch.no_grad()
 def errors(coder: Coder, job: Job, split: Any) -> tuple[np.ndarray, np.ndarray, float]:
     """Squared error and squared deviation from the mean of each context, in float64, and the mean L0."""
-    x = torch.cat([batch.acts for batch in job.cache.head(job.rows, split=split)])
+    found = [(b.acts, b.acts if b.target is None else b.target) for b in job.cache.head(job.rows, split=split)]
+    x, goal = (torch.cat(part) for part in zip(*found))
     context = context_of_rows(job.cache, split, len(x)).numpy()
     error, active = [], []
-    for part in x.split(4096):
+    for part, wanted in zip(x.split(4096), goal.split(4096)):
         recon, count = coder(part)
-        error.append((part.double() - recon.double()).square().sum(1))
+        error.append((wanted.double() - recon.double()).square().sum(1))
         active.append(count)
-    deviation = (x.double() - x.double().mean(0)).square().sum(1)
+    deviation = (goal.double() - goal.double().mean(0)).square().sum(1)
     sums = [np.bincount(context, weights=values.numpy()) for values in (torch.cat(error), deviation)]
     return sums[0], sums[1], torch.cat(active).double().mean().item()
 
@@ -230,6 +252,8 @@ def table(result: dict[str, Any], tools: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache")
+    parser.add_argument("--target", help="cache of what transcoders reconstruct")
+    parser.add_argument("--skip", action="store_true", help="transcoders with a skip connection")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--tokens", type=int, help="train on the first so many rows only")
@@ -243,13 +267,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.epochs, args.tokens, args.d_sae, args.batch_size, args.rows = 1, 32_768, 768, 512, 8192
-    cache = ActivationCache(args.cache).with_validation(0.05)
+    cache = ActivationCache(args.cache)
+    if args.target is not None:
+        cache = cache.with_target(ActivationCache(args.target))
+        args.tools = [tool for tool in args.tools if tool != "saelens"]
+    cache = cache.with_validation(0.05)
     if args.tokens is not None and args.tokens < cache.n_split("train"):
         shards = cache.shards  # what is not trained on is there to be validated on
         cache = cache.with_validation_from(shards.first_row(shards.context_of(args.tokens)))
     config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size)
     tools = ["saelab", *(tool for tool in args.tools if tool != "saelab")]
-    result = compare(Job(cache, config, args.d_sae, args.k, args.rows), tools, args.seeds, not args.defaults)
+    result = compare(Job(cache, config, args.d_sae, args.k, args.rows, args.skip), tools, args.seeds, not args.defaults)
     sys.stdout.write(f"{json.dumps(result, indent=2)}\n{table(result, tools)}\n")
 
 

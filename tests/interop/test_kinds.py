@@ -15,42 +15,14 @@ from saelab.runs import Run
 from saelab.sae import build
 from saelab.training import TrainConfig, train
 from tests.interop import collected
-from tests.interop.collected import D_IN, D_SAE, cached, put, weights
+from tests.interop.collected import D_IN, D_SAE, put, weights
 
 IN, OUT = "blocks.8.ln2.hook_normalized", "blocks.8.hook_mlp_out"
 HF_IN, HF_OUT = (f"model.layers.8.{name}_feedforward_layernorm.output" for name in ("pre", "post"))
 
 
-def gemma_1(root: Path) -> Path:
-    return collected.gemma_scope(root / "gemma-scope-2b-pt-transcoders" / "layer_8" / "width_16k" / "average_l0_6")
-
-
-def gemma_1_in_the_hubs_cache(root: Path) -> Path:
-    repository = cached(root, "google/gemma-scope-2b-pt-transcoders")
-    folder = collected.gemma_scope(repository / "layer_8" / "width_16k" / "average_l0_6")
-    collected.into_blobs(folder, repository)
-    return folder / "params.npz"
-
-
 def gemma_2(root: Path) -> Path:
     return collected.gemma_scope_2(root / "layer_8_width_16k_l0_big", HF_IN, HF_OUT, type="transcoder")
-
-
-def gemma_2_by_its_hooks_alone(root: Path) -> Path:
-    return collected.gemma_scope_2(root / "renamed", HF_IN, HF_OUT)
-
-
-def gemma_2_with_a_skip(root: Path) -> Path:
-    folder = collected.gemma_scope_2(root / "layer_8_width_16k_l0_big_affine", HF_IN, HF_IN)
-    skip = {"affine_skip_connection": torch.eye(D_IN), "threshold": collected.threshold()}
-    put(folder / "params.safetensors", {**{k.replace("W_", "w_"): v for k, v in weights().items()}, **skip})
-    return folder
-
-
-def gemma_2_without_a_configuration(root: Path) -> Path:
-    folder = gemma_2(root / "gemma-scope-2-1b-pt" / "transcoder_all")
-    (folder / "config.json").unlink()
-    return folder
 
 
 def gemma_2_crosscoder(root: Path) -> Path:
@@ -60,25 +32,12 @@ def gemma_2_crosscoder(root: Path) -> Path:
     return folder
 
 
-def llama(root: Path) -> Path:
-    return collected.llama_scope(root / "Llama3_1-8B-Base-L8TC-8x", IN, OUT)
-
-
 def llama_without_its_output(root: Path) -> Path:
     return collected.llama_scope(root / "Llama3_1-8B-Base-L8TC-8x", IN, "")
 
 
-def llamascopium(root: Path) -> Path:
-    return collected.llamascopium(root / "tc", IN, OUT)
-
-
 def llamascopium_crosscoder(root: Path) -> Path:
     return collected.llamascopium(root / "cc", IN, IN, sae_type="crosscoder")
-
-
-def saelens(root: Path) -> Path:
-    more = {"d_out": D_IN, "metadata": {"hook_name_out": OUT}}
-    return collected.saelens(root / "sae", "jumprelu_transcoder", IN, **more)
 
 
 def saelens_that_calls_itself_standard(root: Path) -> Path:
@@ -95,14 +54,6 @@ def saelens_of_another_width(root: Path) -> Path:
 
 def saelens_flat(root: Path) -> Path:
     return collected.saelens_flat(root / "sae", is_transcoder=True)
-
-
-def sparsify(root: Path) -> Path:
-    return collected.sparsify(root / "layers.8.mlp", transcode=True)
-
-
-def sparsify_skip(root: Path) -> Path:
-    return collected.sparsify(root / "layers.8.mlp", skip_connection=True)
 
 
 def dictionary_learning(root: Path) -> Path:
@@ -133,24 +84,13 @@ def overcomplete(root: Path) -> Path:
 
 
 CASES = {
-    gemma_1: "transcoder.*by the name 'gemma-scope-2b-pt-transcoders'",
-    gemma_1_in_the_hubs_cache: "transcoder.*by the name 'gemma-scope-2b-pt-transcoders'",
-    gemma_2: "transcoder.*type='transcoder'",
-    gemma_2_by_its_hooks_alone: "transcoder.*reads model.layers.8.pre_feed.* and writes model.layers.8.post_feed",
-    gemma_2_with_a_skip: "transcoder.*skip connection, affine_skip_connection",
-    gemma_2_without_a_configuration: "transcoder.*by the name 'transcoder_all'",
     gemma_2_crosscoder: r"crosscoder.*serves several layers \(3 x 40 x 16\)",
-    llama: "transcoder.*hyperparams.json it reads blocks.8.ln2.hook_normalized and writes blocks.8.hook_mlp_out",
     llama_without_its_output: "transcoder.*by the name 'Llama3_1-8B-Base-L8TC-8x'",
-    llamascopium: "transcoder.*reads blocks.8.ln2.hook_normalized and writes blocks.8.hook_mlp_out",
     llamascopium_crosscoder: "crosscoder.*sae_type='crosscoder'",
-    saelens: "transcoder.*architecture is jumprelu_transcoder",
     saelens_that_calls_itself_standard: "transcoder.*reads .* and writes blocks.8.hook_mlp_out",
     saelens_skip: "transcoder.*skip connection, W_skip",
     saelens_of_another_width: "transcoder.*reads activations of width 16 and writes width 24",
     saelens_flat: "transcoder.*is_transcoder=true",
-    sparsify: "transcoder.*transcode=true",
-    sparsify_skip: "transcoder.*skip_connection=true",
     dictionary_learning: "transcoder.*io=in_and_out",
     dictionary_learning_crosscoder: "crosscoder.*dict_class='BatchTopKCrossCoder'",
     goodfire: "transcoder.*width 16 and writes width 24",
@@ -171,6 +111,7 @@ def test_what_writes_elsewhere_is_refused(make: collected.Maker, tmp_path: Path)
 
 def circuit_tracer(root: Path) -> Path:
     folder = root / "set"
+    put(folder / "layer_1.safetensors", weights())
     put(folder / "layer_0.safetensors", {**weights(), "W_enc": weights()["W_enc"].T})
     (folder / "config.yaml").write_text("feature_input_hook: mlp.hook_in\nfeature_output_hook: hook_mlp_out\n")
     return folder
@@ -183,10 +124,13 @@ def circuit_tracer_by_name(root: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("make", "match"),
-    [(circuit_tracer, "its config.yaml has feature_output_hook"), (circuit_tracer_by_name, "'qwen3-4b-transcoders'")],
+    [
+        (circuit_tracer, "is a set of circuit-tracer's transcoders; name one"),
+        (circuit_tracer_by_name, "is a transcoder, not an SAE.*'qwen3-4b-transcoders'"),
+    ],
 )
 def test_what_is_in_no_format_is_called_by_its_name(make: collected.Maker, match: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"is a transcoder, not an SAE.*{match}") as error:
+    with pytest.raises(UserError, match=match) as error:
         load(make(tmp_path / "files"))
     assert "\n" not in str(error.value)
 

@@ -22,17 +22,18 @@ def read(path: Path) -> Foreign:
     """Llama Scope: ``checkpoints/final.safetensors``, one threshold for all latents, inputs scaled to norm sqrt(d)."""
     config = read_json(path / "hyperparams.json")
     hook_in, hook_out = config.get("hook_point_in"), config.get("hook_point_out")
-    kind.check_hooks(path, hook_in, hook_out, "hyperparams.json")
+    transcodes = bool(hook_in and hook_out and hook_in != hook_out)
     if not hook_out:
         kind.check_names(path)
     for name, wanted in {"act_fn": "jumprelu", "norm_activation": "dataset-wise"}.items():
         if config.get(name, wanted) != wanted:
             raise UserError(f"{path}: {name}={config[name]!r} has no counterpart in Llama Scope's files; {wanted} has")
     file = path / "checkpoints" / "final.safetensors"
-    tensors = read_linear(read_tensors(file), file)
+    tensors = read_linear(read_tensors(file), file, transcodes)
     d_in, d_sae = tensors["W_enc"].shape
     try:
         norm = float(config["dataset_average_activation_norm"]["in"])
+        norm_out = float(config["dataset_average_activation_norm"]["out"]) if transcodes else norm
         threshold = float(config["jump_relu_threshold"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -41,6 +42,7 @@ def read(path: Path) -> Foreign:
     scale = d_in**0.5 / norm
     # Published weights act on scaled inputs; SAELens scales the threshold, so it is stored for raw units times scale.
     levels = torch.full((d_sae,), threshold * scale)
+    scale_out = tensors["W_dec"].shape[1] ** 0.5 / norm_out
     if config.get("sparsity_include_decoder_norm"):  # a latent fires where u * |d| exceeds the threshold
         levels = levels / tensors["W_dec"].norm(dim=1).clamp_min(torch.finfo(levels.dtype).tiny)
     return Foreign(
@@ -49,7 +51,9 @@ def read(path: Path) -> Foreign:
         threshold=levels,
         subtracts_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
         input_scale=scale,
-        metadata={"hook_name": hook_in},
+        transcodes=transcodes,
+        output_scale=scale_out,
+        metadata={"hook_name": hook_in, **({"hook_name_out": hook_out} if transcodes else {})},
         notes=[f"trained on activations times {scale:.4g}; the factor is folded in"],
         **tensors,
     )

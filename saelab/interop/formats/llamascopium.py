@@ -30,13 +30,14 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
     ``input_scale`` is what its activations were multiplied by, where the files do not say it.
     """
     config, file = read_json(path / "config.json"), path / "sae_weights.safetensors"
-    kind.check_hooks(path, config.get("hook_point_in"), config.get("hook_point_out"))
+    ends = config.get("hook_point_in"), config.get("hook_point_out")
+    transcodes = bool(ends[0] and ends[1] and ends[0] != ends[1])
     if config.get("sae_type", "sae") != "sae":
         kind.refuse(path, str(config["sae_type"]), f"its configuration has sae_type={config['sae_type']!r}")
     if not config.get("hook_point_out"):
         kind.check_names(path)
     raw = read_tensors(file)
-    tensors = _tensors(raw, config, file)
+    tensors = _tensors(raw, config, file, transcodes)
     act = config.get("act_fn", "relu")
     if act not in ACTIVATIONS:
         raise UserError(f"{path}: activation {act!r} has no counterpart here; {', '.join(ACTIVATIONS)} have")
@@ -47,7 +48,8 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
         architecture=ACTIVATIONS[act],
         k=config.get("top_k"),
         subtracts_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
-        metadata={"hook_name": config.get("hook_point_in")},
+        transcodes=transcodes,
+        metadata={"hook_name": ends[0], **({"hook_name_out": ends[1]} if transcodes else {})},
         **tensors,
     )
     _select(foreign, config, raw, file)
@@ -55,16 +57,17 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
     return foreign
 
 
-def _tensors(raw: dict[str, Any], config: dict[str, Any], file: Path) -> dict[str, Any]:
+def _tensors(raw: dict[str, Any], config: dict[str, Any], file: Path, transcodes: bool) -> dict[str, Any]:
     if "W_E" not in raw:
-        return read_linear(raw, file)
+        return read_linear(raw, file, transcodes)
     renamed = {"W_E": "W_enc", "W_D": "W_dec", "b_E": "b_enc", "b_D": "b_dec"}
     raw = {renamed.get(name, name): value for name, value in raw.items()}
     d_in, d_sae = matrix_shape(raw, "W_enc", file)
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,)}
+    d_out = matrix_shape(raw, "W_dec", file)[1] if transcodes else d_in
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": (d_sae,)}
     if config.get("use_decoder_bias", True):
-        return checked(raw, {**shapes, "b_dec": (d_in,)}, file)
-    return {**checked(raw, shapes, file), "b_dec": torch.zeros(d_in)}
+        return checked(raw, {**shapes, "b_dec": (d_out,)}, file)
+    return {**checked(raw, shapes, file), "b_dec": torch.zeros(d_out)}
 
 
 def _select(foreign: Foreign, config: dict[str, Any], raw: dict[str, Any], file: Path) -> None:
@@ -94,6 +97,11 @@ def _normalise(
         if norm is None or not float(norm) > 0:
             normalisation.no_scale(path, "norm_activation=dataset-wise")
         foreign.input_scale = foreign.d_in**0.5 / float(norm)
+        if foreign.transcodes:
+            norm_out = raw.get(f"{NORM}{config.get('hook_point_out')}")
+            if norm_out is None or not float(norm_out) > 0:
+                raise UserError(f"{path} does not hold the norm of its target, {NORM}{config.get('hook_point_out')}")
+            foreign.output_scale = foreign.W_dec.shape[1] ** 0.5 / float(norm_out)
     elif how == "token-wise":
         foreign.normalize = "constant_norm_rescale"
         foreign.notes.append(normalisation.per_token("constant_norm_rescale"))

@@ -14,7 +14,7 @@ from saelab.interop import collections, kind, normalisation
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.reading import checked, has_tensors, read_json, read_tensors, split_files
-from saelab.sae.inference import InferenceForm
+from saelab.sae.inference import TRANSCODERS, InferenceForm
 from saelab.sae.weights import SAELENS_VERSION
 
 ARCHITECTURES = {
@@ -28,7 +28,7 @@ ARCHITECTURES = {
     "batchtopk": "jump_relu",
     "matryoshka_batchtopk": "jump_relu",
 }
-OTHER = {"transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "temporal"}
+TARGETS = {name.format(skip): rule for rule, name in TRANSCODERS.items() for skip in ("", "skip_")}
 METADATA = (
     *("model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "hook_name_out", "hf_hook_name"),
     *("hook_head_index", "context_size", "prepend_bos", "exclude_special_tokens", "seqpos_slice", "dataset_path"),
@@ -49,7 +49,7 @@ def sniff(path: Path) -> bool:
 def read(path: Path, input_scale: float | None = None) -> Foreign:
     """Read a SAELens folder; ``input_scale`` is what its activations were multiplied by, where no file says it.
 
-    Raises UserError for transcoders and for what does not hold what ``cfg.json`` says.
+    Raises UserError for what does not hold what ``cfg.json`` says.
     """
     config = read_json(path / "cfg.json")
     if not isinstance(config.get("metadata", {}), dict):
@@ -62,7 +62,12 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
     metadata = dict(config.get("metadata", {}))
     d_in, d_sae = _width(config, "d_in", path), _width(config, "d_sae", path)
     raw = read_tensors(path / "sae_weights.safetensors")
-    shapes = {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    transcodes, name = architecture in TARGETS, architecture
+    d_out = _width(config, "d_out", path) if transcodes and "d_out" in config else d_in
+    architecture = TARGETS.get(name, name)
+    shapes = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    if transcodes and "skip_" in name:
+        shapes["W_skip"] = (d_out, d_in)
     if architecture != "matching_pursuit":
         shapes |= {"W_enc": (d_in, d_sae), "b_gate" if architecture == "gated" else "b_enc": (d_sae,)}
     if architecture == "gated":
@@ -81,7 +86,9 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
         threshold=tensors.get("threshold"),
         r_mag=tensors.get("r_mag"),
         b_mag=tensors.get("b_mag"),
-        subtracts_b_dec=bool(config.get("apply_b_dec_to_input", True)),
+        subtracts_b_dec=not transcodes and bool(config.get("apply_b_dec_to_input", True)),
+        transcodes=transcodes,
+        W_skip=tensors.get("W_skip"),
         rescale_by_decoder_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
         metadata=metadata,
         notes=notes + _notes(config, metadata),
@@ -102,9 +109,12 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
 def _architecture(config: dict[str, Any], path: Path) -> str:
     """SAELens' name of the architecture; UserError for what is no SAE, or has an activation function of its own."""
     architecture, metadata = str(config.get("architecture", "standard")), config.get("metadata", {})
-    if architecture in OTHER:
-        what = "temporal SAE" if architecture == "temporal" else "transcoder"
-        kind.refuse(path, what, f"its architecture is {architecture}")
+    if architecture == "temporal":
+        kind.refuse(path, "temporal SAE", f"its architecture is {architecture}")
+    if architecture in TARGETS:
+        if not metadata.get("hook_name_out"):
+            raise UserError(f"{path} is a transcoder, and its cfg.json has no hook_name_out, what it writes; add it")
+        return architecture
     if config.get("is_transcoder"):
         kind.refuse(path, "transcoder", "its configuration has is_transcoder=true")
     kind.check_hooks(path, metadata.get("hook_name"), metadata.get("hook_name_out") or config.get("out_hook_point"))
@@ -249,10 +259,14 @@ def _pursuit(config: dict[str, Any]) -> dict[str, Any]:
 
 def write(form: InferenceForm, folder: Path, metadata: dict[str, Any]) -> None:
     """Write any form that SAELens knows."""
+    if not form.in_saelens:
+        known = ", ".join(TRANSCODERS)
+        raise UserError(f"SAELens has no {form.architecture} transcoder, only {known}; convert it for circuit-tracer")
     write_tensors(folder / "sae_weights.safetensors", form.tensors)
-    d_sae, d_in = form.tensors["W_dec"].shape
+    d_sae, d_in = len(form.tensors["W_dec"]), form.tensors["W_dec"].shape[1]
+    d_in = d_in if form.d_out is None else len(form.tensors["W_enc"])
     config = {
-        "architecture": form.architecture,
+        "architecture": form.name,
         "d_in": d_in,
         "d_sae": d_sae,
         "dtype": "float32",
@@ -267,4 +281,4 @@ def write(form: InferenceForm, folder: Path, metadata: dict[str, Any]) -> None:
 
 
 FILES = ("cfg.json", *split_files("sae_weights.safetensors"), "sparsity.safetensors", SCALER, WHITENING)
-register(Format("saelens", FILES, sniff, read, write, options=("input_scale",), tells_kind=True))
+register(Format("saelens", FILES, sniff, read, write, options=("input_scale",), tells_kind=True, holds_targets=True))
