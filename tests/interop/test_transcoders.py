@@ -187,6 +187,8 @@ def perturbed(variant, skip):
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        if variant == "jump_relu":
+            sae.threshold.clamp_(min=0)  # as in training
         if variant == "batch_topk":
             sae.threshold.set_(torch.tensor(0.3, dtype=torch.float64))
     return sae.eval()
