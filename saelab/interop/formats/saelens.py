@@ -65,15 +65,7 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
     transcodes, name = architecture in TARGETS, architecture
     d_out = _width(config, "d_out", path) if transcodes and "d_out" in config else d_in
     architecture = TARGETS.get(name, name)
-    shapes = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-    if transcodes and "skip_" in name:
-        shapes["W_skip"] = (d_out, d_in)
-    if architecture != "matching_pursuit":
-        shapes |= {"W_enc": (d_in, d_sae), "b_gate" if architecture == "gated" else "b_enc": (d_sae,)}
-    if architecture == "gated":
-        shapes |= {"r_mag": (d_sae,), "b_mag": (d_sae,)}
-    if architecture == "jumprelu":
-        shapes |= {"threshold": (d_sae,)}
+    shapes = _shapes(architecture, d_in, d_sae, d_out, skip=transcodes and "skip_" in name)
     tensors = checked(raw, shapes, path / "sae_weights.safetensors")
     foreign = Foreign(
         format="saelens",
@@ -104,6 +96,18 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
     _scale_latents(foreign, config, raw, path)
     _normalise(foreign, config, path, input_scale)
     return foreign
+
+
+def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int, skip: bool) -> dict[str, tuple[int, ...]]:
+    """The tensors that an architecture consists of."""
+    shapes: dict[str, tuple[int, ...]] = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    if skip:
+        shapes["W_skip"] = (d_out, d_in)
+    if architecture != "matching_pursuit":
+        shapes |= {"W_enc": (d_in, d_sae), "b_gate" if architecture == "gated" else "b_enc": (d_sae,)}
+    if architecture == "gated":
+        shapes |= {"r_mag": (d_sae,), "b_mag": (d_sae,)}
+    return shapes | ({"threshold": (d_sae,)} if architecture == "jumprelu" else {})
 
 
 def _architecture(config: dict[str, Any], path: Path) -> str:
