@@ -59,6 +59,21 @@ def everywhere(found: pd.DataFrame, key: str) -> int | None:
     return tables.picked_row(_table(view, key, on_select="rerun"), range(len(found)))
 
 
+def download(found: pd.DataFrame, name: str, key: str) -> None:
+    """All rows that were found, not only those that the table has room for, as a file."""
+    shown = [column for column in found.columns if not column.endswith("_lower")]
+    st.download_button(
+        f"All {len(found):,} rows as CSV",
+        lambda: found[shown].to_csv(index=False).encode(),
+        f"{name.replace('/', '-')}.csv",
+        "text/csv",
+        key=key,
+        icon=":material/download:",
+        on_click="ignore",
+        type="tertiary",
+    )
+
+
 def about(rows: pd.DataFrame) -> list[str]:
     """Labels; a poor one in brackets."""
     pairs = zip(rows["label"].fillna(""), rows["label_score"].fillna(0.0))

@@ -49,7 +49,7 @@ else:
     found = search_parts.results(run, asked)
 
 own, at = read_notes(loaders.place(run)), f"{asked.key}_{run.name}"
-found = found.head(results.SHOWN)
+every, found = found, found.head(results.SHOWN)
 keys = list(zip(found["latent"].tolist(), found["pole"].tolist()))
 left, right = st.columns([3, 2], gap="medium")
 with right:
@@ -66,4 +66,6 @@ with left:
         results.matches(found, table, key=at)
     else:
         results.latents(found, signed, own, key=at)
+    if keys:
+        results.download(every, run.name, key=f"{at}_csv")
 search_parts.remember()

@@ -81,7 +81,7 @@ def test_visits_and_clicks_on_a_large_index_are_cheap(tmp_path: Path) -> None:
             found[f"{page or 'overview'}, again"] = min(user.seconds(pid, page, query) for _ in range(3))
         for i, word in enumerate(("war", "music", "river")):
             user.draw("features", "run=large")
-            found[f"search {i}"] = user.seconds(pid, "features", "run=large", features_text=word)
+            found[f"search {i}"] = user.seconds(pid, "features", "run=large", q=word)
         for i, latent in enumerate((123, 124, 50_000)):
             found[f"open {i}"] = user.seconds(pid, "latent", f"run=large&latent={latent}&pole=1")
         user.close()

@@ -107,6 +107,8 @@ def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workpla
     succeed(app.button(key="FormSubmitter:steering_save-Save").click().run())
     assert app.dataframe[0].value["name"].tolist() == ["More of it"], "the table shows it at once"
     recipe = Recipe.load(workplace / "recipes" / "More-of-it")
+    text = (workplace / "recipes" / "More-of-it" / "recipe.json").read_text()
+    assert '"run": "topk"' in text and str(workplace) not in text, "a recipe is made to be shared"
     assert recipe.settings()[0]["strength"] == "0.5max"
     saved = recipe.provenance
     assert saved["verdict"] == measured.verdict and len(saved["doses"]) == len(measured.doses)

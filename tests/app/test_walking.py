@@ -38,7 +38,8 @@ def test_a_new_latent_is_seen_from_its_top(page: Any, address: str) -> None:
     page.set_viewport_size({"width": 1440, "height": 500})
     page.goto(f"{address}/latent?run=signed&latent=5&pole=1")
     titled(page, "Latent #5")
-    main, table = page.locator("[data-testid=stMain]"), page.locator(".stDataFrame").first
+    main = page.locator("[data-testid=stMain]")
+    table = page.locator("[class*=st-key-latent_neighbours] .stDataFrame").first
     table.evaluate("e => e.scrollIntoView({ block: 'center' })")
     page.wait_for_timeout(500)
     assert main.evaluate("e => e.scrollTop") > 200

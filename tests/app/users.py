@@ -152,6 +152,8 @@ class User:
             )
             button = {"FormSubmitter:steering_form-Generate": True}
             return drawn + self.draw("steering", run, steering_length=5.0, **button)
+        if deed == "compare":
+            return self.draw("compare", run) + self.draw("compare", run, compare_go=True)
         return self.draw(deed, run)
 
     def live(self, until: float, found: Findings) -> None:

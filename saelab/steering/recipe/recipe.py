@@ -175,7 +175,7 @@ def _sae_entry(run: Run, hook_name: str, saes: dict[int, str], folder: Path) -> 
     if not (folder / name).exists():
         save(run.sae, folder / name, _places(run) or {"hook_name": hook_name})
     places = {"sae_places": _places(run)} if run.sae.transcodes else {}
-    return {"sae": name, "sae_sha256": run.fingerprint, "source": run.provenance(), **places}
+    return {"sae": name, "sae_sha256": run.fingerprint, "source": _shareable(run.provenance()), **places}
 
 
 def _places(run: Run) -> dict[str, str]:
@@ -189,7 +189,17 @@ def _vector_entry(vector: SteeringVector, vectors: dict[str, Tensor]) -> dict[st
     known = {
         key: getattr(vector, key) for key in ("norm", "hook_name", "model", "max_activation", "rms_norm", "origin")
     }
-    return {"tensor": name, **known}
+    return {"tensor": name, **_shareable(known)}
+
+
+def _shareable(value: Any) -> Any:
+    """Provenance without paths of this machine: of a run's folder the name, beside its hash."""
+    if isinstance(value, dict):
+        return {
+            key: Path(inner).name if key == "run" and isinstance(inner, str) else _shareable(inner)
+            for key, inner in value.items()
+        }
+    return [_shareable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _intervention(
