@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from typing import Any
 
 import loaders
@@ -84,7 +86,7 @@ def top(run: Run, index: Any, latent: int, pole: int) -> None:
         with page.part(), st.spinner("Reading the contexts …"):
             found = whole_contexts(cache, loaders.sae(run), found)
     documents = len({example.document for example in found})
-    st.caption(f"{len(found)} contexts of {documents} documents")
+    st.caption(f"{len(found)} contexts, {'all of one document' if documents == 1 else f'of {documents} documents'}")
     page.html(viz.example_list(found, page.colours(), scale=index.max_activation(latent, pole) or None))
 
 
@@ -113,6 +115,25 @@ def logits(row: dict[str, Any]) -> None:
     st.dataframe(
         pd.DataFrame(ends), hide_index=True, column_config=config, alt="Tokens whose logits it raises and lowers most"
     )
+
+
+def explain(run: Run, index: Any, latent: int, pole: int) -> None:
+    """A button that asks the endpoint of ``saelab app --explain-endpoint`` for a description, and scores it."""
+    endpoint = os.environ.get("SAELAB_APP_EXPLAIN")
+    if endpoint is None or loaders.read_only():
+        return
+    from saelab.features.explanations import ChatClient, interpret
+    from saelab.features.explanations.interpretation import save
+
+    if st.button("Explain", key=f"latent_explain_{pole}", icon=":material/smart_toy:", help=EXPLAIN):
+        with page.part():
+            with st.spinner("Asking the model …"):
+                client = ChatClient(**json.loads(endpoint), api_key=os.environ.get("OPENAI_API_KEY"), retries=1)
+                save(loaders.place(run), interpret(index, latent, pole, client))
+            st.rerun()
+
+
+EXPLAIN = "Sends windows of the text to the endpoint that the app was started with, and scores what it answers."
 
 
 def steer(run: Run, latent: int, pole: int) -> None:

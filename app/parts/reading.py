@@ -28,10 +28,10 @@ def walk(keys: Sequence[tuple[int, int]], own: dict[int, dict[str, str]], table:
     if not 1 <= int(st.session_state.get(AT) or 1) <= last:
         st.session_state[AT] = 1
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.button("Previous", key="read_up", shortcut="Up", on_click=_step, args=(-1, last, table))
+        st.button("Prev", key="read_up", shortcut="Up", on_click=_step, args=(-1, last, table))
         st.button("Next", key="read_down", shortcut="Down", on_click=_step, args=(1, last, table))
-        st.button("Next unlabelled", key="read_new", shortcut="N", on_click=_unlabelled, args=(keys, own, table))
-        st.number_input("row", 1, last, key=AT, width=110, bind="query-params", help=HELP)
+        st.button("Unlabelled", key="read_new", shortcut="N", on_click=_unlabelled, args=(keys, own, table))
+        st.number_input("row", 1, last, key=AT, width=90, bind="query-params", help=HELP)
     return int(st.session_state[AT]) - 1
 
 

@@ -17,6 +17,12 @@ KEYS = (
         "the token before or after; up and down move by ten",
         "Home, End: first, last",
     ),
+    ("↑ ↓ on Features", "the latent before or after in what was found", "N: the next without a label of yours"),
+    (
+        "L, B, 1 to 5, O on Features",
+        "label, bookmark, rate, open the latent shown",
+        "the same number again takes it back",
+    ),
     ("arrow keys on a slider", "one step", "Page up and down: ten"),
     ("Ctrl+Enter in a text", "do what the button below does", "⌘Enter on a Mac"),
     ("R", "draw the page again", ""),

@@ -70,6 +70,7 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
             latent_parts.silent(index, signed)
         else:
             latent_parts.explanation(run, latent, side)
+            examine.explain(run, index, latent, side)
             latent_parts.numbers(row)
             evidence.latent(run, latent, row)
             latent_parts.label_scores(row)

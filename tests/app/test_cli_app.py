@@ -28,6 +28,15 @@ def test_a_model_of_an_earlier_session_is_forgotten(tmp_path: Path, monkeypatch:
     assert prepare(Options(tmp_path, model="none"))[1]["SAELAB_APP_MODEL"] == "none"
 
 
+def test_an_endpoint_is_named_with_its_model(tmp_path: Path) -> None:
+    asked = Options(tmp_path, explain_endpoint="http://127.0.0.1:1/v1", explain_model="m")
+    assert '"model": "m"' in prepare(asked)[1]["SAELAB_APP_EXPLAIN"]
+    assert "SAELAB_APP_EXPLAIN" not in prepare(Options(tmp_path))[1]
+    for wrong in ({"explain_model": "m"}, {"explain_endpoint": "file:///x", "explain_model": "m"}):
+        with pytest.raises(UserError, match="explain-endpoint|not an http"):
+            prepare(Options(tmp_path, **wrong))
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs a terminal")
 def test_a_first_run_asks_for_nothing(tmp_path: Path) -> None:
     import pty

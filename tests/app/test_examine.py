@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from saelab.errors import UserError
+from saelab.features.explanations import load
 from saelab.workspace import Workspace, collections
 from saelab.workspace.collections import Member, read_collections
 from saelab.workspace.notes import rate, read_notes, write_note
+from tests.features.test_explanations import FakeServer
 
 ENTRY = Path(__file__).parents[2] / "app" / "streamlit_app.py"
 
@@ -93,3 +96,20 @@ def test_a_rating_and_a_label_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert read_notes(tmp_path)[3] == {"label": "", "note": "", "rating": "4"}
     rate(tmp_path, 3, 0)
     assert read_notes(tmp_path) == {}
+
+
+def test_a_latent_is_explained_where_an_endpoint_is_set(monkeypatch: pytest.MonkeyPatch, desk: Path) -> None:
+    server = FakeServer()
+    try:
+        app = launch(monkeypatch, desk, "none")
+        app.session_state["latent"] = 3
+        good(app.switch_page("views/latent.py").run())
+        assert not [button for button in app.button if button.key == "latent_explain_1"]
+        monkeypatch.setenv("SAELAB_APP_EXPLAIN", json.dumps({"base_url": server.url, "model": "fake-1"}))
+        good(app.run())
+        good(app.button(key="latent_explain_1").click().run())
+        assert load(desk / "runs" / "topk")[3, 1]["text"] == "the word w3"
+        assert "the word w3" in " ".join(item.value for item in app.markdown)
+    finally:
+        server.server.shutdown()
+        server.server.server_close()

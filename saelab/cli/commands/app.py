@@ -22,9 +22,10 @@ from saelab import shipped
 from saelab.cli.console import console, parse
 from saelab.cli.models import ModelOptions
 from saelab.errors import UserError
+from saelab.features.explanations import ChatClient
 
 DEMO = Path("demo")
-TOKEN = "SAELAB_APP_TOKEN"
+TOKEN, EXPLAIN = "SAELAB_APP_TOKEN", "SAELAB_APP_EXPLAIN"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,11 @@ class OwnOptions:
     """Open the page in the default browser."""
     read_only: bool = False
     """Write nothing into the folder: no notes, labels, recipes, explanations or indexes."""
+    explain_endpoint: str | None = None
+    """Address of an OpenAI-compatible server up to /v1: a latent's page then has a button that asks it for a
+    description. Its key is taken from the environment variable OPENAI_API_KEY."""
+    explain_model: str | None = None
+    """Model that describes, as the server calls it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +105,12 @@ def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
     if options.read_only:
         environment["SAELAB_APP_READ_ONLY"] = "1"
     loading = {f.name: getattr(options, f.name) for f in dataclasses.fields(ModelOptions) if f.name != "model"}
+    if (options.explain_endpoint is None) != (options.explain_model is None):
+        raise UserError("--explain-endpoint and --explain-model belong together; give both or neither")
+    environment.pop(EXPLAIN, None)
+    if options.explain_endpoint and options.explain_model:
+        ChatClient(options.explain_endpoint, options.explain_model)  # refuses what is no address
+        environment[EXPLAIN] = json.dumps({"base_url": options.explain_endpoint, "model": options.explain_model})
     environment["SAELAB_APP_LOADING"] = json.dumps(loading)
     if options.model:
         environment["SAELAB_APP_MODEL"] = options.model
