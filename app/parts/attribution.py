@@ -87,7 +87,7 @@ def _examples(graph: AttributionGraph, most: int = 2) -> dict[str, list[str]]:
     """The strongest examples of each kept latent, where there is an index."""
     found: dict[str, list[str]] = {}
     for node in graph.latents[:60]:
-        index = _run(graph, node).index
+        index = graph.run_of(node).index
         if index is None or node.latent is None:
             continue
         pole = node.pole if node.pole in index.poles else 1
@@ -100,10 +100,6 @@ def _around(example: Any, before: int = 6, after: int = 3) -> str:
     peak = max(range(len(example.activations)), key=lambda i: abs(example.activations[i]))
     part = example.strings[max(0, peak - before) : peak + after + 1]
     return "… " + "".join(part).strip() + " …"
-
-
-def _run(graph: AttributionGraph, node: Node) -> Run:
-    return next(run for run, place in zip(graph.runs, graph.places) if place.layer == node.layer)
 
 
 def details(graph: AttributionGraph, node: Node | None) -> None:

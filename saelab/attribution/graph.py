@@ -152,20 +152,20 @@ class AttributionGraph:
 
         if operation not in OPERATIONS:
             raise UserError(f"unknown operation {operation!r}: {near_matches(operation, OPERATIONS)}")
-        chosen: dict[tuple[int, int, int], list[int]] = {}
+        chosen: dict[tuple[int, int, int], list[Node]] = {}
         for node in nodes:
             found = self[node] if isinstance(node, str) else node
             if found.kind != "latent" or found.latent is None:
                 raise UserError(f"{found.id} is {_article(found.kind)}, not a latent; choose latents to steer")
-            chosen.setdefault((found.layer, found.latent, found.pole), []).append(found.position)
+            chosen.setdefault((found.layer, found.latent, found.pole), []).append(found)
         if not chosen:
             raise UserError("no latent was chosen; name nodes of the graph, e.g. 9_123_4")
-        return [
-            OPERATIONS[operation].on_latent(
-                self._run(layer), latent, amount, pole=pole, where=sorted(positions) if at_positions else "all"
-            )
-            for (layer, latent, pole), positions in chosen.items()
-        ]
+        make = OPERATIONS[operation].on_latent
+        found = []
+        for (_, latent, pole), same in chosen.items():
+            where = sorted(node.position for node in same) if at_positions else "all"
+            found.append(make(self.run_of(same[0]), latent, amount, pole=pole, where=where))
+        return found
 
     def attach_runs(self, runs: Sequence[Run]) -> None:
         """Give a graph that was read from a file its runs, in the order of ``places``."""
@@ -176,10 +176,11 @@ class AttributionGraph:
                 raise UserError(f"{run.name or 'the run'} belongs to {run.hook_name}, the place is {place.name}")
         self.runs = list(runs)
 
-    def _run(self, layer: int) -> Run:
+    def run_of(self, node: Node) -> Run:
+        """The run of a latent or an error term. UserError for a graph that was read without its runs."""
         if not self.runs:
             raise UserError("this graph was read without its runs; give them with attach_runs")
-        return next(run for run, place in zip(self.runs, self.places) if place.layer == layer)
+        return next(run for run, place in zip(self.runs, self.places) if place.layer == node.layer)
 
 
 def _article(kind: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab._version import __version__
+from saelab.attribution.feature_files import write_features
 from saelab.attribution.findings import Ablated, Check, Faithfulness
 from saelab.attribution.graph import AttributionGraph, Edge, Node, PlaceSummary
 from saelab.errors import UserError, damaged
@@ -25,10 +26,11 @@ _FIELDS = ("prompt", "token_ids", "model", "target", "target_token", "target_tex
 _FIELDS += ("integrated", "keep", "sums", "drift", "notes")
 
 
-def write_graph(graph: AttributionGraph, path: Path | str) -> Path:
+def write_graph(graph: AttributionGraph, path: Path | str, *, features: bool = False) -> Path:
     """Write the graph as ``path``, which :func:`read_graph` reads too.
 
-    Beside it goes the list of graphs that circuit-tracer's server shows.
+    Beside it goes the list of graphs that circuit-tracer's server shows, and with ``features`` what the indexes of the
+    runs know of each latent, in a folder ``features``.
     """
     path = Path(path)
     if path.suffix != ".json":
@@ -40,6 +42,9 @@ def write_graph(graph: AttributionGraph, path: Path | str) -> Path:
         known = json.loads(listing.read_bytes())["graphs"] if listing.is_file() else []
     known = [entry for entry in known if entry.get("slug") != path.stem]
     write_json(listing, {"graphs": [*known, _listed(content["metadata"])]})
+    if features:
+        numbers = {node.id: _paired(node.layer, node.latent) for node in graph.latents if node.latent is not None}
+        write_features(graph, path.parent, content["metadata"]["scan"], numbers)
     return path
 
 

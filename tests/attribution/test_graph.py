@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saelab.attribution import AttributeConfig, AttributionGraph, attribute, read_graph, write_graph
-from saelab.attribution.graph import Node
+from saelab.attribution.graph import Node, PlaceSummary
 from saelab.errors import UserError
 from saelab.runs import Run
 from saelab.steering import Ablate, Recipe, generate
@@ -175,3 +175,29 @@ def test_settings_are_checked_before_anything_runs() -> None:
         with pytest.raises(UserError):
             AttributeConfig(**wrong)
     assert Node("1_2_3", "latent", 1, 3, 0.0, 0.0, 2, -1.0).pole == -1
+
+
+def test_what_the_index_knows_goes_to_the_viewer(tmp_path: Path) -> None:
+    """One file per latent, with the fields of circuit-tracer's model of a feature."""
+    from saelab.shipped import checkpoints
+
+    run = Run.open(checkpoints() / "abs_topk")
+    nodes = [Node("9_7_1", "latent", 9, 1, 1.0, 1.0, 7, -2.0), Node("9_8_1", "latent", 9, 1, 1.0, 1.0, 8, 2.0)]
+    assert run.index is not None
+    place = PlaceSummary("blocks.9.hook_resid_post", 9, "", "", 2, 2, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0)
+    about = {"prompt": "p", "tokens": ["a", "b"], "token_ids": [0, 1], "model": "org/m", "target": "t"}
+    about |= {"target_token": 0, "target_text": "t", "value": 1.0, "probability": 0.5, "mode": "gradient"}
+    rest = {"integrated": 0, "keep": 1.0, "places": [place], "edges": [], "sums": {}, "drift": 0.0, "runs": [run]}
+    write_graph(AttributionGraph(**about, **rest, nodes=nodes), tmp_path / "graph.json", features=True)
+    files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "features" / "org-m").iterdir()}
+    graph = json.loads((tmp_path / "graph.json").read_text())
+    assert set(files) == {str(node["feature"]) for node in graph["nodes"]}
+    wanted = {"transcoder_id", "index", "examples_quantiles", "top_logits", "bottom_logits", "act_min", "act_max"}
+    wanted |= {"quantile_values", "histogram", "activation_frequency"}
+    for number, content in files.items():
+        assert set(content) == wanted and content["act_min"] <= 0 <= content["act_max"]
+        latent = next(node for node in graph["nodes"] if str(node["feature"]) == number)
+        row = run.index.latent(content["index"], -1 if latent["activation"] < 0 else 1)
+        assert content["top_logits"] == row["promoted"] and content["activation_frequency"] == row["density"]
+        examples = [e for group in content["examples_quantiles"] for e in group["examples"]]
+        assert examples and all(len(e["tokens"]) == len(e["tokens_acts_list"]) for e in examples)

@@ -38,6 +38,8 @@ class OwnOptions:
     """Rows of the table."""
     out: Path | None = None
     """Write the graph into this .json file, which circuit-tracer's and Neuronpedia's viewers read."""
+    features: bool = False
+    """With --out, also write what the indexes know of each latent, for circuit-tracer's viewer (folder features)."""
     figure: Path | None = None
     """Write the graph as a page (.html) that needs no server."""
     steer: tuple[str, ...] = ()
@@ -90,7 +92,7 @@ def main(args: Sequence[str]) -> None:
         show(graph, options.nodes)
     print_notes(graph.notes)
     if options.out is not None:
-        write_graph(graph, options.out)
+        write_graph(graph, options.out, features=options.features)
         console.print(f"wrote {options.out}", markup=False, soft_wrap=True)
     if options.figure is not None:
         _write_figure(graph, options.figure)
