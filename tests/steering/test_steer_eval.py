@@ -280,6 +280,16 @@ def test_the_reader_gives_the_loss_and_the_activations_of_a_plain_forward() -> N
         loss = torch.nn.functional.cross_entropy(logits[-n - 1 : -1], torch.tensor(answer))
         assert found.nats[i] == pytest.approx(float(loss), rel=1e-4)
         np.testing.assert_allclose(found.activations[i], hidden[-n:].mean(0).numpy(), rtol=1e-3, atol=1e-4)
+    alone = reader.alone(answers)
+    for i, answer in enumerate(answers):
+        seen = []
+        handle = layer.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
+        with torch.no_grad():
+            llama()(input_ids=torch.tensor([[tokenizer().bos_token_id, *answer]]))
+        handle.remove()
+        hidden = (seen[0][0] if isinstance(seen[0], tuple) else seen[0]).reshape(-1, D_MODEL)[1:]
+        expected = hidden.mean(0).numpy() if answer else np.zeros(D_MODEL)
+        np.testing.assert_allclose(alone[i], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_proxies_are_their_formulas() -> None:
@@ -292,9 +302,9 @@ def test_proxies_are_their_formulas() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, 8))
     apart = train_classifier(x[:20] + 3, x[20:])
-    assert apart.accuracy.balanced > 0.95 and (apart.scores(x[:20] + 3) > 0.5).mean() > 0.9
+    assert apart.accuracy.auc > 0.95 and apart.accuracy.balanced > 0.9 and (apart.scores(x[:20] + 3) > 0.5).mean() > 0.9
     same = train_classifier(x[:20], x[20:])
-    assert 0.2 < same.accuracy.balanced < 0.8  # held out: what it was trained on it would tell apart
+    assert 0.2 < same.accuracy.auc < 0.8  # held out: what it was trained on it would tell apart
 
 
 def row(method: str, concept: str, level: int, instruction: int, seed: int = 0) -> Row:

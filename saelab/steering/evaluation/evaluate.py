@@ -102,15 +102,15 @@ class Evaluation:
     def _train_classifiers(self, reader: Reader) -> None:
         """One classifier per concept, of the texts that made no direction."""
         read: dict[str, tuple[Array, Array]] = {}
-        asked = self.instructions
         for number, concept in enumerate(self.known):
             held = self.halves.get(concept.name)
             if held is not None:
-                read[concept.name] = tuple(  # pyright: ignore[reportArgumentType]
-                    contrast_reading(reader, texts, asked) for texts in (held[1].positive, held[1].negative)
+                read[concept.name] = (
+                    contrast_reading(reader, held[1].positive),
+                    contrast_reading(reader, held[1].negative),
                 )
-            elif concept.positive:  # one text of each of the others
-                some = contrast_reading(reader, concept.positive[:1], asked[number % len(asked) :])
+            elif concept.positive:  # a few texts of each of the others
+                some = contrast_reading(reader, concept.positive[:3])
                 read[concept.name] = (some, some[:0])
             self.progress("classifiers", number + 1, len(self.known))
         self.classifiers = {concept.name: classifier_for(concept, read) for concept in self.concepts}
@@ -121,8 +121,8 @@ class Evaluation:
         found = self._write([(row, Steered()) for row in rows], seed)
         answers = [self.kept.answers.get(row.key) or found[row.key] for row in rows]
         read = reader.read(self.instructions, [answer.tokens for answer in answers])
-        new = []
-        for row, answer, acts, nats in zip(rows, answers, read.activations, read.nats):
+        new, alone = [], reader.alone([answer.tokens for answer in answers])
+        for row, answer, acts, nats in zip(rows, answers, alone, read.nats):
             if row.key not in self.kept.answers:
                 answer.proxies = _of_text(answer, float(nats), 1.0)
                 new.append(answer)
@@ -144,7 +144,8 @@ class Evaluation:
             places = [answer.row.instruction for answer in answers]
             read = reader.read([self.instructions[i] for i in places], [answer.tokens for answer in answers])
             similar = topic_similarity(read.activations, unsteered[places], mean)
-            concepts = self.classifiers[concept.name].scores(read.activations)
+            alone = reader.alone([answer.tokens for answer in answers])
+            concepts = self.classifiers[concept.name].scores(alone)
             for answer, nats, topic, share in zip(answers, read.nats, similar, concepts):
                 answer.proxies = _of_text(answer, float(nats), float(topic))
                 answer.proxies["concept"] = float(share) if answer.tokens else 0.0

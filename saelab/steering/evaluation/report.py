@@ -22,7 +22,7 @@ from saelab.steering.evaluation.judge import RUBRICS, Question, RubricCheck, ask
 from saelab.steering.evaluation.proxies import RATING, fluency, harmonic_mean
 from saelab.steering.evaluation.verdicts import UNSTEERED, Scored, Table
 
-LEAST_ACCURACY = 0.7  # of the concept classifiers, on average over concepts
+LEAST_AUC = 0.85  # of the concept classifiers, on average over concepts
 EXAMPLES = 3  # per method: the best, the middle and the worst
 Scores = Mapping[tuple, tuple[float, float, float]]  # answer and concept -> concept, instruction, fluency
 
@@ -174,10 +174,10 @@ def examples(evaluation: Evaluation, found: Table) -> list[dict[str, Any]]:
 
 def unsure_proxies(evaluation: Evaluation) -> dict[str, str]:
     """Why the proxies cannot be believed: the classifiers do not tell the concepts."""
-    mean = float(np.mean([c.accuracy.balanced for c in evaluation.classifiers.values()]))
-    if mean >= LEAST_ACCURACY:
+    mean = float(np.mean([c.accuracy.auc for c in evaluation.classifiers.values()]))
+    if mean >= LEAST_AUC:
         return {}
-    return {"concept": f"the concept classifiers reach a balanced accuracy of {mean:.2f} ({LEAST_ACCURACY:g} asked)"}
+    return {"concept": f"the concept classifiers reach an AUC of {mean:.2f} ({LEAST_AUC:g} asked)"}
 
 
 def evaluate_steering(evaluation: Evaluation, judge: KeptAnswers | None = None) -> dict[str, Any]:
