@@ -74,6 +74,8 @@ def match_saes(
 
     ``progress`` is called with the share that is done and what is being done.
     """
+    if left.transcodes != right.transcodes or left.d_out != right.d_out:
+        raise UserError("a transcoder's latents are matched with those of another transcoder onto the same target only")
     if left.d_in != right.d_in:
         raise UserError(f"the SAEs read d_in={left.d_in} and d_in={right.d_in}; only SAEs of one hook can be matched")
     signed = left.signed or right.signed

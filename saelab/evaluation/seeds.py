@@ -86,7 +86,7 @@ def check(sae: SAE, others: Sequence[SAE]) -> None:
     if not others:
         raise UserError("there is no other seed to compare with; name runs of the same SAE with other seeds")
     for other in others:
-        if other.d_in != sae.d_in:
+        if (other.d_in, other.d_out, other.transcodes) != (sae.d_in, sae.d_out, sae.transcodes):
             raise UserError(f"SAEs of d_in={sae.d_in} and {other.d_in} share no latents; name other seeds of one SAE")
         if other.W_dec.shape == sae.W_dec.shape and bool((other.W_dec == sae.W_dec).all()):
             raise UserError("one of the SAEs named as other seeds is the SAE itself; name runs with other seeds")

@@ -32,12 +32,16 @@ def model_card(run: Run, repo: str | None = None, path: str | None = None) -> st
 
 def _text(title: str, calls: tuple[str, str], config: Mapping[str, Any], measured: str) -> str:
     metadata = config["metadata"]
+    own = metadata["saelab"]["config"]
+    d_out = f", d_out {own['d_out']}" if "d_out" in own else ""
+    kind = "transcoder" if d_out else "sparse autoencoder"
     rows = [
         ("variant", metadata["saelab"]["variant"]),
         ("language model", metadata.get("model_name")),
         ("passes over the text", metadata.get("train", {}).get("epochs")),
         ("hook", metadata.get("hook_name")),
-        ("widths", f"d_in {config['d_in']}, d_sae {config['d_sae']}"),
+        ("reconstructs", metadata.get("hook_name_out")),
+        ("widths", f"d_in {config['d_in']}, d_sae {config['d_sae']}{d_out}"),
         ("text", metadata.get("dataset_path")),
         ("context length", metadata.get("context_size")),
         ("saelab", metadata.get("saelab_version")),
@@ -45,11 +49,11 @@ def _text(title: str, calls: tuple[str, str], config: Mapping[str, Any], measure
     facts = "\n".join(f"| {name} | {value} |" for name, value in rows if value is not None)
     return f"""---
 library_name: saelens
-tags: [saelens, saelab, sparse-autoencoder]
+tags: [saelens, saelab, {kind.replace(" ", "-")}]
 ---
 # {title}
 
-A sparse autoencoder trained with saelab.
+A {kind} trained with saelab.
 
 | | |
 |---|---|

@@ -32,6 +32,10 @@ def train_command(run: Run) -> str | None:
     kept |= _changed(TrainConfig, train)
     if source := run.metadata.get(SOURCE):
         kept = {"from": source} | kept
+    if "d_out" in config:  # of a transcoder
+        kept = {"target": run.metadata.get("target_cache") or CACHE} | kept
+        if config["d_out"] == options.get("d_in"):
+            del kept["d_out"]
     cache = run.metadata.get("cache") or CACHE
     return _spell("train", cache, {"variant": variant, **kept, "out": run.name})
 
@@ -40,7 +44,9 @@ def evaluate_command(run: Run) -> str:
     """The command that makes ``evaluation.json``."""
     settings = run.evaluation.get("settings") or {}
     cache = settings.get("cache") or run.metadata.get("cache") or CACHE
-    return _spell("evaluate", run.name, {"cache": cache, **_changed(EvaluateConfig, settings)})
+    target = settings.get("target") or run.metadata.get("target_cache")
+    places = {"cache": cache, **({"target": target} if target else {})}
+    return _spell("evaluate", run.name, places | _changed(EvaluateConfig, settings))
 
 
 def index_command(run_name: str, meta: Mapping[str, Any]) -> str:

@@ -12,6 +12,8 @@ from saelab.cli import main
 from saelab.features import FeatureIndex
 from saelab.lm import load_hf_model
 from saelab.runs import Run
+from saelab.runs.card import model_card
+from saelab.workspace import evaluate_command, train_command
 from tests import tiny_lm
 
 IN, OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
@@ -66,6 +68,14 @@ def test_a_run_knows_both_places_and_finds_its_target(caches, run, capsys):
     capsys.readouterr()
     main(["inspect", str(run), "--cache", str(caches / IN), "--json"])
     assert json.loads(capsys.readouterr().out)["fvu"] is not None
+
+
+def test_its_command_and_its_card_name_the_target(caches, run):
+    command = train_command(Run.open(run))
+    assert command is not None and f"--target {caches / OUT}" in command and "--skip" in command
+    assert "--d-out" not in command and "--target" in evaluate_command(Run.open(run))
+    card = model_card(Run.open(run))
+    assert "A transcoder trained" in card and f"| reconstructs | {OUT} |" in card
 
 
 def test_resumed_and_fine_tuned(caches, run, tmp_path, capsys):

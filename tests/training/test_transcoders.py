@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from saelab import kernels
+from saelab.comparison import match_saes
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
-from saelab.evaluation import evaluate
+from saelab.evaluation import evaluate, shared_with_seeds
 from saelab.sae import VARIANTS, build
 from saelab.sae.weights import load_sae, save
 from saelab.training import TrainConfig, fit_steps, train
@@ -211,6 +212,14 @@ def test_refusals(tmp_path):
         train(build("gradient_topk", D, 48, d_out=D_OUT, k=K), cache, config)
     with pytest.raises(UserError, match="is both the input and the target"):
         plain.with_target(plain)
+
+
+def test_latents_of_two_spaces_are_not_compared():
+    sae, transcoder = build("topk", D, 48, k=K), build("topk", D, 48, d_out=D, k=K)
+    with pytest.raises(UserError, match="onto the same target only"):
+        match_saes(sae, transcoder)
+    with pytest.raises(UserError, match="share no latents"):
+        shared_with_seeds(transcoder, [sae])
 
 
 def test_caches_of_two_harvests_are_refused(tmp_path):
