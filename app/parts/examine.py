@@ -45,7 +45,9 @@ def own_text(run: Run, index: Any, latent: int, poles: tuple[int, ...]) -> None:
         read = kept[1]
         trace = [0.0] * read.first + read.trace(latent)[read.first :]
         largest = max(index.max_activation(latent, pole) for pole in poles)
-        page.html(viz.token_strip(read.strings, trace, page.colours(), scale=largest or None))
+        strongest = max(poles, key=lambda pole: index.max_activation(latent, pole))
+        weaker = latent_parts.below(index, latent, strongest)
+        page.html(viz.token_strip(read.strings, trace, page.colours(), largest or None, below=weaker))
         best = max(trace, key=abs, default=0.0)
         at = abs(best) / largest if largest else 0.0
         st.caption(f"strongest {best:+.2f}, {at:.0%} of its largest in the corpus" if best else "It is silent here.")
@@ -53,12 +55,13 @@ def own_text(run: Run, index: Any, latent: int, poles: tuple[int, ...]) -> None:
 
 def groups(run: Run, index: Any, latent: int, pole: int, row: dict[str, Any]) -> None:
     """The quarters of its firings, one below the other, each with its share of the magnitude."""
+    weaker = latent_parts.below(index, latent, pole)
     shares = magnitude_shares(index.histogram_edges, row["histogram"])
     for kind, (low, high) in BANDS.items():
         found = index.examples(latent, pole, kind)
         if found:
             st.caption(f"**{low:.0%} to {high:.0%}** of its firings by strength: {shares[kind]:.0%} of its magnitude")
-            page.html(viz.example_list(found, page.colours(), scale=index.max_activation(latent, pole) or None))
+            page.html(viz.example_list(found, page.colours(), index.max_activation(latent, pole) or None, weaker))
 
 
 def magnitude_shares(edges: list[float], counts: Any) -> dict[str, float]:
@@ -87,7 +90,8 @@ def top(run: Run, index: Any, latent: int, pole: int) -> None:
             found = whole_contexts(cache, loaders.sae(run), found)
     documents = len({example.document for example in found})
     st.caption(f"{len(found)} contexts, {'all of one document' if documents == 1 else f'of {documents} documents'}")
-    page.html(viz.example_list(found, page.colours(), scale=index.max_activation(latent, pole) or None))
+    largest, weaker = index.max_activation(latent, pole) or None, latent_parts.below(index, latent, pole)
+    page.html(viz.example_list(found, page.colours(), largest, weaker, breaks=whole))
 
 
 def cache_of(run: Run, index: Any) -> ActivationCache | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import loaders
+import numpy as np
 import page
 import session
 import streamlit as st
@@ -146,7 +148,15 @@ def examples(index: Any, latent: int, pole: int, kind: str, limit: int = 10, key
         )
         found = [example for example in found if role in (None, example.role)]
     found = found[:limit]
-    page.html(viz.example_list(found, page.colours(), scale=index.max_activation(latent, pole) or None))
+    largest, weaker = index.max_activation(latent, pole) or None, below(index, latent, pole)
+    page.html(viz.example_list(found, page.colours(), scale=largest, below=weaker))
+
+
+def below(index: Any, latent: int, pole: int) -> Callable[[float], float]:
+    """The share of a pole's firings that are weaker than a magnitude, from its histogram."""
+    counts = np.asarray(index.latent(latent, pole)["histogram"], float)
+    share = np.concatenate([[0.0], np.cumsum(counts) / max(counts.sum(), 1.0)])
+    return lambda size: float(np.interp(size, index.histogram_edges, share))
 
 
 def logits(row: dict[str, Any], limit: int = 10) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from saelab.viz.escape import plain
 from saelab.viz.theme import Palette
 
 PART = "·"
+Below = Callable[[float], float]
 
 
 def style_sheet(colours: Palette) -> str:
@@ -60,8 +61,10 @@ def token_strip(
     scale: float | None = None,
     focus: int | None = None,
     unit: str = "activation",
+    below: Below | None = None,
+    breaks: bool = False,
 ) -> str:
-    """One line of tokens, each tinted by its value.
+    """Tokens in running text, each tinted by its value.
 
     Args:
         strings: The tokens, as decoded text.
@@ -69,20 +72,35 @@ def token_strip(
         scale: The magnitude that gets the full tint; by default the largest in ``values``.
         focus: Position of the token to outline.
         unit: What a value is, for the tool tip.
+        below: The share of a latent's firings that are weaker than a magnitude, for the tool tip.
+        breaks: Break the line where the text does.
     """
     scale = scale or max((abs(v) for v in values), default=0.0) or 1.0
-    spans = [_span(s, v / scale, v, i == focus, colours, unit) for i, (s, v) in enumerate(zip(strings, values))]
+    spans = []
+    for i, (string, value) in enumerate(zip(strings, values)):
+        tip = f"{unit} {value:+.3f}" + (f" · above {below(abs(value)):.0%} of its firings" if below and value else "")
+        spans.append(_span(string, value / scale, tip, i == focus, colours))
+        spans += ["\n"] if breaks and "\n" in string else []
     return f'<div class="sl-strip">{"".join(spans)}</div>'
 
 
-def example_list(examples: Iterable[Any], colours: Palette, scale: float | None = None) -> str:
+def example_list(
+    examples: Iterable[Any],
+    colours: Palette,
+    scale: float | None = None,
+    below: Below | None = None,
+    breaks: bool = False,
+) -> str:
     """Examples (``strings``, ``activations``, ``focus``, ``value``, ``role``) one below the other, value first.
 
-    Under the value stands, for chats, whose message the focus token is in.
+    Under the value stands, for chats, whose message the focus token is in. ``below`` and ``breaks`` are those of
+    :func:`token_strip`.
     """
     rows = []
     for example in examples:
-        strip = token_strip(example.strings, example.activations, colours, scale, example.focus)
+        strip = token_strip(
+            example.strings, example.activations, colours, scale, example.focus, below=below, breaks=breaks
+        )
         value, token = f"{example.value:+.2f}", plain(example.strings[example.focus].strip() or "space")
         # For who hears the page: the text alone does not say which token it is about.
         said = f'<span class="sl-hidden">activation {value} on the token ‘{token}’, in: </span>'
@@ -126,7 +144,7 @@ def caption(text: str) -> str:
     return f'<div class="sl-muted">{plain(text)}</div>'
 
 
-def _span(token: str, strength: float, value: float, focus: bool, colours: Palette, unit: str) -> str:
+def _span(token: str, strength: float, tip: str, focus: bool, colours: Palette) -> str:
     # Sign is carried by the line below (solid or dotted) as well as by colour.
     classes = [] if abs(strength) < 0.02 else ["sl-pos" if strength > 0 else "sl-neg"]
     classes += ["sl-focus"] if focus else []
@@ -137,4 +155,4 @@ def _span(token: str, strength: float, value: float, focus: bool, colours: Palet
     # A space that a token begins with stays outside: where the line breaks there, a mark on it would stand alone.
     word = token.lstrip(" ") or token
     space = token[: len(token) - len(word)]
-    return f'{space}<span{attributes} title="{plain(token)} · {unit} {value:+.3f}">{plain(word)}</span>'
+    return f'{space}<span{attributes} title="{plain(token)} · {tip}">{plain(word)}</span>'

@@ -33,7 +33,7 @@ def test_an_endpoint_is_named_with_its_model(tmp_path: Path) -> None:
     assert '"model": "m"' in prepare(asked)[1]["SAELAB_APP_EXPLAIN"]
     assert "SAELAB_APP_EXPLAIN" not in prepare(Options(tmp_path))[1]
     for wrong in ({"explain_model": "m"}, {"explain_endpoint": "file:///x", "explain_model": "m"}):
-        with pytest.raises(UserError, match="explain-endpoint|not an http"):
+        with pytest.raises(UserError, match=r"explain-endpoint|not an http"):
             prepare(Options(tmp_path, **wrong))
 
 

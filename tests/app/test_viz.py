@@ -179,3 +179,10 @@ def test_a_log_axis_has_few_round_labels(values: list[float]) -> None:
     assert 2 <= len(axis["tickvals"]) <= 8
     assert [value_of(text) for text in axis["ticktext"]] == pytest.approx(axis["tickvals"])
     assert min(positive) * 0.9 <= axis["tickvals"][0] and axis["tickvals"][-1] <= max(positive) * 1.1
+
+
+def test_a_tool_tip_says_how_strong_for_this_latent() -> None:
+    strip = viz.token_strip([" a", "b\n", "c"], [1.0, 0.0, 2.0], viz.LIGHT, below=lambda size: size / 4, breaks=True)
+    assert "activation +1.000 · above 25% of its firings" in strip and "above 50% of its firings" in strip
+    assert strip.count("of its firings") == 2 and strip.count("\n") == 1
+    assert "\n" not in viz.token_strip(["b\n"], [1.0], viz.LIGHT)
