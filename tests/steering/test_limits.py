@@ -142,6 +142,8 @@ def test_a_schedule_weighs_each_generated_token() -> None:
         ids = torch.cat([ids, torch.tensor([written[-1:]])], dim=1)
     assert found[:8] == written
     assert found != plain(llama(), interventions=Add(vector(), 12.0 * 0.25))[1]
+    before = Add(vector(), 9.0, schedule=Schedule([(-4, 0), (0, 1)]))
+    assert torch.equal(logits(before), logits()), "the prompt has the weight of the first point, also at its end"
 
 
 def test_they_live_in_a_recipe(tmp_path: Path) -> None:
