@@ -65,7 +65,7 @@ class LinearSAE(SAE):
 
     @torch.no_grad()
     def initialise_map(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"]) -> None:
-        """Set what a transcoder knows of its data before the first step, after :meth:`initialise`.
+        """Set what a transcoder knows of its data before the first step, after ``initialise``.
 
         The input is centred on the mean of ``x`` until :meth:`uncentre`. Each row of the decoder is
         its latent's encoder direction, carried over by the nearest partial isometry to the cross-covariance of input

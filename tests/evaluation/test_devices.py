@@ -268,7 +268,7 @@ def test_a_kernel_backend_that_cannot_run_there_is_refused_in_one_line(
 
 def test_every_command_that_computes_takes_a_device() -> None:
     """Of the others, these read or write files only, or convert and compare in the precision of the CPU."""
-    files = {"cache", "card", "convert", "explain", "info", "labels", "map", "plan"}
+    files = {"cache", "card", "convert", "explain", "info", "l0", "labels", "map", "plan"}
     for command in COMMANDS.keys() - files:
         source = inspect.getsource(importlib.import_module(f"saelab.cli.commands.{command.replace('-', '_')}"))
         assert "device: str" in source or "ModelOptions" in source, command
