@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from saelab.sparse import SparseCode
 SIGNED = {"abstopk", TWO_SIDED}
 # Two float32 evaluations of one formula: dot products of length d_in and sums of k terms, with near-ties gap-checked.
 TOLERANCE = 1e-4
+SET = "config.yaml"  # of a set of circuit-tracer's
 CURVE_LINES = 256  # lines of the training curve that are copied; a chart cannot show more
 
 
@@ -64,6 +66,24 @@ def export(
         known[to](form, temporary, dict(metadata or {}))
         proof = prove(sae, read(temporary, is_sae=True).to_sae(), random_probe(sae) if probe is None else probe)
         _check(proof, f"the {to} export")
+    return proof
+
+
+def add_layer(sae: SAE, folder: Path | str, metadata: Mapping[str, Any]) -> Proof:
+    """:func:`export` one more layer into a ``folder`` that holds a set of circuit-tracer's transcoders.
+
+    UserError where it has that layer already, or where its ``config.yaml`` says another model or other hook points.
+    """
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        proof = export(sae, Path(room) / "new", "circuit-tracer", metadata)
+        (file,) = (Path(room) / "new").glob("layer_*.safetensors")
+        settings = [(place / SET).read_text(encoding="utf-8") for place in (folder, Path(room) / "new")]
+        if settings[0] != settings[1]:
+            raise UserError(f"{folder / SET} is of another model or other hook points; write this layer to a new folder")
+        if (folder / file.name).exists():
+            raise UserError(f"{folder} has {file.name} already; remove it first, or name a new folder")
+        file.rename(folder / file.name)
     return proof
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from saelab.cli import main
 from saelab.errors import UserError
 from saelab.interop import export, load
+from saelab.interop.conversion import add_layer
 from saelab.runs import Run
 from saelab.sae import build
 from saelab.sae.weights import save
@@ -155,6 +156,25 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path):
     save(sae, tmp_path / "run", about)
     with pytest.raises(SystemExit):
         main(["convert", str(tmp_path / "run"), str(tmp_path / "x"), "--to", "saelens"])
+
+
+def test_layers_are_added_to_a_set_of_circuit_tracer(tmp_path, capsys):
+    for layer in (0, 1):
+        places = {"hook_name": f"blocks.{layer}.mlp.hook_in", "hook_name_out": f"blocks.{layer}.hook_mlp_out"}
+        save(perturbed("batch_topk", True), tmp_path / f"run{layer}", {**places, "model_name": "m"})
+        main(["convert", str(tmp_path / f"run{layer}"), str(tmp_path / "set"), "--to", "circuit-tracer"])
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [
+        "config.yaml", "layer_0.safetensors", "layer_1.safetensors",
+    ]  # fmt: skip
+    assert sorted(run.hook_name for run in Run.scan(tmp_path / "set").values()) == [
+        f"blocks.{layer}.mlp.hook_in" for layer in (0, 1)
+    ]
+    with pytest.raises(SystemExit):
+        main(["convert", str(tmp_path / "run1"), str(tmp_path / "set"), "--to", "circuit-tracer"])
+    assert "has layer_1.safetensors already" in " ".join(capsys.readouterr().err.split())
+    save(perturbed("batch_topk", True), tmp_path / "other", {"hook_name": READS, "hook_name_out": WRITES})
+    with pytest.raises(UserError, match="another model or other hook points"):
+        add_layer(load(tmp_path / "other"), tmp_path / "set", {"hook_name": READS, "hook_name_out": WRITES})
 
 
 @pytest.mark.parametrize("variant", ["relu", "jump_relu", "batch_topk"])

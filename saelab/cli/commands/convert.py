@@ -15,7 +15,7 @@ from saelab.cli.console import counting, out, parse, print_json
 from saelab.cli.opening import open_run, provenance
 from saelab.errors import UserError
 from saelab.interop import export, resave, writers
-from saelab.interop.conversion import TOLERANCE
+from saelab.interop.conversion import SET, TOLERANCE, add_layer
 from saelab.runs import Run
 
 
@@ -26,7 +26,7 @@ class Options(FormatHints):
     source: tyro.conf.Positional[str]
     """File, folder or hub id (hf://org/repo/path) of an SAE, whichever tool wrote it."""
     out: tyro.conf.Positional[Path]
-    """New folder to write."""
+    """New folder to write; for circuit-tracer also one that it has written, which gets one more layer."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the matrices in a saelab run folder (`--to saelab`); 16 bits halve its size."""
     cache: Path | None = None
@@ -50,7 +50,8 @@ def options_type() -> Any:
 def main(args: Sequence[str]) -> None:
     """Convert, compare both SAEs numerically, and keep the result only if they agree."""
     options = parse(options_type(), "convert", args, "Convert an SAE and prove that it computes the same.")
-    if options.out.exists():
+    adds = options.to == "circuit-tracer" and (options.out / SET).is_file()
+    if options.out.exists() and not adds:
         raise UserError(f"{options.out} exists; name a new folder")
     run = open_run(options.source, **options.hints())
     assert run.path is not None
@@ -61,6 +62,8 @@ def main(args: Sequence[str]) -> None:
         proof = resave(run.sae, run.path, options.out, provenance(run), getattr(torch, options.dtype))
     elif options.dtype != "float32":
         raise UserError(f"--dtype {options.dtype} is for --to saelab; {options.to} folders are written in float32")
+    elif adds:
+        proof = add_layer(run.sae, options.out, provenance(run))
     else:
         proof = export(run.sae, options.out, options.to, provenance(run))
     if options.json:
