@@ -80,7 +80,7 @@ def add_layer(sae: SAE, folder: Path | str, metadata: Mapping[str, Any]) -> Proo
         (file,) = (Path(room) / "new").glob("layer_*.safetensors")
         settings = [(place / SET).read_text(encoding="utf-8") for place in (folder, Path(room) / "new")]
         if settings[0] != settings[1]:
-            raise UserError(f"{folder / SET} is of another model or other hook points; write this layer to a new folder")
+            raise UserError(f"{folder / SET} is of another model or other hook points; name a new folder")
         if (folder / file.name).exists():
             raise UserError(f"{folder} has {file.name} already; remove it first, or name a new folder")
         file.rename(folder / file.name)
