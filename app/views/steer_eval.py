@@ -1,5 +1,7 @@
 """Evaluations of steering below the folder: scores, verdicts, and the answers behind them."""
 
+from typing import Any
+
 import loaders
 import page
 import pandas as pd
@@ -46,7 +48,7 @@ if len(examples):
     with st.container(horizontal=True):
         concept = st.selectbox("concept", sorted(set(examples["concept_name"])), key="steer_eval_concept", width=220)
         method = st.selectbox("method", ["all", *dict.fromkeys(examples["method"])], key="steer_eval_method", width=220)
-    shown = examples[examples["concept_name"] == concept]
+    shown: Any = examples[examples["concept_name"] == concept]
     if method != "all":
         shown = shown[shown["method"] == method]
     columns = ["method", "instruction_text", "text", "concept", "instruction", "fluency", "overall"]

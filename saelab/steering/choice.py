@@ -251,7 +251,8 @@ def _output(model: nn.Module, run: Run, tokens: Tensor, n: int = 50) -> Tensor |
         rows = unit_directions(run.sae).cpu()
         poles = [rows, -rows] if run.sae.signed else [rows]
         parts = [lens.extremes(some, n)[0] for signed in poles for some in signed.split(512)]
-        _PROMOTED[run.sae] = (name, *(torch.cat(column) for column in zip(*parts)))
+        logits, ids = (torch.cat(column) for column in zip(*parts))
+        _PROMOTED[run.sae] = (name, logits, ids)
     _, logits, ids = _PROMOTED[run.sae]
     logits = logits.clamp_min(0)
     return (logits * torch.isin(ids, tokens)).sum(1) / logits.sum(1).clamp_min(1e-30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from saelab.features.explanations.requests import KeptAnswers
 from saelab.sae import build
 from saelab.sae.weights import save
 from saelab.steering import Add, Recipe, SteeringVector, generate
-from saelab.steering.evaluation.answers import Answer, Kept, Row
+from saelab.steering.evaluation.answers import Answer, Kept, Row, prompt_ids
 from saelab.steering.evaluation.concepts import Concept
 from saelab.steering.evaluation.judge import RUBRICS, check_judge, rating, weighted_kappa
 from saelab.steering.evaluation.proxies import (
@@ -177,7 +178,8 @@ def test_a_judge_that_cannot_judge_is_not_believed(bad: Any, finished: dict[str,
     fake = judge(bad)
     result = evaluate(finished, capsys, "--endpoint", fake.url, "--judge", "bad")
     assert set(result["cannot_tell"]) == set(RUBRICS)
-    assert all(d["verdict"] == "cannot tell" for d in result.get("differences", []))
+    assert all(d["verdict"] == "cannot tell" for d in result["differences"])
+    assert len(fake.asked) <= 144  # the thousands of questions that it cannot answer are not asked
 
 
 def test_an_endpoint_that_fails_or_costs_too_much_loses_nothing(
@@ -381,3 +383,15 @@ def test_answers_survive_a_file(tmp_path: Path) -> None:
     again = Kept(tmp_path / "a.jsonl").answers
     assert list(again.values()) == list(kept.answers.values())
     assert Concept("x", ("w",)).vocabulary == ("w",)
+
+
+def test_an_instruction_goes_through_the_chat_template_with_the_system_text() -> None:
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = (
+        "{% for m in messages %}<s> w4 {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<s> w5 {% endif %}"
+    )
+    chat = [{"role": "system", "content": "w20 w21"}, {"role": "user", "content": "w50"}]
+    expected = words.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert prompt_ids(words, "w50", "w20 w21") == words(expected, add_special_tokens=False)["input_ids"]
+    assert prompt_ids(tokenizer(), "w50", "w20") == [1, 20, 50]  # no template: plain text behind BOS

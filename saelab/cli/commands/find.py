@@ -120,7 +120,7 @@ def by_output(finder: Finder, options: Options) -> pd.DataFrame:
     if query.kind != "words":
         raise UserError('--writes takes words, as in saelab find "sea ocean" RUN --writes')
     scores = output_scores(finder.index, query.terms)["output_score"].to_numpy()
-    found = finder.table.assign(output_score=scores, score=scores)
+    found: Any = finder.table.assign(output_score=scores, score=scores)
     return found[found["score"] > 0].sort_values("score", ascending=False, kind="stable").head(options.count)
 
 

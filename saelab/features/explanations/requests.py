@@ -18,7 +18,8 @@ from saelab.errors import UserError
 from saelab.features.explanations.client import ChatClient, Message
 
 IN_FLIGHT = 16
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class OutOfRequests(UserError):

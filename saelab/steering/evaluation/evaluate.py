@@ -73,7 +73,7 @@ class Evaluation:
         self.calibration: dict[str, Any] = _read(self.folder / CALIBRATION)
         self.classifiers: dict[str, Classifier] = {}
 
-    def generate(self, after: Callable[[], None] = lambda: None) -> None:
+    def generate(self, after: Callable[[], object] = lambda: None) -> None:
         """Write and measure every answer that is missing; ``after`` is called after each concept."""
         total = self.total
         self.progress("answers", len(self.kept.answers), total)
@@ -210,10 +210,8 @@ class Evaluation:
         if not names:
             return
         # The neutral texts are no generation: damage is that of steering every token, wherever it will act.
-        makers = [
-            lambda strength, make=steerers[name].make: [replace(i, where="all") for i in make(strength)]
-            for name in names
-        ]
+        made: list[Any] = [steerers[name].make for name in names]
+        makers = [lambda strength, make=make: [replace(i, where="all") for i in make(strength)] for make in made]
         for name in names:
             known[name] = {"about": steerers[name].about, "levels": []}
         for budget in self.config.budgets():

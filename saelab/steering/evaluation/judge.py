@@ -187,8 +187,8 @@ def _check(rubric: str, good: Sequence[bool], first: Sequence[int | None], secon
     pairs = [(a, b) for a, b in zip(first, second) if a is not None and b is not None]
     missing = sum(a is None for a in (*first, *second))
     agreement = sum(a == b for a, b in pairs) / len(pairs) if pairs else 0.0
-    means = [float(np.mean(part)) if part else 0.0 for part in (yes, no)]
-    return RubricCheck(rubric, len(told), _auc(yes, no), *means, weighted_kappa(pairs), agreement, missing)
+    above, beneath = (float(np.mean(part)) if part else 0.0 for part in (yes, no))
+    return RubricCheck(rubric, len(told), _auc(yes, no), above, beneath, weighted_kappa(pairs), agreement, missing)
 
 
 def _auc(yes: Sequence[int], no: Sequence[int]) -> float:

@@ -141,7 +141,7 @@ def train_classifier(positive: Array, negative: Array) -> Classifier:
     x = (x - centre) / scale
     model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000)
     folds = StratifiedKFold(min(5, len(positive), len(negative)), shuffle=True, random_state=0)
-    held = cross_val_predict(model, x, y, cv=folds, method="decision_function")
+    held = np.asarray(cross_val_predict(model, x, y, cv=folds, method="decision_function"))
     calibration = LogisticRegression(class_weight="balanced").fit(held[:, None], y)
     told = calibration.predict(held[:, None])
     sizes = len(positive), len(negative)

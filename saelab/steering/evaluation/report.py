@@ -202,11 +202,14 @@ def evaluate_steering(evaluation: Evaluation, judge: KeptAnswers | None = None) 
     evaluation.progress("judging", 0, wanted)
     try:
         checks = check(evaluation, judge)
+        unsure = {c.rubric: c.reason for c in checks if not c.passed}
+        if len(unsure) == len(RUBRICS):  # asking on would cost much and tell nothing
+            tested: dict[str, Any] = {"judge": judge.client.model, "requests": judge.sent}
+            return save(content(evaluation, proxy_scores(evaluation), "proxies", unsure, checks, **tested))
         scores = judged_scores(evaluation, judge, lambda done, total: evaluation.progress("judging", done, total))
     except UserError as error:
         by_proxies(judge_stopped=str(error))
         raise
-    unsure = {c.rubric: c.reason for c in checks if not c.passed}
     left_out = len(proxy_scores(evaluation)) - len(scores)
     about = {
         "judge": judge.client.model,
