@@ -30,7 +30,7 @@ COLUMNS = {
 def latents(found: pd.DataFrame, signed: bool, own: dict[int, dict[str, str]], key: str) -> None:
     """What words, a number or filters found."""
     columns = ["latent", *(["pole"] if signed else []), "share", "label_score", "top_tokens", "density", "max"]
-    view = tables.shown(found, *columns, "token_entropy", "promoted")
+    view: Any = tables.shown(found, *columns, "token_entropy", "promoted")
     view.insert(columns.index("label_score"), "about", about(found))
     if any(found["explanation"]):
         view.insert(columns.index("label_score"), "explanation", found["explanation"].map(viz.visible))

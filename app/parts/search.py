@@ -134,7 +134,7 @@ def _filters(table: pd.DataFrame, signed: bool) -> dict[str, Any]:
 def results(run: Run, asked: Asked) -> pd.DataFrame:
     """The rows that fit, in order; what is left out, or added by meaning, is said above them."""
     finder = loaders.finder(run)
-    found = finder.find(asked.text, asked.where, read_notes(loaders.place(run)))
+    found: Any = finder.find(asked.text, asked.where, read_notes(loaders.place(run)))
     near: list[str] = []
     if asked.query.kind == "words" and (asked.related or found.empty):
         with st.spinner("Learning which words keep company …"):
@@ -176,7 +176,7 @@ def everywhere(asked: Asked) -> None:
     for name, run in runs.items():
         with page.part():  # a damaged SAE says so, and the others are searched
             finders[name], notes[name] = loaders.finder(run), read_notes(loaders.place(run))
-    found = find_in(finders, asked.text, notes, top=EVERY)
+    found: Any = find_in(finders, asked.text, notes, top=EVERY)
     if len(found) and not asked.dense:
         found = found[~(found["density"] > DENSE)]
     if found.empty:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -66,7 +66,7 @@ class Reader:
         window = corpus.windows(rows, 1, 1)
         units = np.where(window.inside, corpus.units[window.places], len(names))
         texts = np.array([*names, ""], object)
-        self.words = dict(zip(("after", "token", "before"), texts[units].T))
+        self.words: dict[str, Any] = dict(zip(("after", "token", "before"), texts[units].T))
         self.words["phrase"] = self.words["after"] + self.words["token"]
         self.found = {kind: self._by_word(kind, rows) for kind in self.words}
         self.window = corpus.contexts(rows) * WINDOW + corpus.positions[corpus.place_of[rows]] // WINDOW

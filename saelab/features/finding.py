@@ -112,7 +112,8 @@ class Finder:
         which is then the only one searched. ``notes`` are the researcher's own, by latent. Raises UserError for a text
         (see :func:`saelab.features.by_example.find_by_example`).
         """
-        query, frame = read_query(text), self.table
+        query = read_query(text)
+        frame: Any = self.table
         if query.kind == "text":
             raise UserError("a text is searched by running the model on it, not by its words")
         if query.kind == "all":
@@ -193,7 +194,7 @@ class Meanings:
         weighed = normalize(sparse.csr_matrix(counts.multiply(self.idf)))
         width = max(min(width, min(shape) - 1), 1)
         svd = TruncatedSVD(width, n_iter=3, random_state=0).fit(weighed)
-        self.components = svd.components_.astype(np.float32)
+        self.components = np.asarray(svd.components_, np.float32)
         self.rows = normalize(weighed @ self.components.T)
         self.places = normalize(self.components.T)  # of words
 

@@ -128,6 +128,7 @@ def tabs(browser: Any, address: str) -> Iterator[list[Any]]:
 def only_in(tabs: list[Any], acting: int) -> Iterator[Any]:
     """Act in one tab: the other shows what it showed, also when the server draws it anew."""
     tab, other = tabs[acting], tabs[1 - acting]
+    settle(other)
     mine, before = visible(tab), visible(other)
     yield tab
     for _ in range(100):  # on a busy machine a click takes a while to reach the server
@@ -149,7 +150,7 @@ def enter(tab: Any, field: str, text: str) -> None:
 def turn_to(tabs: list[Any], page: str, sign: str) -> None:
     """Go to a page by the menu, which keeps the session, in both tabs."""
     for tab in tabs:
-        tab.get_by_role("link", name=page).click()
+        tab.get_by_role("link", name=page, exact=True).click()
         tab.get_by_text(sign).first.wait_for()
         settle(tab)
 
@@ -159,7 +160,7 @@ def test_latents_filters_and_saes_of_two_tabs_are_their_own(tabs: list[Any]) -> 
     for acting, latent in ((0, "6"), (1, "11")):
         with only_in(tabs, acting) as tab:
             enter(tab, "latent", latent)
-    turn_to(tabs, "Features", "Search by text")
+    turn_to(tabs, "Features", "similar meaning")
     for acting, word in ((0, "river"), (1, "mill")):
         with only_in(tabs, acting) as tab:
             enter(tab, "Search", word)

@@ -68,7 +68,7 @@ def main(args: Sequence[str]) -> None:
         (by_example(run, options, models) if by_text else by_words(run, options)).assign(SAE=name)
         for name, run in runs.items()
     ]
-    found = pd.concat(parts, ignore_index=True)
+    found: Any = pd.concat(parts, ignore_index=True)
     order = next(name for name in ("specificity", "score") if name in found)
     found = found.sort_values(order, ascending=False, kind="stable")
     kept = found.columns[found.notna().any()]
@@ -100,7 +100,7 @@ def by_words(run: Run, options: Options) -> pd.DataFrame:
     finder = Finder(run.index)
     if options.writes:
         return by_output(finder, options)
-    found = finder.find(options.query, options.where, read_notes(str(run.path)))
+    found: Any = finder.find(options.query, options.where, read_notes(str(run.path)))
     if not options.dense:
         hidden = (found["density"] > DENSE) & ~(found["score"] == float("inf"))
         if hidden.any():

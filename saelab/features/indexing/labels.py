@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 
     def take(self, keep: NDArray) -> Sample:
         """The chosen ones."""
-        return Sample(*(column[keep] for column in self))
+        return Sample(self.slots[keep], self.rows[keep], self.sizes[keep])
 
 
 class Scores(NamedTuple):
@@ -81,8 +81,9 @@ class Words(NamedTuple):
 
     def scores(self, firing: NDArray) -> Scores:
         """Of all words of each slot together."""
-        counts = (np.bincount(self.slots, values, len(firing)) for values in (self.true, self.mass, self.predicted))
-        return Scores(*counts, firing)
+        n = len(firing)
+        true, mass, predicted = (np.bincount(self.slots, x, n) for x in (self.true, self.mass, self.predicted))
+        return Scores(true, mass, predicted, firing)
 
 
 class Labeller:
@@ -287,7 +288,8 @@ def _best_head(words: Words, firing: NDArray) -> NDArray[np.bool_]:
     table = np.zeros((3, len(firing), CANDIDATES))
     for column, values in zip(table, (words.true, words.mass, words.predicted)):
         column[words.slots, place] = values
-    best = Scores(*table.cumsum(2), firing[:, None]).fit().argmax(1)
+    true, mass, predicted = table.cumsum(2)
+    best = Scores(true, mass, predicted, firing[:, None]).fit().argmax(1)
     head = np.flatnonzero(place <= best[words.slots])
     chosen = np.zeros(len(place), bool)
     chosen[head[group_top(words.slots[head], words.mass[head], MOST)]] = True

@@ -47,7 +47,7 @@ class Words:
             mixed = (mixed ^ (mixed >> np.uint64(30))) * _ODD
             mixed = (mixed ^ (mixed >> np.uint64(27))) * _GOLDEN
             if len(first):
-                self.keys[piece] = np.repeat(np.add.reduceat(mixed, first), np.diff([*first, len(shown)]))
+                self.keys[piece] = np.repeat(np.add.reduceat(mixed, first), np.diff(np.append(first, len(shown))))
             self.offsets[piece] = offset
 
     def columns(self, entries: Entries, start: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Words:
         end = first + 1
         while end < len(self.offsets) and self.offsets[end]:
             end += 1
-        return visible("".join(self.vocabulary[number] for number in self.corpus.shown[first:end]))
+        return visible("".join(self.vocabulary[number] for number in self.corpus.shown[first:end].tolist()))
 
 
 def joins(character: str) -> bool:
