@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.table import Table
 
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.models import ModelOptions, complete_tokens, open_model
@@ -166,7 +165,8 @@ def write_saebench(result: Evaluation, run: Path, path: Path, tasks: TaskConfig)
 def show(result: Evaluation) -> None:
     """The main numbers, one a line, each with its interval and sample, and with those of the controls."""
     if result.controls:
-        out.print(controls_table(result.content()))
+        for line in control_lines(result.content()):
+            out.print(line, markup=False, soft_wrap=True)
     for name in SHOWN:
         if name not in result.metrics:
             continue
@@ -184,14 +184,16 @@ def show(result: Evaluation) -> None:
     )
 
 
-def controls_table(content: dict[str, Any]) -> Table:
+def control_lines(content: dict[str, Any]) -> Iterator[str]:
     """A line per number: the SAE's, and that of each control. A control that could not be made is a line below."""
-    names = [name for name, found in content["controls"].items() if "cannot" not in found]
-    table = Table("", "SAE", *(name.replace("_", " ") for name in names), box=None, pad_edge=False)
+    names = {name: name.replace("_", " ") for name, found in content["controls"].items() if "cannot" not in found}
+    yield f"{'':<38} {'SAE':>9}" + "".join(f"  {said:>9}" for said in names.values())
     for row in control_rows(content):
-        cells = [f"{row.controls[name]:.4f}" if name in row.controls else "" for name in names]
-        table.add_row(row.name, f"{row.value:.4f}", *cells)
+        line = f"{row.name:<38} {row.value:>9.4f}"
+        for name, said in names.items():
+            cell = f"{row.controls[name]:.4f}" if name in row.controls else "-"
+            line += f"  {cell:>{max(len(said), 9)}}"
+        yield line
     for name, found in content["controls"].items():
         if "cannot" in found:
-            table.add_row(f"no {name.replace('_', ' ')}: {found['cannot']}")
-    return table
+            yield f"no {name.replace('_', ' ')}: {found['cannot']}"

@@ -13,6 +13,8 @@ from saelab.sae.base import unit_rows
 from saelab.training import TrainConfig, start
 from saelab.training.loop import sample_of
 
+SAMPLE = 4096  # training rows that the scale of a control's values is fitted to
+
 
 @torch.no_grad()
 def untrained(sae: SAE, cache: ActivationCache, seed: int = 0) -> SAE:
@@ -69,4 +71,12 @@ def _tied(directions: Float[Tensor, "m d_in"], sae: SAE, cache: ActivationCache,
     made.W_dec.copy_(unit_rows(directions.float()))
     made.W_enc.copy_(made.W_dec.T)
     made.b_dec.copy_(torch.tensor(cache.manifest.mean))
-    return made.eval().to(sae.device)
+    made.eval()
+    # One factor for all values, the best on training rows: directions that overlap count a token's energy many times.
+    first, stop = cache.split_rows("train")
+    x = cache.read(torch.linspace(first, stop - 1, min(SAMPLE, stop - first)).round().long()).acts
+    recon, wanted = made(x) - made.b_dec, x - made.b_dec
+    energy = float(recon.square().sum())
+    if energy > 0:
+        made.W_enc.mul_(max(float((recon * wanted).sum()) / energy, 0.0))
+    return made.to(sae.device)

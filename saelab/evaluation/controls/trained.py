@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,12 @@ def _trained(
 
 
 def _is_same(folder: Path, sae: SAE, cache: ActivationCache, config: TrainConfig) -> bool:
-    run = read_run(folder) or {}
+    """Whether the finished run in ``folder`` is the control that would be trained now."""
+    run, target = read_run(folder) or {}, None if cache.target is None else cache.target.fingerprint
     same = run.get("variant") == sae.variant and run.get("config") == sae.config
-    same = same and run.get("cache_fingerprint") == cache.fingerprint and VALIDATION not in run
-    return same and all(run["train"].get(name) == getattr(config, name) for name in ("epochs", "batch_size", "freeze"))
+    same = same and run.get("cache_fingerprint") == cache.fingerprint and run.get("target_fingerprint") == target
+    wanted = {name: value for name, value in asdict(config).items() if name != "precision"}  # which auto decides
+    return same and VALIDATION not in run and all(run["train"].get(name) == value for name, value in wanted.items())
 
 
 def _named(progress: Report, what: str) -> Callable[[int, int], None]:
