@@ -119,7 +119,7 @@ class Finder:
         if query.kind == "all":
             order = np.argsort(-frame["telling"].to_numpy(), kind="stable")
             return frame.iloc[order].assign(share=np.nan, score=np.nan)
-        found = self._ranked(query.terms, where, notes or {})
+        found: Any = self._ranked(query.terms, where, notes or {})
         if query.kind == "latent":
             own = (frame["latent"] == query.latent) & ((frame["pole"] == query.pole) | (query.pole == 0))
             found = pd.concat(
@@ -195,8 +195,8 @@ class Meanings:
         width = max(min(width, min(shape) - 1), 1)
         svd = TruncatedSVD(width, n_iter=3, random_state=0).fit(weighed)
         self.components = np.asarray(svd.components_, np.float32)
-        self.rows = normalize(weighed @ self.components.T)
-        self.places = normalize(self.components.T)  # of words
+        self.rows: Any = normalize(weighed @ self.components.T)
+        self.places: Any = normalize(self.components.T)  # of words
 
     def closest(self, terms: tuple[str, ...], top: int) -> tuple[pd.DataFrame, list[str]]:
         """The ``top`` rows and a few words closest to the terms together."""

@@ -20,7 +20,7 @@ SHARED = {
     "_opened": "a Run: what it reads is read once and not changed; its index reads behind a lock",
     "_catalogue": "a table that no page changes (tested below)",
     "_known": "arrays that no page changes (tested below)",
-    "_finder": "reads the shared table and an index; keeps nothing of a search",
+    "_finder": "reads the shared table and an index; what it keeps of a search is not changed",
     "_latent_map": "a table that pages only draw",
     "_matchings": "changed behind its own lock",
     "model_lock": "the lock itself",

@@ -80,7 +80,8 @@ class Words:
         end = first + 1
         while end < len(self.offsets) and self.offsets[end]:
             end += 1
-        return visible("".join(self.vocabulary[number] for number in self.corpus.shown[first:end].tolist()))
+        numbers: list[int] = self.corpus.shown[first:end].tolist()
+        return visible("".join(self.vocabulary[number] for number in numbers))
 
 
 def joins(character: str) -> bool:
