@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import page
 import streamlit as st
+from streamlit.components.v2 import component
 
 from saelab import viz
 
@@ -72,7 +73,7 @@ _STYLE = """
 .strip [aria-selected=true] { outline: 2px solid var(--text); font-weight: 600; }
 .strip:focus-visible { outline: 2px solid var(--pos); }
 """
-_component = st.components.v2.component(
+_component = component(
     "saelab_token_strip", html='<div class="strip" role="listbox" tabindex="0"></div>', css=_STYLE, js=_SCRIPT
 )
 

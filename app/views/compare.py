@@ -43,8 +43,14 @@ if not others:
     st.stop()
 with st.container(horizontal=True, vertical_alignment="center"):
     st.markdown(f"Left **{viz.markdown(page.run_title(run))}**, right", width="content")
-    label = {"label_visibility": "collapsed"}
-    name = st.selectbox("right", list(others), key="compare_right", format_func=described, **label, **session.KEEP)
+    name = st.selectbox(
+        "right",
+        list(others),
+        key="compare_right",
+        format_func=described,
+        label_visibility="collapsed",
+        **session.KEEP,
+    )
     other = others[name]
     asked = st.button("Compare", icon=":material/compare_arrows:", type="primary", key="compare_go")
 if same_start(run, other):

@@ -35,7 +35,7 @@ for message in rows.loc[rows["damaged"], "state"]:
 rows.loc[rows["damaged"], "state"] = "damaged, see above"
 # What one compares comes first, so that it is in sight on a narrow screen.
 first = [*(n for n in ("run", "layer", "l0", "fvu", "measured", "ce_recovered", "dead") if n in rows), "state"]
-rows = rows[[*first, *(name for name in rows if name not in {*first, "damaged"})]]
+rows = rows.reindex(columns=[*first, *(name for name in rows if name not in {*first, "damaged"})])
 rows["run"] = rows["run"].map(viz.visible)
 for share in {"ce_recovered", "dead"}.intersection(rows.columns):
     rows[share] = 100 * rows[share].astype(float)
