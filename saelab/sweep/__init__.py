@@ -1,5 +1,6 @@
 """Sweeps: train many SAEs while reading one cache once; the grid, the runs and the table of results."""
 
+from saelab.sweep.caches import Caches
 from saelab.sweep.grid import Entry, Grid, Halving, make_grid, read_grid
 from saelab.sweep.guidance import Guidance, guidance, points_of
 from saelab.sweep.member import Member
@@ -10,6 +11,7 @@ from saelab.sweep.tuning import Tuning
 from saelab.sweep.widths import hedging_of_widths
 
 __all__ = [
+    "Caches",
     "Entry",
     "Grid",
     "Guidance",
