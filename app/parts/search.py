@@ -14,7 +14,7 @@ from parts import results as results_table
 from parts import tables
 from saelab import viz
 from saelab.features import search
-from saelab.features.finding import ANYTHING, Query, find_in, read_query
+from saelab.features.finding import ANYTHING, WRITES, Query, find_in, read_query
 from saelab.metrics.density import DENSE
 from saelab.runs import Run
 from saelab.workspace.notes import read_notes
@@ -35,6 +35,12 @@ ROLE = "Latents whose strongest examples are mostly in messages of this role of 
 HELP = (
     '`war` finds the whole word, `rain*` any ending, `world war` both words, `"world war"` the phrase in labels; '
     "`#12` or `12-` a latent; `The [[sea]] is calm` runs the text through the model and finds what fires on the marks."
+)
+
+
+IN = (
+    f"“{WRITES}” ranks latents by the share of the logits they promote that falls on the words, not by what they fire "
+    "on: those are the ones to try for steering."
 )
 
 
@@ -88,7 +94,7 @@ def box(table: pd.DataFrame, signed: bool) -> Asked:
     """The box and the filters."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         text = st.text_input("Search", key="q", placeholder=PLACEHOLDER, icon=":material/search:", help=HELP, **BOUND)
-        where = st.selectbox("in", [ANYTHING, *search.TEXT_COLUMNS], key="where", width=140, **BOUND)
+        where = st.selectbox("in", [ANYTHING, *search.TEXT_COLUMNS, WRITES], key="where", width=160, help=IN, **BOUND)
         sort = st.selectbox("sort by", list(SORTS), format_func=SORTS.__getitem__, key="sort", width=180, **BOUND)
     with st.container(horizontal=True, vertical_alignment="center"):
         filters = _filters(table, signed)

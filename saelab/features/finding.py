@@ -25,12 +25,13 @@ from scipy import sparse
 from saelab.errors import UserError
 from saelab.features.index import FeatureIndex
 from saelab.features.indexing.labels import SEPARATOR
+from saelab.features.output_score import output_scores
 from saelab.features.search import TEXT_COLUMNS, catalogue, find, words
 
 FEW = 10  # firings of which nothing is known, beside those counted
 NAMED = 0.5  # what a label or an explanation that has the term is worth, as a share
 LONG = 6  # words from which on a query is a text
-ANYTHING = "anything"
+ANYTHING, WRITES = "anything", "what it writes"
 Notes = Mapping[int, Mapping[str, str]]
 
 _NUMBER = re.compile(r"#?(\d+)\s*([+\-−]?)")
@@ -109,8 +110,9 @@ class Finder:
         """Rows of the catalogue that a query of words or a number finds, the best first, with ``share`` and ``score``.
 
         ``where`` is "anything" (what the latent fires on, labels, explanations, notes), or one of ``TEXT_COLUMNS``,
-        which is then the only one searched. ``notes`` are the researcher's own, by latent. Raises UserError for a text
-        (see :func:`saelab.features.by_example.find_by_example`).
+        which is then the only one searched. "what it writes" ranks by the share of the promoted logits that falls on
+        the words instead (:func:`saelab.features.output_score.output_scores`). ``notes`` are the researcher's own, by
+        latent. Raises UserError for a text (see :func:`saelab.features.by_example.find_by_example`).
         """
         query = read_query(text)
         frame: Any = self.table
@@ -119,6 +121,8 @@ class Finder:
         if query.kind == "all":
             order = np.argsort(-frame["telling"].to_numpy(), kind="stable")
             return frame.iloc[order].assign(share=np.nan, score=np.nan)
+        if where == WRITES and query.kind == "words":
+            return self._writing(query.terms)
         found: Any = self._ranked(query.terms, where, notes or {})
         if query.kind == "latent":
             own = (frame["latent"] == query.latent) & ((frame["pole"] == query.pole) | (query.pole == 0))
@@ -126,6 +130,11 @@ class Finder:
                 [frame[own].assign(share=np.nan, score=np.inf), found[~found.index.isin(frame.index[own])]]
             )
         return found
+
+    def _writing(self, terms: tuple[str, ...]) -> pd.DataFrame:
+        scores = output_scores(self.index, terms)["output_score"].to_numpy()
+        found: Any = self.table.assign(share=np.nan, output_score=scores, score=scores)
+        return found[found["score"] > 0].sort_values("score", ascending=False, kind="stable")
 
     def _ranked(self, terms: tuple[str, ...], where: str, notes: Notes) -> pd.DataFrame:
         frame, (share, matched, score) = self.table, self._scores(terms, where)

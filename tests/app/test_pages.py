@@ -15,6 +15,7 @@ from streamlit.testing.v1 import AppTest
 from saelab import viz
 from saelab.evaluation import Stability
 from saelab.features import FeatureIndex
+from saelab.features.finding import WRITES, Finder
 from saelab.features.search import catalogue
 from saelab.sae import VARIANTS
 from saelab.sweep import save_results, save_summary
@@ -89,6 +90,12 @@ def test_search_filters_and_opens(monkeypatch: pytest.MonkeyPatch, folder: Path)
         assert any("river" in word for word in (*row["words"], *row["top_tokens"])) and share >= 0
     app.text_input(key="q").input("<script>").run()
     assert not app.exception
+    app.selectbox(key="where").select("what it writes")
+    app.text_input(key="q").input("river").run()
+    assert not app.exception
+    writing = Finder(words).find("river", WRITES)
+    if len(writing):
+        assert app.dataframe[0].value["latent"].tolist() == writing["latent"].tolist()
 
 
 def test_explanations_are_shown_and_searched(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:

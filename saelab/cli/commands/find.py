@@ -16,8 +16,7 @@ from saelab.cli.models import ModelOptions, open_model
 from saelab.errors import UserError
 from saelab.features import search
 from saelab.features.by_example import find_by_example
-from saelab.features.finding import ANYTHING, Finder, read_query
-from saelab.features.output_score import output_scores
+from saelab.features.finding import ANYTHING, WRITES, Finder, read_query
 from saelab.metrics.density import DENSE
 from saelab.runs import Run
 from saelab.runs.language_model import model_record
@@ -98,9 +97,10 @@ def by_words(run: Run, options: Options) -> pd.DataFrame:
     """The best rows of one SAE for words or a number."""
     assert run.index is not None
     finder = Finder(run.index)
-    if options.writes:
-        return by_output(finder, options)
-    found: Any = finder.find(options.query, options.where, read_notes(str(run.path)))
+    if options.writes and read_query(options.query).kind != "words":
+        raise UserError('--writes takes words, as in saelab find "sea ocean" RUN --writes')
+    where = WRITES if options.writes else options.where
+    found: Any = finder.find(options.query, where, read_notes(str(run.path)))
     if not options.dense:
         hidden = (found["density"] > DENSE) & ~(found["score"] == float("inf"))
         if hidden.any():
@@ -112,16 +112,6 @@ def by_words(run: Run, options: Options) -> pd.DataFrame:
         console.print(f"{run.name}: close words: {', '.join(near) or 'none'}", markup=False)
         found = pd.concat([found, close[~close.index.isin(found.index)].assign(score=-1.0)])
     return found
-
-
-def by_output(finder: Finder, options: Options) -> pd.DataFrame:
-    """The rows of one SAE that promote the words most."""
-    query = read_query(options.query)
-    if query.kind != "words":
-        raise UserError('--writes takes words, as in saelab find "sea ocean" RUN --writes')
-    scores = output_scores(finder.index, query.terms)["output_score"].to_numpy()
-    found: Any = finder.table.assign(output_score=scores, score=scores)
-    return found[found["score"] > 0].sort_values("score", ascending=False, kind="stable").head(options.count)
 
 
 def by_example(run: Run, options: Options, models: dict[str, Any]) -> pd.DataFrame:
