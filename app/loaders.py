@@ -314,6 +314,12 @@ def promoted(run: Run, model: Any, direction: Tensor, count: int) -> list[str]:
     return _promoted(str(model_name(run)), direction.numpy().tobytes(), count, direction, model)
 
 
+def logit_effects(run: Run, direction: Tensor) -> Tensor:
+    """How a direction at the run's hook point moves every logit, by the logit lens of the model; needs the model."""
+    model = need_model(run, "The histogram of all logits")
+    return _lens(str(model_name(run)), model).effects(direction[None].float())[0]
+
+
 def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Reading:
     """A text inside the model and the run's SAE; needs the model and holds its lock."""
     from saelab.prompt.reading import read_prompt

@@ -38,7 +38,8 @@ def own_text(run: Run, index: Any, latent: int, poles: tuple[int, ...]) -> None:
         kept = st.session_state.get("pinned_read")
         if kept is None or kept[0] != key:
             with page.part():
-                st.session_state["pinned_read"] = (key, loaders.read_text(run, text, "Reading your text"))
+                read = loaders.read_text(run, text, "Reading your text", gradients=True)
+                st.session_state["pinned_read"] = (key, read)
         kept = st.session_state.get("pinned_read")
         if kept is None or kept[0] != key:
             return
@@ -47,7 +48,8 @@ def own_text(run: Run, index: Any, latent: int, poles: tuple[int, ...]) -> None:
         largest = max(index.max_activation(latent, pole) for pole in poles)
         strongest = max(poles, key=lambda pole: index.max_activation(latent, pole))
         weaker = latent_parts.below(index, latent, strongest)
-        page.html(viz.token_strip(read.strings, trace, page.colours(), largest or None, below=weaker))
+        losses = None if read.grads is None else read.loss_without(latent, loaders.sae(run))
+        page.html(viz.token_strip(read.strings, trace, page.colours(), largest or None, below=weaker, losses=losses))
         best = max(trace, key=abs, default=0.0)
         at = abs(best) / largest if largest else 0.0
         st.caption(f"strongest {best:+.2f}, {at:.0%} of its largest in the corpus" if best else "It is silent here.")
@@ -105,8 +107,8 @@ def cache_of(run: Run, index: Any) -> ActivationCache | None:
     return None
 
 
-def logits(row: dict[str, Any]) -> None:
-    """Promoted and suppressed tokens with their values, as a table."""
+def logits(run: Run, row: dict[str, Any], key: str) -> None:
+    """Promoted and suppressed tokens with their values, as a table, and all logits as a histogram on demand."""
     if not row["promoted"]:
         latent_parts.logits(row)
         return
@@ -119,6 +121,10 @@ def logits(row: dict[str, Any]) -> None:
     st.dataframe(
         pd.DataFrame(ends), hide_index=True, column_config=config, alt="Tokens whose logits it raises and lowers most"
     )
+    if st.toggle("histogram of all logits", key=key, help="Asks the language model's unembedding.", **session.KEEP):
+        direction = row["pole"] * loaders.sae(run).W_dec.detach()[row["latent"]]
+        figure = viz.logit_histogram(loaders.logit_effects(run, direction).numpy(), page.colours())
+        page.chart(figure, alt="Histogram of the effect on all logits", key=f"{key}_drawn")
 
 
 def explain(run: Run, index: Any, latent: int, pole: int) -> None:

@@ -93,7 +93,7 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
             else:
                 latent_parts.examples(index, latent, side, kind)
             latent_parts.histogram(row, index, key=f"latent_histogram_{side}")
-        examine.logits(row)
+        examine.logits(run, row, key=f"latent_logits_{side}")
 
 left, right = st.columns(2, gap="medium")
 with left:

@@ -77,6 +77,16 @@ class Reading:
         values[self.code.rows()[hit]] = self.code.values[hit]
         return values.tolist()
 
+    def loss_without(self, latent: int, sae: SAE) -> list[float]:
+        """At every position, how the summed next-token loss would change without this latent there, in nats.
+
+        First order: minus the activation times the gradient along the latent's direction. Needs gradients (UserError).
+        """
+        if self.grads is None:
+            raise UserError("the text was read without gradients; give gradients=True and a text of two tokens or more")
+        slope = self.grads @ sae.W_dec[latent].detach().to(self.grads)
+        return (-torch.tensor(self.trace(latent)).to(slope) * slope).tolist()
+
     def strongest(self, count: int) -> list[tuple[int, float]]:
         """(latent, activation of largest magnitude) over the text without its first positions."""
         counted = self.code[self.first : self.n].nonzero()

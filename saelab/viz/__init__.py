@@ -9,6 +9,7 @@ from saelab.viz.charts import (
     firing_rank,
     lines,
     logit_effects,
+    logit_histogram,
     pareto,
     scatter,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "latent_page",
     "lines",
     "logit_effects",
+    "logit_histogram",
     "markdown",
     "outdated",
     "palette",

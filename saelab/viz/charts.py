@@ -182,6 +182,21 @@ def logit_effects(
     return fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=labels, autorange="reversed", showgrid=False)
 
 
+def logit_histogram(effects: np.ndarray, colours: Palette, bins: int = 120) -> go.Figure:
+    """How a direction moves the logits of the whole vocabulary; counts stand on a log axis, for the tails matter."""
+    counts, edges = np.histogram(np.asarray(effects, dtype=float), bins)
+    middle = (edges[:-1] + edges[1:]) / 2
+    fig = base(colours, 200, "logit per unit of activation, less the mean", "tokens", showlegend=False)
+    fig.add_bar(
+        x=middle,
+        y=counts,
+        width=np.diff(edges),
+        marker_color=[colours.positive if x >= 0 else colours.negative for x in middle],
+        hovertemplate="%{x:+.3f}: %{y:,} tokens<extra></extra>",
+    )
+    return fig.update_yaxes(_counts_axis(counts.tolist()))
+
+
 def firing_rank(
     ranked: Mapping[str, np.ndarray], colours: Palette, fits: Mapping[str, tuple[float, float]] | None = None
 ) -> go.Figure:

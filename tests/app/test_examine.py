@@ -55,6 +55,7 @@ def test_a_latent_is_looked_into(monkeypatch: pytest.MonkeyPatch, desk: Path, fo
     good(app.text_area(key="pinned").input("the river runs past a mill").run())
     said = " ".join(caption.value for caption in app.caption)
     assert "of its largest in the corpus" in said or "It is silent here." in said
+    good(app.toggle(key="latent_logits_1").set_value(True).run())
     app.session_state["latent"] = 4  # the text stays
     good(app.switch_page("views/latent.py").run())
     assert app.text_area(key="pinned").value == "the river runs past a mill"

@@ -14,6 +14,7 @@ from saelab.features import IndexConfig, build_index
 from saelab.harvesting import HarvestConfig, harvest_many
 from saelab.lm import load_hf_model, load_model, locate
 from saelab.lm.route import route
+from saelab.lm.tokens import token_ids
 from saelab.prompt.reading import read_prompt
 from saelab.runs import Run
 from saelab.sae import build
@@ -139,6 +140,27 @@ def test_a_prompt_is_read_at_both_places(world):
     assert reading.unexplained() == pytest.approx(lost.tolist(), rel=1e-4)
     with pytest.raises(UserError, match="is a transcoder; give hook_name_out"):
         read_prompt(model, sae, "the cat", IN)
+
+
+def test_the_loss_without_a_latent_is_its_slope(world):
+    """Against the loss of the plain model with a little more, and a little less, of the latent."""
+    plain, model, _, sae, _ = world
+    text = "the cat sat on the mat"
+    reading = read_prompt(model, sae, text, IN, hook_name_out=OUT, gradients=True)
+    ids = torch.tensor([token_ids(model.tokenizer, text, True)])
+    latent = reading.strongest(1)[0][0]
+    part = torch.tensor(reading.trace(latent))[:, None] * sae.W_dec[latent].detach()
+
+    def loss(share):
+        with torch.no_grad(), locate(plain, OUT).register(plain, lambda y: y - share * part):
+            logits = plain(ids).logits[0, :-1].double()
+        return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+
+    # Central differences of float32 logits: step 0.05 keeps curvature and rounding near 1e-3 of the slope.
+    slope = (loss(0.05) - loss(-0.05)) / 0.1
+    assert sum(reading.loss_without(latent, sae)) == pytest.approx(slope, rel=0.02, abs=1e-3)
+    with pytest.raises(UserError, match="without gradients"):
+        read_prompt(model, sae, text, IN, hook_name_out=OUT).loss_without(latent, sae)
 
 
 def test_an_index_holds_what_latents_read_and_write(world):
