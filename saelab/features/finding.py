@@ -200,7 +200,7 @@ class Meanings:
         counts = sparse.csr_matrix((np.sqrt(own.data), (own.row, own.col)), shape=shape) + told
         frequency = np.bincount(counts.indices, minlength=shape[1])
         self.idf = np.log((1 + shape[0]) / (1 + frequency)).astype(np.float32)
-        weighed = normalize(sparse.csr_matrix(counts.multiply(self.idf)))
+        weighed: Any = normalize(sparse.csr_matrix(counts.multiply(self.idf)))
         width = max(min(width, min(shape) - 1), 1)
         svd = TruncatedSVD(width, n_iter=3, random_state=0).fit(weighed)
         self.components = np.asarray(svd.components_, np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.feature_extraction import DictVectorizer
@@ -85,7 +86,8 @@ def _bags(windows: list[list[int]], poles: list[list[list[int]]]) -> list[np.nda
     seen = (stacked[: sizes[0]] > 0).sum(axis=0)
     rarity = np.log((1 + len(windows)) / np.maximum(seen, 1))
     rarity[seen == 0] = rarity[seen > 0].max() if seen.any() else 1.0
-    return np.split(normalize(stacked * rarity), sizes)[:3]
+    bags: Any = normalize(stacked * rarity)
+    return np.split(bags, sizes)[:3]
 
 
 def _mean_similarity(a: np.ndarray, b: np.ndarray | None) -> float:
