@@ -74,10 +74,10 @@ def match_saes(
 
     ``progress`` is called with the share that is done and what is being done.
     """
-    if left.transcodes != right.transcodes or left.d_out != right.d_out:
-        raise UserError("a transcoder's latents are matched with those of another transcoder onto the same target only")
     if left.d_in != right.d_in:
         raise UserError(f"the SAEs read d_in={left.d_in} and d_in={right.d_in}; only SAEs of one hook can be matched")
+    if left.transcodes != right.transcodes or left.d_out != right.d_out:
+        raise UserError("a transcoder's latents are matched with those of another transcoder onto the same target only")
     signed = left.signed or right.signed
     cosines = _near_pairs(left, right, candidates, related, signed, progress)
     progress(0.5, "Encoding tokens")

@@ -62,6 +62,8 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
             l0: Active latents per token to end at. A controller sets the weight of L0 / l0 (of the tanh penalty, where
                 that is chosen), which begins at a tenth of penalty-weight, and at the end one number is added to all
                 thresholds. Takes the place of penalty=target and target-l0.
+            d_out: Width of the target, for an SAE that reconstructs another place than the one it reads.
+            skip: Add an affine skip connection from the input to the target.
         """
         if not tanh_scale > 0:
             raise UserError(f"tanh_scale={tanh_scale} must be positive")

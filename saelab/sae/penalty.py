@@ -145,6 +145,8 @@ class L1SAE(PenaltySAE):
             adapt_rate: Relative change of the weight per step when it follows target-l0.
             l0: Active latents per token to end at. A controller sets the weight, which begins at l1, and at the end one
                 number is added to all biases (of the gate, where there is one) if L0 is more than 1 % off.
+            d_out: Width of the target, for an SAE that reconstructs another place than the one it reads.
+            skip: Add an affine skip connection from the input to the target.
         """
         super().__init__(d_in, d_sae, penalty_warmup, target_l0, adapt_rate, l0, d_out=d_out, skip=skip)
         self.l1 = l1

@@ -174,9 +174,14 @@ def _why_no_max(origin: Mapping[str, Any]) -> str:
     run = origin.get("run")
     if run is None:
         return "the SAE has no feature index; set it with with_units(max_activation=...)"
+    sign = "+" if pole_sign(origin["pole"]) > 0 else "-"
+    if not Path(run).is_dir():  # a recipe keeps the name of a run alone
+        return (
+            f"{run} had no feature index when the recipe was made, or its latent {origin['latent']} never fires on its "
+            f"{sign} pole there; make the recipe again from an indexed run"
+        )
     if not (Path(run) / layout.INDEX / layout.FEATURES).is_file():
         return f"{run} has no feature index; build it with `saelab index {run} --cache CACHE`"
-    sign = "+" if pole_sign(origin["pole"]) > 0 else "-"
     return f"latent {origin['latent']} never fires on its {sign} pole in the feature index"
 
 

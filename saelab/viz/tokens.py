@@ -49,6 +49,7 @@ def style_sheet(colours: Palette) -> str:
   [data-testid="stMainBlockContainer"] [data-testid="stColumn"] {{ min-width: min(100%, 17rem); flex: 1 1 17rem; }}
   [data-testid="stColumn"] [data-testid="stColumn"] {{ min-width: min(100%, 7rem); flex: 1 1 7rem; }}
 }}
+[data-testid^="stBaseButton"]:not(:disabled) * {{ opacity: 1 !important; }}
 .sl-outdated {{ opacity: 0.55; }}
 .sl-muted {{ color: {colours.muted}; font-size: 0.85rem; }}
 </style>"""

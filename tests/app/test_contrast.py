@@ -19,7 +19,9 @@ FAINT = """() => {
   const over = (top, below) => [0, 1, 2].map(i => top[3] * top[i] + (1 - top[3]) * below[i]);
   const behind = (element) => {
     const layers = [];
-    for (let e = element; e; e = e.parentElement) {
+    // The number of a slider stands above its thumb, not on it.
+    const apart = element.closest('[data-testid=stSliderThumbValue]');
+    for (let e = apart ? null : element; e; e = e.parentElement) {
       const layer = parts(getComputedStyle(e).backgroundColor);
       if (layer[3] > 0) layers.push(layer);
       if (layer[3] === 1) break;

@@ -101,7 +101,7 @@ def test_the_pages_show_the_commands_beside_their_numbers(monkeypatch: pytest.Mo
     run = workspace.Workspace.scan(folder).run("runs/topk")
     train, index = workspace.train_command(run), workspace.index_command(run.name, FeatureIndex(run.path).meta)
     for view, commands in {
-        "overview": {workspace.train_command(workspace.Workspace.scan(folder).run("runs/abs_topk"))},
+        "overview": {train},
         "training": {train},
         "features": {index},
         "latent": {index},

@@ -29,7 +29,7 @@ main(["cache", "info", str(root / "cache")])
 main(["index", run, "--cache", str(root / "cache"), "--model", "none", "--device", "cpu", "--overwrite"])
 main(["inspect", run])
 import saelab.cli.commands.steer as steer
-steer.texts = lambda *rest: [{"prompt": text, "steered": text}]
+steer.texts = lambda *rest: {"texts": [{"prompt": text, "steered": text}]}
 main(["steer", run, "--latent", "3", "--prompt", text, "--device", "cpu"])
 for command in ([], ["steer", "--help"], ["harvest", "--help"]):
     try:

@@ -80,7 +80,7 @@ def test_its_command_and_its_card_name_the_target(caches, run):
 
 def test_resumed_and_fine_tuned(caches, run, tmp_path, capsys):
     main(["train", str(caches / IN), "--out", str(run), "--resume"])
-    assert "finished; nothing to resume" in capsys.readouterr().err
+    assert "finished; nothing to resume" in " ".join(capsys.readouterr().err.split())
     options = ["--epochs", "1", "--batch-size", "128", "--out", str(tmp_path / "more")]
     main(["train", str(caches / IN), "--target", str(caches / OUT), "--from", str(run), *options])
     assert Run.open(tmp_path / "more").sae.W_skip is not None

@@ -64,7 +64,7 @@ COMMANDS = {
     "inspect": (["inspect", "SAE"], 0),
     "train": (["train", "CACHE", "--from", "SAE", "--out", "OUT", "--batch-size", "64"], 0),
     "labels": (["labels", "SAE", "LABELS"], 0),
-    "explain": (["explain", "SAE", "--endpoint", "http://127.0.0.1:9/v1", "--model", "none", "--count", "1"], 2),
+    "explain": (["explain", "SAE", "--endpoint", "http://127.0.0.1:9/v1", "--model", "none", "--count", "1"], 0),
 }
 
 

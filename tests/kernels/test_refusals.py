@@ -52,7 +52,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "grads": (
         lambda: kernels.select_gradient_topk(case.x, case.x[:2], *case.encoder[1:], case.W_dec, 3, beta=1.0),
         ValueError,
-        "must match x",
+        "grads [2, 6] must have the rows of x [4, 6]",
     ),
     "grad_norm": (
         lambda: kernels.select_gradient_topk(case.x, case.x, *case.encoder[1:], case.W_dec, 3, 1.0, "max"),  # pyright: ignore

@@ -308,7 +308,8 @@ def test_the_command_serves_until_it_is_interrupted(folder: Path, served: Served
         _, error = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in error
+    # 0 where the tests themselves run in the background of a shell, which makes processes ignore SIGINT.
+    assert process.returncode in (0, 130) and "Traceback" not in error
 
 
 @pytest.mark.parametrize(

@@ -88,17 +88,20 @@ def test_the_content_of_a_recipe_is_that_of_0_1_0(tmp_path: Path) -> None:
 def test_a_loaded_vector_still_says_why_it_has_no_maximum(tmp_path: Path) -> None:
     save(RUN.sae, tmp_path / "run", {"hook_name": HOOK})
     run = Run.open(tmp_path / "run")
-    Recipe.of(llama(), Add(-SteeringVector.from_latent(run, 3, "-"), 1.0)).save(tmp_path / "recipe")
+    made = -SteeringVector.from_latent(run, 3, "-")
+    Recipe.of(llama(), Add(made, 1.0)).save(tmp_path / "recipe")
     (loaded,) = Recipe.load(tmp_path / "recipe").interventions
-    with pytest.raises(UserError, match=r"run has no feature index; build it with `saelab index"):
+    with pytest.raises(UserError, match=r"run had no feature index when .* its latent 3 never fires on its - pole"):
         loaded.vector.length("1max")
+    with pytest.raises(UserError, match=r"run has no feature index; build it with `saelab index"):
+        made.length("1max")
     with pytest.raises(UserError, match="only a single latent has a maximum"):
         (loaded.vector + vector()).length("1max")
     index = tmp_path / "run" / "features" / "features.parquet"
     index.parent.mkdir()
     index.write_bytes(b"")
     with pytest.raises(UserError, match="latent 3 never fires on its - pole in the feature index"):
-        loaded.vector.length("1max")
+        made.length("1max")
 
 
 def other_model(**changes) -> LlamaForCausalLM:
