@@ -161,6 +161,7 @@ def test_a_fair_judge_is_believed_and_asked_once(finished: dict[str, str], capsy
     files = finished
     own = {text: generate(llama(), text + "\n", tokenizer=tokenizer(), max_new_tokens=6) for text in ASKED}
     fake = judge(fair({"ten": "w10", "forty": "w40"}, own))
+    fake.delay = 0.05  # so that requests meet, however busy the machine is
     args = ("--endpoint", fake.url, "--judge", "fair")
     result = evaluate(files, capsys, *args)
     assert result["scored_by"] == "fair" and result["cannot_tell"] == {} and result["unreadable"] == 0
