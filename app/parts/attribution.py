@@ -11,6 +11,7 @@ import pandas as pd
 import session
 import streamlit as st
 
+from parts import recipes
 from saelab import viz
 from saelab.attribution import AttributionGraph, Node, attribute
 from saelab.attribution.viewers import viewer_json
@@ -244,13 +245,8 @@ def _show(texts: dict[str, Any]) -> None:
 
 
 def _save(run: Run, graph: AttributionGraph, chosen: list[Node], operation: str) -> None:
-    if loaders.read_only():
-        st.caption("Recipes cannot be saved: this app was started with --read-only.")
-        return
-    with st.form("attribution_save", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
-        name = st.text_input("Save the change as a recipe", key="attribution_recipe", placeholder="name")
-        asked = st.form_submit_button("Save", icon=":material/save:")
-    if not asked:
+    name = recipes.asked_name("attribution_save", "Save the change as a recipe", "attribution_recipe")
+    if name is None:
         return
     if not name.strip():
         raise UserError("a recipe needs a name")

@@ -21,15 +21,21 @@ from saelab.workspace.steering import Pick
 TEXTS = ("name", "does", "strength", "origin", "promotes", "model", "verdict")
 
 
-def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> None:
-    """The interventions of the page as a recipe in the folder."""
+def asked_name(form: str, label: str, key: str) -> str | None:
+    """The name of a recipe that is to be saved; None while nothing is asked, and in an app that only reads."""
     if loaders.read_only():
         st.caption("Recipes cannot be saved: this app was started with --read-only.")
-        return
-    with st.form("steering_save", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
-        name = st.text_input("Save as a recipe", key="recipe_name", placeholder="name")
+        return None
+    with st.form(form, border=False), st.container(horizontal=True, vertical_alignment="bottom"):
+        name = st.text_input(label, key=key, placeholder="name")
         asked = st.form_submit_button("Save", icon=":material/save:")
-    if not asked:
+    return name if asked else None
+
+
+def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> None:
+    """The interventions of the page as a recipe in the folder."""
+    name = asked_name("steering_save", "Save as a recipe", "recipe_name")
+    if name is None:
         return
     folder = saved.recipe_folder(loaders.workspace().root, name)
     _, pick, measured = st.session_state.get("steering_doses", (None, None, None))
