@@ -1,30 +1,51 @@
 #!/usr/bin/env bash
-# Trains every SAE of this folder with saelab's own commands: checkpoints/build.sh [CACHE [CACHE_WITH_GRADIENTS [RUNS]]]
-# Missing caches are harvested, which takes minutes, more with gradients; what is there already is used.
+# Makes the SAEs of this folder with saelab's own commands: checkpoints/build.sh [WORK]
+# WORK holds text, activations and runs (21 GB). It takes hours; what is there already is used, and what was interrupted
+# goes on.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-cache=${1:-demo/cache} grads=${2:-demo/cache-grads} runs=${3:-runs/checkpoints}
+work=${1:-demo/checkpoints}
+cache=$work/cache grads=$work/cache-grads runs=$work/runs
+middle=blocks.9.hook_resid_post
 saelab() { python -m saelab "$@"; }
+train() { test -e "$runs/$1/cfg.json" || saelab train "${@:2}" --out "$runs/$1" --resume; }
 
-source=(--model smollm2 --hook blocks.9.hook_resid_post --text wiki-sample)
-test -e "$cache/manifest.json" || saelab harvest "${source[@]}" --tokens 200000 --out "$cache" --resume
-test -e "$grads/manifest.json" || saelab harvest "${source[@]}" --tokens 30000 --gradients --out "$grads" --resume
-
-saelab sweep "$cache" "$here/grid.toml" --out "$runs" --resume
-# Gradients are slow to harvest, so this one sees a seventh of the tokens seven times as often.
-saelab train "$grads" --variant gradient_topk --d-sae 1152 --k 32 --epochs 65 --out "$runs/gradient_topk" --resume
-
-for config in "$runs"/*/cfg.json; do
-    run=$(dirname "$config")
-    name=$(python -c 'import json, sys; c = json.load(open(sys.argv[1])); print(c["metadata"]["saelab"]["variant"])' "$config")
-    band=1
-    case $run in *4608*) name=${name}_4608 band=0 ;; esac
-    rm -rf "${here:?}/$name"
-    saelab convert "$run" "$here/$name" --to saelab --dtype float16
-    saelab evaluate "$here/$name" --cache "$cache" --lm-tokens 4096
+# ship RUN CACHE NAME [OPTIONS OF THE INDEX]: rounds to 16 bits, evaluates and indexes the rounded SAE.
+ship() {
+    rm -rf "${here:?}/$3"
+    saelab convert "$1" "$here/$3" --to saelab --dtype float16
+    saelab evaluate "$here/$3" --cache "$2" --lm-tokens 16384
     # Fewer and shorter examples than by default: the folder stays small enough to clone.
-    saelab index "$here/$name" --cache "$cache" --top 5 --band $band --random 0 --silent 1 --hard 0 --words 12 --before 8 --after 2 --bins 20 \
-        --tokens 6 --neighbours 5 --partners 2
-    saelab card "$here/$name"
+    saelab index "$here/$3" --cache "$2" --max-tokens 1000000 --band 0 --random 0 --silent 0 --hard 0 --words 8 --before 8 \
+        --after 2 --bins 12 --tokens 5 --neighbours 3 --partners 1 --top "${4:-4}"
+    saelab card "$here/$3"
+}
+
+mkdir -p "$work"
+test -e "$work/texts.jsonl" || python "$here/texts.py" "$work/texts.jsonl"
+source=(--model smollm2 --text "$work/texts.jsonl" --resume)
+places=(blocks.3.hook_resid_post $middle blocks.15.hook_resid_post blocks.9.mlp.hook_in blocks.9.hook_mlp_out)
+test -e "$cache/$middle/manifest.json" || saelab harvest "${source[@]}" --tokens 5500000 --hook "${places[@]}" --out "$cache"
+# Gradients take a forward and a backward pass of the whole model.
+test -e "$grads/manifest.json" || saelab harvest "${source[@]}" --tokens 200000 --hook $middle --gradients --out "$grads"
+
+train topk_16384 "$cache/$middle" --variant topk --d-sae 16384 --k 32 --epochs 2
+saelab sweep "$cache/$middle" "$here/grid.toml" --out "$runs/variants" --resume
+for layer in 3 15; do
+    train topk_layer_$layer "$cache/blocks.$layer.hook_resid_post" --variant topk --d-sae 1152 --k 32 --epochs 2
 done
+train topk_mlp "$cache/blocks.9.mlp.hook_in" --target "$cache/blocks.9.hook_mlp_out" --variant topk --d-sae 1152 --k 32 --epochs 2
+# A twenty-fifth of the tokens, so each is seen oftener.
+train gradient_topk "$grads" --variant gradient_topk --d-sae 1152 --k 32 --epochs 20
+
+ship "$runs/topk_16384" "$cache/$middle" topk_16384 3
+for config in "$runs"/variants/*/cfg.json; do
+    name=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["metadata"]["saelab"]["variant"])' "$config")
+    ship "$(dirname "$config")" "$cache/$middle" "$name"
+done
+ship "$runs/gradient_topk" "$cache/$middle" gradient_topk
+for layer in 3 15; do
+    ship "$runs/topk_layer_$layer" "$cache/blocks.$layer.hook_resid_post" topk_layer_$layer
+done
+ship "$runs/topk_mlp" "$cache/blocks.9.mlp.hook_in" topk_mlp
 python "$here/table.py"

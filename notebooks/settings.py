@@ -33,6 +33,7 @@ SEEDS = [0] if QUICK else [0, 1]
 STEER_TOKENS = 3 if QUICK else 30
 TOLERANCE, PATH_STEPS = (0.3, 3) if QUICK else (0.02, 16)
 N_RANDOM = 2 if QUICK else 4
+N_PROMPTS = 1 if QUICK else None
 STRENGTHS = ["0.4norm"] if QUICK else ["0.1norm", "0.2norm", "0.4norm", "0.8norm"]
 
 

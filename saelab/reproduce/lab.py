@@ -41,7 +41,7 @@ class Scale:
     batch_size: int = 2048
     """Tokens per training step."""
     lr: float | None = None
-    """Adam's learning rate for all SAEs; by default it is tuned for each variant and budget on a validation slice."""
+    """Adam's learning rate for all SAEs; by default a multiple of the usual one, tuned for each variant on a validation slice."""
     lm_tokens: int = 16_384
     """Tokens run through the language model for cross-entropy and KL, spread over the held-out documents."""
     density_tokens: int = 50_000
@@ -123,31 +123,39 @@ class Lab:
         return self._trained(spec, self.rate(spec), self.folder / spec.name)
 
     def rate(self, spec: Spec) -> float:
-        """The learning rate of a variant at a budget: given, or the best one on the validation rows with one seed.
+        """The learning rate of a spec: given, or the default one times the factor that suits its curve best.
 
-        Multiples of the default rate are tried, up to two more where the best is the smallest or the largest.
+        The factor is chosen by FVU on the validation rows, with one seed, at the middle budget; the default rate follows
+        the budget. Up to two more factors are tried where the best is the smallest or the largest.
         """
         if self.scale.lr is not None:
             return self.scale.lr
-        path = self.folder / "rates" / f"{spec.group}.json"
+        lead = self._lead(spec)
+        path = self.folder / "rates" / f"{lead.group}.json"
         with damaged(path, "remove it; it is made again"):
             text = path.read_text(encoding="utf-8") if path.exists() else '{"fvu": {}}'
             record: dict[str, Any] = json.loads(text)
-        if "chosen" not in record:
-            lead = Spec(spec.label, spec.variant, spec.d_sae, spec.config, 0)
+        if "factor" not in record:
             found: dict[float, float] = {float(factor): fvu for factor, fvu in record["fvu"].items()}
-            default = chosen_rate(_built(lead, self.cache), self.cache, self._config(0, "auto")).value
+            default = self._default_rate(lead)
             while (factor := _untried(found)) is not None:
                 sae = self._trained(lead, factor * default, self.folder / "rates" / lead.name / f"{factor:g}")
                 sums, _ = reconstruction(sae, self.cache, split="validation")
                 found[factor] = sums.estimates()["fvu"].value
                 record = {"default": default, "fvu": {f"{f:g}": fvu for f, fvu in sorted(found.items())}}
                 write_json(path, record)
-            best = min(found, key=found.__getitem__)
-            record |= {"chosen": best * default, "factor": best}
+            record["factor"] = min(found, key=found.__getitem__)
             write_json(path, record)
-            self.log(f"{spec.group}: learning rate {record['chosen']:.2g}, {best:g} times the default")
-        return record["chosen"]
+            self.log(f"{lead.group}: {record['factor']:g} times the default learning rate of {default:.2g}")
+        return record["factor"] * self._default_rate(spec)
+
+    def _lead(self, spec: Spec) -> Spec:
+        """The SAE with whose learning rate the others of its curve are trained."""
+        name = "k" if "k" in spec.config else "n_steps"
+        return Spec(spec.label, spec.variant, spec.d_sae, {**spec.config, name: self.middle_k}, 0)
+
+    def _default_rate(self, spec: Spec) -> float:
+        return chosen_rate(_built(spec, self.cache), self.cache, self._config(0, "auto")).value
 
     def measure(self, specs: Sequence[Spec]) -> list[Record]:
         """Train what is missing, and measure everything on held-out tokens."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -38,17 +41,28 @@ def test_outputs_are_stripped_and_prose_stands_beside_code(path: Path) -> None:
             assert len(cell.source.splitlines()) <= 22, "logic belongs in the library"
 
 
+@pytest.fixture(scope="module")
+def kernel(work: Path) -> Iterator[AsyncKernelManager]:
+    """One kernel for all notebooks, since importing takes longer than most of them; each starts with no variables."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = str(FOLDER.parent)
+        patch.setenv("SAELAB_NOTEBOOK_QUICK", "1")
+        patch.setenv("SAELAB_NOTEBOOK_FOLDER", str(work))
+        patch.setenv("OMP_NUM_THREADS", "2")
+        patch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
+        manager = AsyncKernelManager(client_class="jupyter_client.asynchronous.AsyncKernelClient")
+        yield manager
+        run_sync(manager.shutdown_kernel)(now=True)
+
+
 @pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = {"SAELAB_NOTEBOOK_QUICK": "1", "SAELAB_NOTEBOOK_FOLDER": str(work), "OMP_NUM_THREADS": "2"}
-    root = str(FOLDER.parent)
-    for name, value in (quick | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}).items():
-        monkeypatch.setenv(name, value)
+def test_it_runs(path: Path, kernel: AsyncKernelManager) -> None:
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
     end = time.monotonic() + LIMIT
     # Each cell may take what the ones before it have left.
     options = {"timeout_func": lambda cell: max(1, int(end - time.monotonic()))}
-    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}, **options).execute()
+    NotebookClient(notebook, km=kernel, resources={"metadata": {"path": str(FOLDER)}}, **options).execute()
     assert time.monotonic() < end

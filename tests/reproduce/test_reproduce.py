@@ -270,17 +270,21 @@ def test_rows_on_a_language_model(lab, module, monkeypatch):
     assert [r["verdict"] for r in again] == [r["verdict"] for r in content]
 
 
-def test_the_rate_of_a_group_is_tuned_on_rows_that_no_sae_sees(lab, tmp_path):
-    spec = Spec("topk", "topk", 32, {"k": 4}, 1)
-    rate = lab.rate(spec)
-    record = json.loads((lab.folder / "rates" / f"{spec.group}.json").read_text())
+def test_the_rate_of_a_curve_is_tuned_on_rows_that_no_sae_sees(lab, tmp_path):
+    middle = Spec("topk", "topk", 32, {"k": lab.middle_k}, 1)
+    rate = lab.rate(middle)
+    record = json.loads((lab.folder / "rates" / f"{middle.group}.json").read_text())
     tried = {float(factor): fvu for factor, fvu in record["fvu"].items()}
     assert set(FACTORS) <= set(tried) and tried[record["factor"]] == min(tried.values())
-    assert rate == record["chosen"] == record["factor"] * record["default"]
-    assert lab.rate(Spec("topk", "topk", 32, {"k": 4}, 2)) == rate  # the same for all seeds
+    assert rate == record["factor"] * record["default"]
+    assert lab.rate(Spec("topk", "topk", 32, {"k": lab.middle_k}, 2)) == rate  # the same for all seeds
+    # The factor holds for the other budgets, whose default rate is their own (proportional to k^0.4).
+    eight, sixteen = (lab.rate(Spec("topk", "topk", 32, {"k": k}, 1)) for k in (8, 16))
+    assert eight == rate and sixteen == pytest.approx(eight * 2**0.4)  # below 8 it is that of 8
+    assert len([*(lab.folder / "rates").glob("topk-k*.json")]) == 1
     assert lab.cache.n_split("validation") > 0
     given = Lab(lab.cache, None, Scale(lr=1e-3), tmp_path / "given")
-    assert given.rate(spec) == 1e-3 and not (tmp_path / "given").exists()
+    assert given.rate(middle) == 1e-3 and not (tmp_path / "given").exists()
 
 
 def test_gradient_rows_need_gradients(lab, tmp_path):
