@@ -91,6 +91,58 @@ def test_limits_are_those_of_the_library(run: str, tmp_path: Path, capsys) -> No
     assert several["interventions"][0]["length"] < alone["interventions"][0]["length"], "three layers do more damage"
 
 
+@pytest.mark.parametrize("limits", [["--where", "generated"], ["--schedule", "0:1,3:0"], ["--when-latent"]])
+def test_the_strength_is_that_of_the_change_as_it_will_be_made(limits: list[str], run: str, capsys) -> None:
+    prompt, new = "w5 w6 w70 w8 w9 w33 w12", 6
+    args = [run, "--latent", "3", "--prompt", prompt, "--budget-kl", "0.2", "--max-new-tokens", str(new)]
+    ids = torch.tensor([[1, *tokenizer()(prompt, add_special_tokens=False)["input_ids"]]])
+    acts = llama()(ids, output_hidden_states=True).hidden_states[2][0, 1:].detach()
+    often = int((RUN.sae.encode(acts).dense() > 0).sum(0).argmax())
+    limits = [*limits, *([str(often)] if limits == ["--when-latent"] else [])]
+    (made,) = as_json(capsys, *args, *limits)["interventions"]
+    if "--when-latent" not in limits:  # these act while the model writes: the damage is done to what it wrote
+        ids = llama().generate(ids, max_new_tokens=new, do_sample=False)
+    start = 8 if "--when-latent" not in limits else 0
+    direction = RUN.sae.W_dec[3].detach() / RUN.sae.W_dec[3].norm()
+
+    def damage(length: float) -> float:
+        """By a plain hook: KL of the written tokens' distributions, or of all of the prompt's."""
+
+        def change(module, args, output):
+            x = output[0] if isinstance(output, tuple) else output
+            weights = torch.ones(ids.shape[1])
+            if "--where" in limits:
+                weights[:start] = 0
+            elif "--schedule" in limits:
+                weights[start:] = torch.tensor([1, 2 / 3, 1 / 3, 0, 0, 0])[: ids.shape[1] - start]
+            else:
+                fires = RUN.sae.encode(x[0]).dense()[:, often] > 0
+                weights = fires.float()
+                weights[0] = 0
+            return x + weights[:, None] * length * direction
+
+        with torch.no_grad():
+            before = llama()(ids).logits[0].double().log_softmax(-1)
+            handle = llama().model.layers[1].register_forward_hook(change)
+            after = llama()(ids).logits[0].double().log_softmax(-1)
+            handle.remove()
+        kl = (before.exp() * (before - after)).sum(-1)
+        return float(kl[start - 1 : -1].mean() if start else kl.mean())
+
+    # The bracket is narrower than two per cent of the strength.
+    assert damage(made["length"]) <= 0.2001 < damage(1.03 * made["length"])
+
+
+def test_a_condition_that_never_holds_calibrates_nothing(run: str, capsys) -> None:
+    for limits, said in (
+        (["--when-latent", "5", "--when-above", "1e6"], "latent 5 never fires above --when-above on the prompts"),
+        (["--where", "answer"], "messages of a chat"),
+    ):
+        with pytest.raises(SystemExit):
+            steer(run, "--latent", "3", *limits, "--prompt", PROMPT)
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("operation", ["scale", "clamp", "min-clamp", "ablate", "project-out", "cap"])
 def test_every_operation_runs_and_is_shown(operation: str, run: str, capsys) -> None:
     number = ["--strength", "9"] if OPERATIONS[operation].amount else []

@@ -11,9 +11,10 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
+from saelab.cli.calibrating import calibrated
 from saelab.cli.chatting import answers, as_text, converse, sampling, show_messages, turns
 from saelab.cli.concepts import choose_latent, show_ranking
-from saelab.cli.console import console, out, parse, print_json
+from saelab.cli.console import out, parse, print_json
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_run
 from saelab.cli.placement import computing_device
@@ -33,12 +34,9 @@ from saelab.steering import (
     VectorIntervention,
     at_layers,
     attribute_logits,
-    calibrate,
     generate,
 )
 from saelab.steering.layers import parse_layers
-from saelab.steering.measure.calibration import activation_norm
-from saelab.steering.neutral import NEUTRAL
 from saelab.steering.recipe import check_free, check_parent, export_gguf
 from saelab.steering.vectors import Strength, parse_strength, pole_sign
 
@@ -124,7 +122,8 @@ def options_class() -> type[Options]:
         f"The operation's number ({numbers}). A strength or an activation may have a unit: 0.8max (of the latent's "
         "largest activation), 0.5norm (of the activations' norm), 1raw (of the vector's own length). auto, the default "
         "of add, finds the largest strength whose damage stays within --budget-kl, on the prompts or, without any, on "
-        "five sentences. The default of other operations is 1max where units are possible."
+        "five sentences. A change of answers, of generated tokens or by --schedule is measured on what the model "
+        "writes after them. The default of other operations is 1max where units are possible."
     )
     fields: list[Any] = [
         ("operation", Annotated[Literal[tuple(OPERATIONS)], tyro.conf.arg(help=f"What to do. {summaries}")], "add"),
@@ -159,7 +158,7 @@ def main(args: Sequence[str]) -> None:
         options = dataclasses.replace(options, latent=ranking.best.latent, pole=str(ranking.best.pole))
     if recipe is None:
         assert run is not None
-        recipe = Recipe.of(model, interventions(options, run, model, prompts), name=f"latent {options.latent}")
+        recipe = Recipe.of(model, interventions(options, run, model, options.prompt), name=f"latent {options.latent}")
     result: dict[str, Any] = {"model": recipe.model.name, "interventions": recipe.settings()}
     if options.chat and not options.prompt:
         recipe.model.check(model, options.any_weights)
@@ -273,17 +272,7 @@ def interventions(options: Options, run: Run, model: Any, prompts: Sequence[str]
     if not is_auto(options):
         return placed(options, make(options, run, strength_of(options)), model)
     vector = SteeringVector.from_latent(run, options.latent or 0, pole_sign(options.pole))
-    texts, budget = list(prompts) or NEUTRAL, 0.3 if options.budget_kl is None else options.budget_kl
-    if options.layers is None:
-        found = calibrate(model, vector, texts, budget_kl=budget)
-    else:  # the damage is that of all layers together
-        limit = 4 * (vector.rms_norm or activation_norm(model, vector.hook_name, texts))
-        found = calibrate(model, lambda s: placed(options, Add(vector, s), model), texts, budget_kl=budget, limit=limit)
-    limit = "" if found.reached else ", and no larger strength that was tried reaches the budget"
-    console.print(
-        f"strength {found.strength:.3g}: KL {found.damage:.3g} of a budget of {found.budget:g} nats per token{limit}"
-    )
-    return placed(options, make(options, run, repr(found.strength)), model)
+    return calibrated(options, model, vector, prompts, lambda s: placed(options, make(options, run, repr(s)), model))
 
 
 def texts(options: Options, recipe: Recipe, model: Any) -> dict[str, Any]:

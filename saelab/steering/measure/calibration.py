@@ -13,6 +13,7 @@ from saelab.errors import UserError
 from saelab.lm.tokens import Prompts
 from saelab.steering.directions import text_activations
 from saelab.steering.interventions import Intervention
+from saelab.steering.measure.budget import check_budget
 from saelab.steering.measure.effects import Effects, UnsteeredBaseline
 from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector
@@ -84,10 +85,8 @@ def _calibrate(
     tolerance: float,
     tokenizer: Any,
 ) -> list[Calibration]:
-    floor = 0.0 if unit == "kl" else 1.0
     for budget in budgets:
-        if not floor < budget < math.inf:
-            raise UserError(f"the budget {budget} is not a finite number above {floor}, the damage of doing nothing")
+        check_budget(budget, unit)
     baseline = UnsteeredBaseline(model, prompts, tokenizer=tokenizer)
     if isinstance(vector, SteeringVector):
         limit = limit or 4 * (
@@ -97,26 +96,41 @@ def _calibrate(
         raise UserError("calibrating a function of strength needs limit, the largest strength to try")
     known: dict[float, float] = {}
 
-    def measured(strength: float) -> float:
-        intervention = Add(vector, strength) if isinstance(vector, SteeringVector) else vector(strength)
-        try:
-            return damage_of(baseline.measure(intervention), unit)
-        except OverflowError:  # a ratio of perplexities beyond the largest number
-            return math.inf
+    def damage(strength: float) -> float:
+        if strength not in known:
+            intervention = Add(vector, strength) if isinstance(vector, SteeringVector) else vector(strength)
+            try:
+                known[strength] = damage_of(baseline.measure(intervention), unit)
+            except OverflowError:  # a ratio of perplexities beyond the largest number
+                known[strength] = math.inf
+        return known[strength]
 
-    found = []
-    for budget in budgets:
-        trace: list[tuple[float, float]] = []
+    return [find_strength(damage, budget, unit, limit, tolerance) for budget in budgets]
 
-        def damage(strength: float, trace: list[tuple[float, float]] = trace) -> float:
-            if strength not in known:
-                known[strength] = measured(strength)
-            trace.append((strength, known[strength]))
-            return known[strength]
 
-        low, low_damage, reached = _largest(damage, budget, floor, limit, tolerance)
-        found.append(Calibration(low, low_damage, budget, unit, reached, trace))
-    return found
+def find_strength(
+    damage: Callable[[float], float], budget: float, unit: str, limit: float, tolerance: float
+) -> Calibration:
+    """The largest strength found at which ``damage`` stays within the budget; see :func:`calibrate`.
+
+    UserError where even ``limit`` changes nothing at all: then the interventions act on no token of the texts, and the
+    strength that is found would mean nothing.
+    """
+    check_budget(budget, unit)
+    floor = 0.0 if unit == "kl" else 1.0
+    trace: list[tuple[float, float]] = []
+
+    def traced(strength: float) -> float:
+        trace.append((strength, damage(strength)))
+        return trace[-1][1]
+
+    strength, found, reached = _largest(traced, budget, floor, limit, tolerance)
+    if not reached and all(measured == floor for _, measured in trace):
+        raise UserError(
+            f"strengths up to {limit:.3g} change nothing on the texts of the calibration, so no token of theirs is one "
+            "to be steered; give texts with such tokens, or a strength"
+        )
+    return Calibration(strength, found, budget, unit, reached, trace)
 
 
 def _largest(
