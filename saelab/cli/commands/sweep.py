@@ -1,4 +1,7 @@
-"""``saelab sweep``: train a grid of SAEs while reading one cache once, with a live table and a report."""
+"""``saelab sweep``: train a grid of SAEs while reading one cache once, with a live table and a report.
+
+Any number of processes may run the command in one folder; each trains and measures SAEs that no other has.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +22,19 @@ from rich.table import Table
 from saelab.cli.console import console, out, output_folder, parse, print_json, progress_bar
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.placement import computing_device
+from saelab.cli.processes import beside
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig
-from saelab.files import replace
-from saelab.layout import SWEEP_REPORT
+from saelab.files import replace, write_json
+from saelab.layout import SWEEP_REPORT, SWEEP_TABLE
 from saelab.lm.record import ModelRecord
 from saelab.sweep import (
     Grid,
     Member,
     guidance,
     hedging_of_widths,
+    load_summary,
     measure,
     points_of,
     read_grid,
@@ -40,7 +45,9 @@ from saelab.sweep import (
     summarise,
 )
 from saelab.sweep.caches import Caches
+from saelab.sweep.claims import PATIENCE, Claims
 from saelab.sweep.grid import check_grid
+from saelab.sweep.runner import WAIT
 from saelab.training import n_steps
 from saelab.training.checkpoints import Interval
 from saelab.viz.sweep import DIFFERENCES, SUMMARY, WHICH_L0, WIDTHS, chance
@@ -59,7 +66,16 @@ class OwnOptions:
     out: Path
     """Folder to write: one run folder per SAE, sweep.parquet and report.html."""
     resume: bool = False
-    """Continue the sweep in the folder; the result is bit-identical to that of an uninterrupted one."""
+    """Continue the sweep in the folder, or begin it; the result is bit-identical to that of an uninterrupted one. Other
+    processes, on this or other machines, may be at work in the folder: this one then trains what they have not claimed.
+    """
+    workers: int | None = None
+    """Processes on this machine, which divide the SAEs among them; by default one for each --device. They share the
+    CPU's threads equally."""
+    at_once: int | None = None
+    """SAEs that a process trains in one reading of the cache; by default its equal share of them all."""
+    patience: float = PATIENCE
+    """Seconds without a sign of life after which an SAE is taken from a process of another machine."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints, which are written while the training goes on; SIGINT and SIGTERM save one of each
     SAE and stop."""
@@ -77,6 +93,10 @@ class OwnOptions:
 class Options(ModelOptions, OwnOptions):
     """What to train, where, and the model to measure in."""
 
+    device: tuple[str, ...] = ("auto",)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Where the SAEs and the language model run: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one. With
+    several, such as cuda:0 cuda:1, a process works on each."""
+
 
 def main(args: Sequence[str]) -> None:
     """Check the grid, train it, measure every SAE on held-out tokens, write table and report."""
@@ -87,43 +107,108 @@ def main(args: Sequence[str]) -> None:
         "Train a grid of SAEs while reading the cache once, and compare them on held-out tokens.",
     )
     Interval(options.checkpoint_steps, options.checkpoint_minutes)  # which refuses bad ones, before anything is done
-    caches, device = Caches.open(options.cache), computing_device(options.device)
-    grid, cache = read_grid(options.grid, caches.names), caches.first
+    places = workers_of(options)
+    for place in reversed(places):
+        device = computing_device(place)  # the last one becomes the current device
+    caches = Caches.open(options.cache)
+    grid = read_grid(options.grid, caches.names)
     check_grid(grid, caches)
-    config = EvaluateConfig(lm_tokens=options.lm_tokens)
+    check_measuring(grid, caches, options)
+    claims = Claims(options.out, options.patience)
+    prepare_folder(options, claims)
+    share = options.at_once or -(-len(grid.entries) // len(places))
+    at_once = options.at_once if len(places) == 1 else share
+    others = [arguments(options, place, share) for place in places[1:]]
+    try:
+        with beside(others), stop_on_signals() as stop:
+            members = train(grid, caches, options, device, stop, claims, at_once)
+            if members is None:
+                assert stop.signal is not None
+                console.print(f"{stop.signal.name}: all SAEs saved; continue with --resume")
+                sys.exit(stop.exit_code)
+            rows = evaluate(members, caches, options, claims, places[0])
+            with claims.only("report"):
+                found = write_report(rows, options.out, claims)
+    finally:
+        claims.leave()
+    if options.json:
+        print_json(rows)
+    else:
+        show(rows, *found)
+        paths = f"{options.out / SWEEP_TABLE} and {options.out / SWEEP_REPORT}"
+        out.print(f"saved to {paths}", markup=False, soft_wrap=True)
+
+
+def workers_of(options: Options) -> list[str]:
+    """The devices of this machine's processes, this one's first."""
+    count = len(options.device) if options.workers is None else options.workers
+    if not options.device or count < max(1, len(options.device)):
+        raise UserError(f"workers={count} for device={' '.join(options.device)}; give at least one for each device")
+    if options.at_once is not None and options.at_once < 1:
+        raise UserError(f"at_once={options.at_once} must be at least 1")
+    return [options.device[number % len(options.device)] for number in range(count)]
+
+
+def arguments(options: Options, device: str, at_once: int) -> list[str]:
+    """The command line of a further process on this machine."""
+    line = ["sweep", str(options.cache), str(options.grid), "--resume", "--device", device]
+    values = {name: getattr(options, name) for name in ("out", "checkpoint_minutes", "lm_tokens", "patience")}
+    values |= {"at_once": at_once, "checkpoint_steps": options.checkpoint_steps}
+    values |= {f.name: getattr(options, f.name) for f in dataclasses.fields(ModelOptions) if f.name != "device"}
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            line.append(option)
+        elif value is not None and value is not False:
+            line += [option, str(value)]
+    return line
+
+
+def check_measuring(grid: Grid, caches: Caches, options: Options) -> None:
+    """UserError where the SAEs could be trained and not be measured."""
+    EvaluateConfig(lm_tokens=options.lm_tokens)  # which refuses bad ones
     for pair in grid.parts():
         if not caches.get(pair).n_split("held_out"):
             raise UserError(
                 f"{caches.get(pair).path} has no held-out rows to measure the SAEs on; harvest it with --held-out "
                 "above 0"
             )
-    if options.lm_tokens and not (options.model or cache.manifest.model):
+    if options.lm_tokens and not (options.model or caches.first.manifest.model):
         raise UserError(
-            f"lm_tokens={options.lm_tokens} needs the language model, which {cache.path} does not name; give it with "
-            "--model, or leave lm_tokens at 0"
+            f"lm_tokens={options.lm_tokens} needs the language model, which {caches.first.path} does not name; give it "
+            "with --model, or leave lm_tokens at 0"
         )
-    # The old sweep is deleted last, so that an error in the options does not cost it.
+
+
+def prepare_folder(options: Options, claims: Claims) -> None:
+    """Empty the folder where that is asked for, which is done last, so that an error in the options does not cost it.
+
+    UserError for a folder that is not empty without --resume, and for one that others work on without it.
+    """
+    if options.resume and not options.out.is_file():
+        return
+    if claims.others():
+        raise UserError(
+            f"another process is writing {options.out}; wait for it, work on it too with --resume, or choose another "
+            "folder"
+        )
     with output_folder(options.out, options.overwrite, options.resume):
-        with stop_on_signals() as stop:
-            members = train(grid, caches, options, device, stop)
-        if members is None:
-            assert stop.signal is not None
-            console.print(f"{stop.signal.name}: all SAEs saved; continue with --resume")
-            sys.exit(stop.exit_code)
-        rows = evaluate(members, caches, config, options)
-        path = save_results(rows, options.out)
-        summaries, differences = summarise(rows, options.out)
-        save_summary(summaries, differences, options.out)
-        save_stability(rows, options.out)
-        report = options.out / SWEEP_REPORT
-        widths = hedging_of_widths(rows, options.out)
-        page = sweep_report(rows, options.out.name, summaries, differences, widths)
-        replace(report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    if options.json:
-        print_json(rows)
-    else:
-        show(rows, summaries, differences, widths)
-        out.print(f"saved to {path} and {report}", markup=False, soft_wrap=True)
+        pass
+
+
+def write_report(rows: Sequence[dict[str, Any]], folder: Path, claims: Claims) -> tuple[Any, Any, list[str]]:
+    """Write tables and report, unless another process has just done so; what they say of means, differences, widths."""
+    widths = hedging_of_widths(rows, folder)
+    if (written := claims.notes("report", ".written")).exists():
+        return *load_summary(folder), widths
+    save_results(rows, folder)
+    summaries, differences = summarise(rows, folder)
+    save_summary(summaries, differences, folder)
+    save_stability(rows, folder)
+    page = sweep_report(rows, folder.name, summaries, differences, widths)
+    replace(folder / SWEEP_REPORT, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    written.touch()
+    return summaries, differences, widths
 
 
 def show(
@@ -148,7 +233,9 @@ def show(
             out.print(f"{row['name']}: {row['message']}", markup=False)
 
 
-def train(grid: Grid, caches: Caches, options: Options, device: Any, stop: Stop) -> list[Member] | None:
+def train(
+    grid: Grid, caches: Caches, options: Options, device: Any, stop: Stop, claims: Claims, at_once: int | None
+) -> list[Member] | None:
     """Run the sweep under a live table; None if a signal stopped it."""
     views, config = [part.view(caches.get(pair)) for pair, part in grid.parts().items()], grid.entries[0].train
     total, members, shown, done = sum(n_steps(cache, config) for cache in views), [], 0.0, 0
@@ -160,29 +247,34 @@ def train(grid: Grid, caches: Caches, options: Options, device: Any, stop: Stop)
         grid,
         caches,
         options.out,
-        resume=options.resume,
+        resume=options.resume or at_once is not None,  # another process may have begun it a moment ago
         checkpoint_steps=options.checkpoint_steps,
         checkpoint_minutes=options.checkpoint_minutes,
         device=device,
+        at_once=at_once,
+        claims=claims,
     )
     bar = progress_bar("speed")
-    task, started = bar.add_task("sweep", total=total, speed=""), time.perf_counter()
+    task, started = bar.add_task("sweep", total=100, speed=""), time.perf_counter()
     with Live(console=console, refresh_per_second=2) as live:
         for members in sweep:
-            step = max((m.step for m in members if m.status == "running"), default=total)
-            done += 1
-            step = step if len(views) == 1 else min(done, total)  # caches are read one after the other
+            done += any(member.run is not None for member in members)
             if time.perf_counter() - shown > 0.5:
                 shown = time.perf_counter()
-                speed = done * config.batch_size / (shown - started)
-                bar.update(task, completed=step, speed=f"{speed:,.0f} tokens/s")
+                speed = f"{done * config.batch_size / (shown - started):,.0f} tokens/s"
+                bar.update(task, completed=_percent(members, n_steps(views[0], config)), speed=speed)
                 live.update(view(members, bar))
             if stop.signal is not None and any(m.status == "running" for m in members):
                 sweep.close()
                 return None
-        bar.update(task, completed=total)
+        bar.update(task, completed=100)
         live.update(view(members, bar))
     return members
+
+
+def _percent(members: Sequence[Member], total: int) -> float:
+    """How many of the steps have been done or are not needed any more."""
+    return 100 * sum(m.step if m.status == "running" else total for m in members) / max(1, total * len(members))
 
 
 def view(members: Sequence[Member], bar: Progress) -> Group:
@@ -196,15 +288,49 @@ def view(members: Sequence[Member], bar: Progress) -> Group:
 
 
 def evaluate(
-    members: Sequence[Member], caches: Caches, config: EvaluateConfig, options: ModelOptions
+    members: Sequence[Member], caches: Caches, options: Options, claims: Claims, device: str
 ) -> list[dict[str, Any]]:
-    """Measure the finished SAEs on held-out tokens, under a progress bar."""
-    cache = caches.first
-    record = ModelRecord.from_manifest(cache.manifest)
-    model = open_model(options, record, str(cache.path), plain=True) if config.lm_tokens else None
+    """Measure the finished SAEs on held-out tokens, under a progress bar, each in one of the processes at work."""
+    cache, config = caches.first, EvaluateConfig(lm_tokens=options.lm_tokens)
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelOptions)}
+    wanted = ModelOptions(**fields | {"device": device})
+    models: list[Any] = [] if config.lm_tokens else [None]
+
+    def measure_one(member: Member) -> dict[str, Any]:
+        if not models:
+            models.append(open_model(wanted, ModelRecord.from_manifest(cache.manifest), str(cache.path), plain=True))
+        return measure([member], caches, models[0], config)[0]
+
     with progress_bar() as bar:
         task = bar.add_task("measuring", total=len(members))
-        return measure(members, caches, model, config, lambda _: bar.advance(task))
+        about = f"{config.lm_tokens} {options.model} {options.revision} {options.model_dtype}"
+        return shared_rows(members, claims, measure_one, about, lambda: bar.advance(task))
+
+
+def shared_rows(
+    members: Sequence[Member],
+    claims: Claims,
+    measure_one: Callable[[Member], dict[str, Any]],
+    about: str,
+    progress: Callable[[], object],
+) -> list[dict[str, Any]]:
+    """A row for each member, measured here or by another process that measures it in the same way (``about``)."""
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < len(members):
+        for member in members:
+            name = member.entry.name
+            path = claims.notes(name, ".row")
+            if name in rows or not claims.take(name):
+                continue
+            try:
+                known = json.loads(path.read_bytes()) if path.is_file() else {}
+                rows[name] = known["row"] if known.get("about") == about else measure_one(member)
+                write_json(path, {"about": about, "row": rows[name]})
+            finally:
+                claims.give_back(name)
+            progress()
+        time.sleep(0 if len(rows) == len(members) else WAIT)
+    return [rows[member.entry.name] for member in members]
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Table:
