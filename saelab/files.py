@@ -30,6 +30,10 @@ WINDOWS = os.name == "nt"
 LOCK = ".saelab.lock"  # in a folder while it is being written
 # Errors of file systems without locks; network file systems may be mounted without them.
 NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+# Kinds of storage behind URLs; one slash is what pathlib leaves of two.
+_SCHEMES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory", "http", "https", "ftp"}
+_SCHEMES |= {"sftp", "ssh", "smb", "hdfs", "webhdfs"}
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,2})(?!/)")
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +45,23 @@ def protect(folder: Path) -> None:
     _protected.add(folder.resolve())
 
 
+def url_of(path: str | os.PathLike[str]) -> str | None:
+    """``path`` as a URL if it is the address of a store, also as pathlib writes it (``s3:/bucket``); else None."""
+    text = path.as_posix() if isinstance(path, Path) else str(path)
+    found = _ADDRESS.match(text)
+    if found is None or found[1] in ("file", "local") or (len(found[2]) == 1 and found[1] not in _SCHEMES):
+        return None
+    return f"{found[1]}://{text[found.end() :]}".rstrip("/")
+
+
+def refuse_url(path: Path) -> None:
+    """Raise UserError for a URL where a local folder is needed, so that no folder ``s3:`` is made here."""
+    if (url := url_of(path)) is not None:
+        raise UserError(f"{url} cannot be written by this command; name a folder on this machine")
+
+
 def _check_writable(path: Path) -> None:
+    refuse_url(path)
     where = path.absolute().parent.resolve() / path.name
     if any(where.is_relative_to(folder) for folder in _protected):
         raise UserError(f"{path.name} is not written: this app was started with --read-only")
@@ -83,6 +103,14 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def cache_home() -> Path:
+    """Where saelab keeps what can be made again: ``$SAELAB_CACHE``, else ``$XDG_CACHE_HOME/saelab``, else
+    ``~/.cache/saelab``."""
+    if own := os.environ.get("SAELAB_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saelab"
 
 
 def partial_path(path: Path) -> Path:
@@ -133,6 +161,7 @@ def lock(folder: Path, *, beside: bool = False, wait: bool = False) -> Iterator[
     folder again while it holds it, but not ``beside`` it. Raises UserError while another process holds the lock, unless
     ``wait`` is set. On a file system without locks a warning is logged and the block runs without one.
     """
+    refuse_url(folder)
     made = not beside and not folder.exists()
     if made:
         folder.mkdir(parents=True)

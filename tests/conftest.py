@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 from collections.abc import Generator
 from typing import Any
@@ -78,3 +79,39 @@ def _seed_module() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Generator[Any]:
+    """The way to an S3 server, one for all tests."""
+    server_module = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    from tests.s3 import Way
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    way = Way(*server.get_host_and_port())
+    yield way
+    way.front.shutdown()
+    way.front.server_close()
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, request: Any) -> Generator[str]:
+    """The URL of a new bucket."""
+    import s3fs
+
+    from saelab import stores
+    from tests.s3 import KEYS
+
+    for name, value in {"AWS_ENDPOINT_URL": s3_server.url, "SAELAB_CACHE": str(tmp_path / "home"), **KEYS}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    stores._answered.clear()
+    name = f"bucket-{abs(hash(request.node.nodeid))}"
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}"
+    s3_server.fault = None
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "saelab"
 
 # From the bottom up: a module may import its own layer and those below it.
 LAYERS = [
-    {"_version", "devices", "errors", "files", "layout", "shipped", "vocabulary"},
+    {"_version", "copies", "devices", "errors", "files", "layout", "shipped", "stores", "vocabulary"},
     {"kernels"},
     {"sparse"},
     {"sae"},

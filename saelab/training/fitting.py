@@ -28,6 +28,7 @@ from saelab.training.log import JsonLines, Log
 from saelab.training.loop import adopt, run_steps, start, train_steps
 from saelab.training.memory import check_memory
 from saelab.training.readings import READ_EVERY, StepMetrics
+from saelab.training.remote import carrier_of, run_folder
 from saelab.training.state import TrainState
 
 SOURCE = "fine_tuned_from"  # key of the SAE that the run is fine-tuned from
@@ -49,25 +50,28 @@ def train(
 ) -> StepMetrics | None:
     """Train ``sae`` in place on the training split of ``cache``, to the end; returns the last step's metrics.
 
-    With ``out`` the run also fills that folder, from which it can be resumed after a kill (``resume=True``, ``sae``
-    built as before). With ``source``, the name of a trained SAE whose weights ``sae`` has, these are fine-tuned.
-    ``progress`` is called after every step. The result is None only where a resumed run has no step left.
-    :func:`train_steps` and :func:`fit_steps` are generators that do the same, for a loop of your own. Raises UserError,
+    With ``out`` the run also fills that folder, or the one behind a URL (see :mod:`saelab.training.remote`), from which
+    it can be resumed after a kill (``resume=True``, ``sae`` built as before). With ``source``, the name of a trained
+    SAE whose weights ``sae`` has, these are fine-tuned. ``progress`` is called after every step. The result is None
+    only where a resumed run has no step left. :func:`train_steps` and :func:`fit_steps` are generators that do the
+    same, for a loop of your own. Raises UserError,
     before anything is computed, where the run cannot work, and :class:`saelab.training.Diverged` where the loss is not
     finite.
     """
-    if out is not None:
-        often: dict[str, Any] = {"checkpoint_steps": checkpoint_steps, "checkpoint_minutes": checkpoint_minutes}
-        steps = fit_steps(sae, cache, config, out, resume=resume, source=source, metadata=metadata, **often)
-    elif resume:
+    if out is None and resume:
         raise UserError("resume=True needs the folder of the run; give out")
-    else:
-        config = prepared(sae, cache, config, fine_tuning=source is not None)
-        steps = train_steps(sae, cache, config, None if source is None else adopt(sae, cache))
     last = None
-    for last in steps:
-        if progress is not None:
-            progress(last)
+    with run_folder(out, resume=resume) as folder:
+        if folder is not None:
+            more: dict[str, Any] = {"source": source, "metadata": metadata, "logs": carrier_of(folder)}
+            often: dict[str, Any] = {"checkpoint_steps": checkpoint_steps, "checkpoint_minutes": checkpoint_minutes}
+            steps = fit_steps(sae, cache, config, folder, resume=resume, **often, **more)
+        else:
+            config = prepared(sae, cache, config, fine_tuning=source is not None)
+            steps = train_steps(sae, cache, config, None if source is None else adopt(sae, cache))
+        for last in steps:
+            if progress is not None:
+                progress(last)
     return last
 
 
@@ -284,7 +288,7 @@ def _resume(store: Store, cache: ActivationCache, about: dict[str, Any], verify:
     if before is None:
         return None
     _same(before, about, store.folder)
-    if verify:
+    if verify and cache.folder.local is not None:  # a store checks its own bytes, and reading all of them may cost much
         cache.verify()  # the fingerprint covers the manifest, this covers the activations
     state = store.restore()
     if state is None and SOURCE in about:

@@ -1,10 +1,9 @@
-"""Looking after caches: merging, describing, checking, and caches that live in an object store."""
+"""Looking after caches: merging, describing, checking, and what a store refuses."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,47 +95,6 @@ def test_a_folder_of_hooks_is_found(tmp_path: Path) -> None:
         caches_in(tmp_path)
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    boto3 = pytest.importorskip("boto3")
-    server_module = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    import s3fs
-
-    server = server_module.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="caches")
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield "s3://caches/demo"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
-def test_a_cache_in_an_object_store(bucket: str, tmp_path: Path) -> None:
-    remote, local = make(bucket, 400), make(tmp_path / "c", 400)
-    remote = ActivationCache(bucket, verify=True, window_bytes=20_000)
-    assert remote.fingerprint == local.fingerprint
-    small = ActivationCache(tmp_path / "c", window_bytes=20_000)
-    for a, b in zip(remote.batches(64), small.batches(64), strict=True):
-        assert torch.equal(a.acts, b.acts) and torch.equal(a.tokens, b.tokens)
-    rows = [5, 399, 6, 5, 301]
-    assert torch.equal(remote.read(rows).acts, local.read(rows).acts)
-    assert remote.token_strings([3, 7]) == ["w3", "w7"]
-    with pytest.raises(UserError, match="already exists"):
-        make(bucket, 10)
-    remote.folder.remove("shard_00002.safetensors")
-    with pytest.raises(UserError, match=r"shard_00002\.safetensors is missing"):
-        ActivationCache(bucket)
-
-
 def test_what_a_store_refuses_in_words_of_its_own_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class NoCredentials(Exception):
         """As boto's: no error of the system."""
@@ -145,7 +103,7 @@ def test_what_a_store_refuses_in_words_of_its_own_is_one_line(tmp_path: Path, mo
         raise NoCredentials("Unable to locate credentials")
 
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.size", refuse)
-    with pytest.raises(UserError, match=r"memory://c: Unable to locate credentials; check .* the credentials"):
+    with pytest.raises(UserError, match=r"memory://c: Unable to locate credentials; check the credentials"):
         ActivationCache("memory://c")
 
 

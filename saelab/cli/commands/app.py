@@ -21,10 +21,13 @@ import tyro
 from saelab import shipped
 from saelab.cli.console import console, parse
 from saelab.cli.models import ModelOptions
+from saelab.copies import pull_tree
 from saelab.errors import UserError
 from saelab.features.explanations import ChatClient
+from saelab.files import url_of
 
 DEMO = Path("demo")
+REFRESH = 60.0  # seconds between two looks at a store
 TOKEN, EXPLAIN = "SAELAB_APP_TOKEN", "SAELAB_APP_EXPLAIN"
 
 
@@ -33,7 +36,8 @@ class OwnOptions:
     """What to browse, and where to serve it."""
 
     folder: tyro.conf.Positional[Path | None] = None
-    """Folder that holds runs and caches, at any depth; nothing outside it is opened. By default `demo`, or the trained
+    """Folder that holds runs and caches, at any depth; nothing outside it is opened. A URL (s3://bucket/runs) is shown
+    read-only from a local copy. By default `demo`, or the trained
     SAEs that come with saelab if there is no such folder."""
     host: str = "127.0.0.1"
     """Address to listen on. Any other than this machine's own asks visitors for a token, which is printed; an app on a
@@ -67,12 +71,37 @@ def main(args: Sequence[str]) -> None:
     )
     if options.folder is None:
         options = dataclasses.replace(options, folder=default_folder())
+    if (url := url_of(options.folder or "")) is not None:
+        options = dataclasses.replace(options, folder=pull_tree(url), read_only=True)
+        console.print(f"{url} is shown read-only, from a copy that is refreshed every minute", soft_wrap=True)
     command, environment = prepare(options)
     for line in addresses(options, environment.get(TOKEN)):
         console.print(line, markup=False, soft_wrap=True)
+    if url is not None:
+        sys.exit(serve_copy(url, command, environment))
     if os.name == "posix":
         os.execve(command[0], command, environment)
     sys.exit(subprocess.call(command, env=environment))
+
+
+def serve_copy(url: str, command: list[str], environment: dict[str, str]) -> int:
+    """Serve the copy of a URL, and keep it as the store is; returns the server's exit code."""
+    server = subprocess.Popen(command, env=environment)
+    try:
+        while True:
+            try:
+                return server.wait(REFRESH)
+            except subprocess.TimeoutExpired:
+                pass
+            try:
+                pull_tree(url)
+            except (OSError, UserError) as error:
+                console.print(f"the copy stays as it is: {error}", markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        return server.wait()
+    finally:
+        if server.poll() is None:
+            server.terminate()
 
 
 def prepare(options: Options) -> tuple[list[str], dict[str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from saelab.cli.console import out, parse
+from saelab.cli.console import out, parse, with_local_run
 from saelab.files import replace
 from saelab.layout import CARD
 from saelab.runs import Run
@@ -28,6 +28,7 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Write README.md into the run."""
     options = parse(Options, "card", args, "Write the model card of a run: what it is, its metrics, how to load it.")
+    options = with_local_run(options)
     path = options.run / CARD
     card = model_card(Run.open(options.run), options.repo)
     replace(path, lambda partial: partial.write_text(card, encoding="utf-8"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from saelab.cli.console import console, counting, out, parse, part, print_json
+from saelab.cli.console import console, counting, out, parse, part, print_json, with_local_run
 from saelab.cli.opening import print_notes
 from saelab.errors import UserError
 from saelab.features import FeatureIndex
@@ -49,6 +49,7 @@ def main(args: Sequence[str]) -> None:
     options = parse(
         ExplainOptions, "explain", args, "Describe latents with a language model, and score the descriptions."
     )
+    options = with_local_run(options)
     config = part(InterpretConfig, options)
     index = FeatureIndex(options.run)
     with contextlib.suppress(UserError):  # an index can be explained without the weights beside it

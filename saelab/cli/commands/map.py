@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from saelab.cli.console import console, out, parse
+from saelab.cli.console import console, out, parse, with_local_run
 from saelab.errors import UserError
 from saelab.features.projection import MOST, lay_out, save_map
 from saelab.features.search import per_latent
@@ -33,6 +33,7 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, "map", args, "Lay out all latents in the plane by their decoder directions (t-SNE).")
     if options.most < 4:
         raise UserError(f"most={options.most} must be at least 4")
+    options = with_local_run(options)
     run = Run.open(options.run)
     keep = None if run.index is None else np.flatnonzero(per_latent(run.index.table(), "count"))
     with console.status("laying out the latents"):

@@ -27,6 +27,7 @@ from saelab.distributed.sharding import whole as whole_of
 from saelab.distributed.slices import slices, split_dims
 from saelab.distributed.world import end_world
 from saelab.errors import UserError, damaged
+from saelab.files import url_of
 from saelab.interop.fetch import full_name
 from saelab.layout import RUN
 from saelab.runs import Run
@@ -37,6 +38,7 @@ from saelab.training.config import target_width
 from saelab.training.divergence import failure
 from saelab.training.fitting import SOURCE
 from saelab.training.log import Log, TensorBoard, Wandb, recent_fvu
+from saelab.training.remote import carrier_of, run_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Options:
     """Where to read, where to write, and which SAE."""
 
     cache: tyro.conf.Positional[Path]
-    """Folder of the activation cache."""
+    """Folder or URL of the activation cache."""
     out: Path
-    """Run folder to write."""
+    """Run folder to write, or a URL: the run is then trained in a local copy, and each checkpoint is carried there."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Fine-tune this SAE: a run, or a file, a folder or a hub id of any tool. Its variant, its size and the options
     that its codes depend on are taken over; options that contradict them are refused."""
@@ -64,6 +66,8 @@ class Options:
     dict_ranks: int = 1
     """Processes that share one copy of the dictionary, each holding d-sae / dict-ranks latents; the others divide
     every batch. Start several with `torchrun --nproc-per-node 4 -m saelab train ...`."""
+    buffer_gb: float = 8.0
+    """Of a cache behind a URL: gigabytes of local disk for what was fetched, so that later epochs need not fetch it."""
     timeout_s: float = 60.0
     """Seconds that a process waits for another one before it ends the run."""
     resume: bool = False
@@ -85,7 +89,20 @@ class Options:
 
 
 def main(args: Sequence[str]) -> None:
-    """Parse, train with a progress bar, save the run folder."""
+    """Parse, train with a progress bar, save the run folder; one behind a URL through its local copy."""
+    out = value_of(args, "--out")
+    if out is None or url_of(out) is None or {"-h", "--help"} & set(args):
+        train(args)
+        return
+    if launched():
+        raise UserError(f"{out} cannot be written by several processes; give a folder that all of them share")
+    with run_folder(out, resume="--resume" in args, overwrite="--overwrite" in args) as folder:
+        train([arg.replace(out, str(folder)) if arg in (out, f"--out={out}") else arg for arg in args])
+    console.print(f"carried to {out}", markup=False, soft_wrap=True)
+
+
+def train(args: Sequence[str]) -> None:
+    """Parse and train."""
     folder = value_of(args, "--out")
     saved = read_run(folder) if "--resume" in args and folder is not None else None
     name, source = value_of(args, "--from"), None
@@ -124,7 +141,7 @@ def run(options: Any, config: dict[str, Any], source: Run | None = None) -> Step
     if options.dict_ranks > 1 and parallel.size == 1:
         raise UserError(f"dict_ranks={options.dict_ranks} needs several processes; start them with torchrun")
     quiet(not parallel.is_main)
-    cache = open_pair(options.cache, options.target)
+    cache = open_pair(options.cache, options.target, options.buffer_gb)
     d_in = cache.d_in if source is None else source.sae.d_in
     if (d_out := target_width(cache, options.d_out)) is not None:
         config = {**config, "d_out": d_out}
@@ -231,4 +248,4 @@ def loggers(options: Any, config: TrainConfig, parallel: Parallel) -> list[Log]:
         logs.append(TensorBoard(options.out, number_of(newest) if newest else 0))
     if options.wandb is not None:
         logs.append(Wandb(options.out, options.wandb, dataclasses.asdict(config)))
-    return logs
+    return [*logs, *carrier_of(options.out)]

@@ -7,6 +7,7 @@ so any batch of it can be reached without reading the ones before.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -19,7 +20,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 BLOCK = 256  # rows read from one place: long enough for a disk, short enough to mix
+SLOW = 60.0  # seconds without data after which it is said that the storage does not answer
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Window:
 def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
     """Run ``items`` in a thread, at most ``depth`` items ahead of the consumer; errors surface in the consumer."""
     ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    silent = False
     room = threading.Semaphore(depth)
     stopped = threading.Event()
     end = object()
@@ -108,7 +112,12 @@ def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
     thread.start()
     try:
         while True:
-            item, error = ready.get()
+            try:
+                item, error = ready.get(timeout=SLOW)
+            except queue.Empty:
+                silent = _tell(silent, True)
+                continue
+            silent = _tell(silent, False)
             if error is not None:
                 raise error
             if item is end:
@@ -119,4 +128,14 @@ def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
     finally:
         stopped.set()
         room.release()
-        thread.join()
+        # A read from storage that hangs cannot be broken off: it must not keep the caller from ending.
+        thread.join(SLOW if not silent else 0)
+
+
+def _tell(silent: bool, now: bool) -> bool:
+    """Say once that no data come, and once that they come again; returns ``now``."""
+    if now and not silent:
+        _log.warning("no data for %.0f s: the storage is slow or does not answer; still waiting", SLOW)
+    if silent and not now:
+        _log.warning("data arrive again")
+    return now

@@ -27,6 +27,7 @@ from saelab.vocabulary import Vocabulary
 
 Split = Literal["train", "validation", "held_out", "all"]
 WINDOW_BYTES = 256 << 20
+BUFFER_BYTES = 8_000_000_000
 
 
 class ActivationCache:
@@ -34,20 +35,30 @@ class ActivationCache:
 
     Opening reads the manifest and checks that every shard exists with its full size; ``verify=True`` also checks every
     byte against the checksums. ``window_bytes`` bounds the memory that shuffling may use (twice, while the next window
-    loads).
+    loads). Of a cache behind a URL the next window is fetched while the present one is used, and ``buffer_bytes`` of
+    what was fetched first are kept on the local disk for later passes, as long as the object lives.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = False, window_bytes: int = WINDOW_BYTES) -> None:
-        self.folder = Folder(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = False,
+        window_bytes: int = WINDOW_BYTES,
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> None:
+        self.folder = Folder(path, buffer_bytes)
         self.path = self.folder.url
         self.window_bytes = window_bytes
         if self.folder.size(MANIFEST) is None:
+            self.folder.check_bucket()
             if self.folder.exists(PARTIAL):
                 raise UserError(f"{self.path} is unfinished; run the same `saelab harvest` with --resume")
             raise UserError(f"{self.path} is not an activation cache (no {MANIFEST}); make one with `saelab harvest`")
         self.manifest = Manifest.from_json(self.folder.read(MANIFEST), self.path)
+        sizes = self.folder.sizes()
         for shard in self.manifest.shards:
-            size = self.folder.size(shard.file)
+            size = sizes.get(shard.file)
             if size is None:
                 raise UserError(f"{self.path}/{shard.file} is missing; restore it or harvest the cache again")
             if size != shard.bytes:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelab.data.cache.manifest import REMEDY, Manifest
-from saelab.data.cache.storage import Column, Folder
+from saelab.data.cache.storage import Column, Folder, slices_together
 from saelab.errors import UserError, damaged
 
 
@@ -169,10 +169,11 @@ class Shards:
                 if start < upper:
                     by_shard.setdefault(index, []).append((start - base, upper - base))
                 start, index = max(start, upper), index + 1
-        return {
-            name: [part for index, local in by_shard.items() for part in self.columns(index)[name].slices(local)]
-            for name in names
-        }
+        wanted = [(name, self.columns(index)[name], local) for name in names for index, local in by_shard.items()]
+        out: dict[str, list[Tensor]] = {name: [] for name in names}
+        for (name, *_), parts in zip(wanted, slices_together([(column, local) for _, column, local in wanted])):
+            out[name] += parts
+        return out
 
     def gather(self, rows: Int[Tensor, " n"], names: Sequence[str]) -> dict[str, Tensor]:
         """The given rows of each named tensor, in the given order."""

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.errors import UserError, first_line
+from saelab.data.cache.buffer import Buffer, Range
+from saelab.errors import UserError
 from saelab.files import LOCK, lock, replace
+from saelab.layout import MANIFEST
+from saelab.stores import Lease, Store, lease, mark, url_of
 
 _DTYPES = {
     "F64": torch.float64,
@@ -34,32 +36,20 @@ _DTYPES = {
 
 
 class Folder:
-    """A local folder or an fsspec URL (``s3://bucket/prefix``, ``memory://name``)."""
+    """A local folder or an fsspec URL (``s3://bucket/prefix``, ``memory://name``).
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.url = str(path).rstrip("/")
-        self.local: Path | None = None
-        if "://" not in self.url or self.url.startswith("file://"):
-            self.local = Path(self.url.removeprefix("file://"))
-        else:
-            try:
-                self.fs, self.root = fsspec.core.url_to_fs(self.url)
-            except (ImportError, ValueError) as error:
-                raise UserError(
-                    f"cannot open {self.url} ({first_line(error)}); check the address, or install what it needs"
-                ) from error
+    Of a URL, up to ``buffer_bytes`` of what is read as tensors are kept on the local disk while the object lives.
+    """
 
-    def _key(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def _ask(self, operation: str, *args: Any, **options: Any) -> Any:
-        """Call an operation of the store; errors other than OSError (missing credentials) become UserErrors."""
-        try:
-            return getattr(self.fs, operation)(*args, **options)
-        except OSError:
-            raise
-        except Exception as error:  # each store has its own exceptions, without a common base
-            raise UserError(f"{self.url}: {first_line(error)}; check the address and the credentials") from error
+    def __init__(self, path: str | os.PathLike[str], buffer_bytes: int = 0) -> None:
+        found = url_of(path)
+        self.url = found or str(path).rstrip("/") or "/"
+        self.local = None if found else Path(self.url.removeprefix("file://"))
+        self._lease: Lease | None = None
+        self._seen: Any = None  # the manifest at the first look; see _check_same
+        if found:
+            self.store = Store(found)
+            self._buffer = Buffer(self.store, buffer_bytes)
 
     def sub(self, name: str) -> Folder:
         """The folder ``name`` in this one."""
@@ -67,74 +57,135 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether there is a file or folder ``name``."""
-        return (self.local / name).exists() if self.local else self._ask("exists", self._key(name))
+        return (self.local / name).exists() if self.local else self.store.ask("exists", self.store.key(name))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is none."""
         try:
-            return (self.local / name).stat().st_size if self.local else int(self._ask("size", self._key(name)))
+            if self.local:
+                return (self.local / name).stat().st_size
+            return int(self.store.ask("size", self.store.key(name)))
         except FileNotFoundError:
             return None
 
+    def check_bucket(self) -> None:
+        """Raise UserError for a URL whose bucket does not exist."""
+        if not self.local:
+            self.store.check_bucket()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file directly below this folder."""
+        if self.local is None:
+            return {name: size for name, size in self.store.sizes().items() if "/" not in name}
+        found = self.local.iterdir() if self.local.is_dir() else ()
+        return {path.name: path.stat().st_size for path in found if path.is_file()}
+
     def names(self) -> list[str]:
-        """Names directly below this folder, sorted, without that of its lock; empty where there is no folder."""
+        """Names directly below this folder, sorted, without that of its lock; empty where there is no folder.
+
+        Raises UserError for a URL whose bucket does not exist.
+        """
         if self.local:
             return sorted(p.name for p in self.local.iterdir() if p.name != LOCK) if self.local.is_dir() else []
         try:
-            found = self._ask("ls", self.root, detail=False, refresh=True)
+            found = self.store.ask("ls", self.store.root, detail=False, refresh=True)
         except FileNotFoundError:
+            self.store.check_bucket()
             return []
-        return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in found})
+        return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in found} - {LOCK})
 
     def read(self, name: str) -> bytes:
         """A whole file."""
-        return (self.local / name).read_bytes() if self.local else self._ask("cat_file", self._key(name))
+        return (self.local / name).read_bytes() if self.local else self.store.read(name)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file so that a reader, or a crash at any moment, sees all of it or none."""
         if not self.local:  # object stores publish an object when its upload is complete
-            self._ask("makedirs", self._key(name).rsplit("/", 1)[0], exist_ok=True)
-            self._ask("pipe_file", self._key(name), data)
+            if self._lease is not None:
+                self._lease.check()
+            self.store.write(name, data)
             return
         target = self.local / name
         target.parent.mkdir(parents=True, exist_ok=True)
         replace(target, lambda partial: partial.write_bytes(data))
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Keep other processes from writing a local folder; a folder behind a URL has no lock."""
-        return nullcontext() if self.local is None else lock(self.local)
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing this folder while the block lasts."""
+        if self.local is not None:
+            with lock(self.local):
+                yield
+            return
+        try:
+            with lease(self.store) as self._lease:
+                yield
+        finally:
+            self._lease = None
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         if self.local:
             (self.local / name).unlink(missing_ok=True)
-        elif self.exists(name):
-            self._ask("rm_file", self._key(name))
+            return
+        if self._lease is not None:
+            self._lease.check()
+        self.store.remove(name)
 
     def sha256(self, name: str) -> str:
         """Checksum of a file, read piece by piece."""
         digest = hashlib.sha256()
-        with (self.local / name).open("rb") if self.local else self._ask("open", self._key(name), "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+        for chunk in self._chunks(name):
+            digest.update(chunk)
         return digest.hexdigest()
+
+    def _chunks(self, name: str) -> Iterator[bytes]:
+        if self.local:
+            with (self.local / name).open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    yield chunk
+            return
+        key, size = self.store.key(name), self.size(name)
+        if size is None:
+            raise FileNotFoundError(f"{self.url}/{name} is missing")
+        for start in range(0, size, 1 << 26):
+            yield from self._buffer.fetch([(key, start, min(start + (1 << 26), size))])
 
     def tensors(self, name: str) -> dict[str, Column]:
         """The tensors of a safetensors file, none of them loaded."""
         if self.local:
             return _mapped(self.local / name)
         head = 1 << 16
-        key = self._key(name)
-        start = self._ask("cat_file", key, start=0, end=head)
+        key = self.store.key(name)
+        start = self.store.ask("cat_file", key, start=0, end=head)
         length = struct.unpack("<Q", start[:8])[0]
-        header = start[8 : 8 + length] if 8 + length <= head else self._ask("cat_file", key, start=8, end=8 + length)
+        if 8 + length > head:
+            start += self.store.ask("cat_file", key, start=head, end=8 + length)
+        layout = _layout(start[8 : 8 + length], length)
         columns: dict[str, Column] = {}
-        for tensor, (dtype, shape, offset) in _layout(header, length).items():
-            columns[tensor] = RemoteColumn(dtype, shape, offset, lambda spans: self._ranges(key, spans))
+        for tensor, (dtype, shape, offset) in layout.items():
+            columns[tensor] = RemoteColumn(dtype, shape, key, offset, self._ranges)
         return columns
 
-    def _ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        return self._ask("cat_ranges", [key] * len(spans), [a for a, _ in spans], [b for _, b in spans])
+    def _ranges(self, ranges: Sequence[Range]) -> list[bytes]:
+        found = self._buffer.read(ranges)
+        self._check_same()
+        return found
+
+    def _check_same(self) -> None:
+        """Raise UserError where the cache was replaced since the first look.
+
+        A writer that replaces a cache removes its manifest first: what was read before a look that finds the manifest
+        as it was, is of one cache.
+        """
+        try:
+            about = self.store.ask("info", self.store.key(MANIFEST))
+        except FileNotFoundError:
+            about = {}
+        stamp = mark(about)
+        if self._seen is None:
+            self._seen = stamp
+        elif self._seen != stamp:
+            raise UserError(f"{self.url} was replaced while it was read; run the command again")
 
 
 @dataclass
@@ -180,20 +231,49 @@ class MappedColumn(Column):
 class RemoteColumn(Column):
     """A tensor behind a URL, read by byte ranges."""
 
+    key: str
     offset: int
-    fetch: Callable[[Sequence[tuple[int, int]]], list[bytes]]
+    fetch: Callable[[Sequence[Range]], list[bytes]]
 
     def slices(self, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
-        row = self.shape[1:]
-        width = math.prod(row) * self.dtype.itemsize
-        wanted = [(self.offset + a * width, self.offset + b * width) for a, b in spans if b > a]
-        parts = iter(self.fetch(wanted))  # an empty range is an error for some stores
-        return [
-            torch.frombuffer(bytearray(next(parts)), dtype=self.dtype).reshape(-1, *row)
-            if b > a
-            else torch.empty((0, *row), dtype=self.dtype)
-            for a, b in spans
-        ]
+        return slices_together([(self, spans)])[0]
+
+    def asked(self, spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """The spans to fetch: all rows at once where there are few bytes and many spans."""
+        small = math.prod(self.shape) * self.dtype.itemsize <= WHOLE
+        return [(0, self.shape[0])] if small and len(spans) >= FEW else spans
+
+    def ranges(self, spans: Sequence[tuple[int, int]]) -> list[Range]:
+        """The bytes of each span of rows."""
+        width = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return [(self.key, self.offset + a * width, self.offset + b * width) for a, b in spans]
+
+    def rows(self, data: bytes) -> Tensor:
+        """The rows in the bytes of a span."""
+        if not data:
+            return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+        return torch.frombuffer(bytearray(data), dtype=self.dtype).reshape(-1, *self.shape[1:])
+
+
+WHOLE = 1 << 20  # bytes of a column up to which it is fetched whole, rather than by many small requests
+FEW = 4
+
+
+def slices_together(wanted: Sequence[tuple[Column, Sequence[tuple[int, int]]]]) -> list[list[Tensor]]:
+    """:meth:`Column.slices` for several columns of one cache; what is behind a URL is fetched at the same time."""
+    remote = [(column, spans) for column, spans in wanted if isinstance(column, RemoteColumn)]
+    by_fetch: dict[Any, list[Range]] = {}
+    for column, spans in remote:  # a target may lie in another store
+        by_fetch.setdefault(column.fetch, []).extend(column.ranges(column.asked(spans)))
+    found = {fetch: iter(fetch(ranges)) for fetch, ranges in by_fetch.items()}
+    out = []
+    for column, spans in wanted:
+        if not isinstance(column, RemoteColumn):
+            out.append(column.slices(spans))
+            continue
+        parts = [column.rows(next(found[column.fetch])) for _ in column.asked(spans)]
+        out.append([parts[0][a:b] for a, b in spans] if len(parts) < len(spans) else parts)
+    return out
 
 
 def _layout(header: bytes, length: int) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:

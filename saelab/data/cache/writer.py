@@ -83,8 +83,9 @@ class CacheWriter:
         self.manifest = found
         if self.rank == 0 and not self.complete:
             self._collect()
+        sizes = self.folder.sizes()
         for shard in self.manifest.shards:
-            if self.folder.size(shard.file) != shard.bytes:
+            if sizes.get(shard.file) != shard.bytes:
                 raise UserError(f"cannot resume {self.folder.url}: {shard.file} is missing or truncated; start over")
 
     def _collect(self) -> None:
