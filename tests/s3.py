@@ -28,7 +28,7 @@ class Way:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def log_message(self, *args: Any) -> None: ...
+            def log_message(self, format: str, *args: Any) -> None: ...
 
             def answer(self) -> None:
                 way.answer(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from saelab.runs import Run
 from saelab.sae import SAE
 from saelab.stores import Store
 from saelab.training import fit_steps
+from saelab.training.checkpoints import latest_step
 from saelab.training.remote import carrier_of, run_folder
 from tests.hardening.place import D_IN, TRAIN
 
@@ -92,6 +94,8 @@ def test_a_run_killed_on_one_machine_is_resumed_on_another(bucket: str, tmp_path
         carrier = carrier_of(folder)[0]
         steps = fit_steps(fresh(), cache, config, folder, checkpoint_steps=4)
         for metrics in steps:
+            while metrics.step == 5 and latest_step(folder) is None:
+                time.sleep(0.01)  # a thread writes it
             carrier._last = -10.0
             carrier.write({})
             carrier.close()

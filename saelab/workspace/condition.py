@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -51,7 +53,31 @@ def progress(run: Run) -> Progress | None:
         planned = json.loads(plan.read_bytes())["steps"] if plan.is_file() else run.metadata.get("steps")
     if planned is None and run.has_weights:
         planned = step  # weights are written at the end
-    return Progress(step, planned, time.time() - (run.path / METRICS).stat().st_mtime)
+    return Progress(step, planned, _seconds_since_change(run.path / METRICS))
+
+
+def _seconds_since_change(path: Path) -> float:
+    """Seconds since a file was written.
+
+    The clock of the machine that writes it, or of a file server, may differ from the one here. Where the file has
+    changed under the eyes of this process, its own clock counts from then. Before that the two are compared; a time in
+    the future, which they cannot both mean, counts from the first look.
+    """
+    stamp, now = path.stat().st_mtime, time.monotonic()
+    seen = _seen.get(path)
+    if seen is None or stamp != seen.stamp:
+        seen = _seen[path] = _Seen(stamp, now, changed=seen is not None and stamp > seen.stamp)
+    watched = now - seen.at
+    return watched if seen.changed else max(time.time() - stamp, watched)
+
+
+class _Seen(NamedTuple):
+    stamp: float
+    at: float  # on the monotonic clock
+    changed: bool  # it had another stamp before, an earlier one
+
+
+_seen: dict[Path, _Seen] = {}
 
 
 def damage(run: Run) -> str | None:

@@ -168,7 +168,7 @@ def test_a_cache_that_is_replaced_is_not_mixed(bucket: str) -> None:
         list(batches)
 
 
-def rows_of(value: float) -> tuple[torch.Tensor, ...]:
+def rows_of(value: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.full((10, 4), value), torch.arange(10), torch.arange(10), torch.arange(10)
 
 
