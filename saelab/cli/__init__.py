@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -92,6 +93,9 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(141)
     except (UserError, OSError) as error:
         report(error)
+        if type(error).__name__ == "LostProcess":  # of saelab.distributed, which other commands do not import
+            sys.stdout.flush()
+            os._exit(2)  # without waiting for what is under way with the other processes
         sys.exit(2)
     except RuntimeError as error:  # torch, whose class this is, is imported by the commands that need it
         if type(error).__name__ != "OutOfMemoryError":
@@ -104,8 +108,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def report(error: UserError | OSError) -> None:
-    """Print the error on stderr, in one line."""
+    """Print the error on stderr, in one line; of several processes with the same error one prints it."""
     text = _reason(error) if isinstance(error, OSError) else str(error)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from saelab.distributed.failures import LostProcess, says_error
+
+        if not says_error(text, isinstance(error, LostProcess)):
+            return
     Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True)
 
 

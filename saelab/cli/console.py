@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +41,22 @@ def parse(
     ``default`` replaces the defaults of the fields; where it holds ``tyro.MISSING`` the argument is required.
     """
     keywords: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(options, prog=f"saelab {command}", args=list(args), description=description or None, **keywords)
+    with _first_speaks():
+        return tyro.cli(options, prog=f"saelab {command}", args=list(args), description=description or None, **keywords)
+
+
+@contextlib.contextmanager
+def _first_speaks() -> Iterator[None]:
+    """Of several processes with the same arguments, started by torchrun, the first says what is wrong with them."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
+        yield
+        return
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            yield
+        except SystemExit:
+            time.sleep(10)  # torchrun ends this process as soon as the first has ended
+            raise
 
 
 def with_local_run(options: T) -> T:

@@ -7,7 +7,9 @@ batch, so that sums over ranks are what a single process computes.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,9 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from saelab.distributed.failures import launched
 from saelab.errors import UserError
+
+__all__ = ["SINGLE", "Parallel", "Poll", "end_world", "launched", "start_world"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class Parallel:
     dict_rank: int = 0
     data_group: Any = None
     dict_group: Any = None
+    patient_group: Any = None  # of all processes, on the CPU, for what may take long: checkpoints, checksums
+    mesh: DeviceMesh | None = None  # data x dict, on the device
+    host_mesh: DeviceMesh | None = None  # dict x data, on the CPU: a rank's place in the tensors of a checkpoint
     traffic: Counter[str] = field(default_factory=Counter)  # bytes this process sends in a ring, by purpose
 
     @property
@@ -42,13 +50,6 @@ class Parallel:
     def size(self) -> int:
         """Processes in all."""
         return self.data_size * self.dict_size
-
-    def share(self, rows: Tensor) -> Tensor:
-        """This data rank's part of a batch."""
-        if self.data_size == 1:
-            return rows
-        part = rows.shape[0] // self.data_size
-        return rows[self.data_rank * part : (self.data_rank + 1) * part]
 
     def latents(self, d_sae: int) -> slice:
         """The latents of the whole dictionary that this rank holds."""
@@ -71,7 +72,7 @@ class Parallel:
 
     def sum_all(self, tensor: Tensor, purpose: str) -> Tensor:
         """Add up over all processes, in place."""
-        return self.sum_data(self.sum_dict(tensor, purpose), purpose)
+        return self._all_reduce(tensor, dist.group.WORLD, self.size, purpose)
 
     def gather_dict(self, tensor: Tensor, purpose: str) -> Tensor:
         """The tensors of all dictionary ranks, stacked. ``[dict_size, ...]``"""
@@ -87,8 +88,20 @@ class Parallel:
         return (self.size > 1 and bool(self.sum_all(torch.tensor([float(flag)]), "control"))) or flag
 
     def barrier(self) -> None:
-        """Wait for all processes."""
-        self.any(False)
+        """Wait for all processes, as long as a checkpoint may take."""
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1), group=self.patient_group)
+
+    def check_equal(self, what: str, text: str, remedy: str) -> None:
+        """Raise UserError, the same on all processes, where ``text`` is not equal on all; ``what`` names it."""
+        if self.size == 1:
+            return
+        own = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.int64)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own, group=self.patient_group)
+        other = [rank for rank, digest in enumerate(found) if not torch.equal(digest, found[0])]
+        if other:
+            raise UserError(f"{what} differs between process 0 and process {', '.join(map(str, other))}; {remedy}")
 
     def _all_reduce(self, tensor: Tensor, group: Any, size: int, purpose: str, op: Any = None) -> Tensor:
         if size == 1:
@@ -103,16 +116,42 @@ class Parallel:
 SINGLE = Parallel()
 
 
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+class Poll:
+    """Ask all processes about once a second whether something has happened, after steps on which they agree."""
+
+    def __init__(self, parallel: Parallel, seconds: float = 1.0) -> None:
+        self.parallel, self.seconds = parallel, seconds
+        self._every = self._left = 1
+        self._last = time.monotonic()
+
+    def __call__(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any process; each calls this after every step and is told at the same one."""
+        if self.parallel.size == 1:
+            return flag
+        self._left -= 1
+        if self._left > 0:
+            return False
+        now = time.monotonic()
+        # Whole numbers, so that the sums are the same on all processes.
+        told = torch.tensor([int(flag), int(1e6 * (now - self._last))])
+        set_on, spent = self.parallel.sum_all(told, "control").tolist()
+        fits = self.seconds * self._every * self.parallel.size / max(spent / 1e6, 1e-6)
+        self._every = self._left = max(1, min(1000, 2 * self._every, round(fits)))
+        self._last = now
+        return set_on > 0
 
 
-def start_world(dict_ranks: int = 1, device: torch.device | str = "cpu", timeout_s: float = 60.0) -> Parallel:
+def start_world(
+    dict_ranks: int = 1,
+    device: torch.device | str = "cpu",
+    timeout_s: float = 60.0,
+    checkpoint_timeout_s: float = 3600.0,
+) -> Parallel:
     """Join the processes that torchrun started, ``dict_ranks`` of which share each copy of the dictionary.
 
     A collective that waits longer than ``timeout_s`` for another process raises, so that a rank that hangs ends the
-    run with the name of the operation instead of blocking it; one that dies is noticed at once.
+    run with the name of the operation instead of blocking it; one that dies is noticed at once. While a checkpoint is
+    written or a cache is checked, processes wait for ``checkpoint_timeout_s``.
     """
     device = torch.device(device)
     if device.type == "mps":
@@ -121,12 +160,13 @@ def start_world(dict_ranks: int = 1, device: torch.device | str = "cpu", timeout
     if dict_ranks < 1 or world % dict_ranks:
         raise UserError(f"dict_ranks={dict_ranks} does not divide the {world} processes; choose a divisor")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(_card(device))
     # Tensors that steer the run live on the CPU even where the weights do not.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     mesh = init_device_mesh(device.type, (world // dict_ranks, dict_ranks), mesh_dim_names=("data", "dict"))
+    ranks = torch.arange(world).view(world // dict_ranks, dict_ranks)
     return Parallel(
         data_size=world // dict_ranks,
         data_rank=mesh.get_local_rank("data"),
@@ -134,7 +174,21 @@ def start_world(dict_ranks: int = 1, device: torch.device | str = "cpu", timeout
         dict_rank=mesh.get_local_rank("dict"),
         data_group=mesh.get_group("data"),
         dict_group=mesh.get_group("dict"),
+        patient_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=checkpoint_timeout_s)),
+        mesh=mesh,
+        host_mesh=DeviceMesh("cpu", ranks.T.contiguous(), mesh_dim_names=("dict", "data")),
     )
+
+
+def _card(device: torch.device) -> torch.device:
+    """The GPU of this process, of the number that torchrun gave it. UserError where two processes would share one."""
+    here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    if here > cards:
+        raise UserError(f"{here} processes here, and GPUs for {cards}; start one process for each GPU")
+    if here > 1 and device.index not in (None, own):
+        raise UserError(f"device={device} is one GPU for {here} processes; use cuda, which gives each its own")
+    return device if device.index is not None else torch.device("cuda", own)
 
 
 def end_world() -> None:

@@ -18,6 +18,7 @@ from saelab.errors import UserError, damaged
 from saelab.files import write_json, write_tensors
 from saelab.layout import CONFIG, EXTRA, WEIGHTS
 from saelab.sae import SAE, restore
+from saelab.sae.parts import in_parts, read_parts
 
 SAELENS_VERSION = "6.54.12"  # the release whose format is written; SAELens parses by this number
 REMEDY = "restore it or train again"
@@ -100,7 +101,7 @@ def load_sae(folder: Path | str, device: str | torch.device = "cpu") -> SAE:
     ours = load_metadata(folder).get("saelab")
     if ours is None:
         raise UserError(f"{folder} was not written by saelab; load it with saelab.load, or `saelab convert` it first")
-    if not (Path(folder) / WEIGHTS).is_file():
+    if not (Path(folder) / WEIGHTS).is_file() and not in_parts(folder):
         raise UserError(f"{folder} has no {WEIGHTS}; {REMEDY}")
     with damaged(Path(folder) / CONFIG, REMEDY):
         sae = restore(ours["variant"], ours["config"])
@@ -120,6 +121,8 @@ def read_state(
 ) -> dict[str, Tensor]:
     """The saved state of ``sae``, from SAELens' file and the one beside it, without tensors that only SAELens needs."""
     folder = Path(folder)
+    if in_parts(folder):
+        return read_parts(folder, {name: tensor.shape for name, tensor in sae.state_dict().items()}.get)
     saved = load(folder / WEIGHTS)
     if (folder / EXTRA).is_file():
         saved |= load(folder / EXTRA)

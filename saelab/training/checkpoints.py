@@ -1,7 +1,8 @@
 """Checkpoints of a run in training: weights and training state of one step, in one folder.
 
-They are written by one process, or by many that hold the latents in shards (:class:`Store`). Tensors have names, and
-the shapes of the parameters that they belong to (``W_dec [d_sae, d_in]``).
+They are written by one process into one file each for weights and state, or by many, each into a file of its own
+(:class:`Store`). Either is read by any number of processes. Tensors have names, and the shapes of the parameters that
+they belong to (``W_dec [d_sae, d_in]``).
 """
 
 from __future__ import annotations
@@ -11,30 +12,33 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saelab.distributed import Parallel
-from saelab.distributed.slices import read_slices, split_dims, write_sharded
+from saelab.distributed import Parallel, Poll
+from saelab.distributed.checkpoint import Layout, export, split_dims, write
+from saelab.distributed.engine import Engine
 from saelab.errors import UserError, damaged
 from saelab.files import sync, write_json, write_tensors
 from saelab.layout import CHECKPOINTS, CONFIG, EXTRA, TRAIN_SCALARS, TRAIN_STATE, WEIGHTS
 from saelab.sae import SAE
+from saelab.sae.parts import in_parts, owner, read_parts
 from saelab.sae.weights import configuration, read_state, save, save_config, saved_tensors
 from saelab.training.state import TrainState
 
-AGREED = 50  # steps after which several processes agree on whether a checkpoint is due
+SINCE = "tokens_since_fired"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything in a checkpoint, in the memory of the CPU, so that it can be written while the training goes on."""
+    """What one process alone writes: a whole checkpoint in the memory of the CPU, while the training goes on."""
 
     step: int
     weights: Mapping[str, Tensor]
@@ -78,16 +82,40 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
+@dataclass(frozen=True)
+class Portion:
+    """What one of several processes holds of a checkpoint, in the memory of the CPU."""
+
+    step: int
+    tensors: Mapping[str, Tensor]  # placed, of weights and training state together
+    scalars: Mapping[str, Any]
+    configuration: Mapping[str, Any]
+    parallel: Parallel
+
+    def write(self, folder: Path) -> None:
+        """Make ``folder/checkpoints/step_NNNNNNNN`` together with the other processes."""
+        main = self.parallel.is_main
+        unfinished = begin_step(folder, self.step) if main else unfinished_path(folder, self.step)
+        self.parallel.barrier()
+        write(self.tensors, unfinished, self.parallel)
+        if main:
+            write_json(unfinished / CONFIG, dict(self.configuration))
+            write_json(unfinished / TRAIN_SCALARS, dict(self.scalars))
+            commit_step(folder, self.step)
+
+
 class Writer:
     """Writes one snapshot at a time in a thread. What went wrong there is raised by the next call."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.begun: int | None = None  # the step of the last snapshot
 
-    def start(self, snapshot: Snapshot, folder: Path) -> None:
+    def start(self, snapshot: Snapshot | Portion, folder: Path) -> None:
         """Begin to write; waits for the snapshot before."""
         self.wait()
+        self.begun = snapshot.step
 
         def work() -> None:
             try:
@@ -95,8 +123,10 @@ class Writer:
             except BaseException as error:
                 self._error = error
 
-        # No daemon: where the program ends without waiting, the interpreter still lets it complete the checkpoint.
-        self._thread = threading.Thread(target=work, name="saelab-checkpoint")
+        # No daemon: where the program ends without waiting, the interpreter still lets it complete the checkpoint. Of
+        # several processes one may be gone, which the others must not wait for.
+        alone = isinstance(snapshot, Snapshot)
+        self._thread = threading.Thread(target=work, name="saelab-checkpoint", daemon=not alone)
         self._thread.start()
 
     def check(self) -> None:
@@ -115,6 +145,10 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def abandon(self) -> None:
+        """Wait no more for what is being written: another process is gone."""
+        self._thread = None
 
 
 @dataclass(frozen=True)
@@ -135,15 +169,13 @@ class Interval:
 
         Of several processes the main one looks at the clock, and all are told now and then, so that they agree.
         """
-        last = time.monotonic()
+        last, poll = time.monotonic(), Poll(parallel)
 
         def due(step: int) -> bool:
             nonlocal last
             if self.steps is not None:
                 return step % self.steps == 0
-            if parallel.size > 1 and step % AGREED:
-                return False
-            if not parallel.any(parallel.is_main and time.monotonic() - last >= 60 * self.minutes):
+            if not poll(parallel.is_main and time.monotonic() - last >= 60 * self.minutes):
                 return False
             last = time.monotonic()
             return True
@@ -195,14 +227,21 @@ def number_of(path: Path) -> int:
 
 
 def load_step(
-    path: Path, sae: SAE, load: Callable[[Path], dict[str, Tensor]] = load_file
+    path: Path, sae: SAE, layout: Layout | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Weights, tensors of the training state, and its scalars, as given to :meth:`Snapshot.of`.
 
-    ``load`` reads one file of tensors: all of them, or the slices that a process holds.
+    ``layout`` says which parts of the tensors a process holds, where there are several.
     """
     with damaged(path, "remove it and start the run again", OSError, SafetensorError, RuntimeError):
-        return read_state(path, sae, load), load(path / TRAIN_STATE), json.loads((path / TRAIN_SCALARS).read_bytes())
+        scalars = json.loads((path / TRAIN_SCALARS).read_bytes())
+        if layout is None and not in_parts(path):
+            return read_state(path, sae), load_file(path / TRAIN_STATE), scalars
+        own = sae.state_dict()
+        shapes = {name: tensor.shape for name, tensor in own.items()} | {SINCE: torch.Size([sae.d_sae])}
+        found = read_parts(path, lambda name: shapes.get(owner(name)), None if layout is None else layout.place)
+        weights = {name: found.pop(name) for name in own if name in found}
+        return weights, found, scalars
 
 
 def remove_steps(folder: Path | str) -> None:
@@ -221,59 +260,70 @@ class Store:
     parallel: Parallel
     writer: Writer = field(default_factory=Writer)
 
+    def __post_init__(self) -> None:
+        if self.parallel.size > 1:
+            _ = self.layout  # before data ranks divide the parameters further
+
     @cached_property
-    def dims(self) -> dict[str, int]:
-        """The tensors that are split over the dictionary ranks: those with another shape in the whole SAE."""
+    def layout(self) -> Layout:
+        """How the tensors lie on dictionary ranks: those with another shape in the whole SAE are divided."""
         shard, whole = ({**sae.state_dict(), **saved_tensors(sae)[0]} for sae in (self.sae, self.whole))
-        return split_dims(shard, whole)
+        dims, shapes = split_dims(shard, whole), {name: tensor.shape for name, tensor in whole.items()}
+        shapes |= {SINCE: torch.Size([self.whole.d_sae])}
+        return Layout(shapes, self.parallel, dims | ({SINCE: 0} if self.parallel.dict_size > 1 else {}))
 
     def save_step(self, state: TrainState, wait: bool = True) -> None:
         """Write a checkpoint between two steps; every process calls it.
 
-        Without ``wait`` it is copied now and written while the training goes on, unless the latents are in shards.
+        Without ``wait`` it is copied now and written while the training goes on.
         """
         self.writer.wait()
-        state.fold(self.sae)
-        tensors, scalars = state.tensors(self.sae), state.scalars()
-        if self.parallel.dict_size == 1:
-            if self.parallel.is_main and not step_path(self.folder, state.step).exists():
-                self.writer.start(Snapshot.of(state.step, self.sae, tensors, scalars, self.metadata), self.folder)
-            if wait:
-                self.writer.wait()
-            self.parallel.barrier()
-        elif not step_path(self.folder, state.step).exists():
-            self._save_sharded_step(state.step, tensors, scalars)
-        state.unfold(self.sae)
+        if self.writer.begun != state.step:
+            state.fold(self.sae)
+            self.writer.start(self._snapshot(state), self.folder)
+            state.unfold(self.sae)
+        if wait:
+            self.writer.wait()
 
-    def _save_sharded_step(self, step: int, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-        unfinished = unfinished_path(self.folder, step)
-        if self.parallel.is_main:
-            begin_step(self.folder, step)
-            save_config(self.whole, unfinished, self.metadata)
-            write_json(unfinished / TRAIN_SCALARS, scalars)
-        self.parallel.barrier()
-        self._write_weights(unfinished)
-        write_sharded(unfinished / TRAIN_STATE, tensors, self.dims, self.parallel)
-        if self.parallel.is_main:
-            commit_step(self.folder, step)
-        self.parallel.barrier()
+    def _snapshot(self, state: TrainState) -> Snapshot | Portion:
+        tensors, scalars = state.tensors(self.sae), state.scalars()
+        if self.parallel.size == 1:
+            return Snapshot.of(state.step, self.sae, tensors, scalars, self.metadata)
+        placed = self._placed({**self.sae.state_dict(), **tensors}, state.engine)
+        return Portion(state.step, placed, scalars, configuration(self.whole, self.metadata), self.parallel)
+
+    def _placed(self, tensors: Mapping[str, Tensor], engine: Engine | None = None) -> dict[str, Tensor]:
+        """Copies on the CPU that say which parts of the whole tensors they are."""
+        plain, layout = {name: _plain_copy(tensor) for name, tensor in tensors.items()}, self._divided(engine)
+        return {name: layout.place(name, tensor) for name, tensor in plain.items()}
+
+    def _divided(self, engine: Engine | None) -> Layout:
+        """The layout while the parameters are divided over data ranks, too."""
+        return self.layout if engine is None else replace(self.layout, by_data=engine.dims)
 
     def restore(self) -> TrainState | None:
         """Load the newest checkpoint into ``sae`` and return its state; None if there is none."""
         path = latest_step(self.folder)
         if path is None:
             return None
-        weights, tensors, scalars = load_step(path, self.sae, lambda file: read_slices(file, self.dims, self.parallel))
-        self.sae.load_state_dict(weights)
-        with damaged(path, "remove it and start the run again"):
-            return TrainState.restore(self.sae, tensors, scalars)
+        parallel = self.parallel
+        engine = Engine(self.sae, parallel) if parallel.data_size > 1 else None
+        weights, tensors, scalars = load_step(path, self.sae, None if parallel.size == 1 else self._divided(engine))
+        with damaged(path, "remove it and start the run again", RuntimeError):
+            self.sae.load_state_dict(weights)
+            state = TrainState.restore(self.sae, tensors, scalars)
+        state.engine, self.writer.begun = engine, state.step
+        return state
 
     def save_final(self) -> None:
         """Write the folded SAE in place of the checkpoints; every process calls it."""
         self.writer.wait()
         split = self.parallel.dict_size > 1
         if split:
-            self._write_weights(self.folder)
+            weights, rest = saved_tensors(self.sae)
+            export(self._placed(weights), self.folder / WEIGHTS, self.parallel)
+            if rest:
+                export(self._placed(rest), self.folder / EXTRA, self.parallel)
         if self.parallel.is_main:
             if split:
                 save_config(self.whole, self.folder, self.metadata)
@@ -282,8 +332,7 @@ class Store:
             remove_steps(self.folder)
         self.parallel.barrier()
 
-    def _write_weights(self, folder: Path) -> None:
-        weights, rest = saved_tensors(self.sae)
-        write_sharded(folder / WEIGHTS, weights, self.dims, self.parallel)
-        if rest:
-            write_sharded(folder / EXTRA, rest, self.dims, self.parallel)
+
+def _plain_copy(tensor: Tensor) -> Tensor:
+    """A copy in row-major order, as safetensors wants it."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saelab import kernels
+from saelab.devices import in_float64
 from saelab.distributed import Parallel
 from saelab.distributed.sharding import REPLICATED
 from saelab.losses import Subset
@@ -27,10 +28,8 @@ def constrains_on_the_way(sae: SAE, parallel: Parallel) -> bool:
     return all(getattr(getattr(sae, name), "__func__", None) is method for name, method in own.items())
 
 
-def constrain(
-    sae: SAE, rows: Sequence[Subset], sums: kernels.RowSums | None, parallel: Parallel
-) -> dict[Tensor, Tensor] | None:
-    """Finish the gradient: AuxK's rows, the sum over data ranks, unit rows, no gradient along them.
+def constrain(sae: SAE, rows: Sequence[Subset], sums: kernels.RowSums | None) -> dict[Tensor, Tensor] | None:
+    """Finish the gradient: AuxK's rows, unit rows, no gradient along them.
 
     Returns factors that the optimizer must multiply the rows of a parameter by before its step, where the decoder has
     not been normalised here.
@@ -41,9 +40,6 @@ def constrain(
     for subset in rows:
         assert isinstance(sae, LinearSAE)
         subset.add_gradients(sae)
-    for parameter in sae.parameters():
-        if parameter.grad is not None:
-            parallel.sum_data(parameter.grad, "gradients")
     sae.normalise_decoder()
     sae.project_decoder_grad()
     return None
@@ -67,18 +63,21 @@ def _add_measured(sae: SAE, rows: Sequence[Subset], squares: Tensor, scale: Tens
 
 
 @torch.no_grad()
-def gradient_norm(sae: SAE, sums: kernels.RowSums | None, parallel: Parallel) -> Tensor:
-    """The norm of the whole gradient, from the sums of the gradient pass where there are some."""
+def gradient_norm(sae: SAE, sums: kernels.RowSums | None) -> Tensor:
+    """The norm of the gradient of one process, from the sums of the gradient pass where there are some."""
     if sums is not None and sums.squares is not None:
         rest = [p.grad for name, p in sae.named_parameters() if name not in PASSED and p.grad is not None]
         return (sums.squares.sum() + sum(grad.square().sum() for grad in rest)).sqrt()
-    named = {name: parameter.grad for name, parameter in sae.named_parameters() if parameter.grad is not None}
-    if parallel.dict_size == 1:
-        return torch.nn.utils.get_total_norm(named.values())
-    shared = [grad for name, grad in named.items() if name in REPLICATED]
-    own = torch.nn.utils.get_total_norm([grad for name, grad in named.items() if name not in REPLICATED])
-    squares = parallel.sum_dict(own.square()[None], "statistics")[0]
-    return (squares + torch.nn.utils.get_total_norm(shared).square()).sqrt()
+    return torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+
+
+@torch.no_grad()
+def squared_gradients(sae: SAE, shared: bool) -> Tensor:
+    """The squared norm of the gradient of what this process holds of the parameters that dictionary ranks share, or of
+    the other ones; a number in float64."""
+    named = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None and p.grad.numel()}
+    norm = torch.nn.utils.get_total_norm([grad for name, grad in named.items() if (name in REPLICATED) == shared])
+    return in_float64(norm.to(sae.device)).square()
 
 
 def clip_factor(norm: Tensor, most: float | None, on_device: bool) -> Tensor | None:

@@ -62,6 +62,8 @@ def candidates(state: TrainState, limit: int, n: int) -> Tensor:
 
 def _copied(sae: SAE, latents: Tensor, active: Tensor | None = None) -> Subset:
     assert isinstance(sae, LinearSAE)  # others are refused before the run begins
+    if not sae.W_dec.is_leaf:  # gathered from other processes: the gradient has to go back the same way
+        return Subset.of(sae, latents, active)
     return Subset.copied(sae, latents, active)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saelab.data.cache import ActivationCache, Batch
 from saelab.distributed import SINGLE, Parallel
+from saelab.distributed.failures import LostProcess, is_lost, naming_lost
 from saelab.distributed.sharding import whole as whole_of
 from saelab.errors import UserError, damaged
 from saelab.files import lock, remove_partial, write_json
@@ -106,8 +107,8 @@ def fit_steps(
     :func:`saelab.training.start`. With ``source``, the name of a trained SAE whose weights ``sae`` has, these are
     fine-tuned (see :func:`saelab.training.adopt`); they become the first checkpoint, so a resumed run takes any SAE of
     the same kind. With ``parallel`` all processes call this, each with its shard of the SAE, and the run may be resumed
-    with another number of them. Raises UserError if the configuration or the cache changed, or another process is
-    writing the folder.
+    with another number of them; one that loses another raises :class:`saelab.distributed.failures.LostProcess`. Raises
+    UserError if the configuration or the cache changed, or another process is writing the folder.
     """
     whole = whole_of(sae, parallel)
     config = prepared(whole, cache, config, parallel, fine_tuning=source is not None).on(sae.device)
@@ -131,14 +132,18 @@ def _fit(
     sae, folder, parallel, total = store.sae, store.folder, store.parallel, n_steps(cache, config)
     if finished(folder):
         raise UserError(f"{folder} holds a finished run; train into another folder")
+    _check_equal(parallel, about)
     with lock(folder) if parallel.is_main else nullcontext():
+        if parallel.data_size > 1:  # before they divide what is resumed
+            check_memory(sae, config, data_ranks=parallel.data_size)
         state = _resume(store, cache, about, verify=stream is None) if resume else None
         if parallel.is_main:
             remove_partial(folder)
             if state is None:
                 remove_steps(folder)
         parallel.barrier()
-        check_memory(sae, config, resumed=state is not None)
+        if parallel.data_size == 1:
+            check_memory(sae, config, resumed=state is not None)
         if state is None:
             state = _adopt(store, cache) if SOURCE in about else start(sae, cache, config, centre)
         if parallel.is_main:
@@ -150,11 +155,24 @@ def _fit(
                 logs = [stack.enter_context(closing(JsonLines(folder, state.step))), *logs]
             loop = stack.enter_context(closing(run_steps(sae, cache, config, state, stream, parallel)))
             try:
-                yield from _logged(loop, store, state, interval, total, logs)
+                with naming_lost():
+                    yield from _logged(loop, store, state, interval, total, logs)
+            except LostProcess:
+                store.writer.abandon()
+                raise
             except Diverged as error:
                 store.writer.wait()
                 raise Diverged(f"{error}; {_kept(folder)}") from error
         store.save_final()
+
+
+def _check_equal(parallel: Parallel, about: dict[str, Any]) -> None:
+    """Refuse processes that would train different SAEs, or on different data; every process calls it."""
+    data = [about["cache_fingerprint"], about.get("target_fingerprint")]
+    parallel.check_equal("the cache", json.dumps(data), "give every process the same files")
+    places = {"cache", "target_cache"}  # which machines may call by other names
+    rest = {name: value for name, value in about.items() if name not in places}
+    parallel.check_equal("the run's configuration", json.dumps(rest), "start every process with the same options")
 
 
 def _logged(
@@ -180,7 +198,8 @@ def _logged(
             yield metrics
         except GeneratorExit:
             _write(waiting, logs)
-            store.save_step(state)
+            if not is_lost():
+                store.save_step(state)
             raise
 
 
@@ -288,8 +307,10 @@ def _resume(store: Store, cache: ActivationCache, about: dict[str, Any], verify:
     if before is None:
         return None
     _same(before, about, store.folder)
-    if verify and cache.folder.local is not None:  # a store checks its own bytes, and reading all of them may cost much
+    # A store checks its own bytes, and reading all of them may cost much.
+    if verify and cache.folder.local is not None and store.parallel.is_main:
         cache.verify()  # the fingerprint covers the manifest, this covers the activations
+    store.parallel.barrier()
     state = store.restore()
     if state is None and SOURCE in about:
         raise UserError(f"{store.folder} has lost its initial weights; start the run again with --overwrite")

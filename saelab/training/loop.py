@@ -11,6 +11,7 @@ from torch import Tensor
 from saelab import losses
 from saelab.data.cache import ActivationCache, Batch
 from saelab.distributed import SINGLE, Parallel
+from saelab.distributed.failures import is_lost
 from saelab.distributed.sharding import whole as whole_of
 from saelab.errors import UserError
 from saelab.sae import SAE, LinearSAE
@@ -54,20 +55,28 @@ def run_steps(
 ) -> Generator[StepMetrics]:
     """The steps of :func:`train_steps`, for a configuration that is prepared already."""
     if state is None:
-        check_memory(sae, config)
+        check_memory(sae, config, data_ranks=parallel.data_size)
         state = start(sae, cache, config)
     total = n_steps(cache, config)
     state.keep_moments_in(config.moments)
+    state.divide(sae, parallel)
     state.unfold(sae)
     sae.train()
     try:
-        for batch in batches(cache, config, state.step, sae.needs_grads, sae.device) if stream is None else stream:
+        own = (parallel.data_rank, parallel.data_size)
+        if stream is None:
+            stream = batches(cache, config, state.step, sae.needs_grads, sae.device, own)
+        for batch in stream:
             yield train_step(sae, batch, config, state, total, parallel)
         if state.step < total:
             raise UserError(f"the stream ended after step {state.step} of {total}; supply every batch of the run")
         if state.readings is not None:
             state.readings.read()  # a run that diverged has no final weights
         finalise(sae, cache, config, state)
+    except GeneratorExit:  # on all processes, at the same step
+        if not is_lost():
+            state.join()
+        raise
     finally:
         sae.eval()
         state.fold(sae)
@@ -135,9 +144,17 @@ def _sample(cache: ActivationCache) -> Batch:
 
 
 def batches(
-    cache: ActivationCache, config: TrainConfig, step: int, grads: bool, device: torch.device | str | None = None
+    cache: ActivationCache,
+    config: TrainConfig,
+    step: int,
+    grads: bool,
+    device: torch.device | str | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Generator[Batch]:
-    """The batches of a run from a given step on; on ``device``, or on the CPU."""
+    """The batches of a run from a given step on; on ``device``, or on the CPU.
+
+    With ``part=(i, n)`` only the rows of the i-th of n data ranks are read.
+    """
     per_epoch = cache.n_batches(config.batch_size, split="train", drop_last=True)
     first, start_at = divmod(step, per_epoch)
     for epoch in range(first, config.epochs):
@@ -150,6 +167,7 @@ def batches(
             grads=grads,
             drop_last=True,
             device=device,
+            part=part,
         )
 
 
@@ -161,6 +179,7 @@ def finalise(sae: SAE, cache: ActivationCache, config: TrainConfig, state: Train
         correction = 1 - config.ema**state.step
         for name, parameter in sae.named_parameters():
             parameter.copy_(state.ema[name] / correction)
+    state.join()
     if isinstance(sae, LinearSAE) and sae.transcodes:
         sae.uncentre()
     sae.normalise_decoder()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from saelab import kernels
+from saelab.distributed import Parallel
+from saelab.distributed.engine import Engine
 from saelab.errors import UserError
 from saelab.sae import SAE
 from saelab.training.readings import Readings
@@ -43,6 +45,7 @@ class TrainState:
     failed: Tensor | None = None  # on a GPU: 1 once a step has diverged, which forbids all updates from then on
     first: Tensor | None = None  # first_fvu on the device, before it is read
     readings: Readings | None = None  # of steps whose numbers are on the device
+    engine: Engine | None = None  # where the parameters are divided over data ranks
 
     @property
     def out_scale(self) -> float:
@@ -58,6 +61,27 @@ class TrainState:
     def unfold(self, sae: SAE) -> None:
         """The inverse of :meth:`fold`: put ``sae`` back into units of the scaled data, bit for bit."""
         sae.rescale_(self.out_scale, self.scale)
+
+    def divide(self, sae: SAE, parallel: Parallel) -> None:
+        """Leave to this process its share of the parameters, the moments and the averages; all data ranks call it."""
+        if parallel.data_size == 1:
+            return
+        if self.engine is not None:
+            self.engine.divide()
+            return
+        whole, held = self.optimizer, list(sae.named_parameters())
+        self.engine = Engine(sae, parallel)
+        self.optimizer = make_optimizer(sae)
+        self.ema = {name: part.clone() for name, part in self.engine.parts(self.ema).items()}
+        for name, parameter in held:
+            for key, value in whole.state.get(parameter, {}).items():
+                part = self.engine.parts({name: value})[name] if value.ndim else value
+                self.optimizer.state[self.engine.own[name]][key] = _like(part, self.engine.own[name])
+
+    def join(self) -> None:
+        """Give the SAE whole parameters again, where they are divided over data ranks; all of them call it."""
+        if self.engine is not None:
+            self.engine.join()
 
     def keep_moments_in(self, name: str) -> None:
         """Keep the optimizer's moments in ``fp32`` or ``bf16``. Raises UserError where they are in the other one."""

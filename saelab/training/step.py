@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,13 @@ from saelab.kernels import tally
 from saelab.sae import SAE, LinearSAE
 from saelab.training import dead
 from saelab.training.config import TrainConfig
-from saelab.training.constraint import clip_factor, constrain, constrains_on_the_way, gradient_norm
+from saelab.training.constraint import (
+    clip_factor,
+    constrain,
+    constrains_on_the_way,
+    gradient_norm,
+    squared_gradients,
+)
 from saelab.training.divergence import LIMIT, excess
 from saelab.training.readings import Numbers, Readings, StepMetrics, together
 from saelab.training.schedule import learning_rate
@@ -27,27 +34,26 @@ from saelab.training.state import TrainState
 def train_step(
     sae: SAE, batch: Batch, config: TrainConfig, state: TrainState, total: int, parallel: Parallel = SINGLE
 ) -> StepMetrics:
-    """One step: forward, statistics, backward, constraint on the decoder, clip, average, Adam (in this order)."""
-    n, later = batch.acts.shape[0], leaves_numbers(sae.device, parallel)
+    """One step: forward, statistics, backward, constraint on the decoder, clip, average, Adam (in this order).
 
-    def share(part: Tensor | None) -> Tensor | None:
-        return None if part is None else parallel.share(part).to(sae.device, non_blocking=True)
-
-    x, grads, target = share(batch.acts) * state.scale, share(batch.grads), share(batch.target)  # pyright: ignore
-    if grads is not None:
-        # The loss does not change when what it depends on is rescaled, so its gradient scales inversely.
-        grads = grads / state.out_scale
-    if target is not None:
-        target = target * state.out_scale
+    ``batch`` has the rows of this data rank.
+    """
+    n, later = batch.acts.shape[0] * parallel.data_size, leaves_numbers(sae.device, parallel)
+    x, grads, target = _scaled(batch, state, sae.device)
     sae.schedule(state.step, total)
     measures = config.freeze == "none" and constrains_on_the_way(sae, parallel)
     sums = kernels.RowSums() if measures else None
     with _randomness(config.seed, state.step, sae.device), kernels.use_precision(config.precision):
-        done = _forward(sae, x, grads, target, n, config, state, parallel, later, sums)
+        forward = partial(_forward, sae, x, grads, target, n, config, state, parallel, later, sums)
+        done = forward() if state.engine is None else state.engine(forward)
 
     state.optimizer.zero_grad(set_to_none=True)
     done.loss.backward()
-    scale = constrain(sae, [aux.rows for aux in done.auxiliary.values()], sums, parallel)
+    copies = [aux.rows for aux in done.auxiliary.values()]
+    if state.engine is not None:
+        state.engine.deliver()
+        copies = []  # the rows were no copies, so their gradient is there already
+    scale = constrain(sae, copies, sums)
 
     for name in FROZEN[config.freeze]:
         getattr(sae, name).grad = None  # neither the norm nor the optimizer sees it
@@ -76,6 +82,18 @@ def train_step(
         known = {name: value.item() if isinstance(value, Tensor) else value for name, value in diagnostics.items()}
         metrics.settle(found._replace(diagnostics=known))
     return metrics
+
+
+def _scaled(batch: Batch, state: TrainState, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The activations, gradients and target of a batch on the device, in units of the scaled data."""
+    x, grads, target = (
+        None if t is None else t.to(device, non_blocking=True) for t in (batch.acts, batch.grads, batch.target)
+    )
+    assert x is not None
+    if grads is not None:
+        # The loss does not change when what it depends on is rescaled, so its gradient scales inversely.
+        grads = grads / state.out_scale
+    return x * state.scale, grads, None if target is None else target * state.out_scale
 
 
 FROZEN: dict[str, tuple[str, ...]] = {"none": (), "decoder": ("W_dec",), "encoder": ("W_enc",)}
@@ -176,15 +194,30 @@ def _numbers(
         unit = goal.shape[0] * state.variance
         fvu, l0 = sums.errors.sum() / unit, done.fired.counts.sum() / goal.shape[0]
         parts = {"fvu": fvu, "l0": l0, "energy": length.square() / unit, **parts}
-    grad_norm = gradient_norm(sae, sums, parallel)
-    summed = parallel.sum_all(together({"loss": done.loss, **parts}) / parallel.dict_size, "statistics")
-    numbers = dict(zip(("loss", *parts), summed.unbind())) | {"grad_norm": grad_norm}
-    numbers |= {"dead": parallel.sum_dict(dead.number(state, config)[None], "statistics")[0], **counts}
+    if parallel.size == 1:
+        shared = dict(zip(("loss", *parts), together({"loss": done.loss, **parts}).unbind()))
+        shared["dead"], grad_norm = dead.number(state, config), gradient_norm(sae, sums)
+    else:
+        shared, grad_norm = _summed({"loss": done.loss, **parts}, sae, state, config, parallel)
+    numbers = {**shared, "grad_norm": grad_norm, **counts}
     factor = clip_factor(grad_norm, config.grad_clip, later)
     if later:
         return numbers, factor, flag_failure(state, numbers), None
     read = {name: value.item() for name, value in numbers.items()}
     return numbers, factor, None, digest(state.step + 1, read, state, config)
+
+
+def _summed(
+    parts: dict[str, Tensor], sae: SAE, state: TrainState, config: TrainConfig, parallel: Parallel
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The numbers of the whole step and the norm of its gradient, from those of all processes in one exchange."""
+    # All dictionary ranks compute the same losses and the same gradients of what they share.
+    own = together({**parts, "shared": squared_gradients(sae, shared=True)}) / parallel.dict_size
+    squares, silent = squared_gradients(sae, shared=False), dead.number(state, config) / parallel.data_size
+    total = parallel.sum_all(torch.cat([own, together({"own": squares, "dead": silent})]), "statistics")
+    found = dict(zip((*parts, "shared", "own", "dead"), total.unbind()))
+    norm = (found.pop("shared") + found.pop("own")).sqrt().float()
+    return found, norm
 
 
 def leaves_numbers(device: torch.device, parallel: Parallel) -> bool:

@@ -119,6 +119,33 @@ def test_the_batches_are_those_of_the_cpu(
     assert sum(mark.waited_for for mark in device.caller_marks) >= 3
 
 
+@pytest.mark.parametrize("device", [None, "late"])
+def test_processes_read_equal_parts_of_each_batch(
+    device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(tmp_path / "cache", dtype="float32")
+    on(LateDevice(), monkeypatch)
+    for options in ({"seed": 3, "epoch": 2, "start": 7}, {"seed": None, "start": 0}):
+        shape = {"grads": True, "drop_last": True, **options}
+        whole, asked = list(cache.batches(96, **shape)), {"device": device, **shape}
+        parts = [list(cache.batches(96, part=(number, 3), **asked)) for number in range(3)]
+        joined = (Batch(*(torch.cat(c) if torch.is_tensor(c[0]) else None for c in zip(*b))) for b in zip(*parts))
+        assert assert_same(joined, iter(whole)) == len(whole) > 20
+    with pytest.raises(UserError, match="batches of 100 rows, the last one too, must divide over 3 processes"):
+        next(cache.batches(100, part=(0, 3), drop_last=True, device=device))
+
+
+def test_a_process_looks_at_no_row_of_another(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path / "cache", dtype="float32")
+    row = int(next(cache.batches(90, drop_last=True)).rows[40])
+    shard, local = cache.shards.locate(row)
+    cache.shards.columns(shard)["acts"].tensor[local, 5] = float("inf")  # pyright: ignore[reportAttributeAccessIssue]
+    for number in (0, 2):
+        assert len(list(cache.batches(90, drop_last=True, part=(number, 3)))) > 20
+    with pytest.raises(UserError, match="non-finite activation"):
+        next(cache.batches(90, drop_last=True, part=(1, 3)))
+
+
 def test_a_buffer_that_is_filled_before_it_was_copied_would_be_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,44 +4,48 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from saelab.bench import distributed as bench
-from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel, start_world
+from saelab.distributed.checkpoint import slices, split_dims
 from saelab.distributed.plan import traffic_per_step
 from saelab.distributed.sharding import build_shard
-from saelab.distributed.slices import read_slices, slices, split_dim, split_dims
+from saelab.distributed.world import end_world
 from saelab.errors import UserError
-from saelab.files import lock
 from saelab.layout import EXTRA
 from saelab.sae import build, mutual_choice
+from saelab.sae.parts import in_parts
 from saelab.sae.topk import TopK
 from saelab.sae.weights import load_sae
 from saelab.training import TrainConfig, fit_steps, n_steps
-from saelab.training.checkpoints import latest_step
-from tests import tiny_lm
+from saelab.training.checkpoints import latest_step, load_step
 
 D_IN, D_SAE, K = 16, 64, 2
 CONFIG = TrainConfig(epochs=2, batch_size=64, lr=3e-3, dead_after=70, k_aux=4, ema=0.9, grad_clip=0.05)
-# Variant, dictionary ranks of four processes, and what they are compared by.
-CASES = [("topk", 1), ("topk", 2), ("abs_topk", 4), ("batch_topk", 4), ("mutual_choice", 4), ("feature_choice", 4)]
-WITHIN_DATA_RANKS = ("batch_topk", 1)  # each data rank spends its part of the budget
+# Variant, processes, and dictionary ranks among them.
+DIVIDED = [("topk", 4, 2), ("topk", 2, 2), ("abs_topk", 4, 4), ("batch_topk", 4, 4)]
+DIVIDED += [("mutual_choice", 4, 4), ("feature_choice", 4, 4)]
+BY_DATA = [("topk", 4, 1), ("topk", 2, 1), ("abs_topk", 4, 1), ("gradient_topk", 2, 1), ("relu", 2, 1), ("gated", 2, 1)]
+BY_DATA += [("matching_pursuit", 4, 1)]
+CASES = [*DIVIDED, *BY_DATA]
+REVIVES = {"topk", "abs_topk", "batch_topk", "mutual_choice", "feature_choice"}  # in so short a run
+WITHIN_DATA_RANKS = ("batch_topk", 4, 1)  # each data rank spends its part of the budget
 TIPPED = {"batch_topk": 2, "mutual_choice": 2, "feature_choice": 2}  # of 64 latents
 RESUMED = {"topk": 7, "feature_choice": 15}  # interrupted after so many of 24 steps
 REFIT = 5  # steps between fits of the Zipf law, so that a short run has some
+OPTIONS = {"relu": {}, "gated": {}, "matching_pursuit": {"n_steps": 4, "norm": "project", "revive_weight": 0.0}}
+OPTIONS["gradient_topk"] = {"k": K, "grad_norm": "none"}  # else data ranks scale gradients by their own tokens
 
 
 def tune_into(folder: Path, cache_path: str, parallel: Parallel) -> None:
@@ -57,7 +61,7 @@ def tune_into(folder: Path, cache_path: str, parallel: Parallel) -> None:
 
 def train_into(folder: Path, cache_path: str, variant: str, parallel: Parallel, stop: int | None = None) -> None:
     cache = ActivationCache(cache_path)
-    sae = build_shard(variant, D_IN, D_SAE, 0, parallel, k=K)
+    sae = build_shard(variant, D_IN, D_SAE, 0, parallel, **OPTIONS.get(variant, {"k": K}))
     generator = fit_steps(sae, cache, CONFIG, folder, resume=True, checkpoint_steps=5, parallel=parallel)
     for metrics in generator:
         if metrics.step == stop:
@@ -84,22 +88,59 @@ def keep_marks(folder: Path, cache_path: str, parallel: Parallel) -> list[int]:
     return shards[1].marks.tolist()  # pyright: ignore
 
 
-def worker(rank: int, world: int, port: int, folder: str, cache_path: str) -> None:
-    """All that four processes are asked, in one start of them."""
+def worker(rank: int, ports: list[int], folder: str, cache_path: str) -> None:
+    """All that four processes are asked, and then two of them, in one start."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     root, mutual_choice.REFIT = Path(folder), REFIT
-    for variant, dict_ranks in [*CASES, WITHIN_DATA_RANKS]:
-        # Four processes may all have to compile the CPU kernels first, on few cores.
-        parallel = start_world(dict_ranks, timeout_s=300)
-        train_into(root / f"{variant}-{dict_ranks}", cache_path, variant, parallel)
-        (root / f"traffic-{variant}-{dict_ranks}-{rank}.json").write_text(json.dumps(parallel.traffic))
-    parallel = start_world(4)
-    train_into(root / "topk-four-then-one", cache_path, "topk", parallel, stop=7)
+    # Four processes may all have to compile the CPU kernels first, on few cores.
+    enter(rank, 4, ports[0])
+    for variant, size, dict_ranks in [*CASES, WITHIN_DATA_RANKS]:
+        if size == 4:
+            train_case(root, cache_path, variant, dict_ranks, rank)
+    parallel = start_world(2, timeout_s=300)
+    train_into(root / "stopped", cache_path, "topk", parallel, stop=7)
+    parallel.barrier()
+    if rank == 0:
+        for name in ("again", "by-two", "by-one"):
+            shutil.copytree(root / "stopped", root / name)
+    parallel.barrier()
+    train_into(root / "again", cache_path, "topk", parallel)
     for variant in RESUMED:
-        train_into(root / f"{variant}-one-then-four", cache_path, variant, parallel)
-    tune_into(root / "tuned-4", cache_path, parallel)
-    (root / f"marks-{rank}.json").write_text(json.dumps(keep_marks(root / "marked", cache_path, parallel)))
+        train_into(root / f"{variant}-one-then-four", cache_path, variant, start_world(4, timeout_s=300))
+    tune_into(root / "tuned-4", cache_path, start_world(4, timeout_s=300))
+    (root / f"marks-{rank}.json").write_text(json.dumps(keep_marks(root / "marked", cache_path, start_world(4))))
+    (root / f"refused-{rank}.txt").write_text(refused(root, cache_path, start_world(2), rank))
+    end_world()
+    if rank < 2:
+        enter(rank, 2, ports[1])
+        for variant, size, dict_ranks in CASES:
+            if size == 2:
+                train_case(root, cache_path, variant, dict_ranks, rank)
+        train_into(root / "by-two", cache_path, "topk", start_world(1, timeout_s=300))
+
+
+def enter(rank: int, world: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def train_case(root: Path, cache_path: str, variant: str, dict_ranks: int, rank: int) -> None:
+    parallel = start_world(dict_ranks, timeout_s=300)
+    name = f"{variant}-{parallel.size}-{dict_ranks}"
+    train_into(root / name, cache_path, variant, parallel)
+    (root / f"traffic-{name}-{rank}.json").write_text(json.dumps(parallel.traffic))
+
+
+def refused(root: Path, cache_path: str, parallel: Parallel, rank: int) -> str:
+    """What processes are told of which one reads other activations."""
+    cache = ActivationCache(cache_path)
+    if rank == 3:
+        acts = cache.read(range(cache.n_rows)).acts
+        cache = ActivationCache.from_tensors(root / "other", acts + 1, held_out=0.1)
+    with pytest.raises(UserError) as error:
+        list(
+            fit_steps(build_shard("topk", D_IN, D_SAE, 0, parallel, k=K), cache, CONFIG, root / "no", parallel=parallel)
+        )
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +148,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
     generator = torch.Generator().manual_seed(0)
     codes = torch.rand(900, 32, generator=generator) * (torch.rand(900, 32, generator=generator) < 0.1)
     acts = 5 * codes @ torch.randn(32, D_IN, generator=generator) + 3
-    return ActivationCache.from_tensors(tmp_path_factory.mktemp("distributed") / "cache", acts, held_out=0.1)
+    folder = tmp_path_factory.mktemp("distributed") / "cache"
+    return ActivationCache.from_tensors(folder, acts, grads=acts.roll(1, 0) - acts, held_out=0.1, shard_rows=300)
 
 
 @pytest.fixture(scope="module")
@@ -116,19 +158,21 @@ def runs(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Pa
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mutual_choice, "REFIT", REFIT)
-        for variant in {variant for variant, _ in CASES}:
+        for variant in {variant for variant, *_ in CASES}:
             train_into(root / f"{variant}-single", cache.path, variant, SINGLE)
         for variant, step in RESUMED.items():
             train_into(root / f"{variant}-one-then-four", cache.path, variant, SINGLE, stop=step)
+    shutil.copytree(root / "topk-one-then-four", root / "stopped-single")
     tune_into(root / "tuned-single", cache.path, SINGLE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        ports = [first.getsockname()[1], second.getsockname()[1]]
     with pytest.MonkeyPatch.context() as patch:
         # A test of the app in the same process leaves the app as __main__, which spawned processes would run again.
         patch.setitem(sys.modules, "__main__", ModuleType("__main__"))
-        mp.spawn(worker, (4, port, str(root), cache.path), nprocs=4)
-    train_into(root / "topk-four-then-one", cache.path, "topk", SINGLE)
+        mp.spawn(worker, (ports, str(root), cache.path), nprocs=4)
+    train_into(root / "by-one", cache.path, "topk", SINGLE)
     return root
 
 
@@ -161,26 +205,59 @@ def test_several_processes_are_refused_on_a_device_that_has_no_collectives(monke
         start_world(device="mps")
 
 
-@pytest.mark.parametrize(("variant", "dict_ranks"), CASES)
-def test_four_processes_train_the_sae_of_one(runs: Path, variant: str, dict_ranks: int) -> None:
-    compare(runs / f"{variant}-{dict_ranks}", runs / f"{variant}-single", TIPPED.get(variant, 0))
+@pytest.mark.parametrize(("variant", "size", "dict_ranks"), CASES)
+def test_many_processes_train_the_sae_of_one(runs: Path, variant: str, size: int, dict_ranks: int) -> None:
+    compare(runs / f"{variant}-{size}-{dict_ranks}", runs / f"{variant}-single", TIPPED.get(variant, 0))
     rows = [json.loads(line) for line in (runs / f"{variant}-single" / "metrics.jsonl").read_text().splitlines()]
-    assert any("auxk" in row and row["dead"] > 4 for row in rows), "the auxiliary loss was not put to the test"
+    if variant in REVIVES:
+        assert any("auxk" in row and row["dead"] > 4 for row in rows), "the auxiliary loss was not put to the test"
     assert any(row["grad_norm"] > CONFIG.grad_clip for row in rows)
+
+
+def test_they_select_the_same_latents(runs: Path) -> None:
+    kept = [latest_step(runs / name) for name in ("stopped", "stopped-single")]
+    assert [path.name for path in kept] == ["step_00000007"] * 2
+    assert in_parts(kept[0]) and not in_parts(kept[1])
+    sae = build("topk", D_IN, D_SAE, k=K)
+    (weights, state, scalars), (their_weights, their_state, their_scalars) = (load_step(path, sae) for path in kept)
+    assert scalars == their_scalars and state.keys() == their_state.keys()
+    assert torch.equal(state["tokens_since_fired"], their_state["tokens_since_fired"])
+    # Seven steps of at most lr, along gradients that are sums over the 64 tokens of a batch.
+    bound = 7 * CONFIG.lr * 64 * torch.finfo(torch.float32).eps * 10
+    for name, weight in weights.items():
+        assert (weight - their_weights[name]).abs().quantile(0.99) < bound, name
+    assert torch.equal(load_sae(kept[0]).W_dec, weights["W_dec"])  # a checkpoint in parts opens like another
 
 
 def test_a_batch_budget_is_spent_within_each_data_rank(runs: Path) -> None:
     one, four = (
-        json.loads((runs / f"batch_topk-{n}" / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("single", 1)
+        json.loads((runs / f"batch_topk-{n}" / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("single", "4-1")
     )
     assert four["l0"] == pytest.approx(K, rel=0.1) and four["fvu"] == pytest.approx(one["fvu"], rel=0.1)
 
 
-@pytest.mark.parametrize("folder", ["topk-four-then-one", *(f"{variant}-one-then-four" for variant in RESUMED)])
+@pytest.mark.parametrize("folder", ["by-two", "by-one", *(f"{variant}-one-then-four" for variant in RESUMED)])
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, folder: str) -> None:
-    variant = folder.split("-")[0]
+    variant = folder.split("-")[0] if folder.split("-")[0] in RESUMED else "topk"
     compare(runs / folder, runs / f"{variant}-single", TIPPED.get(variant, 0))
     assert load_sae(runs / folder).d_sae == D_SAE
+
+
+def test_a_resumed_run_of_the_same_layout_is_identical(runs: Path) -> None:
+    for name in ("sae_weights.safetensors", "metrics.jsonl"):
+        assert (runs / "again" / name).read_bytes() == (runs / "topk-4-2" / name).read_bytes()
+
+
+def test_a_checkpoint_without_one_of_its_files_is_refused(runs: Path, tmp_path: Path) -> None:
+    step = shutil.copytree(latest_step(runs / "stopped"), tmp_path / "step_00000007")
+    sorted(step.glob("shard-*"))[1].unlink()
+    with pytest.raises(UserError, match="lacks a part of"):
+        load_step(step, build("topk", D_IN, D_SAE, k=K))
+
+
+def test_processes_with_different_caches_are_refused(runs: Path) -> None:
+    told = {(runs / f"refused-{rank}.txt").read_text() for rank in range(4)}
+    assert told == {"the cache differs between process 0 and process 3; give every process the same files"}
 
 
 def test_a_fine_tuning_is_split_like_a_training(runs: Path) -> None:
@@ -188,7 +265,7 @@ def test_a_fine_tuning_is_split_like_a_training(runs: Path) -> None:
 
 
 def test_latents_choose_alike_in_shards_and_alone(runs: Path) -> None:
-    one, four = (load_file(runs / f"feature_choice-{n}" / EXTRA) for n in ("single", 4))
+    one, four = (load_file(runs / f"feature_choice-{n}" / EXTRA) for n in ("single", "4-4"))
     assert one.keys() == four.keys() and one["switched"] == four["switched"] == 12
     assert one["zipf"][1] > 0, "no law was fitted"
     for name in one:
@@ -197,11 +274,13 @@ def test_latents_choose_alike_in_shards_and_alone(runs: Path) -> None:
         assert error.quantile(0.99) <= 1e-4 * one[name].abs().max(), name
 
 
-@pytest.mark.parametrize(("variant", "dict_ranks"), CASES[:4])
-def test_traffic_is_what_the_formula_says(runs: Path, cache: ActivationCache, variant: str, dict_ranks: int) -> None:
-    sent = json.loads((runs / f"traffic-{variant}-{dict_ranks}-0.json").read_text())
+@pytest.mark.parametrize(("variant", "size", "dict_ranks"), [*DIVIDED[:4], *BY_DATA[:2]])
+def test_traffic_is_what_the_formula_says(
+    runs: Path, cache: ActivationCache, variant: str, size: int, dict_ranks: int
+) -> None:
+    sent = json.loads((runs / f"traffic-{variant}-{size}-{dict_ranks}-0.json").read_text())
     steps = n_steps(cache, CONFIG)
-    expected = traffic_per_step(64, D_IN, D_SAE, K, data_size=4 // dict_ranks, dict_size=dict_ranks)
+    expected = traffic_per_step(64, D_IN, D_SAE, K, data_size=size // dict_ranks, dict_size=dict_ranks)
     assert sent.get("gradients", 0) == pytest.approx(steps * expected["gradients"], abs=4 * steps)
     assert sent.get("bias", 0) == pytest.approx(steps * expected["bias"], abs=steps)
     # AuxK exchanges its own candidates and a second reconstruction while latents are dead.
@@ -219,7 +298,7 @@ def test_every_rank_keeps_its_own_values_of_a_buffer_per_latent(runs: Path) -> N
     assert marks == torch.arange(D_SAE).view(4, -1).tolist()
 
 
-@pytest.mark.parametrize("variant", [name for name, ranks in CASES if ranks == 4])
+@pytest.mark.parametrize("variant", [name for name, _, ranks in DIVIDED if ranks == 4])
 def test_what_is_split_follows_from_the_shapes(variant: str) -> None:
     sae, whole = (build(variant, D_IN, d_sae, k=K).state_dict() for d_sae in (D_SAE // 4, D_SAE))
     expected = {"W_dec": 0, "W_enc": 1, "b_enc": 0}
@@ -241,25 +320,6 @@ def test_a_shard_starts_as_its_part_of_the_whole() -> None:
             assert torch.equal(shard.W_enc, whole.W_enc[:, parallel.latents(d_sae)])
 
 
-def test_slices_of_a_file(tmp_path: Path) -> None:
-    whole = {
-        "W_enc": torch.randn(3, 8),
-        "optimizer.W_dec.exp_avg": torch.randn(8, 3),
-        "optimizer.W_dec.step": torch.ones(()),
-    }
-    save_file(whole, tmp_path / "file")
-    dims = {"W_enc": 1, "W_dec": 0, "b_enc": 0}
-    part = read_slices(tmp_path / "file", dims, Parallel(dict_size=4, dict_rank=2))
-    assert torch.equal(part["W_enc"], whole["W_enc"][:, 4:6])
-    assert torch.equal(part["optimizer.W_dec.exp_avg"], whole["optimizer.W_dec.exp_avg"][4:6])
-    assert part["optimizer.W_dec.step"] == 1
-    assert [split_dim(name, n, dims) for name, n in [("b_dec", 1), ("ema.b_enc", 1), ("optimizer.b_enc.step", 0)]] == [
-        None,
-        0,
-        None,
-    ]
-
-
 @pytest.mark.parametrize(
     ("variant", "d_sae", "config", "message"),
     [
@@ -275,44 +335,6 @@ def test_impossible_splits_are_refused(variant: str, d_sae: int, config: dict, m
         build_shard(variant, D_IN, d_sae, 0, Parallel(dict_size=4), **config)
 
 
-def torchrun(*args: str, processes: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "-m", "saelab", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-
-
-@pytest.mark.slow
-def test_torchrun_a_rank_that_dies_ends_the_others_and_the_run_resumes(cache: ActivationCache, tmp_path: Path) -> None:
-    options = ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--epochs", "6", "--checkpoint-steps", "10"]
-    args = ["train", cache.path, "--out", str(tmp_path / "run"), "--dict-ranks", "2", "--resume", *options]
-    process = torchrun(*args)
-    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.read_bytes().count(b"\n") > 25) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    started = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - started < 60
-    assert "SIGKILL" in output and "rank" in output, output
-    done = int(latest_step(tmp_path / "run").name.removeprefix("step_"))
-    assert done >= 20
-    with lock(tmp_path / "run"):
-        other = torchrun(*args)
-        output, _ = other.communicate(timeout=120)
-    # The main process says so once; the other one ends with it, without waiting for its time limit.
-    assert other.returncode != 0 and output.count("error: another process is writing") == 1, output
-    assert output.count("Traceback") == 1, output  # torchrun's own
-    output, _ = torchrun(*args, "--json").communicate(timeout=120)
-    result = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
-    assert result["step"] == 6 * (810 // 32) and result["fvu"] < 0.5
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, result["step"] + 1))
-    assert load_sae(tmp_path / "run").d_sae == D_SAE
-
-
 def test_the_benchmark_counts_what_the_formula_says(tmp_path: Path) -> None:
     options = bench.Options(d_in=32, d_sae=64, k=4, batch_size=64, steps=2, processes=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -325,25 +347,3 @@ def test_the_benchmark_counts_what_the_formula_says(tmp_path: Path) -> None:
         # The interface also carries headers, and whatever else runs on the machine.
         assert result["wire"] > sum(result["formula"].values())
     assert bench.table(results, 2).row_count > len(results)
-
-
-@pytest.mark.slow
-def test_torchrun_harvests_the_files_of_one_process(tmp_path: Path) -> None:
-    tiny_lm.save_llama(tmp_path / "llama")
-    texts = [json.dumps({"text": tiny_lm.sentences(200, seed)}) + "\n" for seed in range(3)]
-    (tmp_path / "text.jsonl").write_text("".join(texts))
-    source = ["--model", str(tmp_path / "llama"), "--text", str(tmp_path / "text.jsonl"), "--device", "cpu"]
-    size = ["--tokens", "600", "--context-length", "16", "--pass-tokens", "32", "--shard-bytes", "8192"]
-    hooks = ["--hook", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post", "--gradients"]
-    command = ["harvest", *source, *size, *hooks]
-    many = torchrun(*command, "--out", str(tmp_path / "many"))
-    main([*command, "--out", str(tmp_path / "one")])
-    output, _ = many.communicate(timeout=120)
-    assert many.returncode == 0, output
-    assert output.count("saved to") == 2, output  # a line a hook, by the main process alone
-    files = [
-        {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-        for folder in (tmp_path / "many", tmp_path / "one")
-    ]
-    assert sum("shard" in name for name in files[0]) > 4
-    assert files[0] == files[1]

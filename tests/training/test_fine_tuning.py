@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from saelab import ActivationCache, build, load
 from saelab.distributed import Parallel
+from saelab.distributed.checkpoint import slices, split_dims
 from saelab.distributed.sharding import build_shard
-from saelab.distributed.slices import slices, split_dims
 from saelab.sae import SAE, Normalised
 from saelab.sae.weights import load_metadata, load_sae, save
 from saelab.training import TrainConfig, adopt, fit_steps, train_steps

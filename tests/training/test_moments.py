@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from saelab.data.cache import ActivationCache
-from saelab.distributed import SINGLE
-from saelab.distributed.slices import write_sharded
 from saelab.errors import UserError
 from saelab.sae import build
 from saelab.training import TrainConfig, fit_steps, start, train, train_steps
@@ -64,10 +62,3 @@ def test_a_state_with_other_moments_is_refused(cache: ActivationCache) -> None:
     run.close()
     with pytest.raises(UserError, match="moments=fp32, but the training state has moments in bf16; continue with bf16"):
         next(train_steps(sae, cache, replace(config, moments="fp32"), state))
-
-
-def test_several_processes_can_write_it(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(6, 4).bfloat16().T, "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.randn(2)}
-    write_sharded(tmp_path / "state", tensors, {}, SINGLE)
-    read = load_file(tmp_path / "state")
-    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())

@@ -58,6 +58,7 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Parse, load the model, harvest with a progress bar, print a summary."""
     # Imported here: the settings belong to the gateway of the language models.
+    from saelab.distributed.failures import naming_lost
     from saelab.harvesting import HarvestConfig
 
     cls = dataclasses.make_dataclass("HarvestOptions", [], bases=(HarvestConfig, Options), frozen=True)
@@ -66,7 +67,8 @@ def main(args: Sequence[str]) -> None:
     )
     config = part(HarvestConfig, options)
     try:
-        run(options, config)
+        with naming_lost():
+            run(options, config)
     except KeyboardInterrupt:
         console.print("interrupted; the same command with --resume continues after the last complete shard")
         sys.exit(130)
@@ -81,7 +83,7 @@ def place(options: Any) -> tuple[Any, Any]:
     device = pick_device(options.device)
     if not launched():
         return Share(), device
-    parallel = start_world(timeout_s=options.timeout_s)
+    parallel = start_world(timeout_s=options.timeout_s, checkpoint_timeout_s=options.timeout_s)
     quiet(not parallel.is_main)
     return Share(parallel.data_rank, parallel.data_size, parallel.barrier), device
 

@@ -21,10 +21,11 @@ from saelab.cli.placement import computing_device
 from saelab.cli.signals import Stop, stop_on_signals
 from saelab.cli.variants import l0_field, option_fields, resolve_l0, value_of, variant_in
 from saelab.data.cache import ActivationCache
-from saelab.distributed import SINGLE, Parallel, launched, start_world
+from saelab.distributed import SINGLE, Parallel, Poll, launched, start_world
+from saelab.distributed.checkpoint import slices, split_dims
+from saelab.distributed.failures import naming_lost, restarted
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.sharding import whole as whole_of
-from saelab.distributed.slices import slices, split_dims
 from saelab.distributed.world import end_world
 from saelab.errors import UserError, damaged
 from saelab.files import url_of
@@ -70,9 +71,11 @@ class Options:
     """Of a cache behind a URL: gigabytes of local disk for what was fetched, so that later epochs need not fetch it."""
     timeout_s: float = 60.0
     """Seconds that a process waits for another one before it ends the run."""
+    checkpoint_timeout_s: float = 3600.0
+    """The same while a checkpoint is written or read."""
     resume: bool = False
     """Continue the run in the folder, if there is one, with its settings; the result is bit-identical to that of an
-    uninterrupted run."""
+    uninterrupted run. Processes that `torchrun --max-restarts` starts again do so in any case."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints, which are written while the training goes on; SIGINT and SIGTERM save one and
     stop."""
@@ -132,12 +135,20 @@ def train(args: Sequence[str]) -> None:
 
 def run(options: Any, config: dict[str, Any], source: Run | None = None) -> StepMetrics | None:
     """Train as the options say, from ``source`` or from scratch; returns the last step's metrics."""
+    if restarted():
+        options = dataclasses.replace(options, resume=True, overwrite=False)
+    with naming_lost():
+        return _run(options, config, source)
+
+
+def _run(options: Any, config: dict[str, Any], source: Run | None) -> StepMetrics | None:
     if options.resume and finished(options.out):
         console.print(f"{options.out} is finished; nothing to resume", markup=False)
         return None
     Interval(options.checkpoint_steps, options.checkpoint_minutes)  # which refuses bad ones, before anything is done
     device = computing_device(options.device)
-    parallel = start_world(options.dict_ranks, device, options.timeout_s) if launched() else SINGLE
+    waits = options.timeout_s, options.checkpoint_timeout_s
+    parallel = start_world(options.dict_ranks, device, *waits) if launched() else SINGLE
     if options.dict_ranks > 1 and parallel.size == 1:
         raise UserError(f"dict_ranks={options.dict_ranks} needs several processes; start them with torchrun")
     quiet(not parallel.is_main)
@@ -226,14 +237,14 @@ def drive(
             parallel=parallel,
         )
         task = bar.add_task("train", total=total, state="")
-        started, first, text = time.perf_counter(), None, ""
+        started, first, text, poll = time.perf_counter(), None, "", Poll(parallel)
         for last in steps:
             first = first or last.tokens - config.batch_size
             speed = (last.tokens - first) / (time.perf_counter() - started)
             if last.known:  # else they are on the GPU, which would be waited for
                 text = f"FVU {last.fvu:.3f}  L0 {last.l0:.0f}  dead {last.dead}  {speed:,.0f} tokens/s"
             bar.update(task, completed=last.step, state=text)
-            if last.step < total and parallel.any(stop.signal is not None):
+            if poll(stop.signal is not None) and last.step < total:
                 steps.close()
     return last
 

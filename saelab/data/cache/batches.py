@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.order import BLOCK, Order, Window, read_ahead
+from saelab.data.cache.order import Order, Window, read_ahead
 from saelab.data.cache.shards import Shards
 from saelab.errors import UserError
 from saelab.kernels import gather_rows
@@ -69,7 +69,7 @@ def stream(
     shards: Shards, buffers: Buffers, order: Order, names: Sequence[str], batch_size: int, start: int, end: int
 ) -> Generator[Batch]:
     """Rows ``start : end`` of a pass, as batches."""
-    size = min(order.window_blocks * BLOCK, order.n) * shards.row_bytes(names)
+    size = order.window_rows * shards.row_bytes(names)
     with buffers.pair(size) as pair:
         # By the time a third window loads, nothing reads from the first any more: batches hold copies.
         windows = zip(order.windows(start), itertools.cycle(pair))
@@ -82,7 +82,8 @@ def _load(shards: Shards, window: Window, names: Sequence[str], buffer: Tensor) 
     """The window's rows in corpus order; a view of the file where they lie in one piece, else in ``buffer``."""
     held: dict[str, Tensor] = {"rows": window.rows()}
     used = 0
-    for name, pieces in shards.pieces(window.spans, names).items():
+    for name, found in shards.pieces(window.spans, names).items():
+        pieces = window.loaded(found)
         if len(pieces) == 1:
             held[name] = pieces[0]
             continue

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saelab.data.cache.batches import Batch, refuse
-from saelab.data.cache.order import BLOCK, Order, Window, read_ahead
+from saelab.data.cache.order import Order, Window, read_ahead
 from saelab.data.cache.shards import Shards
 
 STAGING = 32 << 20  # bytes of one pinned buffer
@@ -126,7 +126,7 @@ def transport_for(device: torch.device | str | None, window_bytes: int) -> Trans
 
 def window_bytes(shards: Shards, order: Order, names: Sequence[str]) -> int:
     """Bytes that one window of an order takes, in the types that are stored."""
-    return min(order.window_blocks * BLOCK, order.n) * shards.row_bytes([n for n in names if n != "tokens"])
+    return order.window_rows * shards.row_bytes([n for n in names if n != "tokens"])
 
 
 def feed(
@@ -182,7 +182,8 @@ def _load(shards: Shards, transport: Transport, window: Window, names: Sequence[
     held: dict[str, Tensor] = {"rows": window.rows()}
     finite = transport.empty((window.length,), torch.bool)
     transport.queue(lambda: finite.fill_(True))
-    for name, pieces in shards.pieces(window.spans, names).items():
+    for name, found in shards.pieces(window.spans, names).items():
+        pieces = window.loaded(found)
         if not pieces[0].is_floating_point():
             held[name] = torch.cat(pieces)
             continue

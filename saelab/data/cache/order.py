@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,16 +27,30 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Order:
-    """One pass over rows ``first .. first + n``; ``seed=None`` is corpus order."""
+    """One pass over rows ``first .. first + n``; ``seed=None`` is corpus order.
+
+    Of each run of ``batch`` rows of the pass, process ``part`` of ``parts`` reads that part alone; rows are then
+    counted among its own.
+    """
 
     first: int
     n: int
     seed: int | None
     epoch: int
     window_blocks: int
+    batch: int = 1
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def window_rows(self) -> int:
+        """The most rows of a window."""
+        rows = min(self.window_blocks * BLOCK, self.n)
+        return rows if self.parts == 1 else (rows // self.batch + 2) * (self.batch // self.parts)
 
     def windows(self, start: int) -> Iterator[Window]:
-        """The windows of the pass from row number ``start`` of the pass on."""
+        """The windows of the pass from row number ``start`` on, which begins a batch where these are divided."""
+        start *= self.parts
         n_blocks = -(-self.n // BLOCK)
         blocks = np.arange(n_blocks)
         if self.seed is not None:
@@ -48,8 +62,23 @@ class Order:
             if chosen[-1] == n_blocks - 1:
                 length -= n_blocks * BLOCK - self.n
             if done + length > start:
-                yield self._window(number, chosen, length, max(start - done, 0))
+                window = self._window(number, chosen, length, max(start - done, 0))
+                yield window if self.parts == 1 else self._own(window, done)
             done += length
+
+    def _own(self, window: Window, done: int) -> Window:
+        """The rows of this process in a window that begins with row ``done`` of the pass."""
+        place = torch.arange(done, done + window.length) % self.batch
+        mine = place // (self.batch // self.parts) == self.part
+        emitted = window.emitted(0, window.length)[mine]
+        own = emitted.sort().values
+        return replace(
+            window,
+            length=len(own),
+            order=torch.searchsorted(own, emitted),
+            skip=int(mine[: window.skip].sum()),
+            own=own,
+        )
 
     def _window(self, number: int, blocks: np.ndarray, length: int, skip: int) -> Window:
         # Neighbouring blocks become one span, so that a window over everything is a single read.
@@ -66,12 +95,16 @@ class Order:
 
 @dataclass(frozen=True)
 class Window:
-    """Row spans to load, in corpus order, and the order in which to emit their rows after the first ``skip``."""
+    """Row spans to load, in corpus order, and the order in which to emit their rows after the first ``skip``.
+
+    With ``own`` only these rows of the spans are loaded.
+    """
 
     spans: list[tuple[int, int]]
     length: int
     order: Int[Tensor, " length"] | None
     skip: int
+    own: Int[Tensor, " length"] | None = None  # ascending, counted in the spans
 
     def emitted(self, start: int, stop: int) -> Int[Tensor, " m"]:
         """Which of the loaded rows are emitted as rows ``start : stop``."""
@@ -79,7 +112,16 @@ class Window:
 
     def rows(self) -> Int[Tensor, " length"]:
         """Global row numbers of the loaded rows."""
-        return torch.cat([torch.arange(start, stop) for start, stop in self.spans])
+        rows = torch.cat([torch.arange(start, stop) for start, stop in self.spans])
+        return rows if self.own is None else rows[self.own]
+
+    def loaded(self, pieces: list[Tensor]) -> list[Tensor]:
+        """The rows to load of the pieces of all spans, which are not read where they are memory-mapped."""
+        if self.own is None:
+            return pieces
+        starts = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
+        own = self.own.tensor_split(torch.searchsorted(self.own, starts[1:-1]))
+        return [piece.index_select(0, rows - start) for piece, rows, start in zip(pieces, own, starts)]
 
 
 def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:

@@ -223,6 +223,7 @@ class ActivationCache:
         grads: bool = False,
         drop_last: bool = False,
         device: torch.device | str | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> Generator[Batch]:
         """One pass over a split, read ahead in a thread.
 
@@ -230,17 +231,21 @@ class ActivationCache:
         order. ``start`` is the number of the first batch: a resumed pass continues exactly where it stopped. The
         last batch may be short unless ``drop_last``. With ``device``, activations and gradients are there, and on a
         CUDA device so is the window that they are shuffled in (see :mod:`saelab.data.cache.feed`); the rows and their
-        order do not depend on it. Raises UserError when the split is smaller than one batch, or ``grads`` are asked of
-        a cache without gradients.
+        order do not depend on it. With ``part=(i, n)`` only the i-th of n equal parts of each batch is read, and the
+        last batch must be whole. Raises UserError when the split is smaller than one batch, or ``grads`` are asked of a
+        cache without gradients.
         """
         count = self.n_batches(batch_size, split, drop_last)
         self._need_grads(grads)
         first, stop = self.split_rows(split)
         names = self._names(grads)
         window_blocks = max(self.window_bytes // (self.shards.row_bytes(names) * BLOCK), 1)
-        order = Order(first, stop - first, seed, epoch, window_blocks)
+        number, parts = part
         end = min(count * batch_size, stop - first)
-        span = batch_size, start * batch_size, end
+        if batch_size % parts or (end % batch_size and parts > 1):
+            raise UserError(f"batches of {batch_size} rows, the last one too, must divide over {parts} processes")
+        order = Order(first, stop - first, seed, epoch, window_blocks, batch_size, number, parts)
+        span = batch_size // parts, start * batch_size // parts, end // parts
         transport = feed.transport_for(device, feed.window_bytes(self.shards, order, names))
         if transport is not None:
             return feed.feed(self.shards, transport, order, names, *span)

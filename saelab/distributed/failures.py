@@ -1,0 +1,115 @@
+"""When a process of a run fails: the others end too, and one line says which one it was and why.
+
+Processes that torchrun started meet in its store, which outlives each of them. What they leave there is a few bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from saelab.errors import UserError, first_line
+
+GRACE = 3.0  # seconds in which a process that still runs reports that it has lost another one, too
+SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe")
+_SAID, _CLAIMS, _WAITING = "saelab/error", "saelab/errors", "saelab/waiting"
+
+
+class LostProcess(UserError):
+    """Another process of the run has ended or does not answer; the message names it."""
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again after a failure (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+_lost = False
+
+
+def is_lost() -> bool:
+    """Whether this process has lost another one, so that nothing can be exchanged any more."""
+    return _lost
+
+
+@contextmanager
+def naming_lost() -> Iterator[None]:
+    """Inside the block an exchange that fails because of another process raises :class:`LostProcess`."""
+    global _lost
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not _of_an_exchange(error):
+            raise
+        _lost = True
+        raise LostProcess(_lost_message(error)) from error
+
+
+def says_error(text: str, lost: bool) -> bool:
+    """Whether this process shall print an error: the first one that asks does.
+
+    Others do so only if theirs is another one, and no consequence of the first, as ``lost`` says.
+    """
+    store = _store()
+    if store is None:
+        return True
+    try:
+        if store.add(_CLAIMS, 1) == 1:
+            store.set(_SAID, text)
+            return True
+        return not lost and store.get(_SAID).decode() != text
+    except RuntimeError:  # the launcher is gone
+        return True
+
+
+def _of_an_exchange(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(sign in text for sign in SIGNS)
+
+
+def _lost_message(error: RuntimeError) -> str:
+    """Which processes do not answer, in one line."""
+    world, missing = dist.get_world_size(), _missing()
+    who = "another process" if not missing else f"process {', '.join(map(str, missing))}"
+    return (
+        f"{who} of {world} has ended or does not answer ({first_line(error)}); look for its own message, "
+        "and continue with --resume"
+    )
+
+
+def _missing() -> list[int]:
+    """The processes that have not reported, within ``GRACE``, that they wait for others."""
+    store = _store()
+    if store is None:
+        return []
+    rank, others = dist.get_rank(), {n for n in range(dist.get_world_size()) if n != dist.get_rank()}
+    try:
+        store.set(f"{_WAITING}/{rank}", "")
+        end = time.monotonic() + GRACE
+        while others and time.monotonic() < end:
+            others = {n for n in others if not store.check([f"{_WAITING}/{n}"])}
+            time.sleep(0.05)
+    except RuntimeError:
+        return []
+    return sorted(others)
+
+
+def _store() -> Any:
+    """The store of torchrun's agent; None where the processes were started in another way."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    try:
+        return next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+    except RuntimeError:
+        return None
