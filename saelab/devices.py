@@ -22,6 +22,14 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = existing_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def existing_device(name: str | torch.device) -> torch.device:
+    """The device of that name, refused as :func:`pick_device` does; the current device of the process stays."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -40,8 +48,6 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         torch.zeros(1, device=device).item()  # a device that is not there refuses
     except (RuntimeError, AssertionError) as error:
         raise _not_here(name, first_line(error).split(". ")[0]) from error  # PyTorch then explains its backends
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     return device
 
 

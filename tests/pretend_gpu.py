@@ -66,7 +66,8 @@ class PretendGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _NAMES or func is Tensor.requires_grad_:  # which gives back its argument, a leaf
+        # requires_grad_ gives back its argument, a leaf; autograd.grad looks its arguments up in the graph.
+        if func in _NAMES or func in (Tensor.requires_grad_, torch.autograd.grad):
             return func(*args, **kwargs)
         found = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]

@@ -22,8 +22,9 @@ from saelab.errors import UserError
 from saelab.lm.fingerprint import model_dtype
 from saelab.lm.limits import check_length, check_tokens
 from saelab.lm.loading import model_name
+from saelab.lm.offload import device_of, is_offloaded
 from saelab.lm.record import check_weights, load_recorded
-from saelab.lm.sites import device_of, underlying
+from saelab.lm.sites import underlying
 from saelab.lm.structure import blocks
 from saelab.lm.tokens import decode_each, token_ids, tokenizer_of
 from saelab.lm.unwrapped import has_hooks, plain_model
@@ -165,6 +166,10 @@ def _fast(model: nn.Module, ids: Tensor) -> nn.Module:
 
 
 def _is_frozen(model: nn.Module, places: Sequence[Place], mode: Mode, target: Target) -> bool:
+    if is_offloaded(model):  # the bias of a layer is read anew in each pass, and has no one gradient
+        if mode == "frozen":
+            raise UserError("a model that is offloaded or divided cannot be frozen; use --mode gradient")
+        return False
     if mode == "auto":
         inside = sum(not place.route.same for place in places)
         return target.is_linear and inside >= len(blocks(model)[1])

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from saelab.attribution.frozen import Frozen, before_cap
 from saelab.attribution.places import Place
 from saelab.attribution.target import Target
+from saelab.lm.offload import device_of
 from saelab.lm.route import Edit
-from saelab.lm.sites import device_of, locate, underlying
+from saelab.lm.sites import locate, underlying
 from saelab.lm.unwrapped import frozen as without_gradients
 from saelab.sparse import SparseCode
 from saelab.steering.generation import forward

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+import torch.distributed as dist
+
 from saelab.cli.console import console
 from saelab.data.cache import ActivationCache
+from saelab.distributed import launched
+from saelab.errors import UserError
 from saelab.lm.fingerprint import tokenizer_hash
 from saelab.lm.record import ModelRecord, load_recorded
 from saelab.lm.tokens import vocabulary
@@ -26,7 +30,10 @@ class ModelOptions:
     device: str = "auto"
     """Where the SAE and the language model run: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     device_map: str | None = None
-    """Spread the language model over several devices: auto, balanced, sequential (needs accelerate)."""
+    """Spread the language model over devices, host memory (cpu) and disk: auto, balanced or sequential, or what is
+    where, `rest=cuda:0,model.layers.20-31=disk`, or a .json file of it (needs accelerate)."""
+    tensor_parallel: bool = False
+    """Divide the language model over the processes of torchrun, by the plan that transformers has for it."""
     any_weights: bool = False
     """Accept a model whose weights are not those that the activations come from, such as a fine-tuned one."""
 
@@ -53,6 +60,8 @@ def complete_tokens(cache: ActivationCache, model: Any) -> None:
 
 def open_model(options: ModelOptions, record: ModelRecord, what: str, *, plain: bool = False) -> Any:
     """The model that the options ask for, or the recorded one; UserError for other weights than the recorded ones."""
+    if options.tensor_parallel and launched() and not dist.is_initialized():
+        raise UserError("this command does not divide a model over processes; spread it with --device-map")
     console.print(f"loading {options.model or record.name or 'the language model'}", markup=False)
     return load_recorded(
         record,
@@ -62,6 +71,7 @@ def open_model(options: ModelOptions, record: ModelRecord, what: str, *, plain: 
         dtype=options.model_dtype,
         revision=options.revision,
         device_map=options.device_map,
+        tensor_parallel=options.tensor_parallel,
         any_weights=options.any_weights,
         plain=plain,
     )

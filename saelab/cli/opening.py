@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.cli.console import console
+from saelab.cli.placement import follows, scratch_folder
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
@@ -132,6 +133,8 @@ def results_folder(run: Run, out: Path | None = None) -> Path:
     """
     path = run.path
     assert path is not None
+    if follows():
+        return scratch_folder()
     on_hub = run.origin.startswith("hf://")
     if out is None and not on_hub:
         if path.is_dir():

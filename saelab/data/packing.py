@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -11,8 +12,9 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saelab.data.chat import SEPARATOR, TEXT, Rendered, render, roles_of
+from saelab.data.chat import SEPARATOR, TEXT
 from saelab.data.text.source import TextSource
+from saelab.data.tokenized import UNDIVIDED, Division, Group, tokenized
 from saelab.errors import UserError
 from saelab.vocabulary import bos_token_id, encoded
 
@@ -20,7 +22,6 @@ Bos = Literal["context", "document", "none"]
 NOTHING = "none"
 # Between documents many chat models have not seen their EOS token, which ends a turn, but one of these.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
-_BATCH = 1 << 20  # characters handed to the tokenizer at a time: it works on them in parallel
 
 
 class Contexts(NamedTuple):
@@ -91,15 +92,19 @@ def pack(
     batch: int,
     separator: str = NOTHING,
     document_tokens: int | None = None,
+    division: Division = UNDIVIDED,
+    left_out: Counter[str] | None = None,
 ) -> Iterator[Contexts]:
     """Concatenate documents and cut them into contexts of ``length`` tokens, ``batch`` contexts at a time.
 
     ``bos="context"`` puts the BOS token at the start of every context, ``"document"`` at the start of every
     document that does not begin with it already, ``"none"`` nowhere. ``separator``, as :func:`resolve_separator`
     gives it, stands between documents. Chats go through the tokenizer's chat template, which may begin with BOS
-    whatever ``bos`` says; those that the template refuses are counted in ``source.left_out``. Of each document the
-    first ``document_tokens`` tokens are taken. Tokens that do not fill a last context are dropped; the last batch may
-    be short.
+    whatever ``bos`` says; those that the template refuses are left out. Of each document the first ``document_tokens``
+    tokens are taken. Tokens that do not fill a last context are dropped; the last batch may be short.
+
+    The processes of a ``division`` share the tokenising, and all yield the same. ``left_out`` is kept at what the text
+    that was used so far has left out, by reason.
     """
     prefix = 1 if bos == "context" else 0
     body = length - prefix
@@ -109,7 +114,8 @@ def pack(
     count, wanted = 0, batch * body
     between = _separator_ids(separator, tokenizer)
     bos_id = bos_token_id(tokenizer) if bos == "document" else None
-    for part in _tokens(source, tokenizer, bos_id, between, document_tokens):
+    groups = tokenized(source, tokenizer, division)
+    for part in _tokens(groups, bos_id, between, document_tokens, Counter() if left_out is None else left_out):
         held.append(part)
         count += part.shape[1]
         while count >= wanted:
@@ -123,71 +129,31 @@ def pack(
 
 
 def _tokens(
-    source: TextSource, tokenizer: Any, bos_id: int | None, between: Sequence[int], most: int | None
+    groups: Iterator[Group], bos_id: int | None, between: Sequence[int], most: int | None, left_out: Counter[str]
 ) -> Iterator[np.ndarray]:
     """``[3, m]``: token ids, document numbers and role numbers of a few documents at a time."""
     document, left = -1, 0
-    for group in _grouped(source, tokenizer):
+    for group in groups:
+        left_out.clear()
+        left_out.update(group.left_out)
         parts = []
-        for starts, ids, roles in _tokenized(group, tokenizer):
+        for starts, ids, roles in group.pieces:
             if starts and between and document >= 0:
                 parts.append(_part(between, document, SEPARATOR))
             document += starts
             if most is not None:
                 left = most if starts else left
-                ids, roles = ids[:left], roles if isinstance(roles, int) else roles[:left]
+                ids, roles = ids[:left], roles[:left]
                 left -= len(ids)
             if starts and bos_id is not None and list(ids[:1]) != [bos_id]:
                 parts.append(_part([bos_id], document, TEXT))
             parts.append(_part(ids, document, roles))
-        yield np.concatenate(parts, axis=1)
+        if parts:
+            yield np.concatenate(parts, axis=1)
 
 
-def _part(ids: Sequence[int], document: int, roles: int | NDArray[np.int64]) -> np.ndarray:
+def _part(ids: Sequence[int] | NDArray[np.int64], document: int, roles: int | NDArray[np.int64]) -> np.ndarray:
     return np.stack(np.broadcast_arrays(np.asarray(ids, dtype=np.int64), document, roles))
-
-
-def _tokenized(
-    group: list[tuple[bool, str | Rendered]], tokenizer: Any
-) -> Iterator[tuple[bool, Sequence[int], int | NDArray[np.int64]]]:
-    """(starts a document, token ids, roles) of each piece."""
-    chats = any(isinstance(piece, Rendered) for _, piece in group)
-    if chats and not tokenizer.is_fast:
-        raise UserError("chats need a fast tokenizer, which tells the place of each token; give text instead")
-    texts = [piece.text if isinstance(piece, Rendered) else piece for _, piece in group]
-    options = {"return_offsets_mapping": True} if chats else {}
-    found = encoded(tokenizer, texts, verbose=False, **options)
-    for number, (starts, piece) in enumerate(group):
-        ids = found["input_ids"][number]
-        if isinstance(piece, str):
-            yield starts, ids, TEXT
-            continue
-        roles = roles_of(found["offset_mapping"][number], piece.spans)
-        bos_id = bos_token_id(tokenizer)
-        if ids and ids[0] == bos_id and bos_id not in ids[1:]:  # else it begins every message, as <|im_start|> may
-            roles[0] = SEPARATOR  # an attention sink
-        yield starts, ids, roles
-
-
-def _grouped(source: TextSource, tokenizer: Any) -> Iterator[list[tuple[bool, str | Rendered]]]:
-    group: list[tuple[bool, str | Rendered]] = []
-    size = 0
-    for starts, piece in source.pieces():
-        if not isinstance(piece, str):
-            try:
-                piece = render(tokenizer, piece)
-            except UserError:
-                raise
-            except ValueError as error:
-                source.left_out[f"chats that the template refuses ({error})"] += 1
-                continue
-        group.append((starts, piece))
-        size += len(piece.text if isinstance(piece, Rendered) else piece)
-        if size >= _BATCH:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _contexts(flat: np.ndarray, body: int, bos_id: int | None) -> Contexts:

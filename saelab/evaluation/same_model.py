@@ -12,9 +12,10 @@ from saelab.data.cache.manifest import Manifest
 from saelab.errors import UserError
 from saelab.lm.fingerprint import DTYPES, coarser, is_quantised, row_gaps, same_activations
 from saelab.lm.hook_names import layer_of, side_of
+from saelab.lm.offload import device_of
 from saelab.lm.record import ModelRecord, differences
 from saelab.lm.route import Route
-from saelab.lm.sites import Site, check_replaceable, device_of, locate
+from saelab.lm.sites import Site, check_replaceable, locate
 from saelab.lm.structure import opened, underlying
 from saelab.lm.unwrapped import plain_model
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from saelab.devices import in_float64
 from saelab.errors import UserError
+from saelab.lm.offload import device_of
 from saelab.lm.route import Route
-from saelab.lm.sites import device_of
 from saelab.metrics.intervals import Array, Estimate, from_resamples, resampled_sums
 
 FORMULAS = {

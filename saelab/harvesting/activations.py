@@ -23,7 +23,8 @@ from saelab.errors import UserError, first_line
 from saelab.lm.fingerprint import relative_gap, same_activations
 from saelab.lm.hook_names import layer_of
 from saelab.lm.limits import check_length, check_tokens
-from saelab.lm.sites import Edit, Site, device_of, locate, replaceable
+from saelab.lm.offload import device_of
+from saelab.lm.sites import Edit, Site, locate, replaceable
 from saelab.lm.structure import opened, underlying
 from saelab.lm.unwrapped import frozen, has_hooks, plain_model
 

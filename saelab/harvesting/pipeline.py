@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from saelab.data.text.source import listed
 from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
 from saelab.harvesting.config import HarvestConfig
-from saelab.harvesting.shards import ALONE, Progress, Share, fill, finish_caches, open_writers
+from saelab.harvesting.shards import ALONE, Progress, Share, fill, finish_caches, first_alone, open_writers
 from saelab.lm.fingerprint import tokenizer_hash
 from saelab.lm.hook_patterns import expand, is_pattern
 from saelab.lm.loading import load_model, model_name
@@ -96,24 +97,20 @@ def _harvest(
 ) -> None:
     """Write the cache of each hook point into its folder."""
     config = config or HarvestConfig()
-    for folder in folders.values() if share.rank == 0 else []:
-        prepare(folder, overwrite=overwrite, resume=resume, dry=True)
+    first_alone(share, lambda: [prepare(f, overwrite=overwrite, resume=resume, dry=True) for f in folders.values()])
     bridge = load_model(model) if isinstance(model, str) else model
     config = config.sized(underlying(bridge))
     sites = [locate(bridge, name) for name in folders]
     source = text if isinstance(text, TextSource) else open_text(text)
     bos = resolve_bos(config.bos, bridge.tokenizer)
     separator = resolve_separator(config.separator, bridge.tokenizer, bos)
-    packed = pack(
-        source, bridge.tokenizer, config.context_length, bos, config.pass_contexts, separator, config.document_tokens
-    )
-    batches = _limited(packed, config.contexts)
+    left_out: Counter[str] = Counter()  # of the text that was used, whatever has been read ahead
+    shape = config.context_length, bos, config.pass_contexts, separator, config.document_tokens
+    batches = _limited(pack(source, bridge.tokenizer, *shape, share.division, left_out), config.contexts)
     first = next(batches, None)
     if first is None:
-        without = f" (left out: {listed(source.left_out)})" if source.left_out else ""
-        raise UserError(
-            f"{source.name}{without} is shorter than one context of {config.context_length} tokens; lower it"
-        )
+        without = f" (left out: {listed(left_out)})" if left_out else ""
+        raise UserError(f"{source.name}{without} is shorter than one context of {shape[0]} tokens; lower it")
     reader = Reader(bridge, sites)
     reader.use_plain_model(first.tokens[:1], config.skip_first)
     widths = reader.widths(first.tokens[:1])
@@ -133,11 +130,11 @@ def _harvest(
 
     total = config.contexts * config.context_length
     try:
-        opened = open_writers(writers, reader, first, share)
+        opened = open_writers(writers, reader, first, share, config.gradients)
         fill(reader, opened, itertools.chain([first], batches), total, progress, share)
         share.wait()
         if share.rank == 0:
-            finish_caches(opened, vocabulary(bridge.tokenizer), dict(source.left_out))
+            finish_caches(opened, vocabulary(bridge.tokenizer), dict(left_out))
         share.wait()
     finally:  # any process may resume a harvest that failed
         for writer in made:

@@ -18,6 +18,8 @@ from saelab.data.cache.manifest import power_of_two
 from saelab.data.cache.writer import shard_name
 from saelab.data.chat import ROLES, SEPARATOR
 from saelab.data.packing import Contexts
+from saelab.data.tokenized import UNDIVIDED, Division
+from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
 from saelab.harvesting.background import Background, Beside
 from saelab.vocabulary import Vocabulary
@@ -29,38 +31,68 @@ Progress = Callable[[int, int], None]
 class Share:
     """This process's part of a harvest by ``size`` processes: shards ``rank``, ``rank + size``, ...
 
-    Contexts cross the borders of documents, so the work is divided by shards: the files are then, byte for byte, those
-    that a single process writes. Every process tokenises the whole text, which costs little compared with the model.
-    ``wait`` returns once all processes have called it; they write to one folder.
+    Contexts cross the borders of documents, so the model's work is divided by shards: the files are then, byte for
+    byte, those that a single process writes. ``wait`` returns once all processes have called it; they write to one
+    folder. With ``exchange``, which gives each process's bytes to all, the text is tokenised in parts too (see
+    :mod:`saelab.data.tokenized`); without it every process tokenises all of it. ``together`` says that the processes
+    are one model, divided over them: all run every pass, and each writes its shards.
     """
 
     rank: int = 0
     size: int = 1
     wait: Callable[[], None] = lambda: None
+    exchange: Callable[[bytes], list[bytes]] | None = None
+    together: bool = False
+
+    @property
+    def division(self) -> Division:
+        """Who tokenises what."""
+        return UNDIVIDED if self.exchange is None else Division(self.rank, self.size, self.exchange)
 
 
 ALONE = Share()
 
 
+def first_alone(share: Share, work: Callable[[], object]) -> None:
+    """Rank 0 does ``work`` while the others wait. Its UserError is raised in all that can be told, so that none of them
+    waits for a process that has given up."""
+    reason = ""
+    if share.rank == 0:
+        try:
+            work()
+        except UserError as error:
+            if share.exchange is None:
+                raise
+            reason = str(error)
+    if share.exchange is None:
+        share.wait()
+    else:
+        reason = share.exchange(reason.encode())[0].decode()
+    if reason:
+        raise UserError(reason)
+
+
 def open_writers(
-    writers: Callable[[], list[CacheWriter]], reader: Reader, first: Contexts, share: Share
+    writers: Callable[[], list[CacheWriter]], reader: Reader, first: Contexts, share: Share, gradients: bool
 ) -> list[CacheWriter]:
     """Open the writers. Rank 0 makes the folders and records what the others need, before they read it."""
-    if share.rank > 0:
-        share.wait()
-        return writers()
-    opened = writers()
-    # A kill between the shards of two hooks leaves one more of the first: continue with those they have in common.
-    unfinished = [writer.done for writer in opened if not writer.complete]
-    common = set.intersection(*unfinished) if unfinished else set()
-    for writer in opened:
-        writer.keep(common)
-    settings = opened[0].manifest.settings
-    if settings["gradients"] and any(writer.manifest.grad_scale is None for writer in opened):
-        for writer, grads in zip(opened, reader.both(first.tokens, True)[1]):
-            writer.set_grad_scale(_grad_scale(grads))
-    share.wait()
-    return opened
+    opened: list[CacheWriter] = []
+    # A pass that all processes of a divided model must run.
+    grads = reader.both(first.tokens, True)[1] if share.together and gradients else None
+
+    def begin() -> None:
+        opened.extend(writers())
+        # A kill between the shards of two hooks leaves one more of the first: continue with those in common.
+        unfinished = [writer.done for writer in opened if not writer.complete]
+        common = set.intersection(*unfinished) if unfinished else set()
+        for writer in opened:
+            writer.keep(common)
+        if gradients and any(writer.manifest.grad_scale is None for writer in opened):
+            for writer, found in zip(opened, grads or reader.both(first.tokens, True)[1]):
+                writer.set_grad_scale(_grad_scale(found))
+
+    first_alone(share, begin)
+    return opened or writers()
 
 
 def fill(
@@ -79,30 +111,48 @@ def fill(
     unfinished = [writer for writer in writers if not writer.complete]
     if not unfinished:
         return
-    settings, covered = writers[0].manifest.settings, 0
+    settings = writers[0].manifest.settings
     kept, beside = kept_roles(writers[0].manifest.kept_roles), Beside()
     with closing(Background()) as background:
-        for number in itertools.count():
-            group = list(itertools.islice(batches, settings["shard_passes"]))
-            if not group:
-                background.drain()
-                return
+        for number, covered, group in _own_shards(batches, settings["shard_passes"], share):
+            if all(number in writer.done for writer in unfinished):
+                continue
             parts: list[list[Rows]] = [[] for _ in writers]
-            mine = number % share.size == share.rank and not all(number in writer.done for writer in unfinished)
+            writes = number % share.size == share.rank
             for batch in group:
                 covered += batch.tokens.numel()
-                if not mine:
-                    continue
                 acts, grads = reader.both(batch.tokens, settings["gradients"])
-                made = beside.made([*acts, *(grad for grad in grads if grad is not None)])
-                task = _Collect(writers, acts, grads, kept[batch.roles], parts, number, beside, made)
+                if writes:
+                    made = beside.made([*acts, *(grad for grad in grads if grad is not None)])
+                    task = _Collect(writers, acts, grads, kept[batch.roles], parts, number, beside, made)
+                    background.submit(task)
+                    del task
                 del acts, grads
-                background.submit(task)
-                del task
                 if progress is not None:
                     progress(covered, total)
-            if mine:
+            if writes:
                 background.submit(partial(_write_shard, writers, parts, group, number))
+        background.drain()
+
+
+def _own_shards(batches: Iterator[Contexts], passes: int, share: Share) -> Iterator[tuple[int, int, list[Contexts]]]:
+    """Number of a shard, tokens of text before it, and its text, for each shard whose passes this process runs.
+
+    One shard of each process is read before the first of them is computed, because where the text is tokenised in
+    parts all processes must reach its next part at about the same time.
+    """
+    covered, ended = 0, False
+    for first in itertools.count(step=share.size):
+        own: list[tuple[int, int, list[Contexts]]] = []
+        for number in range(first, first + share.size):
+            group = list(itertools.islice(batches, passes))
+            ended = ended or not group
+            if group and (share.together or number % share.size == share.rank):
+                own.append((number, covered, group))
+            covered += sum(batch.tokens.numel() for batch in group)
+        yield from own
+        if ended:
+            return
 
 
 @dataclass

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from saelab.lm.offload import tied_names, whole
 from saelab.lm.structure import WRAPPED, underlying
 
 if TYPE_CHECKING:
@@ -25,33 +26,53 @@ _STRAYS = 0.1
 
 def weights_fingerprint(model: TransformerBridge | nn.Module, rounded_to: torch.dtype | None = None) -> str:
     """Hash of names, shapes and evenly spaced values of all parameters; a bridge and the plain Hugging Face model
-    with the same weights have the same.
+    with the same weights have the same, and so has one that is spread over devices, disk or processes.
 
     It reads a thousandth of the weights, so it is quick on large models; a training step moves nearly every weight and
     so changes it. With ``rounded_to`` it is the fingerprint that the weights have after conversion to that dtype.
-    Quantised weights count as what they stand for.
+    Quantised weights count as what they stand for. Where processes share the weights, all of them must call this.
     """
-    digest = hashlib.sha256()
+    return weights_fingerprints(model, [rounded_to])[0]
+
+
+def weights_fingerprints(model: TransformerBridge | nn.Module, rounded_to: Sequence[torch.dtype | None]) -> list[str]:
+    """:func:`weights_fingerprint` for each of several dtypes, with one reading of the weights: those of an offloaded
+    model come from the disk."""
+    digests = [hashlib.sha256() for _ in rounded_to]
     for name, tensor in named_weights(model):
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + _sampled(tensor, rounded_to))
-    return digest.hexdigest()[:16]
+        values = _sampled(tensor)
+        for digest, dtype in zip(digests, rounded_to):
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode() + _bytes(values, dtype))
+    return [digest.hexdigest()[:16] for digest in digests]
 
 
 def named_weights(model: TransformerBridge | nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters by Hugging Face name, each tensor once, in the order in which the modules hold them.
 
-    Quantised layers that keep their weights elsewhere (packed, or in buffers) are included.
+    Quantised layers that keep their weights elsewhere (packed, or in buffers) are included. Of a model that is spread
+    over disk or processes, the whole tensors (see :func:`saelab.lm.offload.whole`).
     """
+    root = underlying(model)
+    for path, leaf, tensor in _tensors(model):
+        yield f"{path}.{leaf}".lstrip("."), whole(root, path, leaf, tensor)
+
+
+def _tensors(model: TransformerBridge | nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Path of the module, name in it, and tensor as the module holds it."""
+    tied, seen_names = tied_names(model), set[str]()
     seen: dict[int, Tensor] = {}  # it keeps them, because the number of a tensor that is gone may be given again
 
-    def visit(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
+    def visit(module: nn.Module, path: str) -> Iterator[tuple[str, str, Tensor]]:
         # A component of a bridge stands for the model's own module, which it keeps inside.
         while WRAPPED in module._modules:
             module = module.get_submodule(WRAPPED)
         for leaf, tensor in _own_weights(module):
-            if id(tensor) not in seen:
+            name = f"{path}.{leaf}".lstrip(".")
+            same = tied.get(name, name) if tensor.is_meta else ""
+            if id(tensor) not in seen and same not in seen_names:
                 seen[id(tensor)] = tensor
-                yield f"{path}.{leaf}".lstrip("."), tensor
+                seen_names.update({same} - {""})
+                yield path.lstrip("."), leaf, tensor
         for key, child in module._modules.items():
             if child is not None:
                 yield from visit(child, f"{path}.{key}")
@@ -72,11 +93,14 @@ def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield "weight", packed
 
 
-def _sampled(tensor: Tensor, rounded_to: torch.dtype | None) -> bytes:
-    """Evenly spaced values of a tensor of any kind, in float32."""
+def _sampled(tensor: Tensor) -> Tensor:
+    """Evenly spaced values of a tensor of any kind, on the CPU."""
     flat = _plain(tensor.detach()).flatten()
     picks = torch.linspace(0, flat.numel() - 1, min(_SAMPLE, flat.numel()), dtype=torch.float64).long()
-    values = flat[picks.to(flat.device)].cpu()
+    return flat[picks.to(flat.device)].cpu()
+
+
+def _bytes(values: Tensor, rounded_to: torch.dtype | None) -> bytes:
     if rounded_to is not None and values.is_floating_point():
         values = values.to(rounded_to)
     return values.float().numpy().tobytes()
@@ -103,7 +127,7 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 def is_quantised(model: nn.Module) -> bool:
     """Whether some of a model's weights are integers, or stand for integers."""
-    return any(tensor.is_quantized or not tensor.is_floating_point() for _, tensor in named_weights(model))
+    return any(tensor.is_quantized or not tensor.is_floating_point() for *_, tensor in _tensors(model))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

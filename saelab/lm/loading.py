@@ -25,10 +25,13 @@ from saelab.errors import UserError, first_line, near_matches
 from saelab.files import cache_home
 from saelab.lm import gemma3
 from saelab.lm.checkpoints import Source, check_causal, check_complete, find_source, read_adapter
+from saelab.lm.device_map import DeviceMap, check_divisible, complete, read_map
 from saelab.lm.fingerprint import DTYPES, rounding_gap, row_gaps
+from saelab.lm.offload import device_of, is_spread, offload_folder
 from saelab.lm.randomised import RANDOM, RandomWeights, randomise
 from saelab.lm.smollm2 import quiet_progress, smollm2_folder, smollm2_version
 from saelab.lm.structure import blocks, opened, text_config, underlying
+from saelab.lm.tensor_parallel import plan_arguments
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -44,13 +47,24 @@ class _Read(NamedTuple):
     tokenizer: Any
 
 
+class _How(NamedTuple):
+    """Where and in which precision."""
+
+    device: str | torch.device
+    dtype: torch.dtype | str
+    revision: str | None
+    device_map: DeviceMap | None
+    tensor_parallel: bool
+
+
 def load_model(
     name: str | Path = "smollm2",
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
-    device_map: str | dict[str, Any] | None = None,
+    device_map: DeviceMap | None = None,
+    tensor_parallel: bool = False,
     random_weights: RandomWeights | None = None,
 ) -> TransformerBridge:
     """Load a causal language model, in evaluation mode.
@@ -58,26 +72,31 @@ def load_model(
     ``name`` is ``smollm2`` or ``gemma3-270m`` (packaged models, no hub needed), a folder in Hugging Face layout or of a
     PEFT adapter (read without any network access), or a hub id (``org/name`` or ``hf://org/name``), of which
     ``revision`` names a branch, tag or commit. ``device`` is a device of torch, or ``auto``: a GPU if there is one,
-    else the CPU. ``dtype="auto"`` is the precision of the checkpoint. ``device_map="auto"`` spreads the model over all
-    devices instead (it needs accelerate). With ``random_weights`` the model's weights are drawn at random before
-    anything is made of it.
+    else the CPU. ``dtype="auto"`` is the precision of the checkpoint. With ``random_weights`` the model's weights are
+    drawn at random before anything is made of it.
+
+    A model larger than one device: ``device_map`` spreads it over devices, host memory and disk, by itself (``auto``,
+    ``balanced``, ``sequential``) or as stated, ``{"": "cuda:0", "model.layers.20-31": "disk"}``, see
+    :func:`saelab.lm.device_map.read_map`; it needs accelerate. ``tensor_parallel`` divides it over the processes of
+    torchrun, which must all make the same calls.
 
     Activations are those of the Hugging Face model: weights are not folded or centred, and a tokenizer without BOS
     token gets none. A model that TransformerLens cannot read, or computes differently from transformers, or that is
-    spread over several devices, comes as the plain Hugging Face model, with the tokenizer as its attribute
+    spread or divided, comes as the plain Hugging Face model, with the tokenizer as its attribute
     ``tokenizer``; saelab takes it wherever it takes a bridge.
     Raises UserError for a model that cannot be read or is no causal language model, and for a transformers release
     under which the bridge is known to be wrong.
     """
     check_transformers()
-    given, source = (device, _dtype(dtype), revision, device_map), _source(name)
-    read = _read(source, *given, random=random_weights)
-    if len(set((getattr(read.model, "hf_device_map", None) or {}).values())) <= 1:
+    how = _How(device, _dtype(dtype), revision, device_map, tensor_parallel)
+    source = _source(name)
+    read = _read(source, how, random=random_weights)
+    if not is_spread(read.model):
         try:
             return _bridge(source, *read)
         except Exception as error:  # whatever its adapter stumbles over: the plain model serves as well
             _log.info("no bridge for %s (%s): the plain model is used", source.name, first_line(error))
-            read = _read(source, *given, random=random_weights)  # a bridge that failed half-way has changed the model
+            read = _read(source, how, random=random_weights)  # a bridge that failed half-way has changed the model
     read.model.tokenizer = read.tokenizer
     return read.model
 
@@ -88,14 +107,16 @@ def load_hf_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
-    device_map: str | dict[str, Any] | None = None,
+    device_map: DeviceMap | None = None,
+    tensor_parallel: bool = False,
 ) -> PreTrainedModel:
     """The plain Hugging Face model behind :func:`load_model`, without hooks on its inside: what evaluation splices.
 
     Takes the same names and options; it loads faster than the bridge and runs its fastest attention. A tokenizer is
     not needed.
     """
-    return _read(_source(name), device, _dtype(dtype), revision, device_map, tokenizer=False).model
+    how = _How(device, _dtype(dtype), revision, device_map, tensor_parallel)
+    return _read(_source(name), how, tokenizer=False).model
 
 
 def check_transformers() -> None:
@@ -131,40 +152,53 @@ def _source(name: str | Path) -> Source:
     return find_source(str(name) if make is None else str(make()))
 
 
-def _read(
-    source: Source,
-    device: str | torch.device,
-    dtype: torch.dtype | str,
-    revision: str | None,
-    device_map: str | dict[str, Any] | None,
-    tokenizer: bool = True,
-    random: RandomWeights | None = None,
-) -> _Read:
+def _read(source: Source, how: _How, tokenizer: bool = True, random: RandomWeights | None = None) -> _Read:
     """The model, in evaluation mode, on its device, and its tokenizer. UserError, in one line, for whatever fails."""
-    place = pick_device(device) if device_map is None else None
-    if source.local and revision:
-        raise UserError(f"revision={revision!r} is one of a hub id, and {source.name} is a folder; leave it out")
-    if device_map is not None and not _has("accelerate"):
-        raise UserError("spreading a model over devices needs accelerate: pip install accelerate")
+    place = pick_device(how.device) if how.device_map is None else None
+    if source.local and how.revision:
+        raise UserError(f"revision={how.revision!r} is one of a hub id, and {source.name} is a folder; leave it out")
     with _one_line(source), quiet_progress():
         from transformers import AutoConfig, AutoTokenizer
 
         # Code in a folder is never run, and a folder is read without asking the hub about it.
         where: dict[str, Any] = {"local_files_only": source.local, "trust_remote_code": False}
-        where |= {"revision": revision} if revision else {}
+        where |= {"revision": how.revision} if how.revision else {}
         base, base_where = (source.base, where | {"local_files_only": True}) if source.base else (source.name, where)
-        loader = check_causal(AutoConfig.from_pretrained(base, **base_where), source)
-        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **base_where}
-        model, info = loader.from_pretrained(base, **options, **({"device_map": device_map} if device_map else {}))
+        config = AutoConfig.from_pretrained(base, **base_where)
+        loader = check_causal(config, source)
+        options: dict[str, Any] = {"dtype": how.dtype, "output_loading_info": True, **base_where}
+        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what was asked for
+        model, info = loader.from_pretrained(base, **options, **_spread(loader, config, source, how))
         check_complete(info, model, source)
         if source.base:
             model = read_adapter(model, source)
         found = AutoTokenizer.from_pretrained(_with_tokenizer(source), **where) if tokenizer else None
     if random is not None:
         randomise(model, random)
-    if place is not None and not getattr(model, "is_quantized", False):
+    if place is not None and not getattr(model, "is_quantized", False) and not how.tensor_parallel:
         model = model.to(place)
     return _Read(model.eval(), found)
+
+
+def _spread(loader: Any, config: Any, source: Source, how: _How) -> dict[str, Any]:
+    """What ``from_pretrained`` is given for a model that is larger than a device; checked before weights are read."""
+    if how.device_map is None and not how.tensor_parallel:
+        return {}
+    if how.device_map is not None and how.tensor_parallel:
+        raise UserError("a model is spread by a device map or divided by tensor parallelism, not both; leave one out")
+    if source.base and how.tensor_parallel:
+        raise UserError(f"{source.name} is an adapter, which cannot be divided; merge it into its model first")
+    with torch.device("meta"):
+        empty = loader.from_config(config)
+    if how.tensor_parallel:
+        return plan_arguments(empty, source.name, pick_device(how.device))
+    if not _has("accelerate"):
+        raise UserError("spreading a model over devices needs accelerate: pip install accelerate")
+    stated = read_map(how.device_map or "")
+    if isinstance(stated, str):
+        check_divisible(empty, source.name)
+        return {"device_map": stated, "offload_folder": offload_folder()}
+    return {"device_map": complete(stated, empty, source.name), "offload_folder": offload_folder()}
 
 
 def _with_tokenizer(source: Source) -> str:
@@ -207,7 +241,7 @@ def _logits(model: Any) -> Tensor:
     ids = torch.linspace(size // 4, size // 2, 16).long().expand(2, -1)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    ids, mask = (t.to(next(root.parameters()).device) for t in (ids, mask))
+    ids, mask = (t.to(device_of(root)) for t in (ids, mask))
     return root(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
 
 

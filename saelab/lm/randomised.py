@@ -17,6 +17,7 @@ from torch import nn
 
 from saelab.errors import UserError
 from saelab.lm.fingerprint import is_quantised, named_weights
+from saelab.lm.offload import is_offloaded
 from saelab.lm.structure import underlying
 
 _EMBEDDINGS = ("embed", "wte", "wpe")
@@ -44,10 +45,14 @@ def randomise(model: nn.Module, random: RandomWeights) -> None:
     """Replace the parameters of a plain Hugging Face model in place.
 
     A parameter of one number, and one whose numbers are all equal, keeps its value, since its standard deviation is 0.
-    UserError for a quantised model, whose weights cannot be drawn.
+    UserError for a quantised or an offloaded model, whose weights cannot be drawn.
     """
     if is_quantised(model):
         raise UserError("the weights of a quantised model cannot be drawn at random; load it in full precision")
+    if is_offloaded(model):
+        raise UserError(
+            "the weights of a model that is offloaded or divided cannot be drawn at random; give it one device"
+        )
     kept = _embeddings(model) if random.which == "all-but-embeddings" else set()
     generator = torch.Generator().manual_seed(random.seed)
     for name, tensor in named_weights(model):

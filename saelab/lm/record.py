@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from saelab.errors import UserError
-from saelab.lm.fingerprint import DTYPES, dtype_name, model_dtype, weights_fingerprint
+from saelab.lm.fingerprint import DTYPES, dtype_name, model_dtype, weights_fingerprint, weights_fingerprints
 from saelab.lm.loading import load_hf_model, load_model, model_name
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+_NARROWER = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,8 @@ class ModelRecord:
     @classmethod
     def of(cls, model: TransformerBridge | nn.Module, name: str = "", revision: str = "") -> ModelRecord:
         """The record of a loaded model."""
-        own, narrower = weights_fingerprint(model), ("float16", "bfloat16")
-        rounded = {dtype: weights_fingerprint(model, DTYPES[dtype]) for dtype in narrower}
-        return cls(name, revision, dtype_name(model_dtype(model)), own, rounded)
+        own, *narrower = weights_fingerprints(model, [None, *(DTYPES[dtype] for dtype in _NARROWER)])
+        return cls(name, revision, dtype_name(model_dtype(model)), own, dict(zip(_NARROWER, narrower)))
 
     @classmethod
     def from_json(cls, content: Any) -> ModelRecord:
@@ -63,10 +64,8 @@ class ModelRecord:
         """
         if not self.fingerprint:
             return True
-        found = weights_fingerprint(model)
-        if found == self.fingerprint or found in self.rounded.values():
-            return True
-        return any(weights_fingerprint(model, DTYPES[name]) == self.fingerprint for name in ("float16", "bfloat16"))
+        found, *narrower = weights_fingerprints(model, [None, *(DTYPES[name] for name in _NARROWER)])
+        return found == self.fingerprint or found in self.rounded.values() or self.fingerprint in narrower
 
 
 def check_weights(model: TransformerBridge | nn.Module, record: ModelRecord, what: str, any_weights: bool) -> None:
@@ -112,6 +111,7 @@ def load_recorded(
     dtype: str | None = None,
     revision: str | None = None,
     device_map: str | None = None,
+    tensor_parallel: bool = False,
     any_weights: bool = False,
     plain: bool = False,
 ) -> Any:
@@ -125,6 +125,7 @@ def load_recorded(
         raise UserError(f"{what} does not name its language model; give one with --model")
     dtype, revision = load_settings(record, wanted, dtype, revision)
     load = load_hf_model if plain else load_model
-    model = load(wanted, device=device, dtype=dtype, revision=revision, device_map=device_map)
+    where: dict[str, Any] = {"device": device, "device_map": device_map, "tensor_parallel": tensor_parallel}
+    model = load(wanted, dtype=dtype, revision=revision, **where)
     check_weights(model, record, what, any_weights)
     return model

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import first_line
+from saelab.lm.offload import device_of, is_offloaded, whole
 from saelab.lm.structure import attention, blocks, children, mlp, state_space, text_config, underlying
-from saelab.lm.unwrapped import plain_model
+from saelab.lm.unwrapped import plain_model, plain_skeleton
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -94,7 +95,7 @@ def _run(model: nn.Module, block: nn.Module) -> list[_Record]:
         own = next(iter(block.parameters()), torch.empty(0)).dtype
         if own.is_floating_point and own.itemsize < 4:
             args, kwargs = _widened(args), _widened(kwargs)
-            inner = copy.deepcopy(block).float()
+            inner = _wide(model, block)
         else:
             inner = block
         handle.remove()
@@ -103,14 +104,30 @@ def _run(model: nn.Module, block: nn.Module) -> list[_Record]:
 
     size = int(text_config(model).vocab_size)
     ids = torch.linspace(size // 4, size // 2, _TOKENS).long()[None]
-    device = next(model.parameters()).device
     handle = block.register_forward_pre_hook(enter, with_kwargs=True)
     try:
         with contextlib.suppress(_Stop):
-            model(input_ids=ids.to(device), use_cache=False)
+            model(input_ids=ids.to(device_of(model)), use_cache=False)
     finally:
         handle.remove()
     return records
+
+
+def _wide(model: nn.Module, block: nn.Module) -> nn.Module:
+    """A copy of a block in float32, all of it in this process."""
+    if not is_offloaded(block):
+        return copy.deepcopy(block).float()
+    path = next(path for path, module in model.named_modules() if module is block)
+    empty = plain_skeleton(model)
+    assert empty is not None
+    made, device = empty.get_submodule(path), device_of(model)
+    for below, module in made.named_modules():
+        own, where = block.get_submodule(below), f"{path}.{below}".rstrip(".")
+        for leaf, tensor in own._parameters.items():
+            values = None if tensor is None else whole(model, where, leaf, tensor).detach().float().to(device)
+            module._parameters[leaf] = None if values is None else nn.Parameter(values, requires_grad=False)
+        module._buffers.update(own._buffers)
+    return made.eval()
 
 
 def _recorded(block: nn.Module, args: Any, kwargs: Any) -> list[_Record]:

@@ -37,6 +37,7 @@ from saelab.lm.structure import (
     underlying,
     width,
 )
+from saelab.lm.tensor_parallel import check_whole
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -134,6 +135,7 @@ def locate(model: nn.Module, name: str) -> Site:
     site = _find(model, name)
     if site is None:
         raise UserError(f"the model has no hook point {name!r}: {near_matches(name, _existing(model, name))}")
+    check_whole(model, name, site.path, site.side)
     return site
 
 
@@ -171,11 +173,6 @@ def replaceable(site: Site) -> bool:
     point = _point(site.hook_name) or _point(site.canonical)
     whole = point in {*_STREAM, *_LAST, *_PROJECTED, _PRE}
     return (site.side == "out" or (site.side == "in" and whole)) and point not in _PARTIAL
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its token ids: the device of its first parameter."""
-    return next(underlying(model).parameters()).device
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.loading import load_hf_model
+from saelab.lm.offload import device_of, weight_of, whole_copy
 from saelab.lm.structure import blocks, modules, opened, text_config, underlying
 from saelab.lm.unwrapped import plain_model
 
@@ -51,7 +52,7 @@ def unembedding(model: TransformerBridge | nn.Module | str | Path) -> Unembeddin
 
 def _of_plain(model: nn.Module) -> Unembedding:
     tail = _run(model)
-    weight = _matrix(tail.head).T * tail.scale
+    weight = _matrix(model, tail.head).T * tail.scale
     norm_weight: Tensor | None = None
     centred, x, projections, normed = False, tail.start, [], False
     while not torch.equal(x, tail.head_input):
@@ -62,11 +63,11 @@ def _of_plain(model: nn.Module) -> Unembedding:
                 "(--model none)"
             )
         if isinstance(module, nn.Linear):
-            projections.append(_matrix(module).T)
+            projections.append(_matrix(model, module).T)
         elif projections or normed:
             raise UserError(f"{type(model).__name__} has more than one norm at its end; leave the logit lens out")
         else:
-            norm_weight, centred = _probe(module, x.shape[-1])
+            norm_weight, centred = _probe(whole_copy(model, module), x.shape[-1])
             norm_weight, normed = norm_weight if list(module.parameters()) else None, True
         x = y
     for matrix in reversed(projections):
@@ -78,7 +79,7 @@ def _of_bridge(bridge: Any) -> Unembedding:
     """Of a bridge whose weights were folded or reshaped, by its own components."""
     norm = bridge.ln_final.original_component
     weight = bridge.W_U.detach().float().cpu().clone()
-    norm_weight, centred = _probe(norm, weight.shape[0])
+    norm_weight, centred = _probe(copy.deepcopy(norm).float().cpu(), weight.shape[0])
     return Unembedding(weight, norm_weight if getattr(norm, "weight", None) is not None else None, centred)
 
 
@@ -106,12 +107,12 @@ def _run(model: nn.Module) -> _Tail:
         nonlocal head_output
         output = output[0] if isinstance(output, tuple | list) else output
         if module is layers[-1]:
-            tail.start = output
+            tail.start = output.cpu()  # what is compared may be on several devices
             tail.calls.clear()
         elif module is tail.head:
-            tail.head_input, head_output = args[0], output
+            tail.head_input, head_output = args[0].cpu(), output.cpu()
         elif args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and args[0].is_floating_point():
-            tail.calls.append((module, args[0], output))
+            tail.calls.append((module, args[0].cpu(), output.cpu()))
 
     outside = [module for path, module in modules(model) if not path.startswith(f"{prefix}.")]
     with contextlib.ExitStack() as stack:
@@ -119,23 +120,20 @@ def _run(model: nn.Module) -> _Tail:
             stack.enter_context(module.register_forward_hook(after))
         size = int(text_config(model).vocab_size)
         ids = torch.linspace(size // 4, size // 2, 4).long()[None]
-        logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+        logits = model(input_ids=ids.to(device_of(model)), use_cache=False).logits.cpu()
     ratio = float((logits.double() * head_output.double()).sum() / head_output.double().square().sum())
     proportional = torch.allclose(logits.double(), head_output.double() * ratio, rtol=1e-2, atol=1e-4)
     tail.scale = ratio if proportional and abs(ratio - 1) > 1e-4 else 1.0  # a soft cap is not a multiplier
     return tail
 
 
-def _matrix(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().float().cpu()
+def _matrix(model: nn.Module, module: nn.Module) -> Tensor:
+    return weight_of(model, module).detach().float().cpu()
 
 
 @torch.no_grad()
 def _probe(norm: nn.Module, d_in: int) -> tuple[Tensor, bool]:
-    """What a norm multiplies the normalised vector by, and whether it subtracts the mean first."""
-    norm = copy.deepcopy(norm).float().cpu()
+    """What a norm in float32 multiplies the normalised vector by, and whether it subtracts the mean first."""
     x = torch.ones(d_in)  # of mean 0 and root mean square 1, no entry 0
     x[1::2] = -1.0
     if d_in % 2:

@@ -20,7 +20,7 @@ from saelab.errors import damaged
 from saelab.evaluation import EvaluateConfig, spliced, spread
 from saelab.evaluation.same_model import plain_site
 from saelab.files import write_json
-from saelab.lm.sites import device_of
+from saelab.lm.offload import device_of
 from saelab.reproduce import steering
 from saelab.reproduce.curves import by_budget, verdict, verdicts
 from saelab.reproduce.lab import Lab, Spec, table, train_spec, values

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm import model_name
-from saelab.lm.sites import check_replaceable, device_of, locate, underlying
+from saelab.lm.offload import device_of, weight_of
+from saelab.lm.sites import check_replaceable, locate, underlying
 from saelab.lm.tokens import Prompts, token_ids, token_text, tokenize, tokenizer_of
 from saelab.lm.unwrapped import frozen
 from saelab.runs import Run, as_run
@@ -274,7 +275,8 @@ def _promoted(model: nn.Module, tokenizer: Any, direction: Tensor, tokens: Tenso
     head = weight.get_output_embeddings()
     if head is None or head.weight.shape[1] != direction.numel():
         return ()
-    raised = head.weight.detach()[tokens.to(head.weight.device)].float().cpu() @ direction.float().cpu()
+    rows = weight_of(model, head).detach()
+    raised = rows[tokens.to(rows.device)].float().cpu() @ direction.float().cpu()
     best = raised.topk(min(n, len(tokens)))
     return tuple(token_text(tokenizer, int(tokens[i])) for i, value in zip(best.indices, best.values) if value > 0)
 

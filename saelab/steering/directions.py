@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm import model_name
-from saelab.lm.sites import check_replaceable, device_of, locate, underlying
+from saelab.lm.offload import device_of
+from saelab.lm.sites import check_replaceable, locate, underlying
 from saelab.lm.tokens import tokenize, tokenizer_of
 from saelab.steering.attachment import attach
 from saelab.steering.generation import forward

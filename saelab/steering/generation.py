@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 from saelab.lm.limits import check_length, check_tokens
-from saelab.lm.sites import device_of, underlying
+from saelab.lm.offload import device_of
+from saelab.lm.sites import underlying
 from saelab.lm.tokens import Prompts, end_ids, tokenize, tokenizer_of, written_text
 from saelab.steering.attachment import attach
 from saelab.steering.interventions import Intervention

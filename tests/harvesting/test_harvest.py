@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
-import time
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from saelab.cli import main
+from saelab.data import tokenized
 from saelab.data.cache import ActivationCache, CacheWriter
 from saelab.data.text import from_documents
+from saelab.distributed.exchange import exchange_bytes
 from saelab.errors import UserError
 from saelab.harvesting import HarvestConfig, Share, harvest, harvest_many
 from saelab.harvesting.activations import Reader
@@ -124,18 +125,15 @@ def harvest_together(rank: int, size: int, root: str, last: int) -> None:
         write(self, name, data)
 
     Folder.write = dying  # type: ignore[method-assign]
+    tokenized.GROUP = 500  # characters: several parts of the text for each process
     meeting = dist.FileStore(f"{root}/meeting-{last}", size)
-    rounds = itertools.count()
-
-    def wait() -> None:
-        number = next(rounds)
-        meeting.add(f"round-{number}", 1)
-        while meeting.add(f"round-{number}", 0) < size:
-            time.sleep(0.01)
-
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     options = config(gradients=True, dtype="float16", shard_bytes=SETTINGS["shard_bytes"] // 2)
     hooks = [HOOK, "blocks.1.hook_mlp_out"]
-    harvest_many(model, hooks, TEXT, f"{root}/many", options, resume=True, share=Share(rank, size, wait))
+    harvest_many(
+        model, hooks, TEXT, f"{root}/many", options, resume=True, share=Share(rank, size, dist.barrier, exchange_bytes)
+    )
+    dist.destroy_process_group()
 
 
 def test_several_processes_write_the_cache_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +142,7 @@ def test_several_processes_write_the_cache_of_one(tmp_path: Path, monkeypatch: p
     options = config(gradients=True, dtype="float16", shard_bytes=SETTINGS["shard_bytes"] // 2)
     harvest_many(model, [HOOK, "blocks.1.hook_mlp_out"], TEXT, tmp_path / "whole", options)
     shards = len(ActivationCache(tmp_path / "whole" / HOOK).manifest.shards)
-    with pytest.raises(mp.ProcessExitedException):
+    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):
         mp.spawn(harvest_together, (3, str(tmp_path), 3), nprocs=3)  # dies between two hooks' shards
     begun = {p.name for p in (tmp_path / "many" / "blocks.1.hook_mlp_out").glob("*")}
     assert 0 < sum(name.startswith("shard") for name in begun) < shards and "manifest.json" not in begun

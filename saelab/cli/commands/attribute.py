@@ -15,7 +15,7 @@ from saelab.attribution import AttributeConfig, AttributionGraph, Node, attribut
 from saelab.cli.console import console, out, parse, part, print_json
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_run, print_notes
-from saelab.cli.placement import computing_device
+from saelab.cli.placement import computing_device, follows, join
 from saelab.errors import UserError
 from saelab.runs.language_model import model_record
 from saelab.steering import OPERATIONS, Recipe, compare
@@ -71,6 +71,9 @@ def main(args: Sequence[str]) -> None:
     config = part(AttributeConfig, options)
     _check(options)
     device = computing_device(options.device)
+    join(options.tensor_parallel, device)
+    if follows():
+        options = dataclasses.replace(options, out=None, figure=None, recipe=None)
     runs = [open_run(name) for name in options.runs]
     for run in runs:
         run.sae.to(device)

@@ -12,7 +12,7 @@ import tyro
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.models import ModelOptions, complete_tokens, open_model
 from saelab.cli.opening import open_run, open_with_cache
-from saelab.cli.placement import computing_device
+from saelab.cli.placement import computing_device, follows, join
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import (
@@ -94,6 +94,7 @@ def run(
 ) -> Evaluation:
     """Load everything, evaluate with a progress bar, save, and print where."""
     place = computing_device(options.device)
+    join(options.tensor_parallel, place)
     (opened, cache, folder), wanted = open_with_cache(name, cache_folder, out, target), tasks or TaskConfig()
     sae = opened.sae.to(place)
     others = [open_run(other).sae for other in seeds]
@@ -129,7 +130,7 @@ def run(
     audit = AUDIT if {"scr", "tpp"} & found.keys() else None
     for remark in filter(None, (fit_remark(result["fvu"]), l0_remark(sae, result), split_remark(result), audit)):
         console.print(f"note: {remark}", markup=False, soft_wrap=True)
-    if saebench is not None:
+    if saebench is not None and not follows():
         write_saebench(result, folder, saebench, wanted)
     return result
 
@@ -145,6 +146,7 @@ def with_random_weights(options: ModelOptions, cache: ActivationCache, seed: int
         name = options.model or record.name
         dtype, revision = load_settings(record, name, options.model_dtype, options.revision)
         where: dict[str, Any] = {"device": options.device, "device_map": options.device_map, "revision": revision}
+        where["tensor_parallel"] = options.tensor_parallel
         return load_model(name, dtype=dtype, random_weights=RandomWeights(seed=seed), **where)
 
     return load

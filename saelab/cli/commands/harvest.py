@@ -35,7 +35,11 @@ class Options:
     """Where the model runs: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one, under torchrun one for
     each process."""
     device_map: str | None = None
-    """Spread the model over several devices: auto, balanced, sequential (needs accelerate)."""
+    """Spread the model over devices, host memory (cpu) and disk: auto, balanced or sequential, or what is where,
+    `rest=cuda:0,model.layers.20-31=disk`, or a .json file of it (needs accelerate)."""
+    tensor_parallel: bool = False
+    """Divide the model over the processes of torchrun, by the plan that transformers has for it; without it each
+    process has the whole model and harvests its share of the text."""
     model_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Precision the model runs in; auto is that of its checkpoint on a CUDA GPU, and float32 elsewhere. The cache
     records it, and later commands use it."""
@@ -78,14 +82,17 @@ def place(options: Any) -> tuple[Any, Any]:
     """This process's share of the harvest and its device; under torchrun, one process of many."""
     from saelab.devices import pick_device
     from saelab.distributed import launched, start_world
+    from saelab.distributed.exchange import exchange_bytes
     from saelab.harvesting import Share
 
     device = pick_device(options.device)
     if not launched():
         return Share(), device
-    parallel = start_world(timeout_s=options.timeout_s, checkpoint_timeout_s=options.timeout_s)
+    waits = {"timeout_s": options.timeout_s, "checkpoint_timeout_s": options.timeout_s}
+    parallel = start_world(device=device if options.tensor_parallel else "cpu", **waits)
     quiet(not parallel.is_main)
-    return Share(parallel.data_rank, parallel.data_size, parallel.barrier), device
+    told = exchange_bytes, options.tensor_parallel
+    return Share(parallel.data_rank, parallel.data_size, parallel.barrier, *told), device
 
 
 def running_dtype(asked: str, device: Any) -> str:
@@ -110,6 +117,7 @@ def run(options: Any, config: Any) -> None:
     source = open_text(options.text, split=options.text_split, column=options.text_column)
     with console.status(f"loading {options.model} (converted on first use)", spinner=SPINNER):
         where: dict[str, Any] = {"device_map": options.device_map, "device": device, "revision": options.revision}
+        where["tensor_parallel"] = options.tensor_parallel
         if options.random_weights != "none":
             where["random_weights"] = RandomWeights(options.random_weights, options.random_seed)
         model = load_model(options.model, dtype=running_dtype(options.model_dtype, device), **where)

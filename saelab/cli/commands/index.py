@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from einops import reduce
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.models import ModelOptions, complete_tokens, open_model
 from saelab.cli.opening import open_with_cache, print_notes
-from saelab.cli.placement import computing_device
+from saelab.cli.placement import computing_device, follows, join
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import fit_remark
@@ -88,12 +89,15 @@ def run(
 ) -> FeatureIndex:
     """Load everything and build the index with a progress bar."""
     place = computing_device(model.device)
+    join(model.tensor_parallel, place)
     opened, cache, folder = open_with_cache(name, cache_folder, out, target)
     opened.sae.to(place)
     record = ModelRecord.from_manifest(cache.manifest)
     # The unembedding kept in the run serves for the run's own model; a model given with --model is loaded.
     kept = None if model.model else LogitLens.open(folder / LOGIT_LENS, record.name, record.fingerprint)
     lens = kept or load_lens(model, cache)
+    if follows():
+        sys.exit(0)  # the rest needs no language model
     if keep_unembedding and lens is not None:
         lens.save(folder / LOGIT_LENS, model.model or record.name, record.fingerprint)
     if lens is None or lens is kept:
@@ -117,7 +121,8 @@ def load_lens(options: LensOptions, cache: ActivationCache) -> LogitLens | None:
     if not options.model and not record.name:
         console.print("the cache names no model: the logit lens is left out; give one with --model")
         return None
-    model = open_model(dataclasses.replace(options, device="cpu"), record, str(cache.path))
+    place = options.device if options.tensor_parallel else "cpu"
+    model = open_model(dataclasses.replace(options, device=place), record, str(cache.path))
     complete_tokens(cache, model)
     weights = unembedding(model)
     del model

@@ -11,7 +11,7 @@ import tyro
 
 from saelab.cli.console import out, parse
 from saelab.cli.models import ModelOptions, open_model
-from saelab.cli.placement import computing_device
+from saelab.cli.placement import computing_device, join
 from saelab.errors import UserError
 from saelab.lm.record import ModelRecord
 from saelab.steering import Recipe
@@ -44,7 +44,7 @@ def main(args: Sequence[str]) -> None:
     recipes = {name: Recipe.load(folder) for name, folder in named.items()}
     listener = bound(options.port)  # before the model is loaded
     try:
-        computing_device(options.device)
+        join(False, computing_device(options.device))
         first = next(iter(recipes.values()), None)
         record = ModelRecord() if first is None else first.model.record
         # Each recipe checks the model itself: its architecture and sizes too.

@@ -17,7 +17,7 @@ from saelab.cli.concepts import choose_latent, show_ranking
 from saelab.cli.console import out, parse, print_json
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_run
-from saelab.cli.placement import computing_device
+from saelab.cli.placement import computing_device, follows, join
 from saelab.errors import UserError
 from saelab.layout import RECIPE
 from saelab.runs import Run
@@ -140,6 +140,7 @@ def main(args: Sequence[str]) -> None:
         raise UserError('nothing to do: give --prompt "text", --chat, --concept, --save RECIPE or --gguf FILE')
     check_outputs(options)
     device = computing_device(options.device)
+    options = joined(options, device)
     if (Path(options.run) / RECIPE).is_file():
         check_recipe(options)
         run, recipe = None, Recipe.load(options.run)
@@ -179,6 +180,14 @@ def main(args: Sequence[str]) -> None:
     if ranking is not None:
         show_ranking(ranking)
     show(options, result)
+
+
+def joined(options: Options, device: Any) -> Options:
+    """The options for this process, where several divide the model."""
+    join(options.tensor_parallel, device)
+    if options.tensor_parallel and options.chat and not options.prompt:
+        raise UserError("several processes cannot read what is typed; give the messages with --prompt and --turns")
+    return dataclasses.replace(options, save=None, gguf=None) if follows() else options
 
 
 def check_outputs(options: Options) -> None:

@@ -17,7 +17,8 @@ from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
 from saelab.data.text.files import json_lines
 from saelab.errors import UserError
-from saelab.lm.sites import Site, device_of
+from saelab.lm.offload import device_of
+from saelab.lm.sites import Site
 from saelab.sae import SAE
 
 YEAR = re.compile(r"\b1[0-9]{3}\b|\b20[0-2][0-9]\b")

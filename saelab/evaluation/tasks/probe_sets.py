@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError, damaged, near_matches
 from saelab.evaluation.tasks.probing import fitted
-from saelab.lm.sites import Site, device_of
+from saelab.lm.offload import device_of
+from saelab.lm.sites import Site
 from saelab.metrics.intervals import Estimate, t_interval
 from saelab.sae import SAE
 

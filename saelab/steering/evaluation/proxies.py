@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm.sites import blocks, device_of, locate, underlying
+from saelab.lm.offload import device_of
+from saelab.lm.sites import blocks, locate, underlying
 from saelab.lm.tokens import token_ids
 from saelab.steering.attachment import attach
 from saelab.steering.evaluation.answers import padded, prompt_ids

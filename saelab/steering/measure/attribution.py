@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm.sites import check_replaceable, device_of, locate, underlying
+from saelab.lm.offload import device_of
+from saelab.lm.sites import check_replaceable, locate, underlying
 from saelab.lm.tokens import end_ids, token_text, tokenize, tokenizer_of
 from saelab.lm.unwrapped import frozen
 from saelab.runs import Run, as_run

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from saelab.devices import in_float64
 from saelab.errors import UserError
-from saelab.lm.sites import device_of, underlying
+from saelab.lm.offload import device_of
+from saelab.lm.sites import underlying
 from saelab.lm.tokens import Prompts, token_ids, tokenize, tokenizer_of
 from saelab.steering.attachment import attach
 from saelab.steering.generation import forward

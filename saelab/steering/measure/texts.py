@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm.sites import device_of, underlying
+from saelab.lm.offload import device_of
+from saelab.lm.sites import underlying
 from saelab.steering.attachment import attach
 from saelab.steering.generation import forward
 from saelab.steering.interventions import Intervention
