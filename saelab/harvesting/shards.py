@@ -40,7 +40,7 @@ class Share:
 
     rank: int = 0
     size: int = 1
-    wait: Callable[[], None] = lambda: None
+    wait: Callable[[], object] = lambda: None
     exchange: Callable[[bytes], list[bytes]] | None = None
     together: bool = False
 
