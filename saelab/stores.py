@@ -23,7 +23,7 @@ import fsspec
 from fsspec.registry import known_implementations
 
 from saelab.errors import UserError, first_line, near_matches
-from saelab.files import LOCK, url_of
+from saelab.files import LOCK
 
 PATIENCE = 300.0  # seconds for which a store that has answered before is asked again
 FIRST = 10.0  # the same for one that never answered: its address may be wrong
@@ -39,7 +39,6 @@ _LOST |= {"ResponseParserError", "ServerTimeoutError", "ServiceRequestError", "S
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 _TRANSIENT = {errno.EBUSY, errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ETIMEDOUT}
 _TRANSIENT |= {errno.EHOSTUNREACH, errno.ENETUNREACH, getattr(errno, "EREMOTEIO", errno.EBUSY)}
-__all__ = ["Lease", "Store", "is_transient", "lease", "url_of"]
 _log = logging.getLogger(__name__)
 _answered: set[str] = set()  # protocol and bucket of stores that have answered this process
 

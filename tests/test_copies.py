@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from saelab import ActivationCache, TrainConfig, build, train
 from saelab.cli import main
+from saelab.cli.commands import app
 from saelab.copies import LISTING, STATE, Copy, carry_all, place_of, pull_tree
 from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
@@ -180,6 +182,52 @@ def test_two_that_change_one_folder(bucket: str, elsewhere: Any) -> None:
     first.push()
     second.pull()
     assert not (second.folder / "own").exists() and "own" not in files(f"{bucket}/run")
+
+
+def test_the_app_follows_the_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copy is refreshed while the server runs, and a fault of the store does not end it."""
+    store = Store(f"{bucket}/runs")
+    store.write("a/cfg.json", b"{}")
+    store.write("b/cfg.json", b"{}")
+    root = pull_tree(f"{bucket}/runs")
+    waits: list[float] = []
+
+    class Server:
+        returncode = None
+
+        def __init__(self, *args: object, **options: object) -> None: ...
+
+        def wait(self, timeout: float) -> int:
+            waits.append(timeout)
+            if len(waits) == 1:
+                store.write("a/cfg.json", b"[1]")
+                store.remove("b/cfg.json")
+            if len(waits) == 2:
+                monkeypatch.setattr("saelab.cli.commands.app.pull_tree", fails)
+            if len(waits) == 4:
+                return 7
+            raise subprocess.TimeoutExpired("app", timeout)
+
+        def poll(self) -> int:
+            return 7
+
+    def fails(url: str) -> None:
+        raise OSError("no answer")
+
+    monkeypatch.setattr("saelab.cli.commands.app.subprocess.Popen", Server)
+    assert app.serve_copy(f"{bucket}/runs", [], {}) == 7 and len(waits) == 4
+    assert {p.relative_to(root).as_posix(): p.read_text() for p in root.rglob("*.json") if p.name != STATE} == {
+        "a/cfg.json": "[1]"
+    }
+
+
+@pytest.mark.parametrize("command", [["sweep", "c", "g"], ["convert", "r"], ["steer-eval", "r"], ["reproduce", "topk"]])
+def test_commands_that_write_to_folders_only(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["s3://b/x", "--to", "saelab"] if command[0] == "convert" else ["--out", "s3://b/x"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, *out])
+    said = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 2 and said.startswith("error: s3://b/x cannot be written by this command"), said
 
 
 def test_a_folder_that_another_tool_wrote(bucket: str) -> None:

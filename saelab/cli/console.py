@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from saelab.errors import UserError
-from saelab.files import LOCK, lock
+from saelab.files import LOCK, lock, refuse_url
 
 T = TypeVar("T")
 # Progress and remarks go to stderr, results to stdout, so that --json can be piped.
@@ -42,7 +42,12 @@ def parse(
     """
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     with _first_speaks():
-        return tyro.cli(options, prog=f"saelab {command}", args=list(args), description=description or None, **keywords)
+        found = tyro.cli(
+            options, prog=f"saelab {command}", args=list(args), description=description or None, **keywords
+        )
+    if isinstance(place := getattr(found, "out", None), Path):  # a command that writes to stores takes text
+        refuse_url(place)
+    return found
 
 
 @contextlib.contextmanager

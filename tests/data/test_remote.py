@@ -18,9 +18,9 @@ from saelab.data.cache import ActivationCache, CacheWriter, Manifest
 from saelab.data.cache.order import read_ahead
 from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
-from saelab.files import LOCK
+from saelab.files import LOCK, url_of
 from saelab.layout import MANIFEST
-from saelab.stores import Store, lease, url_of
+from saelab.stores import Store, lease
 from tests.data.test_cache_tools import make
 
 D_IN = 5

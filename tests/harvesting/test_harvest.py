@@ -150,6 +150,22 @@ def test_several_processes_write_the_cache_of_one(tmp_path: Path, monkeypatch: p
     assert files(tmp_path / "many") == files(tmp_path / "whole")
 
 
+def test_a_harvest_into_an_object_store(model: Any, cache: ActivationCache, bucket: str, s3_server: Any) -> None:
+    """Cut off by refused credentials at the third shard, and resumed: the files are those of a local harvest."""
+    from saelab.data.cache.storage import Folder
+
+    def refuse(method: str, path: str, number: int) -> tuple[int, str] | None:
+        return (403, "ExpiredToken") if method == "PUT" and "shard_00002" in path else None
+
+    with s3_server.faulty(refuse), pytest.raises(UserError, match=r"ExpiredToken: .*check the credentials"):
+        harvest(model, HOOK, TEXT, f"{bucket}/cache", config())
+    made = harvest(model, HOOK, TEXT, f"{bucket}/cache", config(), resume=True)
+    assert made.fingerprint == cache.fingerprint
+    there, here = Folder(f"{bucket}/cache"), Folder(cache.path)
+    assert there.names() == here.names()
+    assert all(there.read(name) == here.read(name) for name in here.names())
+
+
 def test_resuming_with_other_settings_is_refused(model: Any, cache: ActivationCache) -> None:
     with pytest.raises(UserError, match=r"cannot resume .*: its context_length is 16, this harvest has 8"):
         harvest(model, HOOK, TEXT, cache.path, config(context_length=8), resume=True)

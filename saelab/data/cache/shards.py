@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from jaxtyping import Int
@@ -49,10 +49,18 @@ class Shards:
         return manifest.grad_scale or 1.0
 
     def release(self) -> None:
-        """Unmap the files."""
-        self._opened.clear()
+        """Unmap the files; what is behind a URL takes no memory."""
+        if self.folder.local is not None:
+            self._opened.clear()
         if self.target is not None:
             self.target.release()
+
+    def _open_together(self, indices: Collection[int]) -> None:
+        """Fetch the headers of shards that are not open, where they lie behind a URL."""
+        shards = [self.manifest.shards[index] for index in indices if index not in self._opened]
+        self.folder.fetch_heads([(shard.file, shard.bytes) for shard in shards])
+        if self.target is not None:
+            self.target._open_together(indices)
 
     def _open(self, index: int) -> dict[str, Column]:
         shard, m = self.manifest.shards[index], self.manifest
@@ -169,6 +177,7 @@ class Shards:
                 if start < upper:
                     by_shard.setdefault(index, []).append((start - base, upper - base))
                 start, index = max(start, upper), index + 1
+        self._open_together(by_shard)
         wanted = [(name, self.columns(index)[name], local) for name in names for index, local in by_shard.items()]
         out: dict[str, list[Tensor]] = {name: [] for name in names}
         for (name, *_), parts in zip(wanted, slices_together([(column, local) for _, column, local in wanted])):
