@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from saelab import ActivationCache, TrainConfig, build, train
+from saelab import ActivationCache, TrainConfig, build, stores, train
 from saelab.cli import main
 from saelab.cli.commands import app
 from saelab.copies import LISTING, STATE, Copy, carry_all, place_of, pull_tree
@@ -86,7 +86,9 @@ def test_commands_on_urls(bucket: str, tmp_path: Path, elsewhere: Any, capsys: p
     assert not list(Path().glob("s3:*"))
 
 
-def test_a_run_killed_on_one_machine_is_resumed_on_another(bucket: str, tmp_path: Path, elsewhere: Any) -> None:
+def test_a_run_killed_on_one_machine_is_resumed_on_another(
+    bucket: str, tmp_path: Path, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_cache(tmp_path / "cache")
     cache, config = ActivationCache(tmp_path / "cache"), TrainConfig(batch_size=50, epochs=1)
     sae = fresh()
@@ -113,6 +115,7 @@ def test_a_run_killed_on_one_machine_is_resumed_on_another(bucket: str, tmp_path
     for name, data in killed.items():
         store.write(name, data)
     elsewhere("second")
+    monkeypatch.setattr(stores, "BEAT", 0.2)  # the lock of the killed process is watched before it is taken over
     train(fresh(), cache, config, f"{bucket}/run", resume=True)
     for name in ("sae_weights.safetensors", "metrics.jsonl"):
         assert store.read(name) == (tmp_path / "whole" / name).read_bytes()

@@ -53,6 +53,7 @@ def test_a_cache_in_an_object_store(bucket: str, tmp_path: Path) -> None:
 
 def test_what_fits_the_buffer_is_fetched_once(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saelab.data.cache.storage.WHOLE", 0)
+    monkeypatch.setattr("saelab.data.cache.buffer.RESERVE", 0)
     wanted = make(f"{bucket}/demo", 2000, shard_rows=1000).read(range(1900)).acts
     whole = 1900 * (D_IN * 4 + 4)  # bytes of the training rows
     for limit in (1 << 30, whole // 3, 0):
@@ -76,14 +77,16 @@ def test_a_buffer_on_a_full_disk_stays_as_it_is(bucket: str, monkeypatch: pytest
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saelab.data.cache.buffer.tempfile.TemporaryFile", full)
-    cache = ActivationCache(f"{bucket}/demo", window_bytes=20_000)
-    batches = list(cache.batches(64))
-    order = torch.cat([b.rows for b in batches]).argsort()
-    assert torch.equal(torch.cat([b.acts for b in batches])[order], wanted)
-    assert [record.message for record in caplog.records] == [
-        "the local buffer stays at 0.0 GB: No space left on device"
-    ]
+    for place, reason in (("tempfile.TemporaryFile", "No space left on device"), ("RESERVE", "the disk has less")):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"saelab.data.cache.buffer.{place}", full if place != "RESERVE" else 1 << 60)
+            cache = ActivationCache(f"{bucket}/demo", window_bytes=20_000)
+            batches = list(cache.batches(64))
+        order = torch.cat([b.rows for b in batches]).argsort()
+        assert torch.equal(torch.cat([b.acts for b in batches])[order], wanted)
+        assert len(caplog.messages) == 1
+        assert caplog.messages[0].startswith(f"the local buffer stays at 0.0 GB: {reason}")
+        caplog.clear()
 
 
 def test_a_lost_connection_is_tried_again(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import logging
+import shutil
 import tempfile
 import threading
 import weakref
@@ -14,6 +16,7 @@ from saelab.files import cache_home
 from saelab.stores import Store, is_transient
 
 Range = tuple[str, int, int]  # name in the store, first byte, byte after the last
+RESERVE = 2 << 30  # bytes of the disk that the buffer leaves to others, checkpoints above all
 PIECE = 8 << 20  # bytes of one request: larger ranges are fetched by several at the same time
 _log = logging.getLogger(__name__)
 
@@ -75,6 +78,8 @@ class Buffer:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
                 weakref.finalize(self, self._file.close)
+            if shutil.disk_usage(cache_home()).free < RESERVE:
+                raise OSError(errno.ENOSPC, f"the disk has less than {RESERVE / 1e9:.1f} GB left")
             self._file.seek(self.used)
             written = self._file.write(data)
         except OSError as error:  # a full disk: what is kept stays
