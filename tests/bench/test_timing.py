@@ -96,3 +96,20 @@ def test_other_packages_are_timed_without_saelab(tmp_path: Path) -> None:
     check += "; clock.rounds({'a': int}, 2); print(len(clock.times['a']), 'saelab' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check, peers.__file__], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.split() == ["2", "False"], done.stderr
+
+
+def test_the_step_of_a_transcoder_is_timed_beside_that_of_an_sae() -> None:
+    from saelab.bench.transcoder import KINDS, Settings, measure
+
+    found = measure("64x8x16x2", Settings(rounds=1))
+    assert found.keys() == KINDS.keys() and found["SAE"][1] == 1 and all(time > 0 for time, _ in found.values())
+
+
+def test_attribution_is_timed(tmp_path: Path) -> None:
+    from saelab.bench.attribution import KINDS, Settings, measure
+    from saelab.lm import load_model
+    from tests.tiny_lm import save_llama
+
+    model = load_model(str(save_llama(tmp_path / "llama")))
+    found = measure(model, Settings(layers=(0, 1), d_sae=32, k=4, tokens=6, rounds=1))
+    assert found.keys() == KINDS.keys() and all(min(times) > 0 for times in found.values())

@@ -113,7 +113,12 @@ SETTINGS = [
     *("training/config.py:TrainConfig", "evaluation/__init__.py:EvaluateConfig"),
     *("features/indexing/config.py:IndexConfig", "features/explanations/interpretation.py:InterpretConfig"),
     "evaluation/tasks/battery.py:TaskConfig",
-    *("harvesting/config.py:HarvestConfig", "reproduce/lab.py:Scale", "distributed/plan.py:Machine"),
+    *(
+        "harvesting/config.py:HarvestConfig",
+        "reproduce/lab.py:Scale",
+        "distributed/plan.py:Machine",
+        "distributed/plan.py:Work",
+    ),
 ]
 
 
