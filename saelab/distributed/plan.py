@@ -10,10 +10,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from saelab.kernels.products import DEVICE_CHUNK_BYTES
+
 Op = Literal["all_reduce", "all_gather", "reduce_scatter"]
 # How parameters lie on the ranks that share a batch: whole on each, or divided (torch's `fully_shard`).
 Placement = Literal["replicated", "sharded"]
-PLACEMENT: Placement = "replicated"  # of this version's engine
+PLACEMENT: Placement = "sharded"  # of this version's engine
 Limit = Literal["arithmetic", "memory", "network", "feed"]
 
 
@@ -268,12 +270,12 @@ def _memory(work: Work, data_size: int, dict_size: int) -> dict[str, float]:
     if work.placement == "sharded" and data_size > 1:
         memory["own weights and gradients (fp32)"] = 8 * own
     if work.precision == "bf16":
-        memory["copies of the matrices (bf16)"] = 2 * latents * work.d_in
+        memory["copies of the matrices (bf16)"] = 2 * parameters
     memory["activations, reconstruction, errors (fp32)"] = 4 * tokens * (2 * work.d_in + 3 * work.out)
-    memory[f"pre-activations ({work.precision})"] = (2 if work.precision == "bf16" else 4) * tokens * latents
+    memory["pre-activations held at a time"] = min(4 * tokens * latents, DEVICE_CHUNK_BYTES)
     memory["candidates"] = dict_size * tokens * work.k * 8 * 3  # gathered, sorted, ranked
     if work.dead:
-        memory["AuxK"] = 8 * work.dead * latents * (work.d_in + work.out) + 4 * tokens * work.dead * latents
+        memory["AuxK"] = 8 * work.dead * latents * (work.d_in + work.out) + 4 * tokens * 3 * work.out
     return memory
 
 

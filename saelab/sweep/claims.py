@@ -19,6 +19,7 @@ from filelock import LeaseSettingsMismatch as OtherPatience
 from filelock import SoftFileLease, Timeout
 
 from saelab.errors import UserError
+from saelab.files import refuse_url
 
 FOLDER = ".workers"  # in the folder that is worked on, while it is
 PATIENCE = 120.0  # longer than network file systems keep what they know of a file (60 s for NFS)
@@ -32,6 +33,7 @@ class Claims:
     def __init__(self, folder: Path, patience: float = PATIENCE) -> None:
         if not patience > 0:
             raise UserError(f"patience={patience:g} must be positive, in seconds")
+        refuse_url(folder)  # a store has no leases
         self.folder, self.patience = folder / FOLDER, patience
         self._leases: dict[str, SoftFileLease] = {}
         self._looked = _now()

@@ -116,6 +116,7 @@ def test_the_command(capsys: pytest.CaptureFixture) -> None:
 def test_the_table_of_the_how_to_is_what_plan_says() -> None:
     text = (Path(__file__).parents[2] / "docs" / "how-to" / "many-gpus.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if len(row) == 7]
     for gpus, layout, memory, sent, time, tokens, limit in rows[1:]:
         best = layouts(MILLION, int(gpus), Machine())[0]
         assert layout == f"{best.data_size} x {best.dict_size}"

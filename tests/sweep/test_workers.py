@@ -198,6 +198,7 @@ def test_workers_that_cannot_be(cache: ActivationCache, tmp_path: Path, capsys: 
         (["--device", "cpu", "cpu", "--workers", "1"], "give at least one for each device"),
         (["--at-once", "0"], "at_once=0 must be at least 1"),
         (["--patience", "0"], "patience=0 must be positive"),
+        (["--out", "s3://bucket/sweep"], "s3://bucket/sweep cannot be written by this command"),
     ):
         with pytest.raises(SystemExit) as caught:
             main([*args, *more])

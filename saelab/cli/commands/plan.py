@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 import tyro
-from rich.table import Table
 
 from saelab.cli.console import out, parse, print_json
 from saelab.distributed.plan import Machine, Plan, Work, layouts
@@ -47,8 +46,8 @@ def main(args: Sequence[str]) -> None:
         return
     for line in overview(best, options):
         out.print(line, markup=False, soft_wrap=True)
-    if options.parts:
-        out.print("", table(best), sep="\n")
+    for line in ["", *parts(best)] if options.parts else []:
+        out.print(line, markup=False, soft_wrap=True)
     for line in assumptions(best, options):
         out.print(line, markup=False, soft_wrap=True)
     out.print("\nTo start it (with your own cache, variant and folder):", markup=False)
@@ -101,8 +100,7 @@ def overview(plans: Sequence[Plan], options: Options) -> list[str]:
         ends.append(f"{p.limit}: {p.bottleneck}" if fits else f"memory: does not fit {machine.memory_gb:g} GB")
     if not machine.price:
         rows = [row[:-1] for row in rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    return ["  ".join([*(c.rjust(w) for c, w in zip(row, widths)), end]) for row, end in zip(rows, ends)]
+    return [f"{line}  {end}" for line, end in zip(aligned(rows), ends)]
 
 
 def assumptions(plans: Sequence[Plan], options: Options) -> list[str]:
@@ -149,13 +147,19 @@ def batch(one: Plan, work: Work, machine: Machine) -> str:
     return f"sbatch --nodes {nodes} --ntasks-per-node 1 --gpus-per-node {here} --wrap 'srun {line}'"
 
 
-def table(plans: Sequence[Plan]) -> Table:
-    """Part by part, one column per number of devices."""
-    shown = Table("per device and step", *(f"{p.gpus}" for p in plans), box=None, pad_edge=False)
+def parts(plans: Sequence[Plan]) -> list[str]:
+    """Memory, traffic and time part by part, one column per number of devices."""
+    rows = [[*(str(p.gpus) for p in plans), "devices"]]
     for unit, factor, name in (("GB", 1.0, "memory_gb"), ("MB sent", 1.0, "traffic_mb"), ("ms", 1e3, "seconds")):
         for part in dict.fromkeys(part for p in plans for part in getattr(p, name)):
-            values = [getattr(p, name).get(part, 0.0) for p in plans]
-            shown.add_row(f"{unit}: {part}", *(f"{factor * value:,.1f}" for value in values))
-    shown.add_row("ms: reading the cache, meanwhile", *(f"{1e3 * p.feed_seconds:,.1f}" for p in plans))
-    shown.add_row("s: writing a checkpoint, meanwhile", *(f"{p.checkpoint_seconds:,.1f}" for p in plans))
-    return shown
+            values = [factor * getattr(p, name).get(part, 0.0) for p in plans]
+            rows.append([*(f"{value:,.1f}" for value in values), f"{unit}: {part}"])
+    rows.append([*(f"{1e3 * p.feed_seconds:,.1f}" for p in plans), "ms: reading the cache, meanwhile"])
+    rows.append([*(f"{p.checkpoint_seconds:,.1f}" for p in plans), "s: writing a checkpoint, meanwhile"])
+    return [f"{line}  {row[-1]}" for line, row in zip(aligned([row[:-1] for row in rows]), rows)]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns that end one below the other; a terminal may wrap them, but loses nothing."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
