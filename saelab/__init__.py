@@ -28,6 +28,8 @@ _EXPORTS = {
     "harvest": "saelab.harvesting",
     "harvest_many": "saelab.harvesting",
     "HarvestConfig": "saelab.harvesting",
+    "roll": "saelab.harvesting.rolling",
+    "RollingConfig": "saelab.harvesting.rolling",
     "evaluate": "saelab.evaluation",
     "attribute": "saelab.attribution",
     "AttributionGraph": "saelab.attribution",

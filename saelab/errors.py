@@ -1,4 +1,4 @@
-"""The exception for invalid input, and helpers that phrase its message."""
+"""The exceptions for invalid input and for a stop, and helpers that phrase its message."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class UserError(ValueError):
 
     The commands print the message without a traceback and exit with code 2.
     """
+
+
+class Stopped(Exception):
+    """The caller asked to stop while something else was waited for."""
 
 
 # Raised by parsers when the content of a file does not fit its format.

@@ -51,3 +51,7 @@ RECIPE, VECTORS = "recipe.json", "vectors.safetensors"
 # An activation cache
 MANIFEST = "manifest.json"  # there once the cache is complete
 TOKENS = "tokens.json"  # the vocabulary's strings
+
+# A rolling cache, beside the files of the kept documents' cache
+ROLLING = "rolling.json"  # the settings of the stream, and what each segment held
+SEGMENTS = "segments"  # a folder: a cache for each segment that is on disk

@@ -83,18 +83,22 @@ def output_folder(folder: Path, overwrite: bool = False, resume: bool = False) -
 
     A folder that is not empty needs ``--resume``, or ``--overwrite``, which empties it.
     """
+    check_output(folder, overwrite, resume)
+    with lock(folder):
+        check_output(folder, overwrite, resume)
+        # The folder itself stays, since it is locked.
+        for path in [] if resume else [path for path in folder.iterdir() if path.name != LOCK]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        yield
+
+
+def check_output(folder: Path, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse an output folder that holds something, unless that shall be replaced or continued."""
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder")
-    with lock(folder):
-        found = [path for path in folder.iterdir() if path.name != LOCK]
-        if found and not resume:
-            if not overwrite:
-                raise UserError(
-                    f"{folder} exists; add --overwrite to replace it, --resume to continue, or name another"
-                )
-            for path in found:  # the folder itself stays, since it is locked
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        yield
+    found = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+    if found and not resume and not overwrite:
+        raise UserError(f"{folder} exists; add --overwrite to replace it, --resume to continue, or name another")
 
 
 def quiet(yes: bool) -> None:

@@ -56,7 +56,7 @@ def harvest(
     if is_pattern(hook):
         raise UserError(f"hook={hook!r} may stand for several hook points; call harvest_many for them")
     folder = Folder(out)
-    _harvest(model, {hook: folder}, text, config, overwrite, resume, progress, share)
+    harvest_into(model, {hook: folder}, text, config, overwrite, resume, progress, share)
     return ActivationCache(folder.url)
 
 
@@ -81,11 +81,11 @@ def harvest_many(
     model = load_model(model) if isinstance(model, str) else model
     hooks = expand(model, hooks)
     folders = {name: Folder(out).sub(name) for name in hooks}
-    _harvest(model, folders, text, config, overwrite, resume, progress, share)
+    harvest_into(model, folders, text, config, overwrite, resume, progress, share)
     return {name: ActivationCache(folder.url) for name, folder in folders.items()}
 
 
-def _harvest(
+def harvest_into(
     model: TransformerBridge | str,
     folders: Mapping[str, Folder],
     text: str | Path | TextSource,
@@ -93,9 +93,9 @@ def _harvest(
     overwrite: bool,
     resume: bool,
     progress: Progress | None,
-    share: Share,
+    share: Share = ALONE,
 ) -> None:
-    """Write the cache of each hook point into its folder."""
+    """Write the cache of each hook point into its folder; see :func:`harvest`."""
     config = config or HarvestConfig()
     first_alone(share, lambda: [prepare(f, overwrite=overwrite, resume=resume, dry=True) for f in folders.values()])
     bridge = load_model(model) if isinstance(model, str) else model

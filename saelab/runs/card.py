@@ -11,6 +11,7 @@ from saelab.evaluation.report import control_rows
 from saelab.interop.reading import read_json
 from saelab.layout import EVALUATION
 from saelab.runs.run import Run
+from saelab.training.fitting import ROLLED
 
 
 def model_card(run: Run, repo: str | None = None, path: str | None = None) -> str:
@@ -35,10 +36,12 @@ def _text(title: str, calls: tuple[str, str], config: Mapping[str, Any], measure
     own = metadata["saelab"]["config"]
     d_out = f", d_out {own['d_out']}" if "d_out" in own else ""
     kind = "transcoder" if d_out else "sparse autoencoder"
+    rolled, passes = metadata.get(ROLLED), metadata.get("train", {}).get("epochs")
     rows = [
         ("variant", metadata["saelab"]["variant"]),
         ("language model", metadata.get("model_name")),
-        ("passes over the text", metadata.get("train", {}).get("epochs")),
+        ("passes over the text", passes if rolled is None else None),
+        ("trained on", None if rolled is None else _streamed(rolled)),
         ("hook", metadata.get("hook_name")),
         ("reconstructs", metadata.get("hook_name_out")),
         ("widths", f"d_in {config['d_in']}, d_sae {config['d_sae']}{d_out}"),
@@ -75,6 +78,13 @@ from sae_lens import SAE
 sae = {calls[1]}
 ```
 """
+
+
+def _streamed(rolled: Mapping[str, Any]) -> str:
+    return (
+        f"{rolled['tokens']:,} activations, harvested meanwhile and shuffled over {rolled['window_tokens']:,} tokens; "
+        f"scale and thresholds from {rolled['sample_rows']:,} others of the same text"
+    )
 
 
 def _measured(file: Path) -> str:

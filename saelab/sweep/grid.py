@@ -186,8 +186,8 @@ class Grid:
         return cache if self.tuning is None else cache.with_validation(self.tuning.validation)
 
 
-def read_grid(path: Path | str, caches: Sequence[str] = ()) -> Grid:
-    """Parse a grid file. ``caches`` are the names of a folder's caches. Raises UserError if it is not one."""
+def read_grid(path: Path | str, caches: Sequence[str] = (), assumed: Mapping[str, Any] | None = None) -> Grid:
+    """Parse a grid file; see :func:`make_grid`. Raises UserError if it is not one."""
     path = Path(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -196,13 +196,16 @@ def read_grid(path: Path | str, caches: Sequence[str] = ()) -> Grid:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML ({first_line(error)}); correct it") from error
     try:
-        return make_grid(content, caches)
+        return make_grid(content, caches, assumed)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def make_grid(content: Mapping[str, Any], caches: Sequence[str] = ()) -> Grid:
-    """A grid from the content of a grid file. ``caches`` are the names of several caches, which are one more axis."""
+def make_grid(content: Mapping[str, Any], caches: Sequence[str] = (), assumed: Mapping[str, Any] | None = None) -> Grid:
+    """A grid from the content of a grid file.
+
+    ``caches`` are the names of several caches, which are one more axis; ``assumed`` holds where [train] is silent.
+    """
     for name in content:
         if name not in TABLES:
             raise UserError(f"unknown table [{name}] in the grid: {near_matches(name, TABLES)}")
@@ -211,7 +214,7 @@ def make_grid(content: Mapping[str, Any], caches: Sequence[str] = ()) -> Grid:
         raise UserError("the grid has no [[grid]] block; add one with at least a variant and d_sae")
     for block in blocks:
         _table(block, "[[grid]]")
-    shared = _table(content.get("train", {}), "[train]")
+    shared = {**(assumed or {}), **_table(content.get("train", {}), "[train]")}
     _known(shared, TRAIN, "[train]")
     product = [keys for block in blocks for keys in _product(spread(block, caches))]
     combinations = [resolve_target(keys, caches) for keys in product]

@@ -140,6 +140,11 @@ def check(sae: SAE, cache: ActivationCache, config: TrainConfig, parallel: Paral
         )
     if sae.needs_grads and not cache.has_grads:
         raise UserError(f"{sae.variant} needs gradients and the cache has none; harvest it with --gradients")
+    if cache.rolled is not None and config.epochs != 1:
+        raise UserError(
+            f"epochs={config.epochs}: a rolling cache is read once, and begins its text again by itself; use epochs=1 "
+            "and more tokens"
+        )
     if config.freeze == "encoder" and not hasattr(sae, "W_enc"):
         raise UserError(f"a {sae.variant} SAE has no encoder matrix that could be frozen; freeze the decoder")
     if config.batch_size > cache.n_split("train"):

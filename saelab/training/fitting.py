@@ -33,6 +33,7 @@ from saelab.training.remote import carrier_of, run_folder
 from saelab.training.state import TrainState
 
 SOURCE = "fine_tuned_from"  # key of the SAE that the run is fine-tuned from
+ROLLED = "rolled"  # key of how the training rows were streamed, where they were
 VALIDATION = "validation_rows"  # key of the span of training rows that the run leaves out, if it does
 
 
@@ -243,6 +244,7 @@ def run_description(sae: SAE, cache: ActivationCache, config: TrainConfig, sourc
         "cache": str(cache.path),
         "cache_fingerprint": cache.fingerprint,
         **_target(cache),
+        **({} if cache.rolled is None else {ROLLED: cache.rolled}),
         **({VALIDATION: list(cache.split_rows("validation"))} if cache.n_split("validation") else {}),
     }
 
@@ -328,6 +330,9 @@ def _same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
             f"{folder} was begun with {before.get('target_cache', 'no target')} as its target, not "
             f"{now.get('target_cache', 'without one')}; resume it so or start a new run"
         )
+    for name, value in now.get(ROLLED, {}).items():
+        if name != "options" and (was := before.get(ROLLED, {}).get(name)) != value:
+            raise UserError(f"{name}={value} differs from {name}={was} of the run in {folder}; start a new run")
     if before.get(VALIDATION) != now.get(VALIDATION):
         raise UserError(
             f"{folder} was begun by a sweep that tunes and does not train on its validation rows; resume the sweep"

@@ -137,7 +137,8 @@ def sample_of(cache: ActivationCache) -> Float[Tensor, "n d_in"]:
 
 
 def _sample(cache: ActivationCache) -> Batch:
-    (first, _), n = cache.split_rows("train"), cache.n_split("train")
+    first, stop = cache.sample_rows
+    n = stop - first
     runs, length = (SAMPLE // RUN, RUN) if n > SAMPLE else (1, n)
     starts = first + torch.arange(runs) * (n - length) // max(runs - 1, 1)
     return cache.read((starts[:, None] + torch.arange(length)).flatten())

@@ -14,9 +14,9 @@ from saelab.runs import Run
 from saelab.sae import VARIANTS
 from saelab.sae.base import current
 from saelab.training import TrainConfig
-from saelab.training.fitting import SOURCE, without_warmups
+from saelab.training.fitting import ROLLED, SOURCE, without_warmups
 
-CACHE = "CACHE"  # placeholder where none is recorded
+CACHE, MODEL = "CACHE", "MODEL"  # placeholders where none is recorded
 
 
 def train_command(run: Run) -> str | None:
@@ -36,8 +36,23 @@ def train_command(run: Run) -> str | None:
         kept = {"target": run.metadata.get("target_cache") or CACHE} | kept
         if config["d_out"] == options.get("d_in"):
             del kept["d_out"]
+    if rolled := run.metadata.get(ROLLED):
+        kept.pop("epochs", None)  # which is no option there
+        return _spell("train", None, _stream(run, rolled) | {"variant": variant, **kept, "out": run.name})
     cache = run.metadata.get("cache") or CACHE
     return _spell("train", cache, {"variant": variant, **kept, "out": run.name})
+
+
+def _stream(run: Run, rolled: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with which a run harvested while it trained."""
+    options = {"tokens": rolled["tokens"], **rolled["options"]}
+    hidden = {"gradients", "held_out", "pass_tokens"}  # the first two are no options, the third depends on the device
+    return {
+        "model": run.model_name or MODEL,
+        "hook": run.hook_name,
+        "text": rolled["text"].split(" + "),
+        **{name: value for name, value in options.items() if name not in hidden},
+    }
 
 
 def evaluate_command(run: Run) -> str:
@@ -66,8 +81,8 @@ def _changed(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in defaults if name in values and values[name] != defaults[name]}
 
 
-def _spell(command: str, subject: str, options: Mapping[str, Any]) -> str:
-    words = ["saelab", command, shlex.quote(subject)]
+def _spell(command: str, subject: str | None, options: Mapping[str, Any]) -> str:
+    words = ["saelab", command, *([] if subject is None else [shlex.quote(subject)])]
     for name, value in options.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):

@@ -30,6 +30,8 @@ SMALL = {
     "epochs": 1,
     "batch_size": 256,
     "k": 4,
+    "sample_tokens": 512,
+    "held_out_tokens": 512,
     "max_new_tokens": 3,
 }
 BLOCK = re.compile(r"```(python|bash)\n(.*?)```", flags=re.S)

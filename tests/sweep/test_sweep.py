@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from saelab.cli import main
-from saelab.cli.commands.sweep import results_table
+from saelab.cli.tables import results_table
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.sae import VARIANTS, build

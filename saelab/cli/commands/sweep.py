@@ -1,17 +1,19 @@
-"""``saelab sweep``: train a grid of SAEs while reading one cache once, with a live table and a report.
+"""``saelab sweep``: train a grid of SAEs while reading or harvesting activations once, with a table and a report.
 
 Any number of processes may run the command in one folder; each trains and measures SAEs that no other has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tyro
 from rich.console import Group
@@ -24,11 +26,15 @@ from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.placement import computing_device
 from saelab.cli.processes import beside
 from saelab.cli.signals import Stop, stop_on_signals
-from saelab.errors import UserError
+from saelab.cli.streaming import is_asked, stream_cache, sweep_options
+from saelab.cli.tables import differences_table, results_table, summary_table
+from saelab.data.cache import ActivationCache
+from saelab.errors import Stopped, UserError
 from saelab.evaluation import EvaluateConfig
 from saelab.files import replace, write_json
 from saelab.layout import SWEEP_REPORT, SWEEP_TABLE
 from saelab.lm.record import ModelRecord
+from saelab.sae import VARIANTS
 from saelab.sweep import (
     Grid,
     Member,
@@ -56,11 +62,8 @@ from saelab.viz.sweep import report as sweep_report
 
 @dataclasses.dataclass(frozen=True)
 class OwnOptions:
-    """Which cache, which grid, and where to write."""
+    """Which grid, and where to write."""
 
-    cache: tyro.conf.Positional[Path]
-    """Folder of the activation cache, which is read once for all SAEs; or a folder of caches, as a harvest at several
-    hook points writes it: each is one more value of the grid's `cache`."""
     grid: tyro.conf.Positional[Path]
     """TOML file with [train], [[grid]] and [halving]; its format is described in docs/how-to/sweep.md."""
     out: Path
@@ -90,7 +93,17 @@ class OwnOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(ModelOptions, OwnOptions):
+class CacheOptions:
+    """Which cache."""
+
+    cache: tyro.conf.Positional[Path]
+    """Folder of the activation cache, which is read once for all SAEs; or a folder of caches, as a harvest at several
+    hook points writes it: each is one more value of the grid's `cache`. To harvest while training instead, leave it out
+    and give --tokens and --text: `saelab sweep --tokens N --help` lists their options."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ModelOptions, OwnOptions, CacheOptions):
     """What to train, where, and the model to measure in."""
 
     device: tuple[str, ...] = ("auto",)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -100,25 +113,57 @@ class Options(ModelOptions, OwnOptions):
 
 def main(args: Sequence[str]) -> None:
     """Check the grid, train it, measure every SAE on held-out tokens, write table and report."""
-    options = parse(
-        Options,
-        "sweep",
-        args,
-        "Train a grid of SAEs while reading the cache once, and compare them on held-out tokens.",
-    )
+    streams = is_asked(args)
+    cls: Any = sweep_options(OwnOptions) if streams else Options
+    about = "Train a grid of SAEs while reading the cache once, and compare them on held-out tokens."
+    options = parse(cls, "sweep", args, about)
     Interval(options.checkpoint_steps, options.checkpoint_minutes)  # which refuses bad ones, before anything is done
+    if streams:
+        stream(options)
+        return
     places = workers_of(options)
     for place in reversed(places):
         device = computing_device(place)  # the last one becomes the current device
     caches = Caches.open(options.cache)
     grid = read_grid(options.grid, caches.names)
+    share = options.at_once or -(-len(grid.entries) // len(places))
+    at_once = options.at_once if len(places) == 1 else share
+    others = [arguments(options, place, share) for place in places[1:]]
+    model = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelOptions)}
+    run(grid, caches, options, ModelOptions(**model | {"device": places[0]}), device, at_once, others)
+
+
+def stream(options: Any) -> None:
+    """The sweep on activations that are harvested meanwhile, in one process."""
+    device = computing_device(options.device)
+    grid = read_grid(options.grid, assumed={"epochs": 1})
+    if grid.tuning is not None:
+        raise UserError(
+            'lr = "tune" reads the activations several times, and they are harvested once; tune on a cache of the same '
+            "text and give the rates"
+        )
+    gradients = any(VARIANTS[entry.variant].needs_grads for entry in grid.entries if entry.variant in VARIANTS)
+    with stream_cache(options, gradients, device) as cache:
+        where = {"model": options.model, "device": options.model_device or options.device}
+        model = ModelOptions(**where, revision=options.revision, device_map=options.device_map)
+        run(grid, Caches.of(cache), options, model, device)
+
+
+def run(
+    grid: Grid,
+    caches: Caches,
+    options: Any,
+    model: ModelOptions,
+    device: Any,
+    at_once: int | None = None,
+    others: Sequence[Sequence[str]] = (),
+) -> None:
+    """Train a grid that was read, and measure its SAEs, also in ``model`` where that is asked for; beside ``others``,
+    the command lines of further processes."""
     check_grid(grid, caches)
     check_measuring(grid, caches, options)
     claims = Claims(options.out, options.patience)
     prepare_folder(options, claims)
-    share = options.at_once or -(-len(grid.entries) // len(places))
-    at_once = options.at_once if len(places) == 1 else share
-    others = [arguments(options, place, share) for place in places[1:]]
     try:
         with beside(others), stop_on_signals() as stop:
             members = train(grid, caches, options, device, stop, claims, at_once)
@@ -126,7 +171,7 @@ def main(args: Sequence[str]) -> None:
                 assert stop.signal is not None
                 console.print(f"{stop.signal.name}: all SAEs saved; continue with --resume")
                 sys.exit(stop.exit_code)
-            rows = evaluate(members, caches, options, claims, places[0])
+            rows = evaluate(members, caches, options, claims, model)
             with claims.only("report"):
                 found = write_report(rows, options.out, claims)
     finally:
@@ -164,7 +209,7 @@ def arguments(options: Options, device: str, at_once: int) -> list[str]:
     return line
 
 
-def check_measuring(grid: Grid, caches: Caches, options: Options) -> None:
+def check_measuring(grid: Grid, caches: Caches, options: Any) -> None:
     """UserError where the SAEs could be trained and not be measured."""
     EvaluateConfig(lm_tokens=options.lm_tokens)  # which refuses bad ones
     for pair in grid.parts():
@@ -180,7 +225,7 @@ def check_measuring(grid: Grid, caches: Caches, options: Options) -> None:
         )
 
 
-def prepare_folder(options: Options, claims: Claims) -> None:
+def prepare_folder(options: Any, claims: Claims) -> None:
     """Empty the folder where that is asked for, which is done last, so that an error in the options does not cost it.
 
     UserError for a folder that is not empty without --resume, and for one that others work on without it.
@@ -234,7 +279,7 @@ def show(
 
 
 def train(
-    grid: Grid, caches: Caches, options: Options, device: Any, stop: Stop, claims: Claims, at_once: int | None
+    grid: Grid, caches: Caches, options: Any, device: Any, stop: Stop, claims: Claims, at_once: int | None
 ) -> list[Member] | None:
     """Run the sweep under a live table; None if a signal stopped it."""
     views, config = [part.view(caches.get(pair)) for pair, part in grid.parts().items()], grid.entries[0].train
@@ -255,8 +300,13 @@ def train(
         claims=claims,
     )
     bar = progress_bar("speed")
+    if caches.first.rolled is not None:
+        harvested = bar.add_task("harvest", total=None, speed="")
+        report = partial(_harvested, bar, harvested)
+        cast(Any, caches.first).watch(report, lambda: stop.signal is not None)
     task, started = bar.add_task("sweep", total=100, speed=""), time.perf_counter()
-    with Live(console=console, refresh_per_second=2) as live:
+    with Live(console=console, refresh_per_second=2) as live, contextlib.suppress(Stopped):
+        live.update(view(members, bar))
         for members in sweep:
             done += any(member.run is not None for member in members)
             if time.perf_counter() - shown > 0.5:
@@ -269,7 +319,12 @@ def train(
                 return None
         bar.update(task, completed=100)
         live.update(view(members, bar))
-    return members
+        return members
+    return None
+
+
+def _harvested(bar: Progress, task: Any, _: str, done: int, total: int) -> None:
+    bar.update(task, completed=done, total=total)
 
 
 def _percent(members: Sequence[Member], total: int) -> float:
@@ -288,12 +343,12 @@ def view(members: Sequence[Member], bar: Progress) -> Group:
 
 
 def evaluate(
-    members: Sequence[Member], caches: Caches, options: Options, claims: Claims, device: str
+    members: Sequence[Member], caches: Caches, options: Any, claims: Claims, wanted: ModelOptions
 ) -> list[dict[str, Any]]:
     """Measure the finished SAEs on held-out tokens, under a progress bar, each in one of the processes at work."""
     cache, config = caches.first, EvaluateConfig(lm_tokens=options.lm_tokens)
-    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelOptions)}
-    wanted = ModelOptions(**fields | {"device": device})
+    if cache.rolled is not None:
+        caches = Caches.of(ActivationCache(cache.path))  # of the documents that were kept
     models: list[Any] = [] if config.lm_tokens else [None]
 
     def measure_one(member: Member) -> dict[str, Any]:
@@ -331,40 +386,3 @@ def shared_rows(
             progress()
         time.sleep(0 if len(rows) == len(members) else WAIT)
     return [rows[member.entry.name] for member in members]
-
-
-def results_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The results, best FVU first within each sparsity."""
-    table = Table("SAE", "status", "lr", "L0", "FVU", "dead", "CE recovered", box=None, pad_edge=False)
-    for row in sorted(rows, key=lambda r: (r["l0"] is None, r["l0"] or 0.0)):
-        numbers = [row["l0"], row["fvu"], row["dead_fraction"], row["ce_loss_recovered_zero"]]
-        cells = ["" if n is None else f"{n:.{d}f}" for n, d in zip(numbers, (1, 4, 3, 4))]
-        table.add_row(row["name"], row["status"], _rate(row), *cells)
-    return table
-
-
-def summary_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """Means over seeds."""
-    table = Table("SAE", "seeds", "L0", "FVU", "interval", "dead", "shared by seeds", box=None, pad_edge=False)
-    for row in summaries:
-        interval = "cannot say" if row["fvu_low"] is None else f"{row['fvu_low']:.4f} .. {row['fvu_high']:.4f}"
-        shared = ""
-        if row["shared_latents"] is not None:
-            shared = f"{row['shared_latents']:.1%} ({row['shared_by_chance']:.1%} by chance)"
-        numbers = (f"{row['l0']:.1f}", f"{row['fvu']:.4f}", interval, f"{row['dead_fraction']:.3f}")
-        table.add_row(row["name"], str(row["seeds"]), *numbers, shared)
-    return table
-
-
-def differences_table(differences: Sequence[dict[str, Any]]) -> Table:
-    """The differences, largest first."""
-    table = Table("a", "b", "FVU of a - b", "interval", "verdict", box=None, pad_edge=False)
-    for row in sorted(differences, key=lambda row: -abs(row["difference"])):
-        interval = "" if row["low"] is None else f"{row['low']:+.4f} .. {row['high']:+.4f}"
-        table.add_row(row["a"], row["b"], f"{row['difference']:+.4f}", interval, row["verdict"])
-    return table
-
-
-def _rate(row: dict[str, Any]) -> str:
-    lr = "" if row["lr"] is None else f"{row['lr']:.2g}"
-    return f"{lr} of {len(json.loads(row['tried']))}" if row["tried"] else lr

@@ -1,4 +1,4 @@
-"""``saelab train``: train one SAE of any variant on an activation cache, with the variant's own options."""
+"""``saelab train``: train one SAE of any variant, with the variant's own options, on a cache or while harvesting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -19,6 +19,7 @@ from saelab.cli.fine_tuning import announce, check_options, fixed_options, open_
 from saelab.cli.opening import open_pair
 from saelab.cli.placement import computing_device
 from saelab.cli.signals import Stop, stop_on_signals
+from saelab.cli.streaming import bases, is_asked, stream_cache, streamed_steps
 from saelab.cli.variants import l0_field, option_fields, resolve_l0, value_of, variant_in
 from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel, Poll, launched, start_world
@@ -27,7 +28,7 @@ from saelab.distributed.failures import naming_lost, restarted
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.sharding import whole as whole_of
 from saelab.distributed.world import end_world
-from saelab.errors import UserError, damaged
+from saelab.errors import Stopped, UserError, damaged
 from saelab.files import url_of
 from saelab.interop.fetch import full_name
 from saelab.layout import RUN
@@ -37,27 +38,20 @@ from saelab.training import StepMetrics, TrainConfig, chosen_rate, finished, fit
 from saelab.training.checkpoints import Interval, latest_step, number_of
 from saelab.training.config import target_width
 from saelab.training.divergence import failure
-from saelab.training.fitting import SOURCE
+from saelab.training.fitting import ROLLED, SOURCE
 from saelab.training.log import Log, TensorBoard, Wandb, recent_fvu
 from saelab.training.remote import carrier_of, run_folder
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Where to read, where to write, and which SAE."""
+class OwnOptions:
+    """Where to write, and which SAE."""
 
-    cache: tyro.conf.Positional[Path]
-    """Folder or URL of the activation cache."""
     out: Path
     """Run folder to write, or a URL: the run is then trained in a local copy, and each checkpoint is carried there."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Fine-tune this SAE: a run, or a file, a folder or a hub id of any tool. Its variant, its size and the options
     that its codes depend on are taken over; options that contradict them are refused."""
-    target: Path | None = None
-    """Train a transcoder: folder of the cache of what the SAE shall reconstruct, another place of the model, harvested
-    in the same pass (`saelab harvest --hook INPUT TARGET`)."""
-    d_out: int | None = None
-    """Width of the target; to be given where it is not that of the input."""
     variant: str = "topk"
     """The variant; `--variant NAME --help` lists its own options too."""
     d_sae: int = 4608
@@ -67,8 +61,6 @@ class Options:
     dict_ranks: int = 1
     """Processes that share one copy of the dictionary, each holding d-sae / dict-ranks latents; the others divide
     every batch. Start several with `torchrun --nproc-per-node 4 -m saelab train ...`."""
-    buffer_gb: float = 8.0
-    """Of a cache behind a URL: gigabytes of local disk for what was fetched, so that later epochs need not fetch it."""
     timeout_s: float = 60.0
     """Seconds that a process waits for another one before it ends the run."""
     checkpoint_timeout_s: float = 3600.0
@@ -89,6 +81,22 @@ class Options:
     """Also log to this wandb project."""
     json: bool = False
     """Print the final metrics as JSON on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(OwnOptions):
+    """Where to read, where to write, and which SAE."""
+
+    cache: tyro.conf.Positional[Path] = tyro.MISSING
+    """Folder or URL of the activation cache. To harvest while training instead, give --tokens and --text:
+    `saelab train --tokens N --help` lists their options."""
+    target: Path | None = None
+    """Train a transcoder: folder of the cache of what the SAE shall reconstruct, another place of the model, harvested
+    in the same pass (`saelab harvest --hook INPUT TARGET`)."""
+    d_out: int | None = None
+    """Width of the target; to be given where it is not that of the input."""
+    buffer_gb: float = 8.0
+    """Of a cache behind a URL: gigabytes of local disk for what was fetched, so that later epochs need not fetch it."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -114,8 +122,19 @@ def train(args: Sequence[str]) -> None:
     variant = source.sae.variant if source else variant_in(args, default=saved["variant"] if saved else "topk")
     # The training options come after ours in the list of fields, so they are the first base.
     own = [*option_fields(variant), *l0_field(variant)]
-    cls = dataclasses.make_dataclass("TrainOptions", own, bases=(TrainConfig, Options), frozen=True)
-    default = None
+    streams = is_asked(args)
+    if saved and ROLLED in saved and not streams:
+        raise UserError(
+            f"{folder} is trained while its activations are harvested; repeat its whole command with --resume"
+        )
+    if streams:
+        more, harvests = bases()
+        epochs: Any = ("epochs", tyro.conf.Suppress[int], dataclasses.field(default=1))
+        own, parts = [*own, *more, epochs], (TrainConfig, *harvests, OwnOptions)
+    else:
+        parts = (TrainConfig, Options)
+    cls = dataclasses.make_dataclass("TrainOptions", own, bases=parts, frozen=True)
+    default, positional = None, {} if streams else {"cache": tyro.MISSING}
     if saved:
         same_variant = saved["config"] if variant == saved["variant"] else {}
         known = {key: value for key, value in same_variant.items() if key != "d_in"}
@@ -123,9 +142,9 @@ def train(args: Sequence[str]) -> None:
             known = {**known, **saved["train"], "variant": variant, "from_": saved.get(SOURCE)}
             if "target_cache" in saved:
                 known["target"] = Path(saved["target_cache"])
-            default = cls(cache=tyro.MISSING, out=tyro.MISSING, **known)
+            default = cls(**positional, out=tyro.MISSING, **known)
     elif source:
-        default = cls(cache=tyro.MISSING, out=tyro.MISSING, **fixed_options(source))
+        default = cls(**positional, out=tyro.MISSING, **fixed_options(source))
     options = parse(cls, "train", args, f"Train a {variant} SAE: {VARIANTS[variant].__doc__}", default)
     options = resolve_l0(options, variant, args)
     if source:
@@ -152,9 +171,21 @@ def _run(options: Any, config: dict[str, Any], source: Run | None) -> StepMetric
     if options.dict_ranks > 1 and parallel.size == 1:
         raise UserError(f"dict_ranks={options.dict_ranks} needs several processes; start them with torchrun")
     quiet(not parallel.is_main)
-    cache = open_pair(options.cache, options.target, options.buffer_gb)
+    if not hasattr(options, "tokens"):
+        cache = open_pair(options.cache, options.target, options.buffer_gb)
+        return train_on(cache, options, config, source, device, parallel)
+    if parallel.size > 1:
+        raise UserError("to harvest while training takes one process; harvest a cache first, or start without torchrun")
+    with stream_cache(options, VARIANTS[options.variant].needs_grads, device) as cache:
+        return train_on(cache, options, config, source, device, parallel)
+
+
+def train_on(
+    cache: ActivationCache, options: Any, config: dict[str, Any], source: Run | None, device: Any, parallel: Parallel
+) -> StepMetrics | None:
+    """Train on an open cache, and say what came of it."""
     d_in = cache.d_in if source is None else source.sae.d_in
-    if (d_out := target_width(cache, options.d_out)) is not None:
+    if (d_out := target_width(cache, getattr(options, "d_out", None))) is not None:
         config = {**config, "d_out": d_out}
     sae = build_shard(options.variant, d_in, options.d_sae, options.seed, parallel, **config).to(device)
     whole = whole_of(sae, parallel)
@@ -171,9 +202,10 @@ def _run(options: Any, config: dict[str, Any], source: Run | None) -> StepMetric
     with claim(options, parallel), stop_on_signals() as stop:
         last = drive(sae, cache, train_config, options, stop, parallel)
     end_world()
-    if last is not None and last.step < n_steps(cache, train_config):
+    if (last is not None and last.step < n_steps(cache, train_config)) or not finished(options.out):
         name = stop.signal.name if stop.signal is not None else "another process received a signal"
-        console.print(f"{name}: saved at step {last.step}; continue with --resume")
+        where = "before the first step" if last is None else f"at step {last.step}"
+        console.print(f"{name}: saved {where}; continue with --resume")
         sys.exit(stop.exit_code)
     if options.json and last is not None:
         print_json(last.row())
@@ -224,7 +256,8 @@ def drive(
     console.print(f"kernels: {kernels.describe()}{', selecting in bf16 with values in fp32' if halves else ''}")
     with contextlib.ExitStack() as stack, progress_bar("state") as bar:
         logs = [stack.enter_context(contextlib.closing(log)) for log in loggers(options, config, parallel)]
-        steps = fit_steps(
+        make = fit_steps if cache.rolled is None else streamed_steps
+        steps: Any = make(
             sae,
             cache,
             config,
@@ -236,6 +269,12 @@ def drive(
             source=None if options.from_ is None else full_name(options.from_),
             parallel=parallel,
         )
+        if cache.rolled is not None:
+            harvested = bar.add_task("harvest", total=total * config.batch_size, state="")
+            cast(Any, cache).watch(
+                lambda _, n, of: bar.update(harvested, completed=n, total=of), lambda: stop.signal is not None
+            )
+            stack.enter_context(contextlib.suppress(Stopped))
         task = bar.add_task("train", total=total, state="")
         started, first, text, poll = time.perf_counter(), None, "", Poll(parallel)
         for last in steps:

@@ -66,15 +66,22 @@ def _huge(size: int) -> Tensor:
 
 
 def stream(
-    shards: Shards, buffers: Buffers, order: Order, names: Sequence[str], batch_size: int, start: int, end: int
+    shards: Shards,
+    buffers: Buffers,
+    order: Order,
+    names: Sequence[str],
+    batch_size: int,
+    start: int,
+    end: int,
+    head: int | None = None,
 ) -> Generator[Batch]:
-    """Rows ``start : end`` of a pass, as batches."""
+    """Rows ``start : end`` of a pass, as batches, the first of ``head`` rows where that is given."""
     size = order.window_rows * shards.row_bytes(names)
     with buffers.pair(size) as pair:
         # By the time a third window loads, nothing reads from the first any more: batches hold copies.
         windows = zip(order.windows(start), itertools.cycle(pair))
         loaded = ((window, _load(shards, window, names, buffer)) for window, buffer in windows)
-        drafts = _cut(read_ahead(loaded, 1), batch_size, end - start)
+        drafts = _cut(read_ahead(loaded, 1), batch_size, end - start, head or batch_size)
         yield from read_ahead((make_batch(shards, draft.held, draft.finite) for draft in drafts), 2)
 
 
@@ -120,19 +127,21 @@ class _Draft:
         self.filled += stop - start
 
 
-def _cut(windows: Iterator[tuple[Window, dict[str, Tensor]]], batch_size: int, remaining: int) -> Iterator[_Draft]:
-    """Filled drafts; a batch may span windows."""
-    draft = None
+def _cut(
+    windows: Iterator[tuple[Window, dict[str, Tensor]]], batch_size: int, remaining: int, head: int
+) -> Iterator[_Draft]:
+    """Filled drafts, the first of ``head`` rows; a batch may span windows."""
+    draft, size = None, head
     for window, held in windows:
         at = window.skip
         while at < window.length and remaining > 0:
-            draft = draft or _Draft(held, min(batch_size, remaining))
+            draft = draft or _Draft(held, min(size, remaining))
             take = min(draft.size - draft.filled, window.length - at)
             draft.add(window, held, at, at + take)
             at, remaining = at + take, remaining - take
             if draft.filled == draft.size:
                 yield draft
-                draft = None
+                draft, size = None, batch_size
 
 
 def make_batch(shards: Shards, held: dict[str, Tensor], finite: bool | None = None) -> Batch:
@@ -156,3 +165,12 @@ def refuse(shards: Shards, rows: Int[Tensor, " n"]) -> NoReturn:
         refuse(shards.target, rows)
     file, local = shards.name(int(rows[int(found.nonzero()[0])]))
     raise UserError(f"{shards.folder.url}/{file} has a non-finite activation in row {local}; harvest the cache again")
+
+
+def moved(batches: Generator[Batch], device: torch.device | str) -> Generator[Batch]:
+    """The batches with their activations and gradients on a device."""
+    with closing(batches):
+        for batch in batches:
+            grads = None if batch.grads is None else batch.grads.to(device)
+            target = None if batch.target is None else batch.target.to(device)
+            yield batch._replace(acts=batch.acts.to(device), grads=grads, target=target)

@@ -130,7 +130,14 @@ def window_bytes(shards: Shards, order: Order, names: Sequence[str]) -> int:
 
 
 def feed(
-    shards: Shards, transport: Transport, order: Order, names: Sequence[str], batch_size: int, start: int, end: int
+    shards: Shards,
+    transport: Transport,
+    order: Order,
+    names: Sequence[str],
+    batch_size: int,
+    start: int,
+    end: int,
+    head: int | None = None,
 ) -> Generator[Batch]:
     """Rows ``start : end`` of a pass, as batches on the device of ``transport``; ``tokens`` and ``rows`` on the CPU.
 
@@ -141,7 +148,7 @@ def feed(
     loaded = (_load(shards, transport, window, names, slot) for window, slot in zip(order.windows(start), slots))
     windows = read_ahead(loaded, 1)
     try:
-        yield from _cut(shards, transport, windows, batch_size, end - start)
+        yield from _cut(shards, transport, windows, batch_size, end - start, head or batch_size)
     finally:
         windows.close()  # ends the loading thread, whose queue may hold copies still
         transport.finish()
@@ -264,21 +271,21 @@ class _Draft:
 
 
 def _cut(
-    shards: Shards, transport: Transport, windows: Iterator[_Loaded], batch_size: int, remaining: int
+    shards: Shards, transport: Transport, windows: Iterator[_Loaded], batch_size: int, remaining: int, head: int
 ) -> Iterator[Batch]:
-    """Batches; one may span windows."""
-    draft = None
+    """Batches, the first of ``head`` rows; one may span windows."""
+    draft, size = None, head
     for loaded in windows:
         transport.caller_waits(loaded.ready)
         at = loaded.window.skip
         while at < loaded.window.length and remaining > 0:
-            draft = draft or _Draft(loaded, min(batch_size, remaining))
+            draft = draft or _Draft(loaded, min(size, remaining))
             take = min(draft.size - draft.filled, loaded.window.length - at)
             draft.add(loaded, at, at + take)
             at, remaining = at + take, remaining - take
             if draft.filled == draft.size:
                 yield _batch(shards, draft)
-                draft = None
+                draft, size = None, batch_size
         if remaining == 0:
             return
         loaded.slot.read = transport.caller_mark()

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.data.cache import feed
-from saelab.data.cache.batches import Batch, Buffers, make_batch, stream
+from saelab.data.cache.batches import Batch, Buffers, make_batch, moved, stream
 from saelab.data.cache.manifest import PARTIAL, REMEDY, Manifest, check_provenance
 from saelab.data.cache.order import BLOCK, Order
 from saelab.data.cache.same_rows import check_same_rows
@@ -38,6 +38,8 @@ class ActivationCache:
     loads). Of a cache behind a URL the next window is fetched while the present one is used, and ``buffer_bytes`` of
     what was fetched first are kept on the local disk for later passes, as long as the object lives.
     """
+
+    rolled: dict[str, Any] | None = None  # how the training rows are streamed, where they are
 
     def __init__(
         self,
@@ -142,6 +144,11 @@ class ActivationCache:
         return self.goal.manifest.has_grads
 
     @property
+    def sample_rows(self) -> tuple[int, int]:
+        """The span of the rows that initialisation and thresholds are taken from: the training rows."""
+        return self.split_rows("train")
+
+    @property
     def goal(self) -> ActivationCache:
         """What an SAE on this cache reconstructs: the target, or the cache itself."""
         return self if self.target is None else self.target
@@ -235,22 +242,41 @@ class ActivationCache:
         last batch must be whole. Raises UserError when the split is smaller than one batch, or ``grads`` are asked of a
         cache without gradients.
         """
-        count = self.n_batches(batch_size, split, drop_last)
+        count, parts = self.n_batches(batch_size, split, drop_last), part[1]
+        end = min(count * batch_size, self.n_split(split))
+        if batch_size % parts or (end % batch_size and parts > 1):
+            raise UserError(f"batches of {batch_size} rows, the last one too, must divide over {parts} processes")
+        span = start * batch_size // parts, end // parts, batch_size // parts
+        options: dict[str, Any] = {"split": split, "seed": seed, "epoch": epoch, "grads": grads, "device": device}
+        return self.rows_of_pass(*span, part=part, **options)
+
+    def rows_of_pass(
+        self,
+        start: int,
+        end: int,
+        batch_size: int,
+        *,
+        head: int | None = None,
+        part: tuple[int, int] = (0, 1),
+        split: Split = "train",
+        seed: int | None = 0,
+        epoch: int = 0,
+        grads: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Generator[Batch]:
+        """Rows ``start : end``, of the process's own, of the pass that :meth:`batches` describes; the first batch has
+        ``head`` rows where that is given, and the last may be short."""
         self._need_grads(grads)
         first, stop = self.split_rows(split)
         names = self._names(grads)
         window_blocks = max(self.window_bytes // (self.shards.row_bytes(names) * BLOCK), 1)
-        number, parts = part
-        end = min(count * batch_size, stop - first)
-        if batch_size % parts or (end % batch_size and parts > 1):
-            raise UserError(f"batches of {batch_size} rows, the last one too, must divide over {parts} processes")
-        order = Order(first, stop - first, seed, epoch, window_blocks, batch_size, number, parts)
-        span = batch_size // parts, start * batch_size // parts, end // parts
+        order = Order(first, stop - first, seed, epoch, window_blocks, batch_size * part[1], *part)
+        span = batch_size, start, end, head
         transport = feed.transport_for(device, feed.window_bytes(self.shards, order, names))
         if transport is not None:
             return feed.feed(self.shards, transport, order, names, *span)
         batches = stream(self.shards, self._buffers, order, names, *span)
-        return batches if device is None or torch.device(device).type == "cpu" else _moved(batches, device)
+        return batches if device is None or torch.device(device).type == "cpu" else moved(batches, device)
 
     def head(
         self,
@@ -366,12 +392,3 @@ class ActivationCache:
                 raise UserError(f"{self.path}/{shard.file} is corrupted (checksum differs); harvest the cache again")
             if progress is not None:
                 progress(done, len(self.manifest.shards))
-
-
-def _moved(batches: Generator[Batch], device: torch.device | str) -> Generator[Batch]:
-    """The batches with their activations and gradients on a device."""
-    with closing(batches):
-        for batch in batches:
-            grads = None if batch.grads is None else batch.grads.to(device)
-            target = None if batch.target is None else batch.target.to(device)
-            yield batch._replace(acts=batch.acts.to(device), grads=grads, target=target)

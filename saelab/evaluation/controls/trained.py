@@ -16,7 +16,7 @@ from saelab.layout import RUN
 from saelab.sae import SAE
 from saelab.sae.weights import load_sae
 from saelab.training import TrainConfig, finished, fit_steps, read_run
-from saelab.training.fitting import VALIDATION
+from saelab.training.fitting import ROLLED, VALIDATION
 
 Report = Callable[[str, int, int], None]  # what, done, total
 
@@ -26,6 +26,11 @@ def recipe(folder: Path | None) -> TrainConfig:
     run = None if folder is None else read_run(folder)
     if run is None:
         raise UserError(f"{folder or 'the SAE'} has no {RUN}, so it is not known how to train a control like it")
+    if ROLLED in run:
+        raise UserError(
+            f"{folder} was trained while its {run[ROLLED]['tokens']:,} activations were harvested, which are not kept: "
+            "a control cannot be trained on them; train on a cache to have one"
+        )
     known = {field.name for field in fields(TrainConfig)}
     return TrainConfig(**{name: value for name, value in run["train"].items() if name in known})
 
