@@ -218,6 +218,8 @@ def test_the_training_rows_are_a_stream(model: Any, tmp_path: Path) -> None:
             list(cache.batches(8, epoch=1))
         with pytest.raises(UserError, match="read several times"):
             cache.with_validation(0.1)
+        with pytest.raises(UserError, match="a rolling cache has one"):
+            cache.with_target(cache.kept)
         assert len(next(cache.head(5)).rows) == 5
     with pytest.raises(UserError, match="is closed"):
         next(cache.batches(8))

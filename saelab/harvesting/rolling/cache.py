@@ -61,7 +61,7 @@ class RollingCache(ActivationCache):
         self.disk = Disk(folder, config.limit, window.bytes)
         self.report: Report = quiet
         self.stop: Callable[[], bool] = never
-        self._open: Callable[[], tuple[Harvester, Passes]] | None = None
+        self._begin: Callable[[], tuple[Harvester, Passes]] | None = None
         self._locked, self._read_all = ExitStack(), False
         self.model: Any = None
 
@@ -102,6 +102,16 @@ class RollingCache(ActivationCache):
         """Refused: a stream is read once."""
         raise UserError("rates are tuned on rows that are read several times; tune on a cache of the same text")
 
+    def with_validation_from(self, row: int) -> ActivationCache:
+        """Refused, as :meth:`with_validation`."""
+        return self.with_validation(0.5)
+
+    def with_target(self, target: ActivationCache) -> ActivationCache:
+        """Refused: one place of the model is harvested."""
+        raise UserError(
+            "a transcoder needs the activations of two places, and a rolling cache has one; harvest two caches"
+        )
+
     def head(
         self,
         n: int | None = None,
@@ -140,9 +150,9 @@ class RollingCache(ActivationCache):
 
     def _stream(self, at: int, end: int, size: int, options: dict[str, Any]) -> Generator[Batch]:
         """Rows ``at : end`` of the stream."""
-        if self._open is None:
+        if self._begin is None:
             raise UserError(f"{self.path} is closed; open it again with roll(..., resume=True)")
-        harvester, passes = self._open()
+        harvester, passes = self._begin()
         paced = device_of(self.model).type == "cpu" and torch.device(options["device"] or "cpu").type == "cpu"
         first, report = self.record.segment_of(at), self.report
         producer = Producer(harvester, passes, first, paced, self.stop, lambda n: report("harvest", min(n, end), end))
@@ -168,7 +178,7 @@ class RollingCache(ActivationCache):
         self, number: int, at: int, end: int, size: int, open_batch: list[Batch], options: dict[str, Any]
     ) -> Iterator[Batch]:
         """The rows of a segment from row ``at`` of the stream on; the first ones complete ``open_batch``."""
-        segment, base = self.disk.open(number, self.window_bytes), self.record.first_row(number)
+        segment, base = self.disk.segment(number, self.window_bytes), self.record.first_row(number)
         stop, head = min(segment.n_rows, end - base), size - sum(len(batch.rows) for batch in open_batch)
         if at - base >= stop:
             return
@@ -191,9 +201,9 @@ class RollingCache(ActivationCache):
 
     def close(self) -> None:
         """Unlock the folder, and remove the segments where the stream was read to its end."""
-        if self._open is not None and self._read_all:
+        if self._begin is not None and self._read_all:
             self.disk.clear()
-        self._open = None
+        self._begin = None
         self._locked.close()
 
     def __enter__(self) -> RollingCache:
@@ -246,7 +256,7 @@ def roll(
     with ExitStack() as stack:
         stack.enter_context(folder.lock())
         stream = _Stream(model, hook, source, cast(RollingConfig, config.sized(underlying(model))))
-        cache = stream.open(folder.local, overwrite, resume, watched, window_bytes)
+        cache = stream.prepared(folder.local, overwrite, resume, watched, window_bytes)
         cache.report, cache.stop, cache._locked = report, stop, stack.pop_all()
     return cache
 
@@ -274,7 +284,7 @@ class _Stream:
             config.document_tokens,
         )  # fmt: skip
 
-    def open(self, root: Path, overwrite: bool, resume: bool, report: Report, window_bytes: int) -> RollingCache:
+    def prepared(self, root: Path, overwrite: bool, resume: bool, report: Report, window_bytes: int) -> RollingCache:
         """Harvest the kept documents into ``root`` where that is not done yet, and open the cache."""
         config, folder = self.config, Bounded(root, root, self.config.limit)
         prepare(folder, overwrite=overwrite, resume=resume, dry=True)
@@ -293,7 +303,7 @@ class _Stream:
         save = partial(record.write, folder)
         save()
         cache.model = self.model
-        cache._open = lambda: (
+        cache._begin = lambda: (
             Harvester(self.reader, cache.manifest, window, config.tokens, cache.disk, record, save),
             Passes(self.packed, record.start, self.source.name),
         )

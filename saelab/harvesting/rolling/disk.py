@@ -117,7 +117,7 @@ class Disk:
         """Whether a segment is on disk as a whole."""
         return (self.place(number) / MANIFEST).is_file()
 
-    def open(self, number: int, window_bytes: int) -> ActivationCache:
+    def segment(self, number: int, window_bytes: int) -> ActivationCache:
         """A segment, to read from."""
         return ActivationCache(self.place(number), window_bytes=window_bytes)
 

@@ -50,9 +50,12 @@ class Harvester:
             writer.finish()
         self.note(number, planned.passes)
 
-    def note(self, number: int, passes: int) -> None:
-        """Record a complete segment. Raises UserError where one that was read before has other rows now."""
-        cache = ActivationCache(self.disk.place(number))
+    def note(self, number: int, passes: int, verify: bool = False) -> None:
+        """Record a complete segment. Raises UserError where one that was read before has other rows now.
+
+        With ``verify`` every byte of it is read, as of a cache with which a run is resumed.
+        """
+        cache = ActivationCache(self.disk.place(number), verify=verify)
         found, known = Segment(passes, cache.n_rows, cache.fingerprint), self.record.segments
         if number == len(known):
             known.append(found)
@@ -136,7 +139,7 @@ class Producer:
     def _work(self, first: int) -> None:
         try:
             known = self._harvester.record.segments
-            passes = self._open(iter(self._passes), sum(segment.passes for segment in known[:first]))
+            passes = self._from(iter(self._passes), sum(segment.passes for segment in known[:first]))
             for number in itertools.count(first):
                 if self._harvester.record.first_row(number) >= self._harvester.total:
                     return
@@ -159,7 +162,7 @@ class Producer:
         if disk.complete(number):
             for _ in self._planned:
                 pass
-            self._harvester.note(number, self._planned.passes)
+            self._harvester.note(number, self._planned.passes, verify=True)
         else:
             with self._changed:
                 self._until(lambda: self._allowed() > 0)
@@ -181,7 +184,7 @@ class Producer:
             )
         return False
 
-    def _open(self, passes: Iterator[Contexts], skip: int) -> Iterator[Contexts]:
+    def _from(self, passes: Iterator[Contexts], skip: int) -> Iterator[Contexts]:
         for number, batch in enumerate(passes):
             if self._closed:
                 raise _Closed
