@@ -107,6 +107,8 @@ def main(args: Sequence[str]) -> None:
         return
     if launched():
         raise UserError(f"{out} cannot be written by several processes; give a folder that all of them share")
+    if is_asked(args) and value_of(args, "--cache-folder") is None:
+        raise UserError(f"the rolling cache of {out} needs a local folder; name one with --cache-folder")
     with run_folder(out, resume="--resume" in args, overwrite="--overwrite" in args) as folder:
         train([arg.replace(out, str(folder)) if arg in (out, f"--out={out}") else arg for arg in args])
     console.print(f"carried to {out}", markup=False, soft_wrap=True)

@@ -30,7 +30,8 @@ from saelab.harvesting.rolling.passes import Passes, first_pass
 from saelab.harvesting.rolling.producer import Harvester, Producer
 from saelab.layout import ROLLING
 from saelab.lm.loading import load_model
-from saelab.lm.sites import device_of, locate
+from saelab.lm.offload import device_of
+from saelab.lm.sites import locate
 from saelab.lm.structure import underlying
 from saelab.lm.tokens import vocabulary
 
@@ -66,7 +67,7 @@ class RollingCache(ActivationCache):
         self.model: Any = None
 
     @property
-    def rolled(self) -> dict[str, Any]:
+    def rolled(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """What a run records of its stream."""
         first, stop = self.sample_rows
         options = {name: value for name, value in asdict(self.config).items() if value != getattr(RollingConfig, name)}
@@ -136,12 +137,15 @@ class RollingCache(ActivationCache):
         grads: bool = False,
         drop_last: bool = False,
         device: torch.device | str | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> Generator[Batch]:
         """Batches as of any cache; those of the split ``train`` are harvested meanwhile. ``rows`` are numbers in the
         stream."""
         if split != "train":
-            options: dict[str, Any] = {"grads": grads, "drop_last": drop_last, "device": device}
+            options: dict[str, Any] = {"grads": grads, "drop_last": drop_last, "device": device, "part": part}
             return super().batches(batch_size, split=split, seed=seed, epoch=epoch, start=start, **options)
+        if part[1] > 1:
+            raise UserError(f"the stream of {self.path} has one reader; train in one process")
         if epoch:
             raise UserError(f"epoch={epoch}: the stream of {self.path} is read once; use epochs=1 and more tokens")
         count = self.n_batches(batch_size, "train", drop_last)
@@ -183,7 +187,7 @@ class RollingCache(ActivationCache):
         if at - base >= stop:
             return
         try:
-            with closing(segment.part(at - base, stop, size, head=head, epoch=number, **options)) as batches:
+            with closing(segment.rows_of_pass(at - base, stop, size, head=head, epoch=number, **options)) as batches:
                 for batch in batches:
                     yield batch._replace(rows=batch.rows + base)
         finally:
