@@ -135,6 +135,18 @@ def test_processes_read_equal_parts_of_each_batch(
         next(cache.batches(100, part=(0, 3), drop_last=True, device=device))
 
 
+@pytest.mark.parametrize("device", [None, "late"])
+def test_a_pass_may_begin_with_the_rest_of_a_batch(
+    device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(tmp_path / "cache", dtype="float32")
+    on(LateDevice(), monkeypatch)
+    whole = torch.cat([batch.acts for batch in cache.batches(100)])
+    found = list(cache.rows_of_pass(30, 2000, 100, head=70, device=device))
+    assert [len(batch.rows) for batch in found] == [70, *[100] * 19]
+    assert torch.equal(torch.cat([batch.acts for batch in found]), whole[30:2000])
+
+
 def test_a_process_looks_at_no_row_of_another(tmp_path: Path) -> None:
     cache = cache_of(tmp_path / "cache", dtype="float32")
     row = int(next(cache.batches(90, drop_last=True)).rows[40])
