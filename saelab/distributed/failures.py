@@ -6,6 +6,7 @@ Processes that torchrun started meet in its store, which outlives each of them. 
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ def restarted() -> bool:
 
 
 _lost = False
+_token: str | None = None  # of this start of the processes
 
 
 def is_lost() -> bool:
@@ -106,10 +108,48 @@ def _missing() -> list[int]:
 
 
 def _store() -> Any:
-    """The store of torchrun's agent; None where the processes were started in another way."""
+    """The part of the store of torchrun's agent that only this start of the processes uses; None without an agent."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     try:
-        return next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
     except RuntimeError:
         return None
+    return dist.PrefixStore(_token or f"saelab/start/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+
+
+def meet(timeout_s: float) -> dict[str, Any]:
+    """Arguments of ``init_process_group`` with which the processes of one start meet, and none of an earlier one.
+
+    torchrun may keep its store when it starts processes again, and with it the addresses of those that have died, to
+    which the new ones would connect. So they agree on a new part of the store first: each asks the first process for
+    its name with a number of its own, and is answered by that number.
+    """
+    global _token
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    if rank:
+        asked = secrets.token_hex(8)
+        store.set(f"saelab/asks/{rank}", asked)
+        token = store.get(f"saelab/answer/{asked}").decode()
+        store.set(f"{token}/has/{rank}", "")
+    else:
+        token = f"saelab/{secrets.token_hex(8)}"
+        _answer(store, token, size, time.monotonic() + timeout_s)
+    _token = token
+    return {"store": dist.PrefixStore(token, store), "rank": rank, "world_size": size}
+
+
+def _answer(store: Any, token: str, size: int, end: float) -> None:
+    """Tell all other processes the token. What one of an earlier start has asked is answered, too, and not heard."""
+    waiting = set(range(1, size))
+    while waiting:
+        for rank in sorted(waiting):
+            if store.check([f"{token}/has/{rank}"]):
+                waiting.remove(rank)
+            elif store.check([f"saelab/asks/{rank}"]):
+                store.set(f"saelab/answer/{store.get(f'saelab/asks/{rank}').decode()}", token)
+        if waiting and time.monotonic() > end:
+            raise LostProcess(f"process {', '.join(map(str, sorted(waiting)))} of {size} has not started")
+        time.sleep(0.01)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from saelab.distributed.failures import launched
+from saelab.distributed.failures import launched, meet
 from saelab.errors import UserError
 
 __all__ = ["SINGLE", "Parallel", "Poll", "end_world", "launched", "start_world"]
@@ -164,7 +164,7 @@ def start_world(
     # Tensors that steer the run live on the CPU even where the weights do not.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **meet(timeout_s))
     mesh = init_device_mesh(device.type, (world // dict_ranks, dict_ranks), mesh_dim_names=("data", "dict"))
     ranks = torch.arange(world).view(world // dict_ranks, dict_ranks)
     return Parallel(

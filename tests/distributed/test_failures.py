@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -133,3 +138,31 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Stop):
         start_world(device="cuda")
     assert chosen == [torch.device("cuda", 3), "cpu:gloo,cuda:nccl"]
+
+
+def test_processes_that_are_started_again_do_not_meet_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store still holds what those of the first start have asked, answered and written."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = failures.dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(failures, "_token", None)
+    rank = threading.local()
+
+    def client(url: str, timeout: timedelta) -> Iterator[Any]:
+        yield failures.dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout), rank.number, 3
+
+    monkeypatch.setattr(failures.dist, "rendezvous", client)
+
+    def start(number: int) -> bytes:
+        rank.number = number
+        store = failures.meet(20.0)["store"]
+        assert not store.check([f"address/{number}"]), "left by the first start"
+        store.set(f"address/{number}", str(number))
+        return store.get("address/1")
+
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(start, range(3))) == [b"1"] * 3
+    del server
