@@ -35,7 +35,8 @@ PACKAGES = {"s3": "saelab[s3]", "s3a": "saelab[s3]"}
 _OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}  # stores without folders
 # Errors of lost connections and overloaded servers that are no OSErrors, by the names of their classes.
 _LOST = {"HTTPClientError", "ClientConnectionError", "ClientPayloadError", "IncompleteReadError", "IncompleteRead"}
-_LOST |= {"ResponseParserError", "ServerTimeoutError", "ServiceRequestError", "ServiceResponseError"}
+_LOST |= {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "ResponseParserError"}
+_LOST |= {"ServerTimeoutError", "ServiceRequestError", "ServiceResponseError"}
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 _TRANSIENT = {errno.EBUSY, errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ETIMEDOUT}
 _TRANSIENT |= {errno.EHOSTUNREACH, errno.ENETUNREACH, getattr(errno, "EREMOTEIO", errno.EBUSY)}

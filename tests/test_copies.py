@@ -153,10 +153,12 @@ def test_no_state_between_two_is_read(bucket: str, s3_server: Any, elsewhere: An
         other = Copy(f"{bucket}/run")
         found = {p.name: p.read_text() for p in other.pull().rglob("*") if p.is_file() and p.name != STATE}
         assert found["c"] == "one"
-        assert found.get("a") in (None, "one" * 10, *(f"new {n}" for n in range(allowed + 1)))
+        # All of one writer, all of the state before the first, or neither a nor d.
+        assert found.get("a") == found["d"] if "d" in found else found.get("a") in (None, "one" * 10)
+        assert ("b" in found) == (found.get("a") == "one" * 10)
         assert set(found["log"]) == {"1", "\n"} and found["log"].endswith("\n")
         if found.get("d") == f"new {allowed}":
-            assert found["a"] == found["d"] and "b" not in found and found["log"] == "1\n" * (allowed + 2)
+            assert found["log"] == "1\n" * (allowed + 2)
             break
     else:
         pytest.fail("no push was complete")

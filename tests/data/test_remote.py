@@ -104,15 +104,19 @@ def test_a_lost_connection_is_tried_again(
     assert not Folder(f"{bucket}/demo").exists(LOCK)
 
 
-def test_a_store_that_never_answers_is_one_line(bucket: str, s3_server: Any, fast: None, capsys: Any) -> None:
+def test_a_store_that_never_answers_is_one_line(
+    bucket: str, s3_server: Any, fast: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(f"{bucket}/demo", 100)
     stores._answered.clear()
-    started = time.monotonic()
-    with s3_server.faulty(lambda *_: "cut"), pytest.raises(SystemExit) as stopped:
-        main(["cache", "info", f"{bucket}/demo"])
-    line = " ".join(capsys.readouterr().err.split())
-    assert stopped.value.code == 2 and time.monotonic() - started < 15
-    assert line.startswith(f"error: {bucket}/demo: no answer for 1 s (") and "check the connection" in line
+    for endpoint in (s3_server.url, "http://127.0.0.1:9"):  # at the second nothing listens
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        type(Store(bucket).fs).clear_instance_cache()
+        with s3_server.faulty(lambda *_: "cut"), pytest.raises(SystemExit) as stopped:
+            main(["cache", "info", f"{bucket}/demo"])
+        line = " ".join(capsys.readouterr().err.split())
+        assert stopped.value.code == 2
+        assert line.startswith(f"error: {bucket}/demo: no answer for 1 s (") and "check the connection" in line, line
 
 
 @pytest.mark.parametrize(
