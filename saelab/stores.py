@@ -27,6 +27,7 @@ from saelab.files import LOCK
 
 PATIENCE = 300.0  # seconds for which a store that has answered before is asked again
 FIRST = 10.0  # the same for one that never answered: its address may be wrong
+SILENT = 20.0  # seconds without a byte after which a request is given up and repeated
 LONGEST = 30.0  # seconds between two attempts, at most
 BEAT = 15.0  # seconds between two signs of life of the process that holds a lock
 DEAD_AFTER = 4  # beats without a sign of life after which another process takes a lock over
@@ -169,7 +170,7 @@ def _options(protocol: str) -> dict[str, Any]:
     # A listing that is kept would hide what other processes write.
     options: dict[str, Any] = {"use_listings_cache": False}
     if protocol in PACKAGES:  # attempts are counted here
-        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 20}
+        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": SILENT}
     return options
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,8 +16,8 @@ KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAU
 class Way:
     """A proxy in front of the server. ``fault(method, path, number)`` says what becomes of a request.
 
-    None passes it on, "cut" closes the connection without an answer, "half" closes it after half of the answer, a
-    number is the status of an error, a pair of status and code an error as S3 writes it.
+    None passes it on, "cut" closes the connection without an answer, "half" closes it after half of the answer, "hang"
+    answers after ten seconds, a number is the status of an error, a pair of status and code an error as S3 writes it.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -50,6 +51,9 @@ class Way:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         if fault == "cut":
             request.close_connection = True
+            return
+        if fault == "hang":
+            time.sleep(10)
             return
         if fault is not None and fault != "half":
             status, code = fault if isinstance(fault, tuple) else (fault, "InternalError")

@@ -18,6 +18,7 @@ from saelab.cli.commands import app
 from saelab.copies import LISTING, STATE, Copy, carry_all, place_of, pull_tree
 from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
+from saelab.features import FeatureIndex
 from saelab.files import write_json
 from saelab.runs import Run
 from saelab.sae import SAE
@@ -74,6 +75,7 @@ def test_commands_on_urls(bucket: str, tmp_path: Path, elsewhere: Any, capsys: p
     assert json.loads(there["evaluation.json"])["metrics"] == other["metrics"]
     elsewhere("second")
     run = Run.open(f"{bucket}/runs/a")
+    assert FeatureIndex(f"{bucket}/runs/a").table().equals(FeatureIndex(tmp_path / "a").table())
     assert run.origin == f"{bucket}/runs/a" and run.name == "a" and run.index is not None
     with pytest.raises(SystemExit):
         main(["train", f"{bucket}/cache", "--out", f"{bucket}/runs/a", *TRAIN])

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saelab.copies import fetched
 from saelab.errors import UserError, damaged
 from saelab.features.schema import META_KEY, VERSION, Example
 from saelab.layout import EXAMPLES, FEATURES, INDEX
@@ -25,13 +26,14 @@ class _Unreadable(Exception):
 
 
 class FeatureIndex:
-    """The index of a run folder. Opening reads two footers; latents are read when asked for, by several threads too.
+    """The index of a run folder, or of the local copy of one behind a URL.
 
-    Raises UserError when there is no index, or one of another version.
+    Opening reads two footers; latents are read when asked for, by several threads too. Raises UserError when there is
+    no index, or one of another version.
     """
 
     def __init__(self, run_folder: Path | str) -> None:
-        self.run_folder = Path(run_folder)
+        self.run_folder = fetched(run_folder) or Path(run_folder)
         self.folder = self.run_folder / INDEX
         # Arrow's reader is not made for several threads: it loses track of what it has read ahead.
         self._reading = threading.RLock()

@@ -104,6 +104,26 @@ def test_a_lost_connection_is_tried_again(
     assert not Folder(f"{bucket}/demo").exists(LOCK)
 
 
+def test_a_request_that_hangs_is_repeated(
+    bucket: str, s3_server: Any, fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "SILENT", 0.7)
+    type(Store(bucket).fs).clear_instance_cache()
+    wanted = make(f"{bucket}/demo", 300).read(range(300)).acts
+    hung: list[str] = []
+
+    def hang(method: str, path: str, number: int) -> str | None:
+        if method != "GET" or "shard" not in path or len(hung) == 2:
+            return None
+        hung.append(path)
+        return "hang"
+
+    with s3_server.faulty(hang):
+        started = time.monotonic()
+        assert torch.equal(ActivationCache(f"{bucket}/demo").read(range(300)).acts, wanted)
+        assert len(hung) == 2 and time.monotonic() - started < 9
+
+
 def test_a_store_that_never_answers_is_one_line(
     bucket: str, s3_server: Any, fast: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
