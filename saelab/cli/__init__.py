@@ -128,7 +128,14 @@ def _dispatch(args: list[str]) -> None:
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: {near_matches(name, COMMANDS)}")
-    importlib.import_module(f"saelab.cli.commands.{name.replace('-', '_')}").main(rest)
+    command = importlib.import_module(f"saelab.cli.commands.{name.replace('-', '_')}").main
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from saelab.distributed.failures import naming_lost
+
+        with naming_lost():
+            command(rest)
+    else:
+        command(rest)
     # Runs behind URLs were read, and results written, in local copies.
     if (copies := sys.modules.get("saelab.copies")) is not None:
         for url in copies.carry_all():

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from saelab.cli.console import console, quiet
 from saelab.devices import pick_device
 from saelab.distributed import launched, start_world
+from saelab.distributed.exchange import exchange_bytes
 from saelab.distributed.world import end_world
 from saelab.errors import UserError
 from saelab.kernels import compiling, dispatch
@@ -47,6 +48,11 @@ def join(tensor_parallel: bool, device: torch.device) -> None:
 def follows() -> bool:
     """Whether another process prints and writes what this one computes too."""
     return dist.is_initialized() and dist.get_rank() > 0
+
+
+def of_the_first(flag: bool) -> bool:
+    """The ``flag`` of the process that prints and writes, where several divide a model; else the one given."""
+    return exchange_bytes(b"1" if flag else b"")[0] == b"1" if dist.is_initialized() else flag
 
 
 def scratch_folder() -> Path:

@@ -27,7 +27,7 @@ from saelab.lm import gemma3
 from saelab.lm.checkpoints import Source, check_causal, check_complete, find_source, read_adapter
 from saelab.lm.device_map import DeviceMap, check_divisible, complete, read_map
 from saelab.lm.fingerprint import DTYPES, rounding_gap, row_gaps
-from saelab.lm.offload import device_of, is_spread, offload_folder
+from saelab.lm.offload import device_of, is_offloaded, is_spread, offload_folder
 from saelab.lm.randomised import RANDOM, RandomWeights, randomise
 from saelab.lm.smollm2 import quiet_progress, smollm2_folder, smollm2_version
 from saelab.lm.structure import blocks, opened, text_config, underlying
@@ -97,7 +97,9 @@ def load_model(
         except Exception as error:  # whatever its adapter stumbles over: the plain model serves as well
             _log.info("no bridge for %s (%s): the plain model is used", source.name, first_line(error))
             read = _read(source, how, random=random_weights)  # a bridge that failed half-way has changed the model
-    read.model.tokenizer = read.tokenizer
+            read.model.tokenizer = read.tokenizer
+    else:
+        read.model.tokenizer = _tokenizer_of_bridge(*read)
     return read.model
 
 
@@ -171,6 +173,11 @@ def _read(source: Source, how: _How, tokenizer: bool = True, random: RandomWeigh
         model, info = loader.from_pretrained(base, **options, **_spread(loader, config, source, how))
         check_complete(info, model, source)
         if source.base:
+            if is_offloaded(model):  # PEFT would write the adapter's weights into empty tensors
+                raise UserError(
+                    f"{source.name} is an adapter, which cannot be read onto offloaded layers; merge it into its model "
+                    "first, or give a device map of devices alone"
+                )
             model = read_adapter(model, source)
         found = AutoTokenizer.from_pretrained(_with_tokenizer(source), **where) if tokenizer else None
     if random is not None:
@@ -243,6 +250,19 @@ def _logits(model: Any) -> Tensor:
     mask[1, :5] = 0
     ids, mask = (t.to(device_of(root)) for t in (ids, mask))
     return root(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+
+
+def _tokenizer_of_bridge(model: Any, tokenizer: Any) -> Any:
+    """The tokenizer that a bridge would carry, which puts BOS in front unless told not to. Nothing here asks it to; but
+    caches record the hash of it, and the same model on one device must give the same."""
+    if tokenizer.bos_token_id is None:
+        return tokenizer
+    try:
+        from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+        from transformer_lens.utilities import get_tokenizer_with_bos
+    except ImportError:
+        return tokenizer
+    return get_tokenizer_with_bos(tokenizer) if type(model).__name__ in SUPPORTED_ARCHITECTURES else tokenizer
 
 
 def _forbid_installs() -> None:

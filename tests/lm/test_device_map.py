@@ -15,6 +15,7 @@ from saelab.errors import UserError
 from saelab.harvesting.activations import Reader
 from saelab.lm import load_hf_model, load_model, locate, unembedding, weights_fingerprint
 from saelab.lm.device_map import check_divisible, complete, read_map
+from saelab.lm.fingerprint import tokenizer_hash
 from saelab.lm.offload import device_of, is_spread
 from saelab.lm.randomised import RandomWeights
 from saelab.lm.record import ModelRecord
@@ -74,6 +75,7 @@ def test_layers_on_disk(tmp_path: Path, family: str) -> None:
     for x, y in zip(ours, theirs):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
     assert torch.equal(unembedding(model).weight, unembedding(plain).weight)
+    assert tokenizer_hash(model.tokenizer) == tokenizer_hash(load_model(folder, device="cpu").tokenizer)
     vector = SteeringVector.from_tensor(torch.randn(16), "blocks.1.hook_resid_post")
     steered, same = (generate(m, ["the cat"], [Add(vector, 4.0)], max_new_tokens=6) for m in (model, plain))
     assert list(steered) == list(same)
@@ -114,6 +116,18 @@ def test_what_cannot_be_spread_or_drawn(llama: Path) -> None:
     assert not is_spread(load_model(llama, device_map="auto"))  # all of it fits
     with pytest.raises(UserError, match=r"it \(Linear\) does not say where it may be divided"):
         check_divisible(nn.Linear(2, 2), "it")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # of PEFT, about transformers
+def test_an_adapter_on_offloaded_layers_is_refused(llama: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path / "lora")
+    tiny_lm.tokenizer().save_pretrained(tmp_path / "lora")
+    with pytest.raises(UserError, match="cannot be read onto offloaded layers; merge it into its model first"):
+        load_hf_model(tmp_path / "lora", device_map="rest=cpu,model.layers.1=disk")
 
 
 def test_maps_of_files_and_of_accelerate(tmp_path: Path) -> None:

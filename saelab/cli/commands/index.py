@@ -16,7 +16,7 @@ from einops import reduce
 from saelab.cli.console import console, out, parse, part, print_json, stages
 from saelab.cli.models import ModelOptions, complete_tokens, open_model
 from saelab.cli.opening import open_with_cache, print_notes
-from saelab.cli.placement import computing_device, follows, join
+from saelab.cli.placement import computing_device, follows, join, of_the_first
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import fit_remark
@@ -95,7 +95,7 @@ def run(
     record = ModelRecord.from_manifest(cache.manifest)
     # The unembedding kept in the run serves for the run's own model; a model given with --model is loaded.
     kept = None if model.model else LogitLens.open(folder / LOGIT_LENS, record.name, record.fingerprint)
-    lens = kept or load_lens(model, cache)
+    lens = load_lens(model, cache) if of_the_first(kept is None) else kept
     if follows():
         sys.exit(0)  # the rest needs no language model
     if keep_unembedding and lens is not None:
