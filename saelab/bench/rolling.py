@@ -100,7 +100,7 @@ class Comparison:
     def harvest(self) -> None:
         """The same number of forward passes, into an ordinary cache."""
         kept = {field.name for field in dataclasses.fields(HarvestConfig)} - {"held_out"}
-        own = {name: getattr(self.config, name) for name in kept} | {"tokens": self.text_tokens}
+        own: dict[str, Any] = {name: getattr(self.config, name) for name in kept} | {"tokens": self.text_tokens}
         config, folder = HarvestConfig(**own), self.folder / "cache"
         harvest(self.model, self.options.hook, self.options.text, folder, config, overwrite=True)
 

@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
 
-from saelab.cli.console import console, out, output_folder, parse, print_json, progress_bar
+from saelab.cli.console import console, out, output_folder, parse, part, print_json, progress_bar
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.placement import computing_device
 from saelab.cli.processes import beside
@@ -122,15 +122,14 @@ def main(args: Sequence[str]) -> None:
         stream(options)
         return
     places = workers_of(options)
-    for place in reversed(places):
-        device = computing_device(place)  # the last one becomes the current device
+    *_, device = (computing_device(place) for place in reversed(places))  # the last one becomes the current device
     caches = Caches.open(options.cache)
     grid = read_grid(options.grid, caches.names)
     share = options.at_once or -(-len(grid.entries) // len(places))
     at_once = options.at_once if len(places) == 1 else share
     others = [arguments(options, place, share) for place in places[1:]]
-    model = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelOptions)}
-    run(grid, caches, options, ModelOptions(**model | {"device": places[0]}), device, at_once, others)
+    model = dataclasses.replace(part(ModelOptions, options), device=places[0])
+    run(grid, caches, options, model, device, at_once, others)
 
 
 def stream(options: Any) -> None:

@@ -19,7 +19,7 @@ from saelab.data.cache import ActivationCache, Batch
 from saelab.data.cache.reader import WINDOW_BYTES, Split
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import prepare
-from saelab.data.packing import Contexts, pack, resolve_bos, resolve_separator
+from saelab.data.packing import Bos, Contexts, pack, resolve_bos, resolve_separator
 from saelab.data.text import TextSource, open_text
 from saelab.errors import Stopped, UserError
 from saelab.harvesting.activations import Reader
@@ -220,7 +220,7 @@ class RollingCache(ActivationCache):
 def _join(batches: list[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
-    return Batch(*(None if columns[0] is None else torch.cat(columns) for columns in zip(*batches)))
+    return Batch(*(None if columns[0] is None else torch.cat(columns) for columns in zip(*batches)))  # pyright: ignore[reportArgumentType]
 
 
 def roll(
@@ -270,7 +270,7 @@ class _Stream:
 
     def __init__(self, model: Any, hook: str, source: TextSource, config: RollingConfig) -> None:
         self.model, self.hook, self.source, self.config = model, hook, source, config
-        self.bos = resolve_bos(config.bos, model.tokenizer)
+        self.bos: Bos = resolve_bos(config.bos, model.tokenizer)
         self.separator = resolve_separator(config.separator, model.tokenizer, self.bos)
         self.reader, first = Reader(model, [locate(model, hook)]), next(self.packed(), None)
         if first is None:
