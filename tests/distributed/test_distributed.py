@@ -43,6 +43,7 @@ REVIVES = {"topk", "abs_topk", "batch_topk", "mutual_choice", "feature_choice"} 
 WITHIN_DATA_RANKS = ("batch_topk", 4, 1)  # each data rank spends its part of the budget
 TIPPED = {"batch_topk": 2, "mutual_choice": 2, "feature_choice": 2}  # of 64 latents
 RESUMED = {"topk": 7, "feature_choice": 15}  # interrupted after so many of 24 steps
+UNEVEN = 66  # latents, which four data ranks divide into 17, 17, 17 and 15
 REFIT = 5  # steps between fits of the Zipf law, so that a short run has some
 OPTIONS = {"relu": {}, "gated": {}, "matching_pursuit": {"n_steps": 4, "norm": "project", "revive_weight": 0.0}}
 OPTIONS["gradient_topk"] = {"k": K, "grad_norm": "none"}  # else data ranks scale gradients by their own tokens
@@ -59,13 +60,18 @@ def tune_into(folder: Path, cache_path: str, parallel: Parallel) -> None:
         pass
 
 
-def train_into(folder: Path, cache_path: str, variant: str, parallel: Parallel, stop: int | None = None) -> None:
+def train_into(
+    folder: Path, cache_path: str, variant: str, parallel: Parallel, stop: int | None = None, d_sae: int = D_SAE
+) -> None:
     cache = ActivationCache(cache_path)
-    sae = build_shard(variant, D_IN, D_SAE, 0, parallel, **OPTIONS.get(variant, {"k": K}))
+    sae = build_shard(variant, D_IN, d_sae, 0, parallel, **OPTIONS.get(variant, {"k": K}))
     generator = fit_steps(sae, cache, CONFIG, folder, resume=True, checkpoint_steps=5, parallel=parallel)
     for metrics in generator:
+        rows = -(-sae.d_sae // parallel.data_size)  # of the last data rank, maybe fewer
+        assert sae.W_dec.shape[0] == min(rows, sae.d_sae - rows * parallel.data_rank), "the weights are not divided"
         if metrics.step == stop:
             generator.close()
+    assert sae.W_dec.shape[0] == sae.d_sae
 
 
 def keep_marks(folder: Path, cache_path: str, parallel: Parallel) -> list[int]:
@@ -105,6 +111,7 @@ def worker(rank: int, ports: list[int], folder: str, cache_path: str) -> None:
             shutil.copytree(root / "stopped", root / name)
     parallel.barrier()
     train_into(root / "again", cache_path, "topk", parallel)
+    train_into(root / "uneven", cache_path, "topk", start_world(1, timeout_s=300), stop=7, d_sae=UNEVEN)
     for variant in RESUMED:
         train_into(root / f"{variant}-one-then-four", cache_path, variant, start_world(4, timeout_s=300))
     tune_into(root / "tuned-4", cache_path, start_world(4, timeout_s=300))
@@ -173,6 +180,8 @@ def runs(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Pa
         patch.setitem(sys.modules, "__main__", ModuleType("__main__"))
         mp.spawn(worker, (ports, str(root), cache.path), nprocs=4)
     train_into(root / "by-one", cache.path, "topk", SINGLE)
+    for name in ("uneven", "uneven-single"):
+        train_into(root / name, cache.path, "topk", SINGLE, d_sae=UNEVEN)
     return root
 
 
@@ -189,7 +198,7 @@ def compare(left: Path, right: Path, tipped: int = 0) -> None:
         error = (a[name] - b[name]).abs() / b[name].abs().clamp_min(1.0)  # thresholds are of the order of 10
         usual = error if error.ndim != 1 else error.sort().values[: error.numel() - tipped]
         assert usual.quantile(0.99) < 2e-5, f"{name}: {usual.quantile(0.99)}"
-        assert error.max() < 2 * CONFIG.lr, f"{name}: {error.max()}"
+        assert error.max() < 2 * CONFIG.rate, f"{name}: {error.max()}"
     for one, two in zip(*((p / "metrics.jsonl").read_text().splitlines() for p in (left, right)), strict=True):
         one, two = json.loads(one), json.loads(two)
         assert one.keys() == two.keys()
@@ -214,8 +223,14 @@ def test_many_processes_train_the_sae_of_one(runs: Path, variant: str, size: int
     assert any(row["grad_norm"] > CONFIG.grad_clip for row in rows)
 
 
+def newest(folder: Path) -> Path:
+    path = latest_step(folder)
+    assert path is not None
+    return path
+
+
 def test_they_select_the_same_latents(runs: Path) -> None:
-    kept = [latest_step(runs / name) for name in ("stopped", "stopped-single")]
+    kept = [newest(runs / name) for name in ("stopped", "stopped-single")]
     assert [path.name for path in kept] == ["step_00000007"] * 2
     assert in_parts(kept[0]) and not in_parts(kept[1])
     sae = build("topk", D_IN, D_SAE, k=K)
@@ -223,7 +238,7 @@ def test_they_select_the_same_latents(runs: Path) -> None:
     assert scalars == their_scalars and state.keys() == their_state.keys()
     assert torch.equal(state["tokens_since_fired"], their_state["tokens_since_fired"])
     # Seven steps of at most lr, along gradients that are sums over the 64 tokens of a batch.
-    bound = 7 * CONFIG.lr * 64 * torch.finfo(torch.float32).eps * 10
+    bound = 7 * CONFIG.rate * 64 * torch.finfo(torch.float32).eps * 10
     for name, weight in weights.items():
         assert (weight - their_weights[name]).abs().quantile(0.99) < bound, name
     assert torch.equal(load_sae(kept[0]).W_dec, weights["W_dec"])  # a checkpoint in parts opens like another
@@ -243,13 +258,17 @@ def test_a_run_goes_on_with_another_number_of_processes(runs: Path, folder: str)
     assert load_sae(runs / folder).d_sae == D_SAE
 
 
+def test_latents_that_do_not_divide_evenly_are_held_and_saved(runs: Path) -> None:
+    compare(runs / "uneven", runs / "uneven-single")
+
+
 def test_a_resumed_run_of_the_same_layout_is_identical(runs: Path) -> None:
     for name in ("sae_weights.safetensors", "metrics.jsonl"):
         assert (runs / "again" / name).read_bytes() == (runs / "topk-4-2" / name).read_bytes()
 
 
 def test_a_checkpoint_without_one_of_its_files_is_refused(runs: Path, tmp_path: Path) -> None:
-    step = shutil.copytree(latest_step(runs / "stopped"), tmp_path / "step_00000007")
+    step = shutil.copytree(newest(runs / "stopped"), tmp_path / "step_00000007")
     sorted(step.glob("shard-*"))[1].unlink()
     with pytest.raises(UserError, match="lacks a part of"):
         load_step(step, build("topk", D_IN, D_SAE, k=K))
