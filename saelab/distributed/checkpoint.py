@@ -93,7 +93,7 @@ def write(tensors: Mapping[str, Tensor], folder: Path, parallel: Parallel, one_f
 def export(tensors: Mapping[str, Tensor], path: Path, parallel: Parallel) -> None:
     """Write the placed tensors of all processes into one safetensors file; every process calls it.
 
-    Matrices are joined on disk; no process ever holds them.
+    They are joined on disk and held by no process, unless there are numbers besides floating-point ones among them.
     """
     folder = path.with_name(f".{path.name}.parts")
     if parallel.is_main:

@@ -203,7 +203,10 @@ def _numbers(
     factor = clip_factor(grad_norm, config.grad_clip, later)
     if later:
         return numbers, factor, flag_failure(state, numbers), None
-    read = {name: value.item() for name, value in numbers.items()}
+    if parallel.size == 1:
+        read = {name: value.item() for name, value in numbers.items()}
+    else:  # a GPU is waited for once
+        read = dict(zip(numbers, together(numbers).tolist()))
     return numbers, factor, None, digest(state.step + 1, read, state, config)
 
 
