@@ -41,7 +41,7 @@ class Scale:
     batch_size: int = 2048
     """Tokens per training step."""
     lr: float | None = None
-    """Adam's learning rate for all SAEs; by default a multiple of the usual one, tuned for each variant on a validation slice."""
+    """Adam's learning rate for all SAEs; by default the usual one times a factor tuned for each variant on validation rows."""
     lm_tokens: int = 16_384
     """Tokens run through the language model for cross-entropy and KL, spread over the held-out documents."""
     density_tokens: int = 50_000
@@ -125,8 +125,8 @@ class Lab:
     def rate(self, spec: Spec) -> float:
         """The learning rate of a spec: given, or the default one times the factor that suits its curve best.
 
-        The factor is chosen by FVU on the validation rows, with one seed, at the middle budget; the default rate follows
-        the budget. Up to two more factors are tried where the best is the smallest or the largest.
+        The factor is chosen by FVU on the validation rows, with one seed, at the middle budget; the default rate
+        follows the budget. Up to two more factors are tried where the best is the smallest or the largest.
         """
         if self.scale.lr is not None:
             return self.scale.lr
