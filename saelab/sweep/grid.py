@@ -181,6 +181,12 @@ class Grid:
             found.setdefault(entry.pair, []).append(entry)
         return {pair: replace(self, entries=tuple(entries)) for pair, entries in found.items()}
 
+    def first_reading(self) -> int:
+        """How many SAEs train at first: all, but of those whose rate is tuned one seed at every rate."""
+        factors = () if self.tuning is None else self.tuning.factors
+        tuned = {e.keys_but("seed"): len(e.rates or factors) for e in self.entries if e.rates is not None}
+        return sum(tuned.values()) + sum(entry.rates is None for entry in self.entries)
+
     def view(self, cache: ActivationCache) -> ActivationCache:
         """``cache`` as all SAEs of this grid see it: where rates are tuned, with validation rows set apart."""
         return cache if self.tuning is None else cache.with_validation(self.tuning.validation)

@@ -71,6 +71,11 @@ def test_workers_in_turn_write_what_one_process_writes(
     assert len(finals) == 2 and finals[0] == finals[1]
 
 
+def test_the_share_of_a_process_counts_rates_that_are_tried() -> None:
+    assert make_grid(HALVED).first_reading() == 4
+    assert make_grid(TUNED).first_reading() == 2 * 2 + 2
+
+
 def test_a_sweep_that_another_works_on_is_joined_or_refused(cache: ActivationCache, tmp_path: Path) -> None:
     first = run_sweep(make_grid(HALVED), cache, tmp_path / "sweep")
     next(first)
@@ -101,7 +106,8 @@ os.utime = lambda path, times=None, **more: touch(path, (time.time() - 86_400,) 
 held = claims.Claims(claims.Path(sys.argv[2]), 3.0)
 assert held.take("sae")
 print("held", flush=True)
-while not (lost := held.lost()):
+until = time.monotonic() + 90
+while not (lost := held.lost()) and time.monotonic() < until:
     time.sleep(0.1)
 print(*lost, flush=True)
 """

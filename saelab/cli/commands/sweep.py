@@ -125,7 +125,7 @@ def main(args: Sequence[str]) -> None:
     *_, device = (computing_device(place) for place in reversed(places))  # the last one becomes the current device
     caches = Caches.open(options.cache)
     grid = read_grid(options.grid, caches.names)
-    share = options.at_once or -(-len(grid.entries) // len(places))
+    share = options.at_once or -(-grid.first_reading() // len(places))
     at_once = options.at_once if len(places) == 1 else share
     others = [arguments(options, place, share) for place in places[1:]]
     model = dataclasses.replace(part(ModelOptions, options), device=places[0])
