@@ -41,7 +41,7 @@ class Scale:
     batch_size: int = 2048
     """Tokens per training step."""
     lr: float | None = None
-    """Adam's learning rate for all SAEs; by default the usual one times a factor tuned for each variant on validation rows."""
+    """Adam's learning rate for all SAEs; by default the usual one times a factor tuned on validation rows."""
     lm_tokens: int = 16_384
     """Tokens run through the language model for cross-entropy and KL, spread over the held-out documents."""
     density_tokens: int = 50_000
