@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,13 +103,20 @@ def make_run(path: Path, variant: str, cache: ActivationCache, steps: int = 24, 
 
 def make_index(path: Path, cache: ActivationCache) -> None:
     """The feature index of a run, with logit effects of the tiny model."""
+    from saelab.features import IndexConfig, build_index
+
+    lens, strings = unembedded(cache.manifest.model)
+    build_index(load_sae(path), cache, path, lens=lens, token_strings=strings, config=IndexConfig(bins=20))
+
+
+@functools.cache
+def unembedded(model: str) -> tuple[Any, list[str]]:
+    """The logit lens of a tiny model, and the text of each of its tokens."""
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
-    from saelab.features import IndexConfig, LogitLens, build_index
+    from saelab.features import LogitLens
 
-    lm = GPT2LMHeadModel.from_pretrained(cache.manifest.model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(cache.manifest.model)
+    lm = GPT2LMHeadModel.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
     strings = [tokenizer.decode([i]) for i in range(lm.config.vocab_size)]
-    lens = LogitLens(lm.lm_head.weight.detach().T, lm.transformer.ln_f.weight.detach(), centred=True)
-    config = IndexConfig(bins=20)
-    build_index(load_sae(path), cache, path, lens=lens, token_strings=strings, config=config)
+    return LogitLens(lm.lm_head.weight.detach().T, lm.transformer.ln_f.weight.detach(), centred=True), strings

@@ -34,11 +34,17 @@ def words(command: str | None, name: str) -> list[str]:
     return rest
 
 
+@pytest.fixture(scope="module")
+def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("small")
+    return make_cache(root, make_model(root / "model"), contexts=20)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_training_command_gives_the_recorded_settings(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_cache: Any, variant: str
 ) -> None:
-    cache = make_cache(tmp_path, make_model(tmp_path / "model"), contexts=20)
+    cache = small_cache
     options = {name: value for name, value in OTHER.items() if name in build(variant, 32, 48).config}
     sae = build(variant, 32, 48, **options)
     config = TrainConfig(epochs=1, batch_size=64, decay="cosine", grad_clip=None, seed=5)

@@ -155,6 +155,7 @@ def turn_to(tabs: list[Any], page: str, sign: str) -> None:
         settle(tab)
 
 
+@pytest.mark.minutes  # tests/app/test_pages.py asks the same of two sessions without a browser
 def test_latents_filters_and_saes_of_two_tabs_are_their_own(tabs: list[Any]) -> None:
     assert [tab.locator("h1").inner_text()[:9] for tab in tabs] == ["Latent #5", "Latent #9"]
     for acting, latent in ((0, "6"), (1, "11")):
@@ -174,6 +175,7 @@ def test_latents_filters_and_saes_of_two_tabs_are_their_own(tabs: list[Any]) -> 
     assert "run=sick&latent=6" in tabs[0].url and "run=sick&latent=11" in tabs[1].url
 
 
+@pytest.mark.minutes
 def test_steering_drafts_of_two_tabs_are_their_own(tabs: list[Any]) -> None:
     turn_to(tabs, "Steering", "What the model says")
     for acting, latent in ((0, "7"), (1, "12"), (0, "8")):
