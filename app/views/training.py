@@ -36,12 +36,14 @@ if not logged:
 
 current = st.session_state.get("run")
 default = [current] if current in logged else list(logged)[:1]
+if "training_runs" in st.session_state:  # of runs that are no longer there
+    st.session_state["training_runs"] = [name for name in st.session_state["training_runs"] if name in logged]
 with st.container(horizontal=True, vertical_alignment="bottom"):
-    chosen = [name for name in st.session_state.get("training_runs", default) if name in logged]
-    st.session_state["training_runs"] = chosen
-    names = st.multiselect("runs", list(logged), key="training_runs", format_func=viz.visible)
+    names = st.multiselect(
+        "runs", list(logged), default, format_func=viz.visible, **session.held("training_runs", default, viz.visible)
+    )
     axis = st.segmented_control(
-        "x axis", ["tokens", "step"], default="tokens", required=True, key="training_axis", **session.KEEP
+        "x axis", ["tokens", "step"], default="tokens", required=True, **session.held("training_axis", "tokens")
     )
     live = st.toggle(
         "follow",
@@ -59,6 +61,8 @@ def followed() -> None:
         with page.part():
             logs[name] = loaders.metrics(found.runs[name])
     states({name: rows[-1] for name, rows in logs.items()})
+    if len(logs) > 1:
+        page.html(viz.line_legend(viz.looks(list(logs), page.colours())))
     curves({name: workspace.thin(rows) for name, rows in logs.items()})
 
 
@@ -87,7 +91,7 @@ def curves(logs: dict[str, list[dict[str, Any]]]) -> None:
         title = CURVES.get(key, key)
         log_y = key in {"fvu", "loss", "grad_norm"}
         with columns[i % 2]:
-            figure = viz.lines(series, page.colours(), axis, title, log_y=log_y)
+            figure = viz.lines(series, page.colours(), axis, title, log_y=log_y, legend=False)
             page.chart(figure, alt=f"{title} over {axis}", key=f"training_{key}")
 
 

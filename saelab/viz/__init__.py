@@ -15,6 +15,7 @@ from saelab.viz.charts import (
 )
 from saelab.viz.escape import label, markdown, plain, visible
 from saelab.viz.export import figure_page, latent_json, latent_page
+from saelab.viz.legend import line_legend, looks
 from saelab.viz.plane import groups_in_plane, values_in_plane
 from saelab.viz.prompt import contest_bars, heatmap, steps
 from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
@@ -52,9 +53,11 @@ __all__ = [
     "label",
     "latent_json",
     "latent_page",
+    "line_legend",
     "lines",
     "logit_effects",
     "logit_histogram",
+    "looks",
     "markdown",
     "outdated",
     "palette",

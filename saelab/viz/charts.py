@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from saelab.viz.axes import base, log_axis, round_ticks, written
 from saelab.viz.escape import label as safe
+from saelab.viz.legend import looks
 from saelab.viz.theme import SYMBOLS, Palette
 
 DEAD_LOG_DENSITY = -10.0  # where a latent that never fired stands on a log10 density axis
@@ -87,13 +88,17 @@ def lines(
     y: str = "",
     log_y: bool = False,
     height: int = 240,
+    legend: bool = True,
 ) -> go.Figure:
-    """Curves ``{name: (x, y)}``; dashes tell them apart besides colour."""
-    fig = base(colours, height, x, y, hovermode="x unified", showlegend=len(series) > 1)
-    dashes = ("solid", "dash", "dot", "dashdot")
-    for i, (name, (xs, ys)) in enumerate(series.items()):
-        dash = dashes[i // len(colours.series) % 4] if len(series) > len(colours.series) else dashes[i % 4]
-        fig.add_scatter(x=list(xs), y=list(ys), name=safe(name), mode="lines", line={"width": 2, "dash": dash})
+    """Curves ``{name: (x, y)}``; dashes tell them apart besides colour, see :func:`~saelab.viz.legend.looks`.
+
+    Without ``legend`` the page has one for all its charts.
+    """
+    fig = base(colours, height, x, y, hovermode="x unified", showlegend=legend and len(series) > 1)
+    known = looks(list(series), colours)
+    for name, (xs, ys) in series.items():
+        line = {"width": 2, "color": known[name].colour, "dash": known[name].dash}
+        fig.add_scatter(x=list(xs), y=list(ys), name=safe(name), mode="lines", line=line)
     fig.update_xaxes(tickformat="~s")
     values = [y for _, ys in series.values() for y in ys]
     if log_y:

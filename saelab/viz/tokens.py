@@ -21,6 +21,9 @@ def style_sheet(colours: Palette) -> str:
   color: {colours.on_primary} !important; }}
 [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * {{
   color: {colours.muted}; opacity: 1 !important; }}
+.sl-keys {{ display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; font-size: 0.88rem; color: {colours.text}; }}
+.sl-key {{ display: inline-flex; align-items: center; gap: 0.45rem; overflow-wrap: anywhere; }}
+.sl-line {{ flex: none; width: 36px; height: 3px; }}
 .sl-facts {{ width: 100%; border-collapse: collapse; font-size: 0.88rem; color: {colours.text}; }}
 .sl-facts td {{ padding: 0.4rem 0.6rem 0.4rem 0; border-bottom: 1px solid {colours.grid}; vertical-align: top; }}
 .sl-facts td:nth-child(2) {{ font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }}

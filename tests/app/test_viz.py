@@ -186,3 +186,19 @@ def test_a_tool_tip_says_how_strong_for_this_latent() -> None:
     assert "activation +1.000 · above 25% of its firings" in strip and "above 50% of its firings" in strip
     assert strip.count("of its firings") == 2 and strip.count("\n") == 1
     assert "\n" not in viz.token_strip(["b\n"], [1.0], viz.LIGHT)
+
+
+def test_curves_of_one_kind_share_a_colour_and_seeds_have_dashes() -> None:
+    names = [f"sweep/{kind}_seed-{seed}" for kind in ("topk_k-8", "topk_k-16", "gated") for seed in (0, 1)]
+    found = viz.looks(names, LIGHT)
+    assert len(set(found.values())) == len(names)
+    for a, b in zip(names[::2], names[1::2]):
+        assert found[a].colour == found[b].colour and found[a].dash != found[b].dash
+    assert len({found[name].colour for name in names}) == 3
+    others = viz.looks([f"run {i}" for i in range(24)], LIGHT)
+    assert len(set(others.values())) == 24 and len({others[f"run {i}"].dash for i in range(4)}) > 1
+    legend = viz.line_legend({"<script>": others["run 0"], **found})
+    assert "<script" not in legend and legend.count("sl-line") == 7
+    drawn = viz.lines({name: ([1, 2], [1, 2]) for name in names}, LIGHT, legend=False)
+    assert [(trace.line.color, trace.line.dash) for trace in drawn.data] == list(found.values())
+    assert drawn.layout.showlegend is False
