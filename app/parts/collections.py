@@ -16,6 +16,7 @@ from saelab.features.search import counterparts
 from saelab.runs import Run
 from saelab.workspace import collections
 from saelab.workspace.collections import Collection, Member
+from saelab.workspace.relatives import relatives
 
 TEXTS = ("run", "my label", "label", "words", "note")
 
@@ -100,8 +101,8 @@ def _across(key: Any, _chosen: list[Member], _others: dict[str, Run]) -> list[di
     for member in _chosen:
         own = loaders.sae(runs[member.run])
         direction = own.W_dec[member.latent].detach() * member.pole
-        same = {name: loaders.sae(run) for name, run in _others.items() if name != member.run}
-        near = counterparts(direction, {n: s for n, s in same.items() if s.d_in == own.d_in})
+        # A transcoder's rows lie where it writes: they compare with those of transcoders between the same places alone.
+        near = counterparts(direction, {n: loaders.sae(r) for n, r in relatives(runs[member.run], _others).items()})
         row: dict[str, Any] = {"SAE": member.run, "latent": member.latent, "pole": member.pole}
         for name, (latent, cosine) in near.items():
             row |= {name: f"#{latent} {cosine:+.2f}"}
@@ -117,7 +118,7 @@ def across(chosen: list[Member]) -> None:
         return
     hooks = {runs[member.run].metadata.get("hook_name") for member in there}
     others = {n: r for n, r in runs.items() if r.has_weights and r.metadata.get("hook_name") in hooks}
-    if len(others) < 2 or not st.toggle("Compare across SAEs", key="c_across", help=ACROSS):
+    if len(others) < 2 or not st.toggle("Compare across SAEs", help=ACROSS, **session.held("c_across", False)):
         return
     key = (tuple(m.key for m in there), tuple((name, run.stamp) for name, run in others.items()))
     try:

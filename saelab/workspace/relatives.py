@@ -49,9 +49,12 @@ def relatives(run: Run, runs: Mapping[str, Run]) -> dict[str, Run]:
 
 
 def _reads_the_same(run: Run, other: Run) -> bool:
-    """Whether two SAEs have the same hook point, and the same target where they are transcoders."""
+    """Whether two SAEs have the same hook point, and the same target where they are transcoders.
+
+    A transcoder whose file does not name its target is beside no SAE, and beside no transcoder but its like.
+    """
     places = ("hook_name", "hook_name_out")
-    return other.config.get("d_in") == run.config.get("d_in") and all(
+    return all(other.config.get(name) == run.config.get(name) for name in ("d_in", "d_out")) and all(
         other.metadata.get(name) == run.metadata.get(name) for name in places
     )
 
