@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
+from shared import ModelLock, Recent
 
 from saelab import viz
 from saelab.errors import UserError
@@ -23,6 +22,7 @@ from saelab.layout import MAP, METRICS
 from saelab.runs import Run
 from saelab.workspace import Progress, Workspace, progress, read_metrics
 from saelab.workspace import summary as summarise
+from saelab.workspace.jobs import Jobs
 from saelab.workspace.relatives import chance_cosine, relatives
 
 if TYPE_CHECKING:  # a page loads these when it needs them
@@ -158,41 +158,6 @@ def reads_alike(run: Run, name: str) -> bool:
     return bool(run.metadata.get("prepend_bos", True)) == bool(other.metadata.get("prepend_bos", True))
 
 
-class Recent:
-    """The last few results that sessions share; they must not be changed."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._kept, self._lock = most, OrderedDict[Any, Any](), threading.Lock()
-
-    def get(self, key: Any) -> Any:
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-            return self._kept.get(key)
-
-    def keep(self, key: Any, value: Any) -> Any:
-        with self._lock:
-            self._kept[key] = value
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        return value
-
-
-class ModelLock:
-    """The lock to hold while running the shared model, because hooks are state of the model. Waiting is shown."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            with st.spinner("Waiting for the language model, which another tab is using …"):
-                self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-
 @st.cache_resource(max_entries=6, show_spinner=False)
 def _latent_map(path: str, stamp: tuple[float, ...], made: float, _run: Run) -> pd.DataFrame | None:
     from saelab.features.projection import load_map
@@ -216,6 +181,12 @@ def _finder(path: str, stamp: tuple[float, ...], _index: FeatureIndex, _table: p
 def finder(run: Run) -> Finder:
     """The search of a run's index: shared by all sessions."""
     return _finder(str(run.path), run.stamp, need_index(run), catalogue(run))
+
+
+@st.cache_resource(show_spinner=False)
+def jobs() -> Jobs:
+    """What the server computes beside the pages."""
+    return Jobs()
 
 
 @st.cache_resource(show_spinner=False)

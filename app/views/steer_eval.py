@@ -7,6 +7,7 @@ import page
 import pandas as pd
 import session
 import streamlit as st
+from parts import evaluating
 
 from saelab import viz
 from saelab.layout import STEER_EVAL
@@ -15,19 +16,29 @@ from saelab.viz import steer_eval as figures
 
 st.title("Steering evaluation", anchor=False)
 found = loaders.workspace()
-name = st.session_state.get("run", "run")
-command = f"saelab steer-eval {name} --out {name}-steering"
+name = st.session_state.get("run")
+command = f"saelab steer-eval {name or 'RUN'} --out {name or 'run'}-steering"
+if name in found.runs:
+    with page.part():
+        evaluating.form(found.runs[name], opened=not found.steer_evals)
 if not found.steer_evals:
     st.info(
-        "No evaluation below this folder yet. One that compares a latent with prompting, a difference of means, a "
-        f"probe and random directions is made with\n\n    {command}",
+        "No evaluation below this folder yet. One compares a latent with prompting, a difference of means, a probe and "
+        f"random directions. On the command line it is made with\n\n    {command}",
         icon=":material/info:",
     )
     st.stop()
 chosen = st.selectbox(
-    "evaluation", list(found.steer_evals), key="steer_eval", format_func=viz.visible, width=320, **session.KEEP
+    "evaluation",
+    list(found.steer_evals),
+    format_func=viz.visible,
+    width=320,
+    **session.held("steer_eval", next(iter(found.steer_evals)), viz.visible),
 )
 result = read_report(found.steer_evals[chosen] / STEER_EVAL)
+if name in found.runs:
+    with page.part():
+        evaluating.go_on(found.runs[name], found.steer_evals[chosen], result)
 for line in figures.remarks(result):
     st.caption(viz.markdown(line))
 if result.get("curves"):
@@ -46,8 +57,10 @@ examples = pd.DataFrame(result.get("examples", []))
 if len(examples):
     st.subheader("Answers", anchor=False)
     with st.container(horizontal=True):
-        concept = st.selectbox("concept", sorted(set(examples["concept_name"])), key="steer_eval_concept", width=220)
-        method = st.selectbox("method", ["all", *dict.fromkeys(examples["method"])], key="steer_eval_method", width=220)
+        named = sorted(set(examples["concept_name"]))
+        concept = st.selectbox("concept", named, width=220, **session.held("steer_eval_concept", named[0]))
+        methods = ["all", *dict.fromkeys(examples["method"])]
+        method = st.selectbox("method", methods, width=220, **session.held("steer_eval_method", "all"))
     shown: Any = examples[examples["concept_name"] == concept]
     if method != "all":
         shown = shown[shown["method"] == method]

@@ -24,6 +24,7 @@ SHARED = {
     "_latent_map": "a table that pages only draw",
     "_matchings": "changed behind its own lock",
     "model_lock": "the lock itself",
+    "jobs": "changed behind its own lock",
     "_model": "used behind the lock",
     "_lens": "tensors that nothing changes",
 }

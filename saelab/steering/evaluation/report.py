@@ -220,6 +220,13 @@ def evaluate_steering(evaluation: Evaluation, judge: KeptAnswers | None = None) 
     return save(content(evaluation, scores, judge.client.model, unsure, checks, **about))
 
 
+def save_partly(evaluation: Evaluation) -> None:
+    """Write what an evaluation has found when it is stopped, if that is anything yet."""
+    if evaluation.classifiers and evaluation.kept.answers:
+        found = content(evaluation, proxy_scores(evaluation), "proxies", unsure_proxies(evaluation))
+        write_json(evaluation.folder / STEER_EVAL, found)
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """A saved ``steer_eval.json``."""
     with damaged(path, "run saelab steer-eval again", OSError):
