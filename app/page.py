@@ -61,12 +61,13 @@ def sidebar(pages: Mapping[str, Sequence[Any]]) -> None:
 
 
 def links(pages: Mapping[str, Sequence[Any]]) -> None:
-    """The pages, with the chosen run in each address: a page that wrote it later would add a step to the history."""
+    """The pages; the address of each has the run and what was set there: written later it would be a step of Back."""
     run, latent = st.session_state.get("run"), st.session_state.get("latent")
     for section, members in pages.items():
         st.caption(section)
         for page in members:
-            params = {} if run is None else {"run": run}
+            params: dict[str, Any] = session.of_address(page.title)
+            params |= {} if run is None else {"run": run}
             if page.title == "Latent" and run is not None and latent is not None:
                 params |= {"latent": str(latent), "pole": str(st.session_state.get("pole", 1))}
             st.page_link(page, query_params=params, width="stretch")
@@ -97,6 +98,7 @@ def run_title(run: Run) -> str:
 
 def run_page(chosen: Any) -> None:
     """Run a page; a UserError is shown as one line."""
+    session.draw_page(chosen.title)
     if session.missing_run() is not None:
         session.say_missing()
     elif chosen.title != "Latent" and st.session_state.get("run") is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict
+from urllib.parse import quote
 
 import streamlit as st
 from loaders import workspace
@@ -18,6 +20,83 @@ class Keep(TypedDict):
 
 
 KEEP: Keep = {"persist_state": "session"}  # the input is kept while another page is visited
+
+
+class Held(TypedDict):
+    """The options of a widget whose value is part of the address."""
+
+    key: str
+    bind: Literal["query-params"] | None
+    persist_state: Literal["session"]
+
+
+LONGEST = 1500  # characters of an address that texts may take: with the rest, 2,000 are safe everywhere
+
+
+def held(key: str, default: Any = None, text: Callable[[Any], str] = str) -> Held:
+    """Have a widget's value stand in the address, so that reloading and sharing the page lose nothing.
+
+    ``default`` is the widget's own, which the address leaves out, and ``text`` its ``format_func``. Links to the page
+    hold the value too: were it written on arrival, Back would have one step more to go.
+    """
+    _of_page()[key] = (default, text)
+    return {"key": key, "bind": "query-params", "persist_state": "session"}
+
+
+def held_text(key: str, default: str = "") -> Held:
+    """:func:`held` for a text, as long as the address has room for it; :func:`say_unshared` tells where it has not."""
+    text = str(st.session_state.get(key) or "")
+    size = 0 if text == default else len(quote(text))
+    used: dict[str, int] = st.session_state.setdefault("address_texts", {})
+    used[key] = 0
+    if sum(used.values()) + size > LONGEST:
+        _of_page().pop(key, None)
+        return {"key": key, "bind": None, "persist_state": "session"}
+    used[key] = size
+    return held(key, default)
+
+
+def say_unshared(*keys: str) -> None:
+    """Say which text is too long for an address; call it below the fields."""
+    page = _of_page()
+    if any(key not in page for key in keys):
+        st.caption("The text is too long for an address: a link to this page leaves it out.")
+
+
+def of_address(page: str) -> dict[str, str | list[str]]:
+    """What the widgets of a page hold, as its address writes it."""
+    found: dict[str, str | list[str]] = {}
+    for key, (default, text) in st.session_state.get("held", {}).get(page, {}).items():
+        value = st.session_state.get(key)
+        if value is None or value == default or (isinstance(value, str | list) and not value):
+            continue
+        several = isinstance(value, list | tuple)
+        found[key] = [_written(one, text) for one in value] if several else _written(value, text)
+    return found | ({"pick": st.session_state["steering_address"][1]} if _has_picks(page) else {})
+
+
+def _has_picks(page: str) -> bool:
+    """Whether the page is that of picks, and they are of the chosen SAE."""
+    name, texts = st.session_state.get("steering_address", (None, []))
+    return page == "Steering" and bool(texts) and name == st.session_state.get("run")
+
+
+def _written(value: Any, text: Callable[[Any], str]) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    whole = isinstance(value, float) and value.is_integer() and text is str
+    return str(int(value)) if whole else text(value)
+
+
+def _of_page() -> dict[str, Any]:
+    """The widgets of the page being drawn whose values stand in its address."""
+    return st.session_state.setdefault("held", {}).setdefault(st.session_state.get("page", ""), {})
+
+
+def draw_page(title: str) -> None:
+    """A page begins to be drawn."""
+    st.session_state["page"] = title
+    st.session_state["address_texts"] = {}
 
 
 ADDRESS = ("run", "latent", "pole")  # what an address can hold; widgets that are bound to it add their own
@@ -113,13 +192,13 @@ def open_latent(latent: int, pole: int = 1, run: Run | None = None) -> None:
         # The sidebar's widget has been drawn in this pass; its choice is set at the start of the next.
         st.session_state["next_run"] = name
     # With the address in the same step: writing it afterwards would ask for a second press of Back.
-    st.switch_page("views/latent.py", query_params=address(run=name, latent=int(latent), pole=int(pole)))
+    _go("Latent", "views/latent.py", run=name, latent=int(latent), pole=int(pole))
 
 
 def steer_with(run: Run, latent: int, pole: int) -> None:
     """Go to the Steering page with this latent picked."""
     st.session_state["steer_pick"] = (run.name, int(latent), int(pole))
-    st.switch_page("views/steering.py", query_params=address(run=run.name))
+    _go("Steering", "views/steering.py", run=run.name)
 
 
 def steer_all(run: Run, picks: list[tuple[int, int]], operation: str) -> None:
@@ -127,4 +206,8 @@ def steer_all(run: Run, picks: list[tuple[int, int]], operation: str) -> None:
     st.session_state["steer_picks"] = (run.name, picks, operation)
     if run.name != st.session_state.get("run"):
         st.session_state["next_run"] = run.name
-    st.switch_page("views/steering.py", query_params=address(run=run.name))
+    _go("Steering", "views/steering.py", run=run.name)
+
+
+def _go(title: str, view: str, **params: Any) -> None:
+    st.switch_page(view, query_params={**of_address(title), **address(**params)})

@@ -193,9 +193,9 @@ def intervene(run: Run, graph: AttributionGraph, chosen: list[Node]) -> None:
         operation = st.selectbox(
             "do",
             list(OPERATIONS),
-            key="attribution_operation",
-            format_func=lambda o: f"{o}: {OPERATIONS[o]}",
+            format_func=_described,
             width=260,
+            **session.held("attribution_operation", "ablate", _described),
         )
         asked = st.button("Continue the prompt", icon=":material/play_arrow:", key="attribution_continue")
         sent = st.button("Open in Steering", icon=":material/tune:", key="attribution_steer")
@@ -215,6 +215,10 @@ def intervene(run: Run, graph: AttributionGraph, chosen: list[Node]) -> None:
     if of == id(graph):
         _show(texts)
     _save(run, graph, chosen, operation)
+
+
+def _described(operation: str) -> str:
+    return f"{operation}: {OPERATIONS[operation]}"
 
 
 def _send(graph: AttributionGraph, chosen: list[Node], operation: str) -> None:

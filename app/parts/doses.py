@@ -18,6 +18,7 @@ from saelab.workspace import steering
 from saelab.workspace.steering import Pick
 
 CONTROLS = 8  # random directions: with three of them nothing could win, by Student's t with two degrees of freedom
+TARGETS = "The weather today is"
 NEUTRAL = (
     "The committee will meet again in the spring to discuss the budget.\n"
     "Water boils at a lower temperature in the mountains.\n"
@@ -32,16 +33,19 @@ def doses(run: Run, model: Any, found: list[Pick]) -> None:
     with st.expander("Measure a vector against its controls"), st.form("steering_dose", border=False):
         label = st.selectbox("vector", list(names), format_func=lambda label: names[label], key="dose_pick")
         concept = st.text_input(
-            "words whose probability should rise, separated by commas", key="dose_concept", **session.KEEP
+            "words whose probability should rise, separated by commas", **session.held_text("dose_concept")
         )
         columns = st.columns(2)
         targets = columns[0].text_area(
-            "prompts where they could come next", "The weather today is", key="dose_targets", **session.KEEP
+            "prompts where they could come next", TARGETS, **session.held_text("dose_targets", TARGETS)
         )
-        neutral = columns[1].text_area("texts that should not change", NEUTRAL, key="dose_neutral", **session.KEEP)
-        positive = columns[0].text_area("texts with the concept (optional)", key="dose_positive", **session.KEEP)
-        negative = columns[1].text_area("texts without it (optional)", key="dose_negative", **session.KEEP)
+        neutral = columns[1].text_area(
+            "texts that should not change", NEUTRAL, **session.held_text("dose_neutral", NEUTRAL)
+        )
+        positive = columns[0].text_area("texts with the concept (optional)", **session.held_text("dose_positive"))
+        negative = columns[1].text_area("texts without it (optional)", **session.held_text("dose_negative"))
         asked = st.form_submit_button("Measure", icon=":material/science:")
+        session.say_unshared("dose_concept", "dose_targets", "dose_neutral", "dose_positive", "dose_negative")
     pick = next(p for p in found if p.label == label)
     if asked:
         unit, around = (pick.unit, abs(pick.amount)) if chosen_length(pick) else (steering.best_unit(pick.vector), 1.0)

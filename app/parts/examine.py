@@ -27,8 +27,13 @@ PINNED = "Kept while you read: every latent's page shows where it fires on this 
 
 def own_text(run: Run, index: Any, latent: int, poles: tuple[int, ...]) -> None:
     """The reader's pinned text, and where the latent fires on it. Needs the language model."""
-    with st.expander("My text", icon=":material/push_pin:", expanded=bool(st.session_state.get("pinned"))):
-        text = st.text_area("Text", key="pinned", height=70, placeholder=PINNED, **session.KEEP)
+    with st.expander(
+        "My text",
+        icon=":material/push_pin:",
+        expanded=bool(st.session_state.get("pinned") or "pinned" in st.query_params),
+    ):
+        text = st.text_area("Text", height=70, placeholder=PINNED, **session.held_text("pinned"))
+        session.say_unshared("pinned")
         if not (text or "").strip():
             return
         if loaders.model_name(run) is None:
@@ -83,9 +88,9 @@ def top(run: Run, index: Any, latent: int, pole: int) -> None:
     cache = cache_of(run, index)
     whole = False
     with st.container(horizontal=True):
-        every = len(found) > SHOWN and st.toggle("more examples", key=f"top_more_{pole}", **session.KEEP)
+        every = len(found) > SHOWN and st.toggle("more examples", **session.held(f"top_more_{pole}", False))
         if cache is not None:
-            whole = st.toggle("whole contexts", key=f"top_whole_{pole}", **session.KEEP)
+            whole = st.toggle("whole contexts", **session.held(f"top_whole_{pole}", False))
     found = found if every else found[:SHOWN]
     if whole and cache is not None:
         with page.part(), st.spinner("Reading the contexts …"):
@@ -121,7 +126,8 @@ def logits(run: Run, row: dict[str, Any], key: str) -> None:
     st.dataframe(
         pd.DataFrame(ends), hide_index=True, column_config=config, alt="Tokens whose logits it raises and lowers most"
     )
-    if st.toggle("histogram of all logits", key=key, help="Asks the language model's unembedding.", **session.KEEP):
+    asks = "Asks the language model's unembedding."
+    if st.toggle("histogram of all logits", help=asks, **session.held(key, False)):
         direction = row["pole"] * loaders.sae(run).W_dec.detach()[row["latent"]]
         figure = viz.logit_histogram(loaders.logit_effects(run, direction).numpy(), page.colours())
         page.chart(figure, alt="Histogram of the effect on all logits", key=f"{key}_drawn")
@@ -150,6 +156,7 @@ def steer(run: Run, latent: int, pole: int) -> None:
     """Three calibrated strengths beside the control, when asked for: the model is loaded then."""
     from parts import trial
 
-    if st.toggle("Try it on the model", key="latent_trial", help="Three calibrated strengths beside a random control"):
+    what = "Three calibrated strengths beside a random control"
+    if st.toggle("Try it on the model", help=what, **session.held("latent_trial", False)):
         model, source = loaders.need_model(run, "Steering"), loaders.opened(run)
         trial.panel(run, source, model, steering.pick_latent(source, latent, pole), f"latent_{latent}_{pole}")

@@ -82,7 +82,9 @@ def cause_summary(found: pd.DataFrame) -> None:
 def death_table(run: Run, found: pd.DataFrame) -> dict[Any, Any] | None:
     """The table of dead latents; returns the chosen row."""
     known = sorted(found["cause"].unique())
-    causes = st.pills("cause", known, selection_mode="multi", key="health_causes") if len(known) > 1 else []
+    causes = (
+        st.pills("cause", known, selection_mode="multi", **session.held("health_causes", [])) if len(known) > 1 else []
+    )
     shown = found[found["cause"].isin(causes)] if causes else found
     shown = shown.dropna(axis="columns", how="all")
     view = shown.assign(gain=100 * shown["gain"]) if "gain" in shown else shown

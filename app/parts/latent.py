@@ -144,7 +144,7 @@ def examples(index: Any, latent: int, pole: int, kind: str, limit: int = 10, key
     roles = sorted({example.role for example in found})
     if len(roles) > 1:
         role = st.segmented_control(
-            "role", roles, key=f"{key}_role_{pole}", label_visibility="collapsed", help=ROLE, **session.KEEP
+            "role", roles, label_visibility="collapsed", help=ROLE, **session.held(f"{key}_role_{pole}")
         )
         found = [example for example in found if role in (None, example.role)]
     found = found[:limit]

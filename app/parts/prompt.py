@@ -21,6 +21,7 @@ from saelab.sae.base import PursuitStep
 
 SHOWN = 14  # latents of the ranking
 WINDOW = 60  # tokens that a chart can name
+TOKEN = "token"  # the chosen one: a field, and part of the address
 TITLES = {
     "telling": "how much they tell",
     "share": "share of their maximum",
@@ -36,31 +37,34 @@ class How(NamedTuple):
     hide_dense: bool
 
 
-def choose_ranking(run: Run, reading: Reading) -> How:
-    """The ranking of all tables of the page, of those that the index and the reading allow."""
+def choose_ranking(run: Run, reading: Reading) -> tuple[How, int]:
+    """The ranking of all tables of the page, of those that the index and the reading allow; and the chosen token."""
     known = [
         name
         for name in RANKINGS
         if (run.has_index or name in ("activation", "effect")) and (name != "effect" or reading.grads is not None)
     ]
-    kept = st.session_state.get("prompt_by")
+    if st.session_state.get("prompt_rank") not in known:  # one that another reading or SAE allowed
+        st.session_state.pop("prompt_rank", None)
+    usual, last = reading.first + 1 if reading.n > 1 else 0, reading.n - 1
+    if st.session_state.get(TOKEN) is not None and not 0 <= st.session_state[TOKEN] <= last:
+        st.session_state[TOKEN] = last  # of a longer text
     with st.container(horizontal=True, vertical_alignment="bottom"):
         by = st.selectbox(
             "rank latents by",
             known,
-            known.index(kept) if kept in known else 0,
-            key="prompt_rank_by" + "_".join(known),
             format_func=TITLES.__getitem__,
             help="\n".join(f"- {TITLES[name]}: {what}" for name, what in RANKINGS.items()),
             width=240,
+            **session.held("prompt_rank", known[0], TITLES.__getitem__),
         )
-        st.session_state["prompt_by"] = by
+        help = "the token to look at; a click in the text below chooses it too"
+        position = int(st.number_input("token", 0, last, min(usual, last), help=help, **session.held(TOKEN, usual)))
         hide = False
         if run.has_index:
-            hide = st.toggle(
-                "hide dense latents", True, key="prompt_hide_dense", help="those on more than 10 % of the corpus"
-            )
-    return How(by, hide)
+            rare = "those on more than 10 % of the corpus"
+            hide = st.toggle("hide dense latents", True, help=rare, **session.held("prompt_hide_dense", True))
+    return How(by, hide), position
 
 
 def ranked(run: Run, reading: Reading, how: How, position: int | None = None) -> tuple[list[Ranked], int]:
@@ -80,8 +84,7 @@ def coloured_text(run: Run, reading: Reading, position: int, how: How) -> None:
             ["unexplained", "active latents", "one latent"],
             default="unexplained",
             required=True,
-            key="prompt_layer",
-            **session.KEEP,
+            **session.held("prompt_layer", "unexplained"),
         )
         found, _ = ranked(run, reading, how)
         one = None
@@ -119,7 +122,7 @@ def coloured_text(run: Run, reading: Reading, position: int, how: How) -> None:
 
 def choose(position: int) -> None:
     """Look at another token."""
-    st.session_state["prompt_position"] = position
+    st.session_state[TOKEN] = position
 
 
 def quoted(string: str) -> str:

@@ -31,7 +31,7 @@ def walk(keys: Sequence[tuple[int, int]], own: dict[int, dict[str, str]], table:
         st.button("Prev", key="read_up", shortcut="Up", on_click=_step, args=(-1, last, table))
         st.button("Next", key="read_down", shortcut="Down", on_click=_step, args=(1, last, table))
         st.button("Unlabelled", key="read_new", shortcut="N", on_click=_unlabelled, args=(keys, own, table))
-        st.number_input("row", 1, last, key=AT, width=90, bind="query-params", help=HELP)
+        st.number_input("row", 1, last, width=90, help=HELP, **session.held(AT, 1))
     return int(st.session_state[AT]) - 1
 
 

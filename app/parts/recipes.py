@@ -43,9 +43,8 @@ def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> N
     held = None if pick is None else next((p.label for p in found if steering.same_vector(p, pick)), None)
     about = saved.provenance(found, prompt, promotes, None if held is None else measured, held)
     with loaders.model_lock(), st.spinner("Saving …"):
-        recipe = Recipe.of(
-            model, [steering.intervention(p, source) for p in found], name=name.strip(), provenance=about
-        )
+        steps = [step for p in found for step in steering.interventions(p, source, model)]
+        recipe = Recipe.of(model, steps, name=name.strip(), provenance=about)
         recipe.save(folder)
     st.toast(f"Saved {folder.name}", icon=":material/check:")
     st.rerun()  # the table of recipes was drawn before

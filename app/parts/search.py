@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import loaders
 import page
@@ -44,15 +44,6 @@ IN = (
 )
 
 
-class Bound(TypedDict):
-    """A widget's option; see :class:`session.Keep`."""
-
-    bind: Literal["query-params"]
-
-
-BOUND: Bound = {"bind": "query-params"}
-
-
 class Asked(NamedTuple):
     """What stands in the box and the filters."""
 
@@ -73,34 +64,28 @@ class Asked(NamedTuple):
         )
 
 
-KEPT = ("q", "where", "sort", "dense", "similar", "everywhere", "state", "sign", "role", "at", "contrast")
-
-
-def restore() -> None:
-    """Ask again what was asked when the page was left, unless the address asks for something."""
-    kept: dict[str, Any] = st.session_state.get("features_kept", {})
-    if not any(name in st.query_params for name in KEPT):
-        for name, value in kept.items():
-            if name not in st.session_state:
-                st.session_state[name] = value
-
-
-def remember() -> None:
-    """Keep what is asked for when the page is left."""
-    st.session_state["features_kept"] = {name: st.session_state[name] for name in KEPT if name in st.session_state}
-
-
 def box(table: pd.DataFrame, signed: bool) -> Asked:
     """The box and the filters."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        text = st.text_input("Search", key="q", placeholder=PLACEHOLDER, icon=":material/search:", help=HELP, **BOUND)
-        where = st.selectbox("in", [ANYTHING, *search.TEXT_COLUMNS, WRITES], key="where", width=160, help=IN, **BOUND)
-        sort = st.selectbox("sort by", list(SORTS), format_func=SORTS.__getitem__, key="sort", width=180, **BOUND)
+        text = st.text_input(
+            "Search", placeholder=PLACEHOLDER, icon=":material/search:", help=HELP, **session.held_text("q")
+        )
+        places = [ANYTHING, *search.TEXT_COLUMNS, WRITES]
+        where = st.selectbox("in", places, width=160, help=IN, **session.held("where", ANYTHING))
+        sort = st.selectbox(
+            "sort by",
+            list(SORTS),
+            format_func=SORTS.__getitem__,
+            width=180,
+            **session.held("sort", "best", SORTS.__getitem__),
+        )
     with st.container(horizontal=True, vertical_alignment="center"):
         filters = _filters(table, signed)
-        dense = st.toggle("dense", key="dense", help=f"show latents that fire on more than {DENSE:.0%}", **BOUND)
-        related = st.toggle("similar meaning", key="similar", help=SIMILAR, **BOUND)
-        everywhere = len(with_index()) > 1 and st.toggle("all SAEs", key="everywhere", help=ALL, **BOUND)
+        fires = f"show latents that fire on more than {DENSE:.0%}"
+        dense = st.toggle("dense", help=fires, **session.held("dense", False))
+        related = st.toggle("similar meaning", help=SIMILAR, **session.held("similar", False))
+        everywhere = len(with_index()) > 1 and st.toggle("all SAEs", help=ALL, **session.held("everywhere", False))
+    session.say_unshared("q")
     return Asked(read_query(text or ""), text or "", where, sort, filters, dense, related, everywhere)
 
 
@@ -112,26 +97,29 @@ ALL = "Search every SAE of the folder, and show the best of each."
 
 
 def _filters(table: pd.DataFrame, signed: bool) -> dict[str, Any]:
-    state = st.pills("state", list(search.STATES), key="state", label_visibility="collapsed", **BOUND)
+    state = st.pills("state", list(search.STATES), label_visibility="collapsed", **session.held("state"))
     found: dict[str, Any] = {"state": state}
     if signed:
-        pole = st.pills("pole", ["+ pole", "− pole"], key="sign", label_visibility="collapsed", **BOUND)
+        pole = st.pills("pole", ["+ pole", "− pole"], label_visibility="collapsed", **session.held("sign"))
         found["pole"] = None if pole is None else (1 if pole.startswith("+") else -1)
     roles = sorted(set(table["role"]) - {""})
     if len(roles) > 1:
-        found["role"] = st.pills("fires on", roles, key="role", label_visibility="collapsed", help=ROLE, **BOUND)
-    density, entropy = st.session_state.get("density", (0.0, 1.0)), st.session_state.get("entropy", (0.0, 16.0))
-    used = (tuple(density) != (0.0, 1.0)) + (tuple(entropy) != (0.0, 16.0))
+        found["role"] = st.pills("fires on", roles, label_visibility="collapsed", help=ROLE, **session.held("role"))
+    used = 0
+    for name, every in (("density", (0.0, 1.0)), ("entropy", (0.0, 16.0))):
+        # A link's values are those of the widgets once these are drawn, which comes after the popover's title.
+        used += tuple(st.session_state[name]) != every if name in st.session_state else name in st.query_params
     with st.popover(f"More filters ({used})" if used else "More filters", icon=":material/filter_alt:"):
         density = st.select_slider(
             "share of tokens it fires on",
             tables.DECADES,
             value=(0.0, 1.0),
             format_func=tables.decade,
-            key="density",
-            **session.KEEP,
+            **session.held("density", (0.0, 1.0), tables.decade),
         )
-        entropy = st.slider("entropy of its tokens, bits", 0.0, 16.0, (0.0, 16.0), 0.5, key="entropy", **session.KEEP)
+        entropy = st.slider(
+            "entropy of its tokens, bits", 0.0, 16.0, (0.0, 16.0), 0.5, **session.held("entropy", (0.0, 16.0))
+        )
     found["density"] = None if density == (0.0, 1.0) else density
     found["entropy"] = None if entropy == (0.0, 16.0) else entropy
     return found

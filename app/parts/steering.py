@@ -11,12 +11,13 @@ import session
 import streamlit as st
 
 from parts import latent as latent_parts
-from parts import trial
+from parts import limits, trial
 from saelab import viz
 from saelab.errors import UserError
 from saelab.runs import Run
 from saelab.steering import OPERATIONS, difference_of_means
 from saelab.workspace import recipes, steering
+from saelab.workspace.picks import pick_text, read_picks
 from saelab.workspace.steering import Pick
 
 PLACES = {
@@ -29,8 +30,16 @@ PLACES = {
 
 
 def picks(run: Run, source: Any) -> list[Pick]:
-    """This session's picks for this run, including a latent or a recipe that another page sent."""
+    """This session's picks for this run, including those of a link, and a latent or a recipe that a page sent."""
     found: list[Pick] = st.session_state.setdefault("steering_picks", {}).setdefault(run.name, [])
+    asked = st.query_params.get_all("pick")
+    name, written = st.session_state.get("steering_address", (None, []))
+    if asked != written and (asked or name == run.name):
+        # Of a link, or of a step back: vectors, which an address cannot hold, stay.
+        st.session_state["steering_address"] = (run.name, asked)
+        found[:] = [*read_picks(asked, source), *(pick for pick in found if pick_text(pick) is None)]
+        for pick in found:
+            _show(pick)
     sent = st.session_state.pop("steer_pick", None)
     if sent is not None and sent[0] == run.name:
         _put(found, steering.pick_latent(source, sent[1], sent[2]))
@@ -46,6 +55,25 @@ def picks(run: Run, source: Any) -> list[Pick]:
         if prompt := recipes.saved_prompt(root, taken[1]):
             st.session_state["steering_prompt"] = prompt
     return found
+
+
+def share(run: Run, found: list[Pick]) -> None:
+    """Write the picks into the address, and say which of them it cannot hold."""
+    texts = [text for pick in found if (text := pick_text(pick)) is not None]
+    st.session_state["steering_address"] = (run.name, texts)
+    if st.query_params.get_all("pick") != texts:
+        st.query_params["pick"] = texts
+    if missing := [viz.markdown(pick.label) for pick in found if pick_text(pick) is None]:
+        st.caption(f"A link to this page leaves out {', '.join(missing)}: save a recipe to share it.")
+
+
+def _show(pick: Pick) -> None:
+    """Have the widgets of a pick show what it says, whatever they showed before."""
+    at = pick.label
+    shown = {f"steering_do_{at}": pick.operation, f"steering_{pick.operation}_{at}": pick.amount}
+    shown |= {f"steering_unit_{at}": pick.unit, f"steering_where_{at}": pick.where, **limits.shown(pick)}
+    for key, value in shown.items():
+        st.session_state[key] = value
 
 
 def _put(found: list[Pick], pick: Pick) -> None:
@@ -69,11 +97,12 @@ def add_latent(run: Run, source: Any) -> None:
 def add_means(run: Run, source: Any, model: Any) -> None:
     """A difference of means of two sets of texts: the baseline every latent is measured against."""
     with st.expander("Vector from two sets of texts"), st.form("steering_means", border=False):
-        name = st.text_input("name", "means", key="steering_means_name", **session.KEEP)
+        name = st.text_input("name", "means", **session.held_text("steering_means_name", "means"))
         positive = st.text_area(
-            "texts with the concept, one a line", key="steering_positive", height=90, **session.KEEP
+            "texts with the concept, one a line", height=90, **session.held_text("steering_positive")
         )
-        negative = st.text_area("texts without it, one a line", key="steering_negative", height=90, **session.KEEP)
+        negative = st.text_area("texts without it, one a line", height=90, **session.held_text("steering_negative"))
+        session.say_unshared("steering_means_name", "steering_positive", "steering_negative")
         if st.form_submit_button("Make the vector", icon=":material/add:"):
             with loaders.model_lock(), st.spinner("Reading the texts …"):
                 vector = difference_of_means(model, source.hook_name_out, lines(positive), lines(negative))
@@ -100,7 +129,7 @@ def promoted(run: Run, model: Any, pick: Pick, count: int = 5) -> list[str]:
     return loaders.promoted(run, model, pick.vector.direction, count)
 
 
-def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
+def edit(run: Run, source: Any, model: Any, found: list[Pick]) -> list[Pick]:
     """Operation, amount and unit of each pick; returns the picks as edited."""
     for i, pick in enumerate(list(found)):
         with st.container(border=True):
@@ -110,10 +139,11 @@ def edit(run: Run, model: Any, found: list[Pick]) -> list[Pick]:
                     found.pop(i)
                     st.rerun()
             _effect(run, model, pick)
-            for limit in steering.limits(pick):
-                page.html(viz.caption(limit))
             with st.container(horizontal=True, vertical_alignment="bottom"):
                 pick = _place(_operation_and_amount(pick))
+                pick = limits.edit(run, source, model, pick)
+            for limit in steering.limits(pick):
+                page.html(viz.caption(limit))
             if size := steering.size(pick):
                 page.html(viz.caption(size))
             if pick.note and pick.amount == pick.start and pick.operation == "add":
@@ -133,9 +163,15 @@ def named(run: Run, pick: Pick, longest: int = 60) -> str:
     return f"{pick.label} · {label[:longest]}{'…' * (len(label) > longest)}" if label else pick.label
 
 
-def calibrate_new(run: Run, model: Any, found: list[Pick]) -> None:
+def calibrate_new(run: Run, source: Any, model: Any, found: list[Pick]) -> None:
     """Give each pick that was added on this page a strength that does moderate damage, instead of a guess."""
+    again = st.session_state.pop("steering_calibrate", None)
     for i, pick in enumerate(found):
+        if pick.label == again:
+            with page.part():
+                found[i] = limits.calibrated(run, source, model, pick)
+                _show(found[i])
+            continue
         if pick.operation != "add" or pick.start is not None or pick.note:
             continue
         try:

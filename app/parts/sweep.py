@@ -7,6 +7,7 @@ from typing import Any
 
 import page
 import pandas as pd
+import session
 import streamlit as st
 
 from parts import source as source_parts
@@ -48,7 +49,13 @@ def _summary(folder: str, stamp: float) -> tuple[list[dict[str, Any]], list[dict
 def show(found: Workspace, logged: list[str]) -> None:
     """One sweep: its members on held-out tokens, and the way to their curves."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        name = st.selectbox("sweep", list(found.sweeps), key="training_sweep", format_func=viz.visible, width=320)
+        name = st.selectbox(
+            "sweep",
+            list(found.sweeps),
+            format_func=viz.visible,
+            width=320,
+            **session.held("training_sweep", next(iter(found.sweeps)), viz.visible),
+        )
         folder: Path = found.sweeps[name]
         rows = _rows(str(folder), (folder / SWEEP_TABLE).stat().st_mtime)
         measured = [value for value in AXES if any(row[value] is not None for row in rows)]
@@ -60,24 +67,14 @@ def show(found: Workspace, logged: list[str]) -> None:
                 default=measured[0],
                 required=True,
                 format_func=SHORT.__getitem__,
-                key="training_fidelity",
+                **session.held("training_fidelity", measured[0], SHORT.__getitem__),
             )
         members = [run for run in logged if Path(run).parent == Path(name)]
         if members and st.button("Show all their curves", key="training_members", icon=":material/show_chart:"):
             st.session_state["training_runs"] = members
     left, right = st.columns([3, 4], gap="large")
     with left:
-        if value is not None:
-            figure = pareto_of(rows, value, page.colours())
-            page.chart(figure, alt=f"{AXES[value]} against L0 for every SAE of the sweep", key="training_pareto")
-        else:
-            st.caption("No SAE of this sweep was measured.")
-        rates = rates_of(rows, page.colours(), height=240)
-        if rates is not None:
-            st.caption(RATES)
-            for line in lost_rates(rows):
-                st.caption(viz.markdown(line))
-            page.chart(rates, alt="FVU on validation tokens against the learning rates tried", key="training_rates")
+        _figures(rows, value)
     with right:
         event = _table(rows, measured)
         picked = tables.picked_row(event, rows)
@@ -92,6 +89,21 @@ def show(found: Workspace, logged: list[str]) -> None:
         for one in advice:
             st.caption(viz.markdown(one.sentence))
     _means(*_summary(str(folder), (folder / SWEEP_TABLE).stat().st_mtime))
+
+
+def _figures(rows: list[dict[str, Any]], value: str | None) -> None:
+    """The trade-off of the members, and the learning rates that were tried."""
+    if value is not None:
+        figure = pareto_of(rows, value, page.colours())
+        page.chart(figure, alt=f"{AXES[value]} against L0 for every SAE of the sweep", key="training_pareto")
+    else:
+        st.caption("No SAE of this sweep was measured.")
+    rates = rates_of(rows, page.colours(), height=240)
+    if rates is not None:
+        st.caption(RATES)
+        for line in lost_rates(rows):
+            st.caption(viz.markdown(line))
+        page.chart(rates, alt="FVU on validation tokens against the learning rates tried", key="training_rates")
 
 
 def _means(summaries: list[dict[str, Any]], differences: list[dict[str, Any]]) -> None:

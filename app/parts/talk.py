@@ -19,6 +19,8 @@ from saelab.workspace.steering import Pick
 from saelab.workspace.trial import Beginning, Text
 
 FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
+USUAL = [0.5, 1.0, 2.0]
+EXAMPLE = "The weather today"
 Variant = list[tuple[str, Text]]  # a message of the user, and the answer to it
 
 
@@ -26,28 +28,30 @@ def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     """The prompt's form, and what is written; returns the prompt."""
     kind = "text"
     if getattr(model.tokenizer, "chat_template", None):
-        kind = st.segmented_control("Prompt as", ["text", "chat"], default="text", key="steering_kind", **session.KEEP)
+        kind = st.segmented_control(
+            "Prompt as", ["text", "chat"], default="text", **session.held("steering_kind", "text")
+        )
     chat = kind == "chat"
-    system = st.text_input("System prompt", key="steering_system", **session.KEEP) if chat else ""
+    system = st.text_input("System prompt", **session.held_text("steering_system")) if chat else ""
     with st.form("steering_form", border=False):
         title = "Message" if chat else "Prompt"
-        prompt = st.text_area(title, "The weather today", key="steering_prompt", height=70, **session.KEEP)
+        prompt = st.text_area(title, EXAMPLE, height=70, **session.held_text("steering_prompt", EXAMPLE))
         factors = st.pills(
             "strengths, as multiples of those on the left",
             FACTORS,
             selection_mode="multi",
-            default=[0.5, 1.0, 2.0],
-            format_func=lambda factor: f"×{factor:g}",
-            key="steering_factors",
-            **session.KEEP,
+            default=USUAL,
+            format_func=times,
+            **session.held("steering_factors", USUAL, times),
         )
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            length = st.number_input("new tokens", 1, 400, 40, key="steering_length", width=130, **session.KEEP)
+            length = st.number_input("new tokens", 1, 400, 40, width=130, **session.held("steering_length", 40))
             temperature = st.number_input(
-                "temperature", 0.0, 2.0, 0.0, 0.1, key="steering_temperature", width=130, **session.KEEP
+                "temperature", 0.0, 2.0, 0.0, 0.1, width=130, **session.held("steering_temperature", 0.0)
             )
-            seed = st.number_input("seed", 0, 10_000, 0, key="steering_seed", width=110, **session.KEEP)
+            seed = st.number_input("seed", 0, 10_000, 0, width=110, **session.held("steering_seed", 0))
             asked = st.form_submit_button("Generate", icon=":material/play_arrow:", type="primary", disabled=not picks)
+    session.say_unshared("steering_prompt", *(["steering_system"] if chat else []))
     if not picks:
         st.caption("Pick a latent, or make a vector from two sets of texts.")
     options = {"max_new_tokens": int(length), "temperature": float(temperature), "seed": int(seed)}
@@ -60,7 +64,7 @@ def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
         if held and held["run"] == run.name and held["chat"] == chat:
             show(held["variants"], held["made_with"], held["made_with"] != now, model)
         return prompt
-    variants = extended(before, made(picks, source, sorted(factors or [1.0])), prompt)
+    variants = extended(before, made(picks, source, model, sorted(factors or [1.0])), prompt)
     st.session_state["steering_talk"] = {"run": run.name, "made_with": now, "chat": chat, "variants": variants}
     try:
         beginnings = [beginning(model, turns, system if chat else None) for turns in variants.values()]
@@ -73,14 +77,20 @@ def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     return prompt
 
 
-def made(picks: Sequence[Pick], source: Any, factors: Sequence[float]) -> list[Text]:
+def times(factor: float) -> str:
+    return f"×{factor:g}"
+
+
+def made(picks: Sequence[Pick], source: Any, model: Any, factors: Sequence[float]) -> list[Text]:
     """The variants to write: unsteered, at each strength, and the same changes along random directions."""
-    steps = [steering.intervention(pick, source) for pick in picks]
+    steps = [step for pick in picks for step in steering.interventions(pick, source, model)]
     texts = [Text("unsteered", "the model as it is, with the same seed")]
     for factor in factors:
         why = f"every change on the left, times {factor:g}"
         texts.append(Text(f"steered ×{factor:g}", why, [step.times(factor) for step in steps]))
-    controls = [steering.control(pick, seed=i) for i, pick in enumerate(picks)]
+    controls = []
+    for i, pick in enumerate(picks):
+        controls += steering.spread(steering.control(pick, seed=i), pick, model)
     why = "the same changes along random directions: vectors of equal length added, or projected out"
     return [*texts, Text("random control", why, controls)]
 

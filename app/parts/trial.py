@@ -23,6 +23,7 @@ from saelab.workspace.trial import Beginning, Text, budget_name
 
 BUDGETS = (0.1, 0.3, 1.0)  # nats per token
 DEFAULT = 0.3
+EXAMPLE = "The weather today"
 
 
 @st.cache_data(max_entries=512, show_spinner=False)
@@ -42,8 +43,8 @@ def calibrated(run: Run, model: Any, vector: SteeringVector, budgets: tuple[floa
 def panel(run: Run, source: Any, model: Any, pick: Pick, key: str) -> None:
     """A prompt continued at three strengths, beside the unsteered model and a random direction of the middle length."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        prompt = st.text_input("Prompt", "The weather today", key=f"trial_prompt_{key}", **session.KEEP)
-        length = st.number_input("new tokens", 1, 400, 30, key=f"trial_length_{key}", width=120, **session.KEEP)
+        prompt = st.text_input("Prompt", EXAMPLE, **session.held_text("trial_prompt", EXAMPLE))
+        length = st.number_input("new tokens", 1, 400, 30, width=120, **session.held("trial_length", 30))
         asked = st.button("Generate", key=f"trial_generate_{key}", icon=":material/play_arrow:", type="primary")
     state = f"trial_{key}"
     made_with = f"{pick.label}, “{prompt}”, {int(length)} tokens"

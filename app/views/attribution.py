@@ -8,37 +8,42 @@ from parts import attribution as parts
 
 from saelab import viz
 
+EXAMPLE = "The capital of France is"
+
 st.title("Attribution", anchor=False)
 run = session.need_run()
 others = parts.companions(run)
+
+
+def placed(name: str) -> str:
+    return viz.visible(f"{name} · {others[name].hook_name}")
+
+
 with st.form("attribution_form", border=False):
-    prompt = st.text_area("Prompt", "The capital of France is", key="attribution_prompt", height=70, **session.KEEP)
+    prompt = st.text_area("Prompt", EXAMPLE, height=70, **session.held_text("attribution_prompt", EXAMPLE))
     with st.container(horizontal=True, vertical_alignment="bottom"):
         target = st.text_input(
             "token to explain",
-            key="attribution_target",
             placeholder="the likeliest",
             help="With its space, as in ' Paris'; of a longer text the first token",
             width=170,
-            **session.KEEP,
+            **session.held_text("attribution_target"),
         )
         against = st.text_input(
             "against",
-            key="attribution_against",
             placeholder="nothing",
             help="Another token: the difference of the two logits is explained",
             width=150,
-            **session.KEEP,
+            **session.held_text("attribution_against"),
         )
         integrated = st.number_input(
             "path steps",
             0,
             64,
             0,
-            key="attribution_steps",
             help="Steps of integrated gradients; 0 takes activation × gradient",
             width=130,
-            **session.KEEP,
+            **session.held("attribution_steps", 0),
         )
         most = st.number_input(
             "most nodes",
@@ -46,23 +51,23 @@ with st.form("attribution_form", border=False):
             2000,
             120,
             10,
-            key="attribution_most",
             help="Latents and error terms to keep, over all places",
             width=140,
-            **session.KEEP,
+            **session.held("attribution_most", 120),
         )
         kept = st.slider(
-            "share of influence to keep", 0.2, 1.0, 0.8, 0.05, key="attribution_keep", width=220, **session.KEEP
+            "share of influence to keep", 0.2, 1.0, 0.8, 0.05, width=220, **session.held("attribution_keep", 0.8)
         )
         asked = st.form_submit_button("Explain", icon=":material/play_arrow:", type="primary")
     also = st.multiselect(
         "SAEs at other places of the same model",
         list(others),
-        key="attribution_also",
-        format_func=lambda name: viz.visible(f"{name} · {others[name].hook_name}"),
+        format_func=placed,
         disabled=not others,
         placeholder="none" if others else "there is none in this folder",
+        **session.held("attribution_also", [], placed),
     )
+session.say_unshared("attribution_prompt", "attribution_target", "attribution_against")
 chosen = [run, *(others[name] for name in also)]
 if asked:
     settings = {"integrated": int(integrated), "keep": float(kept), "max_nodes": int(most)}

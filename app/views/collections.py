@@ -4,6 +4,7 @@ import json
 
 import loaders
 import pandas as pd
+import session
 import streamlit as st
 from parts import collections as parts
 
@@ -20,7 +21,9 @@ if not known:
         icon=":material/info:",
     )
     st.stop()
-name = st.selectbox("collection", list(known), key="collection", format_func=viz.visible, bind="query-params")
+name = st.selectbox(
+    "collection", list(known), format_func=viz.visible, **session.held("collection", next(iter(known)), viz.visible)
+)
 chosen = known[name]
 rows = collections.rows(chosen, workspace.runs)
 frame = pd.DataFrame(rows)

@@ -41,15 +41,16 @@ if not others:
         icon=":material/info:",
     )
     st.stop()
+if st.session_state.get("compare_right") not in others:
+    st.session_state.pop("compare_right", None)  # of another SAE on the left
 with st.container(horizontal=True, vertical_alignment="center"):
     st.markdown(f"Left **{viz.markdown(page.run_title(run))}**, right", width="content")
     name = st.selectbox(
         "right",
         list(others),
-        key="compare_right",
         format_func=described,
         label_visibility="collapsed",
-        **session.KEEP,
+        **session.held("compare_right", next(iter(others)), described),
     )
     other = others[name]
     asked = st.button("Compare", icon=":material/compare_arrows:", type="primary", key="compare_go")
@@ -89,9 +90,8 @@ view = st.segmented_control(
     ["matched pairs", "unmatched left", "unmatched right"],
     default="matched pairs",
     required=True,
-    key="compare_view",
     label_visibility="collapsed",
-    **session.KEEP,
+    **session.held("compare_view", "matched pairs"),
 )
 left, right = (loaders.catalogue(side) if side.has_index else None for side in (run, other))
 signed = loaders.sae(run).signed, loaders.sae(other).signed

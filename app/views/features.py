@@ -25,17 +25,15 @@ with st.container(horizontal=True, vertical_alignment="bottom", horizontal_align
     with st.container(horizontal=True, width="content"):
         reading.history("features_history")
         source_parts.of_index(run, index, SOURCES)
-search_parts.restore()
 asked = search_parts.box(table, signed)
 
 if asked.everywhere:
-    search_parts.remember()
     search_parts.everywhere(asked)
     st.stop()
 
 if asked.query.kind == "text":
     contrast = st.text_input(
-        "Contrast (optional)", key="contrast", placeholder="a text where it should be silent", **search_parts.BOUND
+        "Contrast (optional)", placeholder="a text where it should be silent", **session.held_text("contrast")
     )
     plain, spans = search.marked(asked.text)
     read = loaders.read_text(run, plain, "Searching by example")
@@ -68,4 +66,3 @@ with left:
         results.latents(found, signed, own, key=at)
     if keys:
         results.download(every, run.name, key=f"{at}_csv")
-search_parts.remember()

@@ -10,6 +10,11 @@ from saelab import viz
 from saelab.features.health import AUDIT
 from saelab.features.search import STATES, count_states
 
+
+def percent(share: float) -> str:
+    return f"{share:.0%}"
+
+
 st.title("Health", anchor=False)
 run = session.need_run()
 index = loaders.need_index(run)
@@ -35,10 +40,9 @@ if density_tab.open:
         beside = st.multiselect(
             "beside",
             others,
-            key="health_beside",
             format_func=viz.visible,
             placeholder="other SAEs",
-            **session.KEEP,
+            **session.held("health_beside", [], viz.visible),
         )
         health_parts.densities(run, beside)
 
@@ -52,9 +56,8 @@ if dense_tab.open:
             "denser than",
             [0.02, 0.05, 0.1, 0.2, 0.5],
             value=0.1,
-            format_func=lambda v: f"{v:.0%}",
-            key="health_limit",
+            format_func=percent,
             width=420,
-            **session.KEEP,
+            **session.held("health_limit", 0.1, percent),
         )
         health_parts.audit(index, limit)

@@ -47,6 +47,8 @@ st.subheader("Marks", anchor=False)
 st.html(viz.fact_table(MARKS))
 st.subheader("Addresses", anchor=False)
 st.markdown(
-    "An address holds the SAE, and on a latent's page the latent and its pole: copy it to come back or to share it. "
-    "An address that names what is not in the folder says so."
+    "An address holds the SAE and what you set on the page: the latent and its pole, the search and its filters, "
+    "texts, chosen runs, the latents of Steering. Copy it to come back or to share it. Texts of more than about "
+    f"{session.LONGEST:,} characters and vectors made from texts have no room in it, and the page says so. An address "
+    "that names what is not in the folder says so."
 )

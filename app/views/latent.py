@@ -82,9 +82,8 @@ for column, side in zip(st.columns(len(index.poles), gap="medium"), index.poles)
                 default="top",
                 required=True,
                 format_func=KINDS.__getitem__,
-                key=f"latent_kind_{side}",
                 label_visibility="collapsed",
-                **session.KEEP,
+                **session.held(f"latent_kind_{side}", "top", KINDS.__getitem__),
             )
             if kind == "groups":
                 examine.groups(run, index, latent, side, row)

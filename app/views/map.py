@@ -38,7 +38,7 @@ if places is None:
     st.stop()
 
 by = st.segmented_control(
-    "colour", COLOURS, default="label", required=True, key="map_colour", bind="query-params", help=HELP
+    "colour", COLOURS, default="label", required=True, help=HELP, **session.held("map_colour", "label")
 )
 rows = places.merge(table.sort_values("count", ascending=False).drop_duplicates("latent"), on="latent", how="left")
 labels = results.about(rows)

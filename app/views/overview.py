@@ -91,16 +91,14 @@ with left:
         required=True,
         format_func=workspace.TITLES.__getitem__,
         label_visibility="collapsed",
-        key="overview_fidelity",
-        **session.KEEP,
+        **session.held("overview_fidelity", "fvu", workspace.TITLES.__getitem__),
     )
     title = workspace.TITLES[y]
     others = st.toggle(
         "also numbers of the last training batch",
-        key="overview_training",
         help="Hollow points. An SAE fits the rows it was trained on better, so they cannot be compared with held-out "
         "numbers; `saelab evaluate RUN --cache CACHE` measures a run on held-out text.",
-        **session.KEEP,
+        **session.held("overview_training", False),
     )
     points = workspace.pareto_points(found.runs.values(), y, training=others)
     if points:

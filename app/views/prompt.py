@@ -11,20 +11,21 @@ MOST = 3  # SAEs beside each other
 st.title("Prompt", anchor=False)
 run = session.need_run()
 with st.form("prompt_form", border=False):
-    text = st.text_area("Text", EXAMPLE, key="prompt_text", height=80, **session.KEEP)
+    text = st.text_area("Text", EXAMPLE, height=80, **session.held_text("prompt_text", EXAMPLE))
     with st.container(horizontal=True, vertical_alignment="center"):
         asked = st.form_submit_button("Read", icon=":material/play_arrow:", type="primary")
         gradients = st.toggle(
             "with gradients",
-            key="prompt_gradients",
             help="Also compute the loss's gradient: which latents matter to the next token, not only which are active",
-            **session.KEEP,
+            **session.held("prompt_gradients", False),
         )
-name, reading = st.session_state.get("prompt_reading", (None, None))
-if asked or (reading is not None and name != run.name):
-    # Another SAE gets the same text at once, so that SAEs can be compared.
+session.say_unshared("prompt_text")
+question, reading = st.session_state.get("prompt_reading", (None, None))
+linked = reading is None and "prompt_text" in st.query_params
+if asked or linked or (reading is not None and question != (run.name, text, gradients)):
+    # Another SAE, and a text that Back or a link brings, are read at once: what is shown belongs to the form above it.
     reading = loaders.read_text(run, text, "Reading a prompt", gradients)
-    st.session_state["prompt_reading"] = (run.name, reading)
+    st.session_state["prompt_reading"] = ((run.name, text, gradients), reading)
 if reading is None:
     loaders.need_model(run, "Reading a prompt")
     st.caption("Type a text and press Read.")
@@ -34,9 +35,7 @@ if reading.cut:
         f"Only the first {reading.n:,} tokens were read; {reading.cut:,} more are not shown.", icon=":material/cut:"
     )
 
-position = st.session_state.get("prompt_position", reading.first + 1)
-position = st.session_state["prompt_position"] = min(max(position, 0), reading.n - 1)
-how = prompt_parts.choose_ranking(run, reading)
+how, position = prompt_parts.choose_ranking(run, reading)
 prompt_parts.coloured_text(run, reading, position, how)
 
 st.subheader("Latents on this text", anchor=False)
@@ -46,11 +45,10 @@ if others:
     beside = st.multiselect(
         "other SAEs beside it",
         others,
-        key="prompt_beside",
         max_selections=MOST - 1,
         placeholder="other SAEs beside it",
         label_visibility="collapsed",
-        **session.KEEP,
+        **session.held("prompt_beside", []),
     )
 if beside:
     prompt_parts.side_by_side([run, *(loaders.workspace().run(other) for other in beside)], reading, how)

@@ -24,8 +24,9 @@ with steer_tab:
         st.subheader("What to change", anchor=False)
         steering_parts.add_latent(run, source)
         steering_parts.add_means(run, source, model)
-        steering_parts.calibrate_new(run, model, picks)
-        picks = steering_parts.edit(run, model, picks)
+        steering_parts.calibrate_new(run, source, model, picks)
+        picks = steering_parts.edit(run, source, model, picks)
+        steering_parts.share(run, picks)
     with right:
         st.subheader("What the model says", anchor=False)
         prompt = talk.section(run, source, model, picks)

@@ -10,10 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from saelab.errors import MALFORMED, UserError, first_line
 from saelab.layout import RECIPE
+from saelab.lm.hook_names import layer_of
 from saelab.runs import Run
-from saelab.steering import OPERATIONS, Intervention, LatentIntervention, Recipe
+from saelab.steering import OPERATIONS, Intervention, LatentIntervention, Recipe, VectorIntervention
 from saelab.steering.vectors import SteeringVector, parse_strength
 from saelab.workspace.steering import Pick, pick_latent, pick_vector
 
@@ -86,15 +89,42 @@ def reopen(root: Path, folder: str, source: Run) -> list[Pick]:
     """
     recipe = Recipe.load(root / RECIPES / folder)
     told = recipe.provenance.get("picks", [])
-    picks = []
-    for i, step in enumerate(recipe.interventions):
-        if step.hook_name != source.hook_name_out:
-            raise UserError(
-                f"{folder} acts at {step.hook_name}, this SAE writes at {source.hook_name_out}; choose another SAE"
-            )
+    picks, own = [], source.hook_name_out
+    for i, (step, hooks) in enumerate(_by_change(recipe.interventions)):
+        # The same place of other blocks is one change at several layers.
+        if step.hook_name != own and (_place(step.hook_name) != _place(own) or isinstance(step, LatentIntervention)):
+            raise UserError(f"{folder} acts at {step.hook_name}, this SAE writes at {own}; choose another SAE")
         label = told[i]["label"] if i < len(told) else f"{folder} {i + 1}"
-        picks.append(_pick(step, label, folder, source))
+        layers = "" if hooks == [own] else ",".join(str(layer_of(hook)) for hook in hooks)
+        picks.append(_pick(step, label, folder, source).changed(layers=layers))
     return picks
+
+
+def _by_change(steps: Sequence[Intervention]) -> list[tuple[Intervention, list[str]]]:
+    """Steps that follow each other and differ by their layer alone, as one of them and all hook points."""
+    found: list[tuple[Intervention, list[str]]] = []
+    for step in steps:
+        if found and _same_change(found[-1][0], step):
+            found[-1][1].append(step.hook_name)
+        else:
+            found.append((step, [step.hook_name]))
+    return found
+
+
+def _same_change(one: Intervention, other: Intervention) -> bool:
+    first, second = (step.settings() | {"hook_name": _place(step.hook_name)} for step in (one, other))
+    return (
+        isinstance(one, VectorIntervention)
+        and one.hook_name != other.hook_name
+        and first == second
+        and len(one.directions) == len(other.directions)
+        and all(torch.equal(a.direction, b.direction) for a, b in zip(one.directions, other.directions))
+    )
+
+
+def _place(hook_name: str) -> str:
+    """A hook point without the number of its block."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", hook_name, count=1)
 
 
 def saved_prompt(root: Path, folder: str) -> str:

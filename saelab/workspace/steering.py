@@ -22,15 +22,18 @@ from saelab.steering import (
     Schedule,
     SteeringVector,
     VectorIntervention,
+    at_layers,
     generate_tokens,
 )
 from saelab.steering.directions import random_direction
+from saelab.steering.layers import parse_layers
 from saelab.steering.positions import Where
 from saelab.steering.vectors import Strength
 
 if TYPE_CHECKING:
     from torch import nn
 
+PLACES = ("all", "prompt", "generated", "answer", "instruction")
 UNITS = {"max": "× max activation", "norm": "× activation norm", "raw": "× own length"}
 
 
@@ -54,9 +57,11 @@ class Pick:
     keep_error: bool | None = None
     """Whether the SAE's reconstruction error stays, for operations on a latent; None for the default."""
     when: Condition | None = None
-    """What must hold on a token, where it came from a saved recipe."""
+    """What must hold on a token."""
     schedule: Schedule | None = None
-    """The weights of generated tokens, where it came from a saved recipe."""
+    """The weights of generated tokens."""
+    layers: str = ""
+    """Blocks to act at, as ``saelab steer --layers`` takes them; empty for the vector's own."""
     note: str = ""
     """How its amount was found."""
 
@@ -107,7 +112,8 @@ def _amount(pick: Pick) -> str:
 
 def _place(pick: Pick) -> str:
     where = "" if pick.where == "all" else f"on {pick.where}"
-    return " ".join(filter(None, (where, "conditional" * (pick.when is not None), "scheduled" * bool(pick.schedule))))
+    limits = ("conditional" * (pick.when is not None), "scheduled" * bool(pick.schedule))
+    return " ".join(filter(None, (where, *limits, f"layers {pick.layers}" * bool(pick.layers))))
 
 
 def best_unit(vector: SteeringVector) -> str:
@@ -140,6 +146,25 @@ def intervention(pick: Pick, source: Run) -> Intervention:
     error = {} if pick.keep_error is None else {"keep_error": pick.keep_error}
     step = operation.on_latent(source, pick.latent, pick.strength, pole=pick.pole, where=pick.where)
     return replace(step, **skip, **error)
+
+
+def interventions(pick: Pick, source: Run, model: nn.Module) -> list[Intervention]:
+    """What a pick does to the model, at each layer that it names."""
+    return spread(intervention(pick, source), pick, model)
+
+
+def spread(step: Intervention, pick: Pick, model: nn.Module) -> list[Intervention]:
+    """A step at each of the layers that the pick names."""
+    if not pick.layers:
+        return [step]
+    if not isinstance(step, VectorIntervention):
+        raise UserError(f"{pick.operation} changes a latent, whose SAE has one layer; leave out the other layers")
+    return [*at_layers(model, step, parse_layers(pick.layers))]
+
+
+def schedule_text(schedule: Schedule) -> str:
+    """``0:1,20:0``, as :meth:`Schedule.parse` takes it."""
+    return ",".join(f"{step:g}:{weight:g}" for step, weight in schedule.points)
 
 
 def size(pick: Pick) -> str:
@@ -188,6 +213,8 @@ def limits(pick: Pick) -> list[str]:
         settings = pick.when.settings()
         what = f"latent {settings['latent']}" if "latent" in settings else "a probe"
         found.append(f"only where {what} is above {settings['above']:.3g} at {settings['hook_name']}")
+    if pick.layers:
+        found.append(f"at blocks {pick.layers} instead of the SAE's own")
     if pick.schedule is not None:
         points = ", ".join(f"{weight:g} at {step:g}" for step, weight in pick.schedule.points)
         found.append(f"weight of generated tokens: {points}")

@@ -46,7 +46,7 @@ def test_a_text_is_read_and_one_token_explained(monkeypatch: pytest.MonkeyPatch,
     app = read(monkeypatch, folder, variant)
     _, reading = app.session_state["prompt_reading"]
     position = next(i for i in range(reading.first, reading.n) if reading.l0()[i])
-    app.session_state["prompt_position"] = position
+    app.session_state["token"] = position
     succeed(app.run())
     succeed(app.toggle(key="prompt_hide_dense").set_value(False).run())
     drawn = figures(app)
@@ -70,7 +70,7 @@ def test_another_sae_reads_the_same_text_at_once(monkeypatch: pytest.MonkeyPatch
     app = read(monkeypatch, folder, "topk")
     app.selectbox(key="run").select("runs/abs_topk")
     succeed(app.run())
-    name, reading = app.session_state["prompt_reading"]
+    (name, *_), reading = app.session_state["prompt_reading"]
     assert name == "runs/abs_topk" and "".join(reading.strings[reading.first :]).strip() == TEXT
     assert reading.grads is not None, "what was switched on stays on"
     # A visit elsewhere loses nothing.

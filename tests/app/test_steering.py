@@ -235,6 +235,14 @@ def test_conditions_and_schedules_of_a_recipe_are_kept(workplace: Path, folder: 
         "weight of generated tokens: 1 at 0, 0 at 9",
     ]
     assert steering.control(pick, 0).schedule == limited.schedule
+    # A change at several layers is one intervention of the page.
+    wide = pick.changed(layers="0-1", label="wide")
+    steps = [*steering.interventions(wide, source, model), steering.intervention(pick, source)]
+    Recipe.of(model, steps).save(recipes.recipe_folder(workplace, "wide"))
+    both, alone = recipes.reopen(workplace, "wide", source)
+    assert (both.layers, alone.layers) == ("0,1", "")
+    again = [step.settings() for step in steering.interventions(both, source, model)]
+    assert [{**s, "length": pytest.approx(s["length"])} for s in again] == [s.settings() for s in steps[:2]]
 
 
 def pale(app: AppTest) -> int:

@@ -37,8 +37,8 @@ def test_three_strengths_stand_beside_the_control(monkeypatch: pytest.MonkeyPatc
     budgets = (0.001, 0.002, 0.004)  # the model is random: little moves it
     monkeypatch.setattr(trial, "BUDGETS", budgets)
     app = AppTest.from_function(script, default_timeout=60).run()
-    app.text_input(key="trial_prompt_here").input("the river runs")
-    app.number_input(key="trial_length_here").set_value(5)
+    app.text_input(key="trial_prompt").input("the river runs")
+    app.number_input(key="trial_length").set_value(5)
     app.button(key="trial_generate_here").click().run()
     assert not app.exception and not app.error, (app.exception, app.error)
     _, made_with, texts = app.session_state["trial_here"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from saelab.errors import UserError
+from saelab.lm.tokens import token_ids
 from saelab.steering.generation import generate_tokens
 from saelab.steering.interventions import Intervention
 from saelab.steering.measure.calibration import Calibration, find_strength
@@ -44,6 +46,12 @@ def written_by(
     if not found:
         raise UserError("the model writes nothing after these prompts, so no strength can be calibrated on its text")
     return found
+
+
+def parted(tokenizer: Any, texts: Sequence[str]) -> list[Passage]:
+    """Texts as passages: their first third, one token at least, and the rest as if it was written after it."""
+    rows = [token_ids(tokenizer, text) for text in texts]
+    return [Passage(row[: max(1, len(row) // 3)], row[max(1, len(row) // 3) :]) for row in rows if len(row) > 1]
 
 
 def calibrate_on(

@@ -1,0 +1,152 @@
+"""What stands in an address: what a reader set on a page, so that reloading, sharing and Back lose nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+from streamlit.testing.v1 import AppTest
+from test_pages import ENTRY
+
+from saelab.errors import UserError
+from saelab.steering import LatentFires, Schedule
+from saelab.workspace import Workspace, steering
+from saelab.workspace.picks import pick_text, read_picks
+
+TEXT = "the river runs past the old mill"
+
+
+def visit(monkeypatch: pytest.MonkeyPatch, folder: Path, view: str, **address: str | list[str]) -> AppTest:
+    """A page as a link opens it, in a fresh session."""
+    monkeypatch.setenv("SAELAB_APP_FOLDER", str(folder))
+    monkeypatch.setenv("SAELAB_APP_MODEL", str(folder / "model"))
+    app = AppTest.from_file(ENTRY, default_timeout=60)
+    for name, value in {"run": "runs/abs_topk", **address}.items():
+        app.query_params[name] = value
+    return good(app.switch_page(f"views/{view}.py").run())
+
+
+def good(app: AppTest) -> AppTest:
+    assert not app.exception and not app.error, (app.exception, app.error)
+    return app
+
+
+def link(app: AppTest, title: str) -> dict[str, list[str]]:
+    """The address that the menu leads to."""
+    (found,) = [item.proto for item in app.get("page_link") if item.proto.label == title]
+    return parse_qs(found.query_string)
+
+
+def test_filters_of_the_search(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    asked: dict[str, Any] = {"density": ["3%", "100%"], "entropy": ["1", "3.5"], "sort": "strongest", "dense": "true"}
+    app = visit(monkeypatch, folder, "features", q="river", **asked)
+    assert app.select_slider(key="density").value == (0.03, 1.0) and app.slider(key="entropy").value == (1.0, 3.5)
+    assert app.text_input(key="q").value == "river" and app.selectbox(key="sort").value == "max"
+    found = app.dataframe[0].value
+    assert len(found) and (found["density"] >= 0.03).all() and found["token_entropy"].between(1, 3.5).all()
+    # On another page the menu leads back to all of it.
+    app.slider(key="entropy").set_value((0.5, 3.0)).run()
+    good(app.switch_page("views/help.py").run())
+    back = link(app, "Features")
+    assert back == {"run": ["runs/abs_topk"], "q": ["river"], **asked_again(asked), "entropy": ["0.5", "3"]}
+    app.query_params["entropy"] = back["entropy"]  # as a browser that follows the link
+    good(app.switch_page("views/features.py").run())
+    assert app.slider(key="entropy").value == (0.5, 3.0) and app.text_input(key="q").value == "river"
+
+
+def asked_again(asked: dict[str, Any]) -> dict[str, list[str]]:
+    return {name: value if isinstance(value, list) else [value] for name, value in asked.items()}
+
+
+def test_a_text_is_read_as_the_link_says(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    shown = {"prompt_text": TEXT, "prompt_rank": "activation", "token": "4", "prompt_hide_dense": "false"}
+    app = visit(monkeypatch, folder, "prompt", **shown)
+    assert any(heading.value.startswith("Token 4") for heading in app.subheader)
+    assert app.selectbox(key="prompt_rank").value == "activation"
+    (run, text, _), _ = app.session_state["prompt_reading"]
+    assert (run, text) == ("runs/abs_topk", TEXT) and not any("too long" in caption.value for caption in app.caption)
+    # A longer one has no room in an address; it is kept, and the page says that a link leaves it out.
+    app.text_area(key="prompt_text").input("mill " * 320 + "river")
+    good(app.button(key="FormSubmitter:prompt_form-Read").click().run())
+    good(app.run())
+    assert any("too long for an address" in caption.value for caption in app.caption)
+    assert "prompt_text" not in app.query_params
+    good(app.switch_page("views/help.py").run())
+    assert "prompt_text" not in link(app, "Prompt") and len(str(link(app, "Prompt"))) < 2000
+    good(app.switch_page("views/prompt.py").run())
+    assert app.text_area(key="prompt_text").value.endswith("river")
+
+
+def test_what_is_compared_and_drawn(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    app = visit(monkeypatch, folder, "compare")
+    other = next(name for name in app.selectbox(key="compare_right").options if name.startswith("runs/gated"))
+    app = visit(monkeypatch, folder, "compare", compare_right=other)
+    assert app.selectbox(key="compare_right").value == "runs/gated"
+    app = visit(monkeypatch, folder, "training", training_runs=["runs/gated", "runs/topk"], training_axis="step")
+    assert app.multiselect(key="training_runs").value == ["runs/gated", "runs/topk"]
+    assert sorted(metric.label for metric in app.metric) == ["runs/gated", "runs/topk"]
+    app = visit(monkeypatch, folder, "training", training_runs=["runs/nonexist"])
+    assert app.multiselect(key="training_runs").value == ["runs/abs_topk"]
+
+
+def test_interventions_are_part_of_the_address(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    words = ["3;add;0.5max;generated;when=5>0.25;schedule=0:1,20:0;layers=0-1", "-7;ablate;;all"]
+    app = visit(monkeypatch, folder, "steering", pick=words, steering_prompt="the mill", steering_length="3")
+    first, second = app.session_state["steering_picks"]["runs/abs_topk"]
+    assert [pick_text(first), pick_text(second)] == words and app.text_area(key="steering_prompt").value == "the mill"
+    assert app.text_input(key="limit_when_#3").value == "5>0.25" and app.slider(key="steering_add_#3").value == 0.5
+    app.text_input(key="limit_layers_#3").input("1")
+    app.slider(key="steering_add_#3").set_value(0.75)
+    good(app.button(key="FormSubmitter:steering_form-Generate").click().run())
+    assert app.query_params["pick"] == ["3;add;0.75max;generated;when=5>0.25;schedule=0:1,20:0;layers=1", words[1]]
+    steps = app.session_state["steering_talk"]["variants"]["steered ×1"][-1][1].interventions
+    assert [step.hook_name for step in steps] == ["blocks.1.hook_resid_post", "blocks.0.hook_resid_post"]
+    # A step back: what the address says is shown, whatever the widgets had.
+    app.query_params["pick"] = words[:1]
+    good(app.run())
+    (pick,) = app.session_state["steering_picks"]["runs/abs_topk"]
+    assert pick_text(pick) == words[0] and app.slider(key="steering_add_#3").value == 0.5
+    # A limit that means nothing is said, and the page goes on.
+    app.text_input(key="limit_schedule_#3").input("soon").run()
+    assert not app.exception and "TOKEN" in app.error[0].value
+
+
+def test_a_calibrated_strength_is_that_of_the_limited_change(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    app = visit(monkeypatch, folder, "steering", pick="3;add;0.5max;all;layers=0-1")
+    good(app.button(key="limit_calibrate_#3").click().run())
+    (both,) = app.session_state["steering_picks"]["runs/abs_topk"]
+    assert "found by calibration" in both.note and app.slider(key="steering_add_#3").value == both.amount
+    app.text_input(key="limit_layers_#3").input("").run()
+    good(app.button(key="limit_calibrate_#3").click().run())
+    (alone,) = app.session_state["steering_picks"]["runs/abs_topk"]
+    # The random model withstands the largest strength that is tried: the damage tells what was measured.
+    damage = [float(re.search(r"KL ([\d.]+) nats", pick.note)[1]) for pick in (alone, both)]  # pyright: ignore
+    assert damage[0] < damage[1], "two layers do more damage"
+
+
+def test_picks_as_words(folder: Path) -> None:
+    source = Workspace.scan(folder).run("runs/abs_topk")
+    pick = steering.pick_latent(source, 4, -1).changed(
+        where="prompt", when=LatentFires(source, 2, 1.5, -1), schedule=Schedule([(-1, 0), (0, 1)])
+    )
+    for one in (pick, pick.changed(operation="clamp", amount=0.25), pick.changed(operation="project-out", amount=1.0)):
+        (again,) = read_picks([str(pick_text(one))], source)
+        assert steering.intervention(again, source).settings() == steering.intervention(one, source).settings()
+    assert pick_text(steering.pick_vector(pick.vector, "means")) is None
+    for text, said in {
+        "": "does not begin with a latent",
+        "<b>": "does not begin with a latent",
+        "48": "48",
+        "9" * 40: "9",
+        "3;drop": "there are ablate, add",
+        "3;add;1lots": "1lots",
+        "3;ablate;;everywhere": "there are all",
+        "3;add;1max;all;when=rain": "is no condition",
+        "3;add;1max;all;layers=x": "layers",
+        "3;add;1max;all;sudo=1": "known are when",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            read_picks([text], source)
