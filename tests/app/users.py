@@ -211,7 +211,11 @@ def serve(folder: Path, model: str | None = None) -> Iterator[tuple[int, int]]:
         yield port, server.pid
     finally:
         server.terminate()
-        server.wait(timeout=20)
+        try:
+            server.wait(timeout=20)
+        except subprocess.TimeoutExpired:  # on a machine with much else to do
+            server.kill()
+            server.wait()
 
 
 def wait_for(url: str, seconds: float = 60.0) -> None:
