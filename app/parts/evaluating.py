@@ -235,8 +235,11 @@ def go_on(run: Run, folder: Path, result: dict[str, Any]) -> None:
     config = result.get("config") or {}
     if not settings or "recipe" in config.get("methods", []):
         raise UserError("go on with this evaluation by the command it was made with")
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
-    }
+    fields = {name: _as_tuple(value) for name, value in config.items()}
     start(run, folder, SteerEvalConfig(**fields), settings["concepts"], None, None)
     st.rerun()
+
+
+def _as_tuple(value: Any) -> Any:
+    """JSON has lists where a configuration has tuples."""
+    return tuple(value) if isinstance(value, list) else value

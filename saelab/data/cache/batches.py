@@ -169,7 +169,7 @@ def refuse(shards: Shards, rows: Int[Tensor, " n"]) -> NoReturn:
 
 def moved(batches: Generator[Batch], device: torch.device | str) -> Generator[Batch]:
     """The batches with their activations and gradients on a device."""
-    with closing(batches):
+    with contextlib.closing(batches):
         for batch in batches:
             grads = None if batch.grads is None else batch.grads.to(device)
             target = None if batch.target is None else batch.target.to(device)
