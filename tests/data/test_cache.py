@@ -210,3 +210,11 @@ def test_the_fingerprint_covers_the_data_and_where_it_comes_from(tmp_path: Path)
     content = json.loads(path.read_text()) | {"note": "new", "text": "renamed", "settings": {"more": 1}}
     path.write_text(json.dumps(content))
     assert ActivationCache(tmp_path / "a").fingerprint == before
+
+
+def test_batches_come_on_the_device_that_is_asked_for(tmp_path: Path) -> None:
+    cache, _ = make(tmp_path / "c")
+    stream = cache.batches(100, device="meta")
+    batch = next(stream)
+    assert (batch.acts.device.type, batch.tokens.device.type) == ("meta", "cpu")
+    stream.close()
