@@ -83,7 +83,8 @@ def output_folder(folder: Path, overwrite: bool = False, resume: bool = False) -
 
     A folder that is not empty needs ``--resume``, or ``--overwrite``, which empties it.
     """
-    check_output(folder, overwrite, resume)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name a folder")
     with lock(folder):
         check_output(folder, overwrite, resume)
         # The folder itself stays, since it is locked.

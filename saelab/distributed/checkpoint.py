@@ -75,7 +75,7 @@ class Layout:
 def write(tensors: Mapping[str, Tensor], folder: Path, parallel: Parallel, one_file: bool = False) -> None:
     """Write the placed tensors of all processes into a folder, which must be one for all; every process calls it.
 
-    With ``one_file`` the parts are also joined there, in the file :data:`ONE_FILE`.
+    With ``one_file`` the parts are also joined there, in the file ``ONE_FILE``.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter

@@ -106,7 +106,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_divided_model_computes_what_the_whole_one_does(root: Path) -> None:
     script = root / "program.py"
     script.write_text(f"from tests.distributed.test_divided_models import program\nprogram({str(root)!r})\n")
@@ -122,7 +122,7 @@ def test_a_divided_model_computes_what_the_whole_one_does(root: Path) -> None:
     assert "GPT2LMHeadModel) has no tensor-parallel plan in transformers" in found[0]["gpt2"]
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_commands_with_a_divided_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Harvest, evaluate and steer under torchrun write what one process writes, once."""
     arguments = ["--text", str(root / "text.txt"), "--tokens", "2000", "--context-length", "32", "--pass-tokens", "256"]

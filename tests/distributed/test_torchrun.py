@@ -51,7 +51,7 @@ def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error:")]
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_rank_that_dies_starts_again_and_one_that_hangs_is_named(cache: ActivationCache, tmp_path: Path) -> None:
     run, options = tmp_path / "run", ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--epochs", "40"]
     args = ["train", cache.path, "--out", str(run), *options, "--checkpoint-steps", "10", "--timeout-s", "10"]

@@ -64,5 +64,9 @@ def test_it_runs(path: Path, kernel: AsyncKernelManager) -> None:
     end = time.monotonic() + LIMIT
     # Each cell may take what the ones before it have left.
     options = {"timeout_func": lambda cell: max(1, int(end - time.monotonic()))}
-    NotebookClient(notebook, km=kernel, resources={"metadata": {"path": str(FOLDER)}}, **options).execute()
+    client = NotebookClient(notebook, km=kernel, resources={"metadata": {"path": str(FOLDER)}}, **options)
+    try:
+        client.execute()
+    finally:
+        client.kc.stop_channels()  # nbclient leaves the sockets open where the kernel goes on
     assert time.monotonic() < end

@@ -100,9 +100,10 @@ class Producer:
         with self._changed:
             self._reading, self._share = number, 0.0
             self._changed.notify_all()
-            while not self._changed.wait_for(lambda: self._ready >= number or self._ended, POLL):
+            while not (self._ready >= number or self._ended):
                 if self._stop():
                     raise Stopped
+                self._changed.wait(POLL)
         self._check()
         return self._ready >= number
 

@@ -1,4 +1,4 @@
-"""Reading mode in a real browser: search, walk with the keys, label, and a link that loses nothing."""
+"""Reading mode in a real browser: search, walk with the keys, label, gather, and a link that loses nothing."""
 
 from __future__ import annotations
 
@@ -58,3 +58,31 @@ def test_results_are_walked_labelled_and_shared(page: Any, address: str, sick_fo
     page.get_by_text("Closest directions").wait_for()
     settle(page)
     assert re.search(r"/latent\?.*latent=\d+", page.url)
+    gathered(page, address, latent, sick_folder)
+
+
+def gathered(page: Any, address: str, latent: int, folder: Path) -> None:
+    """The bookmarked latent on the Collections page: a note, its counterparts, the bench, and the end of it."""
+    page.get_by_role("link", name="Collections").click()
+    page.get_by_role("button", name="Steer", exact=True).wait_for()
+    settle(page)
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_label("Note", exact=True).fill("near rivers")
+    page.get_by_role("button", name="Save the note").click()
+    page.get_by_text("near rivers", exact=True).last.wait_for()
+    settle(page)
+    assert read_collections(folder)["bookmarks"].note == "near rivers"
+    page.get_by_text("Compare across SAEs").click()
+    page.wait_for_url(re.compile("c_across=true"))
+    settle(page)
+    assert page.locator(".stDataFrame").count() == 2
+    page.get_by_role("button", name="Steer", exact=True).click()
+    page.get_by_text("What the model says").wait_for()
+    settle(page)
+    assert re.search(rf"pick={latent}%3Badd", page.url) and page.get_by_text(re.compile(rf"^#{latent} ")).count()
+    page.get_by_role("link", name="Collections").click()
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_role("button", name="Delete the collection").click()
+    page.get_by_text("There is no collection").wait_for()
+    settle(page)
+    assert read_collections(folder) == {}

@@ -46,6 +46,69 @@ def test_one_press_of_back_undoes_one_step(page: Any, address: str) -> None:
         assert url in page.url
 
 
+def test_a_reloaded_page_shows_what_was_set(page: Any, address: str) -> None:
+    page.goto(f"{address}/prompt?run=signed")
+    titled(page, "Prompt")
+    page.get_by_label("Text", exact=True).fill("the river runs past a mill")
+    page.get_by_role("button", name="Read").click()
+    page.get_by_role("option").nth(5).click()
+    page.get_by_role("heading", name=re.compile("Token 5")).wait_for()
+    settle(page)
+    page.reload()
+    page.get_by_role("heading", name=re.compile("Token 5")).wait_for()
+    settle(page)
+    assert page.get_by_label("Text", exact=True).input_value() == "the river runs past a mill"
+    page.get_by_label("Text", exact=True).fill("the river runs past a mill " * 90)
+    page.get_by_role("button", name="Read").click()
+    page.get_by_text("too long for an address").wait_for()
+    settle(page)
+    assert len(page.url) < 2000 and "prompt_text" not in page.url
+    # What is done with the latents of the Steering page, too.
+    page.goto(f"{address}/steering?run=signed&pick=3%3Badd%3B0.5max%3Bgenerated%3Bschedule%3D0%3A1%2C9%3A0")
+    titled(page, "Steering")
+    slider = page.get_by_role("slider").first
+    slider.press("ArrowLeft")
+    page.wait_for_url(re.compile("0.495max"))
+    settle(page)
+    page.reload()
+    titled(page, "Steering")
+    assert page.get_by_role("slider").first.get_attribute("aria-valuenow") == "0.495"
+    assert page.get_by_text("weight of generated tokens: 1 at 0, 0 at 9").count() == 1
+    page.go_back()
+    page.wait_for_function("document.querySelector('[role=slider]')?.getAttribute('aria-valuenow') === '0.5'")
+
+
+def test_the_map_opens_a_latent(page: Any, address: str) -> None:
+    page.goto(f"{address}/map?run=sick")
+    titled(page, "Map")
+    if page.get_by_role("button", name="Make the map").count():
+        page.get_by_role("button", name="Make the map").click()
+    page.locator(".js-plotly-plot").wait_for()
+    page.get_by_role("radio", name="density").click()
+    page.wait_for_url(re.compile("map_colour=density"))
+    settle(page)
+    x, y, latent = page.evaluate(POINT)
+    page.mouse.move(x - 3, y)
+    page.mouse.move(x, y)
+    page.wait_for_timeout(300)
+    page.mouse.click(x, y)
+    page.wait_for_url(re.compile(rf"latent=(?:{'|'.join(map(str, latent))})&"))
+    titled(page, "Latent #")
+    page.go_back()
+    titled(page, "Map")
+    assert "map_colour=density" in page.url
+
+
+# Where the first point of a chart is drawn, and the latents of all points that lie there.
+POINT = """() => {
+  const chart = document.querySelector('.js-plotly-plot'), { xaxis, yaxis } = chart._fullLayout, trace = chart.data[0];
+  const box = chart.getBoundingClientRect();
+  const at = i => [box.x + xaxis._offset + xaxis.d2p(trace.x[i]), box.y + yaxis._offset + yaxis.d2p(trace.y[i])];
+  const [x, y] = at(0), near = i => Math.hypot(at(i)[0] - x, at(i)[1] - y) < 8;
+  return [x, y, [...trace.customdata].filter((_, i) => near(i))];
+}"""
+
+
 def test_a_new_latent_is_seen_from_its_top(page: Any, address: str) -> None:
     page.set_viewport_size({"width": 1440, "height": 500})
     page.goto(f"{address}/latent?run=signed&latent=5&pole=1")
