@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -216,3 +217,14 @@ def test_the_rules_find_what_they_forbid(tmp_path: Path) -> None:
     }
     assert set(circle(small_package(tmp_path / "ring", ring)) or ()) == {"saelab.sae.a", "saelab.sae.b"}
     assert same_prefix(["steer", "steer_a", "steer_b", "steer_c", "steer_d"]) == ["steer"]
+
+
+# What stands at the top of the repository; a new file belongs into one of these folders.
+FOLDERS = {"saelab", "app", "notebooks", "tests", "checkpoints", "docs", ".ci", ".github"}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_the_top_of_the_repository_keeps_its_shape() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {line.split("/")[0] for line in tracked.splitlines() if "/" in line}
+    assert folders == FOLDERS

@@ -9,13 +9,13 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from saelab.cli.commands.harvest import running_dtype
-from saelab.cli.console import SPINNER, check_output, console, part, stages
+from saelab.cli.console import check_output, console, part, stages
+from saelab.cli.sources import SourceOptions, open_source
 from saelab.cli.variants import value_of
 from saelab.data.cache import ActivationCache, Batch
 from saelab.devices import pick_device
@@ -31,27 +31,12 @@ ASKED = ("--tokens", "--text", "--cache-gb", "--window-tokens")
 
 @dataclasses.dataclass(frozen=True)
 class StreamOptions:
-    """Which model, hook point and text, where activations are harvested while the training reads them."""
+    """Where activations are harvested while the training reads them."""
 
     hook: str = "blocks.9.hook_resid_post"
     """Hook point: a TransformerLens name or a Hugging Face module path."""
-    model: str = "smollm2"
-    """Language model: `smollm2`, `gemma3-270m`, a hub id, or a local folder (of a PEFT adapter too)."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    text: tuple[str, ...] = ("wiki-sample",)
-    """Text, one or more: `wiki-sample`, a .txt, .jsonl or .parquet file (also .gz, .bz2, .xz, .zst), a folder of them,
-    or a dataset's hub id."""
-    text_split: str = "train"
-    """Split of a dataset."""
-    text_column: str | None = None
-    """Field with the text or the chat; by default `text`, else `messages`, else the only text field."""
     model_device: str | None = None
     """Where the language model runs; by default the device that trains."""
-    device_map: str | None = None
-    """Spread the language model over several devices: auto, balanced, sequential (needs accelerate)."""
-    model_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Precision the model runs in; auto is that of its checkpoint on a CUDA GPU, and float32 elsewhere."""
     cache_folder: Path | None = None
     """Folder of the rolling cache, in which the sample and the held-out documents stay as an ordinary cache; by default
     the output's name with `-cache` at its end."""
@@ -96,7 +81,7 @@ def bases() -> tuple[list[tuple[str, Any, Any]], tuple[type, ...]]:
         ("held_out", tyro.conf.Suppress[float], field(default=RollingConfig.held_out)),
         ("gradients", tyro.conf.Suppress[bool], field(default=False)),  # as the variant needs
     ]
-    return own, (RollingConfig, StreamOptions)
+    return own, (RollingConfig, SourceOptions, StreamOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,18 +104,12 @@ def sweep_options(own: type) -> type:
 @contextlib.contextmanager
 def stream_cache(options: Any, gradients: bool, training_device: Any) -> Generator[ActivationCache]:
     """The rolling cache that the options ask for, with its kept documents harvested under a progress bar."""
-    from saelab.data.text import open_text
     from saelab.harvesting.rolling import RollingConfig, roll
-    from saelab.lm import load_model
 
     config = dataclasses.replace(part(RollingConfig, options), gradients=gradients)
     check_output(options.out, options.overwrite, options.resume)  # before anything is computed
-    source = open_text(options.text, split=options.text_split, column=options.text_column)
     device = training_device if options.model_device is None else pick_device(options.model_device)
-    with console.status(f"loading {options.model} (converted on first use)", spinner=SPINNER):
-        dtype = running_dtype(options.model_dtype, device)
-        where: dict[str, Any] = {"device_map": options.device_map, "device": device, "revision": options.revision}
-        model = load_model(options.model, dtype=dtype, **where)
+    model, source = open_source(options, device)
     folder = options.place(options.out)
     fresh = not folder.exists()
     with stages() as progress:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from saelab.data.cache import ActivationCache, Batch
+from saelab.data.cache.storage import Folder
 from saelab.data.text import TextSource, from_documents
 from saelab.harvesting import HarvestConfig, harvest
 from saelab.harvesting.rolling import RollingCache, RollingConfig, roll
@@ -31,6 +33,18 @@ def llama(folder: Path, seed: int = 0) -> Any:
     """A model whose activations take more of the disk than the files' headers do."""
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2}
     return load_model(tiny_lm.save_llama(folder, seed, **sizes), device="cpu")
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
+    """End the process, as far as a test can, in place of the cache's n-th file."""
+    original, count = Folder.write, itertools.count()
+
+    def killed(self: Folder, name: str, data: bytes) -> None:
+        if next(count) == write:
+            raise KeyboardInterrupt
+        original(self, name, data)
+
+    monkeypatch.setattr(Folder, "write", killed)
 
 
 def rolling(model: Any, folder: Path, text: TextSource = TEXT, hook: str = HOOK, **options: Any) -> RollingCache:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen2Config
 
-from saelab.cli.commands.harvest import running_dtype
+from saelab.cli.sources import running_dtype
 from saelab.harvesting import HarvestConfig
 from saelab.harvesting.config import LARGEST_PASS, PASS, largest_pass
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ import torch
 
 from saelab import files
 from saelab.data.cache import ActivationCache
-from saelab.data.cache.storage import Folder
 from saelab.data.text import from_documents
 from saelab.errors import Stopped, UserError
 from saelab.harvesting.rolling import RollingCache, RollingConfig
 from saelab.harvesting.rolling.producer import Producer
 from saelab.lm import load_model
 from tests import tiny_lm
-from tests.harvesting.rolling import expected_rows, llama, rolling, whole
+from tests.harvesting.rolling import expected_rows, kill_at, llama, rolling, whole
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +108,7 @@ def test_a_kill_at_any_write_loses_and_repeats_no_row(
     model: Any, full: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
 ) -> None:
     """Killed at the n-th file, then continued from the batch after the last checkpoint, wherever that was."""
-    original, count = Folder.write, itertools.count()
-
-    def killed(self: Folder, name: str, data: bytes) -> None:
-        if next(count) == write:
-            raise KeyboardInterrupt
-        original(self, name, data)
-
-    monkeypatch.setattr(Folder, "write", killed)
+    kill_at(monkeypatch, write)
     before: list[Any] = []
     with pytest.raises(KeyboardInterrupt), rolling(model, tmp_path / "cache") as cache:
         for batch in cache.batches(48, drop_last=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from saelab.data.cache import ActivationCache
-from saelab.data.cache.storage import Folder
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.evaluation.controls.trained import recipe
@@ -21,7 +19,7 @@ from saelab.sae import build
 from saelab.sae.weights import load_sae
 from saelab.sweep import make_grid, run_sweep
 from saelab.training import TrainConfig, fit_steps, train
-from tests.harvesting.rolling import TEXT, FullRun, llama, rolling, whole
+from tests.harvesting.rolling import TEXT, FullRun, kill_at, llama, rolling, whole
 from tests.planted import contents
 
 CONFIG = TrainConfig(epochs=1, batch_size=48, lr="auto", dead_after=200)
@@ -69,14 +67,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 ) -> None:
     with rolling(model, tmp_path / "cache") as cache:
         train(fresh(), cache, CONFIG, tmp_path / "once")
-    original, count = Folder.write, itertools.count()
-
-    def killed(self: Folder, name: str, data: bytes) -> None:
-        if next(count) == write:
-            raise KeyboardInterrupt
-        original(self, name, data)
-
-    monkeypatch.setattr(Folder, "write", killed)
+    kill_at(monkeypatch, write)
     often: dict[str, Any] = {"checkpoint_steps": 10}
     with pytest.raises(KeyboardInterrupt), rolling(model, tmp_path / "again") as cache:
         for _ in fit_steps(fresh(), cache, CONFIG, tmp_path / "run", **often):
