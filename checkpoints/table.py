@@ -1,10 +1,13 @@
-"""Print the table of README.md from the evaluations in this folder: python checkpoints/table.py"""
+"""Print the table of README.md from the evaluations and indexes in this folder: python checkpoints/table.py"""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 HERE = Path(__file__).parent
 COLUMNS = {
@@ -14,18 +17,31 @@ COLUMNS = {
     "CE recovered (mean)": ("ce_loss_recovered_mean", "{:.3f}"),
     "dead": ("dead_fraction", "{:.1%}"),
 }
+GOOD = 0.3  # F1 of a label from which on it describes its latent; the app mutes labels below
 
 
 def table(folder: Path = HERE) -> str:
-    """One row per SAE, best FVU first."""
+    """One row per SAE, best FVU first within each place of the model."""
     rows = []
     for path in sorted(folder.glob("*/evaluation.json")):
         metrics = json.loads(path.read_text())["metrics"]
-        width = json.loads(path.with_name("cfg.json").read_text())["d_sae"]
+        config = json.loads(path.with_name("cfg.json").read_text())
         cells = [text.format(metrics[name]["value"]) for name, text in COLUMNS.values()]
-        rows.append((metrics["fvu"]["value"], f"| `{path.parent.name}` | {width:,} | {' | '.join(cells)} |"))
-    head = f"| folder | latents | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}"
-    return "\n".join([head, *(row for _, row in sorted(rows))])
+        place = config["metadata"]["hook_name"]
+        cells += [f"{labelled(path.parent):.0%}", f"`{place}`"]
+        rows.append(
+            (place, metrics["fvu"]["value"], f"| `{path.parent.name}` | {config['d_sae']:,} | {' | '.join(cells)} |")
+        )
+    head = f"| folder | latents | {' | '.join(COLUMNS)} | labels | reads |\n|---|---|{'---|' * (len(COLUMNS) + 2)}"
+    most = max({place for place, _, _ in rows}, key=lambda name: sum(name == place for place, _, _ in rows))
+    return "\n".join([head, *(row for _, _, row in sorted(rows, key=lambda r: (r[0] != most, *r)))])
+
+
+def labelled(run: Path) -> float:
+    """Share of the latents that fire whose label has an F1 above ``GOOD`` on contexts it was not chosen on."""
+    index = pq.read_table(run / "features" / "features.parquet", columns=["count", "label_score"])
+    scores = index.filter(pc.field("count") > 0)["label_score"]
+    return pc.sum(pc.fill_null(pc.greater(scores, GOOD), fill_value=False)).as_py() / len(scores)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from saelab.viz import LIGHT as COLOURS  # noqa: F401
 QUICK = os.environ.get("SAELAB_NOTEBOOK_QUICK") == "1"
 FOLDER = Path(os.environ.get("SAELAB_NOTEBOOK_FOLDER", "../demo/notebooks"))
 SHIPPED = Path(os.environ.get("SAELAB_NOTEBOOK_CHECKPOINTS", Path(__file__).parent.parent / "checkpoints"))
-SHIPPED_AS = {"topk": "topk_4608"}  # where the folder is not called after the variant
+SHIPPED_AS = {} if QUICK else {"topk": "topk_16384"}  # where the folder is not called after the variant
 MODEL, HOOK = "smollm2", "blocks.9.hook_resid_post"
 TOKENS, CONTEXT = (3_000, 64) if QUICK else (200_000, 128)
 GRADIENT_TOKENS = 800 if QUICK else 30_000  # a backward pass each

@@ -133,7 +133,7 @@ def main(args: Sequence[str] | None = None) -> None:
     from saelab.shipped import checkpoints
 
     settings = tyro.cli(Settings, prog="python -m saelab.bench.concepts", description=__doc__, args=args)
-    run = Run.open(settings.run or checkpoints() / "topk_4608")
+    run = Run.open(settings.run or checkpoints() / "topk_16384")
     bridge: Any = load_model(run.model_name or "smollm2")
     model: Any = plain_model(bridge) or bridge  # its attention is faster
     model.tokenizer = bridge.tokenizer

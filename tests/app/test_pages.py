@@ -292,8 +292,8 @@ def test_a_sweep_is_shown_with_its_members(monkeypatch: pytest.MonkeyPatch, fold
 
 def test_the_shipped_checkpoints_open_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     app = launch(monkeypatch, ENTRY.parents[1] / "checkpoints", model="none")
-    assert not app.error and len(app.dataframe[0].value) == len(app.selectbox(key="run").options) == 12
-    for run in ("topk_4608", "abs_topk"):
+    assert not app.error and len(app.dataframe[0].value) == len(app.selectbox(key="run").options) == 15
+    for run in ("topk_16384", "abs_topk", "topk_mlp"):
         app.selectbox(key="run").select(run)
         for view in ("features", "latent", "health", "overview"):
             app.switch_page(f"views/{view}.py").run()

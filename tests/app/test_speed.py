@@ -19,7 +19,7 @@ from saelab import shipped
 from saelab.sae import build
 from saelab.sae.weights import load_metadata, save
 
-TIMES = 14
+TIMES = 4
 FIRST, CLICK = 2.0, 0.4  # processor seconds
 
 
@@ -68,11 +68,11 @@ def processor_seconds(pid: int) -> float:
 @pytest.mark.minutes
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads processor seconds from /proc")
 def test_visits_and_clicks_on_a_large_index_are_cheap(tmp_path: Path) -> None:
-    shutil.copytree(shipped.checkpoints() / "topk_4608", tmp_path / "small")
+    shutil.copytree(shipped.checkpoints() / "topk_16384", tmp_path / "small")
     tile(tmp_path / "small", tmp_path / "large", TIMES)
     found: dict[str, float] = {}
     with serve(tmp_path, "none") as (port, pid):
-        user = Visitor(port, 0, ["large"], 64512, model=False)
+        user = Visitor(port, 0, ["large"], 65536, model=False)
         user.open()
         user.draw("", "run=small")  # imports
         for page in ("features", "latent", "health", "compare", "training", "prompt", "steering", ""):

@@ -19,7 +19,7 @@ def test_ablation_confirms_the_strongest_latents_and_frozen_effects_add_up() -> 
 
     model = load_hf_model("smollm2", device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
-    run, prompt = checkpoints() / "topk_4608", "The capital of France is"
+    run, prompt = checkpoints() / "topk_16384", "The capital of France is"
     graph = attribute(run, prompt, " Paris", against=" London", model=model, tokenizer=tokenizer)
     assert graph.checks is not None and graph.faithfulness is not None
     assert graph.probability > 0.5 and graph.drift < 1e-4
