@@ -30,11 +30,13 @@ names = sorted(found.runs, key=lambda name: several and (layers[name] is None, l
 rows = pd.DataFrame([loaders.summary(found.runs[name]) for name in names])
 if not several:
     rows = rows.drop(columns="layer", errors="ignore")
+if "place" in rows and rows["place"].nunique() < 2:
+    rows = rows.drop(columns="place")
 for message in rows.loc[rows["damaged"], "state"]:
     st.error(viz.markdown(message), icon=":material/error:")
 rows.loc[rows["damaged"], "state"] = "damaged, see above"
 # What one compares comes first, so that it is in sight on a narrow screen.
-first = [*(n for n in ("run", "layer", "l0", "fvu", "measured", "ce_recovered", "dead") if n in rows), "state"]
+first = [*(n for n in ("run", "layer", "place", "l0", "fvu", "measured", "ce_recovered", "dead") if n in rows), "state"]
 rows = rows.reindex(columns=[*first, *(name for name in rows if name not in {*first, "damaged"})])
 rows["run"] = rows["run"].map(viz.visible)
 for share in {"ce_recovered", "dead"}.intersection(rows.columns):
@@ -42,6 +44,7 @@ for share in {"ce_recovered", "dead"}.intersection(rows.columns):
 config = {
     "run": st.column_config.TextColumn("run", pinned=True, width=200),
     "layer": st.column_config.NumberColumn("layer", format="%d", width=60, help="that the SAE writes to"),
+    "place": st.column_config.TextColumn("place", width=190, help="that the SAE reads, and → writes to; in its layer"),
     "d_sae": st.column_config.NumberColumn("latents", format="localized"),
     "l0": st.column_config.NumberColumn("L0", format="%.1f", help=workspace.FORMULAS["l0"]),
     "fvu": st.column_config.NumberColumn("FVU", format="%.4f", help=workspace.FORMULAS["fvu"]),
@@ -100,12 +103,24 @@ with left:
         "numbers; `saelab evaluate RUN --cache CACHE` measures a run on held-out text.",
         **session.held("overview_training", False),
     )
-    points = workspace.pareto_points(found.runs.values(), y, training=others)
+    # Numbers of two models, or of two places of one, say nothing about each other.
+    where = (chosen.model_name, workspace.place(chosen))
+    alike = [run for run in found.runs.values() if (run.model_name, workspace.place(run)) == where]
+    points = workspace.pareto_points(alike, y, training=others)
     if points:
-        page.chart(viz.pareto(points, page.colours(), y=title), alt=f"{title} against L0 for every run", key="pareto")
+        page.chart(
+            viz.pareto(points, page.colours(), y=title),
+            alt=f"{title} against L0 for every run of the place",
+            key="pareto",
+        )
         st.caption(
             "Measured on held-out tokens; bars are 95 % intervals."
             + (" Hollow: the last training batch, which is not held out." if others else "")
+            + (
+                f" Only SAEs of {viz.markdown(where[1])}, like {viz.markdown(chosen.name)}."
+                if len(alike) < len(found.runs)
+                else ""
+            )
         )
     else:
         st.caption("No run has this number on held-out text yet; `saelab evaluate RUN --cache CACHE` measures it.")

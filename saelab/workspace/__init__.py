@@ -3,7 +3,17 @@
 from saelab.runs.metrics_log import measured, read_metrics, series, thin
 from saelab.workspace.commands import evaluate_command, index_command, train_command
 from saelab.workspace.condition import Progress, damage, progress
-from saelab.workspace.numbers import FORMULAS, TITLES, Number, depth_points, layer, numbers, pareto_points, summary
+from saelab.workspace.numbers import (
+    FORMULAS,
+    TITLES,
+    Number,
+    depth_points,
+    layer,
+    numbers,
+    pareto_points,
+    place,
+    summary,
+)
 from saelab.workspace.scan import Workspace
 
 __all__ = [
@@ -20,6 +30,7 @@ __all__ = [
     "measured",
     "numbers",
     "pareto_points",
+    "place",
     "progress",
     "read_metrics",
     "series",

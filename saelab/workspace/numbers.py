@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,7 @@ def summary(run: Run) -> dict[str, Any]:
     return {
         **row,
         "layer": layer(run),
+        "place": re.sub(r"\b(blocks|model\.layers|transformer\.h)\.\d+\.", "", place(run)),
         "variant": run.variant,
         "d_sae": run.d_sae,
         "k": run.settings.get("k"),
@@ -154,6 +156,15 @@ def layer(run: Run) -> int | None:
     return layer_of(name)
 
 
+def place(run: Run) -> str:
+    """The hook point that a run reads, and for a transcoder the one it writes to; empty where they are not known."""
+    try:
+        names = [run.metadata.get(key) for key in ("hook_name", "hook_name_out")]
+    except (UserError, OSError):
+        return ""
+    return " → ".join(name for name in names if name)
+
+
 class Point(NamedTuple):
     """One SAE in a chart of fidelity against sparsity, or against depth."""
 
@@ -171,16 +182,21 @@ def pareto_points(runs: Iterable[Run], fidelity: str, training: bool = False) ->
 
     ``training`` adds those of which only numbers of training rows are known. They cannot be compared with the others:
     an SAE fits the rows it was trained on better. Runs without weights, or with damaged files, are left out. A variant
-    of several widths is a series for each of them: a line between two widths is not a trade-off.
+    of several widths is a series for each of them, and so is one of several models or places: a line between two widths
+    or two places is not a trade-off.
     """
     known = [(run, *pair) for run in runs if run.has_weights and (pair := _pair(run, fidelity)) is not None]
     known = [row for row in known if training or (row[1].held_out and row[2].held_out)]
     widths: dict[str, set[int | None]] = {}
     for run, *_ in known:
         widths.setdefault(run.variant, set()).add(run.d_sae)
+    places = {(run.model_name, place(run)) for run, *_ in known}
+    models = {model for model, _ in places}
     points: dict[str, list[Point]] = {}
     for run, l0, number in known:
         series = run.variant if len(widths[run.variant]) == 1 else f"{run.variant} {run.d_sae or '?'}"
+        if len(places) > 1:
+            series = " ".join([series, *([run.model_name or "?"] if len(models) > 1 else []), place(run) or "?"])
         points.setdefault(series, []).append(_point(run, l0, number, l0.value))
     return points
 
@@ -188,18 +204,19 @@ def pareto_points(runs: Iterable[Run], fidelity: str, training: bool = False) ->
 def depth_points(runs: Iterable[Run], fidelity: str, training: bool = False) -> dict[str, list[Point]]:
     """What :func:`saelab.viz.by_layer` draws: the same SAEs by layer, a series for those that differ in nothing else.
 
-    That is the variant, its width, the latents per token that were asked for, and the point of the layer.
+    That is the variant, its width, the latents per token that were asked for, and the point of the layer. Those of a
+    single layer are left out.
     """
     points: dict[str, list[Point]] = {}
     for run in runs:
         depth, pair = layer(run), _pair(run, fidelity) if run.has_weights else None
         if depth is None or pair is None or not (training or (pair[0].held_out and pair[1].held_out)):
             continue
-        place = (run.metadata.get("hook_name_out") or run.metadata["hook_name"]).replace(f".{depth}.", ".*.", 1)
+        point = (run.metadata.get("hook_name_out") or run.metadata["hook_name"]).replace(f".{depth}.", ".*.", 1)
         asked = next((f" L0 {run.settings[key]:g}" for key in ("k", "n_steps", "l0") if run.settings.get(key)), "")
-        series = f"{run.variant} {run.d_sae or '?'}{asked} {place}"
+        series = f"{run.variant} {run.d_sae or '?'}{asked} {point}"
         points.setdefault(series, []).append(_point(run, *pair, depth))
-    return points
+    return {series: found for series, found in points.items() if len({point.x for point in found}) > 1}
 
 
 def _point(run: Run, l0: Number, number: Number, x: float) -> Point:

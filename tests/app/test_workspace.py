@@ -98,6 +98,18 @@ def test_numbers_come_from_the_evaluation_where_there_is_one(folder: Path, tmp_p
     (tmp_path / "wide" / "cfg.json").write_text(json.dumps({**config, "d_sae": 96}))
     both = [Run(path=tmp_path, name="narrow"), Run(path=tmp_path / "wide", name="wide")]
     assert set(workspace.pareto_points(both, "ce_recovered", training=True)) == {"topk 48", "topk 96"}
+    # Neither would a line between two places of a model, or two models.
+    config["metadata"]["hook_name"] = "blocks.7.hook_resid_post"
+    (tmp_path / "wide" / "cfg.json").write_text(json.dumps(config))
+    both[1] = Run(path=tmp_path / "wide", name="other")
+    here, there = workspace.place(both[0]), workspace.place(both[1])
+    assert there == "blocks.7.hook_resid_post" != here
+    assert set(workspace.pareto_points(both, "ce_recovered", training=True)) == {f"topk {here}", f"topk {there}"}
+    config["metadata"] |= {"hook_name": here, "model_name": "another"}
+    (tmp_path / "wide" / "cfg.json").write_text(json.dumps(config))
+    both[1] = Run(path=tmp_path / "wide", name="other")
+    found = workspace.pareto_points(both, "ce_recovered", training=True)
+    assert len(found) == 2 and f"topk another {here}" in found
 
 
 def test_a_run_is_running_interrupted_or_finished(folder: Path, tmp_path: Path) -> None:

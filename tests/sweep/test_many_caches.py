@@ -14,6 +14,7 @@ from saelab.sweep import load_results, make_grid, measure, run_sweep, summarise
 from saelab.sweep.caches import Caches
 from saelab.sweep.grid import check_grid
 from saelab.training import fit_steps
+from saelab.viz.sweep import cost_of, depth_of, pareto_of
 
 NAMES = [f"blocks.{layer}.{point}" for layer in (2, 10) for point in ("mlp.hook_in", "hook_mlp_out")]
 READS, WRITES = [NAMES[0], NAMES[2]], [NAMES[1], NAMES[3]]
@@ -107,6 +108,13 @@ def test_the_command_takes_a_folder_of_caches(folder, tmp_path, capsys):
     rows = load_results(tmp_path / "sweep")
     assert [(row["hook_name"], row["hook_name_out"]) for row in rows] == list(zip(READS, WRITES))
     assert "Quality by depth" in (tmp_path / "sweep" / "report.html").read_text()
+    # No line joins two places, where the numbers do not compare; by depth, a line is what one looks for.
+    names = [trace.name for trace in pareto_of(rows, "fvu").data]
+    assert names == [f"topk {read} → {write}" for read, write in zip(READS, WRITES)]
+    assert [trace.name for trace in cost_of(rows, "parameters").data] == names
+    (line,) = depth_of(rows, "fvu").data
+    assert len(line.x) == len(READS)
+    assert depth_of(rows[:1], "fvu") is None
 
 
 @pytest.mark.parametrize(
