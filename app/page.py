@@ -77,7 +77,8 @@ def choose_run(runs: Mapping[str, Run], names: list[str]) -> None:
     """The menu of SAEs. One that is not there is not replaced by another one."""
     wanted = st.session_state.pop("next_run", st.session_state.get("run"))
     if wanted is None and session.missing_run() is None:
-        wanted = next((name for name in names if runs[name].has_index), names[0])
+        # The widest of those that can be explored, the first of several.
+        wanted = max(names, key=lambda name: (runs[name].has_index, runs[name].d_sae or 0))
     if wanted is not None:
         st.session_state["missing_run"] = None if wanted in names else wanted
     st.session_state["run"] = wanted if wanted in names else None
