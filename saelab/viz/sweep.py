@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
 from saelab.lm.hook_names import layer_of
+from saelab.sweep.caches import places_of
 from saelab.sweep.guidance import guidance, points_of
 from saelab.viz.axes import base, log_axis
 from saelab.viz.charts import by_layer, pareto
@@ -39,26 +40,16 @@ COLUMNS = ("name", "status", "step", "l0", "fvu", "dead_fraction", "ce_loss_reco
 def pareto_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = LIGHT) -> go.Figure:
     """L0 against one measured column of a sweep's table, one series per variant, width and place.
 
-    Rows without the column are left out."""
+    Rows without the column are left out.
+    """
     points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-    named = place_names(rows)
     several = len({row["d_sae"] for row in rows}) > 1
-    for row in rows:
+    for row, place in zip(rows, places_of(rows)):
         if row["l0"] is not None and row[value] is not None:
             text = f"{safe(row['name'])}<br>L0 {row['l0']:.1f}<br>{value} {row[value]:.4f}"
             series = f"{row['variant']} {row['d_sae']}" if several else row["variant"]
-            points[series + named(row)].append((row["l0"], row[value], text))
+            points[series + place].append((row["l0"], row[value], text))
     return pareto(points, colours, "L0 on held-out tokens", AXES[value])
-
-
-def place_names(rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
-    """What the name of a series ends with, so that no line joins SAEs of several places: nothing where there is one."""
-
-    def place(row: Mapping[str, Any]) -> str:
-        return " → ".join(filter(None, (row.get("hook_name"), row.get("hook_name_out"))))
-
-    several = len({place(row) for row in rows}) > 1
-    return lambda row: f" {place(row)}" if several and place(row) else ""
 
 
 def depth_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = LIGHT) -> go.Figure | None:
@@ -82,12 +73,11 @@ def depth_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = L
 def cost_of(rows: Sequence[Mapping[str, Any]], column: str, colours: Palette = LIGHT) -> go.Figure | None:
     """FVU against ``cpu_seconds`` or ``parameters``, a series per variant and place; None where no SAE has both."""
     points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-    named = place_names(rows)
-    for row in rows:
+    for row, place in zip(rows, places_of(rows)):
         if row["fvu"] is not None and row.get(column) is not None:
             cost = f"{COSTS[column]} {row[column]:.4g}"
             text = f"{safe(row['name'])}<br>{cost}<br>FVU {row['fvu']:.4f}, L0 {row['l0']:.1f}"
-            points[row["variant"] + named(row)].append((row[column], row["fvu"], text))
+            points[row["variant"] + place].append((row[column], row["fvu"], text))
     return pareto(points, colours, COSTS[column], AXES["fvu"]) if points else None
 
 
