@@ -30,7 +30,7 @@ names = sorted(found.runs, key=lambda name: several and (layers[name] is None, l
 rows = pd.DataFrame([loaders.summary(found.runs[name]) for name in names])
 if not several:
     rows = rows.drop(columns="layer", errors="ignore")
-if "place" in rows and rows["place"].nunique() < 2:
+if "place" in rows.columns and len(rows["place"].dropna().unique()) < 2:
     rows = rows.drop(columns="place")
 for message in rows.loc[rows["damaged"], "state"]:
     st.error(viz.markdown(message), icon=":material/error:")
