@@ -104,8 +104,8 @@ with left:
         **session.held("overview_training", False),
     )
     # Numbers of two models, or of two places of one, say nothing about each other.
-    where = (chosen.model_name, workspace.place(chosen))
-    alike = [run for run in found.runs.values() if (run.model_name, workspace.place(run)) == where]
+    where = workspace.model_and_place(chosen)
+    alike = [run for run in found.runs.values() if workspace.model_and_place(run) == where]
     points = workspace.pareto_points(alike, y, training=others)
     if points:
         page.chart(
@@ -116,11 +116,7 @@ with left:
         st.caption(
             "Measured on held-out tokens; bars are 95 % intervals."
             + (" Hollow: the last training batch, which is not held out." if others else "")
-            + (
-                f" Only SAEs of {viz.markdown(where[1])}, like {viz.markdown(chosen.name)}."
-                if len(alike) < len(found.runs)
-                else ""
-            )
+            + (f" Only SAEs of {viz.markdown(' at '.join(filter(None, where)))}." if len(alike) < len(names) else "")
         )
     else:
         st.caption("No run has this number on held-out text yet; `saelab evaluate RUN --cache CACHE` measures it.")

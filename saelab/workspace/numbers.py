@@ -89,7 +89,7 @@ def summary(run: Run) -> dict[str, Any]:
     return {
         **row,
         "layer": layer(run),
-        "place": re.sub(r"\b(blocks|model\.layers|transformer\.h)\.\d+\.", "", place(run)),
+        "place": re.sub(r"\S+?\.\d+\.", "", place(run)),
         "variant": run.variant,
         "d_sae": run.d_sae,
         "k": run.settings.get("k"),
@@ -165,6 +165,14 @@ def place(run: Run) -> str:
     return " → ".join(name for name in names if name)
 
 
+def model_and_place(run: Run) -> tuple[str, str]:
+    """What must be the same in two runs whose numbers are compared; empty where it is not known or cannot be read."""
+    try:
+        return run.model_name or "", place(run)
+    except (UserError, OSError):
+        return "", ""
+
+
 class Point(NamedTuple):
     """One SAE in a chart of fidelity against sparsity, or against depth."""
 
@@ -190,13 +198,14 @@ def pareto_points(runs: Iterable[Run], fidelity: str, training: bool = False) ->
     widths: dict[str, set[int | None]] = {}
     for run, *_ in known:
         widths.setdefault(run.variant, set()).add(run.d_sae)
-    places = {(run.model_name, place(run)) for run, *_ in known}
+    places = {model_and_place(run) for run, *_ in known}
     models = {model for model, _ in places}
     points: dict[str, list[Point]] = {}
     for run, l0, number in known:
         series = run.variant if len(widths[run.variant]) == 1 else f"{run.variant} {run.d_sae or '?'}"
         if len(places) > 1:
-            series = " ".join([series, *([run.model_name or "?"] if len(models) > 1 else []), place(run) or "?"])
+            model, point = model_and_place(run)
+            series = " ".join([series, *([model or "?"] if len(models) > 1 else []), point or "?"])
         points.setdefault(series, []).append(_point(run, l0, number, l0.value))
     return points
 
@@ -204,17 +213,20 @@ def pareto_points(runs: Iterable[Run], fidelity: str, training: bool = False) ->
 def depth_points(runs: Iterable[Run], fidelity: str, training: bool = False) -> dict[str, list[Point]]:
     """What :func:`saelab.viz.by_layer` draws: the same SAEs by layer, a series for those that differ in nothing else.
 
-    That is the variant, its width, the latents per token that were asked for, and the point of the layer. Those of a
-    single layer are left out.
+    That is the variant, its width, the latents per token that were asked for, the model, and the point of the layer.
+    Those of a single layer are left out.
     """
     points: dict[str, list[Point]] = {}
+    runs = list(runs)
+    several = len({model_and_place(run)[0] for run in runs}) > 1
     for run in runs:
         depth, pair = layer(run), _pair(run, fidelity) if run.has_weights else None
         if depth is None or pair is None or not (training or (pair[0].held_out and pair[1].held_out)):
             continue
         point = (run.metadata.get("hook_name_out") or run.metadata["hook_name"]).replace(f".{depth}.", ".*.", 1)
         asked = next((f" L0 {run.settings[key]:g}" for key in ("k", "n_steps", "l0") if run.settings.get(key)), "")
-        series = f"{run.variant} {run.d_sae or '?'}{asked} {point}"
+        model = f" {model_and_place(run)[0] or '?'}" if several else ""
+        series = f"{run.variant} {run.d_sae or '?'}{asked}{model} {point}"
         points.setdefault(series, []).append(_point(run, *pair, depth))
     return {series: found for series, found in points.items() if len({point.x for point in found}) > 1}
 

@@ -110,6 +110,15 @@ def test_numbers_come_from_the_evaluation_where_there_is_one(folder: Path, tmp_p
     both[1] = Run(path=tmp_path / "wide", name="other")
     found = workspace.pareto_points(both, "ce_recovered", training=True)
     assert len(found) == 2 and f"topk another {here}" in found
+    # By depth neither, though the layers differ; of one model they are a line.
+    config["metadata"]["hook_name"] = "blocks.7.hook_resid_post"
+    for model, lines in (("another", 0), (both[0].model_name, 1)):
+        config["metadata"]["model_name"] = model
+        (tmp_path / "wide" / "cfg.json").write_text(json.dumps(config))
+        both[1] = Run(path=tmp_path / "wide", name="other")
+        assert len(workspace.depth_points(both, "ce_recovered", training=True)) == lines
+    (tmp_path / "wide" / "cfg.json").write_text("{")
+    assert workspace.model_and_place(Run(path=tmp_path / "wide", name="damaged")) == ("", "")
 
 
 def test_a_run_is_running_interrupted_or_finished(folder: Path, tmp_path: Path) -> None:
