@@ -14,7 +14,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.message import Message
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -49,7 +51,8 @@ def guarded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         for _ in range(600):
             try:
                 ask(port, "/")
-            except urllib.error.HTTPError:
+            except urllib.error.HTTPError as refused:
+                refused.close()
                 break
             except OSError:
                 time.sleep(0.1)
@@ -72,29 +75,42 @@ def ask(port: int, path: str, cookie: str = "") -> str:
         return answer.read().decode()
 
 
+class Refusal(NamedTuple):
+    """An answer that is not the page that was asked for."""
+
+    status: int
+    headers: Message
+    text: str
+
+
+def refusal(port: int, path: str, cookie: str = "") -> Refusal:
+    """As :func:`ask`, where another answer than the page is expected."""
+    with pytest.raises(urllib.error.HTTPError) as error:
+        ask(port, path, cookie)
+    with error.value as answer:  # it holds the connection
+        return Refusal(answer.code, answer.headers, answer.read().decode())
+
+
 def test_other_machines_need_the_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with guarded(folder, monkeypatch) as port:
         wrong = (None, "", "wrong", TOKEN[:-1], TOKEN + "x", "%00", "\u00e9" * 30)
         for path in ("/", "/latent", "/_stcore/health", "/_stcore/host-config", "/static/index.html", "/nonexist"):
             for token in wrong:
                 query = "" if token is None else f"?token={urllib.parse.quote(token)}"
-                with pytest.raises(urllib.error.HTTPError) as refused:
-                    ask(port, path + query, "" if token is None else "saelab_token=nothing")
-                text = refused.value.read().decode()
-                assert refused.value.code == 403 and "needs the token" in text
-                assert folder.name not in text and "runs" not in text and "set-cookie" not in refused.value.headers
+                refused = refusal(port, path + query, "" if token is None else "saelab_token=nothing")
+                assert refused.status == 403 and "needs the token" in refused.text
+                assert folder.name not in refused.text and "runs" not in refused.text
+                assert "set-cookie" not in refused.headers
         stream = f"ws://127.0.0.1:{port}/_stcore/stream"
         for headers in ({}, {"Cookie": "saelab_token=wrong"}):
             with pytest.raises(InvalidHandshake):
                 connect(stream, subprotocols=[Subprotocol("streamlit")], additional_headers=headers, legacy=True)
-        with pytest.raises(urllib.error.HTTPError) as welcome:
-            ask(port, f"/latent?run=runs%2Ftopk&token={TOKEN}&latent=3")
-        assert welcome.value.code == 303 and welcome.value.headers["location"] == "/latent?run=runs%2Ftopk&latent=3"
-        cookie = welcome.value.headers["set-cookie"]
+        welcome = refusal(port, f"/latent?run=runs%2Ftopk&token={TOKEN}&latent=3")
+        assert welcome.status == 303 and welcome.headers["location"] == "/latent?run=runs%2Ftopk&latent=3"
+        cookie = welcome.headers["set-cookie"]
         assert "HttpOnly" in cookie and "SameSite" in cookie
-        with pytest.raises(urllib.error.HTTPError) as welcome:
-            ask(port, f"//elsewhere.org/?token={TOKEN}")
-        assert welcome.value.headers["location"].startswith("/elsewhere.org")
+        welcome = refusal(port, f"//elsewhere.org/?token={TOKEN}")
+        assert welcome.headers["location"].startswith("/elsewhere.org")
         assert "<html" in ask(port, "/latent", cookie.split(";")[0])
         known = {"Cookie": f"other=1; {cookie.split(';')[0]}"}
         with connect(stream, subprotocols=[Subprotocol("streamlit")], additional_headers=known):

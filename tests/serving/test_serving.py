@@ -289,8 +289,9 @@ def test_other_addresses_and_names_are_refused(address: str) -> None:
         request = urllib.request.Request(address + path, headers=headers)
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request, timeout=20)
-        assert error.value.code in (400, 404, 405)
-        body = error.value.read().decode()
+        with error.value as answer:
+            assert answer.code in (400, 404, 405)
+            body = answer.read().decode()
         assert "Host" in headers or "does not exist here" in json.loads(body)["error"]["message"]
 
 

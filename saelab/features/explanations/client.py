@@ -48,12 +48,13 @@ class ChatClient:
             try:
                 return _content(self._post(body))
             except urllib.error.HTTPError as error:
-                if error.code not in RETRIED or attempt == self.retries:
-                    detail = " ".join(error.read().decode(errors="replace").split())[:200]
-                    raise UserError(
-                        f"{self.base_url} answered {error.code} {error.reason}: {detail}; "
-                        "check the model's name and the key"
-                    ) from error
+                with error:  # it holds the connection
+                    if error.code not in RETRIED or attempt == self.retries:
+                        detail = " ".join(error.read().decode(errors="replace").split())[:200]
+                        raise UserError(
+                            f"{self.base_url} answered {error.code} {error.reason}: {detail}; "
+                            "check the model's name and the key"
+                        ) from error
             except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
                 if attempt == self.retries:
                     reason = getattr(error, "reason", error)
