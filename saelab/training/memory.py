@@ -8,23 +8,31 @@ from saelab.errors import UserError
 from saelab.kernels import products
 from saelab.sae import SAE
 from saelab.training.config import TrainConfig
+from saelab.training.state import MOMENTS
 
 ENTRY = 40  # bytes of an entry of a code: value, its gradient, indices as selected and as sorted by latent
 
 
-def step_bytes(sae: SAE, batch_size: int, ema: bool = False, data_ranks: int = 1) -> tuple[int, int]:
+def step_bytes(
+    sae: SAE, batch_size: int, ema: bool = False, data_ranks: int = 1, moments: str = "fp32"
+) -> tuple[int, int]:
     """Bytes that training takes besides the weights: those of the parameters, and those of a batch. At least.
 
-    Parameters have gradients and two moments in float32, matrices a copy in bfloat16, and maybe an average. A batch has
-    activations, reconstruction, errors and a gradient, its code, and the part of the pre-activations that is held at a
-    time. Where the variant has no budget, half of all latents may be active in the first steps. ``data_ranks`` divide
-    the batch, the moments and the average.
+    Parameters have gradients in float32 and two ``moments``, matrices a copy in bfloat16, and maybe an average. A batch
+    has activations, reconstruction, errors and a gradient, its code, and the part of the pre-activations that is held
+    at a time. Where the variant has no budget, half of all latents may be active in the first steps. ``data_ranks``
+    divide the batch, the moments and the average.
     """
     parameters, batch_size = sum(p.numel() for p in sae.parameters()), batch_size // data_ranks
     per_latent = sae.config.get("k") or sae.config.get("n_steps") or sae.d_sae / 2
     held = min(4 * batch_size * sae.d_sae, products.DEVICE_CHUNK_BYTES)
     batch = batch_size * (4 * (2 * sae.d_in + 3 * sae.d_out) + ENTRY * min(per_latent, sae.d_sae)) + held
-    return int(parameters * (4 + 2 + (8 + 4 * ema) / data_ranks)), int(batch)
+    return int(parameters * (4 + 2 + (moment_bytes(moments) + 4 * ema) / data_ranks)), int(batch)
+
+
+def moment_bytes(moments: str) -> int:
+    """Bytes of both moments of a parameter, kept in ``fp32`` or ``bf16``."""
+    return 2 * MOMENTS[moments].itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -44,8 +52,8 @@ def check_memory(sae: SAE, config: TrainConfig, resumed: bool = False, data_rank
     if free is None:
         return
     if resumed:
-        free += 8 * sum(p.numel() for p in sae.parameters())
-    fixed, batch = step_bytes(sae, config.batch_size, config.ema is not None, data_ranks)
+        free += moment_bytes(config.moments) * sum(p.numel() for p in sae.parameters())
+    fixed, batch = step_bytes(sae, config.batch_size, config.ema is not None, data_ranks, config.moments)
     if fixed + batch <= free:
         return
     size = config.batch_size

@@ -14,6 +14,7 @@ from saelab.errors import UserError
 from saelab.sae import build
 from saelab.training import TrainConfig, fit_steps, memory, train_steps
 from saelab.training.memory import check_memory, step_bytes
+from saelab.training.state import MOMENTS, make_optimizer
 
 D_IN, D_SAE = 64, 4096
 
@@ -62,6 +63,34 @@ def test_a_resumed_run_has_its_moments_already(free: dict[str, int]) -> None:
     check_memory(sae, config, resumed=True)
     with pytest.raises(UserError, match="would fit"):
         check_memory(sae, config)
+
+
+def test_moments_count_as_they_are_kept(free: dict[str, int]) -> None:
+    sae = build("topk", D_IN, D_SAE, k=8)
+    parameters = sum(p.numel() for p in sae.parameters())
+    half = step_bytes(sae, 512, moments="bf16")
+    assert step_bytes(sae, 512)[0] - half[0] == 4 * parameters
+    free["bytes"] = sum(half)
+    config = TrainConfig(batch_size=512, moments="bf16")
+    check_memory(sae, config)
+    with pytest.raises(UserError, match="would fit"):
+        check_memory(sae, TrainConfig(batch_size=512))
+    free["bytes"] -= 4 * parameters  # a resumed run's are there already
+    check_memory(sae, config, resumed=True)
+    free["bytes"] -= 1
+    with pytest.raises(UserError, match="would fit"):
+        check_memory(sae, config, resumed=True)
+
+
+def test_what_the_plan_counts_are_the_moments_of_the_optimizer() -> None:
+    for name in ("fp32", "bf16"):
+        sae = build("topk", D_IN, 256, k=8)
+        optimizer = make_optimizer(sae)
+        optimizer.moments = MOMENTS[name]
+        sae(torch.randn(8, D_IN)).sum().backward()
+        optimizer.update()
+        held = sum(s[key].nbytes for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+        assert held == memory.moment_bytes(name) * sum(p.numel() for p in sae.parameters())
 
 
 def test_without_a_budget_half_of_the_latents_count(free: dict[str, int]) -> None:
