@@ -110,6 +110,15 @@ def test_references_in_docstrings_lead_somewhere() -> None:
     assert checked > 30
 
 
+def test_names_of_the_migration_page_exist() -> None:
+    """The right column of its tables of Python names is of this version."""
+    table = (ROOT / "docs" / "migration.md").read_text().partition("## Python names that moved")[2]
+    right = "\n".join(re.findall(r"^\|.*\|(.*)\|$", table, flags=re.M))
+    names = set(re.findall(r"`(saelab\.[\w.]+)`", right))
+    assert len(names) > 30
+    assert [name for name in sorted(names) if not resolves(name)] == []
+
+
 def resolves(target: str) -> bool:
     """Whether a dotted name is a module, or something in one."""
     parts = target.split(".")
