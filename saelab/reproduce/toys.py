@@ -9,7 +9,7 @@ The recipe is that of Costa et al. (2025) and of their published code: Adam, lr 
 clipped to 1, 100 warm-up steps, the last 20 % falling linearly to a tenth. Encoders start from normal deviates, of
 variance 1/d where there is a penalty and 1 for ``batch_topk``, decoders from their normalised columns, at a norm of 0.1
 where there is a penalty; nothing is subtracted from the input. The penalty is on ``z_j |d_j|``; it starts at 0.1, ramps
-over the first 20 % of the steps, then moves by 3e-4 per step toward the target L0. Of a nested SAE the error and the
+over the first 20 % of the steps, then moves by 3e-4 per step towards the target L0. Of a nested SAE the error and the
 penalty are means over the prefixes, each prefix with the penalty of all its latents. Prefixes are drawn without
 replacement, P(length) ~ sqrt(length) - sqrt(length - 1), and latents are ordered by an EMA (0.95) of their squared
 contribution. Two things differ, which were measured to matter little: Adam's moments move with their latents when the
@@ -118,7 +118,7 @@ class Toys(nn.Module):
 
     @torch.no_grad()
     def adapt(self, z: Tensor, step: int, steps: int) -> None:
-        """Move the penalty toward the target L0, once its ramp is over."""
+        """Move the penalty towards the target L0, once its ramp is over."""
         if self.kind in ("vanilla", "matryoshka") and step >= 0.2 * steps:
             dense = (z != 0).sum(2).float().mean(1) >= TARGET_L0
             self.penalty *= torch.where(dense, 1 + 3e-4 * STEPS / steps, 1 - 3e-4 * STEPS / steps)
