@@ -10,18 +10,27 @@ import numpy as np
 import pytest
 import torch
 
+from saelab.kernels.cases import CASES
+
 
 def quicken_interpreter() -> None:
-    """Reduce with numpy where Triton's interpreter would call Python for each element; the results are the same.
+    """Make Triton's interpreter do once what it does for each element or each call; the results are the same.
 
-    The class is private: where it has another shape, the tests are slow and that is all.
+    The classes are private: where they have another shape, the tests are slow and that is all.
     """
-    import triton.language as tl
     from triton.runtime import interpreter
 
-    reduce_ops = getattr(interpreter, "ReduceOps", None)
-    if reduce_ops is None or not hasattr(reduce_ops, "apply_impl"):
-        return
+    if hasattr(getattr(interpreter, "ReduceOps", None), "apply_impl"):
+        reduce_with_numpy(interpreter.ReduceOps)
+    names = ("GridExecutor", "InterpretedFunction", "InterpreterError", "_patch_lang")
+    if all(hasattr(interpreter, name) for name in names) and hasattr(interpreter.InterpretedFunction, "rewrite"):
+        prepare_once_per_launch(interpreter)
+
+
+def reduce_with_numpy(reduce_ops: Any) -> None:
+    """Reduce with numpy where the interpreter would call Python for each element."""
+    import triton.language as tl
+
     original, fast = reduce_ops.apply_impl, {tl.standard._xor_combine: np.bitwise_xor}
 
     def apply_impl(self, operands):
@@ -34,19 +43,50 @@ def quicken_interpreter() -> None:
     reduce_ops.apply_impl = apply_impl
 
 
+def prepare_once_per_launch(interpreter: Any) -> None:
+    """Replace the language's functions once per launch for what a kernel calls, not at each of a thousand calls."""
+    launch, call = interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__
+    prepared: set[Any] = set()
+
+    def launch_anew(self, *args, **kwargs):
+        prepared.clear()  # the end of a launch takes the replacements back
+        return launch(self, *args, **kwargs)
+
+    def call_prepared(self, *args, **kwargs):
+        if self.fn not in prepared:
+            prepared.add(self.fn)
+            return call(self, *args, **kwargs)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.InterpretedFunction.__call__ = call_prepared
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     quicken_interpreter()
 
 
+BOTH_SIGNS = {"ordinary", "ties"}  # cases that run signed and unsigned under the interpreter too
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The interpreter is slow: on the pretended GPU, where only devices are watched, one case is enough."""
-    items[:] = [item for item in items if not _repeated(getattr(item, "callspec", None))]
+    """The interpreter is slow: its cases take turns in being signed, and the pretended GPU has one case."""
+    if not torch.cuda.is_available():
+        items[:] = [item for item in items if not _spared(getattr(item, "callspec", None))]
 
 
-def _repeated(call: Any) -> bool:
-    if call is None or "triton@pretended" not in (call.params.get("backend"), call.params.get("device")):
+def _spared(call: Any) -> bool:
+    """Whether a test is left out: on the pretended GPU devices are watched, not numbers."""
+    place = call and (call.params.get("backend") or call.params.get("device"))
+    name = call and call.params.get("name", "ordinary")
+    if place == "triton@pretended":
+        return name != "ordinary"
+    if place != "triton" or name not in CASES or name in BOTH_SIGNS or "signed" not in call.params:
         return False
-    return call.params.get("name", "ordinary") != "ordinary"
+    return call.params["signed"] == bool([*CASES].index(name) % 2)
 
 
 @pytest.fixture(autouse=True)
