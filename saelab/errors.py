@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin
 
 
 class UserError(ValueError):
@@ -47,3 +48,13 @@ def near_matches(name: str, known: Iterable[str], limit: int = 5) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=limit, cutoff=0.4)
     return f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known[:limit])}"
+
+
+def check_choices(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Raise UserError for a value that is none of the words of its ``Literal`` in ``hints``.
+
+    Code that asks which word it is takes any other for one of them, and would do what nobody asked for.
+    """
+    for name, hint in hints.items():
+        if get_origin(hint) is Literal and name in values and values[name] not in get_args(hint):
+            raise UserError(f"{name}={values[name]!r} is not one of {', '.join(map(str, get_args(hint)))}")

@@ -10,12 +10,12 @@ made here.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import nn
 
-from saelab.errors import UserError
+from saelab.errors import UserError, check_choices
 from saelab.lm.fingerprint import is_quantised, named_weights
 from saelab.lm.offload import is_offloaded
 from saelab.lm.structure import underlying
@@ -30,6 +30,9 @@ class RandomWeights:
 
     which: Literal["all", "all-but-embeddings"] = "all"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choices(vars(self), get_type_hints(RandomWeights))
 
     def record(self) -> dict[str, Any]:
         """For the manifest of a cache: what was randomised and how."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from saelab.errors import UserError
+from saelab.errors import UserError, check_choices
 
 SIZES = ("d_in", "d_sae", "d_out")  # arguments of every constructor that are not options of the variant
 UNNAMED = {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}
@@ -85,12 +85,23 @@ def record(cls: Any) -> None:
             original(self, *args, **kwargs)
             return
         vars(self)["config"] = configuration(type(self), args, kwargs)
+        check_choices(vars(self)["config"], _choices(type(self)))
         own = inspect.signature(original).parameters
         vars(self)["_left_out"] = {name for name in signature(type(self)).parameters if name not in {*own, *kwargs}}
         original(self, *args, **kwargs)
         del vars(self)["_left_out"]
 
     cls.__init__ = construct
+
+
+def _choices(cls: type) -> dict[str, Any]:
+    """The types of the options of ``cls``, of the constructors in which one is a choice of words."""
+    hints: dict[str, Any] = {}
+    for constructor in constructors(cls):
+        # Others are left alone: they may be annotated with names that only a type checker sees.
+        if any("Literal" in str(annotation) for annotation in constructor.__annotations__.values()):
+            hints = {**typing.get_type_hints(constructor), **hints}
+    return hints
 
 
 def _check_passed_on(sae: Any, call: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import torch
 
 from saelab import kernels
 from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel
-from saelab.errors import UserError
+from saelab.errors import UserError, check_choices
 from saelab.sae import SAE, LinearSAE
 from saelab.training.rate import Rate, automatic
 
@@ -37,7 +37,7 @@ class TrainConfig:
     aux_weight: float = 1 / 32
     """Weight of the AuxK loss that revives dead latents; 0 turns it off."""
     k_aux: int | None = None
-    """Dead latents per token in AuxK; by default the power of two nearest to d_in / 2."""
+    """Dead latents per token in AuxK; by default the power of two nearest to half the width that they write."""
     dead_after: int | None = None
     """Tokens without firing after which a latent is dead; by default a tenth of the run, at most 10 million."""
     ema: float | None = None
@@ -56,6 +56,7 @@ class TrainConfig:
     """Seed of the data order; SAEs trained with the same one see the same batches."""
 
     def __post_init__(self) -> None:
+        check_choices(vars(self), get_type_hints(TrainConfig))
         for name in ("epochs", "batch_size", "k_aux", "dead_after"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -10,6 +10,7 @@ import torch
 
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
 from saelab.harvesting import HarvestConfig, harvest, harvest_again
 from saelab.lm import load_hf_model, load_model
 from saelab.lm.fingerprint import named_weights
@@ -66,6 +67,11 @@ def test_the_command_writes_what_was_randomised(tmp_path: Path, text: Path, caps
     assert torch.equal(a.tokens, b.tokens)
     gap = (a.acts - b.acts).norm() / a.acts.norm()
     assert gap > 0.5
+
+
+def test_a_misspelled_choice_does_not_draw_everything() -> None:
+    with pytest.raises(UserError, match="which='all_but_embeddings' is not one of all, all-but-embeddings"):
+        RandomWeights("all_but_embeddings")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

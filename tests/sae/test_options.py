@@ -117,3 +117,18 @@ def test_thresholds_do_not_see_held_out_rows(name: str, tmp_path) -> None:
         assert torch.equal(value, states[1][key]), key
     kept = sae.encode(x[:360]).l0().double().mean()
     assert float(kept) == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "option"),
+    [
+        ("jump_relu", {"penalty": "L0"}),
+        ("gradient_topk", {"grad_select": "train"}),
+        ("feature_choice", {"budgets": "equal"}),
+        ("matching_pursuit", {"norm": "unit"}),
+        ("matryoshka", {"prefix_loss": "average"}),
+    ],
+)
+def test_a_word_that_is_no_choice_is_not_taken_for_another(variant: str, option: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=rf"^{next(iter(option))}='.*' is not one of \w+, \w+"):
+        build(variant, d_in=8, d_sae=32, **option)

@@ -252,6 +252,8 @@ def test_a_diverging_run_stops_and_names_the_step(cache: ActivationCache) -> Non
         ({"ema": 1.0}, "strictly between 0 and 1"),
         ({"warmup": 1.5}, "between 0 and 1"),
         ({"dead_after": 0}, "dead_after=0 must be at least 1"),
+        ({"decay": "exponential"}, "decay='exponential' is not one of none, linear, cosine"),
+        ({"freeze": "dictionary"}, "freeze='dictionary' is not one of none, decoder, encoder"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message: str) -> None:
