@@ -136,6 +136,18 @@ def test_processes_read_equal_parts_of_each_batch(
 
 
 @pytest.mark.parametrize("device", [None, "late"])
+def test_a_window_may_hold_no_row_of_a_process(
+    device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(tmp_path / "cache", dtype="float32")  # 512 rows to a window, 500 of each process to a batch
+    on(LateDevice(), monkeypatch)
+    whole = cache.batches(1500, grads=True, drop_last=True)
+    parts = [cache.batches(1500, grads=True, drop_last=True, part=(number, 3), device=device) for number in range(3)]
+    joined = (Batch(*(torch.cat(c) if torch.is_tensor(c[0]) else None for c in zip(*b))) for b in zip(*parts))
+    assert assert_same(joined, whole) == 3
+
+
+@pytest.mark.parametrize("device", [None, "late"])
 def test_a_pass_may_begin_with_the_rest_of_a_batch(
     device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

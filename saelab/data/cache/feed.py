@@ -207,14 +207,13 @@ def _load(shards: Shards, transport: Transport, window: Window, names: Sequence[
 def _copy(transport: Transport, pieces: Sequence[Tensor], room: Tensor, finite: Tensor | None) -> None:
     """Fill ``room`` with the rows of ``pieces`` through the pinned buffers; ``finite`` gets which of them are."""
     buffers: list[tuple[Tensor, Mark | None]] = [(buffer, None) for buffer in transport.staging()]
-    at = 0
-    for parts in _groups(pieces, max(STAGING // (room.nbytes // len(room)), 1)):
+    at, width = 0, math.prod(room.shape[1:]) * room.dtype.itemsize  # a process may have no row in a window
+    for parts in _groups(pieces, max(STAGING // width, 1)):
         buffer, busy = buffers.pop(0)
         if busy is not None:
             busy.synchronize()  # this thread waits, the caller does not
         n = sum(len(part) for part in parts)
-        size = n * (room.nbytes // len(room))
-        staged = torch.cat(parts, out=buffer[:size].view(room.dtype).view(n, *room.shape[1:]))
+        staged = torch.cat(parts, out=buffer[: n * width].view(room.dtype).view(n, *room.shape[1:]))
         work = _arrival(staged, room[at : at + n], None if finite is None else finite[at : at + n])
         buffers.append((buffer, transport.queue(work)))
         at += n
