@@ -48,9 +48,9 @@ def harvest_again(
     reader, done = Reader(model, [site]), 0
     writer = CacheWriter(Folder(out), new, overwrite=overwrite)
     try:
-        for text, documents, slots in cache.shard_texts():
+        for (text, documents, slots), roles in zip(cache.shard_texts(), cache.shard_roles()):
             acts = _activations(reader, text.long(), manifest.context_length)[slots.long()]
-            writer.write_shard(acts, text, slots, documents)
+            writer.write_shard(acts, text, slots, documents, roles=roles)
             done += len(text)
             if progress is not None:
                 progress(done, manifest.n_tokens)

@@ -160,6 +160,13 @@ def test_existing_folders_are_respected(tmp_path: Path) -> None:
         make(tmp_path / "notes", overwrite=True)
 
 
+@pytest.mark.parametrize("number", [-1, 1 << 31])
+def test_document_numbers_that_a_shard_cannot_hold_are_refused(number: int, tmp_path: Path) -> None:
+    documents = torch.tensor([0, 0, number])
+    with pytest.raises(UserError, match=rf"shard_00000\.safetensors has a document number {number}; number the"):
+        ActivationCache.from_tensors(tmp_path / "cache", torch.randn(3, 4), documents=documents)
+
+
 def test_non_finite_values_are_refused_with_their_place(tmp_path: Path) -> None:
     acts = torch.randn(1000, 4)
     acts[613, 2] = float("nan")

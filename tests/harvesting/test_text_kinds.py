@@ -15,7 +15,7 @@ from saelab.data.cache.merge import merge
 from saelab.data.chat import ROLES
 from saelab.data.text import from_documents
 from saelab.errors import UserError
-from saelab.harvesting import HarvestConfig, harvest
+from saelab.harvesting import HarvestConfig, harvest, harvest_again
 from saelab.lm import load_model
 from tests import tiny_lm
 from tests.data.test_chat import CHAT, CHATML
@@ -62,6 +62,8 @@ def test_roles_are_stored_and_kept(model: Any, tmp_path: Path, roles: tuple[str,
     assert torch.equal(wanted.nonzero().flatten(), slots.long())
     joined = merge([cache, cache], tmp_path / "m")
     assert torch.equal(torch.cat(list(joined.shard_roles())), torch.cat([found, found]))
+    again = harvest_again(model, cache, tmp_path / "a")
+    assert torch.equal(torch.cat(list(again.shard_roles())), found)
 
 
 def test_roles_of_what_is_no_chat_are_refused(model: Any, tmp_path: Path) -> None:

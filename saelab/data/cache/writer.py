@@ -111,6 +111,7 @@ class CacheWriter:
         documents: Int[Tensor, " tokens"],
         grads: Float[Tensor, "rows d_in"] | None = None,
         number: int | None = None,
+        roles: Int[Tensor, " tokens"] | None = None,
     ) -> None:
         """Write shard ``number``, by default the one after the last.
 
@@ -121,7 +122,7 @@ class CacheWriter:
         number = max(self.done, default=-1) + 1 if number is None else number
         name = shard_name(number)
         scaled = None if grads is None else self.cast(grads, "gradients", name)
-        self.write_cast(self.cast(acts, "activations", name), text, slots, documents, scaled, number)
+        self.write_cast(self.cast(acts, "activations", name), text, slots, documents, scaled, number, roles)
 
     def write_cast(
         self,
@@ -137,6 +138,9 @@ class CacheWriter:
         name = shard_name(number)
         if not len(acts):
             raise UserError(f"{name} would hold no row: too few tokens are kept; keep more, or make shards larger")
+        for document in (int(documents.min()), int(documents.max())):
+            if not 0 <= document < 1 << 31:
+                raise UserError(f"{name} has a document number {document}; number the documents from 0")
         tensors = {
             "acts": acts,
             "tokens": text[slots].to(torch.int32),
