@@ -44,6 +44,8 @@ def stragglers(groups: Iterable[Sequence[Member]], share: float, rung: int, tota
 
 
 def _value(member: Member, key: str) -> object:
-    """What a group agrees in; ``k`` and ``l0`` are two names of one thing."""
-    keys = member.entry.keys
-    return keys.get("k", keys.get("l0")) if key in {"k", "l0"} else keys.get(key)
+    """What a group agrees in; ``k``, ``l0`` and ``n_steps`` are names of one thing, whatever a variant calls it."""
+    entry = member.entry
+    if key in {"k", "l0", "n_steps"}:
+        return None if entry.l0 is None else float(entry.l0)
+    return entry.keys.get(key)

@@ -23,7 +23,7 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.sae import VARIANTS, build
 from saelab.sae.weights import load_sae
-from saelab.sweep import load_results, read_grid, run_sweep
+from saelab.sweep import Halving, Member, load_results, read_grid, run_sweep
 from saelab.sweep.grid import check_grid, make_grid
 from saelab.sweep.halving import losers
 from saelab.training import TrainConfig, fit_steps
@@ -166,6 +166,21 @@ def test_halving_stops_the_worse_of_each_group(cache: ActivationCache, tmp_path:
     assert {rung: len(names) for rung, names in record["rungs"].items()} == {"6": 2, "13": 2}
     # A halted SAE can be used as it is, and its run can be gone on with alone.
     assert load_sae(latest_step(members[2].folder)).d_sae == 20
+
+
+def test_halving_compares_equal_numbers_of_active_latents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = [
+        ("matching_pursuit", "n_steps", 2),
+        ("topk", "k", 2),
+        ("matching_pursuit", "n_steps", 4),
+        ("topk", "l0", 4),
+    ]
+    grid = make_grid({"grid": [{"variant": variant, "d_sae": 20, name: n} for variant, name, n in asked]})
+    members = [Member(entry, tmp_path / str(number)) for number, entry in enumerate(grid.entries)]
+    # More active latents, a smaller error: among all four, only those with four would stay.
+    fvus = {members[i].folder: fvu for i, fvu in enumerate((0.4, 0.5, 0.2, 0.1))}
+    monkeypatch.setattr("saelab.sweep.halving.recent_fvu", lambda folder, rung, total: fvus[folder])
+    assert losers(Halving((0.5,)), members, 5, 10) == [members[1], members[2]]
 
 
 def test_recent_fvu_is_a_mean_over_the_end_of_the_window(tmp_path: Path) -> None:
