@@ -187,6 +187,7 @@ def saved(tmp_path: Path, name: str, **columns: list) -> Path:
         (lambda p: npy(p, np.ones((7, D), np.float32)), {"context_length": 5}, "multiple of the context length"),
         (lambda p: npy(p, np.ones((10, D), np.float32)), {"context_length": 5, "skip_first": 5}, "leaves nothing"),
         (lambda p: npy(p, np.ones((10, D), np.float32)), {"context_length": 0}, "at least 1"),
+        (lambda p: npy(p, np.ones((2, 5, D), np.float32)), {"context_length": 10}, "contexts of 5 rows, not context_"),
         (lambda p: npy(p, np.array([{}], dtype=object)), {}, "not a readable"),
         (lambda p: broken(p, "acts.npy"), {}, "not a readable"),
         (lambda p: broken(p, "acts.parquet"), {}, "cannot be read as a dataset"),
@@ -196,6 +197,11 @@ def saved(tmp_path: Path, name: str, **columns: list) -> Path:
         (lambda p: saved(p, "two", acts=[[1.0, 2.0]]), {"column": "act"}, "did you mean acts"),
         (lambda p: saved(p, "two", acts=[[1.0, 2.0]]), {"tokens": "ids"}, "no column 'ids'"),
         (lambda p: saved(p, "ragged", acts=[[[1.0, 2.0]], [[1.0, 2.0], [3.0, 4.0]]]), {}, "equally long"),
+        (
+            lambda p: saved(p, "ids", acts=[[[1.0, 2.0], [3.0, 4.0]]], tokens=[[1, 2, 3, 4]]),
+            {},
+            "4 token ids for 2 activations from row 0 on",
+        ),
         (lambda p: saved(p, "nan", acts=[[float("nan"), 2.0]] * 3), {}, "not finite"),
     ],
 )

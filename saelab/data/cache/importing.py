@@ -96,6 +96,11 @@ def _write(writer: CacheWriter, found: Source, shard_rows: int, progress: Callab
     for acts, ids in found.blocks(shard_rows):
         contexts, length, d_in = acts.shape
         text = torch.zeros(contexts * length, dtype=torch.int64) if ids is None else ids.reshape(-1).long()
+        if len(text) != contexts * length:
+            raise UserError(
+                f"{found.name} has {len(text)} token ids for {contexts * length} activations from row {done} on; name "
+                "tokens that are one for each"
+            )
         slots = torch.arange(contexts * length).reshape(contexts, length)[:, skip:].reshape(-1)
         documents = torch.arange(contexts).repeat_interleave(length) + done // length
         writer.write_shard(acts.reshape(-1, d_in)[slots], text, slots, documents)
@@ -120,7 +125,7 @@ def _npy(path: Path, tokens: str | None, context_length: int | None) -> Source:
         raise UserError(
             f"{path} has shape {acts.shape} of {acts.dtype}; activations are floats [n, d_in] or [c, l, d_in]"
         )
-    length = acts.shape[1] if acts.ndim == 3 else context_length or 1
+    length = _context(acts.shape[1] if acts.ndim == 3 else None, context_length, path)
     rows, d_in = int(np.prod(acts.shape[:-1])), acts.shape[-1]
     flat = acts.reshape(rows, d_in)
     ids = None if tokens is None else _array(Path(tokens)).reshape(-1)
@@ -166,7 +171,7 @@ def _dataset(path: Path, column: str | None, tokens: str | None, split: str, con
         tokens = next((name for name in TOKEN_COLUMNS if name in first and name != column), None)
     elif tokens not in first:
         raise UserError(f"{path} has no column {tokens!r}; {near_matches(tokens, first)}")
-    length = shape[0] if len(shape) == 2 else context_length or 1
+    length = _context(shape[0] if len(shape) == 2 else None, context_length, path)
     each = length if len(shape) == 2 else 1
     rows, d_in = len(data) * each, shape[-1]
     _whole(rows, length, path)
@@ -225,6 +230,13 @@ def _column(path: Path, row: dict[str, Any], column: str | None) -> str:
     if column not in floats:
         raise UserError(f"{path} has no column {column!r} of float vectors; {near_matches(column, floats or row)}")
     return column
+
+
+def _context(stored: int | None, asked: int | None, path: Path) -> int:
+    """Rows in a context: those of contexts that are stored, or what single vectors are joined to."""
+    if stored is not None and asked not in (None, stored):
+        raise UserError(f"{path} holds contexts of {stored} rows, not context_length={asked}; leave it out")
+    return stored or asked or 1
 
 
 def _whole(rows: int, length: int, path: Path) -> None:
