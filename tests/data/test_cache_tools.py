@@ -61,6 +61,9 @@ def test_unlike_caches_are_not_merged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot merge .*b: its hook_name is 'blocks\.2"):
         merge([a, b], tmp_path / "all")
     assert not (tmp_path / "all").exists()
+    imported = [make(tmp_path / name, 50, model=name) for name in ("c", "d")]  # without a fingerprint of the weights
+    with pytest.raises(UserError, match=r"cannot merge .*d: its model is 'd'"):
+        merge(imported, tmp_path / "all")
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

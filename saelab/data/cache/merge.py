@@ -84,8 +84,10 @@ def merge(
     if not caches:
         raise UserError("nothing to merge; name at least one cache")
     first = caches[0].manifest
+    # Without a fingerprint, as after an import, the name is all that tells one model from another.
+    alike = _ALIKE if first.weights_fingerprint else (*_ALIKE, "model", "revision")
     for cache in caches[1:]:
-        for name in _ALIKE:
+        for name in alike:
             a, b = getattr(first, name), getattr(cache.manifest, name)
             if a != b:
                 raise UserError(f"cannot merge {cache.path}: its {name} is {b!r}, that of {caches[0].path} is {a!r}")
