@@ -135,9 +135,14 @@ def new_folder(folder: Path, *, overwrite: bool = False, wait: bool = False) -> 
         partial.mkdir()
         try:
             yield partial
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
+            try:
+                if folder.exists():
+                    folder.rename(old)
+                partial.rename(folder)
+            except BaseException:
+                if old.exists() and not folder.exists():
+                    old.rename(folder)  # else it would be removed below, with nothing in its place
+                raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

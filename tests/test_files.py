@@ -87,6 +87,23 @@ def test_a_new_folder_appears_at_the_end_or_not_at_all(tmp_path: Path) -> None:
     assert names(tmp_path / "deep") == ["made"] and names(tmp_path / "deep" / "made") == ["y"]
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with files.new_folder(tmp_path / "made") as partial:
+        (partial / "old").touch()
+    rename, asked = Path.rename, []
+
+    def fails_once(self: Path, target: Path) -> Path:
+        asked.append(target.name)
+        if asked.count("made") == 1 and target.name == "made":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_once)
+    with pytest.raises(OSError, match="no"), files.new_folder(tmp_path / "made", overwrite=True) as partial:
+        (partial / "new").touch()
+    assert names(tmp_path) == ["made"] and names(tmp_path / "made") == ["old"]
+
+
 def test_what_another_process_is_writing_stays_until_it_is_dead(
     other: tuple[subprocess.Popen[str], Path], tmp_path: Path
 ) -> None:
