@@ -78,17 +78,18 @@ class SparseCode:
         out = self.values.new_zeros(self.n, self.d_sae)
         return out.index_put((self.rows(), self.indices), self.values, accumulate=True)
 
-    def nonzero(self) -> SparseCode:
-        """The same code without stored zeros."""
-        keep = self.values != 0
+    def only(self, keep: Bool[Tensor, " nnz"]) -> SparseCode:
+        """The same code with the marked entries alone."""
         counts = torch.bincount(self.rows()[keep], minlength=self.n)
         return SparseCode(self.values[keep], self.indices[keep], _row_ptr(counts), self.d_sae)
 
+    def nonzero(self) -> SparseCode:
+        """The same code without stored zeros."""
+        return self.only(self.values != 0)
+
     def first(self, d_sae: int) -> SparseCode:
         """The code in the first ``d_sae`` latents, the others left out."""
-        keep = self.indices < d_sae
-        counts = torch.bincount(self.rows()[keep], minlength=self.n)
-        return SparseCode(self.values[keep], self.indices[keep], _row_ptr(counts), d_sae)
+        return replace(self.only(self.indices < d_sae), d_sae=d_sae)
 
     def detach(self) -> SparseCode:
         """The same code, cut from the graph."""

@@ -51,6 +51,12 @@ def test_nonzero_drops_stored_zeros_only() -> None:
     assert torch.equal(code.nonzero().dense(), dense)
 
 
+def test_only_the_marked_entries() -> None:
+    code, dense = ragged()
+    found = code.only(code.indices == code.indices[0])
+    assert torch.equal(found.dense(), torch.where(torch.arange(code.d_sae) == code.indices[0], dense, 0.0))
+
+
 @pytest.mark.parametrize("rows", [slice(0, 2), slice(1, 3), slice(2, 2), slice(-1, None), slice(None)])
 def test_slicing_takes_tokens(rows: slice) -> None:
     code, dense = ragged()

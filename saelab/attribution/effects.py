@@ -136,7 +136,7 @@ def _parts(reading: Reading, gradient: Tensor | None) -> _Parts:
 
 def _of_place(cut: Reading, total: Tensor | None, direct: Tensor | None) -> PlaceEffects:
     a, b = _parts(cut, total), _parts(cut, direct)
-    code = _only(cut.row(), _features(cut))
+    code = cut.row().only(_features(cut))
     rest, rest_direct = a.offset + a.other, b.offset + b.other
     slope = None if total is None else total[0]
     return PlaceEffects(cut.place, cut.skip, code, a.entries, b.entries, a.error, b.error, rest, rest_direct, slope)
@@ -147,12 +147,6 @@ def _features(reading: Reading) -> Tensor:
     code = reading.row()
     sae = reading.place.sae
     return (code.values != 0) & (code.indices < sae.d_sae - sae.n_bookkeeping)
-
-
-def _only(code: SparseCode, keep: Tensor) -> SparseCode:
-    counts = torch.bincount(code.rows()[keep], minlength=code.n)
-    row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return SparseCode(code.values[keep], code.indices[keep], row_ptr, code.d_sae)
 
 
 def _by_position(x: Tensor, gradient: Tensor | None) -> Tensor:

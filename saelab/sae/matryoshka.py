@@ -95,6 +95,5 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
         return [*drawn.tolist(), self.d_sae], places[code.indices]
 
     def _decode_group(self, code: SparseCode, keep: Tensor) -> Tensor:
-        counts = torch.bincount(code.rows()[keep], minlength=code.n)
-        row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return kernels.decode(code.values[keep], code.indices[keep], row_ptr, self.W_dec, None)
+        group = code.only(keep)
+        return kernels.decode(group.values, group.indices, group.row_ptr, self.W_dec, None)
