@@ -103,7 +103,8 @@ def _recorded(path: Path, sae: SAE, facts: dict[str, Any]) -> None:
     evaluation = read_json(file) if file.is_file() else {}
     if "saelab_version" in evaluation:  # another tool may call its own results so
         with damaged(file, "evaluate it again"):
-            facts["dead_estimate"] = round(evaluation["metrics"]["dead_fraction"]["value"] * sae.d_sae)
+            dead = evaluation["metrics"]["dead_fraction"]
+            facts["dead_estimate"] = round(dead["value"] * dead["n"])  # of latents, bookkeeping ones left out
             facts["dead_estimate_from"] = f"its evaluation on {evaluation['density_histogram']['tokens']:,} tokens"
 
 

@@ -156,5 +156,8 @@ def test_inspection_agrees_with_the_evaluation(tmp_path: Path) -> None:
     for read in (lambda: inspect(run), lambda: model_card(Run.open(run))):
         with pytest.raises(UserError, match=r"evaluation.json is damaged .*evaluate"):
             read()
+    counted = '"metrics": {"dead_fraction": {"value": 0.5, "n": 38}}, "density_histogram": {"tokens": 9}'
+    (run / "evaluation.json").write_text(f'{{"saelab_version": "0", {counted}}}')
+    assert inspect(run)["dead_estimate"] == 19  # of the latents that were counted: bookkeeping ones are not
     (run / "evaluation.json").write_text('{"another": "tool"}')
     assert "dead_estimate_from" in inspect(run)
