@@ -21,7 +21,7 @@ PASS, LARGEST_PASS = 2048, 1 << 15  # tokens of a forward pass
 def largest_pass(model: nn.Module, free: float, gradients: bool) -> int:
     """Tokens of a pass that takes at most ``free`` bytes: a power of two between ``PASS`` and ``LARGEST_PASS``.
 
-    A pass holds about sixteen vectors of the residual stream's width per token and layer that is kept: one layer
+    A pass holds about sixteen vectors of the residual stream's width per token and layer that is kept: two layers
     without gradients, all with them; and, with gradients, logits, in float32 and as they are.
     """
     config: Any = model.config

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from saelab.errors import UserError
-from saelab.lm.smollm2 import cache_home
+from saelab.files import cache_home
 from saelab.lm.structure import inside, underlying
 
 

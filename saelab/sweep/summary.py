@@ -41,7 +41,7 @@ SUMMARY = pa.schema(
         ("seeds", pa.int64()),
         ("documents", pa.int64()),
         *((name, pa.float64()) for name in ("fvu", "fvu_low", "fvu_high", *MEANS)),  # means over the seeds
-        # Mean over pairs of seeds of the share of latents that both have, and for directions at random.
+        # Mean over neighbouring seeds of the share of latents that both have, and for directions at random.
         *((name, pa.float64()) for name in ("shared_latents", "shared_by_chance")),
     ]
 )

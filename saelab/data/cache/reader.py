@@ -164,7 +164,7 @@ class ActivationCache:
         spans = {"train": (0, until), "validation": (first, self.manifest.train_rows)}
         spans |= {"held_out": (self.manifest.held_out_from, self.n_rows), "all": (0, self.n_rows)}
         if split not in spans:
-            raise UserError(f"unknown split {split!r}; choose train, held_out or all")
+            raise UserError(f"unknown split {split!r}; choose from {', '.join(spans)}")
         return spans[split]
 
     def with_validation(self, share: float) -> ActivationCache:
