@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,3 +114,10 @@ def places_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is added to the names of a sweep's rows to tell its hook points apart; nothing where there is one."""
     pairs = [(row.get("hook_name"), row.get("hook_name_out")) for row in rows]
     return [f" at {out or hook}" if len(set(pairs)) > 1 else "" for hook, out in pairs]
+
+
+def trained_apart(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is added to the name of a sweep's row to tell its training from that of others; nothing where all agree."""
+    if len({other.get("training") for other in rows}) < 2:
+        return ""
+    return "".join(f" {name}={value}" for name, value in json.loads(row["training"] or "{}").items())

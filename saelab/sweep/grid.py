@@ -113,6 +113,12 @@ class Entry:
         cls = VARIANTS[self.variant]
         return self.options.get(cls.l0_option, defaults(cls).get(cls.l0_option))
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """What else than the rate and the seed tells its training from that of another SAE with default options."""
+        given, default = asdict(self.train), asdict(TrainConfig())
+        return {n: given[n] for n in TRAIN if n not in ("lr", "seed", *SHARED) and given[n] != default[n]}
+
     def build(self, d_in: int, d_out: int | None = None) -> SAE:
         """The untrained SAE: the one that `saelab train` with the same options starts from. ``d_out`` is the target's
         width."""

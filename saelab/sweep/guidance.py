@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saelab.sweep.caches import places_of
+from saelab.sweep.caches import places_of, trained_apart
 
 FEWEST = 3  # numbers of active latents that a minimum between them needs
 PARTS = ("variant", "d_sae", "options")
@@ -55,7 +55,7 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
         if row.get("mean_cosine") is not None and row["l0"] is not None:
             options = json.loads(row["options"] or "{}")
             rest = {name: value for name, value in sorted(options.items()) if name not in ("k", "l0", "n_steps")}
-            said = "".join(f" {name}={value}" for name, value in rest.items())
+            said = "".join(f" {name}={value}" for name, value in rest.items()) + trained_apart(row, rows)
             found.append(
                 Point(f"{row['variant']} {row['d_sae']}{said}{place}", row["l0"], row["mean_cosine"], row["seed"] or 0)
             )

@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("lr", pa.float64()),
         ("options", pa.string()),  # the variant's options, as JSON
+        ("training", pa.string()),  # of its own: training options that are not the defaults, as JSON
         ("status", pa.string()),  # finished, halted or diverged
         ("message", pa.string()),
         ("step", pa.int64()),
@@ -79,6 +80,7 @@ def measure(
             message = "; ".join(filter(None, [message, *remarks])) or _off(member.entry, values["l0"])
         entry = member.entry
         about = _lr(member) | {"seed": entry.train.seed, "options": json.dumps(entry.options)}
+        about["training"] = json.dumps(entry.training)
         rows.append(
             {
                 "name": entry.name,

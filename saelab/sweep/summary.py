@@ -28,7 +28,7 @@ from saelab.sae.weights import load_sae
 
 Row = Mapping[str, Any]
 PLACE = ("hook_name", "hook_name_out")  # only SAEs of one place are compared
-ALIKE = ("variant", "k", "asked_l0", "d_sae", "options", *PLACE)
+ALIKE = ("variant", "k", "asked_l0", "d_sae", "options", "training", *PLACE)
 MEANS = ("l0", "dead_fraction", "ce_loss_recovered_zero", "lr", "cpu_seconds", "parameters")
 SUMMARY = pa.schema(
     [

@@ -13,7 +13,7 @@ from saelab.errors import UserError
 from saelab.metrics.hedging import Hedging, hedging
 from saelab.metrics.intervals import t_interval
 from saelab.sae.weights import load_sae
-from saelab.sweep.caches import places_of
+from saelab.sweep.caches import places_of, trained_apart
 
 Row = Mapping[str, Any]
 
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 def hedging_of_widths(rows: Sequence[Row], folder: Path | str) -> list[str]:
     """A sentence for each two neighbouring widths of SAEs that are otherwise alike, by the sweep's table and folder."""
     groups: dict[tuple[Any, ...], dict[int, dict[int, Row]]] = {}
-    places = places_of(rows)
+    places = [trained_apart(row, rows) + place for row, place in zip(rows, places_of(rows))]
     for row, place in zip(rows, places):
         if row["status"] == "finished":
             kind = (row["variant"], row["asked_l0"], row["options"], place)

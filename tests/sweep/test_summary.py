@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from saelab.data.synthetic import Planted
 from saelab.metrics import shared_fraction
 from saelab.metrics.intervals import two_way
 from saelab.sweep import load_results, load_summary, measure, save_results, summarise
+from saelab.sweep.grid import make_grid
+from saelab.sweep.guidance import points_of
 from saelab.sweep.summary import groups
 
 GRID = """
@@ -106,6 +109,26 @@ def test_groups_leave_out_what_did_not_finish() -> None:
         row | {"lr": 2e-3, "name": "b"},
     ]
     assert {name: len(members) for name, members in groups(rows).items()} == {"a": 1, "b": 1}
+
+
+def test_seeds_of_another_training_are_another_group(tmp_path: Path) -> None:
+    keys = {"variant": "topk", "d_sae": 16, "k": [2, 3, 4], "seed": [0, 1], "aux_weight": [0.0, 0.5], "lr": 1e-3}
+    entries = make_grid({"train": {"batch_size": 200}, "grid": [keys]}).entries
+    rows: list[dict[str, Any]] = [
+        {"name": e.name, "seed": e.train.seed, "variant": "topk", "k": e.l0, "asked_l0": e.l0, "d_sae": 16, "lr": 1e-3}
+        | {"options": json.dumps(e.options), "training": json.dumps(e.training), "status": "finished", "fvu": 0.5}
+        | {"l0": float(e.l0 or 0), "mean_cosine": e.train.aux_weight}
+        for e in entries
+    ]
+    assert [json.loads(row["training"]) for row in rows[:2]] == [{"aux_weight": 0.0}, {"aux_weight": 0.5}]
+    found = groups(rows)
+    assert len(found) == 6 and {len(members) for members in found.values()} == {2}
+    assert {point.group: point.overlap for point in points_of(rows)} == {
+        "topk 16 aux_weight=0.0": 0.0,
+        "topk 16 aux_weight=0.5": 0.5,
+    }
+    alone = [row for row in rows if row["mean_cosine"]]
+    assert {point.group for point in points_of(alone)} == {"topk 16"}
 
 
 def test_shared_latents_are_counted_one_to_one() -> None:
