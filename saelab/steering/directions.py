@@ -25,7 +25,6 @@ from saelab.steering.generation import forward
 from saelab.steering.vectors import SteeringVector
 
 
-@torch.no_grad()
 def text_activations(
     model: nn.Module,
     hook_name: str,
@@ -38,33 +37,55 @@ def text_activations(
 
     The first token, an attention sink of huge norm, is left out unless the text has no other.
     """
+    return read_texts(model, hook_name, texts, tokens, tokenizer, batch_size)[0]
+
+
+@torch.no_grad()
+def read_texts(
+    model: nn.Module,
+    hook_name: str,
+    texts: Sequence[str],
+    tokens: str = "mean",
+    tokenizer: Any = None,
+    batch_size: int = 16,
+) -> tuple[Float[Tensor, "texts d_in"], Float[Tensor, " tokens"]]:
+    """What :func:`text_activations` gives, and the norm of the activations on every token that is not left out.
+
+    The norms are those of single tokens, as in a cache: the mean over a text is shorter than what it is the mean of.
+    """
     if tokens not in {"mean", "last"}:
         raise UserError(f"tokens={tokens!r} is neither mean nor last")
     if isinstance(texts, str) or not texts:
         raise UserError("give a list of at least one text")
     tokenizer = tokenizer_of(model, tokenizer)
     root, device, site = underlying(model), device_of(model), check_replaceable(locate(model, hook_name))
-    rows = []
+    rows, norms = [], []
     for start in range(0, len(texts), batch_size):
         ids, mask = (t.to(device) for t in tokenize(tokenizer, texts[start : start + batch_size]))
         seen: list[Tensor] = []
         with attach(model, []), site.register(model, lambda x, seen=seen: seen.append(x.to(torch.float32, copy=True))):
             forward(root, ids, mask, last_only=True)
+        kept = mask.bool() & ((mask.cumsum(dim=1) > 1) | (mask.sum(dim=1, keepdim=True) == 1))
+        norms.append(seen[0][kept.to(seen[0].device)].norm(dim=1))
         if tokens == "last":
             rows.append(seen[0][:, -1])
             continue
-        kept = mask.bool() & ((mask.cumsum(dim=1) > 1) | (mask.sum(dim=1, keepdim=True) == 1))
         rows.append((seen[0] * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True))
-    return torch.cat(rows).cpu()
+    return torch.cat(rows).cpu(), torch.cat(norms).cpu()
+
+
+def rms(norms: Float[Tensor, " tokens"]) -> float:
+    """The root mean square of the norms."""
+    return float(norms.square().mean().sqrt())
 
 
 def difference_of_means(
     model: nn.Module, hook_name: str, positive: Sequence[str], negative: Sequence[str], **options: Any
 ) -> SteeringVector:
     """Mean over ``positive`` texts minus mean over ``negative`` texts; its norm is the distance of the two means."""
-    pos, neg = _both(model, hook_name, positive, negative, options)
+    pos, neg, known = _both(model, hook_name, positive, negative, options)
     origin = _origin("difference_of_means", positive, negative, options)
-    return SteeringVector.from_tensor(pos.mean(0) - neg.mean(0), hook_name, origin=origin, **_known(model, pos, neg))
+    return SteeringVector.from_tensor(pos.mean(0) - neg.mean(0), hook_name, origin=origin, **known)
 
 
 def probe(
@@ -84,7 +105,7 @@ def probe(
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_score
 
-    pos, neg = _both(model, hook_name, positive, negative, options)
+    pos, neg, known = _both(model, hook_name, positive, negative, options)
     x = torch.cat([pos, neg]).double()
     x = ((x - x.mean(0)) / x.std()).numpy()
     y = [1] * len(pos) + [0] * len(neg)
@@ -96,7 +117,7 @@ def probe(
     direction = torch.from_numpy(model_of_y.fit(x, y).coef_[0]).float()
     direction /= direction.norm()
     distance = ((pos.mean(0) - neg.mean(0)) @ direction).abs()
-    return SteeringVector.from_tensor(direction * distance, hook_name, origin=origin, **_known(model, pos, neg))
+    return SteeringVector.from_tensor(direction * distance, hook_name, origin=origin, **known)
 
 
 def pca(
@@ -109,16 +130,14 @@ def pca(
     """
     if len(positive) != len(negative):
         raise UserError(f"pca needs pairs, not {len(positive)} positive and {len(negative)} negative texts")
-    pos, neg = _both(model, hook_name, positive, negative, options)
+    pos, neg, known = _both(model, hook_name, positive, negative, options)
     differences = (pos - neg).double()
     _, sizes, axes = torch.linalg.svd(differences, full_matrices=False)
     along = differences @ axes[0]
     axis = axes[0] * torch.sign(along.mean() + torch.finfo(torch.double).tiny)
     origin = _origin("pca", positive, negative, options)
     origin["explained"] = float(sizes[0] ** 2 / (sizes**2).sum())
-    return SteeringVector.from_tensor(
-        axis * along.square().mean().sqrt(), hook_name, origin=origin, **_known(model, pos, neg)
-    )
+    return SteeringVector.from_tensor(axis * along.square().mean().sqrt(), hook_name, origin=origin, **known)
 
 
 def random_direction(like: SteeringVector, seed: int) -> SteeringVector:
@@ -137,14 +156,10 @@ def random_direction(like: SteeringVector, seed: int) -> SteeringVector:
 
 def _both(
     model: nn.Module, hook_name: str, positive: Sequence[str], negative: Sequence[str], options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    return text_activations(model, hook_name, positive, **options), text_activations(
-        model, hook_name, negative, **options
-    )
-
-
-def _known(model: nn.Module, *acts: Tensor) -> dict[str, Any]:
-    return {"model": model_name(model)[0] or None, "rms_norm": float(torch.cat(acts).square().sum(dim=1).mean().sqrt())}
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The rows of either side, and what a vector made of them knows: its model, and the norm of the activations."""
+    (pos, some), (neg, more) = (read_texts(model, hook_name, texts, **options) for texts in (positive, negative))
+    return pos, neg, {"model": model_name(model)[0] or None, "rms_norm": rms(torch.cat([some, more]))}
 
 
 def _origin(kind: str, positive: Sequence[str], negative: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:

@@ -55,8 +55,8 @@ def test_several_budgets_share_their_measurements(monkeypatch: pytest.MonkeyPatc
     prompts, budgets = ["w5 w6 w70", "w8 w9"], (0.1, 0.3, 1.0)
     alone = [calibrate(llama(), vector(), prompts, budget_kl=b, tolerance=0.05, tokenizer=tokenizer()) for b in budgets]
     counted: list[float] = []
-    real = calibration.damage_of
-    monkeypatch.setattr(calibration, "damage_of", lambda *given: (counted.append(1), real(*given))[1])
+    real = calibration.damage_in
+    monkeypatch.setattr(calibration, "damage_in", lambda *given: (counted.append(1), real(*given))[1])
     found = calibrate_each(llama(), vector(), prompts, budgets, tokenizer=tokenizer())
     assert found == alone
     assert [one.strength for one in found] == sorted(one.strength for one in found)

@@ -28,6 +28,7 @@ from saelab.steering import (
 )
 from saelab.steering.directions import random_direction, text_activations
 from saelab.steering.measure.attribution import named_latents
+from saelab.steering.measure.calibration import activation_norm
 from saelab.steering.measure.dose_response import Curve
 from saelab.steering.measure.effects import UnsteeredBaseline, concept_tokens, repetition
 from tests.steering.models import HOOK, bridge, llama, tokenizer
@@ -68,7 +69,9 @@ def test_difference_of_means_is_the_difference_of_means() -> None:
     pos, neg = (torch.stack([acts(text)[1:].mean(0) for text in texts]) for texts in (POSITIVE, NEGATIVE))
     torch.testing.assert_close(found.vector, pos.mean(0) - neg.mean(0), rtol=1e-4, atol=1e-4)
     assert found.origin["kind"] == "difference_of_means"
-    expected = torch.cat([pos, neg]).square().sum(1).mean().sqrt()
+    tokens = torch.cat([acts(text)[1:] for text in (*POSITIVE, *NEGATIVE)])  # as in a cache: of tokens, not of means
+    expected = tokens.square().sum(1).mean().sqrt()
+    assert activation_norm(bridge(), HOOK, [*POSITIVE, *NEGATIVE]) == pytest.approx(float(expected), rel=1e-4)
     assert found.length("2norm") == pytest.approx(2 * float(expected), rel=1e-4)
     assert found.length("1raw") == pytest.approx(float(found.vector.norm()))
 

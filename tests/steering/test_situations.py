@@ -171,8 +171,8 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from saelab.steering.measure import calibration
 
     counted: list[int] = []
-    real = calibration.damage_of
-    monkeypatch.setattr(calibration, "damage_of", lambda *given: (counted.append(1), real(*given))[1])
+    real = calibration.damage_in
+    monkeypatch.setattr(calibration, "damage_in", lambda *given: (counted.append(1), real(*given))[1])
     return counted
 
 
@@ -191,7 +191,7 @@ def test_calibration_takes_what_is_not_a_number_for_too_much(folder: Path, monke
     found = calibrate(model, vector(), "the cat sat on the mat", budget_kl=0.05)
     assert 0 < found.damage <= 0.05
     assert (found.strength, found.damage) in found.trace
-    monkeypatch.setattr(calibration, "damage_of", lambda *_: float("nan"))
+    monkeypatch.setattr(calibration, "damage_in", lambda *_: float("nan"))
     with pytest.raises(UserError, match="the damage is nan even at strength"):
         calibrate(model, vector(), "the cat sat on the mat", budget_kl=0.05)
     assert len(counted) < 60

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +10,10 @@ from torch import nn
 
 from saelab.errors import UserError
 from saelab.lm.tokens import Prompts
-from saelab.steering.directions import text_activations
+from saelab.steering.directions import read_texts, rms
 from saelab.steering.interventions import Intervention
-from saelab.steering.measure.budget import check_budget
-from saelab.steering.measure.effects import Effects, UnsteeredBaseline
+from saelab.steering.measure.budget import check_budget, damage_in
+from saelab.steering.measure.effects import UnsteeredBaseline
 from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector
 
@@ -99,10 +98,7 @@ def _calibrate(
     def damage(strength: float) -> float:
         if strength not in known:
             intervention = Add(vector, strength) if isinstance(vector, SteeringVector) else vector(strength)
-            try:
-                known[strength] = damage_of(baseline.measure(intervention), unit)
-            except OverflowError:  # a ratio of perplexities beyond the largest number
-                known[strength] = math.inf
+            known[strength] = damage_in(baseline.measure(intervention), unit)
         return known[strength]
 
     return [find_strength(damage, budget, unit, limit, tolerance) for budget in budgets]
@@ -160,13 +156,10 @@ def _largest(
     return low, low_damage, True
 
 
-def damage_of(effects: Effects, unit: str) -> float:
-    """The damage in the unit of a budget."""
-    return effects.mean_kl if unit == "kl" else effects.perplexity_ratio
-
-
 def activation_norm(model: nn.Module, hook_name: str, prompts: Prompts, *, tokenizer: Any = None) -> float:
-    """Root mean square over ``prompts`` of the norm of their mean activations at a hook point."""
+    """Root mean square norm of the activations at a hook point, over the tokens of ``prompts`` but each first one.
+
+    It is the unit that a run records of the cache it was trained on.
+    """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    acts = text_activations(model, hook_name, texts, tokenizer=tokenizer)
-    return float(acts.square().sum(dim=1).mean().sqrt())
+    return rms(read_texts(model, hook_name, texts, tokenizer=tokenizer)[1])
