@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from saelab.sae.weights import save
 from saelab.steering import Add, Recipe, SteeringVector, generate
 from saelab.steering.evaluation.answers import Answer, Kept, Row, prompt_ids
 from saelab.steering.evaluation.concepts import Concept
-from saelab.steering.evaluation.judge import RUBRICS, check_judge, rating, weighted_kappa
+from saelab.steering.evaluation.config import SteerEvalConfig
+from saelab.steering.evaluation.evaluate import Evaluation
+from saelab.steering.evaluation.judge import RUBRICS, check_judge, known_cases, rating, weighted_kappa
 from saelab.steering.evaluation.proxies import (
     Reader,
     distinct,
@@ -376,6 +379,32 @@ def test_a_judge_is_tested_with_few_requests(judge: Any) -> None:
     assert all(c.auc == 0.5 and not c.passed and "AUC 0.50" in c.reason for c in checks) and client.sent <= 144
     with pytest.raises(UserError, match="more instructions"):
         check_judge(client, held, asked[:2])  # type: ignore[arg-type]
+
+
+def test_answers_of_several_seeds_to_one_instruction_are_no_case_of_a_wrong_one() -> None:
+    held = [(c["name"], c["positive"], c["negative"]) for c in CONCEPTS]
+    asked = [(text, f"{text} a b c d e {seed}") for seed in range(5) for text in ASKED]
+    for seed in range(20):
+        cases = known_cases(held, asked, seed)["instruction"]  # type: ignore[arg-type]
+        assert {good for *_, good in cases} == {True, False}
+        assert all(text.startswith(f"{asked_for} a") == good for asked_for, text, good in cases)
+
+
+def test_an_unsteered_answer_without_a_token_has_no_concept(tmp_path: Path) -> None:
+    evaluation: Any = Evaluation.__new__(Evaluation)
+    evaluation.config, evaluation.instructions = SteerEvalConfig(instructions=2), ASKED[:2]
+    evaluation.kept = Kept(tmp_path / "a.jsonl")
+    for i, tokens in enumerate([[], [5, 6]]):
+        written = Row("", "none", 0, 0, i, evaluation.config.split(i))
+        evaluation.kept.add([Answer(written, "", tokens, None, {"topic": 1.0})])
+    evaluation.classifiers = {"ten": SimpleNamespace(scores=lambda acts: np.full(len(acts), 0.7))}
+    reader: Any = SimpleNamespace(
+        read=lambda *_: SimpleNamespace(activations=np.zeros((2, 3)), nats=np.array([np.nan, 1.0])),
+        alone=lambda answers: np.zeros((len(answers), 3)),
+    )
+    evaluation._unsteered(reader, 0)
+    found = [answer.proxies["concept ten"] for answer in evaluation.kept.answers.values()]
+    assert found == [0.0, pytest.approx(0.7)]  # as in the answers of the methods
 
 
 def test_answers_survive_a_file(tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ class Evaluation:
                 answer.proxies = _of_text(answer, float(nats), 1.0)
                 new.append(answer)
             for name, classifier in self.classifiers.items():
-                answer.proxies[f"concept {name}"] = float(classifier.scores(acts[None])[0])
+                share = float(classifier.scores(acts[None])[0]) if answer.tokens else 0.0
+                answer.proxies[f"concept {name}"] = share
         self._keep(new)
         return read.activations
 

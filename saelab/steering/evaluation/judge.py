@@ -161,10 +161,12 @@ def known_cases(
     for good in (True, False):
         some = [case for case in texts if case[2] is good]
         cases["concept"] += rng.sample(some, min(half, len(some)))
-    spoken = [(instruction, text) for instruction, text in asked if len(text.split()) >= 5]
+    # One answer to each instruction: beside another seed's answer, an instruction would count as that of another.
+    spoken = list({instruction: text for instruction, text in asked if len(text.split()) >= 5}.items())
     if len(spoken) < 4:
         raise UserError(
-            "the judge cannot be tested: fewer than four unsteered answers have five words; give more instructions"
+            f"the judge cannot be tested: unsteered answers to {len(spoken)} instructions have five words, four are "
+            "needed; give more instructions"
         )
     own = rng.sample(spoken, min(half, len(spoken)))
     turned = [*own[1:], own[0]]
