@@ -87,9 +87,13 @@ def check(sae: SAE, others: Sequence[SAE]) -> None:
         raise UserError("there is no other seed to compare with; name runs of the same SAE with other seeds")
     for other in others:
         if (other.d_in, other.d_out, other.transcodes) != (sae.d_in, sae.d_out, sae.transcodes):
-            raise UserError(f"SAEs of d_in={sae.d_in} and {other.d_in} share no latents; name other seeds of one SAE")
+            raise UserError(f"{_kind(sae)} and {_kind(other)} share no latents; name other seeds of one SAE")
         if other.W_dec.shape == sae.W_dec.shape and bool((other.W_dec == sae.W_dec).all()):
             raise UserError("one of the SAEs named as other seeds is the SAE itself; name runs with other seeds")
+
+
+def _kind(sae: SAE) -> str:
+    return f"a transcoder of d_in={sae.d_in}, d_out={sae.d_out}" if sae.transcodes else f"an SAE of d_in={sae.d_in}"
 
 
 def _over_seeds(values: np.ndarray, n: int, formula: str) -> Estimate:

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,14 @@ def test_drop_last_and_splits(tmp_path: Path) -> None:
     assert torch.equal(held, torch.arange(950, 1000))
     with pytest.raises(UserError, match="batch size 51 exceeds the 50 rows of the held_out split"):
         cache.batches(51, split="held_out")
+
+
+def test_rows_spread_over_a_split_end_with_its_last_one_however_many_there_are() -> None:
+    many: Any = SimpleNamespace(split_rows=lambda split: (10, 2**24 + 4))  # float32 has no odd numbers there
+    rows = ActivationCache.spread_rows(many, 5, "train").tolist()
+    assert rows[0] == 10 and rows[-1] == 2**24 + 3 and len(set(rows)) == 5 and rows == sorted(rows)
+    few: Any = SimpleNamespace(split_rows=lambda split: (3, 6))
+    assert ActivationCache.spread_rows(few, 100).tolist() == [3, 4, 5]
 
 
 def test_gradients_come_back_unscaled(tmp_path: Path) -> None:

@@ -13,12 +13,15 @@ from torch import nn
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, evaluate, saebench_json
+from saelab.evaluation.tasks import battery
 from saelab.evaluation.tasks.absorption import absorbed, absorption, l1_probe, split_latents, words_by_letter
 from saelab.evaluation.tasks.passages import Passages, Pooled, from_cache, from_texts, pool, read_jsonl
 from saelab.evaluation.tasks.probing import Standardised, sparse_probing, tasks
 from saelab.evaluation.tasks.scr_tpp import ablate, scr, tpp
 from saelab.evaluation.tasks.two_sided import Firings, collect, jensen_shannon, opposite_pairs, two_sidedness
+from saelab.features import LogitLens
 from saelab.lm import Site
+from saelab.lm.unembed import Unembedding
 from saelab.sae import build
 from saelab.sae.weights import save
 
@@ -44,6 +47,15 @@ def passages(a, b=None, noise=0.05, tokens=4):
         x[:, :, 2] += 1.5 * (1 - torch.tensor(b)[:, None])
     labels = {"a": [str(v) for v in a]} | ({"b": [str(v) for v in b]} if b is not None else {})
     return Passages(x.flatten(0, 1), torch.arange(len(a)).repeat_interleave(tokens), labels, "planted")
+
+
+def test_the_readout_of_a_layer_norm_subtracts_the_mean_of_a_direction(monkeypatch):
+    weight, norm, rows = torch.randn(6, 9), torch.rand(6) + 0.5, torch.randn(4, 6)
+    for centred in (True, False):
+        monkeypatch.setattr("saelab.lm.unembed.unembedding", lambda _, c=centred: Unembedding(weight, norm, c))
+        found = rows @ battery._readout(SimpleNamespace(original_model=None))
+        expected = LogitLens(weight, norm, centred).effects(rows)  # less the mean over the vocabulary
+        torch.testing.assert_close(found - found.mean(1, keepdim=True), expected)
 
 
 def test_pooling_commutes_with_decoding():

@@ -218,7 +218,7 @@ def test_latents_of_two_spaces_are_not_compared():
     sae, transcoder = build("topk", D, 48, k=K), build("topk", D, 48, d_out=D, k=K)
     with pytest.raises(UserError, match="onto the same target only"):
         match_saes(sae, transcoder)
-    with pytest.raises(UserError, match="share no latents"):
+    with pytest.raises(UserError, match=r"a transcoder of d_in=\d+, d_out=\d+ and an SAE of d_in=\d+ share no latents"):
         shared_with_seeds(transcoder, [sae])
 
 

@@ -108,7 +108,7 @@ class Bench:
             first, stop = self.caches[name].split_rows("held_out")
             if first == stop:
                 raise UserError(f"the held-out split of {self.caches[name].path} is empty; harvest with --held-out 0.1")
-            rows = torch.linspace(first, stop - 1, min(HELD_OUT, stop - first)).long()
+            rows = self.caches[name].spread_rows(HELD_OUT, "held_out")
             self.held_out[name] = self.caches[name].read(rows).acts.float()
         return self.held_out[name]
 

@@ -98,8 +98,7 @@ def measure(runs: Sequence[Run], cache: ActivationCache, tokens: int, places: Se
     """The numbers of each SAE on held-out rows, by L0."""
     for run in runs:
         check_pair(run.sae, cache, "held_out")
-    first, stop = cache.split_rows("held_out")
-    x = cache.read(torch.linspace(first, stop - 1, min(tokens, stop - first)).round().long()).acts
+    x = cache.read(cache.spread_rows(tokens, "held_out")).acts
     measured = []
     for run in runs:
         code = run.sae.encode(x.to(run.sae.device))

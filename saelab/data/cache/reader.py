@@ -207,6 +207,12 @@ class ActivationCache:
         first, stop = self.split_rows(split)
         return stop - first
 
+    def spread_rows(self, n: int, split: Split = "all") -> Int[Tensor, " rows"]:
+        """``n`` rows of a split, evenly spread from its first to its last; all of them where it has fewer."""
+        first, stop = self.split_rows(split)
+        # In float32 whole numbers above 2^24 are rounded, also to rows behind the split.
+        return torch.linspace(first, stop - 1, min(n, stop - first), dtype=torch.float64).round().long()
+
     def n_batches(self, batch_size: int, split: Split = "train", drop_last: bool = False) -> int:
         """Batches in one pass over a split."""
         rows = self.n_split(split)

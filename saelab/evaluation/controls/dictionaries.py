@@ -73,8 +73,7 @@ def _tied(directions: Float[Tensor, "m d_in"], sae: SAE, cache: ActivationCache,
     made.b_dec.copy_(torch.tensor(cache.manifest.mean))
     made.eval()
     # One factor for all values, the best on training rows: directions that overlap count a token's energy many times.
-    first, stop = cache.split_rows("train")
-    x = cache.read(torch.linspace(first, stop - 1, min(SAMPLE, stop - first)).round().long()).acts
+    x = cache.read(cache.spread_rows(SAMPLE, "train")).acts
     recon, wanted = made(x) - made.b_dec, x - made.b_dec
     energy = float(recon.square().sum())
     if energy > 0:

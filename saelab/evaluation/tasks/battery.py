@@ -236,10 +236,14 @@ def _vocabulary(cache: ActivationCache) -> list[str]:
 
 
 def _readout(model: Any) -> torch.Tensor | None:
-    """The linear map from a direction at the hook to logits, up to the norm's division; None without a loaded model."""
+    """The linear map from a direction at the hook to logits, up to the norm's division; None without a loaded model.
+
+    A LayerNorm subtracts the direction's mean: then the mean of each column is subtracted here.
+    """
     if not hasattr(model, "original_model"):
         return None
     from saelab.lm.unembed import unembedding
 
     found = unembedding(model)
-    return found.weight if found.norm_weight is None else found.norm_weight[:, None] * found.weight
+    matrix = found.weight if found.norm_weight is None else found.norm_weight[:, None] * found.weight
+    return matrix - matrix.mean(0, keepdim=True) if found.centred else matrix
