@@ -91,6 +91,8 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     finish: str = "length"
     text: str = ""
+    read: int = 0  # tokens of the prompt
+    kept: int = 0  # of those, taken from the cache
 
     def pieces(
         self, served: Served, request: Request, steered: Sequence[Intervention], seed: int
@@ -112,6 +114,7 @@ class Answer:
                     break
         finally:
             steps.close()  # takes the hooks off the model
+        self.read, self.kept = answerer.prompt_tokens, answerer.reused  # another request's as soon as its turn comes
         self.finish = "stop" if stops.ended or len(self.tokens) < most else "length"
         rest = stops.rest()
         self.text += rest
@@ -172,7 +175,7 @@ class Api:
                 pass
         told = [{"message": {"role": "assistant", "content": answer.text}} for answer in answers]
         choices = [_choice(i, answer, content) for i, (answer, content) in enumerate(zip(answers, told))]
-        usage = _usage(self.served, answers)
+        usage = _usage(answers)
         return _json({**head, "object": "chat.completion", "choices": choices, "usage": usage})
 
 
@@ -243,7 +246,7 @@ async def _events(
                     delta = {}
             yield _event(frame | {"choices": [_choice(index, answer, {"delta": {}})]})
         if request.include_usage:
-            yield _event(frame | {"choices": [], "usage": _usage(served, answers)})
+            yield _event(frame | {"choices": [], "usage": _usage(answers)})
         yield "data: [DONE]\n\n"
     except UserError as error:
         if not answers[0].tokens:
@@ -268,9 +271,9 @@ def _choice(index: int, answer: Answer | None, content: dict[str, Any]) -> dict[
     return {"index": index, **content, "finish_reason": None if answer is None else answer.finish, "logprobs": None}
 
 
-def _usage(served: Served, answers: Sequence[Answer]) -> dict[str, Any]:
-    written, read = sum(len(answer.tokens) for answer in answers), served.answerer.prompt_tokens
-    kept = {"cached_tokens": served.answerer.reused}
+def _usage(answers: Sequence[Answer]) -> dict[str, Any]:
+    written, read = sum(len(answer.tokens) for answer in answers), answers[-1].read
+    kept = {"cached_tokens": answers[-1].kept}
     total = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
     return total | {"prompt_tokens_details": kept}
 

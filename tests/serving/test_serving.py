@@ -24,8 +24,8 @@ openai = pytest.importorskip("openai")
 from saelab.cli import main  # noqa: E402
 from saelab.lm import load_model  # noqa: E402
 from saelab.serving import Served, application  # noqa: E402
-from saelab.serving.protocol import StopTexts  # noqa: E402
-from saelab.serving.server import bound  # noqa: E402
+from saelab.serving.protocol import Request, StopTexts  # noqa: E402
+from saelab.serving.server import Answer, _usage, bound  # noqa: E402
 from saelab.steering import Add, Recipe, SteeringVector, answer_chats  # noqa: E402
 from tests import tiny_lm  # noqa: E402
 from tests.data.test_chat import CHATML  # noqa: E402
@@ -175,6 +175,20 @@ def test_stop_texts_over_several_pieces() -> None:
         assert stops.ended and shown == "the ses", cut
     stops = StopTexts(["sea"])
     assert stops.add("a se") + stops.rest() == "a se" and not stops.ended
+
+
+def test_usage_is_that_of_the_answer_whatever_is_asked_between(served: Served) -> None:
+    def written(messages: Any) -> Answer:
+        answer, request = Answer(), Request("sea", messages, max_tokens=2, temperature=0.0)
+        list(answer.pieces(served, request, served.interventions("sea", None), 0))
+        return answer
+
+    first = written(ASKED)
+    read = served.answerer.prompt_tokens
+    written([*ASKED[:1], {"role": "user", "content": "the cat sat the cat sat the cat sat"}])
+    assert served.answerer.prompt_tokens > read
+    usage = _usage([first])
+    assert (usage["prompt_tokens"], usage["total_tokens"]) == (read, read + len(first.tokens))
 
 
 def test_turns_keep_the_cache(client: Any, served: Served) -> None:
