@@ -134,11 +134,7 @@ def results(run: Run, asked: Asked) -> pd.DataFrame:
         with st.spinner("Learning which words keep company …"):
             close, near = finder.related(asked.text)
         found = pd.concat([found, close[~close.index.isin(found.index)]])
-    found = search.narrow(found, **asked.filters)
-    hidden = 0
-    if not asked.dense and asked.filters["state"] not in {"dense", "ultra-dense"}:
-        shown = ~(found["density"] > DENSE) | (found["score"] == float("inf"))
-        hidden, found = int((~shown).sum()), found[shown]
+    found, hidden = fitting(found, asked)
     if asked.sort != "best":
         found = found.sort_values(asked.sort, ascending=asked.sort in ASCENDING, kind="stable")
     said = f"{len(found):,} of {len(finder.table):,}"
@@ -150,6 +146,15 @@ def results(run: Run, asked: Asked) -> pd.DataFrame:
         if near:
             st.caption("similar: " + ", ".join(viz.markdown(word) for word in near))
     return found
+
+
+def fitting(found: pd.DataFrame, asked: Asked) -> tuple[pd.DataFrame, int]:
+    """The rows that pass the filters, and how many dense ones are hidden besides."""
+    rows: Any = search.narrow(found, **asked.filters)
+    if asked.dense or asked.filters["state"] in {"dense", "ultra-dense"}:
+        return rows, 0
+    shown = ~(rows["density"] > DENSE) | (rows["score"] == float("inf"))
+    return rows[shown], int((~shown).sum())
 
 
 def _show_dense() -> None:
@@ -170,9 +175,9 @@ def everywhere(asked: Asked) -> None:
     for name, run in runs.items():
         with page.part():  # a damaged SAE says so, and the others are searched
             finders[name], notes[name] = loaders.finder(run), read_notes(loaders.place(run))
-    found: Any = find_in(finders, asked.text, notes, top=EVERY)
-    if len(found) and not asked.dense:
-        found = found[~(found["density"] > DENSE)]
+    found: Any = find_in(
+        finders, asked.text, notes, top=EVERY, where=asked.where, keep=lambda rows: fitting(rows, asked)[0]
+    )
     if found.empty:
         st.caption("No latent fits.")
     else:

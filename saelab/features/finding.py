@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -225,12 +225,20 @@ class Meanings:
 
 
 def find_in(
-    finders: Mapping[str, Finder], text: str, notes: Mapping[str, Notes] | None = None, top: int = 3
+    finders: Mapping[str, Finder],
+    text: str,
+    notes: Mapping[str, Notes] | None = None,
+    top: int = 3,
+    where: str = ANYTHING,
+    keep: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows,
 ) -> pd.DataFrame:
-    """The same query in several SAEs: the ``top`` rows of each with its name in the column ``SAE``, the best first."""
+    """The same query in several SAEs: the ``top`` rows of each with its name in the column ``SAE``, the best first.
+
+    ``where`` is that of :meth:`Finder.find`; of each SAE's rows only those count that ``keep`` leaves.
+    """
     parts = []
     for name, finder in finders.items():
-        rows = finder.find(text, notes=(notes or {}).get(name)).head(top)
+        rows = keep(finder.find(text, where, (notes or {}).get(name))).head(top)
         parts.append(rows.assign(SAE=name))
     if not parts:
         return pd.DataFrame()

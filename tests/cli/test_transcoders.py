@@ -68,6 +68,8 @@ def test_a_run_knows_both_places_and_finds_its_target(caches, run, capsys):
     capsys.readouterr()
     main(["inspect", str(run), "--cache", str(caches / IN), "--json"])
     assert json.loads(capsys.readouterr().out)["fvu"] is not None
+    main(["find", "the [[cat sat]] on", str(run), "--json"])
+    assert {"latent", "specificity"} <= json.loads(capsys.readouterr().out)[0].keys()
 
 
 def test_its_command_and_its_card_name_the_target(caches, run):

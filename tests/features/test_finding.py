@@ -148,6 +148,10 @@ def test_several_saes_are_searched_at_once(planted) -> None:
     assert set(found["SAE"]) == {"a", "b"} and len(found) == 4
     assert found[found["SAE"] == "b"]["latent"].tolist() == [0, 7]
     assert find_in({}, "sea").empty
+    # The first of those that fit: what is left out takes no place of them.
+    rest = find_in({"a": finder}, "sea", top=2, keep=lambda rows: rows[rows["latent"] != 0])
+    assert rest["latent"].tolist() == finder.find("sea")["latent"].tolist()[1:3]
+    assert find_in({"a": finder}, "sea", where="label")["latent"].tolist() == [0]
 
 
 def test_an_index_of_the_first_release_is_searched_by_its_tokens() -> None:

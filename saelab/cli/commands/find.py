@@ -123,12 +123,14 @@ def by_example(run: Run, options: Options, models: dict[str, Any]) -> pd.DataFra
     if record.name not in models:
         models[record.name] = open_model(part(ModelOptions, options), record, f"the SAE {run.name}")
     model = models[record.name]
-    hook, bos = run.metadata.get("hook_name"), bool(run.metadata.get("prepend_bos", True))
+    hook = run.metadata.get("hook_name")
     if not hook:
         raise UserError(f"{run.path} records no hook point; index it over a cache of that hook point")
     plain, spans = search.marked(options.query)
-    read = read_prompt(model, run.sae, plain, hook, bos=bos)
-    other = read_prompt(model, run.sae, options.contrast, hook, bos=bos) if options.contrast else None
+    place: dict[str, Any] = {"bos": bool(run.metadata.get("prepend_bos", True))}
+    place["hook_name_out"] = run.metadata.get("hook_name_out", "")  # of a transcoder
+    read = read_prompt(model, run.sae, plain, hook, **place)
+    other = read_prompt(model, run.sae, options.contrast, hook, **place) if options.contrast else None
     marks = torch.tensor(search.tokens_in(read.strings, spans, offset=read.first)[read.first :])
     contrast = None if other is None else other.code[other.first : other.n]
     return find_by_example(run.index, read.code[read.first : read.n], marks, contrast, top=options.count)
