@@ -15,7 +15,6 @@ from parts import recipes
 from saelab import viz
 from saelab.attribution import AttributionGraph, Node, attribute
 from saelab.attribution.viewers import viewer_json
-from saelab.errors import UserError
 from saelab.runs import Run
 from saelab.steering import Recipe
 from saelab.workspace import recipes as saved
@@ -209,11 +208,12 @@ def intervene(run: Run, graph: AttributionGraph, chosen: list[Node]) -> None:
         )
     if sent:
         _send(graph, chosen, operation)
+    now = f"{operation} {', '.join(node.id for node in chosen)}"
     if asked:
-        st.session_state["attribution_text"] = (id(graph), _continue(run, graph, chosen, operation))
-    of, texts = st.session_state.get("attribution_text", (None, None))
-    if of == id(graph):
-        _show(texts)
+        st.session_state["attribution_text"] = (graph, now, _continue(run, graph, chosen, operation))
+    of, made_with, texts = st.session_state.get("attribution_text", (None, "", {}))
+    if of is graph:
+        _show(texts, made_with, made_with != now)
     _save(run, graph, chosen, operation)
 
 
@@ -239,21 +239,23 @@ def _continue(run: Run, graph: AttributionGraph, chosen: list[Node], operation: 
         }
 
 
-def _show(texts: dict[str, Any]) -> None:
+def _show(texts: dict[str, Any], made_with: str, outdated: bool) -> None:
+    st.caption(f"Changed: {viz.markdown(made_with)}")
+    if outdated:
+        st.warning("The choice has changed since. Continue again to see what it does.", icon=":material/history:")
     before = texts["as it is"].tokens
     for column, (name, text) in zip(st.columns(len(texts)), texts.items()):
         with column, st.container(border=True, height="stretch"):
             st.markdown(f"**{name}**")
             marks = steering.changed(before, text.tokens) if name != "as it is" else [False] * len(text.tokens)
-            page.html(viz.token_strip(text.strings, [0.55 * m for m in marks], page.colours(), 1.0, unit="changed"))
+            strip = viz.token_strip(text.strings, [0.55 * m for m in marks], page.colours(), 1.0, unit="changed")
+            page.html(viz.outdated(strip) if outdated else strip)
 
 
 def _save(run: Run, graph: AttributionGraph, chosen: list[Node], operation: str) -> None:
     name = recipes.asked_name("attribution_save", "Save the change as a recipe", "attribution_recipe")
     if name is None:
         return
-    if not name.strip():
-        raise UserError("a recipe needs a name")
     folder = saved.recipe_folder(loaders.workspace().root, name)
     model = loaders.need_model(run, "Attribution")
     with loaders.model_lock(), st.spinner("Saving …"):

@@ -69,9 +69,7 @@ def shown(pick: Pick) -> dict[str, str]:
 
 
 def _condition_text(pick: Pick) -> str:
-    if not isinstance(pick.when, LatentFires):
-        return ""
-    return f"{'-' * (pick.when.pole < 0)}{pick.when.latent}>{pick.when.threshold:g}"
+    return steering.condition_text(pick.when) if isinstance(pick.when, LatentFires) else ""
 
 
 def _condition(text: str, pick: Pick, source: Any) -> Condition | None:

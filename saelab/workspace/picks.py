@@ -15,7 +15,7 @@ from saelab.runs import Run
 from saelab.steering import OPERATIONS, Condition, LatentFires, Schedule
 from saelab.steering.layers import parse_layers
 from saelab.steering.vectors import parse_strength
-from saelab.workspace.steering import PLACES, Pick, operations, pick_latent, schedule_text, units
+from saelab.workspace.steering import PLACES, Pick, condition_text, operations, pick_latent, schedule_text, units
 
 LATENT = re.compile(r"(-?)(\d+)")
 CONDITION = re.compile(r"(-?)(\d+)>(\d+(?:\.\d*)?(?:e[+-]?\d+)?)")
@@ -30,7 +30,7 @@ def pick_text(pick: Pick) -> str | None:
     number = "" if amount is None else f"{pick.amount:g}{pick.unit if amount.units else ''}"
     words = [f"{'-' * (pick.pole < 0)}{pick.latent}", pick.operation, number, str(pick.where)]
     if pick.when is not None:
-        words.append(f"when={'-' * (pick.when.pole < 0)}{pick.when.latent}>{pick.when.threshold:g}")
+        words.append("when=" + condition_text(pick.when))
     if pick.schedule is not None:
         words.append("schedule=" + schedule_text(pick.schedule))
     if pick.layers:

@@ -18,6 +18,7 @@ from saelab.steering import (
     Calibration,
     Condition,
     Intervention,
+    LatentFires,
     ProjectOut,
     Schedule,
     SteeringVector,
@@ -112,8 +113,9 @@ def _amount(pick: Pick) -> str:
 
 def _place(pick: Pick) -> str:
     where = "" if pick.where == "all" else f"on {pick.where}"
-    limits = ("conditional" * (pick.when is not None), "scheduled" * bool(pick.schedule))
-    return " ".join(filter(None, (where, *limits, f"layers {pick.layers}" * bool(pick.layers))))
+    when = "" if pick.when is None else f"where {condition_text(pick.when)}"
+    schedule = "" if pick.schedule is None else f"schedule {schedule_text(pick.schedule)}"
+    return " ".join(filter(None, (where, when, schedule, f"layers {pick.layers}" * bool(pick.layers))))
 
 
 def best_unit(vector: SteeringVector) -> str:
@@ -162,6 +164,14 @@ def spread(step: Intervention, pick: Pick, model: nn.Module) -> list[Interventio
     return [*at_layers(model, step, parse_layers(pick.layers))]
 
 
+def condition_text(when: Condition) -> str:
+    """``7>0.5`` or ``-7>0.5`` for a latent's pole, as an address has it; a probe by its threshold and place."""
+    if isinstance(when, LatentFires):
+        return f"{'-' * (when.pole < 0)}{when.latent}>{when.threshold:g}"
+    settings = when.settings()
+    return f"{settings['kind']}>{settings['above']:g} at {settings['hook_name']}"
+
+
 def schedule_text(schedule: Schedule) -> str:
     """``0:1,20:0``, as :meth:`Schedule.parse` takes it."""
     return ",".join(f"{step:g}:{weight:g}" for step, weight in schedule.points)
@@ -181,10 +191,12 @@ def control(pick: Pick, seed: int) -> Intervention:
     """The same kind of change along a random direction, as a control.
 
     A vector operation is applied to the random direction. For an operation on a latent, the random direction is added
-    at the length that the latent's activation is set to, or projected out where it has no such length.
+    at the length that the latent's activation is set to, or projected out where it has no such length. It acts on the
+    same tokens: operations on a latent leave each text's first one alone.
     """
     direction, operation = random_direction(pick.vector, seed), OPERATIONS[pick.operation]
     limits: dict[str, Any] = {"when": pick.when, "schedule": pick.schedule}
+    limits["skip_first"] = operation.skip_first if pick.skip_first is None else pick.skip_first
     if issubclass(operation, VectorIntervention):
         return replace(operation.on_vector(direction, pick.strength, where=pick.where), **limits)
     if operation.amount is not None and operation.amount.units:

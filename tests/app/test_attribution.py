@@ -43,7 +43,7 @@ def test_a_prediction_is_explained_and_changed(monkeypatch: pytest.MonkeyPatch, 
     assert "<script" not in json.dumps(drawn["attribution_figure"]), "tokens and labels are text"
     assert list(app.dataframe[0].value["effect"]) == [node.effect for node in graph.latents]
     succeed(app.button(key="attribution_continue").click().run())
-    _, texts = app.session_state["attribution_text"]
+    *_, texts = app.session_state["attribution_text"]
     assert set(texts) == {"as it is", "changed"} and texts["as it is"].tokens
     app.text_input(key="attribution_recipe").input("page test")
     succeed(app.button(key="FormSubmitter:attribution_save-Save").click().run())
@@ -59,6 +59,21 @@ def test_latents_go_to_steering(monkeypatch: pytest.MonkeyPatch, folder: Path) -
     assert {(p.latent, p.pole) for p in picks} == {(n.latent, n.pole) for n in graph.causes[:3] or graph.latents[:3]}
     assert {p.operation for p in picks} == {"ablate"}
     assert any(box.value == "ablate" for box in app.selectbox)
+
+
+def test_a_text_says_which_change_it_is_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    app = succeed(explained(monkeypatch, folder, "abs_topk"))
+    _, graph = app.session_state["attribution"]
+    chosen = ", ".join(node.id for node in graph.causes[:3] or graph.latents[:3])
+    succeed(app.button(key="attribution_continue").click().run())
+    assert not app.warning
+    succeed(app.selectbox(key="attribution_operation").select("scale").run())
+    assert "The choice has changed" in app.warning[0].value
+    said = [caption.value.replace("\\", "") for caption in app.caption]
+    assert f"Changed: ablate {chosen}" in said
+    app.text_input(key="attribution_recipe").input(" ")
+    app.button(key="FormSubmitter:attribution_save-Save").click().run()
+    assert not app.exception and "name of letters, digits or dashes" in app.error[0].value
 
 
 def test_another_sae_asks_again_and_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

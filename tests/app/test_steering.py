@@ -235,6 +235,15 @@ def test_conditions_and_schedules_of_a_recipe_are_kept(workplace: Path, folder: 
         "weight of generated tokens: 1 at 0, 0 at 9",
     ]
     assert steering.control(pick, 0).schedule == limited.schedule
+    # A text made under other limits is another one, and the page says so by this line.
+    assert "add #3 " in (said := steering.described([pick], "w", {})) and "where 5>0.5 schedule 0:1,9:0" in said
+    other = pick.changed(when=LatentFires(source, 5, 0.25, -1))
+    assert "where -5>0.25 schedule" in steering.described([other], "w", {})
+    # What leaves the first token alone has a control that does.
+    clamped = steering.pick_latent(source, 3, 1).changed(operation="clamp")
+    assert steering.control(clamped, 0).skip_first and steering.intervention(clamped, source).skip_first
+    assert not steering.control(clamped.changed(skip_first=False), 0).skip_first
+    assert not steering.control(clamped.changed(operation="add"), 0).skip_first
     # A change at several layers is one intervention of the page.
     wide = pick.changed(layers="0-1", label="wide")
     steps = [*steering.interventions(wide, source, model), steering.intervention(pick, source)]
