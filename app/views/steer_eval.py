@@ -8,8 +8,9 @@ import pandas as pd
 import session
 import streamlit as st
 from parts import evaluating
+from parts import source as source_parts
 
-from saelab import viz
+from saelab import viz, workspace
 from saelab.layout import STEER_EVAL
 from saelab.steering.evaluation.report import read_report
 from saelab.viz import steer_eval as figures
@@ -74,4 +75,4 @@ if len(examples):
         },
     )
 st.caption("Made with")
-st.code(command, language="bash")
+source_parts.commands(workspace.steer_eval_command(result, chosen))

@@ -1,7 +1,7 @@
 """A folder of runs and caches, as the app and the notebooks show it."""
 
 from saelab.runs.metrics_log import measured, read_metrics, series, thin
-from saelab.workspace.commands import evaluate_command, index_command, train_command
+from saelab.workspace.commands import evaluate_command, index_command, steer_eval_command, train_command
 from saelab.workspace.condition import Progress, damage, progress
 from saelab.workspace.numbers import (
     FORMULAS,
@@ -36,6 +36,7 @@ __all__ = [
     "progress",
     "read_metrics",
     "series",
+    "steer_eval_command",
     "summary",
     "thin",
     "train_command",

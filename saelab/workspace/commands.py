@@ -16,7 +16,7 @@ from saelab.sae.base import current
 from saelab.training import TrainConfig
 from saelab.training.fitting import ROLLED, SOURCE, without_warmups
 
-CACHE, MODEL = "CACHE", "MODEL"  # placeholders where none is recorded
+CACHE, MODEL, RUN = "CACHE", "MODEL", "RUN"  # placeholders where none is recorded
 
 
 def train_command(run: Run) -> str | None:
@@ -69,16 +69,37 @@ def index_command(run_name: str, meta: Mapping[str, Any]) -> str:
     return _spell("index", run_name, {"cache": meta["cache"], **_changed(IndexConfig, meta["config"])})
 
 
+def steer_eval_command(result: Mapping[str, Any], folder: str) -> str:
+    """The command that made an evaluation of steering, from its ``steer_eval.json``.
+
+    Placeholders stand for what that does not say: where the judge is, and the recipe.
+    """
+    from saelab.steering.evaluation.config import SteerEvalConfig  # a page loads it when it needs it
+
+    config = result.get("config") or {}
+    options: dict[str, Any] = {"out": folder, **_changed(SteerEvalConfig, config)}
+    if "recipe" in config.get("methods", ()):
+        options["recipe"] = "RECIPE"
+    if result.get("judge"):
+        options |= {"endpoint": "ADDRESS", "judge": result["judge"]}
+    command = _spell("steer-eval", result.get("sae") or RUN, options)
+    return " ".join([command, *(f"--concept {shlex.quote(name)}" for name in result.get("classifiers") or ())])
+
+
 def _differs(value: Any, parameter: inspect.Parameter) -> bool:
-    """Whether a value read from JSON is not the parameter's default; there, sequences are lists."""
-    default = parameter.default
-    return value != (list(default) if isinstance(default, tuple) else default)
+    """Whether a value read from JSON is not the parameter's default."""
+    return value != _as_json(parameter.default)
+
+
+def _as_json(value: Any) -> Any:
+    """There, sequences are lists."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _changed(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded values that are options and not their defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    return {name: values[name] for name in defaults if name in values and values[name] != defaults[name]}
+    return {name: values[name] for name in defaults if name in values and values[name] != _as_json(defaults[name])}
 
 
 def _spell(command: str, subject: str | None, options: Mapping[str, Any]) -> str:

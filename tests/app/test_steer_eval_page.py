@@ -48,7 +48,9 @@ def result(**changes: Any) -> dict[str, Any]:
 def test_an_evaluation_is_shown_with_what_must_be_known_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "steering").mkdir()
     path = tmp_path / "steering" / "steer_eval.json"
-    path.write_text(json.dumps(result()))
+    config = {"methods": ["none", "latent"], "budget": 0.5, "levels": [0.5, 1.0, 2.0], "batch": 48}
+    made = {"sae": "runs/an SAE", "config": config, "classifiers": {"the sea": {}, "war": {}}}
+    path.write_text(json.dumps(result(**made)))
     app = launch(monkeypatch, tmp_path, model="none")
     app.switch_page("views/steer_eval.py").run()
     assert not app.exception and not app.error
@@ -58,6 +60,11 @@ def test_an_evaluation_is_shown_with_what_must_be_known_first(monkeypatch: pytes
     tables = [frame.value for frame in app.dataframe]
     assert tables[0].iloc[0]["concept"] == "1.00 (0.50 to 1.50)" and tables[1].iloc[0]["difference"] == "-0.50"
     assert tables[2].iloc[0]["text"] == "<script>"  # in a table, which shows text as text
+    # The command is that of what is shown, whatever SAE the other pages are about.
+    assert app.code[-1].value == (
+        "saelab steer-eval 'runs/an SAE' --out steering --methods none latent --budget 0.5 --concept 'the sea' "
+        "--concept war"
+    )
     app.selectbox(key="steer_eval_method").select("latent").run()
     assert not app.exception
     path.write_text("{}")
