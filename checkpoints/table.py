@@ -9,6 +9,8 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from saelab.features.indexing.labels import POOR
+
 HERE = Path(__file__).parent
 COLUMNS = {
     "L0": ("l0", "{:.1f}"),
@@ -17,7 +19,6 @@ COLUMNS = {
     "CE recovered (mean)": ("ce_loss_recovered_mean", "{:.3f}"),
     "dead": ("dead_fraction", "{:.1%}"),
 }
-GOOD = 0.3  # F1 of a label from which on it describes its latent; the app mutes labels below
 
 
 def table(folder: Path = HERE) -> str:
@@ -38,10 +39,10 @@ def table(folder: Path = HERE) -> str:
 
 
 def labelled(run: Path) -> float:
-    """Share of the latents that fire whose label has an F1 above ``GOOD`` on contexts it was not chosen on."""
+    """Share of the latents that fire whose label has an F1 above ``POOR`` on contexts it was not chosen on."""
     index = pq.read_table(run / "features" / "features.parquet", columns=["count", "label_score"])
     scores = index.filter(pc.field("count") > 0)["label_score"]
-    return pc.sum(pc.fill_null(pc.greater(scores, GOOD), fill_value=False)).as_py() / len(scores)
+    return pc.sum(pc.fill_null(pc.greater(scores, POOR), fill_value=False)).as_py() / len(scores)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,7 @@ def own_text(run: Run, index: Any, latent: int, poles: tuple[int, ...]) -> None:
         read = kept[1]
         trace = [0.0] * read.first + read.trace(latent)[read.first :]
         largest = max(index.max_activation(latent, pole) for pole in poles)
-        strongest = max(poles, key=lambda pole: index.max_activation(latent, pole))
-        weaker = latent_parts.below(index, latent, strongest)
+        weaker = latent_parts.below(index, latent)
         losses = None if read.grads is None else read.loss_without(latent, loaders.sae(run))
         page.html(viz.token_strip(read.strings, trace, page.colours(), largest or None, below=weaker, losses=losses))
         best = max(trace, key=abs, default=0.0)
@@ -62,7 +61,7 @@ def own_text(run: Run, index: Any, latent: int, poles: tuple[int, ...]) -> None:
 
 def groups(run: Run, index: Any, latent: int, pole: int, row: dict[str, Any]) -> None:
     """The quarters of its firings, one below the other, each with its share of the magnitude."""
-    weaker = latent_parts.below(index, latent, pole)
+    weaker = latent_parts.below(index, latent)
     shares = magnitude_shares(index.histogram_edges, row["histogram"])
     for kind, (low, high) in BANDS.items():
         found = index.examples(latent, pole, kind)
@@ -97,7 +96,7 @@ def top(run: Run, index: Any, latent: int, pole: int) -> None:
             found = whole_contexts(cache, loaders.sae(run), found)
     documents = len({example.document for example in found})
     st.caption(f"{len(found)} contexts, {'all of one document' if documents == 1 else f'of {documents} documents'}")
-    largest, weaker = index.max_activation(latent, pole) or None, latent_parts.below(index, latent, pole)
+    largest, weaker = index.max_activation(latent, pole) or None, latent_parts.below(index, latent)
     page.html(viz.example_list(found, page.colours(), largest, weaker, breaks=whole))
 
 

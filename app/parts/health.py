@@ -121,7 +121,8 @@ def death_table(run: Run, found: pd.DataFrame) -> dict[Any, Any] | None:
         alt="Dead latents with the cause of death",
     )
     if any(found["gain"].notna()):
-        chance = 1 / ((1 if loaders.sae(run).signed else 2) * run.config["d_in"])
+        sae = loaders.sae(run)
+        chance = 1 / ((1 if sae.signed else 2) * sae.d_out)
         st.caption(f"A random direction would gain {chance:.2%}.")
     # Something to look at before the first click.
     at = tables.picked_row(event, range(len(shown)))

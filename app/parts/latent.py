@@ -14,13 +14,13 @@ import streamlit as st
 from parts import tables
 from saelab import viz
 from saelab.features.explanations import imported_labels, load
+from saelab.features.indexing.labels import POOR
 from saelab.features.search import counterparts
 from saelab.runs import Run
 from saelab.workspace.notes import read_notes, write_note
 from saelab.workspace.relatives import same_start, seed_of
 
 LONGEST_TITLE = 44
-POOR = 0.3  # F1 below which a label says little
 ROLE = "Only examples that fire on messages of this role."
 POSITIVE = ("token_share", "encoder_norm", "decoder_norm")
 FACTS = {
@@ -148,15 +148,22 @@ def examples(index: Any, latent: int, pole: int, kind: str, limit: int = 10, key
         )
         found = [example for example in found if role in (None, example.role)]
     found = found[:limit]
-    largest, weaker = index.max_activation(latent, pole) or None, below(index, latent, pole)
+    largest, weaker = index.max_activation(latent, pole) or None, below(index, latent)
     page.html(viz.example_list(found, page.colours(), scale=largest, below=weaker))
 
 
-def below(index: Any, latent: int, pole: int) -> Callable[[float], float]:
-    """The share of a pole's firings that are weaker than a magnitude, from its histogram."""
-    counts = np.asarray(index.latent(latent, pole)["histogram"], float)
-    share = np.concatenate([[0.0], np.cumsum(counts) / max(counts.sum(), 1.0)])
-    return lambda size: float(np.interp(size, index.histogram_edges, share))
+def below(index: Any, latent: int) -> Callable[[float], float]:
+    """The share of the firings of an activation's pole that are weaker than it, from the pole's histogram."""
+    shares = {}
+    for pole in index.poles:
+        counts = np.asarray(index.latent(latent, pole)["histogram"], float)
+        shares[pole] = np.concatenate([[0.0], np.cumsum(counts) / max(counts.sum(), 1.0)])
+
+    def weaker(activation: float) -> float:
+        share = shares[-1 if activation < 0 and -1 in shares else 1]
+        return float(np.interp(abs(activation), index.histogram_edges, share))
+
+    return weaker
 
 
 def logits(row: dict[str, Any], limit: int = 10) -> None:

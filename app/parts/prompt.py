@@ -69,10 +69,14 @@ def choose_ranking(run: Run, reading: Reading) -> tuple[How, int]:
 
 def ranked(run: Run, reading: Reading, how: How, position: int | None = None) -> tuple[list[Ranked], int]:
     """The latents of a text, or of one token, in the chosen order, and the number of dense ones left out."""
-    known = loaders.known(run) if run.has_index else None
-    by = how.by if known is not None or how.by == "effect" else "activation"
+    known, by = loaders.known(run) if run.has_index else None, ranking(run, how)
     rows = loaders.sae(run).W_dec.detach() if by == "effect" else None
     return rank(reading, by, known, rows, position=position, hide_dense=how.hide_dense)
+
+
+def ranking(run: Run, how: How) -> str:
+    """The ranking of an SAE: the chosen one, or by activation where that needs an index and there is none."""
+    return how.by if run.has_index or how.by == "effect" else "activation"
 
 
 def coloured_text(run: Run, reading: Reading, position: int, how: How) -> None:
@@ -162,7 +166,8 @@ def side_by_side(runs: list[Run], reading: Reading, how: How) -> None:
             )
             found, hidden = ranked(run, own, how)
             chosen = ranked_table(run, own, found[:SHOWN], key=f"prompt_beside_{run.name}")
-            st.caption(f"{len(found):,} active latents.{left_out(hidden)}")
+            by = "" if ranking(run, how) == how.by else " Ranked by activation, because it has no feature index."
+            st.caption(f"{len(found):,} active latents.{left_out(hidden)}{by}")
         if chosen is not None:
             session.open_latent(*chosen, run)
 

@@ -8,15 +8,15 @@ import pandas as pd
 import streamlit as st
 
 from parts import reading, tables
-from parts.latent import POOR
 from saelab import viz
+from saelab.features.indexing.labels import POOR
 
 SHOWN = 500
 _number = st.column_config.NumberColumn
 COLUMNS = {
     **tables.COLUMNS,
     "share": _number("on it", format="percent", width=70, help="share of its firing magnitude on the words"),
-    "about": st.column_config.TextColumn("label", width=260, help="in brackets: F1 below 0.3, a poor guess"),
+    "about": st.column_config.TextColumn("label", width=260, help=f"in brackets: F1 below {POOR:g}, a poor guess"),
     "my label": st.column_config.TextColumn("my label", width=140),
     "SAE": st.column_config.TextColumn("SAE", width=160),
     "specificity": _number(format="%.2f", help="(mean on the span − mean elsewhere) × −log₂ density, in maxima"),

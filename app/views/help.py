@@ -33,7 +33,7 @@ MARKS = (
     ("dotted line below a token", "negative activation", "blue"),
     ("frame around a token", "the token that the example is about", "screen readers hear it before the text"),
     ("⏎ ⇥ ⟨U+202E⟩", "line break, tab, a character that cannot be seen", "shown so that nothing is hidden"),
-    ("hollow point", "measured on the last training batch", "compares with no other number"),
+    ("hollow point", "measured on training rows, not on held-out ones", "compares with no other number"),
     ("bar through a point", "95 % interval", "over held-out documents"),
     ("pale text", "made with settings that are no longer those shown", ""),
 )

@@ -9,6 +9,7 @@ from parts import evidence, tables
 from parts import source as source_parts
 
 from saelab import viz, workspace
+from saelab.features.search import per_latent
 
 found = loaders.workspace()
 st.title("Overview", anchor=False)
@@ -98,9 +99,10 @@ with left:
     )
     title = workspace.TITLES[y]
     others = st.toggle(
-        "also numbers of the last training batch",
-        help="Hollow points. An SAE fits the rows it was trained on better, so they cannot be compared with held-out "
-        "numbers; `saelab evaluate RUN --cache CACHE` measures a run on held-out text.",
+        "also numbers of training rows",
+        help="Hollow points: of the last training batch, or of an evaluation on other rows than the held-out ones. An "
+        "SAE fits the rows it was trained on better, so they cannot be compared with held-out numbers; "
+        "`saelab evaluate RUN --cache CACHE` measures a run on held-out text.",
         **session.held("overview_training", False),
     )
     # Numbers of two models, or of two places of one, say nothing about each other.
@@ -115,7 +117,7 @@ with left:
         )
         st.caption(
             "Measured on held-out tokens; bars are 95 % intervals."
-            + (" Hollow: the last training batch, which is not held out." if others else "")
+            + (" Hollow: training rows, which are not held out." if others else "")
             + (f" Only SAEs of {viz.markdown(' at '.join(filter(None, where)))}." if len(alike) < len(names) else "")
         )
     else:
@@ -139,9 +141,9 @@ evidence.controls(chosen)
 if chosen.has_index:
     st.subheader("How often latents fire", anchor=False)
     with page.part():
-        table = loaders.need_index(chosen).table()
+        densities = per_latent(loaders.need_index(chosen).table(), "density")  # both poles of a latent together
         page.chart(
-            viz.density_histogram({chosen.name: table["density"].to_numpy()}, page.colours()),
+            viz.density_histogram({chosen.name: densities}, page.colours()),
             alt="Histogram of the latents' firing densities",
             key="overview_density",
         )

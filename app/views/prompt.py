@@ -20,12 +20,14 @@ with st.form("prompt_form", border=False):
             **session.held("prompt_gradients", False),
         )
 session.say_unshared("prompt_text")
+asking = (run.name, run.stamp, text, gradients)
 question, reading = st.session_state.get("prompt_reading", (None, None))
 linked = reading is None and "prompt_text" in st.query_params
-if asked or linked or (reading is not None and question != (run.name, text, gradients)):
-    # Another SAE, and a text that Back or a link brings, are read at once: what is shown belongs to the form above it.
+if asked or linked or (reading is not None and question != asking):
+    # Another SAE, one that was trained again, and a text that Back or a link brings, are read at once: what is shown
+    # belongs to the form above it.
     reading = loaders.read_text(run, text, "Reading a prompt", gradients)
-    st.session_state["prompt_reading"] = ((run.name, text, gradients), reading)
+    st.session_state["prompt_reading"] = (asking, reading)
 if reading is None:
     loaders.need_model(run, "Reading a prompt")
     st.caption("Type a text and press Read.")

@@ -19,9 +19,9 @@ from saelab.sae.base import unit_rows
 CAUSES = {
     "duplicate": "its decoder row repeats that of a living latent, which is selected instead",
     "encoder collapsed": "its encoder vector is too short for it to be selected",
-    "bias too low": "without its encoder bias it would have fired",
     "threshold too high": "its pre-activation was positive, but never above its own threshold",
     "out-competed": "its pre-activation was positive, but others were larger every time",
+    "bias too low": "without its encoder bias it would have fired",
     "never fired": "its pre-activation was never positive, with or without its bias",
     "not examined": "no cause in the weights; give activations to look further",
 }
@@ -53,7 +53,8 @@ def causes_of_death(
     ``gain`` is what reviving the latent could bring at most: the share of the squared reconstruction error that its
     decoder row removes when it fires, beside the others, with the best non-negative (signed SAEs: any) activation on
     every token, ``sum_t max(0, <x_t - recon_t, d>)^2 / sum_t |x_t - recon_t|^2`` for the unit row ``d``. A random
-    direction reaches ``1 / (2 d_in)`` (signed: ``1 / d_in``) of an error that has no preferred direction.
+    direction reaches ``1 / (2 d_out)`` (signed: ``1 / d_out``) of an error that has no preferred direction. Only of a
+    transcoder is ``d_out`` not ``d_in``.
     """
     dead = torch.from_numpy(np.flatnonzero(np.asarray(counts) == 0))
     alive = torch.from_numpy(np.flatnonzero(np.asarray(counts) > 0))

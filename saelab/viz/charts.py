@@ -45,7 +45,7 @@ def pareto(
         if measured:
             _points(fig, measured, name, *look, colours.background)
         if others:
-            _points(fig, others, f"{name}, training batch", f"{look[0]}-open", look[1], "")
+            _points(fig, others, f"{name}, training rows", f"{look[0]}-open", look[1], "")
     return fig.update_xaxes(log_axis([row[0] for rows in points.values() for row in rows]))
 
 

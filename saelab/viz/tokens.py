@@ -77,14 +77,14 @@ def token_strip(
         scale: The magnitude that gets the full tint; by default the largest in ``values``.
         focus: Position of the token to outline.
         unit: What a value is, for the tool tip.
-        below: The share of a latent's firings that are weaker than a magnitude, for the tool tip.
+        below: The share of a latent's firings of its sign that are weaker than a value, for the tool tip.
         breaks: Break the line where the text does.
         losses: How the loss of the text would change without the latent at each token, for the tool tip.
     """
     scale = scale or max((abs(v) for v in values), default=0.0) or 1.0
     spans = []
     for i, (string, value) in enumerate(zip(strings, values)):
-        tip = f"{unit} {value:+.3f}" + (f" · above {below(abs(value)):.0%} of its firings" if below and value else "")
+        tip = f"{unit} {value:+.3f}" + (f" · above {below(value):.0%} of its firings" if below and value else "")
         tip += f" · without it the loss changes by {losses[i]:+.3f} nats" if losses is not None and value else ""
         spans.append(_span(string, value / scale, tip, i == focus, colours))
         spans += ["\n"] if breaks and "\n" in string else []

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import streamlit as st
 import torch
 from streamlit.testing.v1 import AppTest
 from test_pages import launch
@@ -18,6 +20,7 @@ from saelab.features import FeatureIndex
 from saelab.prompt.ranking import RANKINGS, Known, rank
 from saelab.prompt.reading import Reading
 from saelab.sae import VARIANTS
+from saelab.sae.weights import load_metadata, load_sae, save
 from saelab.workspace import Workspace
 
 TEXT = "the river runs past the old mill"
@@ -39,6 +42,31 @@ def succeed(app: AppTest) -> AppTest:
 
 def figures(app: AppTest) -> dict[str, Any]:
     return {item.proto.id.rsplit("-", 1)[-1]: json.loads(item.proto.spec) for item in app.get("plotly_chart")}
+
+
+def test_a_run_that_changed_is_read_again_and_a_missing_index_is_said(
+    monkeypatch: pytest.MonkeyPatch, sick_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("sick", "signed"):
+        shutil.copytree(sick_folder / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "signed" / "features")
+    app = launch(monkeypatch, tmp_path, model=str(sick_folder / "model"))
+    app.selectbox(key="run").select("sick")
+    app.switch_page("views/prompt.py").run()
+    app.text_area(key="prompt_text").input(TEXT)
+    succeed(app.button(key="FormSubmitter:prompt_form-Read").click().run())
+    succeed(app.multiselect(key="prompt_beside").set_value(["signed"]).run())
+    said = [caption.value for caption in app.caption if "active latents." in caption.value]
+    assert ["Ranked by activation" in text for text in said] == [False, True]
+    _, before = app.session_state["prompt_reading"]
+    assert app.run().session_state["prompt_reading"][1] is before
+    sae = load_sae(tmp_path / "sick")
+    with torch.no_grad():
+        sae.b_enc += 1.0
+    save(sae, tmp_path / "sick", load_metadata(tmp_path / "sick"))
+    st.cache_resource.clear()  # the scan is kept for some seconds
+    _, after = succeed(app.run()).session_state["prompt_reading"]
+    assert after is not before and after.active(3) != before.active(3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

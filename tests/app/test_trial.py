@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
-from test_pages import ENTRY
+from test_pages import ENTRY, launch
 
+from saelab.features import FeatureIndex
 from saelab.lm import load_model
 from saelab.steering import Add, calibrate_each, generate_tokens
 from saelab.steering.directions import random_direction
@@ -58,3 +62,28 @@ def test_three_strengths_stand_beside_the_control(monkeypatch: pytest.MonkeyPatc
         assert f"KL {text.damage.kl:.2f} nats per token here, perplexity {text.damage.perplexity:.3g}" in shown
     app.run()
     assert shown.count("sl-strip") == 5 and app.session_state["trial_here"][2] is texts
+
+
+def test_numbers_of_a_signed_sae_are_of_latents_and_of_the_right_pole(
+    monkeypatch: pytest.MonkeyPatch, sick_folder: Path
+) -> None:
+    app = launch(monkeypatch, sick_folder, model="none")
+    app.selectbox(key="run").select("signed").run()
+    assert not app.exception and not app.error, (app.exception, app.error)
+    (chart,) = [item for item in app.get("plotly_chart") if "overview_density" in item.proto.id]
+    counts = json.loads(chart.proto.spec)["data"][0]["customdata"]
+    index = FeatureIndex(sick_folder / "signed")
+    counted = np.frombuffer(base64.b64decode(counts["bdata"]), counts["dtype"]).sum()
+    assert counted == index.d_sae, "a pole is no latent"
+
+    monkeypatch.syspath_prepend(str(ENTRY.parent))
+    from parts import latent as parts
+
+    table = index.table().pivot(index="latent", columns="pole", values=["max", "q50"])
+    number = int((table["max"][1] / table["max"][-1]).where(table["max"][-1] > 0).idxmax())
+    weaker = parts.below(index, number)
+    for pole in (1, -1):
+        largest, median = (float(table[name][pole][number]) for name in ("max", "q50"))
+        assert weaker(pole * largest) == pytest.approx(1.0, abs=0.02) and weaker(pole * median) < 0.9
+    # On the other pole's scale the largest activation of the weaker one would be an ordinary one.
+    assert weaker(float(table["max"][-1][number])) < 0.9

@@ -182,9 +182,11 @@ def test_a_log_axis_has_few_round_labels(values: list[float]) -> None:
 
 
 def test_a_tool_tip_says_how_strong_for_this_latent() -> None:
-    strip = viz.token_strip([" a", "b\n", "c"], [1.0, 0.0, 2.0], viz.LIGHT, below=lambda size: size / 4, breaks=True)
+    strip = viz.token_strip([" a", "b\n", "c"], [1.0, 0.0, 2.0], viz.LIGHT, below=lambda value: value / 4, breaks=True)
     assert "activation +1.000 · above 25% of its firings" in strip and "above 50% of its firings" in strip
     assert strip.count("of its firings") == 2 and strip.count("\n") == 1
+    poles = viz.token_strip(["a", "b"], [1.0, -1.0], viz.LIGHT, below=lambda value: 0.2 if value > 0 else 0.7)
+    assert "+1.000 · above 20%" in poles and "-1.000 · above 70%" in poles  # the pole's own firings
     assert "\n" not in viz.token_strip(["b\n"], [1.0], viz.LIGHT)
 
 

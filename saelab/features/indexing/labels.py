@@ -35,6 +35,7 @@ BLANKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 BACKGROUND = 4096  # windows that tell how often a word is near
 PAIRS = 1 << 22  # of two words: pairs that fall on one number count as one, so a phrase is never called too precise
 SEPARATOR = " · "
+POOR = 0.3  # F1 below which a label says little
 
 
 class Sample(NamedTuple):
