@@ -65,6 +65,11 @@ def layer_of(hook_name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def any_layer(hook_name: str) -> str:
+    """The hook name with ``*`` for the number that :func:`layer_of` reads; itself where it has none."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", hook_name, count=1)
+
+
 def module_path(model: TransformerBridge, canonical: str) -> str:
     """Hugging Face path of the component a canonical hook belongs to."""
     component: Any = model

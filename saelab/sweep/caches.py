@@ -34,13 +34,19 @@ class Caches:
 
     @classmethod
     def open(cls, folder: Path | str | os.PathLike[str]) -> Caches:
-        """The cache in a folder, or the caches in its sub-folders. UserError where there is neither."""
+        """The cache in a folder, or the caches in its sub-folders. UserError where there is neither, or for caches of
+        several models."""
         path = Path(folder)
         if (path / MANIFEST).is_file() or not path.is_dir():
             return cls({}, ActivationCache(folder))
         found = {sub.name: ActivationCache(sub) for sub in sorted(path.iterdir()) if (sub / MANIFEST).is_file()}
         if not found:
             raise UserError(f"{folder} is neither a cache nor a folder of caches; make one with `saelab harvest`")
+        models = sorted({cache.manifest.model for cache in found.values()} - {""})
+        if len(models) > 1:  # their numbers do not compare, and a table has no column that tells them apart
+            raise UserError(
+                f"{folder} holds caches of several models ({', '.join(models)}); sweep those of one at a time"
+            )
         return cls(found)
 
     @property

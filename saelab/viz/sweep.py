@@ -10,7 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from saelab.lm.hook_names import layer_of
+from saelab.lm.hook_names import any_layer, layer_of
 from saelab.sweep.caches import places_of
 from saelab.sweep.guidance import guidance, points_of
 from saelab.viz.axes import base, log_axis
@@ -64,8 +64,7 @@ def depth_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = L
         if layer is not None and row[value] is not None:
             text = f"{safe(row['name'])}<br>L0 {row['l0']:.1f}<br>{value} {row[value]:.4f}"
             asked = "" if row["asked_l0"] is None else f" L0 {row['asked_l0']:g}"
-            place = hook.replace(f".{layer}.", ".*.", 1)
-            points[f"{row['variant']} {row['d_sae']}{asked} {place}"].append((layer, row[value], text))
+            points[f"{row['variant']} {row['d_sae']}{asked} {any_layer(hook)}"].append((layer, row[value], text))
     points = {series: own for series, own in points.items() if len({row[0] for row in own}) > 1}
     return by_layer(points, colours, AXES[value]) if points else None
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from saelab.errors import UserError, damaged
 from saelab.layout import EVALUATION, METRICS
-from saelab.lm.hook_names import layer_of
+from saelab.lm.hook_names import any_layer, layer_of
 from saelab.runs import Run
 from saelab.workspace.commands import evaluate_command, train_command
 from saelab.workspace.condition import damage, state
@@ -223,7 +223,7 @@ def depth_points(runs: Iterable[Run], fidelity: str, training: bool = False) -> 
         depth, pair = layer(run), _pair(run, fidelity) if run.has_weights else None
         if depth is None or pair is None or not (training or (pair[0].held_out and pair[1].held_out)):
             continue
-        point = (run.metadata.get("hook_name_out") or run.metadata["hook_name"]).replace(f".{depth}.", ".*.", 1)
+        point = any_layer(run.metadata.get("hook_name_out") or run.metadata["hook_name"])
         asked = next((f" L0 {run.settings[key]:g}" for key in ("k", "n_steps", "l0") if run.settings.get(key)), "")
         model = f" {model_and_place(run)[0] or '?'}" if several else ""
         series = f"{run.variant} {run.d_sae or '?'}{asked}{model} {point}"

@@ -14,7 +14,7 @@ import torch
 
 from saelab.errors import MALFORMED, UserError, first_line
 from saelab.layout import RECIPE
-from saelab.lm.hook_names import layer_of
+from saelab.lm.hook_names import any_layer, layer_of
 from saelab.runs import Run
 from saelab.steering import OPERATIONS, Intervention, LatentIntervention, Recipe, VectorIntervention
 from saelab.steering.vectors import SteeringVector, parse_strength
@@ -92,7 +92,9 @@ def reopen(root: Path, folder: str, source: Run) -> list[Pick]:
     picks, own = [], source.hook_name_out
     for i, (step, hooks) in enumerate(_by_change(recipe.interventions)):
         # The same place of other blocks is one change at several layers.
-        if step.hook_name != own and (_place(step.hook_name) != _place(own) or isinstance(step, LatentIntervention)):
+        if step.hook_name != own and (
+            any_layer(step.hook_name) != any_layer(own) or isinstance(step, LatentIntervention)
+        ):
             raise UserError(f"{folder} acts at {step.hook_name}, this SAE writes at {own}; choose another SAE")
         label = told[i]["label"] if i < len(told) else f"{folder} {i + 1}"
         layers = "" if hooks == [own] else ",".join(str(layer_of(hook)) for hook in hooks)
@@ -112,7 +114,7 @@ def _by_change(steps: Sequence[Intervention]) -> list[tuple[Intervention, list[s
 
 
 def _same_change(one: Intervention, other: Intervention) -> bool:
-    first, second = (step.settings() | {"hook_name": _place(step.hook_name)} for step in (one, other))
+    first, second = (step.settings() | {"hook_name": any_layer(step.hook_name)} for step in (one, other))
     return (
         isinstance(one, VectorIntervention)
         and one.hook_name != other.hook_name
@@ -120,11 +122,6 @@ def _same_change(one: Intervention, other: Intervention) -> bool:
         and len(one.directions) == len(other.directions)
         and all(torch.equal(a.direction, b.direction) for a, b in zip(one.directions, other.directions))
     )
-
-
-def _place(hook_name: str) -> str:
-    """A hook point without the number of its block."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", hook_name, count=1)
 
 
 def saved_prompt(root: Path, folder: str) -> str:

@@ -117,6 +117,13 @@ def test_the_command_takes_a_folder_of_caches(folder, tmp_path, capsys):
     assert depth_of(rows[:1], "fvu") is None
 
 
+def test_caches_of_two_models_are_not_swept_together(tmp_path):
+    for model, hook in (("one", "blocks.1.hook_resid_post"), ("two", "blocks.2.hook_resid_post")):
+        ActivationCache.from_tensors(tmp_path / hook, torch.randn(8, 3), model=model, hook_name=hook)
+    with pytest.raises(UserError, match=r"several models \(one, two\); sweep those of one at a time"):
+        Caches.open(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("block", "why"),
     [
