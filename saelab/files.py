@@ -11,6 +11,7 @@ import errno
 import glob
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -70,6 +71,15 @@ def _check_writable(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader, or a crash at any moment, sees the old file or the new one."""
     replace(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def finite(value: Any) -> Any:
+    """What is to be JSON without numbers that are not finite, which become null."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -43,7 +43,7 @@ class Settings:
     """What to measure."""
 
     run: str | None = None
-    """Run folder with a feature index; by default the shipped TopK SAE with 4,608 latents."""
+    """Run folder with a feature index; by default the shipped TopK SAE with 16,384 latents."""
     concepts: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Shipped concept to measure; give the option again for more. All of them by default."""
     budget_kl: float = 0.3

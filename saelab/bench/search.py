@@ -20,7 +20,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from saelab.bench.concepts import HELD_OUT
 from saelab.bench.timing import write_out
 from saelab.errors import UserError
 from saelab.features.finding import Finder
@@ -31,6 +30,7 @@ from saelab.steering.directions import random_direction
 from saelab.steering.evaluation.concepts import Concept, pick_concepts, shipped_concepts
 from saelab.steering.measure.budget import strengths_at
 from saelab.steering.measure.effects import UnsteeredBaseline
+from saelab.steering.neutral import HELD_OUT
 from saelab.steering.operations import Add
 from saelab.steering.vectors import SteeringVector
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The results, best FVU first within each sparsity."""
+    """The results by L0, those without one first."""
     table = Table("SAE", "status", "lr", "L0", "FVU", "dead", "CE recovered", box=None, pad_edge=False)
     for row in sorted(rows, key=lambda r: (r["l0"] is None, r["l0"] or 0.0)):
         numbers = [row["l0"], row["fvu"], row["dead_fraction"], row["ce_loss_recovered_zero"]]

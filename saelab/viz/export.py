@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saelab.files import finite
 from saelab.viz.escape import plain
 from saelab.viz.theme import LIGHT
 from saelab.viz.tokens import example_list, fact_table, style_sheet, token_chips
@@ -43,7 +43,7 @@ def latent_json(poles: Mapping[int, Mapping[str, Any]], examples: Mapping[int, S
             {**row, "examples": [dataclasses.asdict(e) for e in examples.get(pole, ())]} for pole, row in poles.items()
         ],
     }
-    return json.dumps(_finite(content), indent=1, ensure_ascii=False)
+    return json.dumps(finite(content), indent=1, ensure_ascii=False)
 
 
 def figure_page(figure: Any, title: str) -> str:
@@ -54,11 +54,3 @@ def figure_page(figure: Any, title: str) -> str:
         f'<body style="font-family: sans-serif; background: {LIGHT.background}"><h1>{plain(title)}</h1>{body}'
         "</body></html>"
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

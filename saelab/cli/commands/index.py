@@ -156,13 +156,13 @@ def summary(index: FeatureIndex) -> dict[str, Any]:
 
 def show(index: FeatureIndex) -> None:
     """Print the summary as text."""
-    found = summary(index)
+    found, what = summary(index), "latents" if len(index.poles) == 1 else "poles"
     out.print(
         f"{found['latents']:,} latents over {found['tokens']:,} tokens in {found['seconds']:.1f} s "
         f"({found['tokens_per_second']:,.0f} tokens/s)"
     )
     out.print(
-        f"{found['never_fired']:,} never fired, {found['denser_than_0.1']:,} fire on more than 10 % of tokens, "
-        f"{found['labelled']:,} labelled; logit lens: {'yes' if found['logit_lens'] else 'no'}"
+        f"{found['never_fired']:,} never fired; {found['denser_than_0.1']:,} {what} fire on more than 10 % of tokens, "
+        f"{found['labelled']:,} {what} are labelled; logit lens: {'yes' if found['logit_lens'] else 'no'}"
     )
     out.print(f"saved to {index.folder}", markup=False, soft_wrap=True)

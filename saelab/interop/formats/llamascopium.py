@@ -75,9 +75,7 @@ def _select(foreign: Foreign, config: dict[str, Any], raw: dict[str, Any], file:
     by_norm = bool(config.get("sparsity_include_decoder_norm", True))
     norms = foreign.W_dec.norm(dim=1) if by_norm else torch.ones(foreign.d_sae)
     if foreign.architecture == "jump_relu":
-        name = next(
-            (str(name) for name in raw if str(name).endswith("log_jumprelu_threshold")), "log_jumprelu_threshold"
-        )
+        name = next((str(name) for name in raw if str(name).endswith(THRESHOLD)), THRESHOLD)
         levels = checked(raw, {name: (foreign.d_sae,)}, file)[name].exp()
         foreign.threshold = levels / norms.clamp_min(torch.finfo(norms.dtype).tiny)
     elif foreign.architecture == "topk" and (norms - 1).abs().max() > 1e-3:

@@ -14,7 +14,7 @@ import numpy as np
 from saelab._version import __version__
 from saelab.errors import UserError, damaged
 from saelab.features.explanations.requests import KeptAnswers
-from saelab.files import write_json
+from saelab.files import finite, write_json
 from saelab.layout import STEER_EVAL
 from saelab.steering.evaluation.answers import Answer
 from saelab.steering.evaluation.evaluate import Evaluation
@@ -234,15 +234,6 @@ def read_report(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict) or "scored_by" not in found:
             raise TypeError("it is no evaluation of steering")
         return found
-
-
-def finite(value: Any) -> Any:
-    """JSON without numbers that are not finite, which become null."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _key(scored: Scored) -> tuple:
