@@ -65,7 +65,9 @@ class SparseCode:
 
     def firing_counts(self) -> Int[Tensor, " d_sae"]:
         """On how many tokens of the batch each latent is active."""
-        return torch.bincount(self.indices[self.values != 0], minlength=self.d_sae)
+        counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.device)
+        # torch.bincount would ask a GPU how long its result is; integers add up to the same in any order.
+        return counts.scatter_add_(0, self.indices, (self.values != 0).long())
 
     def fired(self) -> Bool[Tensor, " d_sae"]:
         """Which latents are active anywhere in the batch."""

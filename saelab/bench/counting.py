@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from saelab import kernels
 from saelab.data.cache import Batch
 from saelab.kernels import checks
-from saelab.sae import build
+from saelab.sae import SAE, build
+from saelab.sae.feature_choice import FeatureChoice
+from saelab.sae.mutual_choice import REFIT, MutualChoice
 from saelab.training import TrainConfig, TrainState, step, train_step
 from saelab.training.state import make_optimizer
 
@@ -65,7 +67,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.name().split("::")[1].split(".")[0]
-        if name in WAITS:
+        if name in WAITS or _by_mask(name, args):
             self.count.waits[name] += 1
         if name not in FREE and name not in WAITS - {"nonzero", "bincount"}:
             self.count.kernels[name] += 1
@@ -88,6 +90,13 @@ class Counting(TorchDispatchMode):
                 self.count.bytes[name] += passes * tensor.numel() * tensor.element_size()
 
 
+def _by_mask(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether an operation picks entries by a mask, and so has to know how many it marks."""
+    if name not in {"index", "index_put", "index_put_"}:
+        return False
+    return any(picked is not None and picked.dtype == torch.bool for picked in args[1])
+
+
 def _tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
@@ -104,7 +113,7 @@ def counting(size: int) -> Iterator[Count]:
     """Count inside the block, with the checks left out that are made on a CPU only."""
     from saelab.kernels.triton import adam, backend, launch, ragged, residual, tally
 
-    mode, original, code = Counting(size), launch.launch, checks.code
+    mode, original, on_cpu = Counting(size), launch.launch, (checks.code, checks.latent_budgets)
     modules: list[Any] = [adam, backend, ragged, residual, tally]
 
     def watched(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
@@ -115,13 +124,13 @@ def counting(size: int) -> Iterator[Count]:
     try:
         for module in modules:
             module.launch = watched
-        checks.code = lambda *_: None
+        checks.code = checks.latent_budgets = lambda *_: None
         with kernels.use_backend("triton"), mode:
             yield mode.count
     finally:
         for module in modules:
             module.launch = original
-        checks.code = code
+        checks.code, checks.latent_budgets = on_cpu
 
 
 def _unwatched() -> Any:
@@ -129,13 +138,17 @@ def _unwatched() -> Any:
 
 
 N, D_IN, D_SAE, K = 16, 16, 256, 4
-CASES = [("topk", 0), ("topk", 50), ("abs_topk", 0), ("gradient_topk", 0), ("batch_topk", 0), ("jump_relu", 0)]
+CASES = [
+    ("topk", 0), ("topk", 50), ("abs_topk", 0), ("gradient_topk", 0), ("batch_topk", 0), ("mutual_choice", 50),
+    ("feature_choice", 50), ("jump_relu", 0),
+]  # fmt: skip
 
 
 def counted(variant: str, dead: int = 0) -> Count:
     """One step of a variant, counted as it is at the sizes of a training: with ``dead`` latents on AuxK's list.
 
     The sizes are small; what the kernels hold at a time is made smaller still, so that they take their large forms.
+    Variants that fit a law have fitted it, and feature_choice is in its second phase.
     """
     from saelab.kernels.triton import ragged, select
 
@@ -151,6 +164,7 @@ def counted(variant: str, dead: int = 0) -> Count:
             if name == "b_enc":
                 parameter[:dead] = -100.0
     acts, grads = (torch.randn(N, D_IN, generator=generator) for _ in range(2))
+    _fit_laws(sae)
     batch = Batch(acts, grads if sae.needs_grads else None, torch.zeros(N), torch.zeros(N))
     before = select.WHOLE, ragged.SEGMENT, step.leaves_numbers
     try:
@@ -164,6 +178,16 @@ def counted(variant: str, dead: int = 0) -> Count:
     parameters = 2 * D_IN * D_SAE
     count.per_parameter = count.bytes.total() / parameters
     return count
+
+
+def _fit_laws(sae: SAE) -> None:
+    if isinstance(sae, MutualChoice):
+        sae.density.set_(torch.arange(1.0, sae.d_sae + 1) ** -1.5)  # the rarest are under-used by the law of the others
+        sae.density.total[-sae.d_sae // 8 :] *= 1e-3
+        sae.seen.fill_(REFIT)
+        sae.fit_law()
+    if isinstance(sae, FeatureChoice):
+        sae.choose(0)
 
 
 def main() -> None:

@@ -47,6 +47,16 @@ def surplus(count: int, most: int) -> int:
     return min(count + max(8, count // 4), most)
 
 
+def surplus_per_latent(budgets: Tensor, n: int, sizes: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int] | None]:
+    """How many candidates each latent takes; bounds on their sum and on the most, where ``sizes`` has the budgets'."""
+    more = (budgets + (budgets // 4).clamp_min(8)).clamp_max(n) * (budgets > 0)
+    if sizes is None:
+        return more, None
+    total, most = sizes
+    at_most = total + total // 4 + 8 * min(total, budgets.numel())
+    return more, (min(at_most, n * budgets.numel()), min(n, most + max(8, most // 4)))
+
+
 def slack(x: Tensor, W: Tensor) -> Slack:
     """By how much rounding to bfloat16 can lower a pre-activation of ``x [n, d_in]`` with ``W [d_in, d_sae]``.
 
@@ -85,17 +95,28 @@ def best_of_batch(encoder: Encoder, found: Ragged, budget: int, signed: bool) ->
     return _clipped(values[best], signed), indices[best], row_pointers(rows, row_ptr.numel() - 1)
 
 
-def best_per_latent(encoder: Encoder, found: Ragged, budgets: Tensor, signed: bool) -> Ragged:
-    """The ``budgets[j]`` best candidates of each latent ``j``, or all of them if there are fewer."""
+def best_per_latent(encoder: Encoder, found: Ragged, budgets: Tensor, signed: bool, total: int | None = None) -> Ragged:
+    """The ``budgets[j]`` best candidates of each latent ``j``, or all of them if there are fewer.
+
+    With ``total``, the sum of the budgets, of which none asks for more than there are, nothing waits for the GPU; what
+    lies behind the last row of ``found`` is then no candidate.
+    """
     _, indices, row_ptr = found
-    values, rows = encoder.at(indices, row_ptr), row_ids(row_ptr, indices.numel())
-    order = ranked(values, signed).argsort(descending=True, stable=True)
-    order = order[indices[order].argsort(stable=True)]  # by latent, the best first
-    latents = indices[order]
-    start = row_pointers(latents, budgets.numel())
-    rank = torch.arange(order.numel(), device=order.device) - start[latents]
-    kept = order[rank < budgets[latents]].sort().values
-    return _clipped(values[kept], signed), indices[kept], row_pointers(rows[kept], row_ptr.numel() - 1)
+    values, n, d_sae = encoder.at(indices, row_ptr), row_ptr.numel() - 1, budgets.numel()
+    place = torch.arange(indices.numel(), device=indices.device)
+    rows, real = torch.searchsorted(row_ptr, place, right=True).sub_(1), place < row_ptr[-1]
+    names = torch.where(real, indices, d_sae)  # a latent behind the last, without a budget
+    order = torch.where(real, ranked(values, signed), -torch.inf).argsort(descending=True, stable=True)
+    order = order[names[order].argsort(stable=True)]  # by latent, the best first
+    latents = names[order]
+    rank = place - row_pointers(latents, d_sae)[latents]
+    wanted = rank < torch.cat([budgets, budgets.new_zeros(1)])[latents]
+    if total is None:
+        kept = order[wanted].sort().values
+    else:
+        every = torch.arange(1, total + 1, dtype=torch.int32, device=order.device)
+        kept = order[torch.searchsorted(wanted.cumsum(0, dtype=torch.int32), every)].sort().values
+    return _clipped(values[kept], signed), indices[kept], row_pointers(rows[kept], n)
 
 
 def above(encoder: Encoder, found: Ragged, cut: Tensor, signed: bool) -> Ragged:

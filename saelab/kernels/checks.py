@@ -46,6 +46,17 @@ def budget(k: int, most: int, name: str, limit: str) -> None:
         raise ValueError(f"{name}={k} is outside 1..{limit}={most}; choose a budget in that range")
 
 
+def latent_budgets(budgets: Tensor, n: int, sizes: tuple[int, int] | None) -> None:
+    """Numbers of tokens, and what the caller says of them: their sum and a bound."""
+    if budgets.device.type != "cpu" or not budgets.numel():  # as below
+        return
+    if int(budgets.min()) < 0:
+        raise ValueError(f"budgets has {int(budgets.min())}; a latent cannot take fewer than 0 tokens")
+    found = int(budgets.clamp_max(n).sum()), int(budgets.clamp_max(n).max())
+    if sizes is not None and not (found[0] == sizes[0] and found[1] <= sizes[1]):
+        raise ValueError(f"sizes={sizes}, but the budgets add up to {found[0]} and the largest is {found[1]}")
+
+
 def code(values: Tensor, indices: Tensor, row_ptr: Tensor, d_sae: int) -> None:
     """A well-formed ragged code; the indices themselves are checked, since a bad one would read foreign memory."""
     if values.dtype not in DTYPES:

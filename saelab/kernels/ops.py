@@ -118,26 +118,29 @@ def select_latent(
     b_dec: Tensor | None,
     budgets: Tensor,
     signed: bool = False,
+    sizes: tuple[int, int] | None = None,
 ) -> SelectedPreActs:
     """Per latent ``j`` its ``budgets[j]`` largest pre-activations over the batch (``budgets [d_sae]``, int64).
 
-    A budget above n takes all tokens; ties go to the lowest token.
+    A budget above n takes all tokens; ties go to the lowest token. ``sizes`` is the sum of the budgets, none of them
+    above n, and a bound on the largest: where the caller knows these, a GPU is not waited for.
     """
     checks.encoder(x, W_enc, b_enc, b_dec)
     if budgets.dtype != torch.int64 or list(budgets.shape) != [W_enc.shape[1]] or budgets.device != x.device:
         raise ValueError(
             f"budgets must be int64 [{W_enc.shape[1]}] on {x.device}, got {budgets.dtype} {list(budgets.shape)}"
         )
-    if budgets.numel() and int(budgets.min()) < 0:
-        raise ValueError(f"budgets has {int(budgets.min())}; a latent cannot take fewer than 0 tokens")
-    budgets = budgets.clamp_max(x.shape[0])
+    n = x.shape[0]
+    checks.latent_budgets(budgets, n, sizes)
+    budgets = budgets.clamp(0, n if sizes is None else min(n, sizes[1]))
     operands: Any = detached(x, W_enc, b_enc, b_dec)
     if not rounds(x):
-        return _selected(x, implementation(x).latent(*operands, budgets, signed))
-    more = (budgets + (budgets // 4).clamp_min(8)).clamp_max(x.shape[0]) * (budgets > 0)
+        return _selected(x, implementation(x).latent(*operands, budgets, signed, sizes))
     ops, halves = _rounded(*operands)
-    found = ops.latent(*halves, more, signed)
-    return _selected(x, candidates.best_per_latent(_encoder(operands), found, budgets, signed))
+    more, room = candidates.surplus_per_latent(budgets, n, sizes)
+    found = ops.latent(*halves, more, signed, room)
+    total = None if sizes is None else sizes[0]
+    return _selected(x, candidates.best_per_latent(_encoder(operands), found, budgets, signed, total))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saelab import kernels
@@ -62,6 +62,7 @@ class SAE(nn.Module, ABC):
     rate_factor: float = 1.0  # of the default learning rate, where a variant needs another one than most
     n_bookkeeping: int = 0  # latents at the end that carry numbers of the token, no features; metrics leave them out
     only_if_set: ClassVar[tuple[str, ...]] = ()  # options that the configuration omits while they have their default
+    on_host: ClassVar[tuple[str, ...]] = ()  # buffers that stay on the CPU: counts that decide, read without a wait
 
     def __init_subclass__(cls, variant: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -142,6 +143,21 @@ class SAE(nn.Module, ABC):
         variants without such a loss.
         """
         return {}
+
+    # A GPU would have to be waited for to learn how many latents a rule chooses. A class that overrides aux_latents
+    # with a rule of its own can spare that by overriding the three methods below, too.
+
+    def aux_marks(self, dead: Bool[Tensor, " d_sae"], weight: float) -> dict[str, tuple[float, Tensor]]:
+        """:meth:`aux_latents` with masks ``[d_sae]`` in place of lists; ``dead`` itself where a term is about these."""
+        return {}
+
+    def aux_ahead(self, n: int, steps: int) -> Bool[Tensor, " d_sae"]:
+        """Which latents, besides the dead, :meth:`aux_marks` may mark now and after up to ``steps`` batches of n."""
+        raise NotImplementedError(f"{type(self).__name__} has aux_marks, and so needs aux_ahead")
+
+    def aux_renews(self, step: int) -> bool:
+        """Whether what :meth:`aux_ahead` said before no longer holds in step number ``step``."""
+        return False
 
     def schedule(self, step: int, n_steps: int) -> None:
         """Set what depends only on the step (warm-ups), before each step; a resumed run needs no memory of it."""
@@ -256,7 +272,10 @@ class SAE(nn.Module, ABC):
                 x = x.to(widest_float(fn(torch.empty(0, device=x.device)).device))
             return fn(x)
 
-        return super()._apply(moved, recurse)
+        kept = {name: self._buffers[name] for name in self.on_host}
+        done = super()._apply(moved, recurse)
+        self._buffers.update(kept)
+        return done
 
     @property
     def device(self) -> torch.device:

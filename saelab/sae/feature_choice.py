@@ -33,6 +33,7 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
 
     scaled = (*MutualChoice.scaled, "latent_threshold.total")
     tunable = (*MutualChoice.tunable, "second_lr", "second_warmup")
+    on_host = (*MutualChoice.on_host, "switched")
     rates: Tensor
     switched: Tensor
     realised: Tensor
@@ -64,6 +65,7 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
         self.register_buffer("rates", torch.zeros(d_sae, dtype=torch.float64))  # m_j / n
         # The step at which Feature Choice began, -1 before; a plain number, also readable in an SAE without storage.
         self.register_buffer("switched", torch.tensor(-1, device="cpu"))
+        self._peak: tuple[Tensor, int, float] | None = None  # the rates, their version, the largest share
         self.register_buffer("realised", torch.zeros((), dtype=torch.float64))  # share of the budget spent, last batch
         if mutual_share == 0 and not self.rates.is_meta:  # without storage only sizes are wanted
             self.choose(0)
@@ -75,12 +77,17 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
     def join(self, part: int, gather: Callable[[Tensor], Tensor]) -> None:
         super().join(part, gather)
         if self.choosing:
-            self.choose(int(self.switched))
+            self.choose(self.began)
+
+    @property
+    def began(self) -> int:
+        """The step at which the second phase began, -1 before."""
+        return int(self.switched.numpy())
 
     @property
     def choosing(self) -> bool:
         """Whether the second phase has begun, in which latents choose their tokens."""
-        return self.switched.item() >= 0
+        return self.began >= 0
 
     @torch.no_grad()
     def choose(self, step: int) -> None:
@@ -97,9 +104,19 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
             return super().select(x, grads)
         if not self.training:
             return self.select_above(x, self.latent_threshold.mean())
-        rates = self.gather(self.rates)
-        budgets = zipf.budgets(rates.flatten(), x.shape[0], self.budget, int(self.seen)).view_as(rates)[self.part]
-        return kernels.select_latent(x, self.W_enc, self.b_enc, self.b_in, budgets, self.signed)
+        rates, n = self.gather(self.rates), x.shape[0]
+        budgets = zipf.budgets(rates.flatten(), n, self.budget, self.n_seen).view_as(rates)[self.part]
+        sizes = self._sizes(n) if rates.shape[0] == 1 else None
+        return kernels.select_latent(x, self.W_enc, self.b_enc, self.b_in, budgets, self.signed, sizes)
+
+    def _sizes(self, n: int) -> tuple[int, int]:
+        """How many entries a batch of ``n`` tokens has, and how many one latent has at most."""
+        held = self._peak
+        if held is None or held[0] is not self.rates or held[1] != self.rates._version:
+            held = self._peak = (self.rates, self.rates._version, (self.rates.max() / self.rates.sum()).item())
+        total = int(self.budget * n)
+        share = held[2] * total
+        return total, n if share + 2 > n else int(share) + 2
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         super().observe(x, code, grads)
@@ -107,9 +124,12 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
         self.realised.copy_(self.gather(active.sum()).sum() / int(self.budget * code.n))
         if self.choosing:
             least = code.values.new_full((self.d_sae,), torch.inf)
-            least.scatter_reduce_(0, code.indices[active], code.values.detach()[active].abs(), "amin")
+            least.scatter_reduce_(0, code.indices, torch.where(active, code.values.detach().abs(), torch.inf), "amin")
             fired = least.isfinite()
             self.latent_threshold.update(least.where(fired, 0), where=fired)
+
+    def aux_renews(self, step: int) -> bool:
+        return super().aux_renews(step) or step == self.began  # the law was fitted at the end of the last step
 
     def fit_law(self) -> None:
         if not self.choosing:  # afterwards the budgets force densities to follow the law
@@ -128,7 +148,7 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
         if not self.choosing or self.mutual_share == 0:
             return 1.0
         ramp = self.second_warmup * n_steps
-        return self.second_lr * min(1.0, (step - int(self.switched) + 1) / (ramp + 1))
+        return self.second_lr * min(1.0, (step - self.began + 1) / (ramp + 1))
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         if not self.choosing:

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.errors import UserError
@@ -21,12 +21,14 @@ from saelab.sae.threshold import BatchBudgetSAE, RunningMean
 from saelab.sparse import SparseCode
 
 REFIT = 100  # steps between fits of the law
+ROUNDING = 1e-9  # relative, far more than that of densities in float64
 
 
 class MutualChoice(BatchBudgetSAE, variant="mutual_choice"):
     """The ``n * k`` largest of ``ReLU(u)`` in a batch; AuxK also for latents far below the Zipf law's density."""
 
     tunable = (*BatchBudgetSAE.tunable, "zipf_weight", "under_used", "density_window")
+    on_host = (*BatchBudgetSAE.on_host, "seen")
     zipf: Tensor
     seen: Tensor
 
@@ -52,14 +54,22 @@ class MutualChoice(BatchBudgetSAE, variant="mutual_choice"):
         self.zipf_weight, self.under_used, self.density_window = zipf_weight, under_used, density_window
         self.density = RunningMean(d_sae)
         self.register_buffer("zipf", torch.zeros(3, dtype=torch.float64))  # q, s and R^2 of the last fit
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # batches since the start
+        # Batches since the start.
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self._expected: tuple[Tensor, int, Tensor] | None = None  # the law's buffer, its version, densities by rank
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         super().observe(x, code, grads)
         self.density.update(code.firing_counts() / code.n, rate=-math.expm1(-code.n / self.density_window))
-        self.seen += 1
-        if self.seen % REFIT == 0:
+        seen = self.seen.numpy()
+        seen += 1
+        if seen % REFIT == 0:
             self.fit_law()
+
+    @property
+    def n_seen(self) -> int:
+        """Batches since the start."""
+        return int(self.seen.numpy())
 
     @torch.no_grad()
     def fit_law(self) -> None:
@@ -69,16 +79,46 @@ class MutualChoice(BatchBudgetSAE, variant="mutual_choice"):
     def law(self) -> Float[Tensor, " d_sae"]:
         """The density that the law gives each latent, by its rank; the whole dictionary's add up to ``k``."""
         density = self.gather(self.density.mean())
-        expected = zipf.rates(zipf.Zipf(*self.zipf.tolist()), density.numel(), self.k)
+        expected = self._by_rank(density.numel())
         return zipf.by_rank(density.flatten(), expected).view_as(density)[self.part]
 
+    def _by_rank(self, d_sae: int) -> Float[Tensor, " d_sae"]:
+        """The law's densities in falling order, on the device; computed once for each fit."""
+        held = self._expected
+        if held is None or held[0] is not self.zipf or held[1] != self.zipf._version or held[2].numel() != d_sae:
+            expected = zipf.rates(zipf.Zipf(*self.zipf.tolist()), d_sae, self.k).to(self.zipf)
+            held = self._expected = (self.zipf, self.zipf._version, expected)
+        return held[2]
+
     def aux_latents(self, dead: Int[Tensor, " m"], weight: float) -> dict[str, tuple[float, Tensor]]:
+        is_dead = torch.zeros(self.d_sae, dtype=torch.bool, device=self.device)
+        marks = self.aux_marks(is_dead.index_fill_(0, dead, True), weight)
+        return {name: (each, mark.nonzero().flatten()) for name, (each, mark) in marks.items()}
+
+    def aux_marks(self, dead: Bool[Tensor, " d_sae"], weight: float) -> dict[str, tuple[float, Tensor]]:
         latents = dead
-        if self.seen >= REFIT:  # before the first fit only the dead are known
-            mark = self.density.mean() < self.under_used * self.law()
-            mark[dead] = True
-            latents = mark.nonzero().flatten()
-        return {**super().aux_latents(dead, weight), "aux_zipf": (self.zipf_weight, latents)}
+        if self.n_seen >= REFIT:  # before the first fit only the dead are known
+            latents = dead | (self.density.mean() < self.under_used * self.law())
+        return {"auxk": (weight, dead), "aux_zipf": (self.zipf_weight, latents)}
+
+    def aux_ahead(self, n: int, steps: int) -> Bool[Tensor, " d_sae"]:
+        """All latents from the first rank on whose density can fall below the mark of its rank.
+
+        A density falls to a share ``least`` of itself at most. Let a latent be marked later, at density ``d``. More
+        latents than those that now exceed ``d / least`` cannot be missing above it, so its rank then is not higher than
+        that of ``d / least`` now, and the density there can fall below the mark, too.
+        """
+        density, weight = self.density.mean(), self.density.weight
+        if self.n_seen < REFIT:
+            return torch.zeros_like(density, dtype=torch.bool)
+        kept = math.exp(-steps * n / self.density_window)
+        least = (weight * kept / (1 - (1 - weight) * kept)).amin() * (1 - ROUNDING)
+        order = density.sort(descending=True, stable=True).indices
+        below = density[order] * least < self.under_used * (1 + ROUNDING) * self._by_rank(density.numel())
+        return torch.empty_like(below).scatter_(0, order, below.cumsum(0) > 0)
+
+    def aux_renews(self, step: int) -> bool:
+        return self.n_seen % REFIT == 0  # the law has just been fitted
 
     def diagnostics(self) -> dict[str, float | Tensor]:
         q, s, r2 = self.zipf.unbind()

@@ -97,7 +97,8 @@ def budgets(rates: Float[Tensor, " d_sae"], n: int, k: int | float, turn: int) -
     """Tokens per latent in a batch of ``n``: ``rates * n`` rounded up or down, adding up to exactly ``int(k * n)``.
 
     Latents whose share is not a whole number take turns: over successive ``turn`` the mean of a latent's budget is its
-    share. So latents with less than one token per batch are served, too.
+    share. So latents with less than one token per batch are served, too. No budget exceeds ``n``: what a share has
+    beyond it (where ``k`` is more than the rates add up to) goes to the latents with the highest rates below it.
     """
     order = rates.sort(descending=True, stable=True).indices
     total = int(k * n)
@@ -107,5 +108,7 @@ def budgets(rates: Float[Tensor, " d_sae"], n: int, k: int | float, turn: int) -
     # One random number would do for all latents (systematic sampling); multiples of the golden ratio are more even.
     start = math.floor(turn * 0.6180339887498949 % 1.0 * GRID) + 0.5
     steps = ((upto + start) / GRID).floor().long()
-    counts = torch.cat([steps[:1], steps.diff()]).to(order.device)
+    counts = torch.cat([steps[:1], steps.diff()]).clamp_max(n).to(order.device)
+    lost, room = total - counts.sum(), n - counts
+    counts += (lost - (room.cumsum(0) - room)).clamp_min(0).minimum(room)
     return torch.empty_like(counts).scatter_(0, order, counts)

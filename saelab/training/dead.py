@@ -36,6 +36,8 @@ def auxiliary(sae: SAE, state: TrainState, config: TrainConfig, n: int, listed: 
     """The auxiliary losses of a step, by name, each with at least one latent on its list."""
     limit = config.dead_after or 0
     if listed:
+        if _marks(type(sae)):
+            return _marked(sae, state, config, n)
         latents = candidates(state, limit, n)
         terms = sae.aux_latents(latents, config.aux_weight)
         if all(chosen is latents for _, chosen in terms.values()):
@@ -53,11 +55,39 @@ def auxiliary(sae: SAE, state: TrainState, config: TrainConfig, n: int, listed: 
 
 def candidates(state: TrainState, limit: int, n: int) -> Tensor:
     """Latents that are dead or can die before the list is renewed. It is renewed at the same steps in a resumed run."""
-    # A list of those that have been silent for three quarters of the limit is not much longer than that of the dead.
-    steps = max(1, min(READ_EVERY, limit // (4 * n)))
+    steps = _interval(limit, n)
     if state.listed is None or state.step % steps == 0:
         state.listed = (state.tokens_since_fired > limit - steps * n).nonzero().flatten()
     return state.listed
+
+
+def _interval(limit: int, n: int) -> int:
+    # A list of those that have been silent for three quarters of the limit is not much longer than that of the dead.
+    return max(1, min(READ_EVERY, limit // (4 * n)))
+
+
+def _marks(variant: type[SAE]) -> bool:
+    """Whether the class that says which latents shall help says so with masks, too."""
+    return "aux_marks" in vars(next(each for each in variant.__mro__ if "aux_latents" in vars(each)))
+
+
+def _marked(sae: SAE, state: TrainState, config: TrainConfig, n: int) -> dict[str, Aux]:
+    """The auxiliary losses of a variant that marks latents by a rule of its own, each on its list."""
+    limit, found = config.dead_after or 0, {}
+    is_dead = state.tokens_since_fired > limit
+    marks = sae.aux_marks(is_dead, config.aux_weight)
+    if not marks:
+        return {}
+    steps, latents = _interval(limit, n), candidates(state, limit, n)
+    if state.ahead is None or state.step % steps == 0 or sae.aux_renews(state.step):
+        may_die = state.tokens_since_fired > limit - steps * n
+        state.ahead = (may_die | sae.aux_ahead(n, steps)).nonzero().flatten()
+    for name, (weight, mark) in marks.items():
+        listed = latents if mark is is_dead else state.ahead
+        if weight and listed.numel():
+            active = mark[listed]
+            found[name] = Aux(weight, _copied(sae, listed, active), active.sum())
+    return found
 
 
 def _copied(sae: SAE, latents: Tensor, active: Tensor | None = None) -> Subset:

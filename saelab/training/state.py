@@ -42,6 +42,7 @@ class TrainState:
     excess: float = 0.0  # the last batch's FVU over that without training (see training.divergence); not saved
     target_scale: float | None = None  # that of a transcoder's target; ``variance`` is then the target's
     listed: Tensor | None = None  # latents that may be dead, where they are listed once in a while (training.dead)
+    ahead: Tensor | None = None  # latents that a rule of the variant may mark until the list is renewed
     failed: Tensor | None = None  # on a GPU: 1 once a step has diverged, which forbids all updates from then on
     first: Tensor | None = None  # first_fvu on the device, before it is read
     readings: Readings | None = None  # of steps whose numbers are on the device
@@ -95,8 +96,8 @@ class TrainState:
         """The state's tensors under flat names; the optimizer's moments under the parameter's name."""
         tensors = {"tokens_since_fired": self.tokens_since_fired}
         tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
-        if self.listed is not None:
-            tensors["listed"] = self.listed
+        lists = {"listed": self.listed, "ahead": self.ahead}
+        tensors |= {name: latents for name, latents in lists.items() if latents is not None}
         for name, parameter in sae.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
@@ -123,6 +124,7 @@ class TrainState:
             **scalars,
             ema=_named("ema.", tensors, sae.device),
             listed=tensors["listed"].to(sae.device) if "listed" in tensors else None,
+            ahead=tensors["ahead"].to(sae.device) if "ahead" in tensors else None,
         )
 
 

@@ -22,7 +22,8 @@ def test_the_counter_sees_what_makes_the_host_wait() -> None:
         (x * 2).sum().item()
         x.nonzero()
         torch.bincount(x.long())
-    assert counting.count.waits == {"_local_scalar_dense": 1, "nonzero": 1, "bincount": 1}
+        x[x > 3]
+    assert counting.count.waits == {"_local_scalar_dense": 1, "nonzero": 1, "bincount": 1, "index": 1}
     assert counting.count.kernels["mul"] == 1 and counting.count.bytes["mul"] == 2 * 8 * 4
 
 
@@ -34,6 +35,6 @@ def test_a_step_of_topk() -> None:
 
 
 def test_dead_latents_and_a_batch_budget_make_nothing_wait() -> None:
-    for variant, dead in (("topk", 50), ("batch_topk", 0)):
+    for variant, dead in (("topk", 50), ("batch_topk", 0), ("mutual_choice", 50), ("feature_choice", 50)):
         count = counted(variant, dead)
         assert not count.waits and count.per_parameter <= 36, (variant, count)

@@ -127,6 +127,10 @@ def test_latent_budgets(backend: str, name: str, signed: bool) -> None:
         # None, some, all, and more than there are.
         budgets = torch.arange(z.shape[1], device=z.device) % (z.shape[0] + 2)
         selected = kernels.select_latent(*case.encoder, budgets=budgets, signed=signed)
+        told = budgets.clamp_max(z.shape[0])
+        sizes = int(told.sum()), z.shape[0]
+        again = kernels.select_latent(*case.encoder, budgets=told, signed=signed, sizes=sizes)
+        assert all(map(torch.equal, selected, again)), "sizes that are known change nothing"
         score = oracle.key(z, signed).T
         found = oracle.to_mask(selected.indices, selected.row_ptr, z.shape[1])
         expected = torch.cat([oracle.topk_mask(row[None], int(m)) for row, m in zip(score, budgets)])

@@ -80,6 +80,10 @@ def test_latent(device: str, name: str, signed: bool) -> None:
     score = oracle.key(pre_acts(case), signed)
     budgets = torch.arange(score.shape[1], device=score.device) % (score.shape[0] + 2)
     selected = kernels.select_latent(*case.encoder, budgets=budgets, signed=signed)
+    told = budgets.clamp_max(score.shape[0])
+    sizes = int(told.sum()), score.shape[0]
+    again = kernels.select_latent(*case.encoder, budgets=told, signed=signed, sizes=sizes)
+    assert all(map(torch.equal, selected, again)), "sizes that are known change nothing"
     expected = torch.cat([oracle.topk_mask(row[None], int(m)) for row, m in zip(score.T, budgets)]).T
     check(case, selected, score, expected, signed)
     found = oracle.to_mask(selected.indices, selected.row_ptr, score.shape[1])

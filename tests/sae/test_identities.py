@@ -164,6 +164,29 @@ def test_under_used_latents_widen_auxk() -> None:
     assert latents.tolist() == [4, 13]
 
 
+def test_no_latent_is_under_used_that_was_not_listed_ahead() -> None:
+    """Whatever fires: some latents fall silent, others overtake them, until the list is renewed."""
+    draw, steps, n = torch.Generator().manual_seed(3), 12, 100
+    seen = set()
+    for trial in range(40):
+        sae = build("mutual_choice", D_IN, D_SAE, k=3, under_used=0.5, density_window=4000)
+        assert isinstance(sae, MutualChoice)
+        density = torch.rand(D_SAE, generator=draw, dtype=torch.float64) ** (1 + trial % 4)
+        sae.density.update(density / density.sum() * 3, rate=0.05 if trial % 2 else 0.9)
+        sae.zipf.copy_(torch.tensor([1.0, 1.2, 1.0]))
+        sae.seen.fill_(REFIT)
+        listed = sae.aux_ahead(n, steps)
+        none = first = torch.zeros(D_SAE, dtype=torch.bool)
+        for step in range(steps + 1):
+            _, marked = sae.aux_marks(none, 1.0)["aux_zipf"]
+            assert not (marked & ~listed).any(), (trial, step)
+            seen |= {("listed", int(listed.sum()) < D_SAE), ("late", step > 0 and bool((marked & ~first).any()))}
+            first = marked if step == 0 else first
+            fired = (torch.rand(D_SAE, generator=draw) < 0.3) * torch.rand(D_SAE, generator=draw, dtype=torch.float64)
+            sae.density.update(fired, rate=-math.expm1(-n / sae.density_window))
+    assert ("listed", True) in seen and ("late", True) in seen, "some lists are short, and some marks come later"
+
+
 def test_matching_pursuit_on_orthonormal_atoms_projects_exactly() -> None:
     sae = build("matching_pursuit", D_IN, D_IN, n_steps=D_IN).double()
     with torch.no_grad():

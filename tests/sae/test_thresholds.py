@@ -143,6 +143,15 @@ def test_budgets_add_up_exactly(d_sae: int, n: int, share: float, s: float, turn
     assert ((budgets - exact).abs() < 1 + 1e-3).all()
 
 
+def test_what_a_share_has_beyond_the_batch_goes_to_the_next_latents() -> None:
+    """While k warms up, the rates of latents that are always active ask for more tokens than there are."""
+    rates = torch.tensor([0.25, 1.0, 0.5, 0.25], dtype=torch.float64)
+    assert zipf.budgets(rates, 16, 3.0, 0).tolist() == [10, 16, 16, 6]  # shares of 6, 24, 12, 6
+    for turn in range(50):
+        budgets = zipf.budgets(rates, 16, 3.3, turn)
+        assert budgets.sum() == 52 and budgets.max() <= 16
+
+
 def test_latents_below_one_token_take_turns() -> None:
     rates = zipf.rates(Zipf(2.0, 1.2, 1.0), 60, 1.5)
     total = sum(zipf.budgets(rates, 16, 1.5, turn) for turn in range(2000))

@@ -17,7 +17,7 @@ import torch
 from saelab import kernels
 from saelab.data.cache import ActivationCache
 from saelab.kernels.dispatch import obstacle
-from saelab.sae import VARIANTS, build
+from saelab.sae import VARIANTS, build, mutual_choice
 from saelab.training import Diverged, StepMetrics, TrainConfig, fit_steps, train, train_steps
 from saelab.training import step as step_module
 from saelab.training.checkpoints import latest_step
@@ -69,6 +69,24 @@ def test_a_run_is_the_same_to_the_bit(variant: str, cache: ActivationCache, monk
     else:
         assert rows == rows_later
         assert all(torch.equal(weights[name], weights_later[name]) for name in weights)
+
+
+@pytest.mark.parametrize("variant", ["mutual_choice", "feature_choice"])
+def test_what_may_become_under_used_is_listed_ahead(
+    variant: str, cache: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mutual_choice, "REFIT", 10)
+    found = []
+    for wait in (False, True):
+        monkeypatch.setattr(step_module, "leaves_numbers", lambda *_, wait=wait: wait)
+        sae = sae_of(variant)
+        sae.under_used = 0.7
+        found.append([metrics.row() for metrics in train_steps(sae, cache, CONFIG)])
+    assert [list(row) for row in found[0]] == [list(row) for row in found[1]]
+    assert any(row["aux_zipf"] != row.get("auxk", 0) for row in found[0] if "aux_zipf" in row), "not the dead alone"
+    for name in ("loss", "fvu", "l0", "auxk", "aux_zipf"):
+        values = [[row.get(name, 0.0) for row in run] for run in found]
+        assert values[0] == pytest.approx(values[1], rel=2e-3), name
 
 
 @pytest.mark.parametrize("variant", ["topk", "batch_topk", "jump_relu"])
@@ -155,14 +173,17 @@ def test_a_checkpoint_waits_for_the_numbers(cache: ActivationCache, tmp_path: Pa
     assert kept is not None and kept.name == "step_00000005"
 
 
-@pytest.mark.parametrize("stop", [3, 6])
-def test_a_resumed_run_is_identical(cache: ActivationCache, tmp_path: Path, later: None, stop: int) -> None:
+@pytest.mark.parametrize(("variant", "stop"), [("topk", 3), ("topk", 6), ("mutual_choice", 14)])
+def test_a_resumed_run_is_identical(
+    cache: ActivationCache, tmp_path: Path, later: None, variant: str, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mutual_choice, "REFIT", 10)
     for name, at in (("whole", None), ("parts", stop)):
-        steps = fit_steps(sae_of("topk"), cache, CONFIG, tmp_path / name, checkpoint_steps=4)
+        steps = fit_steps(sae_of(variant), cache, CONFIG, tmp_path / name, checkpoint_steps=4)
         for metrics in steps:
             if metrics.step == at:
                 steps.close()
-    for _ in fit_steps(sae_of("topk"), cache, CONFIG, tmp_path / "parts", resume=True):
+    for _ in fit_steps(sae_of(variant), cache, CONFIG, tmp_path / "parts", resume=True):
         pass
     for name in ("sae_weights.safetensors", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()

@@ -157,7 +157,13 @@ def _reaching(z, column, bias, extra, mode, bound) -> Staged:
 
 
 def latent(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budgets: Tensor, signed: bool
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    budgets: Tensor,
+    signed: bool,
+    sizes: tuple[int, int] | None = None,
 ) -> Ragged:
     (n, d_sae), mode = (x.shape[0], W_enc.shape[1]), MODES[signed]
     code, per_latent = Staged(d_sae, budgets.numpy()), budgets.numpy()

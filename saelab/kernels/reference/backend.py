@@ -85,9 +85,18 @@ def batch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, 
 
 
 def latent(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budgets: Tensor, signed: bool
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    budgets: Tensor,
+    signed: bool,
+    sizes: tuple[int, int] | None = None,
 ) -> Ragged:
-    """Per latent ``j`` its ``budgets[j]`` largest pre-activations over the batch."""
+    """Per latent ``j`` its ``budgets[j]`` largest pre-activations over the batch.
+
+    ``sizes`` are bounds on their sum and on the largest, for backends that would have to wait for these.
+    """
     top = int(budgets.max()) if budgets.numel() else 0
     rows, columns, values = [], [], []
     for start, acts in pre_act_chunks(W_enc.T, centred(x, b_dec).T, None, None):  # acts [latents, n]

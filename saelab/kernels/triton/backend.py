@@ -156,12 +156,21 @@ def _best_of_chunk(z: Tensor, bias: Tensor, mode: int, budget: int) -> tuple[Ten
 
 
 def latent(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, budgets: Tensor, signed: bool
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    budgets: Tensor,
+    signed: bool,
+    sizes: tuple[int, int] | None = None,
 ) -> Ragged:
-    n, start = x.shape[0], pointers(budgets)
-    total, most = int(start[-1]), int(budgets.max())
+    """``sizes`` are bounds on the sum of the budgets and on the largest; what is too much lies behind the last row."""
+    (n, d_sae), start = (x.shape[0], W_enc.shape[1]), pointers(budgets)
+    total, most = (int(start[-1]), int(budgets.max())) if sizes is None else sizes
+    start = start.clamp_max_(total)  # no program may write behind the end, whatever the caller says
+    budgets = start.diff()
     values = torch.empty(total, dtype=torch.float32, device=x.device)
-    tokens = torch.empty(total, dtype=torch.int64, device=x.device)
+    tokens = torch.full((total,), n, dtype=torch.int64, device=x.device)
     nothing = torch.zeros(n, device=x.device)
     for row, z in wide_products(W_enc.T, centred(x, b_dec).T):  # z [latents, n]
         rows = slice(row, row + z.shape[0])
@@ -169,9 +178,9 @@ def latent(
             z += b_enc[rows, None]
         choose(z, z, nothing, MODES[signed], UNWEIGHTED, budgets[rows], most, start[row:], values, tokens)
     tokens, order = tokens.sort(stable=True)
-    latents = torch.arange(W_enc.shape[1], device=x.device).repeat_interleave(budgets, output_size=total)
+    latents = torch.searchsorted(start, order, right=True).sub_(1).clamp_max_(d_sae - 1)
     values = values[order]
-    return values if signed else values.relu_(), latents[order], row_pointers(tokens, n)
+    return values if signed else values.relu_(), latents, row_pointers(tokens, n)
 
 
 def threshold(
