@@ -25,6 +25,7 @@ class SparseCode:
     row_ptr: Int[Tensor, " rows"]  # [n + 1]
     d_sae: int
     by: ByLatent | None = field(default=None, repr=False, compare=False)  # its entries by latent, where gradients ask
+    pre_acts: Tensor | None = field(default=None, repr=False, compare=False)  # [nnz], what the values were made of
 
     @classmethod
     def from_rows(cls, values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: int) -> SparseCode:
@@ -95,7 +96,7 @@ class SparseCode:
 
     def detach(self) -> SparseCode:
         """The same code, cut from the graph."""
-        return replace(self, values=self.values.detach())
+        return replace(self, values=self.values.detach(), pre_acts=None)
 
     def to(self, device: torch.device | str) -> SparseCode:
         """The same code on another device."""

@@ -83,7 +83,7 @@ class Counting(TorchDispatchMode):
             return
         name, of = kernel.fn.__name__, dict(zip(kernel.arg_names, operands)) | dict(constants)
         self.count.kernels[name] += 1
-        flags = {"dec": of.get("DEC"), "enc": of.get("ENC"), "W_dec": of.get("PROJECT")}
+        flags = {"dec": of.get("DEC"), "enc": of.get("ENC"), "W_dec": of.get("MEASURE") and of.get("DEC")}
         for operand, passes in PASSES.get(name, {}).items():
             tensor = of[operand]
             if flags.get(operand, True) and tensor.numel() >= self.size:
@@ -137,10 +137,10 @@ def _unwatched() -> Any:
     return _disable_current_modes()
 
 
-N, D_IN, D_SAE, K = 16, 16, 256, 4
+N, D_IN, D_SAE, K = 12, 16, 256, 4  # with fewer tokens than dimensions the pre-activations are no tensor of that size
 CASES = [
     ("topk", 0), ("topk", 50), ("abs_topk", 0), ("gradient_topk", 0), ("batch_topk", 0), ("mutual_choice", 50),
-    ("feature_choice", 50), ("jump_relu", 0),
+    ("feature_choice", 50), ("jump_relu", 0), ("gated", 0), ("matching_pursuit", 0),
 ]  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def counted(variant: str, dead: int = 0) -> Count:
             train_step(sae, batch, settings, state, 1000)
     finally:
         select.WHOLE, ragged.SEGMENT, step.leaves_numbers = before
-    parameters = 2 * D_IN * D_SAE
+    parameters = sum(parameter.numel() for parameter in sae.parameters() if parameter.dim() == 2)
     count.per_parameter = count.bytes.total() / parameters
     return count
 

@@ -109,10 +109,11 @@ class DenseOrSparse:
         x: Tensor | None = None,
         offset: Tensor | None = None,
         W_dec: Tensor | None = None,
+        measure: bool = False,
     ) -> LatentGrads:
         """See the reference. Dense products leave the part along the rows of ``W_dec`` to the caller."""
         if not isinstance(by, Unsorted):
-            return self.sparse.latent_grads(by, values, weight, along, extra, error, x, offset, W_dec)
+            return self.sparse.latent_grads(by, values, weight, along, extra, error, x, offset, W_dec, measure)
         dec = enc = bias = None
         if error is not None:
             data = error if weight is None else error * weight[:, None]

@@ -35,8 +35,12 @@ class PreActsAt(torch.autograd.Function):
         if for_x:
             d_x = ops.decode(entry_grads(values, 1.0, None, grad), indices, row_ptr, W_enc.T, None)
         if for_W or for_b_enc or for_b_dec:
-            found = ops.latent_grads(ctx.by.sorted(ops), values, extra=grad, x=x, offset=b_dec)
+            sums = ctx.by.sums
+            by, measure = ctx.by.sorted(ops), sums is not None
+            found = ops.latent_grads(by, values, extra=grad, x=x, offset=b_dec, measure=measure)
             d_W, d_b_enc = found.enc.T, found.bias
+            if sums is not None:
+                sums.add(found, W_enc=found.enc)
         d_b_dec = -(W_enc @ d_b_enc) if for_b_dec else None
         return d_x, d_W, d_b_enc if for_b_enc else None, d_b_dec, None, None, None, None
 
@@ -73,22 +77,30 @@ class SquaredError(torch.autograd.Function):
     def forward(ctx, x, values, indices, row_ptr, W_dec, b_dec, by):  # pyright: ignore
         ctx.implementation, ctx.by = implementation(x), by
         sse, recon, error, along = ctx.implementation.decode_error(x, values, indices, row_ptr, W_dec, b_dec)
-        ctx.save_for_backward(values, row_ptr, error, along)
+        ctx.sums = by.sums if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(values, row_ptr, error, along, None if ctx.sums is None else W_dec)
+        if ctx.sums is not None:
+            ctx.sums.errors = sse
         ctx.mark_non_differentiable(recon)
         return sse, recon
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):  # pyright: ignore
-        values, row_ptr, error, along = ctx.saved_tensors
+        values, row_ptr, error, along, W_dec = ctx.saved_tensors
         ops, (for_x, for_values, _, _, for_W, for_b, _) = ctx.implementation, ctx.needs_input_grad
-        weight = 2.0 * grad  # [n]
+        weight, d_W = 2.0 * grad, None  # [n]
+        if for_W:
+            found = ops.latent_grads(ctx.by.sorted(ops), values, weight, error=error, W_dec=W_dec)
+            d_W = found.dec
+            if ctx.sums is not None:
+                ctx.sums.add(found, W_dec=found.dec)
         return (
             -weight[:, None] * error if for_x else None,
             along * per_entry(weight, row_ptr, values) if for_values else None,
             None,
             None,
-            ops.latent_grads(ctx.by.sorted(ops), values, weight, error=error).dec if for_W else None,
+            d_W,
             weight @ error if for_b else None,
             None,
         )
@@ -123,7 +135,7 @@ class Reconstruct(torch.autograd.Function):
             found = ops.latent_grads(by, values, weight, along, extra, x=x, offset=b_in)
             found = found._replace(dec=ops.latent_grads(by, values, weight, error=error).dec)
         if ctx.sums is not None:
-            ctx.sums.scale, ctx.sums.squares = found.scale, found.squares
+            ctx.sums.add(found, W_enc=found.enc, b_enc=found.bias, W_dec=found.dec)
         d_x = None
         if for_x:
             g = entry_grads(values, per_entry(weight, row_ptr, values), along, extra)

@@ -62,7 +62,7 @@ def report(
 ) -> Report:
     """The numbers of a step, the factor that brings the gradient's norm down to ``most``, and the flag of a failure.
 
-    ``errors [n]`` are the squared errors, ``squares [d_sae]`` and ``bias [d_in]`` make the norm of the gradient, and
+    ``errors [n]`` are the squared errors, ``squares [d_sae]`` and ``bias [m]`` make the norm of the gradient, and
     ``length`` is the norm of the whole batch. ``terms`` are what the loss has besides the FVU. ``first`` (float64) is
     the FVU of the first batch, written by the step that is ``starting``; ``failed`` (float32) becomes 1 where the loss
     or the norm is not finite or the FVU exceeds ``limit`` times the largest of 1, ``first`` and the energy.

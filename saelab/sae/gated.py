@@ -54,13 +54,13 @@ class GatedSAE(L1SAE, variant="gated"):
         self.b_mag.mul_(norms)
 
     def extra_losses(self, x: Tensor, code: SparseCode, error: Tensor) -> dict[str, Tensor]:
-        """The L1 penalty on the gate and the reconstruction from it; encodes once more, the code has no gates."""
-        with torch.no_grad():
-            selected = self.select(x, None)
-        gate = kernels.pre_acts_at(x, self.W_enc, self.b_enc, self.b_in, selected)
+        """The L1 penalty on the gate, which the code was made of, and the reconstruction from it."""
+        if code.pre_acts is None:
+            raise ValueError("the code has no pre-activations; pass what encode returned")
+        gate = code.pre_acts
         frozen = self.W_dec.detach(), self.b_dec.detach()
         wanted = x if not self.transcodes else error + self.decode(code).detach()
-        from_gate, _ = kernels.sse(wanted, gate, selected.indices, selected.row_ptr, *frozen)
+        from_gate, _ = kernels.sse(wanted, gate, code.indices, code.row_ptr, *frozen)
         return {"l1": self.l1 * self.pressure() * gate.sum() / code.n, "gate": from_gate.mean()}
 
     def contest(self, x: Tensor, grads: Tensor | None = None) -> Scores:

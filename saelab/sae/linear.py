@@ -155,7 +155,7 @@ class LinearSAE(SAE):
             selected = self.select(x, grads)
         by = kernels.ByLatent(*selected[1:], self.d_sae)
         pre_acts = kernels.pre_acts_at(x, self.W_enc, self.b_enc, self.b_in, selected, by)
-        return SparseCode(self.activate(pre_acts, selected.indices), *selected[1:], self.d_sae, by)
+        return SparseCode(self.activate(pre_acts, selected.indices), *selected[1:], self.d_sae, by, pre_acts)
 
     @torch.no_grad()
     def select_above(self, x: Tensor, threshold: Tensor | float) -> SelectedPreActs:

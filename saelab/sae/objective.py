@@ -18,11 +18,13 @@ def represent(
 
     ``target`` is what a transcoder's latents shall write (:meth:`saelab.sae.SAE.to_decode`).
     Where the values of the code are the pre-activations and the objective is the squared error, both matrices get their
-    gradients in one pass. It fills ``sums`` where the backend does so on the way.
+    gradients in one pass. The gradient passes fill ``sums`` where the backend does so on the way.
     """
     wanted = x if target is None else target
     if not isinstance(sae, LinearSAE) or not plain(sae):
         code = sae.encode(x, grads)
+        if code.by is not None:
+            code.by.sums = sums
         return code, *sae.reconstruction_loss(wanted, code)
     with torch.no_grad():
         selected = sae.select(x, grads)

@@ -13,19 +13,23 @@ from saelab.distributed import Parallel
 from saelab.distributed.sharding import REPLICATED
 from saelab.losses import Subset
 from saelab.sae import SAE, LinearSAE
-from saelab.sae.objective import plain
-
-PASSED = ("W_enc", "b_enc", "W_dec")  # what one gradient pass covers
 
 
 def constrains_on_the_way(sae: SAE, parallel: Parallel) -> bool:
-    """Whether the gradient pass may also project and measure: nothing is added to its results afterwards but AuxK."""
-    if parallel.size > 1 or not isinstance(sae, LinearSAE) or not plain(sae) or kernels.backend(sae.W_dec) != "triton":
+    """Whether the gradient passes may also project and measure, as those of the squared error can."""
+    if parallel.size > 1 or not isinstance(sae, LinearSAE) or kernels.backend(sae.W_dec) != "triton":
         return False
     if sae.d_out != sae.d_in or sae.W_skip is not None:  # two passes; a gradient that the sums lack
         return False
-    own = {"normalise_decoder": SAE.normalise_decoder, "project_decoder_grad": SAE.project_decoder_grad}
-    return all(getattr(getattr(sae, name), "__func__", None) is method for name, method in own.items())
+    own = ("normalise_decoder", "project_decoder_grad", "reconstruction_loss", "decode")
+    return all(getattr(getattr(sae, name), "__func__", None) is getattr(SAE, name) for name in own)
+
+
+def measured(sae: SAE, sums: kernels.RowSums | None) -> bool:
+    """Whether the gradient passes have projected and measured, and nothing has been added to their results."""
+    if sums is None or sums.scale is None or not {"W_enc", "W_dec"} <= sums.passes.keys():
+        return False
+    return all(sums.holds(name, getattr(sae, name).grad) for name in sums.passes)
 
 
 def constrain(sae: SAE, rows: Sequence[Subset], sums: kernels.RowSums | None) -> dict[Tensor, Tensor] | None:
@@ -34,9 +38,12 @@ def constrain(sae: SAE, rows: Sequence[Subset], sums: kernels.RowSums | None) ->
     Returns factors that the optimizer must multiply the rows of a parameter by before its step, where the decoder has
     not been normalised here.
     """
-    if sums is not None and sums.squares is not None and sums.scale is not None:
-        _add_measured(sae, rows, sums.squares, sums.scale)
+    if sums is not None and measured(sae, sums):
+        assert sums.scale is not None
+        _add_measured(sae, rows, sums)
         return {sae.W_dec: sums.scale}
+    if sums is not None:
+        sums.squares = None  # not those of the whole gradient
     for subset in rows:
         assert isinstance(sae, LinearSAE)
         subset.add_gradients(sae)
@@ -46,29 +53,32 @@ def constrain(sae: SAE, rows: Sequence[Subset], sums: kernels.RowSums | None) ->
 
 
 @torch.no_grad()
-def _add_measured(sae: SAE, rows: Sequence[Subset], squares: Tensor, scale: Tensor) -> None:
+def _add_measured(sae: SAE, rows: Sequence[Subset], sums: kernels.RowSums) -> None:
     """Project and add AuxK's rows where the gradient pass has projected already, and measure the sums."""
-    assert isinstance(sae, LinearSAE)
+    assert isinstance(sae, LinearSAE) and sums.scale is not None and sums.squares is not None
     for subset in rows:
         latents = subset.latents
         if subset.W_dec.grad is not None:
-            unit = subset.W_dec.detach() * scale[latents, None]
+            unit = subset.W_dec.detach() * sums.scale[latents, None]
             along = (subset.W_dec.grad * unit).sum(1, keepdim=True)
             subset.W_dec.grad.addcmul_(along, unit, value=-1.0)
         subset.add_gradients(sae)
-        grads = sae.W_enc.grad, sae.b_enc.grad, sae.W_dec.grad
-        assert grads[0] is not None and grads[1] is not None and grads[2] is not None
-        found = (grads[0].T[latents], grads[2][latents], grads[1][latents, None])
-        squares.index_copy_(0, latents, sum(part.square().sum(1) for part in found))  # pyright: ignore
+        by_latent = {"W_enc": sae.W_enc.grad.T, "W_dec": sae.W_dec.grad, "b_enc": sae.b_enc.grad[:, None]}  # pyright: ignore
+        found = sum(by_latent[name][latents].square().sum(1) for name in sums.passes)
+        sums.squares.index_copy_(0, latents, found)  # pyright: ignore
 
 
 @torch.no_grad()
 def gradient_norm(sae: SAE, sums: kernels.RowSums | None) -> Tensor:
     """The norm of the gradient of one process, from the sums of the gradient pass where there are some."""
     if sums is not None and sums.squares is not None:
-        rest = [p.grad for name, p in sae.named_parameters() if name not in PASSED and p.grad is not None]
-        return (sums.squares.sum() + sum(grad.square().sum() for grad in rest)).sqrt()
+        return (sums.squares.sum() + sum(grad.square().sum() for grad in unmeasured(sae, sums))).sqrt()
     return torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+
+
+def unmeasured(sae: SAE, sums: kernels.RowSums) -> list[Tensor]:
+    """The gradients that the sums lack."""
+    return [p.grad for name, p in sae.named_parameters() if name not in sums.passes and p.grad is not None]
 
 
 @torch.no_grad()

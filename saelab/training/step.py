@@ -24,6 +24,7 @@ from saelab.training.constraint import (
     constrains_on_the_way,
     gradient_norm,
     squared_gradients,
+    unmeasured,
 )
 from saelab.training.divergence import LIMIT, excess
 from saelab.training.readings import Numbers, Readings, StepMetrics, together
@@ -131,7 +132,7 @@ def _forward(
         _share_statistics(sae, parallel)
     # Firing statistics come before the auxiliary loss, which looks at what is dead now.
     fired, limit, since = None, config.dead_after or 0, state.tokens_since_fired
-    if later and sums is not None and code.by is not None:
+    if later and sums is not None and sums.errors is not None and code.by is not None:
         fired = tally.count_fired(code.values, code.by, since, n, limit)
     if fired is None:
         dead.mark_fired(state, parallel.any_data(code.fired()), n)
@@ -182,11 +183,13 @@ def _numbers(
     parts = done.parts
     if done.fired is not None and sums is not None and sums.errors is not None:
         length = torch.linalg.vector_norm(goal)
-        if sums.squares is not None and sae.b_dec.grad is not None:
+        rest = unmeasured(sae, sums)
+        if sums.squares is not None and rest:
             first, failed = references(state, goal.device)
             found = tally.report(
-                sums.errors.detach(), done.fired, sums.squares, sae.b_dec.grad, length,
-                torch.stack([term.detach() for term in parts.values()]) if parts else None, first, failed,
+                sums.errors.detach(), done.fired, sums.squares,
+                rest[0] if len(rest) == 1 else torch.cat([grad.flatten() for grad in rest]), length,
+                torch.stack([term.detach().float() for term in parts.values()]) if parts else None, first, failed,
                 variance=state.variance, most=config.grad_clip, limit=LIMIT, starting=state.step == 0,
             )  # fmt: skip
             numbers = dict(zip(tally.NAMES, found.numbers.unbind())) | parts | counts

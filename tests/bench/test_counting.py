@@ -38,3 +38,10 @@ def test_dead_latents_and_a_batch_budget_make_nothing_wait() -> None:
     for variant, dead in (("topk", 50), ("batch_topk", 0), ("mutual_choice", 50), ("feature_choice", 50)):
         count = counted(variant, dead)
         assert not count.waits and count.per_parameter <= 36, (variant, count)
+
+
+@pytest.mark.parametrize("variant", ["jump_relu", "gated"])
+def test_a_threshold_waits_once_and_an_activation_adds_no_pass(variant: str) -> None:
+    count = counted(variant)
+    assert count.waits == {"_local_scalar_dense": 1}
+    assert count.per_parameter <= 36, count.bytes

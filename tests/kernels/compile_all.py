@@ -119,10 +119,12 @@ def configurations(loads: list[str]):
 def gradient_configurations(nnz: int, d_in: int, d_sae: int):
     """One pass for both matrices, with and without the constraint, and passes for one of them."""
     options = {"WEIGHTED": True, "ALONG": True, "EXTRA": False, "CENTRED": True}
-    both = {"SEGMENT": ragged.segment_size(nnz, d_sae), "DEC": True, "ENC": True, "PROJECT": False}
+    both = {"SEGMENT": ragged.segment_size(nnz, d_sae), "DEC": True, "ENC": True, "MEASURE": False}
     one_row, pieces = shapes.token_shape(d_in), shapes.gather_shape(d_in)
     for name, flags, shape in (
-        ("constrained", {**both, "PROJECT": True}, one_row),
+        ("constrained", {**both, "MEASURE": True}, one_row),
+        ("decoder-constrained", {**both, "MEASURE": True, "ENC": False}, one_row),
+        ("encoder-measured", {**both, "MEASURE": True, "DEC": False}, one_row),
         ("both", {**both}, pieces),
         ("decoder", {**both, "ENC": False}, pieces),
         ("encoder", {**both, "DEC": False}, pieces),

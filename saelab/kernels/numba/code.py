@@ -164,6 +164,7 @@ def latent_grads(
     x: Tensor | None = None,
     offset: Tensor | None = None,
     W_dec: Tensor | None = None,
+    measure: bool = False,
 ) -> LatentGrads:
     values = values[by.order]
     each = 1.0 if weight is None else weight[by.rows]

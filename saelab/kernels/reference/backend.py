@@ -182,7 +182,7 @@ class LatentGrads(NamedTuple):
     enc: Tensor | None  # [d_sae, d_in]
     bias: Tensor | None  # [d_sae]
     scale: Tensor | None = None  # [d_sae]: one over the norm of each row of W_dec
-    squares: Tensor | None = None  # [d_sae]: sums of squares of all three
+    squares: Tensor | None = None  # [d_sae]: sums of squares of those asked for, of the bias only beside both matrices
 
 
 def by_latent(indices: Tensor, row_ptr: Tensor, d_sae: int) -> Sorted:
@@ -201,6 +201,7 @@ def latent_grads(
     x: Tensor | None = None,
     offset: Tensor | None = None,
     W_dec: Tensor | None = None,
+    measure: bool = False,
 ) -> LatentGrads:
     """The gradients of a latent's dictionary row, encoder vector and bias, in one pass over the code's entries.
 
@@ -208,7 +209,8 @@ def latent_grads(
     ``error`` is given; ``enc[j] = sum of g_e * (x[row] - offset)`` and ``bias[j] = sum of g_e``, where ``x`` is given.
     ``g_e = along_e * weight[row] + extra_e`` is the gradient of a value, 0 where the value is 0 and did not fire;
     what is None counts as 1 (``weight``) or 0. With ``W_dec`` the part of ``dec[j]`` along its row is removed, and
-    ``scale`` and ``squares`` are filled, where the backend does it on the way.
+    ``scale`` and ``squares`` are filled, where the backend does it on the way. With ``measure`` and no ``error``
+    ``squares`` are those of ``enc`` alone, there.
     """
     values = values[by.order]
     each = 1.0 if weight is None else weight[by.rows]

@@ -29,18 +29,24 @@ def finish(
     W_stride,
     DEC: tl.constexpr,
     ENC: tl.constexpr,
-    PROJECT: tl.constexpr,
+    MEASURE: tl.constexpr,
 ):
-    """Write one latent's sums; with PROJECT the part along its row leaves ``d_dec``, and both norms are written."""
+    """Write one latent's sums; with MEASURE the part along its row leaves ``d_dec``, and norms are written.
+
+    The bias counts only beside both matrices: after an activation its gradient has other parts.
+    """
     here = column < tl.where(mine, width, 0)
-    if PROJECT:
-        row = tl.load(W_dec + latent * W_stride + column, mask=here, other=0.0).to(tl.float32)
-        norm = tl.sqrt(tl.sum(row * row, axis=0))
-        inverse = 1.0 / tl.maximum(norm, 1.1754943508222875e-38)
-        unit = row * inverse
-        d_dec -= tl.sum(d_dec * unit, axis=0) * unit
-        total = tl.sum(d_dec * d_dec, axis=0) + tl.sum(d_enc * d_enc, axis=0) + d_bias * d_bias
-        tl.store(scale + latent, inverse, mask=mine)
+    if MEASURE:
+        if DEC:
+            row = tl.load(W_dec + latent * W_stride + column, mask=here, other=0.0).to(tl.float32)
+            norm = tl.sqrt(tl.sum(row * row, axis=0))
+            inverse = 1.0 / tl.maximum(norm, 1.1754943508222875e-38)
+            unit = row * inverse
+            d_dec -= tl.sum(d_dec * unit, axis=0) * unit
+            tl.store(scale + latent, inverse, mask=mine)
+        total = tl.sum(d_dec * d_dec, axis=0) + tl.sum(d_enc * d_enc, axis=0)
+        if DEC and ENC:
+            total += d_bias * d_bias
         tl.store(squares + latent, total, mask=mine)
     if DEC:
         tl.store(dec + latent * width + column, d_dec, mask=here)
@@ -102,7 +108,7 @@ def latents_kernel(
     ALONG: tl.constexpr,
     EXTRA: tl.constexpr,
     CENTRED: tl.constexpr,
-    PROJECT: tl.constexpr,
+    MEASURE: tl.constexpr,
     ENTRIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -148,7 +154,7 @@ def latents_kernel(
         tl.store(bias_parts + part, total, mask=partial)
     finish(
         latent, column, owned, d_dec, d_enc, total, W_dec, dec, enc, bias, scale, squares,
-        width, W_stride, DEC, ENC, PROJECT,
+        width, W_stride, DEC, ENC, MEASURE,
     )  # fmt: skip
 
 
@@ -169,7 +175,7 @@ def parts_kernel(
     SEGMENT: tl.constexpr,
     DEC: tl.constexpr,
     ENC: tl.constexpr,
-    PROJECT: tl.constexpr,
+    MEASURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Add up the parts of the popular latents. A latent that begins inside a segment is that segment's tail."""
@@ -190,5 +196,5 @@ def parts_kernel(
             d_bias += tl.load(bias_parts + part)
     finish(
         latent, column, popular, d_dec, d_enc, d_bias, W_dec, dec, enc, bias, scale, squares,
-        width, W_stride, DEC, ENC, PROJECT,
+        width, W_stride, DEC, ENC, MEASURE,
     )  # fmt: skip

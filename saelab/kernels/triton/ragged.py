@@ -68,12 +68,13 @@ def latent_grads(
     x: Tensor | None = None,
     offset: Tensor | None = None,
     W_dec: Tensor | None = None,
+    measure: bool = False,
 ) -> LatentGrads:
-    """See the reference. ``W_dec`` is taken note of where both matrices have gradients and a row fits one program."""
+    """See the reference. What is measured needs rows that fit one program."""
     data = x if error is None else error
     assert data is not None and by.latents is not None
     nnz, d_sae, width, device = values.numel(), by.ptr.numel() - 1, data.shape[1], data.device
-    project = W_dec is not None and error is not None and x is not None and width <= WIDEST
+    measure = width <= WIDEST and (measure if error is None else W_dec is not None)
     segment = segment_size(nnz, d_sae)
     segments, n_parts = -(-nnz // segment), 2 * -(-nnz // segment)
     # What a flag turns off is never read or written: any tensor stands in for it.
@@ -86,10 +87,10 @@ def latent_grads(
     bias_parts = torch.empty(n_parts, device=device)
     matrices = [t if t is None else t.contiguous() for t in (error, x, offset, W_dec)]
     error, x, offset, W_dec = (data if t is None else t for t in matrices)
-    flags = {"SEGMENT": segment, "DEC": matrices[0] is not None, "ENC": matrices[1] is not None, "PROJECT": project}
+    flags = {"SEGMENT": segment, "DEC": matrices[0] is not None, "ENC": matrices[1] is not None, "MEASURE": measure}
     options = {"WEIGHTED": weight is not None, "ALONG": along is not None, "EXTRA": extra is not None}
     options["CENTRED"] = matrices[2] is not None
-    shape = token_shape(width) if project else gather_shape(width)
+    shape = token_shape(width) if measure else gather_shape(width)
     columns = -(-width // shape["BLOCK"])
     lists = values, *(values if t is None else t.contiguous() for t in (weight, along, extra)), *by
     out = dec, enc, bias, scale, squares
@@ -103,7 +104,7 @@ def latent_grads(
         grid, sizes = (d_sae, columns), (width, W_dec.stride(0))
         launch(latents.parts_kernel, grid, by.ptr, *parts, W_dec, *out, *sizes, **flags, **rest)
     found = LatentGrads(*(None if t is None else o.to(data.dtype) for t, o in zip((*matrices[:2], matrices[1]), out)))
-    return found._replace(scale=scale, squares=squares) if project else found
+    return found._replace(scale=scale if flags["DEC"] else None, squares=squares) if measure else found
 
 
 def segment_size(nnz: int, d_sae: int) -> int:

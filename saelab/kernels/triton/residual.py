@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saelab.kernels.products import products
+from saelab.kernels.products import DEVICE_CHUNK_BYTES, products
 from saelab.kernels.reference import pursuit as pursuit_reference
 from saelab.kernels.reference.pursuit import Trace
 from saelab.kernels.triton import pursuit as triton_pursuit
@@ -15,7 +15,7 @@ from saelab.kernels.triton.ragged import by_latent, latent_grads
 from saelab.kernels.triton.shapes import chain_shape, pursuit_shape
 
 WIDEST = 16384  # atoms whose products one program holds in registers
-BACKWARD_ROWS = 1024  # tokens whose per-step gradients are held at a time
+BACKWARD_BYTES = DEVICE_CHUNK_BYTES  # of per-step gradients that are held at a time
 
 
 def pursue(
@@ -52,10 +52,10 @@ def pursue_backward(
 ) -> tuple[Tensor, Tensor]:
     (n, n_steps), (d_sae, d_in) = trace.steps.shape, W_dec.shape
     W_dec, x = W_dec.detach().contiguous(), (x if b_dec is None else x - b_dec).detach().contiguous()
-    d_x, d_W = torch.empty(n, d_in, device=x.device), torch.zeros(d_sae, d_in, device=x.device)
-    grad = grad.contiguous()
-    for start in range(0, n, BACKWARD_ROWS):
-        rows = slice(start, min(start + BACKWARD_ROWS, n))
+    d_x, d_W = torch.empty(n, d_in, device=x.device), None
+    grad, at_once = grad.contiguous(), max(1, BACKWARD_BYTES // (4 * n_steps * d_in))
+    for start in range(0, n, at_once):
+        rows = slice(start, min(start + at_once, n))
         steps, count = trace.steps[rows], rows.stop - start
         per_step = torch.empty(count * n_steps, d_in, device=x.device)
         sizes = d_in, n_steps, x.stride(0), W_dec.stride(0)
@@ -74,5 +74,8 @@ def pursue_backward(
         )
         each = torch.arange(count * n_steps + 1, device=x.device)
         by, ones = by_latent(steps.reshape(-1), each, d_sae), torch.ones_like(each[1:], dtype=torch.float32)
-        d_W += latent_grads(by, ones, error=per_step).dec
+        part = latent_grads(by, ones, error=per_step).dec
+        d_W = part if d_W is None else d_W.add_(part)  # each further chunk is a pass over the dictionary
+    if d_W is None:  # no tokens
+        d_W = torch.zeros(d_sae, d_in, device=x.device)
     return d_x.to(x.dtype), d_W.to(W_dec.dtype)
