@@ -6,7 +6,7 @@ EXTRAS = app,demo,serve,notebooks,docs,dev
 STAMP = $(VENV)/.installed
 PORT ?= 8501
 
-.PHONY: help demo app test test-slow claims test-interop lint format bench gpu docs clean
+.PHONY: help demo app test test-slow claims test-interop lint format bench gpu docs tutorials clean
 
 help:
 	@echo "make demo    train an SAE on a real language model and index its features (under 10 minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-interop   run SAELens, SAEBench and other tools on our files, and saelab under transformer-lens 3"
 	@echo "make lint    format check, lint, types"
 	@echo "make docs    build the documentation site into docs/_build; a warning is an error"
+	@echo "make tutorials   run the notebooks and write them with their figures into docs/tutorials (about an hour)"
 	@echo "make bench   time the kernels against what other tools do"
 	@echo "make gpu     on a GPU: parity, then kernels, steps, rivals and training runs, in under 7 minutes"
 
@@ -80,6 +81,11 @@ gpu:
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
+# Needs a Chromium on PATH, which draws the figures. The pages are committed, so that make docs runs nothing.
+tutorials: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[tutorials]"
+	$(BIN)/python notebooks/render.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) demo docs/_build docs/_generated

@@ -23,6 +23,8 @@ version = release = saelab.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "_generated/*-columns.md"]
 html_theme = "furo"
+html_static_path = ["_generated/static"]
+html_css_files = ["tokens.css"]
 html_title = f"saelab {release}"
 html_show_sourcelink = False
 html_copy_source = False

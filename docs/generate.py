@@ -168,11 +168,14 @@ def columns(table: dict[str, tuple[Any, str]]) -> str:
 def main(output: Path = OUTPUT) -> None:
     """Write every generated page below ``output``; a page whose text has not changed keeps its date."""
     from saelab.features import schema
+    from saelab.viz import LIGHT, style_sheet
 
     pages = {f"reference/{name}": page for name, page in reference(public_modules()).items()}
     pages["commands.md"] = commands()
     pages["feature-columns.md"] = columns(schema.FEATURE_COLUMNS)
     pages["example-columns.md"] = columns(schema.EXAMPLE_COLUMNS)
+    # Tokens with their activations in the tutorials.
+    pages["static/tokens.css"] = style_sheet(LIGHT).removeprefix("<style>").removesuffix("</style>")
     for name, page in pages.items():
         path = output / name
         path.parent.mkdir(parents=True, exist_ok=True)
