@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from saelab.kernels.products import DEVICE_CHUNK_BYTES
+from saelab.sae.share import DIGIT, DIGIT_OF_MANY, KEY_BITS
 
 Op = Literal["all_reduce", "all_gather", "reduce_scatter"]
 # How parameters lie on the ranks that share a batch: whole on each, or divided (torch's `fully_shard`).
@@ -69,12 +70,16 @@ class Collective:
 
     purpose: str
     op: Op
-    over: Literal["data", "dictionary"]
+    over: Literal["data", "dictionary", "all"]
     size: float
 
     def sent(self, ranks: int) -> float:
         """Bytes that each rank sends in a ring."""
         return (2 if self.op == "all_reduce" else 1) * (ranks - 1) / ranks * self.size
+
+    def ranks(self, data_size: int, dict_size: int) -> int:
+        """How many processes take part, in a layout of so many."""
+        return {"data": data_size, "dictionary": dict_size, "all": data_size * dict_size}[self.over]
 
 
 def collectives(work: Work, data_size: int, dict_size: int) -> list[Collective]:
@@ -91,11 +96,8 @@ def collectives(work: Work, data_size: int, dict_size: int) -> list[Collective]:
             found.append(Collective("gradients", "all_reduce", "data", weights))
         found.append(Collective("firing", "all_reduce", "data", latents))
     if dict_size > 1:
-        # A value and the number of its latent.
-        of_batch = 4 if work.budget == "batch" else 0  # the number of candidates of each token
-        if work.budget != "latent":
-            size = dict_size * tokens * (8 * work.k + of_batch)
-            found.append(Collective("candidates", "all_gather", "dictionary", size))
+        if work.budget == "token":  # a value and the number of its latent
+            found.append(Collective("candidates", "all_gather", "dictionary", dict_size * tokens * 8 * work.k))
         found.append(Collective("reconstruction", "all_reduce", "dictionary", 4 * tokens * work.out))
         found.append(Collective("bias", "all_reduce", "dictionary", 4 * work.d_in))
     if aux and dict_size > 1:
@@ -103,6 +105,20 @@ def collectives(work: Work, data_size: int, dict_size: int) -> list[Collective]:
         found.append(Collective("AuxK", "all_reduce", "dictionary", 4 * tokens * work.out))
     if aux and data_size > 1:
         found.append(Collective("AuxK", "all_reduce", "data", 4 * (work.out + 1)))
+    return found + _spending(work, data_size, dict_size)
+
+
+def _spending(work: Work, data_size: int, dict_size: int) -> list[Collective]:
+    """How a budget that is not a token's is spent: counts by digit (:mod:`saelab.sae.share`), and statistics."""
+    latents, found = work.d_sae / dict_size, []
+    if work.budget == "batch" and data_size * dict_size > 1:
+        found.append(Collective("budget", "all_reduce", "all", -(-KEY_BITS // DIGIT) * 4 * 2**DIGIT))
+    if work.budget == "latent" and data_size > 1:
+        counts = -(-KEY_BITS // DIGIT_OF_MANY) * 4 * 2**DIGIT_OF_MANY
+        # Firing counts in 8 bytes, the least value of each latent, and five averages in float64.
+        found.append(Collective("budget", "all_reduce", "data", latents * (counts + 8 + 4 + 5 * 8)))
+    if work.budget == "latent" and dict_size > 1:  # the rates of all latents
+        found.append(Collective("budget", "all_gather", "dictionary", 8 * work.d_sae))
     return found
 
 
@@ -118,7 +134,7 @@ def traffic_per_step(n: int, d_in: int, d_sae: int, k: int, data_size: int = 1, 
         if one.purpose != "firing":
             # The weights' gathering and the gradients' scattering are the two halves of one all-reduce.
             purpose = "gradients" if one.purpose == "weights" else one.purpose
-            found[purpose] += one.sent(data_size if one.over == "data" else dict_size)
+            found[purpose] += one.sent(one.ranks(data_size, dict_size))
     return found
 
 
@@ -217,6 +233,7 @@ KINDS: dict[str, Limit] = {
     "reconstruction exchange": "network",
     "bias exchange": "network",
     "AuxK exchange": "network",
+    "budget exchange": "network",
     "to the device": "feed",
 }
 
@@ -231,8 +248,9 @@ def plan(work: Work, gpus: int, dict_size: int, machine: Machine) -> Plan:
         "dictionary": machine.fast_gbs if dict_size <= machine.node else machine.slow_gbs,
         "data": machine.fast_gbs if gpus <= machine.node else machine.slow_gbs,
     }
+    speeds["all"] = speeds["data"]
     for one in collectives(work, data_size, dict_size):
-        sent = one.sent(data_size if one.over == "data" else dict_size)
+        sent = one.sent(one.ranks(data_size, dict_size))
         part = f"{one.purpose} exchange"
         traffic[one.purpose] = traffic.get(one.purpose, 0.0) + sent
         exchange[part] = exchange.get(part, 0.0) + sent / (speeds[one.over] * 1e9)

@@ -2,9 +2,8 @@
 
 Every rank selects the k best of its own latents; the ranks exchange these candidates (value and index, k per token
 and rank) and each keeps those of its own that are among the k best of all. That set is exact: a latent outside its
-rank's first k cannot be among the first k of all. A budget over a batch of n tokens is spent alike, with n k
-candidates in place of k; where each latent has its own budget, nothing is exchanged. The reconstruction is the sum of
-the ranks' partial decodings.
+rank's first k cannot be among the first k of all. A budget over the batch or over the tokens of a latent is spent by
+the variant (:mod:`saelab.sae.share`). The reconstruction is the sum of the ranks' partial decodings.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from saelab.errors import UserError
 from saelab.kernels import SelectedPreActs
 from saelab.sae import SAE, LinearSAE, build, objective
 from saelab.sae.base import unit_rows
+from saelab.sae.share import Share
 from saelab.sparse import SparseCode
 
 REPLICATED = ("b_dec", "W_skip")  # parameters that every dictionary rank holds in full
@@ -31,6 +31,22 @@ def whole(sae: SAE, parallel: Parallel) -> SAE:
         return sae
     with torch.device("meta"):
         return build(sae.variant, **{**sae.config, "d_sae": sae.d_sae * parallel.dict_size})
+
+
+def share_of(parallel: Parallel) -> Share:
+    """This process's part of each step, for the variant."""
+    if parallel.size == 1:
+        return Share()
+    # In plain functions: a bound method would take the process groups along where the SAE is copied.
+    return Share(
+        parallel.data_size,
+        parallel.data_rank,
+        parallel.dict_size,
+        parallel.dict_rank,
+        lambda tensor: parallel.sum_data(tensor.clone(), "budget"),
+        lambda tensor: parallel.least_data(tensor.clone(), "budget"),
+        lambda tensor: parallel.sum_all(tensor.clone(), "budget"),
+    )
 
 
 def build_shard(variant: str, d_in: int, d_sae: int, seed: int, parallel: Parallel, **config: Any) -> SAE:
@@ -105,7 +121,9 @@ def represent(
         return objective.represent(sae, x, grads, sums, target)
     assert isinstance(sae, LinearSAE)
     with torch.no_grad():
-        selected = _exchange(sae.select(x, grads), x.shape[0], sae, parallel)
+        selected = sae.select(x, grads)
+        if sae.budget_over == "token":
+            selected = winners(selected, x.shape[0], round(sae.budget), sae, parallel)
     b_in = None if sae.b_in is None else _SumBackward.apply(sae.b_in, parallel)
     pre_acts = kernels.pre_acts_at(x, sae.W_enc, sae.b_enc, b_in, selected)  # pyright: ignore[reportArgumentType]
     code = SparseCode(sae.activate(pre_acts, selected.indices), selected.indices, selected.row_ptr, sae.d_sae)
@@ -166,36 +184,6 @@ def winners(
     won = torch.zeros(keys.shape, dtype=torch.bool, device=values.device).scatter_(1, order[:, :k], True)
     mine = won.unflatten(1, (-1, k))[:, parallel.dict_rank, :own]
     row_ptr = torch.cat([mine.new_zeros(1, dtype=torch.int64), mine.sum(1).cumsum(0)])
-    return SelectedPreActs(values[mine], indices[mine], row_ptr)
-
-
-def _exchange(selected: SelectedPreActs, n: int, sae: LinearSAE, parallel: Parallel) -> SelectedPreActs:
-    k = sae.budget
-    if sae.budget_over == "latent":
-        return selected
-    if sae.budget_over == "batch":
-        return winners_of_batch(selected, int(k * n), sae, parallel)
-    return winners(selected, n, round(k), sae, parallel)
-
-
-def winners_of_batch(selected: SelectedPreActs, budget: int, sae: LinearSAE, parallel: Parallel) -> SelectedPreActs:
-    """Those of this rank's ``budget`` candidates that are among the ``budget`` largest of all ranks.
-
-    Ties go to the lowest (token, latent), as in a single process.
-    """
-    values, indices, counts = selected.values, selected.indices, selected.row_ptr.diff()
-    key = torch.nan_to_num(values.abs() if sae.signed else values, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    keys = parallel.gather_dict(key, "candidates")
-    latents = parallel.gather_dict(indices.int(), "candidates").long()
-    tokens = torch.arange(counts.numel(), device=counts.device)
-    rows = [tokens.repeat_interleave(of_rank) for of_rank in parallel.gather_dict(counts.int(), "candidates")]
-    ranks = torch.arange(parallel.dict_size, device=counts.device)[:, None]
-    place = (torch.stack(rows) * parallel.dict_size + ranks) * sae.d_sae + latents
-    least = keys.flatten().topk(budget).values[-1]
-    tied = place[keys == least].sort().values[budget - 1 - int((keys > least).sum())]
-    won = (keys > least) | ((keys == least) & (place <= tied))
-    mine, row = won[parallel.dict_rank], rows[parallel.dict_rank]
-    row_ptr = torch.cat([counts.new_zeros(1), row[mine].bincount(minlength=counts.numel()).cumsum(0)])
     return SelectedPreActs(values[mine], indices[mine], row_ptr)
 
 

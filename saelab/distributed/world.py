@@ -66,6 +66,10 @@ class Parallel:
             return flags
         return self._all_reduce(flags.byte(), self.data_group, self.data_size, "statistics", dist.ReduceOp.MAX).bool()
 
+    def least_data(self, tensor: Tensor, purpose: str) -> Tensor:
+        """The elementwise minimum over the data ranks, in place."""
+        return self._all_reduce(tensor, self.data_group, self.data_size, purpose, dist.ReduceOp.MIN)
+
     def sum_dict(self, tensor: Tensor, purpose: str) -> Tensor:
         """Add up over the dictionary ranks, in place."""
         return self._all_reduce(tensor, self.dict_group, self.dict_size, purpose)

@@ -17,6 +17,7 @@ from saelab.devices import widest_float
 from saelab.errors import UserError, first_line, near_matches
 from saelab.sae import options
 from saelab.sae.inference import InferenceForm
+from saelab.sae.share import Share
 from saelab.sparse import SparseCode
 
 VARIANTS: dict[str, type[SAE]] = {}
@@ -61,6 +62,7 @@ class SAE(nn.Module, ABC):
     l0_option: ClassVar[str] = "k"  # which option says how many latents are active per token, if one does
     rate_factor: float = 1.0  # of the default learning rate, where a variant needs another one than most
     n_bookkeeping: int = 0  # latents at the end that carry numbers of the token, no features; metrics leave them out
+    share: Share = Share()  # this process's part of a training step, set by the trainer while it runs
     only_if_set: ClassVar[tuple[str, ...]] = ()  # options that the configuration omits while they have their default
     on_host: ClassVar[tuple[str, ...]] = ()  # buffers that stay on the CPU: counts that decide, read without a wait
 

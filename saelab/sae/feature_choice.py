@@ -24,6 +24,7 @@ from saelab.errors import UserError
 from saelab.kernels import SelectedPreActs
 from saelab.sae import zipf
 from saelab.sae.mutual_choice import MutualChoice
+from saelab.sae.share import spend_by_latent
 from saelab.sae.threshold import RunningMean, calibration_sample, latent_thresholds
 from saelab.sparse import SparseCode
 
@@ -104,10 +105,15 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
             return super().select(x, grads)
         if not self.training:
             return self.select_above(x, self.latent_threshold.mean())
-        rates, n = self.gather(self.rates), x.shape[0]
-        budgets = zipf.budgets(rates.flatten(), n, self.budget, self.n_seen).view_as(rates)[self.part]
-        sizes = self._sizes(n) if rates.shape[0] == 1 else None
-        return kernels.select_latent(x, self.W_enc, self.b_enc, self.b_in, budgets, self.signed, sizes)
+        rates, n, operands = self.gather(self.rates), x.shape[0], (x, self.W_enc, self.b_enc, self.b_in)
+        budgets = zipf.budgets(rates.flatten(), n * self.share.parts, self.budget, self.n_seen)
+        sizes = self._sizes(n) if rates.shape[0] == self.share.parts == 1 else None
+        return spend_by_latent(
+            lambda own: kernels.select_latent(*operands, own, self.signed, sizes),
+            n,
+            budgets.view_as(rates)[self.part],
+            self.share,
+        )
 
     def _sizes(self, n: int) -> tuple[int, int]:
         """How many entries a batch of ``n`` tokens has, and how many one latent has at most."""
@@ -121,10 +127,12 @@ class FeatureChoice(MutualChoice, variant="feature_choice"):
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         super().observe(x, code, grads)
         active = code.values != 0
-        self.realised.copy_(self.gather(active.sum()).sum() / int(self.budget * code.n))
+        spent, n = self.share.sum(self.gather(active.sum()).sum()), code.n * self.share.parts
+        self.realised.copy_(spent / int(self.budget * n))
         if self.choosing:
             least = code.values.new_full((self.d_sae,), torch.inf)
             least.scatter_reduce_(0, code.indices, torch.where(active, code.values.detach().abs(), torch.inf), "amin")
+            least = self.share.least(least)
             fired = least.isfinite()
             self.latent_threshold.update(least.where(fired, 0), where=fired)
 

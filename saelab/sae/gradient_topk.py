@@ -79,7 +79,10 @@ class GradientTopK(BudgetSAE, variant="gradient_topk"):
         if grads is None:
             raise UserError(f"grad_select={self.grad_select} needs gradients here; pass grads or use train_only")
         beta, grad_norm = self._beta(), self.grad_norm
-        if not self.training or grad_norm == "none":
+        if self.training and grad_norm == "rms" and self.share.parts > 1 and math.isfinite(beta):
+            known, gain = self._gain(grads)
+            beta, grad_norm = beta * gain.where(known, 0.0).item(), "none"
+        elif not self.training or grad_norm == "none":
             # In eval mode a mean over the batch would tie a token's code to its neighbours.
             beta, grad_norm = self._fixed_beta(), "none"
         return kernels.select_gradient_topk(
@@ -117,7 +120,14 @@ class GradientTopK(BudgetSAE, variant="gradient_topk"):
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         if grads is None or self.grad_norm == "none" or self.grad_select == "train_only":
             return
+        known, gain = self._gain(grads)
+        self.gain.update(gain, where=known)
+
+    @torch.no_grad()
+    def _gain(self, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the batch has a gradient along any latent, and one over the root mean square of these products."""
         # sum over tokens and latents of (g . d)^2 = <G^T G, W^T W>: no [n, d_sae] product.
-        total = (in_float64(grads.T @ grads) * in_float64(self.W_dec.T @ self.W_dec)).sum()
+        total = self.share.sum((in_float64(grads.T @ grads) * in_float64(self.W_dec.T @ self.W_dec)).sum())
         known = total > 0
-        self.gain.update((grads.shape[0] * self.d_sae / torch.where(known, total, 1.0)).sqrt(), where=known)
+        n = grads.shape[0] * self.share.parts
+        return known, (n * self.d_sae / torch.where(known, total, 1.0)).sqrt()

@@ -95,7 +95,7 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
             return {"tanh_penalty": weight * cost}
         l0 = _Step.apply(self.threshold[code.indices], code.values.detach(), self.bandwidth).sum() / code.n  # pyright: ignore
         counted = self.penalty == "l0" or self.control is not None
-        return {"l0_penalty": weight * (l0 if counted else (l0 / self.target_l0 - 1).square())}
+        return {"l0_penalty": weight * (l0 if counted else (self.share.mean(l0) / self.target_l0 - 1).square())}
 
     @torch.no_grad()
     def after_step(self, step: int, n_steps: int) -> None:

@@ -190,7 +190,9 @@ class LinearSAE(SAE):
         tensors: dict[str, Tensor] = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         config: dict[str, Any] = {"apply_b_dec_to_input": not self.transcodes and self.b_in is not None}
         if threshold is not None:
-            tensors["threshold"] = threshold.to(self.W_dec.dtype).expand(self.d_sae)
+            # A threshold per latent has fewer numbers than d_sae where processes have divided the parameters.
+            threshold = threshold.to(self.W_dec.dtype)
+            tensors["threshold"] = threshold if threshold.ndim else threshold.expand(self.d_sae)
         elif self.saelens in {"topk", "abstopk"}:
             config |= {"k": int(self.config["k"]), "rescale_acts_by_decoder_norm": False}
         return InferenceForm(self.saelens or TWO_SIDED, *self._with_target(tensors, config))

@@ -85,10 +85,12 @@ class MatchingPursuit(SAE, variant="matching_pursuit"):
 
     def extra_losses(self, x: Tensor, code: SparseCode, error: Tensor) -> dict[str, Tensor]:
         """Draw silent atoms towards the mean residual, once more than ten are (Overcomplete's recommendation)."""
+        if not self.revive_weight:
+            return {}
         peak = code.values.new_zeros(self.d_sae)
         peak.scatter_reduce_(0, code.indices, code.values.detach(), "amax")
-        silent = peak < SILENT
-        if not self.revive_weight or silent.sum() <= MANY:
+        silent = self.share.sum((~(peak < SILENT)).int()) == 0  # in all of the batch
+        if silent.sum() <= MANY:
             return {}
         return {"revive": -self.revive_weight * (self.W_dec[silent] @ error.mean(dim=0)).mean()}
 

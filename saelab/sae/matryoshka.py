@@ -87,7 +87,7 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
         power = torch.zeros_like(self.contribution).index_add_(
             0, code.indices, code.values.to(self.contribution).square()
         )
-        self.contribution.lerp_(power / code.n, 1 - MEMORY)
+        self.contribution.lerp_(self.share.sum(power) / (code.n * self.share.parts), 1 - MEMORY)
         lengths = torch.arange(1, self.d_sae, dtype=power.dtype, device=power.device)
         drawn = (lengths.sqrt() - (lengths - 1).sqrt()).multinomial(self.random_prefixes).sort().values + 1
         order = self.contribution.argsort(descending=True, stable=True)

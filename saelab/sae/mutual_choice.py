@@ -60,7 +60,8 @@ class MutualChoice(BatchBudgetSAE, variant="mutual_choice"):
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         super().observe(x, code, grads)
-        self.density.update(code.firing_counts() / code.n, rate=-math.expm1(-code.n / self.density_window))
+        counts, n = self.share.sum(code.firing_counts()), code.n * self.share.parts
+        self.density.update(counts / n, rate=-math.expm1(-n / self.density_window))
         seen = self.seen.numpy()
         seen += 1
         if seen % REFIT == 0:

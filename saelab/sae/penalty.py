@@ -86,7 +86,7 @@ class PenaltySAE(LinearSAE):
         if self.control is not None:
             self.control.observe((code.values != 0).sum() / code.n)
         if self.adapt_to is not None:
-            l0 = (code.values != 0).sum() / code.n
+            l0 = self.share.sum((code.values != 0).sum()) / (code.n * self.share.parts)
             self.strength *= torch.where(l0 > self.adapt_to, 1 + self.rate, 1 / (1 + self.rate))
 
     def after_step(self, step: int, n_steps: int) -> None:

@@ -14,6 +14,7 @@ from saelab.devices import widest_float
 from saelab.kernels import SelectedPreActs
 from saelab.sae.budget import BudgetSAE
 from saelab.sae.linear import LinearSAE
+from saelab.sae.share import spend
 from saelab.sparse import SparseCode
 
 SAMPLE_NUMBERS = 2**27  # activations kept for a calibration: 512 MiB in float32
@@ -94,14 +95,17 @@ class BatchBudgetSAE(BudgetSAE):
 
     def select(self, x: Tensor, grads: Tensor | None) -> SelectedPreActs:
         if self.training:
-            budget = int(self.budget * x.shape[0])
-            return kernels.select_batch(x, self.W_enc, self.b_enc, self.b_in, budget, self.signed)
+            budget = int(self.budget * (x.shape[0] * self.share.parts))
+            operands = x, self.W_enc, self.b_enc, self.b_in
+            return spend(
+                lambda m: kernels.select_batch(*operands, m, self.signed), x.shape[0], self.d_sae, budget, self.share
+            )
         return self.select_above(x, self.threshold.mean())
 
     def observe(self, x: Tensor, code: SparseCode, grads: Tensor | None) -> None:
         kept = code.values.detach().abs()
         least = torch.where(kept > 0, kept, torch.inf).amin() if kept.numel() else kept.new_tensor(torch.inf)
-        least = self.gather(least).amin()
+        least = self.share.least(self.gather(least).amin())
         known = least.isfinite()  # a mask in place of a branch, for which a GPU would have to be waited for
         self.threshold.update(torch.where(known, least, 0.0), where=known)
 

@@ -12,6 +12,7 @@ from saelab import losses
 from saelab.data.cache import ActivationCache, Batch
 from saelab.distributed import SINGLE, Parallel
 from saelab.distributed.failures import is_lost
+from saelab.distributed.sharding import share_of
 from saelab.distributed.sharding import whole as whole_of
 from saelab.errors import UserError
 from saelab.sae import SAE, LinearSAE
@@ -62,6 +63,7 @@ def run_steps(
     state.divide(sae, parallel)
     state.unfold(sae)
     sae.train()
+    alone, sae.share = sae.share, share_of(parallel)
     try:
         own = (parallel.data_rank, parallel.data_size)
         if stream is None:
@@ -78,6 +80,7 @@ def run_steps(
             state.join()
         raise
     finally:
+        sae.share = alone
         sae.eval()
         state.fold(sae)
 

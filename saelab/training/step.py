@@ -274,9 +274,12 @@ def _count(latents: Tensor, parallel: Parallel) -> int:
 def _share_statistics(sae: SAE, parallel: Parallel) -> None:
     """Average the statistics that the variant has collected on each data rank, so that all ranks hold the same."""
     if parallel.data_size > 1:
-        for buffer in sae.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(parallel.sum_data(buffer.clone(), "statistics") / parallel.data_size)
+        for module in sae.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.is_floating_point():
+                    mean = parallel.sum_data(buffer.clone(), "statistics") / parallel.data_size
+                    if not torch.equal(mean, buffer):  # replaced, as the backward pass may need it as it was
+                        setattr(module, name, mean)
 
 
 @torch.no_grad()

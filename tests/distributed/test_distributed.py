@@ -9,6 +9,7 @@ import socket
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -33,20 +34,27 @@ from saelab.training.checkpoints import latest_step, load_step
 
 D_IN, D_SAE, K = 16, 64, 2
 CONFIG = TrainConfig(epochs=2, batch_size=64, lr=3e-3, dead_after=70, k_aux=4, ema=0.9, grad_clip=0.05)
-# Variant, processes, and dictionary ranks among them.
-DIVIDED = [("topk", 4, 2), ("topk", 2, 2), ("abs_topk", 4, 4), ("batch_topk", 4, 4)]
-DIVIDED += [("mutual_choice", 4, 4), ("feature_choice", 4, 4)]
-BY_DATA = [("topk", 4, 1), ("topk", 2, 1), ("abs_topk", 4, 1), ("gradient_topk", 2, 1), ("relu", 2, 1), ("gated", 2, 1)]
-BY_DATA += [("matching_pursuit", 4, 1)]
+# What is trained, processes, and dictionary ranks among them.
+DIVIDED = [("topk", 4, 2), ("batch_topk", 4, 2), ("feature_choice", 4, 2), ("topk", 2, 2), ("abs_topk", 2, 2)]
+BY_DATA = [(name, 2, 1) for name in ("topk", "batch_topk", "mutual_choice", "feature_choice", "gradient_topk")]
+BY_DATA += [
+    (name, 2, 1) for name in ("relu", "gated", "jump_relu", "matching_pursuit", "matryoshka", "random_prefixes")
+]
 CASES = [*DIVIDED, *BY_DATA]
 REVIVES = {"topk", "abs_topk", "batch_topk", "mutual_choice", "feature_choice"}  # in so short a run
-WITHIN_DATA_RANKS = ("batch_topk", 4, 1)  # each data rank spends its part of the budget
-TIPPED = {"batch_topk": 2, "mutual_choice": 2, "feature_choice": 2}  # of 64 latents
+# In which a rounding can tip two latents of 64: a choice, or a threshold whose gradient is as small as its rounding.
+CHOOSERS = {"batch_topk", "mutual_choice", "feature_choice", "jump_relu", "matryoshka", "random_prefixes"}
 RESUMED = {"topk": 7, "feature_choice": 15}  # interrupted after so many of 24 steps
-UNEVEN = 66  # latents, which four data ranks divide into 17, 17, 17 and 15
+UNEVEN = 65  # latents, which two data ranks divide into 33 and 32
 REFIT = 5  # steps between fits of the Zipf law, so that a short run has some
-OPTIONS = {"relu": {}, "gated": {}, "matching_pursuit": {"n_steps": 4, "norm": "project", "revive_weight": 0.0}}
-OPTIONS["gradient_topk"] = {"k": K, "grad_norm": "none"}  # else data ranks scale gradients by their own tokens
+# Of those with another one than k, or of another variant than their name.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "relu": {"target_l0": 8, "adapt_rate": 0.1},
+    "gated": {"l0": 8},
+    "jump_relu": {"target_l0": 8, "bandwidth": 0.5, "penalty_warmup": 0.0},  # a kernel so wide that the penalty acts
+    "matching_pursuit": {"n_steps": 4, "norm": "project", "revive_weight": 1.0},
+    "random_prefixes": {"variant": "matryoshka", "k": K, "random_prefixes": 3},
+}
 
 
 def tune_into(folder: Path, cache_path: str, parallel: Parallel) -> None:
@@ -64,7 +72,9 @@ def train_into(
     folder: Path, cache_path: str, variant: str, parallel: Parallel, stop: int | None = None, d_sae: int = D_SAE
 ) -> None:
     cache = ActivationCache(cache_path)
-    sae = build_shard(variant, D_IN, d_sae, 0, parallel, **OPTIONS.get(variant, {"k": K}))
+    sae = build_shard(
+        **{"variant": variant, **OPTIONS.get(variant, {"k": K})}, d_in=D_IN, d_sae=d_sae, seed=0, parallel=parallel
+    )
     generator = fit_steps(sae, cache, CONFIG, folder, resume=True, checkpoint_steps=5, parallel=parallel)
     for metrics in generator:
         rows = -(-sae.d_sae // parallel.data_size)  # of the last data rank, maybe fewer
@@ -98,9 +108,8 @@ def worker(rank: int, ports: list[int], folder: str, cache_path: str) -> None:
     """All that four processes are asked, and then two of them, in one start."""
     torch.set_num_threads(1)
     root, mutual_choice.REFIT = Path(folder), REFIT
-    # Four processes may all have to compile the CPU kernels first, on few cores.
     enter(rank, 4, ports[0])
-    for variant, size, dict_ranks in [*CASES, WITHIN_DATA_RANKS]:
+    for variant, size, dict_ranks in CASES:
         if size == 4:
             train_case(root, cache_path, variant, dict_ranks, rank)
     parallel = start_world(2, timeout_s=300)
@@ -111,10 +120,7 @@ def worker(rank: int, ports: list[int], folder: str, cache_path: str) -> None:
             shutil.copytree(root / "stopped", root / name)
     parallel.barrier()
     train_into(root / "again", cache_path, "topk", parallel)
-    train_into(root / "uneven", cache_path, "topk", start_world(1, timeout_s=300), stop=7, d_sae=UNEVEN)
-    for variant in RESUMED:
-        train_into(root / f"{variant}-one-then-four", cache_path, variant, start_world(4, timeout_s=300))
-    tune_into(root / "tuned-4", cache_path, start_world(4, timeout_s=300))
+    train_into(root / "feature_choice-resumed", cache_path, "feature_choice", start_world(2, timeout_s=300))
     (root / f"marks-{rank}.json").write_text(json.dumps(keep_marks(root / "marked", cache_path, start_world(4))))
     (root / f"refused-{rank}.txt").write_text(refused(root, cache_path, start_world(2), rank))
     end_world()
@@ -123,7 +129,10 @@ def worker(rank: int, ports: list[int], folder: str, cache_path: str) -> None:
         for variant, size, dict_ranks in CASES:
             if size == 2:
                 train_case(root, cache_path, variant, dict_ranks, rank)
-        train_into(root / "by-two", cache_path, "topk", start_world(1, timeout_s=300))
+        for name in ("by-two", "topk-resumed"):
+            train_into(root / name, cache_path, "topk", start_world(1, timeout_s=300))
+        train_into(root / "uneven", cache_path, "topk", start_world(1, timeout_s=300), stop=7, d_sae=UNEVEN)
+        tune_into(root / "tuned-2", cache_path, start_world(2, timeout_s=300))
 
 
 def enter(rank: int, world: int, port: int) -> None:
@@ -165,23 +174,23 @@ def runs(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Pa
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mutual_choice, "REFIT", REFIT)
+        patch.setenv("SAELAB_KERNELS", "reference")  # also for the processes: theirs would each be compiled anew
         for variant in {variant for variant, *_ in CASES}:
             train_into(root / f"{variant}-single", cache.path, variant, SINGLE)
         for variant, step in RESUMED.items():
-            train_into(root / f"{variant}-one-then-four", cache.path, variant, SINGLE, stop=step)
-    shutil.copytree(root / "topk-one-then-four", root / "stopped-single")
-    tune_into(root / "tuned-single", cache.path, SINGLE)
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        ports = [first.getsockname()[1], second.getsockname()[1]]
-    with pytest.MonkeyPatch.context() as patch:
+            train_into(root / f"{variant}-resumed", cache.path, variant, SINGLE, stop=step)
+        shutil.copytree(root / "topk-resumed", root / "stopped-single")
+        tune_into(root / "tuned-single", cache.path, SINGLE)
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            second.bind(("127.0.0.1", 0))
+            ports = [first.getsockname()[1], second.getsockname()[1]]
         # A test of the app in the same process leaves the app as __main__, which spawned processes would run again.
         patch.setitem(sys.modules, "__main__", ModuleType("__main__"))
         mp.spawn(worker, (ports, str(root), cache.path), nprocs=4)
-    train_into(root / "by-one", cache.path, "topk", SINGLE)
-    for name in ("uneven", "uneven-single"):
-        train_into(root / name, cache.path, "topk", SINGLE, d_sae=UNEVEN)
+        train_into(root / "by-one", cache.path, "topk", SINGLE)
+        for name in ("uneven", "uneven-single"):
+            train_into(root / name, cache.path, "topk", SINGLE, d_sae=UNEVEN)
     return root
 
 
@@ -203,7 +212,10 @@ def compare(left: Path, right: Path, tipped: int = 0) -> None:
         one, two = json.loads(one), json.loads(two)
         assert one.keys() == two.keys()
         assert one["dead"] == pytest.approx(two["dead"], abs=1)
-        assert all(one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-6) for name in one if name != "dead")
+        moved = tipped * 2 * CONFIG.rate * one["step"] / D_SAE  # of a mean over latents
+        for name in one.keys() - {"dead"}:
+            least = moved if name == "threshold" else 1e-6
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=least), name
     assert (left / "run.json").read_text() == (right / "run.json").read_text()
     assert (left / "cfg.json").read_text() == (right / "cfg.json").read_text()
 
@@ -216,7 +228,7 @@ def test_several_processes_are_refused_on_a_device_that_has_no_collectives(monke
 
 @pytest.mark.parametrize(("variant", "size", "dict_ranks"), CASES)
 def test_many_processes_train_the_sae_of_one(runs: Path, variant: str, size: int, dict_ranks: int) -> None:
-    compare(runs / f"{variant}-{size}-{dict_ranks}", runs / f"{variant}-single", TIPPED.get(variant, 0))
+    compare(runs / f"{variant}-{size}-{dict_ranks}", runs / f"{variant}-single", 2 * (variant in CHOOSERS))
     rows = [json.loads(line) for line in (runs / f"{variant}-single" / "metrics.jsonl").read_text().splitlines()]
     if variant in REVIVES:
         assert any("auxk" in row and row["dead"] > 4 for row in rows), "the auxiliary loss was not put to the test"
@@ -244,17 +256,10 @@ def test_they_select_the_same_latents(runs: Path) -> None:
     assert torch.equal(load_sae(kept[0]).W_dec, weights["W_dec"])  # a checkpoint in parts opens like another
 
 
-def test_a_batch_budget_is_spent_within_each_data_rank(runs: Path) -> None:
-    one, four = (
-        json.loads((runs / f"batch_topk-{n}" / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("single", "4-1")
-    )
-    assert four["l0"] == pytest.approx(K, rel=0.1) and four["fvu"] == pytest.approx(one["fvu"], rel=0.1)
-
-
-@pytest.mark.parametrize("folder", ["by-two", "by-one", *(f"{variant}-one-then-four" for variant in RESUMED)])
+@pytest.mark.parametrize("folder", ["by-two", "by-one", *(f"{variant}-resumed" for variant in RESUMED)])
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, folder: str) -> None:
     variant = folder.split("-")[0] if folder.split("-")[0] in RESUMED else "topk"
-    compare(runs / folder, runs / f"{variant}-single", TIPPED.get(variant, 0))
+    compare(runs / folder, runs / f"{variant}-single", 2 * (variant in CHOOSERS))
     assert load_sae(runs / folder).d_sae == D_SAE
 
 
@@ -280,20 +285,22 @@ def test_processes_with_different_caches_are_refused(runs: Path) -> None:
 
 
 def test_a_fine_tuning_is_split_like_a_training(runs: Path) -> None:
-    compare(runs / "tuned-4", runs / "tuned-single")
+    compare(runs / "tuned-2", runs / "tuned-single")
 
 
-def test_latents_choose_alike_in_shards_and_alone(runs: Path) -> None:
-    one, four = (load_file(runs / f"feature_choice-{n}" / EXTRA) for n in ("single", "4-4"))
-    assert one.keys() == four.keys() and one["switched"] == four["switched"] == 12
+@pytest.mark.parametrize("layout", ["4-2", "2-1"])
+def test_latents_choose_alike_in_parts_and_alone(runs: Path, layout: str) -> None:
+    one, parts = (load_file(runs / f"feature_choice-{n}" / EXTRA) for n in ("single", layout))
+    assert one.keys() == parts.keys() and one["switched"] == parts["switched"] == 12
     assert one["zipf"][1] > 0, "no law was fitted"
     for name in one:
         # Where the order of a sum tips a choice, one count in a batch of 64 differs.
-        error = (one[name] - four[name]).double().abs()
-        assert error.quantile(0.99) <= 1e-4 * one[name].abs().max(), name
+        error = (one[name] - parts[name]).double().abs().flatten().sort().values
+        usual = error[:-2] if error.numel() == D_SAE else error
+        assert usual.max() <= 1e-4 * one[name].abs().max(), name
 
 
-@pytest.mark.parametrize(("variant", "size", "dict_ranks"), [*DIVIDED[:4], *BY_DATA[:2]])
+@pytest.mark.parametrize(("variant", "size", "dict_ranks"), [*DIVIDED[:2], *DIVIDED[3:], BY_DATA[0]])  # one AuxK term
 def test_traffic_is_what_the_formula_says(
     runs: Path, cache: ActivationCache, variant: str, size: int, dict_ranks: int
 ) -> None:
@@ -306,10 +313,9 @@ def test_traffic_is_what_the_formula_says(
     rows = [json.loads(line) for line in (runs / f"{variant}-single" / "metrics.jsonl").read_text().splitlines()]
     aux = sum("auxk" in row for row in rows)
     assert sent.get("reconstruction", 0) == pytest.approx((steps + aux) * expected["reconstruction"], abs=steps)
-    assert sent.get("candidates", 0) >= steps * expected["candidates"]
-    # A budget per batch is sent with the number of candidates of each token.
-    counts = steps * (dict_ranks - 1) * 64 * 4 if variant == "batch_topk" else 0
-    assert sent.get("candidates", 0) <= (steps + aux * CONFIG.k_aux / K) * expected["candidates"] + counts + steps
+    spent = 0 if variant in CHOOSERS else steps  # budgets of a batch or a latent are spent without candidates
+    assert sent.get("candidates", 0) >= spent * expected["candidates"]
+    assert sent.get("candidates", 0) <= (spent + aux * CONFIG.k_aux / K) * expected["candidates"] + steps
 
 
 def test_every_rank_keeps_its_own_values_of_a_buffer_per_latent(runs: Path) -> None:
@@ -317,7 +323,7 @@ def test_every_rank_keeps_its_own_values_of_a_buffer_per_latent(runs: Path) -> N
     assert marks == torch.arange(D_SAE).view(4, -1).tolist()
 
 
-@pytest.mark.parametrize("variant", [name for name, _, ranks in DIVIDED if ranks == 4])
+@pytest.mark.parametrize("variant", ["abs_topk", "batch_topk", "mutual_choice", "feature_choice"])
 def test_what_is_split_follows_from_the_shapes(variant: str) -> None:
     sae, whole = (build(variant, D_IN, d_sae, k=K).state_dict() for d_sae in (D_SAE // 4, D_SAE))
     expected = {"W_dec": 0, "W_enc": 1, "b_enc": 0}
@@ -357,7 +363,8 @@ def test_impossible_splits_are_refused(variant: str, d_sae: int, config: dict, m
 def test_the_benchmark_counts_what_the_formula_says(tmp_path: Path) -> None:
     options = bench.Options(d_in=32, d_sae=64, k=4, batch_size=64, steps=2, processes=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # see runs()
+        patch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # see runs(), also for the kernels
+        patch.setenv("SAELAB_KERNELS", "reference")
         results = bench.measure(options, tmp_path)
     assert [result["dict_ranks"] for result in results] == [1, 2]
     for result in results:

@@ -173,9 +173,11 @@ def count(rank: int, port: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     cache = ActivationCache(Path(folder) / "cache")
     for dict_ranks in (1, 2, 4):
-        for variant, dead_after in (("topk", 10**9), ("topk", BATCH), ("batch_topk", 10**9)):
+        cases = [("topk", 10**9), ("topk", BATCH), ("batch_topk", 10**9), ("feature_choice", 10**9)]
+        for variant, dead_after in cases if dict_ranks < 4 else cases[:3]:
             parallel = start_world(dict_ranks, timeout_s=300)
-            sae = build_shard(variant, D_IN, D_SAE, 0, parallel, k=K)
+            options = {"mutual_share": 0, "zipf_weight": 0.0} if variant == "feature_choice" else {}
+            sae = build_shard(variant, D_IN, D_SAE, 0, parallel, k=K, **options)
             config = TrainConfig(epochs=1, batch_size=BATCH, dead_after=dead_after, k_aux=K_AUX, lr=1e-3)
             steps = train_steps(sae, cache, config, parallel=parallel)
             next(steps)
@@ -201,7 +203,8 @@ def test_planned_bytes_are_those_that_torch_counts(tmp_path: Path, monkeypatch: 
     for path in sorted(tmp_path.glob("*.json")):
         _, ranks, variant, dead = path.stem.split("-")
         work = Work(D_IN, D_SAE, K, BATCH, k_aux=K_AUX, dead=0.3 if dead == "True" else 0.0)
-        work = replace(work, budget="batch" if variant == "batch_topk" else "token")
+        budgets = {"batch_topk": "batch", "feature_choice": "latent"}
+        work = replace(work, budget=budgets.get(variant, "token"))  # pyright: ignore[reportArgumentType]
         planned: dict[str, float] = defaultdict(float)
         for one in collectives(work, 4 // int(ranks), int(ranks)):
             planned[one.op] += one.size
@@ -210,4 +213,4 @@ def test_planned_bytes_are_those_that_torch_counts(tmp_path: Path, monkeypatch: 
         for op in planned.keys() | counted.keys():
             off = abs(planned[op] - counted.get(op, 0))
             assert off <= max(0.02 * planned[op], 256), (path.stem, op, planned[op], counted)
-    assert len(list(tmp_path.glob("*.json"))) == 36
+    assert len(list(tmp_path.glob("*.json"))) == 44
