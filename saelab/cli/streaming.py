@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -19,6 +20,7 @@ from saelab.cli.sources import SourceOptions, open_source
 from saelab.cli.variants import value_of
 from saelab.data.cache import ActivationCache, Batch
 from saelab.devices import pick_device
+from saelab.distributed import launched
 from saelab.errors import UserError
 from saelab.sae import SAE
 from saelab.training import StepMetrics, TrainConfig, batches, fit_steps
@@ -68,6 +70,50 @@ COUNT = PrimitiveConstructorSpec(
 def is_asked(args: Sequence[str]) -> bool:
     """Whether the arguments of a command say that it shall harvest by itself."""
     return any(value_of(args, name) is not None for name in ASKED)
+
+
+def check_asked(args: Sequence[str], n_positional: int) -> None:
+    """UserError, in one line, for what a stream cannot do, before the arguments are parsed or a model is read.
+
+    ``n_positional`` is how many arguments without a name the command has while it harvests.
+    """
+    from saelab.lm.hook_patterns import is_pattern
+
+    hooks = _values(args, "--hook")
+    if len(hooks) > 1 or any(map(is_pattern, hooks)):
+        raise UserError(
+            f"--hook {' '.join(hooks)}: one place is harvested while training; name one, or harvest several with "
+            "`saelab harvest` and train on their caches"
+        )
+    for name in ("--target", "--d-out", "--skip"):
+        if any(arg.split("=")[0] == name for arg in args):
+            raise UserError(
+                f"{name}: a transcoder needs the activations of two places, and one is harvested while training; run "
+                "`saelab harvest --hook INPUT OUTPUT` and train on those caches with --target"
+            )
+    for name in ("--workers", "--at-once"):
+        if value_of(args, name) is not None:
+            raise UserError(f"{name}: one process trains all SAEs of a stream; leave it out, or sweep a cache")
+    if len(devices := _values(args, "--device")) > 1:
+        raise UserError(f"--device {' '.join(devices)}: one process trains all SAEs of a stream; name one device")
+    leading = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+    if len(leading) > n_positional:
+        raise UserError(
+            f"{leading[0]}: with --tokens, --text, --cache-gb or --window-tokens activations are harvested, not read "
+            "from a cache; leave one of them out"
+        )
+    if launched():
+        raise UserError("to harvest while training takes one process; harvest a cache first, or start without torchrun")
+
+
+def _values(args: Sequence[str], option: str) -> list[str]:
+    """All values that follow an option, in an argument list that is not parsed yet."""
+    for place, arg in enumerate(args):
+        if arg == option:
+            return list(itertools.takewhile(lambda word: not word.startswith("-"), args[place + 1 :]))
+        if arg.startswith(f"{option}="):
+            return [arg.removeprefix(f"{option}=")]
+    return []
 
 
 def bases() -> tuple[list[tuple[str, Any, Any]], tuple[type, ...]]:

@@ -95,10 +95,61 @@ def test_refusals_come_before_any_work(there: Path, capsys: pytest.CaptureFixtur
     assert not (there / "new-cache").exists()
     (there / "tuned.toml").write_text('[[grid]]\nvariant = "topk"\nd_sae = 24\nk = 4\nlr = "tune"\n', encoding="utf-8")
     assert "reads the activations several times" in refused("sweep tuned.toml", stream("new"), capsys=capsys)
+    assert not list(there.glob("new*"))
     words = [*f"train {stream('new')} {SAE} --epochs 3".split()]
     with pytest.raises(SystemExit):
         cli.main(words)
     assert "epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train --hook a b", "--hook a b: one place is harvested while training"),
+        ("train --hook blocks.*.hook_resid_post", "one place is harvested while training"),
+        ("train --target out", "--target: a transcoder needs the activations of two places"),
+        ("train --skip", "--skip: a transcoder needs the activations of two places"),
+        ("train --lr tune", "compares rates in a sweep"),
+        ("train acts", "acts: with --tokens, --text, --cache-gb or --window-tokens activations are harvested"),
+        ("sweep acts grid.toml", "acts: with --tokens"),
+        ("sweep grid.toml --workers 2", "--workers: one process trains all SAEs of a stream"),
+        ("sweep grid.toml --device cpu cpu", "--device cpu cpu: one process trains all SAEs of a stream"),
+        ("sweep coders.toml", "target: a transcoder needs the activations of two places"),
+        ("sweep places.toml", "chooses among several caches"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused_before_a_model_is_read(
+    there: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    for name, key in (("coders", 'target = "b"'), ("places", 'cache = ["a", "b"]')):
+        (there / f"{name}.toml").write_text(f'[[grid]]\nvariant = "topk"\nd_sae = 24\nk = 4\n{key}\n', encoding="utf-8")
+    rest = "--out no --tokens 2k --model no-such-model --text text.jsonl"
+    first, *others = words.split(" --")
+    options = "".join(f" --{other}" for other in others)
+    told = refused(f"{first} {rest}{options}", capsys=capsys)
+    assert said in told and told.count("error:") == 1 and "│" not in told
+    assert not list(there.glob("no*"))
+
+
+def test_torchrun_is_refused_before_the_processes_meet(
+    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli.commands.train, "start_world", lambda *_: pytest.fail("they met"))
+    assert "takes one process" in refused("train", stream("no"), SAE, capsys=capsys)
+
+
+def test_halving_on_one_stream(there: Path) -> None:
+    """SAEs are stopped between two segments, and the others read on."""
+    (there / "halving.toml").write_text(
+        '[train]\nbatch_size = 64\n[[grid]]\nvariant = "topk"\nd_sae = 24\nk = 4\nlr = [1e-5, 3e-3]\n'
+        "[halving]\nat = [0.3]\n",
+        encoding="utf-8",
+    )
+    cli.main(f"sweep halving.toml {stream('halved')}".split())
+    rows = {row["lr"]: row for row in pq.read_table(there / "halved" / "sweep.parquet").to_pylist()}
+    assert (rows[1e-5]["status"], rows[3e-3]["status"]) == ("halted", "finished")
+    assert rows[1e-5]["step"] == 9 and rows[3e-3]["step"] == 31
 
 
 def test_the_help_of_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.placement import computing_device
 from saelab.cli.processes import beside
 from saelab.cli.signals import Stop, stop_on_signals
-from saelab.cli.streaming import is_asked, stream_cache, sweep_options
+from saelab.cli.streaming import check_asked, is_asked, stream_cache, sweep_options
 from saelab.cli.tables import differences_table, results_table, summary_table
 from saelab.data.cache import ActivationCache
 from saelab.errors import Stopped, UserError
@@ -114,6 +114,8 @@ class Options(ModelOptions, OwnOptions, CacheOptions):
 def main(args: Sequence[str]) -> None:
     """Check the grid, train it, measure every SAE on held-out tokens, write table and report."""
     streams = is_asked(args)
+    if streams:
+        check_asked(args, 1)
     cls: Any = sweep_options(OwnOptions) if streams else Options
     about = "Train a grid of SAEs while reading the cache once, and compare them on held-out tokens."
     options = parse(cls, "sweep", args, about)
@@ -140,6 +142,11 @@ def stream(options: Any) -> None:
         raise UserError(
             'lr = "tune" reads the activations several times, and they are harvested once; tune on a cache of the same '
             "text and give the rates"
+        )
+    if any(entry.pair[1] for entry in grid.entries):
+        raise UserError(
+            f"{options.grid}: target: a transcoder needs the activations of two places, and one is harvested while "
+            "training; harvest both and sweep their caches"
         )
     gradients = any(VARIANTS[entry.variant].needs_grads for entry in grid.entries if entry.variant in VARIANTS)
     with stream_cache(options, gradients, device) as cache:

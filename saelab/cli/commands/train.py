@@ -19,7 +19,7 @@ from saelab.cli.fine_tuning import announce, check_options, fixed_options, open_
 from saelab.cli.opening import open_pair
 from saelab.cli.placement import computing_device
 from saelab.cli.signals import Stop, stop_on_signals
-from saelab.cli.streaming import bases, is_asked, stream_cache, streamed_steps
+from saelab.cli.streaming import bases, check_asked, is_asked, stream_cache, streamed_steps
 from saelab.cli.variants import l0_field, option_fields, resolve_l0, value_of, variant_in
 from saelab.data.cache import ActivationCache
 from saelab.distributed import SINGLE, Parallel, Poll, launched, start_world
@@ -125,6 +125,10 @@ def train(args: Sequence[str]) -> None:
     # The training options come after ours in the list of fields, so they are the first base.
     own = [*option_fields(variant), *l0_field(variant)]
     streams = is_asked(args)
+    if value_of(args, "--lr") == "tune":
+        raise UserError('lr = "tune" compares rates in a sweep (docs/how-to/sweep.md); give a number here, or auto')
+    if streams:
+        check_asked(args, 0)
     if saved and ROLLED in saved and not streams:
         raise UserError(
             f"{folder} is trained while its activations are harvested; repeat its whole command with --resume"
@@ -176,8 +180,6 @@ def _run(options: Any, config: dict[str, Any], source: Run | None) -> StepMetric
     if not hasattr(options, "tokens"):
         cache = open_pair(options.cache, options.target, options.buffer_gb)
         return train_on(cache, options, config, source, device, parallel)
-    if parallel.size > 1:
-        raise UserError("to harvest while training takes one process; harvest a cache first, or start without torchrun")
     with stream_cache(options, VARIANTS[options.variant].needs_grads, device) as cache:
         return train_on(cache, options, config, source, device, parallel)
 
