@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from saelab.attribution import read_graph
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
+from saelab.features import FeatureIndex
 from saelab.lm.fingerprint import rounding_gap, row_gaps, same_activations
 from saelab.sae import build
 from saelab.sae.weights import save as save_sae
@@ -124,7 +127,7 @@ def test_a_divided_model_computes_what_the_whole_one_does(root: Path) -> None:
 
 @pytest.mark.minutes
 def test_commands_with_a_divided_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Harvest, evaluate and steer under torchrun write what one process writes, once."""
+    """Harvest and evaluate under torchrun write what one process writes, once."""
     arguments = ["--text", str(root / "text.txt"), "--tokens", "2000", "--context-length", "32", "--pass-tokens", "256"]
     common = [
         "harvest",
@@ -161,6 +164,46 @@ def test_commands_with_a_divided_model(root: Path, capsys: pytest.CaptureFixture
     for name, value in metrics[0].items():
         found = metrics[1][name]["value"]
         assert found == pytest.approx(value["value"], rel=100 * rounding_gap(torch.float32, 4), abs=1e-5), name
+
+
+@pytest.mark.minutes
+def test_steering_attribution_and_index_with_a_divided_model(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one start of two processes, which print and write once what one process does, within the rounding of sums."""
+    model, generator = str((root / "llama").resolve()), torch.manual_seed(0)
+    acts = torch.randn(200, 16, generator=generator)
+    load = {"model": model, "hook_name": HOOKS[-1]}
+    ActivationCache.from_tensors(tmp_path / "cache", acts, held_out=0.1, **load)
+    save_sae(build("topk", 16, 64, k=4).eval(), tmp_path / "one", {"hook_name": HOOKS[-1], "model_name": model})
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    strength = ["--strength", "40"]
+    commands = {
+        name: [
+            ["steer", run, "--latent", "3", *strength, "--max-new-tokens", "4", "--json", "--prompt", "the cat"],
+            ["attribute", run, "--prompt", "the cat", "--any-weights", "--out", str(tmp_path / f"{name}.json")],
+            ["index", run, "--cache", str(tmp_path / "cache"), "--any-weights"],
+        ]
+        for name, run in ((name, str(tmp_path / name)) for name in ("one", "two"))
+    }
+    for command in commands["one"]:
+        main([*command, "--device", "cpu"])
+    shown = capsys.readouterr().out
+    script = tmp_path / "commands.py"
+    lines = [f"main({[*command, '--device', 'cpu', '--tensor-parallel']!r})" for command in commands["two"]]
+    script.write_text("from saelab.cli import main\n" + "\n".join(lines) + "\n")  # the index ends the second process
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
+    texts = [text[text.index("{") : text.index("\n}") + 2] for text in (shown, done.stdout)]
+    assert json.loads(texts[0])["texts"] == json.loads(texts[1])["texts"]
+    assert done.stdout.count('"texts"') == 1
+    close = {"rel": 1e-3, "abs": 1e-5}
+    graphs = [read_graph(tmp_path / f"{name}.json") for name in ("one", "two")]
+    assert graphs[0].value == pytest.approx(graphs[1].value, **close)
+    assert {node.id for node in graphs[0].latents[:5]} == {node.id for node in graphs[1].latents[:5]}
+    indexes = [FeatureIndex(tmp_path / name) for name in ("one", "two")]
+    assert indexes[0].meta["logit_lens"] and indexes[1].meta["logit_lens"]  # of a divided unembedding
+    assert indexes[0].table()["count"].equals(indexes[1].table()["count"])
 
 
 @pytest.mark.slow
