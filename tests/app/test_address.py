@@ -66,7 +66,7 @@ def test_a_text_is_read_as_the_link_says(monkeypatch: pytest.MonkeyPatch, folder
     app = visit(monkeypatch, folder, "prompt", **shown)
     assert any(heading.value.startswith("Token 4") for heading in app.subheader)
     assert app.selectbox(key="prompt_rank").value == "activation"
-    (run, text, _), _ = app.session_state["prompt_reading"]
+    (run, _, text, _), _ = app.session_state["prompt_reading"]
     assert (run, text) == ("runs/abs_topk", TEXT) and not any("too long" in caption.value for caption in app.caption)
     # A longer one has no room in an address; it is kept, and the page says that a link leaves it out.
     app.text_area(key="prompt_text").input("mill " * 320 + "river")
