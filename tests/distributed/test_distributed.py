@@ -43,7 +43,7 @@ BY_DATA += [
 CASES = [*DIVIDED, *BY_DATA]
 REVIVES = {"topk", "abs_topk", "batch_topk", "mutual_choice", "feature_choice"}  # in so short a run
 # In which a rounding can tip two latents of 64: a choice, or a threshold whose gradient is as small as its rounding.
-CHOOSERS = {"batch_topk", "mutual_choice", "feature_choice", "jump_relu", "matryoshka", "random_prefixes"}
+CHOOSERS = {"batch_topk", "mutual_choice", "feature_choice", "jump_relu"}
 RESUMED = {"topk": 7, "feature_choice": 15}  # interrupted after so many of 24 steps
 UNEVEN = 65  # latents, which two data ranks divide into 33 and 32
 REFIT = 5  # steps between fits of the Zipf law, so that a short run has some
