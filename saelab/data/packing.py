@@ -98,10 +98,11 @@ def pack(
     """Concatenate documents and cut them into contexts of ``length`` tokens, ``batch`` contexts at a time.
 
     ``bos="context"`` puts the BOS token at the start of every context, ``"document"`` at the start of every
-    document that does not begin with it already, ``"none"`` nowhere. ``separator``, as :func:`resolve_separator`
-    gives it, stands between documents. Chats go through the tokenizer's chat template, which may begin with BOS
-    whatever ``bos`` says; those that the template refuses are left out. Of each document the first ``document_tokens``
-    tokens are taken. Tokens that do not fill a last context are dropped; the last batch may be short.
+    document that does not begin with it already, ``"none"`` nowhere. At the start of a document it has the role of a
+    separator, and so no row. ``separator``, as :func:`resolve_separator` gives it, stands between documents. Chats go
+    through the tokenizer's chat template, which may begin with BOS whatever ``bos`` says; those that the template
+    refuses are left out. Of each document the first ``document_tokens`` tokens are taken. Tokens that do not fill a
+    last context are dropped; the last batch may be short.
 
     The processes of a ``division`` share the tokenising, and all yield the same. ``left_out`` is kept at what the text
     that was used so far has left out, by reason.
@@ -145,8 +146,10 @@ def _tokens(
                 left = most if starts else left
                 ids, roles = ids[:left], roles[:left]
                 left -= len(ids)
-            if starts and bos_id is not None and list(ids[:1]) != [bos_id]:
-                parts.append(_part([bos_id], document, TEXT))
+            if starts and bos_id is not None:  # an attention sink, wherever in a context the document begins
+                parts.append(_part([bos_id], document, SEPARATOR))
+                own = int(list(ids[:1]) == [bos_id])
+                ids, roles = ids[own:], roles[own:]
             parts.append(_part(ids, document, roles))
         if parts:
             yield np.concatenate(parts, axis=1)

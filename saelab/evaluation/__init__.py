@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saelab.data.cache import ActivationCache
+from saelab.data.cache.manifest import DROPPED
 from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.evaluation.reconstruction import Progress, check_pair, count_firing, reconstruction
@@ -187,7 +188,7 @@ def _settings(sae: SAE, cache: ActivationCache, config: EvaluateConfig, timing: 
         **({} if cache.target is None else {"hook_name_out": cache.target.hook_name, "target": str(cache.target.path)}),
         "untouched_positions": (
             f"positions without a row in the cache: the first {manifest.skip_first} of each context"
-            + (f", and tokens with a norm above {manifest.max_norm}" if manifest.max_norm is not None else "")
+            + (f", and {manifest.dropped_rows} others, {DROPPED}" if manifest.dropped_rows > 0 else "")
         ),
         "language_model": "not run" if "seconds_language_model" not in timing else manifest.model,
         "ratio_counts": "all seconds of this evaluation over the seconds inside the language model: layers below the "

@@ -44,8 +44,8 @@ class HarvestConfig:
     context_length: int = 128
     """Tokens in a context."""
     bos: Bos | Literal["auto"] = "auto"
-    """Where the tokenizer's BOS token goes: at the start of each context, of each document, or nowhere; auto is
-    context where there is a BOS token."""
+    """Where the tokenizer's BOS token goes: at the start of each context, of each document (there without a stored
+    row), or nowhere; auto is context where there is a BOS token."""
     separator: str = "auto"
     """What stands between two documents, without a stored row: eos, newline, none, or a token of the vocabulary; auto
     is the end-of-text or EOS token of the vocabulary, else a line end, and nothing with a BOS token per document."""

@@ -115,6 +115,8 @@ def harvest_into(
     reader.use_plain_model(first.tokens[:1], config.skip_first)
     widths = reader.widths(first.tokens[:1])
     shared: dict[str, Any] = _provenance(bridge, source, config) | {"bos": bos, "separator": separator}
+    if bos == "document":
+        shared["settings"]["bos_rows"] = False  # unlike 0.1.0, whose unfinished harvests cannot be continued
     shared["settings"]["shard_passes"] = config.shard_passes(max(widths), len(widths))
     manifests = [
         Manifest(d_in=d_in, hook_name=site.hook_name, hf_hook_name=site.path, side=site.side, **shared)

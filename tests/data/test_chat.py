@@ -90,8 +90,10 @@ def test_a_bos_token_of_the_template_is_neither_lost_nor_doubled() -> None:
             "separator",
             "template",
         ]  # an attention sink has no row
-    plain = packed(from_documents([chat, "the cat"]), own, "document", length=1).tokens.flatten()
-    assert plain.tolist() == [*ids, own.bos_token_id, *own("the cat", add_special_tokens=False)["input_ids"]]
+    plain = packed(from_documents([chat, "the cat"]), own, "document", length=1)
+    text = own("the cat", add_special_tokens=False)["input_ids"]
+    assert plain.tokens.flatten().tolist() == [*ids, own.bos_token_id, *text]
+    assert [ROLES[n] for n in plain.roles.flatten()[len(ids) :]] == ["separator", *["text"] * len(text)]
     # ChatML in which BOS begins every message: it is part of the format, and has its row.
     own.chat_template = CHATML.replace("<|im_start|>", "{{ bos_token }}")
     found = packed(from_documents([CHAT]), own, length=1)

@@ -72,6 +72,17 @@ def test_the_manifest_tells_where_rows_come_from(model: Any, cache: ActivationCa
     assert ids[owner == 1].tolist() == first
 
 
+def test_the_bos_token_of_a_document_has_no_row_wherever_it_stands(model: Any, tmp_path: Path) -> None:
+    """The third document brings its own: it is neither doubled nor stored."""
+    own = model.tokenizer
+    first, second, third = (tiny_lm.sentences(50, seed) for seed in range(3))
+    text = from_documents([first, second, own.bos_token + third])
+    found = harvest(model, HOOK, text, tmp_path / "cache", config(bos="document", skip_first=0))
+    without = [token for tokens, rows in found.contexts("all") for token in tokens[rows < 0].tolist()]
+    assert without == [own.bos_token_id] * 3
+    assert own.bos_token_id not in found.read(torch.arange(found.n_rows)).tokens.tolist()
+
+
 @pytest.mark.parametrize("shards", [0, 1, 3, 5, 6])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_killed_harvest_resumes_to_the_same_bytes(

@@ -110,7 +110,7 @@ class Manifest:
 
     @property
     def dropped_rows(self) -> int:
-        """Tokens without a row, besides the skipped ones: separators, other roles, and norms above ``max_norm``."""
+        """Tokens without a row, besides the skipped ones: see ``DROPPED``."""
         return self.n_tokens - self.n_contexts * self.skip_first - self.n_rows
 
     @property
@@ -199,6 +199,7 @@ class Manifest:
         self.scale = scale_for(self.variance)
 
 
+DROPPED = "separators, BOS tokens of documents, tokens of roles that are not kept, and norms above max_norm"
 IDENTIFYING = (
     *("d_in", "dtype", "context_length", "model", "revision", "weights_fingerprint", "tokenizer_hash"),
     *("text_fingerprint", "hook_name", "bos", "skip_first", "max_norm", "grad_scale", "held_out_from"),
