@@ -41,7 +41,7 @@ SUMMARY = pa.schema(
         ("seeds", pa.int64()),
         ("documents", pa.int64()),
         *((name, pa.float64()) for name in ("fvu", "fvu_low", "fvu_high", *MEANS)),  # means over the seeds
-        # Mean over neighbouring seeds of the share of latents that both have, and for directions at random.
+        # Mean over all pairs of seeds of the share of latents that both have, and for directions at random.
         *((name, pa.float64()) for name in ("shared_latents", "shared_by_chance")),
     ]
 )
@@ -125,7 +125,8 @@ def _summary(
     deviations = own[0]["squared_deviation"]
     fvu, low, high = two_way(np.stack([part["squared_error"] for part in own]), deviations)
     means = {column: [row[column] for row in members if row.get(column) is not None] for column in MEANS}
-    stable = [_shared(folder, a, b) for a, b in itertools.pairwise(members)]
+    saes = [load_sae(folder / row["folder"]) for row in members] if len(members) > 1 else []
+    stable = [shared_fraction(a.W_dec, b.W_dec, signed=a.signed) for a, b in itertools.combinations(saes, 2)]
     first = members[0]
     return {
         "name": name,
@@ -139,11 +140,6 @@ def _summary(
         "shared_latents": float(np.mean([share for share, _ in stable])) if stable else None,
         "shared_by_chance": float(np.mean([chance for _, chance in stable])) if stable else None,
     }
-
-
-def _shared(folder: Path, a: Row, b: Row) -> tuple[float, float]:
-    left, right = (load_sae(folder / row["folder"]) for row in (a, b))
-    return shared_fraction(left.W_dec, right.W_dec, signed=left.signed)
 
 
 def _differences(
