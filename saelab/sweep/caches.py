@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -122,8 +123,13 @@ def places_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f" at {out or hook}" if len(set(pairs)) > 1 else "" for hook, out in pairs]
 
 
-def trained_apart(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """What is added to the name of a sweep's row to tell its training from that of others; nothing where all agree."""
-    if len({other.get("training") for other in rows}) < 2:
-        return ""
-    return "".join(f" {name}={value}" for name, value in json.loads(row["training"] or "{}").items())
+def trained_apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is added to the names of a sweep's rows to tell how they were trained; nothing where all agree."""
+    given = [json.loads(row.get("training") or "{}") for row in rows]
+    return ["".join(f" {name}={value}" for name, value in own.items()) for own in apart(given)]
+
+
+def apart(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each of several settings those in which not all agree."""
+    names = [n for n in dict.fromkeys(itertools.chain(*given)) if any(o.get(n) != given[0].get(n) for o in given)]
+    return [{name: own[name] for name in names if name in own} for own in given]

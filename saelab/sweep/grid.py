@@ -115,9 +115,14 @@ class Entry:
 
     @property
     def training(self) -> dict[str, Any]:
-        """What else than the rate and the seed tells its training from that of another SAE with default options."""
+        """What else than the seed tells its training from that of another SAE with default options.
+
+        The rate is only told where the grid lists it: one that is computed or tuned differs between SAEs of other
+        widths and L0, which are compared all the same.
+        """
         given, default = asdict(self.train), asdict(TrainConfig())
-        return {n: given[n] for n in TRAIN if n not in ("lr", "seed", *SHARED) and given[n] != default[n]}
+        left_out = ("seed", *SHARED) if isinstance(self.keys.get("lr"), int | float) else ("lr", "seed", *SHARED)
+        return {n: given[n] for n in TRAIN if n not in left_out and given[n] != default[n]}
 
     def build(self, d_in: int, d_out: int | None = None) -> SAE:
         """The untrained SAE: the one that `saelab train` with the same options starts from. ``d_out`` is the target's

@@ -51,11 +51,11 @@ def guidance(points: Iterable[Point]) -> list[Guidance]:
 def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
     """The points of a sweep's table (:func:`saelab.sweep.load_results`); rows without the numbers are left out."""
     found = []
-    for row, place in zip(rows, places_of(rows)):
+    for row, training, place in zip(rows, trained_apart(rows), places_of(rows)):
         if row.get("mean_cosine") is not None and row["l0"] is not None:
             options = json.loads(row["options"] or "{}")
             rest = {name: value for name, value in sorted(options.items()) if name not in ("k", "l0", "n_steps")}
-            said = "".join(f" {name}={value}" for name, value in rest.items()) + trained_apart(row, rows)
+            said = "".join(f" {name}={value}" for name, value in rest.items()) + training
             found.append(
                 Point(f"{row['variant']} {row['d_sae']}{said}{place}", row["l0"], row["mean_cosine"], row["seed"] or 0)
             )

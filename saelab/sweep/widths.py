@@ -21,8 +21,8 @@ Row = Mapping[str, Any]
 def hedging_of_widths(rows: Sequence[Row], folder: Path | str) -> list[str]:
     """A sentence for each two neighbouring widths of SAEs that are otherwise alike, by the sweep's table and folder."""
     groups: dict[tuple[Any, ...], dict[int, dict[int, Row]]] = {}
-    places = [trained_apart(row, rows) + place for row, place in zip(rows, places_of(rows))]
-    for row, place in zip(rows, places):
+    apart = [training + place for training, place in zip(trained_apart(rows), places_of(rows))]
+    for row, place in zip(rows, apart):
         if row["status"] == "finished":
             kind = (row["variant"], row["asked_l0"], row["options"], place)
             groups.setdefault(kind, {}).setdefault(row["d_sae"], {})[row["seed"]] = row

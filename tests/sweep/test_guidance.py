@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +108,20 @@ def test_a_sweep_over_k_and_width_says_what_it_can(tmp_path: Path, capsys: pytes
     assert "Which number of active latents?" in shown and "topk at 4 active latents, 20 latents beside 40" in shown
     report = (tmp_path / "out" / "report.html").read_text()
     assert "L0 and c_dec" in report and "Hedging" in report
-    main(["l0", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
-    assert "topk 40" in capsys.readouterr().out
+    main(["l0", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--json"])
+    assert {row["group"] for row in json.loads(capsys.readouterr().out)["saes"]} == {"topk 20", "topk 40"}
+
+
+def test_the_command_tells_rates_and_other_training_apart(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    cache = ActivationCache.from_tensors(tmp_path / "cache", torch.randn(400, 12), held_out=0.5)
+    names = []
+    for k, lr, epochs in itertools.product((2, 4), (1e-3, 2e-3), (1, 2)):
+        names.append(str(tmp_path / f"{k}-{lr}-{epochs}"))
+        own = {"seed": 0, "lr": lr, "epochs": epochs, "batch_size": 100}
+        save(build("topk", 12, 12, k=k), Path(names[-1]), {"hook_name": "h", "train": own})
+    main(["l0", *names, "--cache", str(cache.path), "--json"])
+    found = Counter(row["group"] for row in json.loads(capsys.readouterr().out)["saes"])
+    assert found == {f"topk 12 epochs={epochs} lr={lr}": 2 for epochs in (1, 2) for lr in (0.001, 0.002)}
 
 
 def test_the_command_compares_runs_and_refuses_what_it_cannot_compare(tmp_path: Path, capsys) -> None:

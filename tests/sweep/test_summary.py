@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,12 @@ from saelab.data.cache import ActivationCache
 from saelab.data.synthetic import Planted
 from saelab.metrics import shared_fraction
 from saelab.metrics.intervals import two_way
+from saelab.sae.weights import load_sae
 from saelab.sweep import load_results, load_summary, measure, save_results, summarise
 from saelab.sweep.grid import make_grid
 from saelab.sweep.guidance import points_of
 from saelab.sweep.summary import groups
+from saelab.sweep.widths import hedging_of_widths
 
 GRID = """
 [train]
@@ -75,6 +80,9 @@ def test_tables_of_three_seeds(place: Path, capsys: pytest.CaptureFixture[str]) 
         for name in ("fvu", "l0", "dead_fraction", "cpu_seconds", "parameters"):
             assert row[name] == pytest.approx(np.mean([r[name] for r in own]), rel=1e-9)
         assert row["fvu_low"] < row["fvu"] < row["fvu_high"]
+        saes = [load_sae(place / "three" / r["folder"]) for r in own]
+        pairs = [shared_fraction(a.W_dec, b.W_dec) for a, b in itertools.combinations(saes, 2)]
+        assert len(pairs) == 3 and row["shared_latents"] == pytest.approx(np.mean([share for share, _ in pairs]))
         assert 0.2 < row["shared_latents"] <= 1 and row["shared_by_chance"] < 0.4  # few dimensions: some by chance
     (difference,) = differences
     fvu = {(row["variant"], row["seed"]): row["fvu"] for row in rows}
@@ -120,7 +128,7 @@ def test_seeds_of_another_training_are_another_group(tmp_path: Path) -> None:
         | {"l0": float(e.l0 or 0), "mean_cosine": e.train.aux_weight}
         for e in entries
     ]
-    assert [json.loads(row["training"]) for row in rows[:2]] == [{"aux_weight": 0.0}, {"aux_weight": 0.5}]
+    assert [json.loads(row["training"])["aux_weight"] for row in rows[:2]] == [0.0, 0.5]
     found = groups(rows)
     assert len(found) == 6 and {len(members) for members in found.values()} == {2}
     assert {point.group: point.overlap for point in points_of(rows)} == {
@@ -129,6 +137,37 @@ def test_seeds_of_another_training_are_another_group(tmp_path: Path) -> None:
     }
     alone = [row for row in rows if row["mean_cosine"]]
     assert {point.group for point in points_of(alone)} == {"topk 16"}
+
+
+def test_a_listed_rate_makes_groups_and_a_computed_one_does_not() -> None:
+    keys = {"variant": "topk", "d_sae": [16, 32], "k": [2, 4, 8]}
+    listed = make_grid({"train": {}, "grid": [keys | {"lr": [1e-3, 2e-3]}]}).entries
+    computed = make_grid({"train": {}, "grid": [keys]}).entries
+    tuned = make_grid({"train": {}, "grid": [keys | {"lr": "tune"}]}).entries
+    tuned = [replace(e, train=replace(e.train, lr=1e-3 * i)) for i, e in enumerate(tuned, 1)]  # as they are trained
+    for entries, kinds in ((listed, [" lr=0.001", " lr=0.002"]), (computed, [""]), (tuned, [""])):
+        rows = [
+            {
+                "name": e.name,
+                "variant": "topk",
+                "d_sae": e.d_sae,
+                "seed": 0,
+                "l0": e.l0,
+                "asked_l0": e.l0,
+                "lr": 1e-3 * i,
+            }
+            | {
+                "options": json.dumps(e.options),
+                "training": json.dumps(e.training),
+                "mean_cosine": 0.1,
+                "folder": e.name,
+            }
+            | {"status": "finished"}
+            for i, e in enumerate(entries, 1)
+        ]
+        found = Counter(point.group for point in points_of(rows))
+        assert found == {f"topk {width}{kind}": 3 for width in (16, 32) for kind in kinds}
+        assert len(hedging_of_widths(rows, "nowhere")) == 3 * len(kinds)
 
 
 def test_shared_latents_are_counted_one_to_one() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -20,6 +21,7 @@ from saelab.layout import SWEEP_TABLE
 from saelab.metrics import decoder_projections, mean_cosine
 from saelab.runs import Run
 from saelab.sweep import load_results
+from saelab.sweep.caches import apart
 from saelab.sweep.guidance import Point, guidance
 
 
@@ -106,12 +108,37 @@ def measure(runs: Sequence[Run], cache: ActivationCache, tokens: int, places: Se
     most, narrowest = max(l0 for _, l0 in measured), min(run.sae.d_sae for run in runs)
     chosen = places or tuple(dict.fromkeys(round(f * most) for f in (1.5, 2) if 1 <= f * most < narrowest))
     rows = []
+    kinds = groups(runs)
     for run, l0 in sorted(measured, key=lambda pair: pair[1]):
         sae = run.sae
-        options = {name: v for name, v in run.settings.items() if name not in (sae.l0_option, "d_in", "d_sae")}
-        said = json.dumps(options, sort_keys=True) if options and not run.is_foreign else ""
         values = decoder_projections(x, sae.W_dec.cpu(), sae.b_dec.cpu(), chosen, sae.signed)
-        seed = (run.metadata.get("train") or {}).get("seed", 0)
-        group = f"{sae.variant} {sae.d_sae} {said}".strip()
+        seed = _trained(run).get("seed", 0)
+        group = kinds[runs.index(run)]
         rows.append(Row(run.name, group, seed, l0, mean_cosine(sae.W_dec), dict(zip(chosen, values))))
     return rows
+
+
+def groups(runs: Sequence[Run]) -> list[str]:
+    """What each SAE is besides its number of active latents and its seed: variant, width, options and training.
+
+    A learning rate that was computed or tuned differs between numbers of active latents, and a run does not say how it
+    came to its own. So rates tell SAEs apart where some of one kind, number and seed have several.
+    """
+    kinds, same = [], ("seed", "data_seed", "lr")
+    trained = apart([{name: v for name, v in _trained(run).items() if name not in same} for run in runs])
+    for run, training in zip(runs, trained):
+        sae = run.sae
+        options = {name: v for name, v in run.settings.items() if name not in (sae.l0_option, "d_in", "d_sae")}
+        said = [json.dumps(options, sort_keys=True)] if options and not run.is_foreign else []
+        said += [f"{name}={value}" for name, value in training.items()]
+        kinds.append(" ".join([sae.variant, str(sae.d_sae), *said]))
+    rates: dict[tuple[Any, ...], set[Any]] = {}
+    for run, kind in zip(runs, kinds):
+        like = kind, _trained(run).get("seed"), run.settings.get(run.sae.l0_option or "")
+        rates.setdefault(like, set()).add(_trained(run).get("lr"))
+    listed = {kind for (kind, *_), several in rates.items() if len(several) > 1}
+    return [f"{kind} lr={_trained(run).get('lr')}" if kind in listed else kind for run, kind in zip(runs, kinds)]
+
+
+def _trained(run: Run) -> dict[str, Any]:
+    return run.metadata.get("train") or {}
