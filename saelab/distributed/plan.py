@@ -61,7 +61,7 @@ class Work:
     def dead_candidates(self) -> float:
         """Latents per token that AuxK takes; 0 where none is dead."""
         usual = 2 ** round(math.log2(max(self.out / 2, 1)))  # as saelab.training.TrainConfig resolves it
-        return min(self.k_aux or usual, self.dead * self.d_sae)
+        return min(usual if self.k_aux is None else self.k_aux, self.dead * self.d_sae)
 
 
 @dataclass(frozen=True)

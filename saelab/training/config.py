@@ -80,6 +80,16 @@ class TrainConfig:
         """The learning rate as a number. ValueError where it is still to be chosen (see :func:`prepared`)."""
         return float(self.lr)
 
+    @property
+    def dead_limit(self) -> int:
+        """``dead_after``. ValueError where it is still to be chosen (see :func:`prepared`)."""
+        return _chosen("dead_after", self.dead_after)
+
+    @property
+    def aux_count(self) -> int:
+        """``k_aux``. ValueError where it is still to be chosen (see :func:`prepared`)."""
+        return _chosen("k_aux", self.k_aux)
+
     def on(self, device: torch.device) -> TrainConfig:
         """The same configuration with the precision that ``auto`` comes to on a device."""
         return replace(self, precision=kernels.arithmetic(self.precision, device))
@@ -89,10 +99,18 @@ class TrainConfig:
         total = self.epochs * cache.n_split("train")
         values = asdict(self)
         values["lr"] = chosen_rate(sae, cache, self, fine_tuning).value
-        values["k_aux"] = self.k_aux or 2 ** round(math.log2(max(sae.d_out / 2, 1)))
-        values["dead_after"] = self.dead_after or max(1, min(10_000_000, total // 10))
+        if self.k_aux is None:
+            values["k_aux"] = 2 ** round(math.log2(max(sae.d_out / 2, 1)))
+        if self.dead_after is None:
+            values["dead_after"] = max(1, min(10_000_000, total // 10))
         found = TrainConfig(**values)
         return found if sae.device.type == "meta" else found.on(sae.device)  # the whole of a shard has no device
+
+
+def _chosen(name: str, value: int | None) -> int:
+    if value is None:
+        raise ValueError(f"{name} depends on the run and is not filled in; train with what prepared() returns")
+    return value
 
 
 def chosen_rate(sae: SAE, cache: ActivationCache, config: TrainConfig, fine_tuning: bool = False) -> Rate:

@@ -34,7 +34,7 @@ def mark_fired(state: TrainState, fired: Tensor, n: int) -> None:
 
 def auxiliary(sae: SAE, state: TrainState, config: TrainConfig, n: int, listed: bool) -> dict[str, Aux]:
     """The auxiliary losses of a step, by name, each with at least one latent on its list."""
-    limit = config.dead_after or 0
+    limit = config.dead_limit
     if listed:
         if _marks(type(sae)):
             return _marked(sae, state, config, n)
@@ -73,7 +73,7 @@ def _marks(variant: type[SAE]) -> bool:
 
 def _marked(sae: SAE, state: TrainState, config: TrainConfig, n: int) -> dict[str, Aux]:
     """The auxiliary losses of a variant that marks latents by a rule of its own, each on its list."""
-    limit, found = config.dead_after or 0, {}
+    limit, found = config.dead_limit, {}
     is_dead = state.tokens_since_fired > limit
     marks = sae.aux_marks(is_dead, config.aux_weight)
     if not marks:
@@ -99,5 +99,5 @@ def _copied(sae: SAE, latents: Tensor, active: Tensor | None = None) -> Subset:
 
 def number(state: TrainState, config: TrainConfig) -> Tensor:
     """How many latents of this process are dead."""
-    dead = state.tokens_since_fired > (config.dead_after or 0)
+    dead = state.tokens_since_fired > config.dead_limit
     return dead.sum(dtype=torch.float32 if dead.device.type == "mps" else torch.float64)

@@ -131,7 +131,7 @@ def _forward(
         sae.observe(x, code, grads)
         _share_statistics(sae, parallel)
     # Firing statistics come before the auxiliary loss, which looks at what is dead now.
-    fired, limit, since = None, config.dead_after or 0, state.tokens_since_fired
+    fired, limit, since = None, config.dead_limit, state.tokens_since_fired
     if later and sums is not None and sums.errors is not None and code.by is not None:
         fired = tally.count_fired(code.values, code.by, since, n, limit)
     if fired is None:
@@ -150,7 +150,7 @@ def _forward(
             del auxiliary[name]
             continue
         assert isinstance(sae, LinearSAE) and error is not None
-        terms[name] = aux.weight * auxk(sae, x, error, aux.rows, config.k_aux or 1, n_latents, parallel)
+        terms[name] = aux.weight * auxk(sae, x, error, aux.rows, config.aux_count, n_latents, parallel)
 
     loss = objective / (n * state.variance)
     if terms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 
 import saelab
 from saelab.data.cache import ActivationCache
+from saelab.distributed import SINGLE
 from saelab.errors import UserError
 from saelab.sae import VARIANTS, build
 from saelab.sae.weights import load_sae
 from saelab.training import Diverged, TrainConfig, check, fit_steps, n_steps, start, train, train_steps
+from saelab.training.loop import run_steps
 from saelab.training.schedule import learning_rate
 from tests.devices import EVERY_DEVICE
 
@@ -106,6 +109,16 @@ def test_dead_latents_are_counted_in_tokens_and_revived(cache: ActivationCache, 
     assert "auxk" in metrics[2].terms and "auxk" not in metrics[1].terms
     assert int((state.tokens_since_fired > 128).sum()) == 20
     assert state.tokens_since_fired[:20].tolist() == [192] * 20
+
+
+@pytest.mark.parametrize("name", ["k_aux", "dead_after"])
+def test_a_step_takes_no_other_number_for_one_that_is_not_chosen(cache: ActivationCache, name: str) -> None:
+    sae = sae_of()
+    config = CONFIG.resolved(sae, cache)
+    state = start(sae, cache, config)
+    state.tokens_since_fired += 1000  # AuxK has latents to revive from the first step on
+    with pytest.raises(ValueError, match=f"{name} depends on the run and is not filled in"):
+        next(run_steps(sae, cache, replace(config, **{name: None}), state, None, SINGLE))
 
 
 @EVERY_DEVICE
@@ -251,6 +264,7 @@ def test_a_diverging_run_stops_and_names_the_step(cache: ActivationCache) -> Non
         ({"warmup": 0.9, "decay_share": 0.2}, "add up to at most 1"),
         ({"ema": 1.0}, "strictly between 0 and 1"),
         ({"warmup": 1.5}, "between 0 and 1"),
+        ({"k_aux": 0}, "k_aux=0 must be at least 1"),
         ({"dead_after": 0}, "dead_after=0 must be at least 1"),
         ({"decay": "exponential"}, "decay='exponential' is not one of none, linear, cosine"),
         ({"freeze": "dictionary"}, "freeze='dictionary' is not one of none, decoder, encoder"),

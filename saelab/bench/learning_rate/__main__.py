@@ -168,7 +168,7 @@ def run(
     sae.eval()
     sample = next(cache.batches(min(CALIBRATION, cache.n_split("train")), split="train", seed=config.data_seed)).acts
     sae.calibrate([sample.float() * state.scale])
-    dead = int((state.tokens_since_fired > (config.dead_after or 0)).sum())
+    dead = int((state.tokens_since_fired > config.dead_limit).sum())
     return {"train_fvu": float(np.mean(recent)), "dead": dead / sae.d_sae}
 
 
