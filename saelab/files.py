@@ -117,10 +117,14 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 def cache_home() -> Path:
     """Where saelab keeps what can be made again: ``$SAELAB_CACHE``, else ``$XDG_CACHE_HOME/saelab``, else
-    ``~/.cache/saelab``."""
-    if own := os.environ.get("SAELAB_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saelab"
+    ``~/.cache/saelab``. A ``~`` in them is the home directory, also where no shell replaces it (in a service file)."""
+    for name, inner in (("SAELAB_CACHE", ""), ("XDG_CACHE_HOME", "saelab")):
+        if own := os.environ.get(name):
+            try:
+                return Path(own).expanduser() / inner
+            except RuntimeError as error:
+                raise UserError(f"{name}={own} is in the home of no user of this machine; give a full path") from error
+    return Path.home() / ".cache" / "saelab"
 
 
 def partial_path(path: Path) -> Path:

@@ -177,3 +177,17 @@ def test_windows_is_given_what_it_can_sync(tmp_path: Path, monkeypatch: pytest.M
     files.sync(tmp_path)
     files.sync(tmp_path / "a.json")
     assert len(synced) == 2 and (tmp_path / "a.json").read_text(encoding="utf-8").startswith("{")
+
+
+def test_the_place_of_what_can_be_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("SAELAB_CACHE", raising=False)
+    assert files.cache_home() == tmp_path / ".cache" / "saelab"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/xdg")
+    assert files.cache_home() == tmp_path / "xdg" / "saelab"
+    monkeypatch.setenv("SAELAB_CACHE", "~/own")
+    assert files.cache_home() == tmp_path / "own"
+    monkeypatch.setenv("SAELAB_CACHE", "~nobody-of-this-name/own")
+    with pytest.raises(UserError, match="SAELAB_CACHE=~nobody-of-this-name/own is in the home of no user"):
+        files.cache_home()

@@ -64,6 +64,24 @@ def test_unlike_caches_are_not_merged(tmp_path: Path) -> None:
     imported = [make(tmp_path / name, 50, model=name) for name in ("c", "d")]  # without a fingerprint of the weights
     with pytest.raises(UserError, match=r"cannot merge .*d: its model is 'd'"):
         merge(imported, tmp_path / "all")
+    other = make(tmp_path / "e", 50, model="c", vocabulary=[f"v{i}" for i in range(100)])  # of the same size
+    none = make(tmp_path / "f", 50, model="c", vocabulary=None)
+    for cache in (other, none):
+        with pytest.raises(
+            UserError, match=r"cannot merge .*: its vocabulary is not that of .*c, so that its token ids"
+        ):
+            merge([imported[0], cache], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+def test_caches_of_nobody_knows_which_model_are_merged_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, model in enumerate(("", "named")):
+        caplog.clear()
+        parts = [make(tmp_path / f"{number}-{name}", 50, model=model) for name in "ab"]
+        merge(parts, tmp_path / f"{number}-all")
+        assert ("do not say of which model they are" in caplog.text) == (not model)
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import complete_manifest, discard, prepare, publish
 from saelab.errors import UserError
 from saelab.layout import MANIFEST, TOKENS
+
+_log = logging.getLogger(__name__)
 
 # Caches that differ in one of these fields cannot be merged.
 _ALIKE = (
@@ -84,13 +87,7 @@ def merge(
     if not caches:
         raise UserError("nothing to merge; name at least one cache")
     first = caches[0].manifest
-    # Without a fingerprint, as after an import, the name is all that tells one model from another.
-    alike = _ALIKE if first.weights_fingerprint else (*_ALIKE, "model", "revision")
-    for cache in caches[1:]:
-        for name in alike:
-            a, b = getattr(first, name), getattr(cache.manifest, name)
-            if a != b:
-                raise UserError(f"cannot merge {cache.path}: its {name} is {b!r}, that of {caches[0].path} is {a!r}")
+    _check_alike(caches)
     folder = Folder(out)
     for cache in caches:
         if cache.path == folder.url or (
@@ -125,6 +122,29 @@ def merge(
             discard(folder)
             raise
     return ActivationCache(out)
+
+
+def _check_alike(caches: Sequence[ActivationCache]) -> None:
+    first = caches[0].manifest
+    # Without a fingerprint, as after an import, the name is all that tells one model from another.
+    alike = _ALIKE if first.weights_fingerprint else (*_ALIKE, "model", "revision")
+    for cache in caches[1:]:
+        for name in alike:
+            a, b = getattr(first, name), getattr(cache.manifest, name)
+            if a != b:
+                raise UserError(f"cannot merge {cache.path}: its {name} is {b!r}, that of {caches[0].path} is {a!r}")
+        # Equal hashes are equal vocabularies, which 0.1.0 wrote in another form.
+        if not first.tokenizer_hash and _words(cache) != _words(caches[0]):
+            raise UserError(
+                f"cannot merge {cache.path}: its vocabulary is not that of {caches[0].path}, so that its token "
+                f"ids would be shown as other words; give both the same {TOKENS}"
+            )
+    if len(caches) > 1 and not first.weights_fingerprint and not first.model:
+        _log.warning("the caches do not say of which model they are, and are taken for activations of one")
+
+
+def _words(cache: ActivationCache) -> tuple[list[str], dict[int, bytes]]:
+    return cache.vocabulary.texts, cache.vocabulary.parts
 
 
 def _same(a: Path, b: Path) -> bool:
