@@ -135,12 +135,16 @@ class SteeringVector:
         return self._combine(other, -1.0, "difference")
 
     def __mul__(self, factor: float) -> SteeringVector:
-        """Scales the raw vector; a negative factor reverses the direction."""
+        """Scales the raw vector; a negative factor reverses the direction, whose largest activation is not known."""
         if factor == 0 or not math.isfinite(factor):
             raise UserError(f"a steering vector cannot be multiplied by {factor}; use strength 0 to switch it off")
         origin = {"kind": "multiple", "factor": float(factor), "of": self.origin}
         return replace(
-            self, direction=self.direction * math.copysign(1.0, factor), norm=self.norm * abs(factor), origin=origin
+            self,
+            direction=self.direction * math.copysign(1.0, factor),
+            norm=self.norm * abs(factor),
+            max_activation=self.max_activation if factor > 0 else None,
+            origin=origin,
         )
 
     __rmul__ = __mul__
@@ -168,6 +172,8 @@ class SteeringVector:
 def _why_no_max(origin: Mapping[str, Any]) -> str:
     """Why a vector of this origin has no maximum activation, with the remedy."""
     while origin.get("kind") == "multiple":
+        if origin["factor"] < 0:
+            return "the vector was reversed, and has none that way; reverse the strength of the original instead"
         origin = origin["of"]
     if origin.get("kind") != "latent":
         return "only a single latent has a maximum; set one with with_units(max_activation=...)"

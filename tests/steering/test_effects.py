@@ -108,6 +108,12 @@ def test_vectors_add_and_remember() -> None:
         a - a
     assert a.with_units(max_activation=5.0).length("-0.8max") == -4.0
     assert a.with_units(max_activation=5.0).length("3x") == 15.0
+    assert (2 * a.with_units(max_activation=5.0, rms_norm=3.0)).length("1max") == 5.0
+    reversed_one = -a.with_units(max_activation=5.0, rms_norm=3.0)
+    assert reversed_one.length("1norm") == 3.0
+    with pytest.raises(UserError, match="the vector was reversed, and has none that way; reverse the strength"):
+        reversed_one.length("1max")
+    assert reversed_one.with_units(max_activation=4.0).length("1max") == 4.0
 
 
 def test_effects_match_their_definitions_prompt_by_prompt() -> None:
@@ -123,6 +129,20 @@ def test_effects_match_their_definitions_prompt_by_prompt() -> None:
         shift = q - p
         expected = (shift[:, concept].mean(-1) - shift.mean(-1)).mean()
         assert float(effects.logit_shift[row]) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+
+
+def test_the_ratio_of_perplexities_is_a_geometric_mean_over_prompts_that_have_one() -> None:
+    add, empty = Add(vector(), 5.0), ""  # BOS alone, which nothing follows
+    effects = UnsteeredBaseline(llama(), [*PROMPTS, empty], tokenizer=tokenizer(), batch_size=3).measure(add)
+    ratios = []
+    for text in PROMPTS:
+        before, after = (-log_probs(text, i)[:-1].gather(-1, ids_of(text)[0][1:, None]).mean() for i in ((), add))
+        ratios.append(math.exp(float(after - before)))
+    assert effects.perplexity_ratio == pytest.approx(math.prod(ratios) ** (1 / len(ratios)), rel=1e-3)
+    assert effects.perplexity_ratio != pytest.approx(sum(ratios) / len(ratios), rel=1e-3)
+    alone = UnsteeredBaseline(llama(), [empty], tokenizer=tokenizer()).measure(add)
+    with pytest.raises(UserError, match="a prompt of one token has no perplexity"):
+        _ = alone.perplexity_ratio
 
 
 def test_doing_nothing_costs_nothing() -> None:

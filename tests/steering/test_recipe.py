@@ -88,7 +88,7 @@ def test_the_content_of_a_recipe_is_that_of_0_1_0(tmp_path: Path) -> None:
 def test_a_loaded_vector_still_says_why_it_has_no_maximum(tmp_path: Path) -> None:
     save(RUN.sae, tmp_path / "run", {"hook_name": HOOK})
     run = Run.open(tmp_path / "run")
-    made = -SteeringVector.from_latent(run, 3, "-")
+    made = 2 * SteeringVector.from_latent(run, 3, "-")
     Recipe.of(llama(), Add(made, 1.0)).save(tmp_path / "recipe")
     (loaded,) = Recipe.load(tmp_path / "recipe").interventions
     with pytest.raises(UserError, match=r"run had no feature index when .* its latent 3 never fires on its - pole"):

@@ -46,10 +46,10 @@ def calibrate(
     """The largest strength found whose damage on ``prompts`` stays within the budget.
 
     ``budget_kl`` is the mean KL(unsteered || steered) per token in nats, ``budget_perplexity`` the ratio of
-    perplexities (1.1: ten per cent worse). The strength doubles from ``limit / 128`` until it exceeds the
-    budget, then the bracket is halved until it is narrower than ``tolerance`` of itself. Where damage does not grow
-    steadily with strength this finds the first crossing. ``limit`` defaults to four times the root-mean-square norm
-    of the activations. UserError where damage stays above the budget however small the strength.
+    perplexities (1.1: ten per cent worse), the geometric mean over prompts. The strength doubles from ``limit / 128``
+    until it exceeds the budget, then the bracket is halved until it is narrower than ``tolerance`` of itself. Where
+    damage does not grow steadily with strength this finds the first crossing. ``limit`` defaults to four times the
+    root-mean-square norm of the activations. UserError where damage stays above the budget however small the strength.
     ``vector`` may be a function from a strength to any intervention or several; then ``limit`` is needed.
     """
     if (budget_kl is None) == (budget_perplexity is None):

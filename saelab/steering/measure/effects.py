@@ -31,7 +31,9 @@ class Effects:
     """Per prompt, over its tokens."""
 
     kl: Float[Tensor, " prompts"]  # mean KL(unsteered || steered) of the next-token distribution, nats
-    cross_entropy: Float[Tensor, " prompts"]  # steered, of the text's own next tokens, mean, nats
+    cross_entropy: Float[
+        Tensor, " prompts"
+    ]  # steered, of the text's own next tokens, mean, nats; NaN where it has none
     cross_entropy_before: Float[Tensor, " prompts"]
     mass: Float[Tensor, " prompts"]  # steered probability of a concept token next, mean
     mass_before: Float[Tensor, " prompts"]
@@ -43,8 +45,15 @@ class Effects:
 
     @property
     def perplexity_ratio(self) -> float:
-        """Perplexity of the texts under the steered model, divided by that under the unsteered one."""
-        return math.exp(float(self.cross_entropy.mean() - self.cross_entropy_before.mean()))
+        """Perplexity under the steered model, divided by that under the unsteered one: the geometric mean over prompts.
+
+        ``exp(mean over prompts of (cross_entropy - cross_entropy_before))``, every prompt with the same weight whatever
+        its length, as in ``mean_kl``; without prompts of one token. UserError where there are no others.
+        """
+        ratio = float((self.cross_entropy - self.cross_entropy_before).double().nanmean())
+        if math.isnan(ratio) and bool(self.cross_entropy_before.isnan().all()):
+            raise UserError("a prompt of one token has no perplexity; give longer prompts, or a budget of KL")
+        return math.exp(ratio)
 
 
 class UnsteeredBaseline:
@@ -142,4 +151,4 @@ def repetition(tokens: Sequence[int], n: int = 3) -> float:
 
 def _row_mean(values: Float[Tensor, "batch length"], chosen: Tensor) -> Float[Tensor, " batch"]:
     total = in_float64(torch.where(chosen, values, torch.zeros_like(values))).sum(dim=1)
-    return (total / chosen.sum(dim=1).clamp(min=1).to(total.device)).float().cpu()
+    return (total / chosen.sum(dim=1).to(total.device)).float().cpu()
