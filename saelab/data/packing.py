@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -84,6 +85,22 @@ def _separator_ids(separator: str, tokenizer: Any) -> list[int]:
         raise UserError(f"the tokenizer has no token for the separator {separator!r}; use --separator none") from error
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a pass begins in a text: after ``tokens`` tokens of what the pieces from number ``pieces`` on give.
+
+    ``document`` is the number of the document before that piece, and ``left`` how much may still be taken of it.
+    """
+
+    pieces: int = 0
+    document: int = -1
+    left: int = 0
+    tokens: int = 0
+
+
+BEGINNING = Place()
+
+
 def pack(
     source: TextSource,
     tokenizer: Any,
@@ -94,7 +111,8 @@ def pack(
     document_tokens: int | None = None,
     division: Division = UNDIVIDED,
     left_out: Counter[str] | None = None,
-) -> Iterator[Contexts]:
+    at: Place = BEGINNING,
+) -> Packed:
     """Concatenate documents and cut them into contexts of ``length`` tokens, ``batch`` contexts at a time.
 
     ``bos="context"`` puts the BOS token at the start of every context, ``"document"`` at the start of every
@@ -105,39 +123,73 @@ def pack(
     last context are dropped; the last batch may be short.
 
     The processes of a ``division`` share the tokenising, and all yield the same. ``left_out`` is kept at what the text
-    that was used so far has left out, by reason.
+    that was used so far has left out, by reason. ``at`` a place that an earlier packing of the same text has had, the
+    passes from there on are yielded, and the pieces before it are not tokenised.
     """
-    prefix = 1 if bos == "context" else 0
-    body = length - prefix
+    prefix = bos_token_id(tokenizer) if bos == "context" else None
+    body = length - (prefix is not None)
     if body < 1:
         raise UserError(f"context length {length} leaves no room for text; raise it")
-    held: list[np.ndarray] = []
-    count, wanted = 0, batch * body
     between = _separator_ids(separator, tokenizer)
     bos_id = bos_token_id(tokenizer) if bos == "document" else None
-    groups = tokenized(source, tokenizer, division)
-    for part in _tokens(groups, bos_id, between, document_tokens, Counter() if left_out is None else left_out):
-        held.append(part)
-        count += part.shape[1]
-        while count >= wanted:
-            flat = np.concatenate(held, axis=1)
-            yield _contexts(flat[:, :wanted], body, bos_token_id(tokenizer) if prefix else None)
-            held = [flat[:, wanted:]]
-            count -= wanted
-    if count >= body:
-        flat = np.concatenate(held, axis=1)
-        yield _contexts(flat[:, : count // body * body], body, bos_token_id(tokenizer) if prefix else None)
+    groups = tokenized(source, tokenizer, division, at.pieces)
+    out = Counter() if left_out is None else left_out
+    return Packed(_tokens(groups, bos_id, between, document_tokens, out, at), body, prefix, batch * body, at)
+
+
+class Packed(Iterator[Contexts]):
+    """Batches of contexts, and in ``place`` where the next one begins."""
+
+    def __init__(
+        self, parts: Iterator[tuple[Place, np.ndarray]], body: int, prefix: int | None, wanted: int, at: Place
+    ) -> None:
+        self.place = at
+        self._parts, self._body, self._prefix, self._wanted = parts, body, prefix, wanted
+        self._batches = self._cut()
+
+    def __next__(self) -> Contexts:
+        return next(self._batches)
+
+    def _cut(self) -> Iterator[Contexts]:
+        rest = np.empty((3, 0), np.int64)
+        used = drop = self.place.tokens
+        read, starts = 0, deque[tuple[Place, int]]()  # of the parts whose tokens are not all used, the first token
+        for origin, part in self._parts:
+            starts.append((origin, read))
+            read += part.shape[1]
+            flat = np.concatenate([rest, part[:, drop:]], axis=1)
+            drop = max(drop - part.shape[1], 0)
+            cuts = range(self._wanted, flat.shape[1] + 1, self._wanted)
+            for cut in cuts:
+                used += self._wanted
+                while len(starts) > 1 and starts[1][1] <= used:
+                    starts.popleft()
+                self.place = replace(starts[0][0], tokens=used - starts[0][1])
+                yield self._contexts(flat[:, cut - self._wanted : cut])
+            rest = flat[:, len(cuts) * self._wanted :]
+        if (whole := rest.shape[1] // self._body * self._body) > 0:
+            self.place = replace(self.place, tokens=self.place.tokens + whole)
+            yield self._contexts(rest[:, :whole])
+
+    def _contexts(self, flat: np.ndarray) -> Contexts:
+        tokens, documents, roles = torch.from_numpy(flat.reshape(3, -1, self._body).copy())
+        if self._prefix is not None:
+            tokens = torch.cat([torch.full((len(tokens), 1), self._prefix), tokens], dim=1)
+            documents = torch.cat([documents[:, :1], documents], dim=1)
+            roles = torch.cat([torch.full((len(roles), 1), TEXT), roles], dim=1)
+        return Contexts(tokens, documents, roles)
 
 
 def _tokens(
-    groups: Iterator[Group], bos_id: int | None, between: Sequence[int], most: int | None, left_out: Counter[str]
-) -> Iterator[np.ndarray]:
-    """``[3, m]``: token ids, document numbers and role numbers of a few documents at a time."""
-    document, left = -1, 0
+    groups: Iterator[Group], bos_id: int | None, between: Sequence[int], most: int | None, left_out: Counter[str],
+    at: Place,
+) -> Iterator[tuple[Place, np.ndarray]]:  # fmt: skip
+    """Where a few documents at a time begin, and their token ids, document numbers and role numbers, ``[3, m]``."""
+    now = replace(at, tokens=0)
     for group in groups:
         left_out.clear()
         left_out.update(group.left_out)
-        parts = []
+        document, left, parts = now.document, now.left, []
         for starts, ids, roles in group.pieces:
             if starts and between and document >= 0:
                 parts.append(_part(between, document, SEPARATOR))
@@ -152,17 +204,9 @@ def _tokens(
                 ids, roles = ids[own:], roles[own:]
             parts.append(_part(ids, document, roles))
         if parts:
-            yield np.concatenate(parts, axis=1)
+            yield now, np.concatenate(parts, axis=1)
+        now = Place(now.pieces + group.read, document, left)
 
 
 def _part(ids: Sequence[int] | NDArray[np.int64], document: int, roles: int | NDArray[np.int64]) -> np.ndarray:
     return np.stack(np.broadcast_arrays(np.asarray(ids, dtype=np.int64), document, roles))
-
-
-def _contexts(flat: np.ndarray, body: int, bos_id: int | None) -> Contexts:
-    tokens, documents, roles = torch.from_numpy(flat.reshape(3, -1, body).copy())
-    if bos_id is not None:
-        tokens = torch.cat([torch.full((len(tokens), 1), bos_id), tokens], dim=1)
-        documents = torch.cat([documents[:, :1], documents], dim=1)
-        roles = torch.cat([torch.full((len(roles), 1), TEXT), roles], dim=1)
-    return Contexts(tokens, documents, roles)

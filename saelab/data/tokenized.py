@@ -1,8 +1,9 @@
 """Text as token ids, a group of documents at a time; several processes tokenise a group each and tell one another.
 
-A group is the smallest number of pieces of text with ``GROUP`` characters or more, so that the same text falls into the
-same groups in every process: group ``g`` belongs to process ``g % size``. All processes read the text, which is cheap;
-only the owner of a group renders its chats and tokenises it.
+A group is the smallest number of pieces of text with ``GROUP`` characters or more (the first ones are smaller, for
+those who need no more than a beginning), so that the same text falls into the same groups in every process: group ``g``
+belongs to process ``g % size``. All processes read the text, which is cheap; only the owner of a group renders its
+chats and tokenises it. What a piece gives does not depend on the group that it is in.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from saelab.errors import UserError
 from saelab.vocabulary import bos_token_id, encoded
 
 GROUP = 1 << 20  # characters handed to the tokenizer at a time: it works on them in parallel
+FIRST_GROUP = 1 << 16  # characters of the first group; each one after it has twice as many, up to GROUP
 Piece = tuple[bool, Document]  # starts a document, text or chat
 
 
@@ -51,18 +53,20 @@ class Tokens(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The pieces of a group, and what has been left out of the text up to its end, by reason."""
+    """The pieces of a group, how many the source gave for it, and what has been left out of the text up to its end."""
 
     pieces: list[Tokens]
-    left_out: Counter[str]
+    read: int
+    left_out: Counter[str]  # by reason
 
 
-def tokenized(source: TextSource, tokenizer: Any, division: Division = UNDIVIDED) -> Iterator[Group]:
+def tokenized(source: TextSource, tokenizer: Any, division: Division = UNDIVIDED, skip: int = 0) -> Iterator[Group]:
     """The groups of a text in order, the same in every process of ``division``.
 
-    UserError, in all of them, where one cannot tokenise its part.
+    The first ``skip`` pieces are read, but not tokenised. UserError, in all processes, where one cannot tokenise its
+    part.
     """
-    groups = _grouped(source)
+    groups = _grouped(source, skip)
     refused: Counter[str] = Counter()
     while round_ := list(itertools.islice(groups, division.size)):
         own = round_[division.rank][0] if division.rank < len(round_) else []
@@ -70,21 +74,26 @@ def tokenized(source: TextSource, tokenizer: Any, division: Division = UNDIVIDED
             found = [_tokenize(own, tokenizer)]
         else:
             found = [_unpacked(data) for data in division.exchange(_packed(own, tokenizer))]
-        for (_, left_out), (pieces, without) in zip(round_, found):
+        for (group, left_out), (pieces, without) in zip(round_, found):
             refused += without
-            yield Group(pieces, left_out + refused)
+            yield Group(pieces, len(group), left_out + refused)
 
 
-def _grouped(source: TextSource) -> Iterator[tuple[list[Piece], Counter[str]]]:
+def _grouped(source: TextSource, skip: int) -> Iterator[tuple[list[Piece], Counter[str]]]:
     """Groups, each with what reading has left out up to its end."""
     group: list[Piece] = []
-    size = 0
-    for starts, piece in source.pieces():
+    size, least, pieces = 0, min(FIRST_GROUP, GROUP), source.pieces()
+    if (there := sum(1 for _ in itertools.islice(pieces, skip))) < skip:
+        raise UserError(
+            f"{source.name} ends after {there:,} documents or parts of them, and {skip:,} were read before: it has "
+            "changed; give the text as it was, or start again with --overwrite"
+        )
+    for starts, piece in pieces:
         group.append((starts, piece))
         size += len(piece) if isinstance(piece, str) else sum(len(message["content"]) for message in piece)
-        if size >= GROUP:
+        if size >= least:
             yield group, Counter(source.left_out)
-            group, size = [], 0
+            group, size, least = [], 0, min(2 * least, GROUP)
     yield group, Counter(source.left_out)  # empty too: reading may have left something out behind the last group
 
 

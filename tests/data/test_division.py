@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saelab.data import tokenized
-from saelab.data.packing import pack
+from saelab.data.packing import Bos, Place, pack
 from saelab.data.text.source import TextSource, counted
 from saelab.data.tokenized import Division
 from saelab.errors import UserError
@@ -102,3 +102,39 @@ def test_a_part_that_cannot_be_tokenised_ends_all(monkeypatch: pytest.MonkeyPatc
     plain = tokenizer(None)
     found = together(2, lambda division: list(pack(source(), plain, 16, "none", 2, division=division)))
     assert found[0] == found[1] and "has no chat template" in found[0]
+
+
+# Several passes in a group of documents, or several groups in a pass.
+@pytest.mark.parametrize(("bos", "most", "batch"), [("none", None, 1), ("context", None, 30), ("document", 17, 10)])
+def test_packing_goes_on_from_any_place(
+    monkeypatch: pytest.MonkeyPatch, bos: Bos, most: int | None, batch: int
+) -> None:
+    own = tokenizer(INST)
+    monkeypatch.setattr(tokenized, "GROUP", 600)
+    work, seen = tokenized._encoded, [0]
+
+    def counted_work(group: Any, tokenizer: Any) -> Any:
+        seen[0] += len(group)
+        return work(group, tokenizer)
+
+    monkeypatch.setattr(tokenized, "_encoded", counted_work)
+    packed = pack(source(), own, 16, bos, batch, "</s>", most)
+    places, parts = [packed.place], []
+    for part in packed:
+        parts.append(part)
+        places.append(packed.place)
+    total = sum(1 for _, piece in source().pieces() if piece != [ANSWER])
+    assert seen[0] == total and len(parts) > 3
+    for number, place in list(enumerate(places))[:: max(1, len(parts) // 4)]:
+        seen[0] = 0
+        rest = pack(source(), own, 16, bos, batch, "</s>", most, at=place)
+        for part, expected in zip(rest, parts[number:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(part, expected))
+        before = sum(1 for n, (_, piece) in enumerate(source().pieces()) if n < place.pieces and piece != [ANSWER])
+        assert seen[0] == total - before
+    assert places[-1].pieces > 30  # of about 70: the places move on with the text
+
+
+def test_a_place_behind_the_end_of_a_text_is_refused() -> None:
+    with pytest.raises(UserError, match=r"ends after \d\d documents or parts of them, and 500 were read before"):
+        next(pack(source(), tokenizer(INST), 16, "none", 2, at=Place(pieces=500)))

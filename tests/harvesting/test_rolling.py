@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from saelab import files
+from saelab.data import tokenized
 from saelab.data.cache import ActivationCache
 from saelab.data.text import from_documents
 from saelab.errors import Stopped, UserError
@@ -18,7 +21,7 @@ from saelab.harvesting.rolling import RollingCache, RollingConfig
 from saelab.harvesting.rolling.producer import Producer
 from saelab.lm import load_model
 from tests import tiny_lm
-from tests.harvesting.rolling import expected_rows, kill_at, llama, rolling, whole
+from tests.harvesting.rolling import PASS, TEXT, expected_rows, kill_at, llama, rolling, whole
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,53 @@ def test_a_kill_at_any_write_loses_and_repeats_no_row(
     start = len(before) // 3 * 2
     with rolling(model, tmp_path / "cache", resume=True) as cache:
         check_stream(cache, full, before[:start] + read(cache, 48, start), 48)
+
+
+@pytest.mark.parametrize(("tokens", "batches", "old"), [(4000, 60, False), (4000, 60, True), (12000, 220, False)])
+def test_a_resume_tokenises_no_document_that_is_done(
+    model: Any,
+    full: ActivationCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    batches: int,
+    old: bool,
+) -> None:
+    """In the second reading of the text too; but with the record of a version that knew no places."""
+    monkeypatch.setattr(tokenized, "GROUP", 500)  # characters: about two documents
+    with rolling(model, tmp_path / "cache", tokens=tokens) as cache:
+        before = list(itertools.islice(cache.batches(48, drop_last=True), batches))
+    done = sum(segment.passes for segment in cache.record.segments)  # what is still to be read of them is on disk
+    if old:
+        without_places(tmp_path / "cache" / "rolling.json")
+    seen, tokenize = [], tokenized._tokenize
+    numbers = {text: number for number, text in enumerate(TEXT.documents())}
+
+    def counted(group: Any, tokenizer: Any) -> Any:
+        seen.extend(numbers[text] for _, text in group)
+        return tokenize(group, tokenizer)
+
+    monkeypatch.setattr(tokenized, "_tokenize", counted)
+    with rolling(model, tmp_path / "cache", tokens=tokens, resume=True) as cache:
+        seen.clear()  # what was tokenised to check the model on the first pass
+        check_stream(cache, full, before + read(cache, 48, batches), 48)
+    contexts = [rows[rows >= 0][0] for _, rows in full.contexts("all")][::PASS]
+    at = cache.record.start + done % (len(contexts) - cache.record.start)
+    first = int(full.documents()[int(contexts[at])])
+    if old:
+        assert seen[0] == 0
+    else:
+        assert first - 2 <= seen[0] <= first and first > 30
+        assert len(seen) < len(numbers) - first + 3  # once each, and not read again from the start
+
+
+def without_places(record: Path) -> None:
+    """The list of segments as an earlier version wrote it."""
+    content = json.loads(record.read_text())
+    del content["begin"]
+    for segment in content["segments"]:
+        del segment["end"]
+    record.write_text(json.dumps(content))
 
 
 def test_a_stop_while_a_segment_is_waited_for(model: Any, tmp_path: Path) -> None:

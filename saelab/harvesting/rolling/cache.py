@@ -19,7 +19,7 @@ from saelab.data.cache import ActivationCache, Batch
 from saelab.data.cache.reader import WINDOW_BYTES, Split
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import prepare
-from saelab.data.packing import Bos, Contexts, pack, resolve_bos, resolve_separator
+from saelab.data.packing import BEGINNING, Bos, Packed, Place, pack, resolve_bos, resolve_separator
 from saelab.data.text import TextSource, open_text
 from saelab.errors import Stopped, UserError
 from saelab.harvesting.activations import Reader
@@ -280,12 +280,12 @@ class _Stream:
         self.reader.use_plain_model(first.tokens[:1], config.skip_first)
         (self.d_in,) = self.reader.widths(first.tokens[:1])
 
-    def packed(self) -> Iterator[Contexts]:
-        """The forward passes of the whole text."""
+    def packed(self, at: Place = BEGINNING) -> Packed:
+        """The forward passes of the text, from a place on."""
         config, tokenizer = self.config, self.model.tokenizer
         return pack(
             self.source, tokenizer, config.context_length, self.bos, config.pass_contexts, self.separator,
-            config.document_tokens,
+            config.document_tokens, at=at,
         )  # fmt: skip
 
     def prepared(self, root: Path, overwrite: bool, resume: bool, report: Report, window_bytes: int) -> RollingCache:
@@ -309,7 +309,7 @@ class _Stream:
         cache.model = self.model
         cache._begin = lambda: (
             Harvester(self.reader, cache.manifest, window, config.tokens, cache.disk, record, save),
-            Passes(self.packed, record.start, self.source.name),
+            Passes(self.packed, record.start, record.begin, self.source.name),
         )
         return cache
 
@@ -330,8 +330,9 @@ class _Stream:
                 f"{self.source.name} ended after {kept.manifest.n_tokens:,} tokens, of which {wanted:,} are to be "
                 "kept; give more text, or a smaller --sample-tokens and --held-out-tokens"
             )
-        start, shares = first_pass(self.packed(), sample + held_out, kept.manifest.n_documents - 1, self.source.name)
-        return Record(settings, start, shares)
+        last = kept.manifest.n_documents - 1
+        start, begin, shares = first_pass(self.packed(), sample + held_out, last, self.source.name)
+        return Record(settings, start, shares, begin)
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], root: Path) -> None:

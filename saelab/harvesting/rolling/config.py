@@ -88,9 +88,10 @@ class RollingConfig(HarvestConfig):
         need = math.ceil(self.tokens / max(self.pass_contexts * (self.context_length - self.skip_first), 1))
         asked = self.window_tokens or min(LEAST_WINDOW, self.tokens)
         least = found or min(max(math.ceil(asked / self.pass_size), 1), need)
-        room, one = self.limit - kept_bytes - RECORD, self._sized(least, d_in)
+        beside = kept_bytes + max(RECORD, SEGMENT_RECORD * math.ceil(need / least))
+        room, one = self.limit - beside, self._sized(least, d_in)
         if 2 * one.bytes > room:
-            wanted = math.ceil((2 * one.bytes + kept_bytes + RECORD) / GB * 1e4) / 1e4
+            wanted = math.ceil((2 * one.bytes + beside) / GB * 1e4) / 1e4
             smaller = "--window-tokens" if self.window_tokens else "--sample-tokens and --held-out-tokens"
             raise UserError(
                 f"cache_gb={self.cache_gb:g} cannot hold two shuffle windows of {least * self.pass_size:,} tokens "
@@ -110,7 +111,8 @@ class RollingConfig(HarvestConfig):
 
 
 BLOCK = 4096  # bytes: files take whole blocks of the disk
-RECORD = 1 << 16  # bytes for the list of the segments
+RECORD = 1 << 16  # least bytes for the list of the segments
+SEGMENT_RECORD = 400  # bytes of it for each, twice: what is replaced is there while the list is written
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from typing import Any
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.storage import Folder
 from saelab.data.cache.writer import discard
+from saelab.data.packing import Place
 from saelab.errors import UserError, damaged
 from saelab.harvesting.rolling.config import BLOCK, GB
+from saelab.harvesting.rolling.passes import Spot
 from saelab.layout import MANIFEST, ROLLING, SEGMENTS
 
 
@@ -51,24 +53,32 @@ class Bounded(Folder):
 
 @dataclass
 class Segment:
-    """What a segment held."""
+    """What a segment held, and where in the text the next one begins."""
 
     passes: int
     rows: int
     fingerprint: str
+    end: Spot | None = field(default=None, compare=False)  # unknown where an earlier version wrote the record
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Segment:
+        """That of ``dataclasses.asdict``."""
+        end = content.pop("end", None)
+        return cls(**content, end=end and Spot(end["reading"], Place(**end["place"])))
 
 
 @dataclass
 class Record:
     """The content of ``rolling.json``: settings by which the rows and their order are fixed, and the segments so far.
 
-    ``start`` is the first forward pass of the text that is trained on, and ``shares_document`` says that the document
-    there is also the last one that was kept, because it is long.
+    ``start`` is the first forward pass of the text that is trained on, and ``begin`` its place in the text.
+    ``shares_document`` says that the document there is also the last one that was kept, because it is long.
     """
 
     settings: dict[str, Any]
     start: int = 0
     shares_document: bool = False
+    begin: Place | None = None
     segments: list[Segment] = field(default_factory=list)
 
     @classmethod
@@ -79,12 +89,13 @@ class Record:
             return None
         with damaged(path, "start again with --overwrite"):
             content = json.loads(path.read_bytes())
-            segments = [Segment(**one) for one in content.pop("segments")]
-            return cls(**content, segments=segments)
+            segments = [Segment.of(one) for one in content.pop("segments")]
+            begin = content.pop("begin", None)
+            return cls(**content, begin=begin and Place(**begin), segments=segments)
 
     def write(self, folder: Folder) -> None:
         """Save it."""
-        folder.write(ROLLING, json.dumps(asdict(self), indent=1).encode())
+        folder.write(ROLLING, json.dumps(asdict(self)).encode())
 
     def first_row(self, number: int) -> int:
         """Rows before a segment that is known, or the next one."""
@@ -97,6 +108,16 @@ class Record:
             if row < 0:
                 return number
         return len(self.segments)
+
+    def spot_before(self, number: int) -> tuple[Spot | None, int]:
+        """The last known place of the stream at or before the start of a segment, None for the first one of all; and
+        the forward passes from there to the segment."""
+        passes = 0
+        for segment in reversed(self.segments[:number]):
+            if segment.end is not None:
+                return segment.end, passes
+            passes += segment.passes
+        return None, passes
 
 
 class Disk:

@@ -5,49 +5,87 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from jaxtyping import Bool
 from torch import Tensor
 
-from saelab.data.packing import Contexts
+from saelab.data.packing import BEGINNING, Contexts, Packed, Place
 from saelab.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 
-def first_pass(packed: Iterator[Contexts], kept: int, last_document: int, text: str) -> tuple[int, bool]:
-    """The first pass to train on, after ``kept`` passes that end in ``last_document``, and whether it shares it.
+@dataclass(frozen=True)
+class Spot:
+    """Where a pass begins in a stream: in which reading of the text, counted from 1, and there."""
+
+    reading: int
+    place: Place
+
+
+def first_pass(packed: Packed, kept: int, last_document: int, text: str) -> tuple[int, Place, bool]:
+    """The first pass to train on, after ``kept`` passes that end in ``last_document``, where it begins, and whether it
+    shares that document.
 
     The rest of that document is left out. Where it is longer than everything that is kept, both parts share it and meet
     at a context, as in a cache of one document. Raises UserError where the text ends before.
     """
-    left = False
-    for number, batch in enumerate(itertools.islice(packed, kept, 2 * kept), kept):
+    for _ in itertools.islice(packed, kept):
+        pass
+    begin, left = packed.place, False
+    for number in range(kept, 2 * kept):
+        place = packed.place
+        if (batch := next(packed, None)) is None:
+            break
         left = True
         if int(batch.documents.min()) > last_document:
-            return number, False
+            return number, place, False
     if not left:
         raise UserError(
             f"{text} ends before anything is left to train on, after the sample and the held-out documents; give more "
             "text, or a smaller --sample-tokens and --held-out-tokens"
         )
     _log.warning("one document of %s is longer than all that is kept: part of it is trained on", text)
-    return kept, True
+    return kept, begin, True
 
 
-class Passes:
-    """The passes of the text from number ``start`` on, and again from there, without end."""
+class Passes(Iterator[Contexts]):
+    """The passes of the text from number ``start`` on, and again from there, without end.
 
-    def __init__(self, packed: Callable[[], Iterator[Contexts]], start: int, text: str) -> None:
-        self._packed, self._start, self._text = packed, start, text
-        self.readings = 0  # that have begun
+    ``packed`` gives those from a place on, and ``begin`` is the place of number ``start``; without it, as in a stream
+    that an earlier version began, the text before it is tokenised too.
+    """
 
-    def __iter__(self) -> Iterator[Contexts]:
-        while True:
-            self.readings += 1
-            if self.readings == 2:
-                _log.warning("%s has ended and is begun again", self._text)
-            yield from itertools.islice(self._packed(), self._start, None)
+    def __init__(self, packed: Callable[[Place], Packed], start: int, begin: Place | None, text: str) -> None:
+        self._packed, self._start, self._begin, self._text = packed, start, begin, text
+        self._reading, self._now = 0, None
+
+    @property
+    def spot(self) -> Spot | None:
+        """Where the next pass begins, or the text ends; None before the first one."""
+        return None if self._now is None else Spot(self._reading, self._now.place)
+
+    def go(self, spot: Spot) -> None:
+        """Continue from there."""
+        if spot.reading > 1 >= self._reading:
+            self._say_again()
+        self._reading, self._now = spot.reading, self._packed(spot.place)
+
+    def __next__(self) -> Contexts:
+        while self._now is None or (batch := next(self._now, None)) is None:
+            self._reading += 1
+            if self._reading == 2:
+                self._say_again()
+            self._now = self._packed(self._begin or BEGINNING)
+            if self._begin is None:
+                for _ in itertools.islice(self._now, self._start):
+                    pass
+                self._begin = self._now.place
+        return batch
+
+    def _say_again(self) -> None:
+        _log.warning("%s has ended and is begun again", self._text)
 
 
 class Planned:

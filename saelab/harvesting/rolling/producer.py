@@ -17,7 +17,7 @@ from saelab.errors import Stopped, UserError
 from saelab.harvesting.activations import Reader
 from saelab.harvesting.rolling.config import GB, Window
 from saelab.harvesting.rolling.disk import Disk, Record, Segment, used
-from saelab.harvesting.rolling.passes import Passes, Planned
+from saelab.harvesting.rolling.passes import Passes, Planned, Spot
 from saelab.harvesting.shards import ALONE, fill, kept_roles
 
 POLL = 0.2  # seconds between two looks at whether to stop
@@ -43,20 +43,19 @@ class Harvester:
         return Planned(passes, self.window.passes, left, self.keep, self.manifest.skip_first)
 
     def write(self, number: int, planned: Planned, progress: Callable[[int, int], None]) -> None:
-        """Fill a segment, or what a kill has left open of it, and record what it holds."""
+        """Fill a segment, or what a kill has left open of it."""
         manifest = replace(self.manifest, shards=[])
         with closing(CacheWriter(self.disk.folder(number), manifest, resume=True)) as writer:
             fill(self.reader, [writer], iter(planned), planned.total or 0, progress, ALONE)
             writer.finish()
-        self.note(number, planned.passes)
 
-    def note(self, number: int, passes: int, verify: bool = False) -> None:
+    def note(self, number: int, passes: int, end: Spot | None, verify: bool = False) -> None:
         """Record a complete segment. Raises UserError where one that was read before has other rows now.
 
         With ``verify`` every byte of it is read, as of a cache with which a run is resumed.
         """
         cache = ActivationCache(self.disk.place(number), verify=verify)
-        found, known = Segment(passes, cache.n_rows, cache.fingerprint), self.record.segments
+        found, known = Segment(passes, cache.n_rows, cache.fingerprint, end), self.record.segments
         if number == len(known):
             known.append(found)
             self._save()
@@ -139,8 +138,10 @@ class Producer:
 
     def _work(self, first: int) -> None:
         try:
-            known = self._harvester.record.segments
-            passes = self._from(iter(self._passes), sum(segment.passes for segment in known[:first]))
+            spot, skip = self._harvester.record.spot_before(first)
+            if spot is not None:
+                self._passes.go(spot)
+            passes = self._from(skip)
             for number in itertools.count(first):
                 if self._harvester.record.first_row(number) >= self._harvester.total:
                     return
@@ -155,21 +156,25 @@ class Producer:
                 self._changed.notify_all()
 
     def _segment(self, number: int, passes: Iterator[Contexts]) -> None:
-        disk = self._harvester.disk
+        disk, known = self._harvester.disk, self._harvester.record.segments
         with self._changed:
             self._until(lambda: self._reading >= number - 1)
             self._working, self._done, self._planned = number, 0, self._harvester.plan(number, passes)
             self._changed.notify_all()
         if disk.complete(number):
-            for _ in self._planned:
-                pass
-            self._harvester.note(number, self._planned.passes, verify=True)
+            if number < len(known) and (end := known[number].end) is not None:
+                self._passes.go(end)
+                count = known[number].passes
+            else:
+                count = sum(1 for _ in self._planned)
+            self._harvester.note(number, count, self._passes.spot, verify=True)
         else:
             with self._changed:
                 self._until(lambda: self._allowed() > 0)
                 # The reader has let go of what came before the segment that it reads now.
                 self._until(lambda: self._room(number))
             self._harvester.write(number, self._planned, partial(self._made, number))
+            self._harvester.note(number, self._planned.passes, self._passes.spot)
         with self._changed:
             self._ready = number
             self._changed.notify_all()
@@ -185,8 +190,8 @@ class Producer:
             )
         return False
 
-    def _from(self, passes: Iterator[Contexts], skip: int) -> Iterator[Contexts]:
-        for number, batch in enumerate(passes):
+    def _from(self, skip: int) -> Iterator[Contexts]:
+        for number, batch in enumerate(self._passes):
             if self._closed:
                 raise _Closed
             if number >= skip:
