@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import streamlit as st
 from shared import ModelLock, Recent
@@ -205,8 +206,20 @@ def _model(name: str, dtype: str, revision: str | None) -> Any:
     )
 
 
+_KEYS: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def model_key(model: Any) -> tuple[str, ...]:
+    """Weights and precision of a loaded model: several revisions and precisions have one name."""
+    from saelab.lm.fingerprint import dtype_name, model_dtype, weights_fingerprint
+
+    if model not in _KEYS:
+        _KEYS[model] = weights_fingerprint(model), dtype_name(model_dtype(model))
+    return _KEYS[model]
+
+
 @st.cache_data(max_entries=256, show_spinner="Comparing the model's weights …")
-def _other_weights(path: str, stamp: tuple[float, ...], name: str, dtype: str, _run: Run, _loaded: Any) -> str:
+def _other_weights(path: str, stamp: tuple[float, ...], key: tuple[str, ...], _run: Run, _loaded: Any) -> str:
     """Why the model is not the one that the run was trained on; empty where it is."""
     from saelab.lm.record import check_weights
     from saelab.runs.language_model import model_record
@@ -256,7 +269,7 @@ def need_model(run: Run, purpose: str) -> Any:
         model_record(run, workspace().root), name, given.get("model_dtype"), given.get("revision")
     )
     model = _model(name, dtype, revision)
-    wrong = "" if given.get("any_weights") else _other_weights(str(run.path), run.stamp, name, dtype, run, model)
+    wrong = "" if given.get("any_weights") else _other_weights(str(run.path), run.stamp, model_key(model), run, model)
     if wrong:
         st.error(viz.markdown(wrong), icon=":material/error:")
         st.stop()
@@ -264,7 +277,7 @@ def need_model(run: Run, purpose: str) -> Any:
 
 
 @st.cache_resource(max_entries=1, show_spinner=False)
-def _lens(name: str, _model: Any) -> LogitLens:
+def _lens(model: tuple[str, ...], _model: Any) -> LogitLens:
     from saelab.features import LogitLens
     from saelab.lm import unembedding
 
@@ -273,22 +286,22 @@ def _lens(name: str, _model: Any) -> LogitLens:
 
 
 @st.cache_data(max_entries=256, show_spinner=False)
-def _promoted(name: str, key: bytes, count: int, _direction: Tensor, _model: Any) -> list[str]:
+def _promoted(model: tuple[str, ...], key: bytes, count: int, _direction: Tensor, _model: Any) -> list[str]:
     from saelab.lm.tokens import token_text
 
-    (_, ids), _ = _lens(name, _model).extremes(_direction[None].float(), count)
+    (_, ids), _ = _lens(model, _model).extremes(_direction[None].float(), count)
     return [token_text(_model.tokenizer, token) for token in ids[0].tolist()]
 
 
-def promoted(run: Run, model: Any, direction: Tensor, count: int) -> list[str]:
-    """Tokens that a direction at the run's hook point raises most, by the logit lens of the loaded model."""
-    return _promoted(str(model_name(run)), direction.numpy().tobytes(), count, direction, model)
+def promoted(model: Any, direction: Tensor, count: int) -> list[str]:
+    """Tokens that a direction raises most, by the logit lens of the loaded model."""
+    return _promoted(model_key(model), direction.numpy().tobytes(), count, direction, model)
 
 
 def logit_effects(run: Run, direction: Tensor) -> Tensor:
     """How a direction at the run's hook point moves every logit, by the logit lens of the model; needs the model."""
     model = need_model(run, "The histogram of all logits")
-    return _lens(str(model_name(run)), model).effects(direction[None].float())[0]
+    return _lens(model_key(model), model).effects(direction[None].float())[0]
 
 
 def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Reading:

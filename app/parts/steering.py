@@ -126,7 +126,7 @@ def promoted(run: Run, model: Any, pick: Pick, count: int = 5) -> list[str]:
         row = loaders.need_index(run).latent(pick.latent, pick.pole)
         if row["promoted"]:
             return row["promoted"][:count]
-    return loaders.promoted(run, model, pick.vector.direction, count)
+    return loaders.promoted(model, pick.vector.direction, count)
 
 
 def edit(run: Run, source: Any, model: Any, found: list[Pick]) -> list[Pick]:
@@ -175,7 +175,7 @@ def calibrate_new(run: Run, source: Any, model: Any, found: list[Pick]) -> None:
         if pick.operation != "add" or pick.start is not None or pick.note:
             continue
         try:
-            (strength,) = trial.calibrated(run, model, pick.vector, (trial.DEFAULT,))
+            (strength,) = trial.calibrated(model, pick.vector, (trial.DEFAULT,))
             found[i] = steering.calibrated(pick, strength)
         except UserError as error:
             found[i] = pick.changed(note=f"not calibrated: {error}")

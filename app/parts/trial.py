@@ -28,16 +28,16 @@ EXAMPLE = "The weather today"
 
 @st.cache_data(max_entries=512, show_spinner=False)
 def _calibrated(
-    model_name: str, key: bytes, budgets: tuple[float, ...], _vector: Any, _model: Any
+    model: tuple[str, ...], key: bytes, budgets: tuple[float, ...], _vector: Any, _model: Any
 ) -> list[Calibration]:
     return calibrate_each(_model, _vector, NEUTRAL, budgets)
 
 
-def calibrated(run: Run, model: Any, vector: SteeringVector, budgets: tuple[float, ...] = BUDGETS) -> list[Calibration]:
+def calibrated(model: Any, vector: SteeringVector, budgets: tuple[float, ...] = BUDGETS) -> list[Calibration]:
     """The strengths at which a vector does so much damage on neutral texts; UserError where none does."""
     key = vector.direction.numpy().tobytes() + vector.hook_name.encode()
     with loaders.model_lock(), st.spinner("Calibrating the strength …"):
-        return _calibrated(str(loaders.model_name(run)), key, budgets, vector, model)
+        return _calibrated(loaders.model_key(model), key, budgets, vector, model)
 
 
 def panel(run: Run, source: Any, model: Any, pick: Pick, key: str) -> None:
@@ -67,7 +67,7 @@ def panel(run: Run, source: Any, model: Any, pick: Pick, key: str) -> None:
 def three_strengths(run: Run, model: Any, pick: Pick) -> list[Text]:
     """The texts of a trial, still to be written."""
     # Budgets beyond the largest strength that is tried give the same one.
-    found = list({one.strength: one for one in calibrated(run, model, pick.vector, BUDGETS)}.values())
+    found = list({one.strength: one for one in calibrated(model, pick.vector, BUDGETS)}.values())
     texts = [Text("unsteered", "the model as it is")]
     for one in found:
         texts.append(added(pick.vector, one.strength, budget_name(one), f"adds {pick.label}"))

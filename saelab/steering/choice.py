@@ -27,7 +27,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
-from saelab.lm import model_name
 from saelab.lm.offload import device_of, weight_of
 from saelab.lm.sites import check_replaceable, locate, underlying
 from saelab.lm.tokens import Prompts, token_ids, token_text, tokenize, tokenizer_of
@@ -236,7 +235,8 @@ def _both_poles(values: Tensor, signed: bool) -> Tensor:
     return torch.cat([values, -values]) if signed else values
 
 
-_PROMOTED: WeakKeyDictionary[SAE, tuple[str, Tensor, Tensor]] = WeakKeyDictionary()
+# By SAE and by loaded model: one name may stand for several revisions and precisions.
+_PROMOTED: WeakKeyDictionary[SAE, WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 def _output(model: nn.Module, run: Run, tokens: Tensor, n: int = 50) -> Tensor | None:
@@ -244,8 +244,8 @@ def _output(model: nn.Module, run: Run, tokens: Tensor, n: int = 50) -> Tensor |
 
     What the latents promote is the same for every concept, and costs a product with the whole vocabulary: it is kept.
     """
-    name = model_name(model)[0]
-    if run.sae not in _PROMOTED or _PROMOTED[run.sae][0] != name:
+    known, own = _PROMOTED.setdefault(run.sae, WeakKeyDictionary()), underlying(model)
+    if own not in known:
         lens = _lens(model, run)
         if lens is None:
             return None
@@ -253,8 +253,8 @@ def _output(model: nn.Module, run: Run, tokens: Tensor, n: int = 50) -> Tensor |
         poles = [rows, -rows] if run.sae.signed else [rows]
         parts = [lens.extremes(some, n)[0] for signed in poles for some in signed.split(512)]
         logits, ids = (torch.cat(column) for column in zip(*parts))
-        _PROMOTED[run.sae] = (name, logits, ids)
-    _, logits, ids = _PROMOTED[run.sae]
+        known[own] = logits, ids
+    logits, ids = known[own]
     logits = logits.clamp_min(0)
     return (logits * torch.isin(ids, tokens)).sum(1) / logits.sum(1).clamp_min(1e-30)
 

@@ -32,6 +32,19 @@ def script() -> None:
     trial.panel(run, source, model, steering.pick_latent(source, 3, 1), "here")
 
 
+def test_models_of_one_name_promote_tokens_of_their_own(monkeypatch: pytest.MonkeyPatch, sick_folder: Path) -> None:
+    monkeypatch.syspath_prepend(str(ENTRY.parent))
+    import loaders
+
+    first, second = (load_model(str(sick_folder / "model")) for _ in range(2))
+    with torch.no_grad():
+        second.unembed.weight.neg_()
+    direction = torch.randn(first.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    raised = [loaders.promoted(model, direction, 5) for model in (first, second)]
+    assert raised[0] != raised[1]
+    assert raised[1] == loaders.promoted(first, -direction, 5)  # what the logit lens of the first suppresses
+
+
 def test_three_strengths_stand_beside_the_control(monkeypatch: pytest.MonkeyPatch, sick_folder: Path) -> None:
     monkeypatch.syspath_prepend(str(ENTRY.parent))
     monkeypatch.setenv("SAELAB_APP_FOLDER", str(sick_folder))

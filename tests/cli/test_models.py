@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,20 @@ def test_a_cache_says_in_which_precision_its_model_ran(
             break
     # bfloat16 has 8 bits, and the command and this loop run other batch shapes.
     assert found == pytest.approx(sums / expected, rel=2e-2)
+
+
+def test_find_looks_at_the_weights_that_each_run_records(world: Any, tmp_path: Path, capsys: Any) -> None:
+    """Two runs name one model, and one of them was made from other weights."""
+    main(["index", world.run, "--cache", world.cache, "--top", "2", "--overwrite"])
+    shutil.copytree(world.run, tmp_path / "runs" / "a")
+    shutil.copytree(world.run, tmp_path / "runs" / "b")
+    main(["find", "the [[cat]]", str(tmp_path / "runs")])
+    file = tmp_path / "runs" / "b" / "cfg.json"
+    content = json.loads(file.read_bytes())
+    content["metadata"]["language_model"] |= {"fingerprint": "0123456789abcdef", "rounded": {}}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    said = refused(capsys, "find", "the [[cat]]", str(tmp_path / "runs"))
+    assert "the SAE b was made with other weights" in said
 
 
 def test_weights_trained_in_place_are_refused_by_every_command(world: Any, tmp_path: Path, capsys: Any) -> None:

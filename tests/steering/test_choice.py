@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from functools import cache
@@ -195,6 +196,19 @@ def test_input_scores_are_those_of_a_loop() -> None:
         expected = ((m[0] + m[1]) / 2 - (m[2] + m[3]) / 2) / rms if rms else 0.0
         assert float(found.score[slot]) == pytest.approx(expected, abs=1e-5)
         assert int(found.fires[0][slot]) == sum(value > 0 for value in m[:2])
+
+
+def test_models_of_one_name_have_output_scores_of_their_own() -> None:
+    from saelab.steering.choice import _output
+
+    run, tokens = planted(), torch.tensor([10, 11])
+    other = copy.deepcopy(llama())
+    with torch.no_grad():
+        other.get_output_embeddings().weight.neg_()
+    first, second = _output(llama(), run, tokens), _output(other, run, tokens)
+    assert first is not None and second is not None and not torch.equal(first, second)
+    assert torch.equal(second, _output(other, Run(copy.deepcopy(run.sae), HOOK), tokens))
+    assert torch.equal(first, _output(llama(), run, tokens))
 
 
 def test_output_scores_are_shares_of_the_promoted_logits() -> None:

@@ -17,6 +17,7 @@ from saelab.errors import UserError
 from saelab.features import search
 from saelab.features.by_example import find_by_example
 from saelab.features.finding import ANYTHING, WRITES, Finder, read_query
+from saelab.lm.record import check_weights, load_settings
 from saelab.metrics.density import DENSE
 from saelab.runs import Run
 from saelab.runs.language_model import model_record
@@ -61,7 +62,7 @@ def main(args: Sequence[str]) -> None:
     if options.count < 1:
         raise UserError(f"count={options.count} must be at least 1")
     runs = opened(options.runs)
-    models: dict[str, Any] = {}  # several SAEs may be of one model
+    models: dict[tuple[str | None, ...], Any] = {}  # several SAEs may be of one model
     by_text = read_query(options.query).kind == "text" or options.contrast is not None
     parts = [
         (by_example(run, options, models) if by_text else by_words(run, options)).assign(SAE=name)
@@ -114,15 +115,19 @@ def by_words(run: Run, options: Options) -> pd.DataFrame:
     return found
 
 
-def by_example(run: Run, options: Options, models: dict[str, Any]) -> pd.DataFrame:
+def by_example(run: Run, options: Options, models: dict[tuple[str | None, ...], Any]) -> pd.DataFrame:
     """The best rows of one SAE for a marked text."""
     from saelab.prompt.reading import read_prompt
 
     assert run.index is not None
-    record = model_record(run)
-    if record.name not in models:
-        models[record.name] = open_model(part(ModelOptions, options), record, f"the SAE {run.name}")
-    model = models[record.name]
+    record, what = model_record(run), f"the SAE {run.name}"
+    name = options.model or record.name
+    same = name, *load_settings(record, name, options.model_dtype, options.revision)
+    if same in models:
+        check_weights(models[same], record, what, options.any_weights)
+    else:
+        models[same] = open_model(part(ModelOptions, options), record, what)
+    model = models[same]
     hook = run.metadata.get("hook_name")
     if not hook:
         raise UserError(f"{run.path} records no hook point; index it over a cache of that hook point")
