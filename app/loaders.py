@@ -154,9 +154,14 @@ def known(run: Run) -> Known:
 
 
 def reads_alike(run: Run, name: str) -> bool:
-    """Whether the activations of one text serve both SAEs: of the same hook point, with or without a BOS token."""
+    """Whether the activations of one text serve both SAEs of the same hook point: with or without a BOS token, and
+    without the same positions at its start."""
+    from saelab.runs.language_model import untrained_start
+
     other = workspace().runs[name]
-    return bool(run.metadata.get("prepend_bos", True)) == bool(other.metadata.get("prepend_bos", True))
+    return untrained_start(run) == untrained_start(other) and bool(run.metadata.get("prepend_bos", True)) == bool(
+        other.metadata.get("prepend_bos", True)
+    )
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
@@ -307,6 +312,7 @@ def logit_effects(run: Run, direction: Tensor) -> Tensor:
 def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Reading:
     """A text inside the model and the run's SAE; needs the model and holds its lock."""
     from saelab.prompt.reading import read_prompt
+    from saelab.runs.language_model import untrained_start
 
     model = need_model(run, purpose)
     meta = run.metadata
@@ -317,6 +323,7 @@ def read_text(run: Run, text: str, purpose: str, gradients: bool = False) -> Rea
             text,
             meta["hook_name"],
             bos=bool(meta.get("prepend_bos", True)),
+            skip_first=untrained_start(run),
             gradients=gradients,
             hook_name_out=meta.get("hook_name_out", ""),
         )

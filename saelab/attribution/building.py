@@ -31,29 +31,39 @@ class Chosen:
 def choose(effects: Effects, text: Text, keep: float, most: int) -> Chosen:
     """Per place the fewest latents and error terms that have the share ``keep`` of the summed magnitudes of effects.
 
-    At most ``most`` over all places, in equal parts. Every embedding is kept, and of MLPs that no transcoder replaces
-    those that a place of their own would keep.
+    At most ``most`` over all places, in equal parts; where that is less than one each, the strongest of the first of
+    each. Every embedding is kept, and of MLPs that no transcoder replaces those that a place of their own would keep.
     """
-    room = max(1, most // (len(effects.places) + bool(effects.mlps)))
+    sizes = [torch.cat([place.total, place.error]) for place in effects.places]
+    blocks = list(effects.mlps)
+    total, direct = (
+        torch.stack([d[b] for b in blocks]).flatten() if blocks else torch.empty(0)
+        for d in (effects.mlps_total, effects.mlps)
+    )
+    kept = _shares([*sizes, total], keep, most)
     nodes: list[Node] = []
     summaries: list[PlaceSummary] = []
-    for place in effects.places:
-        kept = _strongest(torch.cat([place.total, place.error]), keep, room)
-        own = [_node(place, i) for i in kept]
+    for place, own in zip(effects.places, ([_node(p, i) for i in k] for p, k in zip(effects.places, kept))):
         nodes += own
         summaries.append(_summary(place, own))
-    if effects.mlps:
-        blocks, length = list(effects.mlps), text.length
-        total, direct = (torch.stack([d[b] for b in blocks]).flatten() for d in (effects.mlps_total, effects.mlps))
-        for i in _strongest(total, keep, room):
-            layer, position = blocks[i // length], i % length
-            nodes.append(Node(f"{layer}_mlp_{position}", "mlp", layer, position, float(total[i]), float(direct[i])))
+    for i in kept[-1]:
+        layer, position = blocks[i // text.length], i % text.length
+        nodes.append(Node(f"{layer}_mlp_{position}", "mlp", layer, position, float(total[i]), float(direct[i])))
     pairs = zip(effects.embedding.tolist(), effects.embedding_direct.tolist())
     nodes += [Node(f"E_{p}", "embedding", -1, p, total, direct) for p, (total, direct) in enumerate(pairs)]
     nodes.sort(key=lambda node: -abs(node.effect))
     value = effects.value
     nodes.append(Node(PREDICTION, "target", 1 + max(p.layer for p in summaries), text.length - 1, value, value))
     return Chosen(nodes, summaries)
+
+
+def _shares(effects: Sequence[Tensor], keep: float, most: int) -> list[list[int]]:
+    """Of each place's effects the indices that are kept, strongest first; at most ``most`` in all."""
+    places = sum(one.numel() > 0 for one in effects)
+    kept = [_strongest(one, keep, max(1, most // max(places, 1))) for one in effects]
+    order = sorted((i for i, own in enumerate(kept) if own), key=lambda i: -abs(float(effects[i][kept[i][0]])))
+    lost = set(order[most:]) if places > most else set()
+    return [[] if i in lost else own for i, own in enumerate(kept)]
 
 
 def _strongest(effects: Tensor, keep: float, most: int) -> list[int]:

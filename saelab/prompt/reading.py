@@ -21,8 +21,8 @@ MAX_TOKENS = 2048
 class Reading:
     """The tokens, activations and codes of one text.
 
-    ``first`` is the number of leading positions the SAE was not trained on (the BOS token's activation is an
-    attention sink); they are shown, but no ranking counts them.
+    ``first`` is the number of leading positions the SAE was not trained on (the first token's activation is an
+    attention sink, BOS or not); they are shown, but no ranking counts them, unless the text has no other.
     """
 
     strings: list[str]
@@ -106,6 +106,7 @@ def read_prompt(
     hook_name: str,
     *,
     bos: bool = True,
+    skip_first: int | None = None,
     gradients: bool = False,
     max_tokens: int = MAX_TOKENS,
     hook_name_out: str = "",
@@ -113,11 +114,12 @@ def read_prompt(
     """Run ``text`` through ``model`` up to ``hook_name`` and encode every position with ``sae`` (raw units).
 
     ``model`` is what :func:`saelab.lm.load_model` gives. ``bos`` puts the tokenizer's BOS token in front, as in the
-    SAE's training data. ``gradients`` also computes the gradient of the next-token loss; the code changes only where
-    the SAE selects by gradients at inference. A transcoder also needs ``hook_name_out``, the place of its target;
-    gradients are those there. What is longer than ``max_tokens``, or than the texts that the model was made for, is
-    left out and counted in ``cut``. Raises UserError for an empty text, a hook point the model lacks, and a width that
-    does not fit.
+    SAE's training data; ``skip_first`` positions at the start, by default the one of BOS, were not in that data
+    (:func:`saelab.runs.language_model.untrained_start`). ``gradients`` also computes the gradient of the next-token
+    loss; the code changes only where the SAE selects by gradients at inference. A transcoder also needs
+    ``hook_name_out``, the place of its target; gradients are those there. What is longer than ``max_tokens``, or than
+    the texts that the model was made for, is left out and counted in ``cut``. Raises UserError for an empty text, a
+    hook point the model lacks, and a width that does not fit.
     """
     from saelab.harvesting.activations import Reader
     from saelab.lm.limits import position_limit
@@ -139,7 +141,8 @@ def read_prompt(
         acts, grads = reader.activations(torch.tensor([ids])), None
     x, goal = (part[0].float().to(sae.device) for part in (acts[0], acts[-1]))
     code, recon = _encode(sae, x, grads)
-    target, first, cut = goal if sae.transcodes else None, int(bos and len(ids) > 1), len(every) - len(ids)
+    target, cut = goal if sae.transcodes else None, len(every) - len(ids)
+    first = min(int(bos) if skip_first is None else skip_first, len(ids) - 1)
     return Reading(decode_each(model.tokenizer, ids), x, grads, code, recon, first, target, cut)
 
 

@@ -24,3 +24,14 @@ def model_record(run: Run, below: Path | None = None) -> ModelRecord:
             if opened.fingerprint == run.metadata.get("cache_fingerprint"):
                 found = ModelRecord.from_manifest(opened.manifest)
     return dataclasses.replace(found, name=run.model_name or found.name)
+
+
+def untrained_start(run: Run) -> int:
+    """Positions at the start of a text that the SAE was not trained on, by its own files, else by its index.
+
+    Where neither says so it is the BOS token, if texts begin with one.
+    """
+    for known in (run.metadata, run.index.meta if run.index else {}):
+        if isinstance(found := known.get("skip_first"), int) and found >= 0:
+            return found
+    return int(bool(run.metadata.get("prepend_bos", True)))

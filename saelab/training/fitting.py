@@ -239,6 +239,8 @@ def run_description(sae: SAE, cache: ActivationCache, config: TrainConfig, sourc
         "hf_hook_name": manifest.hf_hook_name,
         "context_size": manifest.context_length,
         "prepend_bos": manifest.bos != "none",
+        # Positions at the start of a text that it is not trained on: the BOS token of a document has no row either.
+        "skip_first": max(manifest.skip_first, int(manifest.bos == "document")),
         "dataset_path": manifest.text,
         "rms_norm": manifest.rms_norm,  # the unit of steering strengths
         "cache": str(cache.path),

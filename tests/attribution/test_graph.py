@@ -37,6 +37,10 @@ def test_the_share_that_was_asked_for_is_kept_and_said() -> None:
     few = attribute(runs, tiny.PROMPT, model=model, max_nodes=4, check=0)
     assert [place.kept for place in few.places] == [2, 2]
     assert "the most nodes, 4, keep" in few.notes[0] and all(place.kept_share < 0.8 for place in few.places)
+    one = attribute(runs, tiny.PROMPT, model=model, max_nodes=1, check=0)  # fewer than places
+    (kept,) = [node for node in one.nodes if node.kind in ("latent", "error")]
+    assert sum(place.kept for place in one.places) == 1
+    assert kept.id == next(node.id for node in few.nodes if node.kind in ("latent", "error"))
 
 
 def test_a_bridge_and_the_plain_model_give_the_same_graph() -> None:

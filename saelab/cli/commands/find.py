@@ -20,7 +20,7 @@ from saelab.features.finding import ANYTHING, WRITES, Finder, read_query
 from saelab.lm.record import check_weights, load_settings
 from saelab.metrics.density import DENSE
 from saelab.runs import Run
-from saelab.runs.language_model import model_record
+from saelab.runs.language_model import model_record, untrained_start
 from saelab.workspace import Workspace
 from saelab.workspace.notes import read_notes
 
@@ -133,6 +133,7 @@ def by_example(run: Run, options: Options, models: dict[tuple[str | None, ...], 
         raise UserError(f"{run.path} records no hook point; index it over a cache of that hook point")
     plain, spans = search.marked(options.query)
     place: dict[str, Any] = {"bos": bool(run.metadata.get("prepend_bos", True))}
+    place["skip_first"] = untrained_start(run)
     place["hook_name_out"] = run.metadata.get("hook_name_out", "")  # of a transcoder
     read = read_prompt(model, run.sae, plain, hook, **place)
     other = read_prompt(model, run.sae, options.contrast, hook, **place) if options.contrast else None
