@@ -14,7 +14,7 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, evaluate, saebench_json
 from saelab.evaluation.tasks import battery
-from saelab.evaluation.tasks.absorption import absorbed, absorption, l1_probe, split_latents, words_by_letter
+from saelab.evaluation.tasks.absorption import absorbed, absorption, first_words, l1_probe, split_latents
 from saelab.evaluation.tasks.passages import Passages, Pooled, from_cache, from_texts, pool, read_jsonl
 from saelab.evaluation.tasks.probing import Standardised, sparse_probing, tasks
 from saelab.evaluation.tasks.scr_tpp import ablate, scr, tpp
@@ -148,22 +148,33 @@ def test_absorption_by_hand():
 
 
 def test_absorption_needs_a_model_that_spells():
-    letters = np.array(list("abcd") * 60)
+    words = np.array([f"{c}{i}" for i in range(60) for c in "abcd"])
     acts = 0.1 * torch.randn(240, D)
     with pytest.raises(UserError, match="does not spell"):
-        absorption(planted_sae(), acts, letters, min_letters=4)
+        absorption(planted_sae(), acts, words, min_letters=4)
     for i, c in enumerate("abcd"):
-        acts[torch.from_numpy(letters == c), i] += 1
-    got = absorption(planted_sae(), acts, letters, min_letters=4)
+        acts[torch.from_numpy(words.astype("U1") == c), i] += 1
+    got = absorption(planted_sae(), acts, words, min_letters=4)
     assert got["probe_f1"] > 0.95
     assert got["absorption_fraction"] < 0.05
     assert got["split_latents"] == 1
     assert got["scored_words"] == 60  # those that no probe was fitted on
     with pytest.raises(UserError, match="absorption needs 20"):
-        absorption(planted_sae(), acts, letters)
-    signed = absorption(planted_sae(signed=True), -acts, letters, min_letters=4)  # poles, not latents
+        absorption(planted_sae(), acts, words)
+    signed = absorption(planted_sae(signed=True), -acts, words, min_letters=4)  # poles, not latents
     assert signed["absorption_fraction"] < 0.05
     assert signed["split_latents"] == 1
+
+
+def test_a_probe_that_knows_words_by_heart_does_not_spell():
+    """Each word has a direction of its own, and five occurrences: divided by occurrence, probes get them right."""
+    d = 64
+    words = np.array([f"{c}{i}" for i in range(12) for c in "abcd"]).repeat(5)
+    acts = torch.randn(48, d).repeat_interleave(5, 0) + 0.05 * torch.randn(240, d)
+    with pytest.raises(UserError, match="does not spell"):
+        absorption(planted_sae(d), acts, words, min_letters=4)
+    alone = np.array([f"{word}-{i}" for i, word in enumerate(words)])  # as if no two were of one word
+    assert absorption(planted_sae(d), acts, alone, min_letters=4)["probe_f1"] > 0.9
 
 
 def test_split_latents_are_those_that_predict_the_letter_by_firing():
@@ -195,12 +206,12 @@ def test_whole_latents_stand_beside_poles():
     assert files["tpp_threshold_1_total_metric"] == got["whole_latents"]["score"][1]
 
 
-def test_words_by_letter_takes_word_starts_only(tmp_path):
-    strings = [" apple", " Bear", "ing", " a", " 12", " über"]
-    tokens = torch.tensor([[0, 1, 2, 3], [0, 0, 4, 5]])
+def test_first_words_are_word_starts_only(tmp_path):
+    strings = [" apple", " Bear", "ing", " a", " 12", " über", " Apple"]
+    tokens = torch.tensor([[0, 1, 2, 3], [6, 0, 4, 5]])
     cache = ActivationCache.from_tensors(tmp_path / "c", torch.randn(2, 4, 3), tokens)
-    acts, letters = words_by_letter(cache, strings, per_word=2, split="all")
-    assert letters.tolist() == ["a", "b", "a"]
+    acts, words = first_words(cache, strings, per_word=2, split="all")
+    assert words.tolist() == ["apple", "bear", "apple"]
     torch.testing.assert_close(acts, cache.read([0, 1, 4]).acts)
 
 

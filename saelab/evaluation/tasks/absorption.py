@@ -3,8 +3,9 @@
 The definition and its rules are SAEBench's (Karvonen et al., 2025; after Chanin et al., 2024). Activations are those
 under the first token of words in the cached text, labelled with the word's first letter (in SAEBench a prompt asks for
 it); a logistic probe per letter is the ground truth. A letter's own latents are those that a probe with an L1
-penalty weighs highest, as many as a balanced probe on them needs. Words are divided: probes see one part, and the score
-is of the words in the other that the letter's probe gets right. Letters whose probe is worse than F1 0.6 on them are
+penalty weighs highest, as many as a balanced probe on them needs. Words are divided, all occurrences of a word on one
+side, since a probe that has seen a word need not spell it: probes see one part, and the score is of the occurrences in
+the other that the letter's probe gets right. Letters whose probe is worse than F1 0.6 on them are
 left out, and with fewer than 20 left the model does not spell, so that absorption cannot be measured.
 """
 
@@ -33,7 +34,7 @@ LETTERS = 20  # that must count
 L1_PENALTY, L1_EPOCHS, L1_BATCH, L1_RATES = 0.01, 50, 4096, (1e-2, 1e-5)  # of the probe that finds a letter's latents
 
 
-def words_by_letter(
+def first_words(
     cache: ActivationCache,
     strings: Sequence[str],
     *,
@@ -41,22 +42,21 @@ def words_by_letter(
     max_rows: int = 8000,
     split: Split = "held_out",
 ) -> tuple[Float[Tensor, "n d_in"], np.ndarray]:
-    """Activations of word-initial tokens (a space and at least two letters) and their first letters, lower case.
+    """Activations of word-initial tokens (a space and at least two letters) and those letters, in lower case.
 
-    At most ``per_word`` occurrences of a token, so that frequent words do not decide.
+    At most ``per_word`` occurrences of each, so that frequent words do not decide.
     """
-    letters = {
-        i: text[1].lower() for i, text in enumerate(strings) if text[:1] == " " and len(text) > 2 and text[1:].isascii()
-        and text[1:].isalpha()
-    }  # fmt: skip
-    counts: dict[int, int] = {}
+    starts = {i: text[1:].lower() for i, text in enumerate(strings) if text[:1] == " " and len(text) > 2}
+    words = {i: word for i, word in starts.items() if word.isascii() and word.isalpha()}
+    counts: dict[str, int] = {}
     rows, labels = [], []
     for tokens, own in cache.contexts(split):
         for token, row in zip(tokens.tolist(), own.tolist()):
-            if row >= 0 and token in letters and counts.get(token, 0) < per_word:
-                counts[token] = counts.get(token, 0) + 1
+            word = words.get(token, "")
+            if row >= 0 and word and counts.get(word, 0) < per_word:
+                counts[word] = counts.get(word, 0) + 1
                 rows.append(row)
-                labels.append(letters[token])
+                labels.append(word)
         if len(rows) >= max_rows:
             break
     if not rows:
@@ -67,18 +67,20 @@ def words_by_letter(
 def absorption(
     sae: SAE,
     acts: Float[Tensor, "n d_in"],
-    letters: np.ndarray,
+    words: np.ndarray,
     min_letter: int = 20,
     seed: int = 0,
     min_letters: int = LETTERS,
 ) -> dict[str, Any]:
     """Mean absorption fraction and rate of full absorption over letters; UserError where the model does not spell.
 
-    Letters of fewer than ``min_letter`` words are left out. A signed latent counts as two poles, ``relu(z)`` along
-    ``d`` and ``relu(-z)`` along ``-d``, as in SAEBench, which knows no signs.
+    ``words [n]`` is the word under each activation, in lower case; one in four words is tested on. Letters of fewer
+    than ``min_letter`` occurrences are left out. A signed latent counts as two poles, ``relu(z)`` along ``d`` and
+    ``relu(-z)`` along ``-d``, as in SAEBench, which knows no signs.
     """
-    rng = np.random.default_rng(seed)
-    test = rng.permutation(letters.size) < letters.size // 4
+    letters = words.astype("U1")
+    known, which = np.unique(words, return_inverse=True)
+    test = (np.random.default_rng(seed).permutation(known.size) < known.size // 4)[which]
     x = acts.numpy()
     with torch.no_grad():
         z = sae.encode(acts.to(sae.device)).to("cpu").dense().numpy()
@@ -88,7 +90,7 @@ def absorption(
     chosen = [c for c in sorted(set(letters)) if (letters == c).sum() >= min_letter]
     chosen = [c for c in chosen if (letters[test] == c).any() and (letters[~test] == c).any()]
     if not chosen:
-        raise UserError(f"no letter starts {min_letter} words here; use more text")
+        raise UserError(f"no letter starts {min_letter} occurrences of words here; use more text")
     probes = {c: Standardised(x[~test], letters[~test] == c) for c in chosen}
     f1 = {c: float(f1_score(letters[test] == c, probe.predict(x[test]))) for c, probe in probes.items()}
     spelt = [c for c in chosen if f1[c] > SPELLS]
@@ -106,8 +108,9 @@ def absorption(
         cosines = D @ direction / np.maximum(np.linalg.norm(D, axis=1), 1e-12)
         hits = np.flatnonzero(test & (letters == c) & probes[c].predict(x))
         fractions, full = absorbed(x[hits], z[hits], cosines, direction, main)
-        per_letter[c] = {"fraction": fractions.mean(), "full": full.mean(), "n_split": len(main), "words": hits.size}
-    return _summary(per_letter, f1, letters.size)
+        scored = np.unique(which[hits]).size
+        per_letter[c] = {"fraction": fractions.mean(), "full": full.mean(), "n_split": len(main), "words": scored}
+    return _summary(per_letter, f1, known.size)
 
 
 def _summary(per_letter: dict[str, dict[str, Any]], f1: dict[str, float], words: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from saelab.evaluation.reconstruction import Progress, check_pair
 from saelab.evaluation.same_model import check_same_model, plain_route, reading_site
 from saelab.evaluation.tasks import passages as labelled
 from saelab.evaluation.tasks import probe_sets, scr_tpp, two_sided
-from saelab.evaluation.tasks.absorption import absorption, words_by_letter
+from saelab.evaluation.tasks.absorption import absorption, first_words
 from saelab.evaluation.tasks.labels import label_task
 from saelab.evaluation.tasks.probing import sparse_probing
 from saelab.lm.tokens import token_ids
@@ -177,8 +177,8 @@ def _scr(data: _TaskData) -> dict[str, Any]:
 
 def _absorption(data: _TaskData) -> dict[str, Any]:
     strings = _vocabulary(data.cache)
-    acts, letters = words_by_letter(data.cache, strings, split=data.config.task_split)
-    return absorption(data.sae, acts, letters, seed=data.seed, min_letters=data.config.min_letters)
+    acts, words = first_words(data.cache, strings, split=data.config.task_split)
+    return absorption(data.sae, acts, words, seed=data.seed, min_letters=data.config.min_letters)
 
 
 def _sae_probes(data: _TaskData) -> dict[str, Any]:
