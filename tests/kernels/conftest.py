@@ -1,9 +1,11 @@
-"""NaN in every uninitialised tensor, and an interpreter in which reductions do not crawl."""
+"""NaN in every uninitialised tensor, an interpreter in which reductions do not crawl, and fewer of its cases."""
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,13 +71,33 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     quicken_interpreter()
 
 
-BOTH_SIGNS = {"ordinary", "ties"}  # cases that run signed and unsigned under the interpreter too
+BOTH_SIGNS = {"ordinary", "ties"}  # cases that run in every test, signed and unsigned
+TURNS = 3  # one in so many of the interpreter's cases runs in every run, and the others in the one that takes minutes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The interpreter is slow: its cases take turns in being signed, and the pretended GPU has one case."""
-    if not torch.cuda.is_available():
-        items[:] = [item for item in items if not _spared(getattr(item, "callspec", None))]
+    """The interpreter is slow: its cases take turns in being signed and in being run, the pretended GPU has one case.
+
+    A case runs in every third of its tests, and the cases begin at different tests.
+    """
+    if torch.cuda.is_available():
+        return
+    items[:] = [item for item in items if not _spared(getattr(item, "callspec", None))]
+    seen = defaultdict[str, int](int)
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if item.path.parent != Path(__file__).parent or call is None or not _has_turns(call):
+            continue
+        name = call.params["name"]
+        if ([*CASES].index(name) + seen[name]) % TURNS:
+            item.add_marker(pytest.mark.minutes)
+        seen[name] += 1
+
+
+def _has_turns(call: Any) -> bool:
+    """Whether a test is one of the interpreter's many cases."""
+    place = call.params.get("backend") or call.params.get("device")
+    return place == "triton" and call.params.get("name") in {*CASES} - BOTH_SIGNS
 
 
 def _spared(call: Any) -> bool:
