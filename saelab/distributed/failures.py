@@ -19,7 +19,7 @@ from saelab.errors import UserError, first_line
 
 GRACE = 3.0  # seconds in which a process that still runs reports that it has lost another one, too
 SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe")
-_SAID, _CLAIMS, _WAITING = "saelab/error", "saelab/errors", "saelab/waiting"
+_SAID, _CLAIMS, _WAITING, _GO_ON = "saelab/error", "saelab/errors", "saelab/waiting", "saelab/go-on"
 
 
 class LostProcess(UserError):
@@ -116,6 +116,36 @@ def _store() -> Any:
     except RuntimeError:
         return None
     return dist.PrefixStore(_token or f"saelab/start/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+
+
+def on_one_machine() -> bool:
+    """Whether torchrun started all processes of the run on this machine."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return agent and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun started."""
+    return os.environ.get("RANK") == "0"
+
+
+def let_others_go_on() -> None:
+    """Ends :func:`wait_for_first` in the other processes."""
+    if (store := _store()) is None:
+        raise LostProcess("torchrun does not answer; start it again")
+    store.set(_GO_ON, "")
+
+
+def wait_for_first() -> None:
+    """Return once the first process has called :func:`let_others_go_on`; where it fails, torchrun ends this one."""
+    store = _store()
+    try:
+        while store is not None and not store.check([_GO_ON]):
+            time.sleep(0.1)
+    except RuntimeError:
+        store = None
+    if store is None:
+        raise LostProcess("torchrun does not answer; start it again")
 
 
 def meet(timeout_s: float) -> dict[str, Any]:

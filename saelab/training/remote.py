@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saelab.copies import Copy
+from saelab.copies import Copy, place_of
+from saelab.distributed.failures import is_first, let_others_go_on, on_one_machine, restarted, wait_for_first
 from saelab.errors import UserError
 from saelab.files import remove_partial, url_of
 from saelab.training.checkpoints import latest_step
@@ -94,6 +95,29 @@ def run_folder(out: Path | str | None, *, resume: bool = False, overwrite: bool 
             _end(carrier, failed=False)
         finally:
             _carriers.pop(folder, None)
+
+
+@contextlib.contextmanager
+def shared_folder(out: str, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
+    """:func:`run_folder` of a URL for processes that torchrun started on one machine: the first one fetches the copy,
+    in which all of them write, and carries it.
+
+    UserError, before anything is done, where they are on several machines.
+    """
+    if not on_one_machine():
+        raise UserError(
+            f"{out} is written in a copy on this machine, and torchrun started processes on several; give a folder "
+            "that all of them share"
+        )
+    if not is_first():
+        wait_for_first()
+        yield place_of(str(url_of(out)))
+        return
+    # Processes that are started again go on with what the earlier ones have written.
+    with run_folder(out, resume=resume or restarted(), overwrite=overwrite and not restarted()) as folder:
+        assert folder is not None
+        let_others_go_on()
+        yield folder
 
 
 def _end(carrier: Carrier, failed: bool) -> None:

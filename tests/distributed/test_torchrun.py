@@ -16,8 +16,12 @@ import torch
 
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
 from saelab.files import lock
 from saelab.sae.weights import load_sae
+from saelab.stores import Store
+from saelab.training import remote
+from saelab.training.remote import shared_folder
 from tests import tiny_lm
 
 D_IN, D_SAE = 16, 64
@@ -112,3 +116,52 @@ def test_torchrun_harvests_the_files_of_one_process(tmp_path: Path) -> None:
     ]
     assert sum("shard" in name for name in files[0]) > 4
     assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_a_run_in_object_storage_is_that_in_a_folder(cache: ActivationCache, tmp_path: Path, bucket: str) -> None:
+    """Of processes on one machine, which share the local copy."""
+    args = ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--dict-ranks", "2", "--checkpoint-steps", "5"]
+    url, folder = f"{bucket}/runs/a", tmp_path / "a"
+    started = [torchrun("train", cache.path, "--out", out, *args) for out in (url, str(folder))]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert [output.count(f"carried to {url}") for output in outputs] == [1, 0], outputs
+    store = Store(url)
+    for name in ("sae_weights.safetensors", "metrics.jsonl"):
+        assert store.read(name) == (folder / name).read_bytes()
+    assert not [name for name in store.sizes() if name.startswith("checkpoints/")]
+    output, _ = torchrun("train", cache.path, "--out", url, *args).communicate(timeout=300)
+    told = f"error: {url} exists; add --overwrite to replace it, --resume to continue, or name another"
+    assert errors(output) == [told], output
+
+
+def test_processes_on_several_machines_share_no_copy(
+    cache: ActivationCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SAELAB_CACHE", str(tmp_path / "home"))
+    for name, value in {"TORCHELASTIC_RUN_ID": "0", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(["train", cache.path, "--out", "s3://bucket/run", "--k", "3"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("error: s3://bucket/run is written in a copy on this machine, and torchrun started")
+    assert not (tmp_path / "home").exists()
+
+
+def test_processes_that_are_started_again_go_on_in_the_copy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(remote, "let_others_go_on", lambda: told.append(True))
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KeyboardInterrupt), shared_folder(f"{bucket}/run") as folder:
+        (folder / "checkpoint").write_text("half")
+        raise KeyboardInterrupt
+    assert told == [True]
+    with pytest.raises(UserError, match="exists; add --overwrite"), shared_folder(f"{bucket}/run"):
+        pass
+    assert told == [True]  # the others do not begin
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with shared_folder(f"{bucket}/run") as folder:
+        assert (folder / "checkpoint").read_text() == "half"

@@ -40,7 +40,7 @@ from saelab.training.config import target_width
 from saelab.training.divergence import failure
 from saelab.training.fitting import ROLLED, SOURCE
 from saelab.training.log import Log, TensorBoard, Wandb, recent_fvu
-from saelab.training.remote import carrier_of, run_folder
+from saelab.training.remote import carrier_of, run_folder, shared_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +105,12 @@ def main(args: Sequence[str]) -> None:
     if out is None or url_of(out) is None or {"-h", "--help"} & set(args):
         train(args)
         return
-    if launched():
-        raise UserError(f"{out} cannot be written by several processes; give a folder that all of them share")
-    if is_asked(args) and value_of(args, "--cache-folder") is None:
-        raise UserError(f"the rolling cache of {out} needs a local folder; name one with --cache-folder")
-    with run_folder(out, resume="--resume" in args, overwrite="--overwrite" in args) as folder:
+    if is_asked(args):
+        check_asked(args, 0)
+        if value_of(args, "--cache-folder") is None:
+            raise UserError(f"the rolling cache of {out} needs a local folder; name one with --cache-folder")
+    folder_of = shared_folder if launched() else run_folder
+    with folder_of(out, resume="--resume" in args, overwrite="--overwrite" in args) as folder:
         train([arg.replace(out, str(folder)) if arg in (out, f"--out={out}") else arg for arg in args])
     console.print(f"carried to {out}", markup=False, soft_wrap=True)
 
