@@ -154,14 +154,9 @@ def known(run: Run) -> Known:
 
 
 def reads_alike(run: Run, name: str) -> bool:
-    """Whether the activations of one text serve both SAEs of the same hook point: with or without a BOS token, and
-    without the same positions at its start."""
-    from saelab.runs.language_model import untrained_start
-
+    """Whether the activations of one text serve both SAEs: of the same hook point, with or without a BOS token."""
     other = workspace().runs[name]
-    return untrained_start(run) == untrained_start(other) and bool(run.metadata.get("prepend_bos", True)) == bool(
-        other.metadata.get("prepend_bos", True)
-    )
+    return bool(run.metadata.get("prepend_bos", True)) == bool(other.metadata.get("prepend_bos", True))
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)

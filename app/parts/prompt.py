@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import loaders
@@ -17,6 +18,7 @@ from saelab.prompt import contest as explain
 from saelab.prompt.ranking import RANKINGS, Ranked, rank
 from saelab.prompt.reading import Reading
 from saelab.runs import Run
+from saelab.runs.language_model import untrained_start
 from saelab.sae.base import PursuitStep
 
 SHOWN = 14  # latents of the ranking
@@ -155,7 +157,11 @@ def left_out(hidden: int) -> str:
 
 
 def side_by_side(runs: list[Run], reading: Reading, how: How) -> None:
-    """The same activations through several SAEs: what each loses, and the first latents of each."""
+    """The same activations through several SAEs: what each loses, and the first latents of each.
+
+    All count the same positions: those that all of them were trained on.
+    """
+    reading = replace(reading, first=min(max(map(untrained_start, runs)), reading.n - 1))
     for column, run in zip(st.columns(len(runs), gap="medium"), runs):
         with column, page.part():
             own = reading.through(loaders.sae(run))

@@ -38,11 +38,10 @@ if asked.query.kind == "text":
     plain, spans = search.marked(asked.text)
     read = loaders.read_text(run, plain, "Searching by example")
     other = loaders.read_text(run, contrast, "Searching by example") if (contrast or "").strip() else None
-    marks = search.tokens_in(read.strings, spans, offset=read.first)
+    marks = search.tokens_in(read.strings, spans, offset=read.front)
     contrasted = None if other is None else other.code[other.first : other.n]
     code = read.code[read.first : read.n]
     found = find_by_example(index, code, torch.tensor(marks[read.first :]), contrasted)
-    st.session_state["features_matches"] = (run.name, found)
 else:
     found = search_parts.results(run, asked)
 

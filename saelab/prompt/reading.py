@@ -22,7 +22,8 @@ class Reading:
     """The tokens, activations and codes of one text.
 
     ``first`` is the number of leading positions the SAE was not trained on (the first token's activation is an
-    attention sink, BOS or not); they are shown, but no ranking counts them, unless the text has no other.
+    attention sink, BOS or not); they are shown, but no ranking counts them, unless the text has no other. ``front`` is
+    the number of tokens that were put in front of the text: one where it got a BOS token.
     """
 
     strings: list[str]
@@ -31,6 +32,7 @@ class Reading:
     code: SparseCode
     recon: Float[Tensor, "n d_out"]
     first: int = 0
+    front: int = 0
     target: Float[Tensor, "n d_out"] | None = None  # of a transcoder: what it reconstructs
     cut: int = 0
     """Tokens at the end of the text that were left out."""
@@ -125,7 +127,7 @@ def read_prompt(
     from saelab.lm.limits import position_limit
     from saelab.lm.sites import locate
 
-    if not token_ids(model.tokenizer, text, bos=False):
+    if not (own := token_ids(model.tokenizer, text, bos=False)):
         raise UserError("the text is empty; type at least one word")
     every = token_ids(model.tokenizer, text, bos)
     limit, _ = position_limit(model)
@@ -143,7 +145,8 @@ def read_prompt(
     code, recon = _encode(sae, x, grads)
     target, cut = goal if sae.transcodes else None, len(every) - len(ids)
     first = min(int(bos) if skip_first is None else skip_first, len(ids) - 1)
-    return Reading(decode_each(model.tokenizer, ids), x, grads, code, recon, first, target, cut)
+    front = len(every) - len(own)  # none where the tokenizer has no BOS token, or the text begins with it
+    return Reading(decode_each(model.tokenizer, ids), x, grads, code, recon, first, front, target, cut)
 
 
 @torch.no_grad()

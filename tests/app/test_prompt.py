@@ -99,7 +99,7 @@ def test_another_sae_reads_the_same_text_at_once(monkeypatch: pytest.MonkeyPatch
     app.selectbox(key="run").select("runs/abs_topk")
     succeed(app.run())
     (name, *_), reading = app.session_state["prompt_reading"]
-    assert name == "runs/abs_topk" and "".join(reading.strings[reading.first :]).strip() == TEXT
+    assert name == "runs/abs_topk" and "".join(reading.strings[reading.front :]).strip() == TEXT
     assert reading.grads is not None, "what was switched on stays on"
     # A visit elsewhere loses nothing.
     succeed(app.switch_page("views/features.py").run())

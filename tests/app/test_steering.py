@@ -328,9 +328,9 @@ def test_latents_are_found_by_example_against_a_contrast(
     app = launch(monkeypatch, workplace, model=str(folder / "model"))
     app.switch_page("views/features.py").run()
     succeed(app.text_input(key="q").input("the [[river]] runs past").run())
-    alone = app.session_state["features_matches"][1].set_index("latent")
+    alone = app.dataframe[0].value.set_index("latent")
     succeed(app.text_input(key="contrast").input("a river and a river").run())
-    against = app.session_state["features_matches"][1].set_index("latent")
+    against = app.dataframe[0].value.set_index("latent")
     assert (alone["on_span"] == 1).all() and len(against)
     both = against.index.intersection(alone.index)
     # What also fires on the contrast's "river" loses specificity, and nothing gains by it.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from saelab.data.text import from_documents
+from saelab.features import search
 from saelab.harvesting import HarvestConfig, harvest
 from saelab.lm import load_model
 from saelab.prompt.reading import read_prompt
@@ -40,6 +41,8 @@ def test_what_was_not_trained_on_is_not_counted(model: Any, tmp_path: Path, bos:
     start: dict[str, Any] = {"bos": bool(run.metadata["prepend_bos"]), "skip_first": untrained_start(run)}
     reading = read_prompt(model, run.sae, "the cat sat on the old roofs", HOOK, **start)
     assert reading.first == first
+    assert reading.front == (bos != "none")
+    assert "".join(reading.strings[reading.front :]) == "the cat sat on the old roofs"
     fired = {latent for position in range(first, reading.n) for latent, _ in reading.active(position)}
     assert {latent for latent, _ in reading.strongest(24)} == fired
     alone = read_prompt(model, run.sae, "the", HOOK, **start)
@@ -49,3 +52,13 @@ def test_what_was_not_trained_on_is_not_counted(model: Any, tmp_path: Path, bos:
 def test_an_sae_that_says_nothing_of_it_was_not_trained_on_bos() -> None:
     sae = build("topk", 16, 24, k=4)
     assert untrained_start(Run(sae, HOOK)) == 1
+
+
+def test_without_a_bos_token_nothing_stands_in_front(tmp_path: Path) -> None:
+    """The marks of a search by example are counted from the first token of the text."""
+    model = load_model(tiny_lm.save_qwen2(tmp_path / "qwen2"), device="cpu")
+    sae = build("topk", 16, 24, k=4)
+    reading = read_prompt(model, sae, "the cat sat", HOOK)
+    assert (reading.front, reading.first) == (0, 1)  # its first token is an attention sink like BOS
+    marks = search.tokens_in(reading.strings, [(4, 7)], offset=reading.front)
+    assert "".join(s for s, marked in zip(reading.strings, marks) if marked).strip() == "cat"

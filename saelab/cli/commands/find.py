@@ -137,7 +137,7 @@ def by_example(run: Run, options: Options, models: dict[tuple[str | None, ...], 
     place["hook_name_out"] = run.metadata.get("hook_name_out", "")  # of a transcoder
     read = read_prompt(model, run.sae, plain, hook, **place)
     other = read_prompt(model, run.sae, options.contrast, hook, **place) if options.contrast else None
-    marks = torch.tensor(search.tokens_in(read.strings, spans, offset=read.first)[read.first :])
+    marks = torch.tensor(search.tokens_in(read.strings, spans, offset=read.front)[read.first :])
     contrast = None if other is None else other.code[other.first : other.n]
     return find_by_example(run.index, read.code[read.first : read.n], marks, contrast, top=options.count)
 
