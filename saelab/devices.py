@@ -10,6 +10,8 @@ from torch import Tensor
 from saelab.errors import UserError, first_line
 
 KINDS = ("cpu", "cuda", "mps")
+# What weights and stored activations are kept in, and models are loaded in.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.kernels import ByLatent
+from saelab.kernels.ragged import pointers
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SparseCode:
         """Keep the non-zero entries of a dense code, in latent order."""
         rows, indices = acts.nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=acts.shape[0])
-        return cls(acts[rows, indices], indices, _row_ptr(counts), acts.shape[1])
+        return cls(acts[rows, indices], indices, pointers(counts), acts.shape[1])
 
     @property
     def n(self) -> int:
@@ -84,7 +85,7 @@ class SparseCode:
     def only(self, keep: Bool[Tensor, " nnz"]) -> SparseCode:
         """The same code with the marked entries alone."""
         counts = torch.bincount(self.rows()[keep], minlength=self.n)
-        return SparseCode(self.values[keep], self.indices[keep], _row_ptr(counts), self.d_sae)
+        return SparseCode(self.values[keep], self.indices[keep], pointers(counts), self.d_sae)
 
     def nonzero(self) -> SparseCode:
         """The same code without stored zeros."""
@@ -110,7 +111,3 @@ class SparseCode:
         ptr = self.row_ptr[start : max(start, stop) + 1]
         entries = slice(int(ptr[0]), int(ptr[-1]))
         return SparseCode(self.values[entries], self.indices[entries], ptr - ptr[0], self.d_sae)
-
-
-def _row_ptr(counts: Int[Tensor, " n"]) -> Int[Tensor, " rows"]:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -78,7 +78,7 @@ def three_strengths(run: Run, model: Any, pick: Pick) -> list[Text]:
 
 
 def added(vector: SteeringVector, strength: float, name: str, why: str) -> Text:
-    return Text(name, f"{why}; length {strength:.3g} in raw units", [Add(vector, strength)], strength)
+    return Text(name, f"{why}; length {strength:.3g} in raw units", [Add(vector, strength)])
 
 
 def write(

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.manifest import Manifest
+from saelab.devices import DTYPES
 from saelab.errors import UserError
-from saelab.lm.fingerprint import DTYPES, coarser, is_quantised, row_gaps, same_activations
+from saelab.lm.fingerprint import coarser, is_quantised, row_gaps, same_activations
 from saelab.lm.hook_names import layer_of, side_of
 from saelab.lm.offload import device_of
 from saelab.lm.record import ModelRecord, differences

@@ -25,17 +25,13 @@ from saelab.lm.hook_names import layer_of
 from saelab.lm.limits import check_length, check_tokens
 from saelab.lm.offload import device_of
 from saelab.lm.sites import Edit, Site, locate, replaceable
-from saelab.lm.structure import opened, underlying
+from saelab.lm.structure import Reached, opened, underlying
 from saelab.lm.unwrapped import frozen, has_hooks, plain_model
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _log = logging.getLogger(__name__)
-
-
-class _Stop(Exception):
-    """Raised when all hooks have fired, because the rest of the model is not needed."""
 
 
 class Reader:
@@ -113,11 +109,11 @@ class Reader:
                 # Later modules may write into x in place, but only if the model runs that far.
                 found[index] = x if len(found) + 1 == len(self.sites) else x.clone()
                 if len(found) == len(self.sites):
-                    raise _Stop
+                    raise Reached
 
             return hook
 
-        with contextlib.suppress(_Stop):
+        with contextlib.suppress(Reached):
             self._run(tokens, [keep(i) for i in range(len(self.sites))])
         return self._in_order(found)
 

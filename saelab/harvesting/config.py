@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from saelab.data.cache.manifest import DTYPES
 from saelab.data.chat import check_roles
 from saelab.data.packing import Bos
+from saelab.devices import DTYPES
 from saelab.errors import UserError, near_matches
 
 ALL_SHARDS = 1 << 30  # bytes of the shards of all hook points that are being filled

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from saelab.kernels.precision import use_precision
 from saelab.kernels.products import centred
-from saelab.kernels.reference.backend import Effect, Ragged, Slack, pointers, ranked, row_ids
+from saelab.kernels.ragged import pointers, row_ids, row_pointers
+from saelab.kernels.reference.backend import Effect, Ragged, Slack, ranked
 
 DENSE = 0.01  # share of all entries above which computing single ones takes longer than a product
 
@@ -137,11 +138,6 @@ def positions_of_largest(keys: Tensor, count: int) -> Tensor:
     taken = better | (level & (level.cumsum(0, dtype=torch.int32) <= count - better.sum()))
     wanted = torch.arange(1, count + 1, dtype=torch.int32, device=keys.device)
     return torch.searchsorted(taken.cumsum(0, dtype=torch.int32), wanted)
-
-
-def row_pointers(rows: Tensor, n: int) -> Tensor:
-    """``row_ptr [n + 1]`` of ascending row numbers."""
-    return torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
 
 
 def _clipped(values: Tensor, signed: bool) -> Tensor:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 STORED = (torch.float32, torch.float16, torch.bfloat16)  # what rows of activations are kept in
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+COMPUTED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def matrices(x: Tensor, W: Tensor, d_in: int, name: str, **vectors: tuple[Tensor | None, int]) -> None:
     """``x [n, d_in]`` fits ``W``, whose width on the activations' side is ``d_in``, and so do the named vectors."""
     if x.dim() != 2 or W.dim() != 2:
         raise ValueError(f"x and {name} must be matrices, got shapes {list(x.shape)} and {list(W.shape)}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in COMPUTED:
         raise TypeError(f"x is {x.dtype}; cast it to float32, float64, float16 or bfloat16")
     if x.shape[1] != d_in:
         raise ValueError(f"x has {x.shape[1]} columns but {name} {list(W.shape)} expects d_in={d_in}")
@@ -59,7 +59,7 @@ def latent_budgets(budgets: Tensor, n: int, sizes: tuple[int, int] | None) -> No
 
 def code(values: Tensor, indices: Tensor, row_ptr: Tensor, d_sae: int) -> None:
     """A well-formed ragged code; the indices themselves are checked, since a bad one would read foreign memory."""
-    if values.dtype not in DTYPES:
+    if values.dtype not in COMPUTED:
         raise TypeError(f"values is {values.dtype}; cast it to float32, float64, float16 or bfloat16")
     for name, tensor in (("indices", indices), ("row_ptr", row_ptr)):
         if tensor.dtype != torch.int64:

@@ -22,7 +22,8 @@ from saelab.kernels.products import (
     split_right,
     wide_product,
 )
-from saelab.kernels.reference.backend import LatentGrads, Sorted, entry_grads, row_ids
+from saelab.kernels.ragged import row_ids
+from saelab.kernels.reference.backend import LatentGrads, Sorted, entry_grads
 
 LEAST = 1 << 20  # entries of a dense code below which nothing is gained
 

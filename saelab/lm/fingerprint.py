@@ -17,7 +17,6 @@ from saelab.lm.structure import WRAPPED, underlying
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAMPLE = 1024  # values of each parameter that enter the fingerprint
 _PACKED = ("qweight", "qzeros", "scales")  # buffers in which GPTQ and AWQ keep what other models keep in parameters
 # Rows that may lie beyond twice the tolerance: a router in bfloat16 sends a few tokens to other experts.

@@ -20,13 +20,13 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from saelab.devices import pick_device
+from saelab.devices import DTYPES, pick_device
 from saelab.errors import UserError, first_line, near_matches
 from saelab.files import cache_home
 from saelab.lm import gemma3
 from saelab.lm.checkpoints import Source, check_causal, check_complete, find_source, read_adapter
 from saelab.lm.device_map import DeviceMap, check_divisible, complete, read_map
-from saelab.lm.fingerprint import DTYPES, rounding_gap, row_gaps
+from saelab.lm.fingerprint import rounding_gap, row_gaps
 from saelab.lm.offload import device_of, is_offloaded, is_spread, offload_folder
 from saelab.lm.randomised import RANDOM, RandomWeights, randomise
 from saelab.lm.smollm2 import quiet_progress, smollm2_folder, smollm2_version

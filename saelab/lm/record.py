@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from saelab.devices import DTYPES
 from saelab.errors import UserError
-from saelab.lm.fingerprint import DTYPES, dtype_name, model_dtype, weights_fingerprint, weights_fingerprints
+from saelab.lm.fingerprint import dtype_name, model_dtype, weights_fingerprint, weights_fingerprints
 from saelab.lm.loading import load_hf_model, load_model, model_name
 
 if TYPE_CHECKING:

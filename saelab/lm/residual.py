@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from saelab.errors import first_line
 from saelab.lm.offload import device_of, is_offloaded, whole
-from saelab.lm.structure import attention, blocks, children, mlp, state_space, text_config, underlying
+from saelab.lm.structure import Reached, attention, blocks, children, mlp, state_space, text_config, underlying
 from saelab.lm.unwrapped import plain_model, plain_skeleton
 
 if TYPE_CHECKING:
@@ -55,10 +55,6 @@ class _Record:
     path: str
     side: str
     x: Tensor
-
-
-class _Stop(Exception):
-    """Raised after the block, because the rest of the model is not needed."""
 
 
 _known: WeakKeyDictionary[nn.Module, dict[int, Sublayers]] = WeakKeyDictionary()
@@ -100,13 +96,13 @@ def _run(model: nn.Module, block: nn.Module) -> list[_Record]:
             inner = block
         handle.remove()
         records.extend(_recorded(inner, args, kwargs))
-        raise _Stop
+        raise Reached
 
     size = int(text_config(model).vocab_size)
     ids = torch.linspace(size // 4, size // 2, _TOKENS).long()[None]
     handle = block.register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        with contextlib.suppress(_Stop):
+        with contextlib.suppress(Reached):
             model(input_ids=ids.to(device_of(model)), use_cache=False)
     finally:
         handle.remove()

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError
 
+
+class Reached(Exception):
+    """Raised by a hook at the last place that is read, because the rest of the model is not needed."""
+
+
 WRAPPED = "_original_component"  # the name of the model's own module in a component of a bridge
 _BLOCK_LISTS = ("layers", "h", "blocks", "block", "layer")
 _OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder", "mtp")

@@ -62,10 +62,16 @@ def tokenize(tokenizer: Any, prompts: Prompts) -> tuple[Int[Tensor, "batch lengt
         raise UserError("a prompt needs at least one token")
     # The value is never read, since the mask hides it; a tokenizer without a padding token need not be changed.
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    return padded(rows, padding)
+
+
+def padded(
+    rows: Sequence[Sequence[int]], fill: int = 0
+) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
+    """Rows of token ids, or of other numbers, padded on the left with ``fill``, and their mask."""
     longest = max(map(len, rows))
-    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    ids = torch.tensor([[fill] * (longest - len(row)) + list(row) for row in rows])
+    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
 
 
 def decode_each(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saelab.data.chat import ROLES, TEMPLATE, Rendered, render, roles_of
 from saelab.errors import UserError
 from saelab.lm.caches import keep_first
-from saelab.lm.tokens import end_ids, tokenizer_of, written_text
+from saelab.lm.tokens import end_ids, padded, tokenizer_of, written_text
 from saelab.steering.attachment import attach
 from saelab.steering.conditions import LatentFires, ProbeFires
 from saelab.steering.generation import KeptCache, Sampling, generate_tokens, token_steps
@@ -152,18 +152,10 @@ def answer_chats(
     tokenizer = tokenizer_of(model, tokenizer)
     rows = [encode_chat(tokenizer, messages, **(template or {})) for messages in chats]
     ends = turn_ends(model, tokenizer)
-    ids, mask, roles = _padded(rows)
+    ids, mask = padded([row.ids for row in rows])
+    roles, _ = padded([row.roles for row in rows], TEMPLATE)  # what stands on padding is never read
     found = generate_tokens(model, ids, mask, interventions, eos=ends, roles=roles, **sampling)
     return [written_text(tokenizer, row) for row in found]
-
-
-def _padded(rows: Sequence[EncodedChat]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and roles ``[batch, length]``, padded on the left; what stands on padding is never read."""
-    longest = max(len(row.ids) for row in rows)
-    gaps = [longest - len(row.ids) for row in rows]
-    ids = torch.tensor([[0] * gap + row.ids for gap, row in zip(gaps, rows)])
-    mask = torch.tensor([[0] * gap + [1] * len(row.ids) for gap, row in zip(gaps, rows)])
-    return ids, mask, torch.tensor([[TEMPLATE] * gap + row.roles for gap, row in zip(gaps, rows)])
 
 
 class Answerer:

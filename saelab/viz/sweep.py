@@ -11,12 +11,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from saelab.lm.hook_names import any_layer, layer_of
-from saelab.sweep.caches import places_of
+from saelab.sweep.caches import places_of, trained_apart
 from saelab.sweep.guidance import guidance, points_of
 from saelab.viz.axes import base, log_axis
 from saelab.viz.charts import by_layer, pareto
 from saelab.viz.escape import label as safe
 from saelab.viz.theme import LIGHT, Palette
+from saelab.workspace.numbers import depth_series
 
 AXES = {
     "fvu": "FVU on held-out tokens (lower is better)",
@@ -58,13 +59,13 @@ def depth_of(rows: Sequence[Mapping[str, Any]], value: str, colours: Palette = L
     Those of a single layer are left out; None where nothing remains.
     """
     points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-    for row in rows:
+    for row, training in zip(rows, trained_apart(rows)):
         hook = row.get("hook_name_out") or row.get("hook_name") or ""
         layer = layer_of(hook)
         if layer is not None and row[value] is not None:
             text = f"{safe(row['name'])}<br>L0 {row['l0']:.1f}<br>{value} {row[value]:.4f}"
-            asked = "" if row["asked_l0"] is None else f" L0 {row['asked_l0']:g}"
-            points[f"{row['variant']} {row['d_sae']}{asked} {any_layer(hook)}"].append((layer, row[value], text))
+            series = depth_series(row["variant"], row["d_sae"], row["asked_l0"], f"{training} {any_layer(hook)}")
+            points[series].append((layer, row[value], text))
     points = {series: own for series, own in points.items() if len({row[0] for row in own}) > 1}
     return by_layer(points, colours, AXES[value]) if points else None
 

@@ -224,11 +224,17 @@ def depth_points(runs: Iterable[Run], fidelity: str, training: bool = False) -> 
         if depth is None or pair is None or not (training or (pair[0].held_out and pair[1].held_out)):
             continue
         point = any_layer(run.metadata.get("hook_name_out") or run.metadata["hook_name"])
-        asked = next((f" L0 {run.settings[key]:g}" for key in ("k", "n_steps", "l0") if run.settings.get(key)), "")
+        asked = next((run.settings[key] for key in ("k", "n_steps", "l0") if run.settings.get(key)), None)
         model = f" {model_and_place(run)[0] or '?'}" if several else ""
-        series = f"{run.variant} {run.d_sae or '?'}{asked}{model} {point}"
+        series = depth_series(run.variant, run.d_sae, asked, f"{model} {point}")
         points.setdefault(series, []).append(_point(run, *pair, depth))
     return {series: found for series, found in points.items() if len({point.x for point in found}) > 1}
+
+
+def depth_series(variant: str, d_sae: int | None, asked: float | None, rest: str) -> str:
+    """The name of a series over layers: variant, width, the latents per token that were asked for, and ``rest``."""
+    l0 = "" if asked is None else f" L0 {asked:g}"
+    return f"{variant} {d_sae or '?'}{l0}{rest}"
 
 
 def _point(run: Run, l0: Number, number: Number, x: float) -> Point:

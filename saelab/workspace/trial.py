@@ -55,7 +55,6 @@ class Text:
     name: str
     why: str  # how it was made
     interventions: list[Intervention] = field(default_factory=list)
-    length: float | None = None  # of the vector that is added, in raw units
     tokens: list[int] = field(default_factory=list)
     strings: list[str] = field(default_factory=list)  # of each token, once it is finished
     damage: TextDamage | None = None

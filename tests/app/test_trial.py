@@ -66,7 +66,7 @@ def test_three_strengths_stand_beside_the_control(monkeypatch: pytest.MonkeyPatc
     vector = steering.pick_latent(source, 3, 1).vector
     found = calibrate_each(model, vector, NEUTRAL, budgets)
     lengths = [one.strength for one in found]
-    assert [text.length for text in texts] == [None, *lengths, lengths[1]]
+    assert [[add.length for add in text.interventions] for text in texts] == [[], *([s] for s in lengths), [lengths[1]]]
     adds = [[], *([Add(vector, s)] for s in lengths), [Add(random_direction(vector, 0), lengths[1])]]
     ids = torch.tensor([[1, *model.tokenizer("the river runs", add_special_tokens=False)["input_ids"]]])
     assert [t.tokens for t in texts] == [generate_tokens(model, ids, None, a, max_new_tokens=5)[0] for a in adds]

@@ -115,6 +115,9 @@ def test_the_command_takes_a_folder_of_caches(folder, tmp_path, capsys):
     (line,) = depth_of(rows, "fvu").data
     assert len(line.x) == len(READS)
     assert depth_of(rows[:1], "fvu") is None
+    both = [row | {"training": json.dumps({"lr": lr})} for lr in (1e-3, 2e-3) for row in rows]
+    lines = depth_of(both, "fvu").data
+    assert [line.name for line in lines] == [f"topk 16 L0 3 lr={lr} blocks.*.hook_mlp_out" for lr in (0.001, 0.002)]
 
 
 def test_caches_of_two_models_are_not_swept_together(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from saelab.devices import DTYPES
 from saelab.errors import UserError, damaged, near_matches
 from saelab.layout import MANIFEST
 
@@ -17,7 +18,6 @@ VERSION = 1
 PARTIAL = "manifest.partial.json"  # exists while the cache is being written; see partial_name
 OTHERS = "manifest.partial-"  # prefix of the files in which the other processes record their shards
 REMEDY = "restore it or harvest the cache again"
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def partial_name(rank: int) -> str:

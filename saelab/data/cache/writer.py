@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.data.cache.manifest import DTYPES, OTHERS, PARTIAL, Manifest, ShardInfo, partial_name
+from saelab.data.cache.manifest import OTHERS, PARTIAL, Manifest, ShardInfo, partial_name
 from saelab.data.cache.shards import Shards
 from saelab.data.cache.storage import Folder
 from saelab.data.chat import ROLES, SEPARATOR
+from saelab.devices import DTYPES
 from saelab.errors import UserError
 from saelab.files import remove_partial
 from saelab.layout import MANIFEST, TOKENS

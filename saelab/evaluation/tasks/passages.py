@@ -19,6 +19,7 @@ from saelab.data.text.files import json_lines
 from saelab.errors import UserError
 from saelab.lm.offload import device_of
 from saelab.lm.sites import Site
+from saelab.lm.structure import Reached
 from saelab.sae import SAE
 
 YEAR = re.compile(r"\b1[0-9]{3}\b|\b20[0-2][0-9]\b")
@@ -145,10 +146,6 @@ def read_jsonl(path: Path | str) -> tuple[list[str], dict[str, list[str]]]:
     return texts, {name: [str(row[name]) for row in rows] for name in names}
 
 
-class _Reached(Exception):
-    """Raised after the hook point, because the later layers are not needed."""
-
-
 @torch.no_grad()
 def from_texts(
     model: nn.Module,
@@ -174,12 +171,12 @@ def from_texts(
 
         def keep(hidden: Tensor) -> None:
             acts.append(hidden[0, skip_first:].float().cpu())
-            raise _Reached
+            raise Reached
 
         with site.register(model, keep):
             try:
                 model(input_ids=ids[None].to(device_of(model)), use_cache=False)
-            except _Reached:
+            except Reached:
                 owner.append(torch.full((acts[-1].shape[0],), i))
     return Passages(torch.cat(acts), torch.cat(owner), labels, source)
 

@@ -31,6 +31,7 @@ from saelab.errors import UserError, damaged, near_matches
 from saelab.evaluation.tasks.probing import fitted
 from saelab.lm.offload import device_of
 from saelab.lm.sites import Site
+from saelab.lm.structure import Reached
 from saelab.metrics.intervals import Estimate, t_interval
 from saelab.sae import SAE
 
@@ -115,10 +116,6 @@ def chosen_sets(folder: Path, wanted: Sequence[str]) -> list[str]:
     return [by_number.get(name, name) for name in wanted] or known
 
 
-class _Reached(Exception):
-    """Raised after the hook point, because the later layers are not needed."""
-
-
 @torch.no_grad()
 def last_activations(
     model: nn.Module, site: Site, encode: Callable[[str], list[int]], prompts: Sequence[str]
@@ -139,9 +136,9 @@ def last_activations(
 
         def keep(hidden: Tensor, seen: list[Tensor] = seen) -> None:
             seen.append(hidden.float().cpu())
-            raise _Reached
+            raise Reached
 
-        with site.register(model, keep), contextlib.suppress(_Reached):
+        with site.register(model, keep), contextlib.suppress(Reached):
             model(input_ids=tokens.to(device_of(model)), use_cache=False)
         for place, i in enumerate(part):
             rows[i] = seen[0][place, len(ids[i]) - 1]

@@ -15,7 +15,8 @@ from saelab.kernels.numba.order import kth_largest, merge_best, pack
 from saelab.kernels.numba.pursuit import pursue, pursue_backward  # noqa: F401
 from saelab.kernels.numba.rows import gather_rows  # noqa: F401
 from saelab.kernels.products import blocks, centred, products
-from saelab.kernels.reference.backend import Effect, Ragged, pointers
+from saelab.kernels.ragged import pointers
+from saelab.kernels.reference.backend import Effect, Ragged
 
 NOTHING = np.zeros((1, 1), np.float32)
 UNWEIGHTED = (1.0, 0.0)

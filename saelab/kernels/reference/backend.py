@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saelab.kernels.products import centred, pre_act_chunks
+from saelab.kernels.ragged import pointers, row_ids
 from saelab.kernels.reference.pursuit import pursue, pursue_backward  # noqa: F401
 
 Ragged = tuple[Tensor, Tensor, Tensor]
@@ -276,12 +277,3 @@ def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> bool:
     """
     out.copy_(source.index_select(0, rows))
     return bool(out.isfinite().all())
-
-
-def pointers(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def row_ids(row_ptr: Tensor, nnz: int) -> Tensor:
-    """The row each entry of a ragged code belongs to, ``[nnz]``."""
-    return torch.repeat_interleave(row_ptr.diff(), output_size=nnz)

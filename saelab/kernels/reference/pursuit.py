@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saelab.kernels.memory import scratch
 from saelab.kernels.products import chunk_rows
+from saelab.kernels.ragged import pointers
 
 BACKWARD_ROWS = 256  # tokens whose residuals of all steps are held at a time
 
@@ -102,4 +103,4 @@ def merge(trace: Trace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     entry = torch.where(taken, number.gather(1, torch.zeros_like(order).scatter(1, order, first)), -1)
     values = trace.coefficients.new_zeros(int(opens.sum())).index_add_(0, entry[taken], trace.coefficients[taken])
     counts = opens.sum(1)
-    return values, trace.steps[opens], torch.cat([counts.new_zeros(1), counts.cumsum(0)]), entry
+    return values, trace.steps[opens], pointers(counts), entry

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saelab.kernels.candidates import positions_of_largest, row_pointers
+from saelab.kernels.candidates import positions_of_largest
 from saelab.kernels.dense import DenseOrSparse
 from saelab.kernels.products import centred, wide_products
-from saelab.kernels.reference.backend import Effect, Ragged, Slack, gather_rows, pointers  # noqa: F401
+from saelab.kernels.ragged import pointers, row_pointers
+from saelab.kernels.reference.backend import Effect, Ragged, Slack, gather_rows  # noqa: F401
 from saelab.kernels.triton import ragged, select
 from saelab.kernels.triton.launch import launch
 from saelab.kernels.triton.residual import pursue, pursue_backward  # noqa: F401

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saelab.errors import UserError
-from saelab.lm.tokens import end_ids, token_ids, written_text
+from saelab.lm.tokens import end_ids, padded, token_ids, written_text
 from saelab.steering.chat import encode_chat, turn_ends
 from saelab.steering.generation import generate_tokens
 from saelab.steering.interventions import Intervention
@@ -161,10 +160,3 @@ class Kept:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
         self.answers |= {answer.row.key: answer for answer in answers}
-
-
-def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Token rows ``[batch, longest]`` padded on the left, and their mask."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[fill] * (longest - len(row)) + list(row) for row in rows])
-    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

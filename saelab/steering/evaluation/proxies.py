@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from saelab.errors import UserError
 from saelab.lm.offload import device_of
 from saelab.lm.sites import blocks, locate, underlying
-from saelab.lm.tokens import token_ids
+from saelab.lm.tokens import padded, token_ids
 from saelab.steering.attachment import attach
-from saelab.steering.evaluation.answers import padded, prompt_ids
+from saelab.steering.evaluation.answers import prompt_ids
 from saelab.steering.evaluation.concepts import Concept
 from saelab.steering.generation import forward
 from saelab.steering.measure.effects import repetition
