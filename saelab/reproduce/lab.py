@@ -120,7 +120,11 @@ class Lab:
 
     def sae(self, spec: Spec) -> SAE:
         """Train the SAE of ``spec`` at the rate of its group, or load it if this folder has it."""
-        return self._trained(spec, self.rate(spec), self.folder / spec.name)
+        rate, folder, lead = self.rate(spec), self.folder / spec.name, self._lead(spec)
+        if self.scale.lr is None and spec == lead and not (folder / CONFIG).exists():
+            # It was trained when the rate was chosen.
+            folder = self._trial(lead, rate / self._default_rate(lead))
+        return self._trained(spec, rate, folder)
 
     def rate(self, spec: Spec) -> float:
         """The learning rate of a spec: given, or the default one times the factor that suits its curve best.
@@ -139,7 +143,7 @@ class Lab:
             found: dict[float, float] = {float(factor): fvu for factor, fvu in record["fvu"].items()}
             default = self._default_rate(lead)
             while (factor := _untried(found)) is not None:
-                sae = self._trained(lead, factor * default, self.folder / "rates" / lead.name / f"{factor:g}")
+                sae = self._trained(lead, factor * default, self._trial(lead, factor))
                 sums, _ = reconstruction(sae, self.cache, split="validation")
                 found[factor] = sums.estimates()["fvu"].value
                 record = {"default": default, "fvu": {f"{f:g}": fvu for f, fvu in sorted(found.items())}}
@@ -148,6 +152,9 @@ class Lab:
             write_json(path, record)
             self.log(f"{lead.group}: {record['factor']:g} times the default learning rate of {default:.2g}")
         return record["factor"] * self._default_rate(spec)
+
+    def _trial(self, lead: Spec, factor: float) -> Path:
+        return self.folder / "rates" / lead.name / f"{factor:g}"
 
     def _lead(self, spec: Spec) -> Spec:
         """The SAE with whose learning rate the others of its curve are trained."""
@@ -203,7 +210,9 @@ class Lab:
 
     def _keep(self, record: Record) -> None:
         content = {"metrics": record.metrics, "by_document": record.by_document}
-        write_json(self._path(record.spec), content)
+        path = self._path(record.spec)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
 
     def _path(self, spec: Spec) -> Path:
         # Numbers measured on other samples are not reused.

@@ -38,6 +38,7 @@ from saelab.reproduce.results import claims, curves, markdown, read_ledgers
 from saelab.reproduce.toys import PURSUIT_STEPS, RESIDUAL_STOP, STEPS, Toys, clip_each, schedule, train_toys
 from saelab.reproduce.tree import TreeScore, run_toys, score
 from saelab.sae import build
+from saelab.sae.weights import load_metadata
 
 D, VOCAB, T = 16, 30, 24
 
@@ -285,6 +286,16 @@ def test_the_rate_of_a_curve_is_tuned_on_rows_that_no_sae_sees(lab, tmp_path):
     assert lab.cache.n_split("validation") > 0
     given = Lab(lab.cache, None, Scale(lr=1e-3), tmp_path / "given")
     assert given.rate(middle) == 1e-3 and not (tmp_path / "given").exists()
+
+
+def test_the_sae_that_the_rate_was_chosen_with_is_not_trained_again(lab, monkeypatch):
+    lead = Spec("topk", "topk", 32, {"k": lab.middle_k}, 0)
+    rate = lab.rate(lead)
+    monkeypatch.setattr("saelab.reproduce.lab.train_spec", lambda *a: pytest.fail("trained again"))
+    (record,) = lab.measure([lead])
+    assert record.metrics["fvu"] > 0 and "ce_loss_with_sae" in record.metrics
+    chosen = json.loads((lab.folder / "rates" / f"{lead.group}.json").read_text())["factor"]
+    assert load_metadata(lab.folder / "rates" / lead.name / f"{chosen:g}")["train"] == {"seed": 0, "lr": rate}
 
 
 def test_gradient_rows_need_gradients(lab, tmp_path):
