@@ -41,6 +41,39 @@ def to_top(seen: str) -> None:
     place.html(f"<script>{script}</script>", unsafe_allow_javascript=True)
 
 
+# Streamlit writes the address that a button leads to onto the page that is left, as an entry of its own in the history
+# of the browser, before it goes to the other page: Back would come to that entry, which has nothing that was set there.
+# What a page adds to its address as it is drawn for the first time would be a further entry.
+_ONE_STEP = r"""
+if (!window.saelabOneStep) {
+  window.saelabOneStep = true;
+  const { pushState, replaceState } = history;
+  let led = null;  // the query of the page that is on its way
+  let arrived = false;  // on this page, where nothing was pressed yet
+  for (const event of ['pointerdown', 'keydown']) addEventListener(event, () => { arrived = false; }, true);
+  const writes = (own) => function (state, title, to) {
+    const url = new URL(to ?? '', location.href), here = url.pathname === location.pathname;
+    const query = url.search.replace(/([?&])LED=1(?:&|$)/, '$1').replace(/[?&]$/, '');
+    const marked = query !== url.search;
+    if (marked) led = query;
+    // Also without the mark, which is taken off before the browser has the new path.
+    if (here && query === led) return undefined;
+    led = null;
+    const write = here && arrived ? replaceState : own;
+    arrived ||= !here;
+    return write.call(history, state, title, marked ? url.pathname + query + url.hash : to);
+  };
+  history.pushState = writes(pushState);
+  history.replaceState = writes(replaceState);
+}
+""".replace("LED", session.LED)
+
+
+def one_step() -> None:
+    """Have a button that leads to another page be one step of the browser's history, as a link is."""
+    st.html(f"<script>{_ONE_STEP}</script>", unsafe_allow_javascript=True)
+
+
 def chart(figure: Any, alt: str, key: str | None = None, **options: Any) -> Any:
     """A figure with its description for screen readers."""
     return st.plotly_chart(figure, theme=None, alt=alt, key=key, config={"displaylogo": False}, **options)
@@ -51,6 +84,7 @@ def sidebar(pages: Mapping[str, Sequence[Any]]) -> None:
     found = workspace()
     names = [name for name, run in found.runs.items() if run.has_weights]
     with st.sidebar:
+        one_step()
         menu = st.container()
         if names:
             choose_run(found.runs, names)

@@ -19,6 +19,8 @@ class Keep(TypedDict):
     persist_state: Literal["session"]
 
 
+OUTDATED = ":material/history:"  # the icon of a line that says that what is shown was made with something else
+CHANGED = "The SAE's files have changed since"
 KEEP: Keep = {"persist_state": "session"}  # the input is kept while another page is visited
 
 
@@ -94,12 +96,15 @@ def _of_page() -> dict[str, Any]:
 
 
 def draw_page(title: str) -> None:
-    """A page begins to be drawn."""
+    """A page begins to be drawn; the browser has its path by now."""
+    if LED in st.query_params:
+        del st.query_params[LED]
     st.session_state["page"] = title
     st.session_state["address_texts"] = {}
 
 
 ADDRESS = ("run", "latent", "pole")  # what an address can hold; widgets that are bound to it add their own
+LED = "led"  # in the address that a button leads to, until its page is drawn: see page.one_step
 
 
 def follow_link() -> None:
@@ -210,4 +215,5 @@ def steer_all(run: Run, picks: list[tuple[int, int]], operation: str) -> None:
 
 
 def _go(title: str, view: str, **params: Any) -> None:
-    st.switch_page(view, query_params={**of_address(title), **address(**params)})
+    elsewhere = {} if st.session_state.get("page") == title else {LED: "1"}
+    st.switch_page(view, query_params={**elsewhere, **of_address(title), **address(**params)})

@@ -38,12 +38,41 @@ def test_one_press_of_back_undoes_one_step(page: Any, address: str) -> None:
         ("Health", "health?run=signed"),
         ("Latent #9 ", "latent=9&pole=1"),
         ("Latent #", first),
-        ("Features", "features?run=signed"),
+        ("Features", "features?q=river&run=signed"),
     )
     for title, url in back:
         page.go_back()
         titled(page, title)
         assert url in page.url
+
+
+def test_back_from_a_button_finds_the_page_as_it_was_left(page: Any, address: str) -> None:
+    page.goto(f"{address}/features?run=signed")
+    titled(page, "Features")
+    page.get_by_label("Search", exact=True).fill("river")
+    page.keyboard.press("Enter")
+    settle(page)
+    for row in ("2", "3"):
+        page.locator(".st-key-read_down button").click()
+        page.wait_for_url(re.compile(f"at={row}"))
+        settle(page)
+    left, length = page.url, page.evaluate("history.length")
+    page.locator(".st-key-features_preview_open button").click()
+    titled(page, "Latent #")
+    assert page.evaluate("history.length") == length + 1, "a button is one step, as a link is"
+    latent = page.url
+    assert re.search(r"/latent\?run=signed&latent=\d+&pole=-?1$", latent)
+    page.locator(".st-key-latent_steer button").click()
+    titled(page, "Steering")
+    for title, url in (("Latent #", latent), ("Features", left)):
+        page.go_back()
+        titled(page, title)
+        assert page.url == url
+    assert page.get_by_label("Search", exact=True).input_value() == "river"
+    assert page.get_by_label("row", exact=True).input_value() == "3"
+    page.go_forward()
+    titled(page, "Latent #")
+    assert page.url == latent
 
 
 def test_a_reloaded_page_shows_what_was_set(page: Any, address: str) -> None:
