@@ -41,13 +41,12 @@ def latents(found: pd.DataFrame, signed: bool, own: dict[int, dict[str, str]], k
     _table(view.drop(columns=empty), key)
 
 
-def matches(found: pd.DataFrame, table: pd.DataFrame, key: str) -> None:
+def matches(found: pd.DataFrame, signed: bool, key: str) -> None:
     """What a marked text found, with what the index knows of it."""
-    rows = found.merge(table[["latent", "pole", "top_tokens", "label_score"]], on=["latent", "pole"], how="left")
-    poles = ["pole"] if tables.two_poles(table) else []
+    poles = ["pole"] if signed else []
     names = ["latent", *poles, "specificity", "low", "high", "on_span", "off_span", "density", "top_tokens"]
-    view = tables.shown(rows, *names)
-    view.insert(len(names) - 2, "about", about(rows))
+    view = tables.shown(found, *names)
+    view.insert(len(names) - 2, "about", about(found))
     _table(view, key)
 
 

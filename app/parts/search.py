@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import loaders
@@ -9,11 +10,13 @@ import page
 import pandas as pd
 import session
 import streamlit as st
+import torch
 
 from parts import results as results_table
 from parts import tables
 from saelab import viz
-from saelab.features import search
+from saelab.features import FeatureIndex, search
+from saelab.features.by_example import find_by_example
 from saelab.features.finding import ANYTHING, WRITES, Query, find_in, read_query
 from saelab.metrics.density import DENSE
 from saelab.runs import Run
@@ -126,7 +129,7 @@ def _filters(table: pd.DataFrame, signed: bool) -> dict[str, Any]:
 
 
 def results(run: Run, asked: Asked) -> pd.DataFrame:
-    """The rows that fit, in order; what is left out, or added by meaning, is said above them."""
+    """The latents that words, a number or the filters find, in order; what is added by meaning is said above them."""
     finder = loaders.finder(run)
     found: Any = finder.find(asked.text, asked.where, read_notes(loaders.place(run)))
     near: list[str] = []
@@ -134,10 +137,34 @@ def results(run: Run, asked: Asked) -> pd.DataFrame:
         with st.spinner("Learning which words keep company …"):
             close, near = finder.related(asked.text)
         found = pd.concat([found, close[~close.index.isin(found.index)]])
+    return _narrowed(found, asked, len(finder.table), near)
+
+
+def by_text(run: Run, index: FeatureIndex, table: pd.DataFrame, asked: Asked) -> pd.DataFrame:
+    """The latents that fire on the marks of a text and not elsewhere, of those that fit; needs the language model."""
+    contrast = st.text_input(
+        "Contrast (optional)", placeholder="a text where it should be silent", **session.held_text("contrast")
+    )
+    plain, spans = search.marked(asked.text)
+    read = loaders.read_text(run, plain, "Searching by example")
+    other = loaders.read_text(run, contrast, "Searching by example") if (contrast or "").strip() else None
+    marks = torch.tensor(search.tokens_in(read.strings, spans, offset=read.front)[read.first :])
+    contrasted = None if other is None else other.code[other.first : other.n]
+    # All of them: what the filters leave would not be among the first of those that they leave out.
+    found = find_by_example(index, read.code[read.first : read.n], marks, contrasted, top=len(table))
+    ignored = [f"“in: {asked.where}”"] * (asked.where != ANYTHING) + ["“similar meaning”"] * asked.related
+    if ignored:
+        st.caption(f"Not applied to a text: {' and '.join(ignored)}. They are about words.")
+    known = table[[name for name in table if name in ("latent", "pole") or name not in found]]
+    return _narrowed(found.merge(known, on=["latent", "pole"], how="left"), asked, len(found))
+
+
+def _narrowed(found: pd.DataFrame, asked: Asked, total: int, near: Sequence[str] = ()) -> pd.DataFrame:
+    """What passes the filters, in the chosen order; what is left out is said, and can be had back."""
     found, hidden = fitting(found, asked)
     if asked.sort != "best":
         found = found.sort_values(asked.sort, ascending=asked.sort in ASCENDING, kind="stable")
-    said = f"{len(found):,} of {len(finder.table):,}"
+    said = f"{len(found):,} of {total:,}"
     said += f", the first {results_table.SHOWN:,} shown" if len(found) > results_table.SHOWN else ""
     with st.container(horizontal=True, vertical_alignment="center"):
         st.caption(said)
@@ -153,7 +180,9 @@ def fitting(found: pd.DataFrame, asked: Asked) -> tuple[pd.DataFrame, int]:
     rows: Any = search.narrow(found, **asked.filters)
     if asked.dense or asked.filters["state"] in {"dense", "ultra-dense"}:
         return rows, 0
-    shown = ~(rows["density"] > DENSE) | (rows["score"] == float("inf"))
+    shown = ~(rows["density"] > DENSE)
+    if "score" in rows:
+        shown |= rows["score"] == float("inf")  # a latent that was asked for by its number
     return rows[shown], int((~shown).sum())
 
 

@@ -3,14 +3,11 @@
 import loaders
 import session
 import streamlit as st
-import torch
 from parts import latent as latent_parts
 from parts import reading, results
 from parts import search as search_parts
 from parts import source as source_parts
 
-from saelab.features import search
-from saelab.features.by_example import find_by_example
 from saelab.workspace.notes import read_notes
 
 SOURCES = ("words", "density", "max", "token_entropy", "label", "label_score", "label_mass", "promoted_logits")
@@ -32,16 +29,7 @@ if asked.everywhere:
     st.stop()
 
 if asked.query.kind == "text":
-    contrast = st.text_input(
-        "Contrast (optional)", placeholder="a text where it should be silent", **session.held_text("contrast")
-    )
-    plain, spans = search.marked(asked.text)
-    read = loaders.read_text(run, plain, "Searching by example")
-    other = loaders.read_text(run, contrast, "Searching by example") if (contrast or "").strip() else None
-    marks = search.tokens_in(read.strings, spans, offset=read.front)
-    contrasted = None if other is None else other.code[other.first : other.n]
-    code = read.code[read.first : read.n]
-    found = find_by_example(index, code, torch.tensor(marks[read.first :]), contrasted)
+    found = search_parts.by_text(run, index, table, asked)
 else:
     found = search_parts.results(run, asked)
 
@@ -52,7 +40,7 @@ left, right = st.columns([3, 2], gap="medium")
 with right:
     place = reading.walk(keys, own, at)
     if not keys:
-        st.caption("No latent fires on the marked tokens." if asked.query.kind == "text" else "No latent fits.")
+        st.caption("No latent that fits fires on the marks." if asked.query.kind == "text" else "No latent fits.")
     else:
         reading.actions(run, *keys[place], key="features_preview")
         latent_parts.preview(run, index, *keys[place], key="features_shown", opens=False)
@@ -60,7 +48,7 @@ with left:
     if not keys:
         pass
     elif asked.query.kind == "text":
-        results.matches(found, table, key=at)
+        results.matches(found, signed, key=at)
     else:
         results.latents(found, signed, own, key=at)
     if keys:

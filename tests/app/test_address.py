@@ -57,6 +57,27 @@ def test_filters_of_the_search(monkeypatch: pytest.MonkeyPatch, folder: Path) ->
     assert app.slider(key="entropy").value == (0.5, 3.0) and app.text_input(key="q").value == "river"
 
 
+def test_filters_hold_for_a_marked_text_too(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    marked = {"q": "[[the river runs past a mill]] and old bridges", "dense": "true"}
+    app = visit(monkeypatch, folder, "features", **marked)
+    every = app.dataframe[0].value
+    assert {"+", "−"} == set(every["pole"])
+    app = visit(monkeypatch, folder, "features", **marked, density=["3%", "50%"], sign="− pole", sort="most frequent")
+    found = app.dataframe[0].value
+    left = every[(every["pole"] == "−") & (every["density"] >= 0.03)]
+    assert 0 < len(left) < len(every) and set(found["latent"]) == set(left["latent"])
+    assert (found["density"].diff().dropna() <= 0).all(), "and the order is the one that was asked for"
+    assert any(caption.value == f"{len(left):,} of {len(every):,}" for caption in app.caption)
+    app = visit(monkeypatch, folder, "features", **marked, where="label", similar="true")
+    assert any("Not applied to a text: “in: label” and “similar meaning”" in caption.value for caption in app.caption)
+    # Dense latents are hidden as in any search, until they are asked for.
+    app = visit(monkeypatch, folder, "features", run="runs/topk", q=marked["q"])
+    few = app.dataframe[0].value
+    good(app.button(key="show_dense").click().run())
+    every = app.dataframe[0].value
+    assert (few["density"] <= 0.1).all() and len(few) == (every["density"] <= 0.1).sum() < len(every)
+
+
 def asked_again(asked: dict[str, Any]) -> dict[str, list[str]]:
     return {name: value if isinstance(value, list) else [value] for name, value in asked.items()}
 
