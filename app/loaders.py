@@ -351,13 +351,14 @@ def matching(left: Run, right: Run, compute: bool) -> LatentMatching | None:
     """
     from saelab.comparison import match_saes
 
-    key = (str(left.path), left.stamp, str(right.path), right.stamp)
-    known = _matchings().get(key)
-    if known is not None or not compute:
-        return known
     cache = workspace().cache_of(left)
     if cache is not None and cache.fingerprint != right.metadata.get("cache_fingerprint"):
         cache = None
+    # What was matched without activations is not what would be with a cache that came later.
+    key = (str(left.path), left.stamp, str(right.path), right.stamp, cache and cache.fingerprint)
+    known = _matchings().get(key)
+    if known is not None or not compute:
+        return known
     bar = st.progress(0.0, "Matching latents …")
     found = match_saes(
         sae(left), sae(right), cache, tokens=16_384, progress=lambda done, what: bar.progress(done, f"{what} …")

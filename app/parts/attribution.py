@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import loaders
 import page
@@ -20,7 +20,21 @@ from saelab.steering import Recipe
 from saelab.workspace import recipes as saved
 from saelab.workspace import steering
 
+OPEN = ":material/open_in_full:"
 OPERATIONS = {"ablate": "set to zero", "clamp": "set to its largest activation", "scale": "multiplied"}
+
+
+class Explained(NamedTuple):
+    """A graph, the SAEs it is of with the state of their files, and what was asked."""
+
+    stamps: dict[str, tuple[float, ...]]
+    asking: tuple[Any, ...]
+    graph: AttributionGraph
+
+    def changed(self) -> list[str]:
+        """The SAEs whose files are no longer those of the graph, or are gone."""
+        runs = loaders.workspace().runs
+        return [name for name, stamp in self.stamps.items() if name not in runs or runs[name].stamp != stamp]
 
 
 def companions(run: Run) -> dict[str, Run]:
@@ -63,9 +77,9 @@ def headline(graph: AttributionGraph) -> None:
         st.caption(f":material/info: {viz.markdown(note)}")
 
 
-def figure(graph: AttributionGraph) -> Node | None:
-    """The interactive figure; the node that was clicked."""
-    drawn = viz.attribution_graph(graph, page.colours(), _examples(graph))
+def figure(graph: AttributionGraph, current: bool) -> Node | None:
+    """The interactive figure; the node that was clicked. Examples are those of an index of now."""
+    drawn = viz.attribution_graph(graph, page.colours(), _examples(graph) if current else {})
     event = page.chart(
         drawn,
         alt="Latents, error terms and tokens by layer and position, joined by their strongest effects",
@@ -102,7 +116,7 @@ def _around(example: Any, before: int = 6, after: int = 3) -> str:
     return "… " + "".join(part).strip() + " …"
 
 
-def details(graph: AttributionGraph, node: Node | None) -> None:
+def details(graph: AttributionGraph, node: Node | None, current: bool) -> None:
     """What feeds the clicked node, what it feeds, and a button to its page."""
     if node is None:
         st.caption("Point at a mark for what is known of it; click one to see what feeds it and what it feeds.")
@@ -117,15 +131,14 @@ def details(graph: AttributionGraph, node: Node | None) -> None:
         with column:
             st.markdown(f"**{title}**")
             page.html(viz.fact_table(rows) if rows else viz.caption("nothing that was kept"))
-    if node.latent is not None and st.button(
-        f"Open latent #{node.latent}", icon=":material/open_in_full:", key="attribution_open"
-    ):
+    named = f"Open latent #{node.latent}"
+    if current and node.latent is not None and st.button(named, icon=OPEN, key="attribution_open"):
         session.open_latent(node.latent, node.pole, _named(graph, node))
 
 
 def _named(graph: AttributionGraph, node: Node) -> Run | None:
     """The run of the folder that a node's place belongs to."""
-    names = st.session_state["attribution"][0]
+    names = st.session_state["attribution"].stamps
     path = graph.place(node).run
     return next((r for name, r in loaders.workspace().runs.items() if name in names and str(r.path) == path), None)
 
@@ -242,7 +255,7 @@ def _continue(run: Run, graph: AttributionGraph, chosen: list[Node], operation: 
 def _show(texts: dict[str, Any], made_with: str, outdated: bool) -> None:
     st.caption(f"Changed: {viz.markdown(made_with)}")
     if outdated:
-        st.warning("The choice has changed since. Continue again to see what it does.", icon=":material/history:")
+        st.warning("The choice has changed since. Continue again to see what it does.", icon=session.OUTDATED)
     before = texts["as it is"].tokens
     for column, (name, text) in zip(st.columns(len(texts)), texts.items()):
         with column, st.container(border=True, height="stretch"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import loaders
 import page
@@ -12,7 +12,7 @@ import streamlit as st
 from parts import steering as steering_parts
 from saelab import viz
 from saelab.runs import Run
-from saelab.steering import dose_response
+from saelab.steering import DoseResponse, dose_response
 from saelab.steering.measure.dose_response import interval_of_another
 from saelab.workspace import steering
 from saelab.workspace.steering import Pick
@@ -25,6 +25,21 @@ NEUTRAL = (
     "She opened the letter and read it twice before answering.\n"
     "The museum holds a large collection of early maps."
 )
+
+
+class Measured(NamedTuple):
+    """Doses of a pick, and what they were measured with."""
+
+    run: str
+    stamp: tuple[float, ...]
+    words: list[str]
+    pick: Pick
+    found: DoseResponse
+
+
+def held() -> Measured | None:
+    """What this session measured last."""
+    return st.session_state.get("steering_doses")
 
 
 def doses(run: Run, model: Any, found: list[Pick]) -> None:
@@ -49,24 +64,33 @@ def doses(run: Run, model: Any, found: list[Pick]) -> None:
     pick = next(p for p in found if p.label == label)
     if asked:
         unit, around = (pick.unit, abs(pick.amount)) if chosen_length(pick) else (steering.best_unit(pick.vector), 1.0)
+        words = [word.strip() for word in concept.split(",") if word.strip()]
         with loaders.model_lock(), st.spinner("Measuring doses …"):
             measured = dose_response(
                 model,
                 pick.vector,
                 steering_parts.lines(targets),
                 steering_parts.lines(neutral),
-                [word.strip() for word in concept.split(",") if word.strip()],
+                words,
                 strengths=[f"{s * around}{unit}" for s in (0.25, 0.5, 1.0, 2.0)],
                 positive=steering_parts.lines(positive),
                 negative=steering_parts.lines(negative),
                 n_random=CONTROLS,
             )
-        st.session_state["steering_doses"] = (run.name, pick, measured)
-    name, pick, measured = st.session_state.get("steering_doses", (None, None, None))
-    if name != run.name:
-        return
+        st.session_state["steering_doses"] = Measured(run.name, run.stamp, words, pick, measured)
+    if (last := held()) is not None and last.run == run.name:
+        _show(run, found, last)
+
+
+def _show(run: Run, found: list[Pick], last: Measured) -> None:
+    """The verdict with the words it is about, its intervals and its curves."""
+    pick, measured, changed = last.pick, last.found, last.stamp != run.stamp
+    if changed:
+        st.warning(f"{session.CHANGED}. Measure again to see what it does now.", icon=session.OUTDATED)
     gone = "" if any(steering.same_vector(p, pick) for p in found) else " (no longer among the interventions above)"
-    st.markdown(f"**{viz.markdown(steering_parts.named(run, pick))}**{gone}: {viz.markdown(measured.verdict)}.")
+    name = pick.label if changed else steering_parts.named(run, pick)  # its label may be another's by now
+    words = ", ".join(f"‘{viz.markdown(word)}’" for word in last.words)
+    st.markdown(f"**{viz.markdown(name)}**{gone}, measured on {words}: {viz.markdown(measured.verdict)}.")
     for one in measured.contrasts:
         interval = f"{one.difference:+.2f} ({one.low:+.2f} to {one.high:+.2f}) in logit shift"
         page.html(viz.caption(f"against {one.control}: {interval}, 95 % interval, at equal damage"))

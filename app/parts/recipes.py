@@ -38,10 +38,12 @@ def save(run: Run, source: Any, model: Any, found: list[Pick], prompt: str) -> N
     if name is None:
         return
     folder = saved.recipe_folder(loaders.workspace().root, name)
-    _, pick, measured = st.session_state.get("steering_doses", (None, None, None))
+    last = dose_parts.held()
     promotes = [token for pick in found for token in steering_parts.promoted(run, model, pick)]
-    held = None if pick is None else next((p.label for p in found if steering.same_vector(p, pick)), None)
-    about = saved.provenance(found, prompt, promotes, None if held is None else measured, held)
+    of = None if last is None else next((p.label for p in found if steering.same_vector(p, last.pick)), None)
+    about = saved.provenance(found, prompt, promotes)
+    if last is not None and of is not None:
+        about |= saved.measured(last.found, of, last.words)
     with loaders.model_lock(), st.spinner("Saving …"):
         steps = [step for p in found for step in steering.interventions(p, source, model)]
         recipe = Recipe.of(model, steps, name=name.strip(), provenance=about)

@@ -17,7 +17,7 @@ from saelab.errors import UserError
 from saelab.runs import Run
 from saelab.steering import OPERATIONS, difference_of_means
 from saelab.workspace import recipes, steering
-from saelab.workspace.picks import pick_text, read_picks
+from saelab.workspace.picks import pick_text, read_picks, renewed
 from saelab.workspace.steering import Pick
 
 PLACES = {
@@ -32,6 +32,7 @@ PLACES = {
 def picks(run: Run, source: Any) -> list[Pick]:
     """This session's picks for this run, including those of a link, and a latent or a recipe that a page sent."""
     found: list[Pick] = st.session_state.setdefault("steering_picks", {}).setdefault(run.name, [])
+    _renew(run, source, found)
     asked = st.query_params.get_all("pick")
     name, written = st.session_state.get("steering_address", (None, []))
     if asked != written and (asked or name == run.name):
@@ -55,6 +56,20 @@ def picks(run: Run, source: Any) -> list[Pick]:
         if prompt := recipes.saved_prompt(root, taken[1]):
             st.session_state["steering_prompt"] = prompt
     return found
+
+
+def _renew(run: Run, source: Any, found: list[Pick]) -> None:
+    """Take the directions of an SAE that was trained again from its files as they are now."""
+    stamps: dict[str, Any] = st.session_state.setdefault("steering_stamps", {})
+    if stamps.setdefault(run.name, run.stamp) == run.stamp:
+        return
+    stamps[run.name] = run.stamp
+    for pick in list(found):
+        try:
+            found[found.index(pick)] = renewed(pick, source)
+        except UserError as error:
+            found.remove(pick)
+            st.warning(viz.markdown(str(error)), icon=session.OUTDATED)
 
 
 def share(run: Run, found: list[Pick]) -> None:

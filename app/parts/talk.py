@@ -62,10 +62,11 @@ def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     before: dict[str, Variant] = held["variants"] if held and held["run"] == run.name and held["chat"] and chat else {}
     if not (asked and picks):
         if held and held["run"] == run.name and held["chat"] == chat:
-            show(held["variants"], held["made_with"], held["made_with"] != now, model)
+            show(held["variants"], held["made_with"], outdated(held, now, run), model)
         return prompt
     variants = extended(before, made(picks, source, model, sorted(factors or [1.0])), prompt)
-    st.session_state["steering_talk"] = {"run": run.name, "made_with": now, "chat": chat, "variants": variants}
+    made_with = {"run": run.name, "stamp": run.stamp, "made_with": now, "chat": chat}
+    st.session_state["steering_talk"] = {**made_with, "variants": variants}
     try:
         beginnings = [beginning(model, turns, system if chat else None) for turns in variants.values()]
         st.caption(f"Made with {viz.markdown(now)}")
@@ -75,6 +76,13 @@ def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
             turns.pop()
         st.error(viz.markdown(str(error)), icon=":material/error:")
     return prompt
+
+
+def outdated(held: dict[str, Any], now: str, run: Run) -> str:
+    """Why a talk is not what the page would write now; empty where it is."""
+    if held["stamp"] != run.stamp:
+        return f"{session.CHANGED}. Generate again to see what it does now."
+    return "" if held["made_with"] == now else "The settings have changed since. Generate again to see what they do."
 
 
 def times(factor: float) -> str:
@@ -146,16 +154,16 @@ def _message(role: str, content: str, pale: bool) -> None:
     page.html(viz.outdated(block) if pale else block)
 
 
-def show(variants: dict[str, Variant], made_with: str, outdated: bool, model: Any) -> None:
-    """The texts with the settings that made them; pale where those are no longer the page's."""
+def show(variants: dict[str, Variant], made_with: str, changed: str, model: Any) -> None:
+    """The texts with the settings that made them; pale where ``changed`` says why they would now be others."""
     st.caption(f"Made with {viz.markdown(made_with)}")
-    if outdated:
-        st.warning("The settings have changed since. Generate again to see what they do.", icon=":material/history:")
+    if changed:
+        st.warning(changed, icon=session.OUTDATED)
     unsteered = next(iter(variants.values()), [])
     for turns in variants.values():
         if not turns:
             continue
         with st.container(border=True):
-            earlier(turns, model, outdated)
-            trial.show(turns[-1][1], unsteered[-1][1].tokens, model, outdated)
+            earlier(turns, model, bool(changed))
+            trial.show(turns[-1][1], unsteered[-1][1].tokens, model, bool(changed))
     st.caption(MARKED)

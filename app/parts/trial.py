@@ -51,17 +51,19 @@ def panel(run: Run, source: Any, model: Any, pick: Pick, key: str) -> None:
     if asked:
         try:
             texts = three_strengths(run, model, pick)
-            st.session_state[state] = (run.name, made_with, texts)
+            st.session_state[state] = (run.name, run.stamp, made_with, texts)
             write(model, texts, [Beginning.of_text(model, prompt)] * len(texts), {"max_new_tokens": int(length)}, key)
             return
         except UserError as error:
             st.error(viz.markdown(str(error)), icon=":material/error:")
-    name, before, texts = st.session_state.get(state, (None, "", []))
+    name, stamp, before, texts = st.session_state.get(state, (None, (), "", []))
     if name == run.name:
         if before != made_with:
             st.caption(f"Made with {viz.markdown(before)}.")
+        if stamp != run.stamp:
+            st.warning(f"{session.CHANGED}. Generate again to see what it does now.", icon=session.OUTDATED)
         for text in texts:
-            show(text, texts[0].tokens, model)
+            show(text, texts[0].tokens, model, stamp != run.stamp)
 
 
 def three_strengths(run: Run, model: Any, pick: Pick) -> list[Text]:

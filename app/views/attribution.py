@@ -69,19 +69,26 @@ with st.form("attribution_form", border=False):
     )
 session.say_unshared("attribution_prompt", "attribution_target", "attribution_against")
 chosen = [run, *(others[name] for name in also)]
+settings = {"integrated": int(integrated), "keep": float(kept), "max_nodes": int(most)}
+asking = (prompt, target, against, settings)
 if asked:
-    settings = {"integrated": int(integrated), "keep": float(kept), "max_nodes": int(most)}
     graph = parts.explain(chosen, prompt, target, against, settings)
-    st.session_state["attribution"] = ([r.name for r in chosen], graph)
-names, graph = st.session_state.get("attribution", (None, None))
-if graph is None or run.name not in names:
+    st.session_state["attribution"] = parts.Explained({r.name: r.stamp for r in chosen}, asking, graph)
+held: parts.Explained | None = st.session_state.get("attribution")
+if held is None or run.name not in held.stamps:
     loaders.need_model(run, "Attribution")
     st.caption("Type a prompt and press Explain.")
     st.stop()
 
+graph, changed = held.graph, held.changed()
+if changed:
+    named = ", ".join(viz.markdown(name) for name in changed)
+    st.warning(f"{session.CHANGED} ({named}). Press Explain to trace it again.", icon=session.OUTDATED)
+elif held.asking != asking or [*held.stamps] != [r.name for r in chosen]:
+    st.warning("The settings have changed since. Press Explain to trace it again.", icon=session.OUTDATED)
 parts.headline(graph)
-node = parts.figure(graph)
-parts.details(graph, node)
+node = parts.figure(graph, current=not changed)
+parts.details(graph, node, current=not changed)
 left, right = st.columns([3, 2], gap="large")
 with left:
     st.subheader("Latents", anchor=False)
@@ -93,5 +100,6 @@ with right:
         "Effect: what the activation adds to the explained number, to first order and along all paths; direct: along "
         "paths that avoid the other SAEs. Ablated: how far the number falls when the latent alone is set to zero."
     )
-st.subheader("Without them", anchor=False)
-parts.intervene(run, graph, picked)
+if not changed:  # its latents are those of other weights
+    st.subheader("Without them", anchor=False)
+    parts.intervene(run, graph, picked)

@@ -43,6 +43,21 @@ def read_picks(texts: Sequence[str], source: Run) -> list[Pick]:
     return [_pick(text, source) for text in texts]
 
 
+def renewed(pick: Pick, source: Run) -> Pick:
+    """A pick of an SAE that was trained again, as its files are now; a vector made of texts or of a recipe stays.
+
+    Raises UserError for a latent that it no longer has.
+    """
+    if pick.latent is None:
+        return pick
+    source.check_latent(pick.latent)
+    fresh = pick_latent(source, pick.latent, pick.pole)
+    pick = pick.changed(vector=fresh.vector, unit=pick.unit if pick.unit in units(fresh) else fresh.unit)
+    if isinstance(pick.when, LatentFires):
+        pick = pick.changed(when=condition(condition_text(pick.when), source))
+    return pick
+
+
 def _pick(text: str, source: Run) -> Pick:
     latent, operation, number, where, *limits = [*text.split(";"), "", "", ""][: max(4, text.count(";") + 1)]
     found = LATENT.fullmatch(latent)

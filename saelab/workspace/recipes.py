@@ -16,7 +16,7 @@ from saelab.errors import MALFORMED, UserError, first_line
 from saelab.layout import RECIPE
 from saelab.lm.hook_names import any_layer, layer_of
 from saelab.runs import Run
-from saelab.steering import OPERATIONS, Intervention, LatentIntervention, Recipe, VectorIntervention
+from saelab.steering import OPERATIONS, DoseResponse, Intervention, LatentIntervention, Recipe, VectorIntervention
 from saelab.steering.vectors import SteeringVector, parse_strength
 from saelab.workspace.steering import Pick, pick_latent, pick_vector
 
@@ -59,26 +59,29 @@ def _row(folder: str, content: dict[str, Any]) -> dict[str, Any]:
         "norm": parts[0]["norm"] if parts else None,
         "promotes": " ".join(about.get("promotes", [])),
         "model": (content.get("model") or {}).get("name"),
-        "verdict": ": ".join(filter(None, (about.get("measured"), about.get("verdict", "")))),
+        "verdict": ": ".join(filter(None, (_measured_on(about), about.get("verdict", "")))),
         "doses": about.get("doses", []),
     }
 
 
-def provenance(
-    picks: Sequence[Pick], prompt: str, promotes: Sequence[str], measured: Any = None, of: str | None = None
-) -> dict[str, Any]:
-    """The state of the page that a recipe records: picks, prompt, logit effect, doses and responses.
+def _measured_on(about: dict[str, Any]) -> str:
+    words = ", ".join(f"‘{word}’" for word in about.get("words", []))
+    return " on ".join(filter(None, (about.get("measured"), words)))
 
-    ``measured`` are those of the pick with the label ``of``.
-    """
-    about: dict[str, Any] = {
+
+def provenance(picks: Sequence[Pick], prompt: str, promotes: Sequence[str]) -> dict[str, Any]:
+    """The state of the page that a recipe records: picks, prompt, logit effect."""
+    return {
         "prompt": prompt,
         "promotes": list(promotes),
         "picks": [{"label": p.label, "operation": p.operation, "amount": p.amount, "unit": p.unit} for p in picks],
     }
-    if measured is not None:
-        about |= {"measured": of, "verdict": measured.verdict, "doses": [asdict(dose) for dose in measured.doses]}
-    return about
+
+
+def measured(found: DoseResponse, of: str, words: Sequence[str]) -> dict[str, Any]:
+    """What a recipe records of the doses and responses of the pick with the label ``of``, on ``words``."""
+    doses = [asdict(dose) for dose in found.doses]
+    return {"measured": of, "words": list(words), "verdict": found.verdict, "doses": doses}
 
 
 def reopen(root: Path, folder: str, source: Run) -> list[Pick]:

@@ -35,7 +35,7 @@ def explained(monkeypatch: pytest.MonkeyPatch, folder: Path, variant: str, **fie
 @pytest.mark.parametrize("variant", ["abs_topk", "matching_pursuit", "batch_topk"])
 def test_a_prediction_is_explained_and_changed(monkeypatch: pytest.MonkeyPatch, folder: Path, variant: str) -> None:
     app = succeed(explained(monkeypatch, folder, variant, target=" mill", against=" towns"))
-    _, graph = app.session_state["attribution"]
+    graph = app.session_state["attribution"].graph
     assert graph.target == "logit of ' mill' minus logit of ' towns'" and graph.latents
     drawn = {item.proto.id.rsplit("-", 1)[-1]: json.loads(item.proto.spec) for item in app.get("plotly_chart")}
     marks = [name for trace in drawn["attribution_figure"]["data"] for name in trace.get("customdata") or ()]
@@ -53,7 +53,7 @@ def test_a_prediction_is_explained_and_changed(monkeypatch: pytest.MonkeyPatch, 
 
 def test_latents_go_to_steering(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     app = succeed(explained(monkeypatch, folder, "abs_topk"))
-    _, graph = app.session_state["attribution"]
+    graph = app.session_state["attribution"].graph
     succeed(app.button(key="attribution_steer").click().run())
     picks: list[Pick] = app.session_state["steering_picks"]["runs/abs_topk"]
     assert {(p.latent, p.pole) for p in picks} == {(n.latent, n.pole) for n in graph.causes[:3] or graph.latents[:3]}
@@ -63,7 +63,7 @@ def test_latents_go_to_steering(monkeypatch: pytest.MonkeyPatch, folder: Path) -
 
 def test_a_text_says_which_change_it_is_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     app = succeed(explained(monkeypatch, folder, "abs_topk"))
-    _, graph = app.session_state["attribution"]
+    graph = app.session_state["attribution"].graph
     chosen = ", ".join(node.id for node in graph.causes[:3] or graph.latents[:3])
     succeed(app.button(key="attribution_continue").click().run())
     assert not app.warning
@@ -99,6 +99,6 @@ def test_saes_at_other_places_stand_beside_it(monkeypatch: pytest.MonkeyPatch, f
     app.text_area(key="attribution_prompt").input(PROMPT)
     app.multiselect(key="attribution_also").select("runs/topk")
     succeed(app.button(key="FormSubmitter:attribution_form-Explain").click().run())
-    names, graph = app.session_state["attribution"]
-    assert names == ["runs/abs_topk", "runs/topk"] and [place.layer for place in graph.places] == [0, 1]
+    stamps, _, graph = app.session_state["attribution"]
+    assert [*stamps] == ["runs/abs_topk", "runs/topk"] and [place.layer for place in graph.places] == [0, 1]
     assert any(edge.target in {n.id for n in graph.latents if n.layer == 1} for edge in graph.edges)

@@ -88,14 +88,15 @@ def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workpla
     app = open_page(monkeypatch, workplace, folder / "model", latent)
     app.slider(key=f"steering_add_#{latent}").set_value(0.5).run()
 
-    app.text_input(key="dose_concept").input("river")
+    app.text_input(key="dose_concept").input("river, mill")
     app.text_area(key="dose_targets").input("the mill and the\nrain falls on a")
     app.text_area(key="dose_neutral").input("old bridges near grey towns\ngreen hills past the river")
     app.text_area(key="dose_positive").input("the river runs")
     app.text_area(key="dose_negative").input("grey towns near")
     succeed(app.button(key="FormSubmitter:steering_dose-Measure").click().run())
-    _, pick, measured = app.session_state["steering_doses"]
+    *_, pick, measured = app.session_state["steering_doses"]
     assert pick.label == f"#{latent}" and len({dose.direction for dose in measured.doses}) >= 3
+    assert any(", measured on ‘river’, ‘mill’: at an" in item.value for item in app.markdown)
     effect, damage = list(figures(app).values())
     length = SteeringVector.from_latent(Workspace.scan(folder).run(RUN), latent).length("0.5max")
     check_charts(effect, damage, measured, length)
@@ -112,7 +113,7 @@ def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workpla
     assert recipe.settings()[0]["strength"] == "0.5max"
     saved = recipe.provenance
     assert saved["verdict"] == measured.verdict and len(saved["doses"]) == len(measured.doses)
-    assert len(saved["promotes"]) == 5 and saved["measured"] == f"#{latent}"
+    assert len(saved["promotes"]) == 5 and saved["measured"] == f"#{latent}" and saved["words"] == ["river", "mill"]
 
     # Doses are of the vector that was measured: a recipe of another one does not get them.
     app.number_input(key="steering_latent_number").set_value(other := (latent + 1) % 48)
@@ -130,7 +131,7 @@ def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workpla
     app = succeed(app.switch_page("views/steering.py").run())
     (row,) = app.dataframe[0].value.to_dict("records")
     assert row["name"] == "More of it" and row["strength"] == "0.5max" and f"latent {latent}" in row["origin"]
-    assert row["norm"] > 0 and row["promotes"] and row["verdict"] == f"#{latent}: {measured.verdict}"
+    assert row["norm"] > 0 and row["promotes"] and row["verdict"] == f"#{latent} on ‘river’, ‘mill’: {measured.verdict}"
 
 
 def test_texts_are_shown_with_the_settings_that_made_them(
@@ -328,6 +329,7 @@ def test_latents_are_found_by_example_against_a_contrast(
     app = launch(monkeypatch, workplace, model=str(folder / "model"))
     app.switch_page("views/features.py").run()
     succeed(app.text_input(key="q").input("the [[river]] runs past").run())
+    succeed(app.toggle(key="dense").set_value(True).run())
     alone = app.dataframe[0].value.set_index("latent")
     succeed(app.text_input(key="contrast").input("a river and a river").run())
     against = app.dataframe[0].value.set_index("latent")
