@@ -49,10 +49,10 @@ UNEVEN = 65  # latents, which two data ranks divide into 33 and 32
 REFIT = 5  # steps between fits of the Zipf law, so that a short run has some
 # Of those with another one than k, or of another variant than their name.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "relu": {"target_l0": 8, "adapt_rate": 0.1},
-    "gated": {"l0": 8},
+    "relu": {"target_l0": 26, "adapt_rate": 0.1},  # between the L0 of two parts of a batch at some steps
+    "gated": {"l0": 26},  # so near that the controller goes by how near it is
     "jump_relu": {"target_l0": 8, "bandwidth": 0.5, "penalty_warmup": 0.0},  # a kernel so wide that the penalty acts
-    "matching_pursuit": {"n_steps": 4, "norm": "project", "revive_weight": 1.0},
+    "matching_pursuit": {"n_steps": 1, "norm": "project", "revive_weight": 1.0},  # so few steps leave atoms silent
     "random_prefixes": {"variant": "matryoshka", "k": K, "random_prefixes": 3},
 }
 
@@ -232,6 +232,8 @@ def test_many_processes_train_the_sae_of_one(runs: Path, variant: str, size: int
     rows = [json.loads(line) for line in (runs / f"{variant}-single" / "metrics.jsonl").read_text().splitlines()]
     if variant in REVIVES:
         assert any("auxk" in row and row["dead"] > 4 for row in rows), "the auxiliary loss was not put to the test"
+    if variant == "matching_pursuit":
+        assert any("revive" in row for row in rows), "no silent atom was put to the test"
     assert any(row["grad_norm"] > CONFIG.grad_clip for row in rows)
 
 
