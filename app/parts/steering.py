@@ -29,6 +29,14 @@ PLACES = {
 }
 
 
+OF_CHATS = ("answer", "instruction")
+
+
+def talks(model: Any) -> bool:
+    """Whether the model's tokenizer has a template for chats."""
+    return bool(getattr(model.tokenizer, "chat_template", None))
+
+
 def picks(run: Run, source: Any) -> list[Pick]:
     """This session's picks for this run, including those of a link, and a latent or a recipe that a page sent."""
     found: list[Pick] = st.session_state.setdefault("steering_picks", {}).setdefault(run.name, [])
@@ -155,7 +163,7 @@ def edit(run: Run, source: Any, model: Any, found: list[Pick]) -> list[Pick]:
                     st.rerun()
             _effect(run, model, pick)
             with st.container(horizontal=True, vertical_alignment="bottom"):
-                pick = _place(_operation_and_amount(pick))
+                pick = _place(_operation_and_amount(pick), model)
                 pick = limits.edit(run, source, model, pick)
             for limit in steering.limits(pick):
                 page.html(viz.caption(limit))
@@ -196,11 +204,12 @@ def calibrate_new(run: Run, source: Any, model: Any, found: list[Pick]) -> None:
             found[i] = pick.changed(note=f"not calibrated: {error}")
 
 
-def _place(pick: Pick) -> Pick:
+def _place(pick: Pick, model: Any) -> Pick:
     """The tokens that a pick acts on; positions and functions of a recipe stay as they are."""
     if not isinstance(pick.where, str):
         return pick
-    names, key = list(PLACES), f"steering_where_{pick.label}"
+    held, chats = (pick.where, st.session_state.get(key := f"steering_where_{pick.label}")), talks(model)
+    names = [name for name in PLACES if chats or name not in OF_CHATS or name in held]
     where = st.selectbox("on", names, names.index(pick.where), format_func=PLACES.__getitem__, key=key, width=170)
     return pick.changed(where=where)
 

@@ -9,6 +9,7 @@ import page
 import session
 import streamlit as st
 
+from parts import steering as steering_parts
 from parts import trial
 from saelab import viz
 from saelab.errors import UserError
@@ -27,7 +28,7 @@ Variant = list[tuple[str, Text]]  # a message of the user, and the answer to it
 def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     """The prompt's form, and what is written; returns the prompt."""
     kind = "text"
-    if getattr(model.tokenizer, "chat_template", None):
+    if steering_parts.talks(model):
         kind = st.segmented_control(
             "Prompt as", ["text", "chat"], default="text", **session.held("steering_kind", "text")
         )
