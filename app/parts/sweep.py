@@ -135,7 +135,7 @@ def _means(summaries: list[dict[str, Any]], differences: list[dict[str, Any]]) -
     view = view.dropna(axis="columns", how="all")
     st.dataframe(view.assign(name=view["name"].map(viz.visible)), key="training_means", alt=SUMMARY, **options)
     if differences:
-        st.caption(f"{DIFFERENCES}. {chance(len(differences))}")
+        st.caption(f"{DIFFERENCES}. {chance(differences)}")
         view = _with_interval(pd.DataFrame(differences, columns=DIFFERENCE_COLUMNS), "difference", "low", "high")
         view = view.assign(**{name: view[name].map(viz.visible) for name in ("a", "b")})
         st.dataframe(view, key="training_differences", alt=DIFFERENCES, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from saelab.viz.escape import label as safe
 from saelab.viz.legend import looks
 from saelab.viz.theme import SYMBOLS, Palette
 
+NEAR = 0.05  # of the x axis: SAEs that differ by less are of one number of active latents
 DEAD_LOG_DENSITY = -10.0  # where a latent that never fired stands on a log10 density axis
 
 
@@ -35,7 +37,8 @@ def pareto(
 
     The hover text is taken as HTML already (escape names with ``viz.label``). Further fields of a point are the ends of
     the value's interval, which is drawn as a bar, and whether it was measured on held-out rows: where it was not, the
-    symbol is hollow and no line leads to it.
+    symbol is hollow and no line leads to it. Points within 5 % of each other on the x axis, as of several seeds, are
+    joined to the others by their mean.
     """
     fig = base(colours, 320 + 20 * -(-len(points) // 3), x, y)  # the legend has about three names a row
     for i, (name, rows) in enumerate(points.items()):
@@ -53,23 +56,41 @@ def _points(fig: go.Figure, rows: Sequence[_Point], name: str, symbol: str, colo
     """One series of :func:`pareto`; ``edge`` is the colour around filled symbols, empty for hollow ones."""
     above = [0.0 if row.high is None else row.high - row.value for row in rows]
     below = [0.0 if row.low is None else row.value - row.low for row in rows]
+    means = _means_of_near(rows)
+    line = {"width": 1, "dash": "dot", "color": colour}
+    if edge and 1 < len(means) < len(rows):
+        x, y = zip(*means)
+        along: Any = {"mode": "lines", "line": line, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
+        fig.add_scatter(x=x, y=y, name=safe(name), **along)
     bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5, "width": 4}
     fig.add_scatter(
         x=[row.x for row in rows],
         y=[row.value for row in rows],
         text=[row.text for row in rows],
         name=safe(name),
-        mode="lines+markers" if edge else "markers",
+        mode="lines+markers" if edge and len(means) == len(rows) else "markers",
+        legendgroup=name,
         marker={
             "size": 11,
             "symbol": symbol,
             "color": colour,
             "line": {"width": 1 if edge else 2, "color": edge or colour},
         },
-        line={"width": 1, "dash": "dot", "color": colour},
+        line=line,
         hovertemplate="%{text}<extra></extra>",
         error_y=bars if any(above) or any(below) else None,
     )
+
+
+def _means_of_near(rows: Sequence[_Point]) -> list[tuple[float, float]]:
+    """The mean of each run of points, sorted by x, that lie within ``NEAR`` of the first of them."""
+    groups: list[list[_Point]] = []
+    for row in rows:
+        if groups and abs(row.x - groups[-1][0].x) <= NEAR * abs(groups[-1][0].x):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [(fmean(row.x for row in group), fmean(row.value for row in group)) for group in groups]
 
 
 def by_layer(points: Mapping[str, Sequence[tuple[Any, ...]]], colours: Palette, y: str = "FVU") -> go.Figure:

@@ -136,8 +136,11 @@ def _leads(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(first.values())
 
 
-def chance(count: int) -> str:
-    """What many intervals of 95 % mean together."""
+def chance(differences: Sequence[Mapping[str, Any]]) -> str:
+    """What many intervals of 95 % mean together; of differences that have none nothing is said."""
+    count = sum(row["low"] is not None for row in differences)
+    if not count:
+        return "None of them has an interval."
     return f"Of {count} such intervals, {count / 20:.2g} would exclude zero by chance alone if nothing differed."
 
 
@@ -178,7 +181,7 @@ def report(
         parts.append(f"<h2>{html.escape(SUMMARY)}</h2>{_table(summaries, SUMMARY_COLUMNS)}")
     if differences:
         parts.append(f"<h2>{html.escape(DIFFERENCES)}</h2>{_table(differences, DIFFERENCE_COLUMNS)}")
-        parts.append(f"<p>{html.escape(chance(len(differences)))}</p>")
+        parts.append(f"<p>{html.escape(chance(differences))}</p>")
     style = (
         "body{font-family:sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse;font-size:.9rem}td,th{padding:.25rem .6rem;text-align:left;"

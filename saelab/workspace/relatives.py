@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from saelab.runs import Run
 from saelab.sae import SAE
 from saelab.sae.base import unit_rows
 
+SEEDS = ("seed", "data_seed")
 DIRECTIONS = 64  # random ones, of which the chance level is the mean
 
 
@@ -34,7 +36,9 @@ def same_start(run: Run, other: Run) -> bool | None:
 
 
 def relatives(run: Run, runs: Mapping[str, Run]) -> dict[str, Run]:
-    """The other SAEs that read the same activations: those of another seed first, then the most similar ones.
+    """The other SAEs that read the same activations: those of another seed first, of them the most similar ones.
+
+    The most similar one has the same settings, then come those of the same variant and width.
 
     A run whose files cannot be read is left out.
     """
@@ -59,9 +63,16 @@ def _reads_the_same(run: Run, other: Run) -> bool:
     )
 
 
-def _distance(run: Run, other: Run) -> tuple[int, bool, bool, bool]:
+def _distance(run: Run, other: Run) -> tuple[int, bool, bool, bool, bool]:
     start = {False: 0, None: 1, True: 2}[same_start(run, other)]
-    return start, other.variant != run.variant, other.d_sae != run.d_sae, not other.has_index
+    settings = other.settings != run.settings or _training(other) != _training(run)
+    return start, other.variant != run.variant, other.d_sae != run.d_sae, settings, not other.has_index
+
+
+def _training(run: Run) -> dict[str, Any]:
+    """The settings of its training but for the seeds."""
+    train = run.metadata.get("train")
+    return {name: value for name, value in train.items() if name not in SEEDS} if isinstance(train, dict) else {}
 
 
 @torch.no_grad()

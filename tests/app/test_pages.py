@@ -272,7 +272,8 @@ def test_a_sweep_is_shown_with_its_members(monkeypatch: pytest.MonkeyPatch, fold
     save_results(rows, tmp_path / "sweep")
     means = {"name": "topk", "seeds": 3, "documents": 20, "l0": 4.0, "fvu": 0.4567, "shared_latents": 0.25}
     difference = {"a": "topk", "b": "gated", "difference": 0.1, "low": 0.05, "high": 0.15, "verdict": "b is better"}
-    save_summary([means], [difference], tmp_path / "sweep")
+    untold = {"a": "topk", "b": "relu", "difference": 0.2, "verdict": "cannot say: L0 differs by +9%"}
+    save_summary([means], [difference, untold], tmp_path / "sweep")
     app = launch(monkeypatch, tmp_path, model="none")
     app.switch_page("views/training.py").run()
     assert not app.exception and not app.error, (app.exception, app.error)
@@ -281,7 +282,7 @@ def test_a_sweep_is_shown_with_its_members(monkeypatch: pytest.MonkeyPatch, fold
     assert "ce_loss_recovered_zero" not in table
     means, differences = app.dataframe[1].value, app.dataframe[2].value
     assert means["fvu"].tolist() == [0.4567] and "lr" not in means and "cpu_seconds" not in means
-    assert differences["verdict"].tolist() == ["b is better"]
+    assert differences["verdict"].tolist() == ["b is better", untold["verdict"]]
     captions = [caption.value for caption in app.caption]
     assert any("Of 1 such intervals" in text for text in captions)
     assert any("Learning rates tried" in text for text in captions) and r"topk\: 1 diverged at step 2" in captions

@@ -81,6 +81,18 @@ def test_series_of_one_colour_have_symbols_that_differ() -> None:
     assert len(set(drawn)) == len(points)
 
 
+def test_the_line_of_several_seeds_goes_through_their_means() -> None:
+    seeds = [(2.0, 0.25, "a"), (2.0, 0.27, "b"), (4.0, 0.2, "c"), (4.1, 0.16, "d"), (8.0, 0.1, "e")]
+    line, marks = viz.pareto({"topk": seeds}, LIGHT).data
+    assert list(line.x) == pytest.approx([2.0, 4.05, 8.0]) and list(line.y) == pytest.approx([0.26, 0.18, 0.1])
+    assert line.mode == "lines" and marks.mode == "markers" and list(marks.y) == [row[1] for row in seeds]
+    assert line.showlegend is False and line.legendgroup == marks.legendgroup
+    (apart,) = viz.pareto({"topk": seeds[1:3]}, LIGHT).data
+    assert apart.mode == "lines+markers", "one seed of each"
+    (alike,) = viz.pareto({"topk": seeds[:2]}, LIGHT).data
+    assert alike.mode == "markers", "there is nothing to join"
+
+
 def test_bars_left_out_leave_a_gap_that_says_so() -> None:
     figure = viz.contest_bars(["#1", "#2", "#3"], [3, 2, 1], [True, True, False], LIGHT, [1, 1, 2], gap=(1, "7 more"))
     bars, marks = figure.data

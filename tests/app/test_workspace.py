@@ -151,6 +151,18 @@ def test_saes_of_one_seed_have_the_same_start(folder: Path, tmp_path: Path) -> N
     assert [same_start(runs["a"], runs[name]) for name in ("same", "other", "unknown")] == [True, False, None]
 
 
+def test_the_same_sae_of_another_seed_comes_first(folder: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name, seed, k, lr in (("a", 0, 4, 1e-3), ("b", 1, 8, 1e-3), ("c", 1, 4, 3e-3), ("twin", 1, 4, 1e-3)):
+        shutil.copytree(folder / "runs" / "topk", tmp_path / name)
+        config = json.loads((tmp_path / name / "cfg.json").read_text())
+        config["metadata"]["train"] |= {"seed": seed, "lr": lr}
+        config["metadata"]["saelab"]["config"]["k"] = k
+        (tmp_path / name / "cfg.json").write_text(json.dumps(config))
+        runs[name] = Run(path=tmp_path / name, name=name)
+    assert list(relatives(runs["a"], runs)) == ["twin", "b", "c"]
+
+
 def test_initial_rows_of_one_seed_are_the_same_whatever_variant_and_width() -> None:
     made = []
     for variant, d_sae, seed in (("topk", 40, 3), ("jump_relu", 96, 3), ("topk", 40, 4)):

@@ -273,7 +273,7 @@ def show(
     if any(row["seeds"] > 1 for row in summaries):
         out.print(f"\n{SUMMARY}", summary_table(summaries), sep="\n")
     if differences:
-        out.print(f"\n{DIFFERENCES}", differences_table(differences), chance(len(differences)), sep="\n")
+        out.print(f"\n{DIFFERENCES}", differences_table(differences), chance(differences), sep="\n")
     for title, lines in ((WHICH_L0, [one.sentence for one in guidance(points_of(rows))]), (WIDTHS, widths)):
         if lines:
             out.print(f"\n{title}")
