@@ -48,6 +48,12 @@ class Caches:
             raise UserError(
                 f"{folder} holds caches of several models ({', '.join(models)}); sweep those of one at a time"
             )
+        weights = sorted({cache.manifest.weights_fingerprint for cache in found.values()} - {""})
+        if len(weights) > 1:  # other revisions or precisions of one name
+            raise UserError(
+                f"{folder} holds caches of several weights of one model ({', '.join(weights)}); "
+                "sweep those of one at a time"
+            )
         return cls(found)
 
     @property

@@ -71,6 +71,20 @@ def test_asked_and_measured_l0_stand_in_one_table(tmp_path: Path) -> None:
     assert all(abs(row["off"]) < 0.3 and row["fvu"] > 0 and row["trained"] > 0 for row in rows)
 
 
+def test_overlap_is_printed_for_each_k(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from saelab.bench.overlap import main
+
+    small = ["--samples", "6000", "--features", "12", "--epochs", "3", "--places", "5", "7"]
+    rows = main(["--k", "2", "4", *small, "--out", str(tmp_path / "rows.json")])
+    assert [(row["k"], row["steps"]) for row in rows] == [(2, 33), (4, 33)]
+    for row in rows:
+        assert row["l0"] == pytest.approx(row["k"], rel=0.15) and 0 < row["c_dec"] < 1 and 0 < row["recovered"] <= 1
+        assert row["projections"][5] > row["projections"][7]
+    shown = capsys.readouterr().out
+    assert "true L0 2.6" in shown and f"{rows[0]['c_dec']:.4g}" in shown
+    assert json.loads((tmp_path / "rows.json").read_text())[1]["k"] == 4
+
+
 def test_the_benchmarks_are_listed() -> None:
     found = benchmarks()
     assert {name.rpartition(".")[2] for name in found} >= {"cache", "harvest", "sweep", "evaluation", "kernels"}

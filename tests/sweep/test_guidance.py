@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
+from saelab.bench.overlap import world
 from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
@@ -58,23 +58,6 @@ def test_a_minimum_inside_is_named_and_one_at_the_edge_is_not() -> None:
     assert guidance([Point("alone", 8, 1.0)]) == []
     row = {"variant": "topk", "d_sae": 64, "l0": 8.0, "seed": 1, "mean_cosine": 0.1, "options": '{"k": 8}'}
     assert points_of([row, {**row, "mean_cosine": None}]) == [Point("topk 64", 8.0, 0.1, 1)]
-
-
-def world(n: int, seed: int, n_features: int = 50, d_in: int = 100) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Correlated features with orthogonal directions, as in the paper's experiments: samples, directions, true L0.
-
-    The features fire together by a Gaussian copula with four common causes, correlations of either sign up to 0.7, with
-    probabilities from 0.40 down to 0.05, and magnitudes of 1 with a standard deviation of 0.15.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator)).Q[:n_features]
-    causes = torch.nn.functional.normalize(torch.randn(n_features, 4, generator=generator), dim=1)
-    common = torch.randn(n, 4, generator=generator) @ causes.T
-    normal = 0.85 * common + (1 - 0.85**2) ** 0.5 * torch.randn(n, n_features, generator=generator)
-    cuts = torch.from_numpy(stats.norm.ppf(1 - np.linspace(0.395, 0.05, n_features))).float()
-    magnitudes = 1 + 0.15 * torch.randn(n, n_features, generator=generator)
-    acts = torch.where(normal > cuts, magnitudes.clamp_min(0), 0.0)
-    return acts @ directions, directions, float((acts > 0).sum(1).float().mean())
 
 
 @pytest.mark.minutes

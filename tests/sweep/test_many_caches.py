@@ -125,6 +125,11 @@ def test_caches_of_two_models_are_not_swept_together(tmp_path):
         ActivationCache.from_tensors(tmp_path / hook, torch.randn(8, 3), model=model, hook_name=hook)
     with pytest.raises(UserError, match=r"several models \(one, two\); sweep those of one at a time"):
         Caches.open(tmp_path)
+    for weights in ("a", "b"):  # of one name
+        about = {"model": "one", "weights_fingerprint": weights}
+        ActivationCache.from_tensors(tmp_path / "same" / weights, torch.randn(8, 3), hook_name="h", **about)
+    with pytest.raises(UserError, match=r"several weights of one model \(a, b\); sweep those of one at a time"):
+        Caches.open(tmp_path / "same")
 
 
 @pytest.mark.parametrize(
