@@ -94,8 +94,12 @@ def harvest_into(
     resume: bool,
     progress: Progress | None,
     share: Share = ALONE,
+    reader: Reader | None = None,
 ) -> None:
-    """Write the cache of each hook point into its folder; see :func:`harvest`."""
+    """Write the cache of each hook point into its folder; see :func:`harvest`.
+
+    ``reader`` is one of the model at these hook points that has been compared on this text.
+    """
     config = config or HarvestConfig()
     first_alone(share, lambda: [prepare(f, overwrite=overwrite, resume=resume, dry=True) for f in folders.values()])
     bridge = load_model(model) if isinstance(model, str) else model
@@ -111,8 +115,9 @@ def harvest_into(
     if first is None:
         without = f" (left out: {listed(left_out)})" if left_out else ""
         raise UserError(f"{source.name}{without} is shorter than one context of {shape[0]} tokens; lower it")
-    reader = Reader(bridge, sites)
-    reader.use_plain_model(first.tokens[:1], config.skip_first)
+    if reader is None:
+        reader = Reader(bridge, sites)
+        reader.use_plain_model(first.tokens[:1], config.skip_first)
     widths = reader.widths(first.tokens[:1])
     shared: dict[str, Any] = _provenance(bridge, source, config) | {"bos": bos, "separator": separator}
     if bos == "document":

@@ -76,7 +76,7 @@ def test_the_parts_make_the_same_contexts(
 
     def contexts(division: Division | None) -> Any:
         left_out: Counter[str] = Counter()
-        options = {} if division is None else {"division": division}
+        options: dict[str, Any] = {} if division is None else {"division": division}
         parts = pack(source(), own, 16, "none", 2, "</s>", most, left_out=left_out, **options)
         first = [part for part, _ in zip(parts, range(wanted))]
         return [torch.cat(columns) for columns in zip(*first)], dict(left_out)

@@ -212,6 +212,7 @@ def test_other_models_and_texts(name: str, tmp_path: Path) -> None:
                 expected_rows(full, cache.record.start, [s.passes for s in cache.record.segments], 0)
             )
             want = full.read(torch.from_numpy(order[: len(batches) * 32]), grads=True).grads
+            assert want is not None
             assert torch.equal(torch.cat([batch.grads for batch in batches]), want)
 
 
