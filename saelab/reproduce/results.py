@@ -48,7 +48,11 @@ def headline(measured: dict[str, Any], shows: str = "") -> str:
     if isinstance(found[name], float):
         return f"{name.replace('_', ' ')} {found[name]:.3g}"
     mean, low, high = (found[name][key] for key in ("mean", "low", "high"))
-    return f"{name.replace('_', ' ').replace('.', ' ')} {mean:+.3g} ({low:+.3g} to {high:+.3g})"
+    text = f"{name.replace('_', ' ').replace('.', ' ')} {mean:+.3g}"
+    if low is None or high is None:  # what is compared differs too much in L0 for an interval to mean something
+        own, other = found[name]["l0"]
+        return f"{text} at L0 {own:.3g} and {other:.3g}"
+    return f"{text} ({low:+.3g} to {high:+.3g})"
 
 
 def _summaries(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -63,7 +63,8 @@ def test_the_claims_are_those_of_the_ledgers() -> None:
     table = CLAIMS.partition("<!-- claims -->\n")[2].partition("<!-- /claims -->")[0]
     assert table.strip() == markdown(ledgers).strip()
     verdicts = [row["verdict"] for row in claims(ledgers)]
-    counted = f"{verdicts.count('reproduced')} of {len(verdicts)} were reproduced"
+    held = verdicts.count("supported") + verdicts.count("reproduced")  # as ledgers of 0.1.0 say
+    counted = f"{held} of {len(verdicts)} held"
     assert counted in " ".join(README.split())
 
 

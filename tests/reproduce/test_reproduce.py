@@ -352,19 +352,22 @@ def test_a_mistake_is_named_before_the_cache_is_opened(wrong, message, tmp_path,
 def test_saved_ledgers_become_a_table_and_curves(tmp_path):
     records = [_record("a", seed, l0, 1 / l0 + 0.01 * seed) for seed in range(3) for l0 in (8, 16)]
     measured = {"fvu_difference": {"topk": summary([-0.1, -0.2, -0.3])}, "table": table(records, ("l0", "fvu"))}
+    apart = [_record(label, seed, 8, fvu, l0) for seed in range(3) for label, fvu, l0 in (("a", 0.1, 9), ("b", 0.2, 8))]
     rows = [
         Row("choice", "lower FVU", "s", measured, "supported", "r"),
         Row("choice", "exact", "s", {"median_cosine": 0.995, "fvu": summary([0.1, 0.2])}, "supported", "r", True,
             shows="median_cosine"),
         Row("choice", "steering", "s", {}, "not testable here", "needs a judge"),
+        Row("choice", "lower FVU", "s", {"fvu_difference": by_budget(apart, "a", "b", "fvu")}, "inconclusive", "r"),
     ]  # fmt: skip
     Ledger("choice", False, [0, 1, 2], rows).save(tmp_path / "choice.json")
     ledgers = read_ledgers(tmp_path)
     found = claims(ledgers)
-    assert [row["activations"] for row in found] == ["real", "planted", "real"]
+    assert [row["activations"] for row in found] == ["real", "planted", "real", "real"]
     assert found[0]["measured"] == "fvu difference topk -0.2 (-0.448 to +0.0484)"
-    assert [row["measured"] for row in found[1:]] == ["median cosine 0.995", ""]
-    assert markdown(ledgers).count("\n") == 5
+    # No interval where the L0 of the two differs.
+    assert [row["measured"] for row in found[1:]] == ["median cosine 0.995", "", "fvu difference 8 -0.1 at L0 9 and 8"]
+    assert markdown(ledgers).count("\n") == 6
     curve = curves(ledgers[0], "fvu")["a"]
     assert [(l0, round(value, 4)) for l0, value, _ in curve] == [(8, 0.135), (16, 0.0725)]
     assert "sd over seeds 0.0100" in curve[0][2]
