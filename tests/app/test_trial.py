@@ -58,7 +58,7 @@ def test_three_strengths_stand_beside_the_control(monkeypatch: pytest.MonkeyPatc
     app.number_input(key="trial_length").set_value(5)
     app.button(key="trial_generate_here").click().run()
     assert not app.exception and not app.error, (app.exception, app.error)
-    _, made_with, texts = app.session_state["trial_here"]
+    *_, made_with, texts = app.session_state["trial_here"]
     assert made_with == "#3, “the river runs”, 5 tokens"
     assert [text.name for text in texts] == ["unsteered", *(f"KL {b:g}" for b in budgets), "random control"]
     assert not any(text.stopped for text in texts)
@@ -74,7 +74,7 @@ def test_three_strengths_stand_beside_the_control(monkeypatch: pytest.MonkeyPatc
     for text in texts[1:]:
         assert f"KL {text.damage.kl:.2f} nats per token here, perplexity {text.damage.perplexity:.3g}" in shown
     app.run()
-    assert shown.count("sl-strip") == 5 and app.session_state["trial_here"][2] is texts
+    assert shown.count("sl-strip") == 5 and app.session_state["trial_here"][-1] is texts
 
 
 def test_numbers_of_a_signed_sae_are_of_latents_and_of_the_right_pole(

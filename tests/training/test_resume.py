@@ -255,6 +255,9 @@ def test_killed_at_random_and_stopped_by_a_signal_then_resumed(cache: Activation
     for number, low in ((signal.SIGKILL, 5), (signal.SIGTERM, 45)):
         process = spawn(command(cache, folder, "--resume"))
         wait_for_steps(folder, low + dice.randrange(40))
+        while latest_step(folder) is None:  # a thread writes it, and a killed process has nothing else
+            assert process.poll() is None
+            time.sleep(0.001)
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == (-9 if number == signal.SIGKILL else 143), output

@@ -208,7 +208,8 @@ def test_tokens_of_a_text_are_chosen_in_the_text(page: Any, address: str) -> Non
     tokens.first.wait_for()
     settle(page)
     assert page.get_by_role("listbox", name=re.compile("tokens")).count() == 1
-    assert tokens.nth(2).get_attribute("aria-selected") == "true", "the second token after the one of the beginning"
+    # The SAE was trained on a cache with rows of all positions, so the first token counts.
+    assert tokens.nth(1).get_attribute("aria-selected") == "true", "the second token"
     tokens.nth(3).click()
     page.get_by_role("heading", name=re.compile("Token 3")).wait_for()
     settle(page)
