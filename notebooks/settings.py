@@ -31,6 +31,7 @@ SWEEP_D_SAE = 192 if QUICK else 1152
 TRAIN = TrainConfig(epochs=4, batch_size=256) if QUICK else TrainConfig()
 SEEDS = [0] if QUICK else [0, 1]
 STEER_TOKENS = 3 if QUICK else 30
+CANDIDATES = 4 if QUICK else 24  # latents whose effect is tried
 TOLERANCE, PATH_STEPS = (0.3, 3) if QUICK else (0.02, 16)
 N_RANDOM = 2 if QUICK else 4
 N_PROMPTS = 1 if QUICK else None

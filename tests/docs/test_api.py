@@ -136,6 +136,7 @@ def resolves(target: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes  # `make docs` builds it too, with the same options
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("sphinx", reason="needs the docs extra")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(tmp_path)]

@@ -140,7 +140,7 @@ def kill_often(processes: Any, root: Path, folder: Path, command: Callable[[Path
     raise AssertionError(f"{cut} of {kills} kills hit a command at work, dice {seed}")
 
 
-@pytest.mark.parametrize("command", [harvest, train, sweep, index])
+@pytest.mark.parametrize("command", [harvest, train])
 def test_killed_a_few_times_and_resumed(processes: Any, material: Path, tmp_path: Path, command: Any) -> None:
     assert kill_often(processes, material, tmp_path, command, 4) > 0
 

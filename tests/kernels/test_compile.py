@@ -39,8 +39,11 @@ KERNELS = {
 }
 
 
+OLDER = {"cuda:80"}  # has more shared memory than gfx942 and less than cuda:90
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("target", [pytest.param(t, marks=[pytest.mark.minutes] * (t in OLDER)) for t in SHARED])
 def test_every_configuration_compiles(target: str) -> None:
     # Triton is either interpreted or compiled for the life of a process, so this needs one of its own.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
