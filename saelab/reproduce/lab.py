@@ -120,11 +120,10 @@ class Lab:
 
     def sae(self, spec: Spec) -> SAE:
         """Train the SAE of ``spec`` at the rate of its group, or load it if this folder has it."""
-        rate, folder, lead = self.rate(spec), self.folder / spec.name, self._lead(spec)
+        folder, lead = self.folder / spec.name, self._lead(spec)
         if self.scale.lr is None and spec == lead and not (folder / CONFIG).exists():
-            # It was trained when the rate was chosen.
-            folder = self._trial(lead, rate / self._default_rate(lead))
-        return self._trained(spec, rate, folder)
+            folder = self._trial(lead, self._factor(lead))  # it was trained when the rate was chosen
+        return self._trained(spec, self.rate(spec), folder)
 
     def rate(self, spec: Spec) -> float:
         """The learning rate of a spec: given, or the default one times the factor that suits its curve best.
@@ -132,8 +131,9 @@ class Lab:
         The factor is chosen by FVU on the validation rows, with one seed, at the middle budget; the default rate
         follows the budget. Up to two more factors are tried where the best is the smallest or the largest.
         """
-        if self.scale.lr is not None:
-            return self.scale.lr
+        return self._factor(spec) * self._default_rate(spec) if self.scale.lr is None else self.scale.lr
+
+    def _factor(self, spec: Spec) -> float:
         lead = self._lead(spec)
         path = self.folder / "rates" / f"{lead.group}.json"
         with damaged(path, "remove it; it is made again"):
@@ -151,7 +151,7 @@ class Lab:
             record["factor"] = min(found, key=found.__getitem__)
             write_json(path, record)
             self.log(f"{lead.group}: {record['factor']:g} times the default learning rate of {default:.2g}")
-        return record["factor"] * self._default_rate(spec)
+        return record["factor"]
 
     def _trial(self, lead: Spec, factor: float) -> Path:
         return self.folder / "rates" / lead.name / f"{factor:g}"

@@ -94,15 +94,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         seen[name] += 1
 
 
+def _place(call: Any) -> str | None:
+    return call.params.get("backend") or call.params.get("device")
+
+
 def _has_turns(call: Any) -> bool:
     """Whether a test is one of the interpreter's many cases."""
-    place = call.params.get("backend") or call.params.get("device")
-    return place == "triton" and call.params.get("name") in {*CASES} - BOTH_SIGNS
+    return _place(call) == "triton" and call.params.get("name") in {*CASES} - BOTH_SIGNS
 
 
 def _spared(call: Any) -> bool:
     """Whether a test is left out: on the pretended GPU devices are watched, not numbers."""
-    place = call and (call.params.get("backend") or call.params.get("device"))
+    place = call and _place(call)
     name = call and call.params.get("name", "ordinary")
     if place == "triton@pretended":
         return name != "ordinary"

@@ -31,9 +31,7 @@ class Effects:
     """Per prompt, over its tokens."""
 
     kl: Float[Tensor, " prompts"]  # mean KL(unsteered || steered) of the next-token distribution, nats
-    cross_entropy: Float[
-        Tensor, " prompts"
-    ]  # steered, of the text's own next tokens, mean, nats; NaN where it has none
+    cross_entropy: Float[Tensor, " prompts"]  # steered, of the text's own next tokens, mean, nats; NaN without one
     cross_entropy_before: Float[Tensor, " prompts"]
     mass: Float[Tensor, " prompts"]  # steered probability of a concept token next, mean
     mass_before: Float[Tensor, " prompts"]

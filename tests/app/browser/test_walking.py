@@ -16,12 +16,16 @@ def titled(page: Any, text: str) -> None:
     settle(page)
 
 
-def test_one_press_of_back_undoes_one_step(page: Any, address: str) -> None:
+def search_for_river(page: Any, address: str) -> None:
     page.goto(f"{address}/features?run=signed")
     titled(page, "Features")
     page.get_by_label("Search", exact=True).fill("river")
     page.keyboard.press("Enter")
     settle(page)
+
+
+def test_one_press_of_back_undoes_one_step(page: Any, address: str) -> None:
+    search_for_river(page, address)
     page.locator(".st-key-features_preview_open button").click()
     titled(page, "Latent #")
     first = page.url
@@ -47,11 +51,7 @@ def test_one_press_of_back_undoes_one_step(page: Any, address: str) -> None:
 
 
 def test_back_from_a_button_finds_the_page_as_it_was_left(page: Any, address: str) -> None:
-    page.goto(f"{address}/features?run=signed")
-    titled(page, "Features")
-    page.get_by_label("Search", exact=True).fill("river")
-    page.keyboard.press("Enter")
-    settle(page)
+    search_for_river(page, address)
     for row in ("2", "3"):
         page.locator(".st-key-read_down button").click()
         page.wait_for_url(re.compile(f"at={row}"))
