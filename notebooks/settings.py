@@ -25,7 +25,7 @@ SHIPPED = Path(os.environ.get("SAELAB_NOTEBOOK_CHECKPOINTS", Path(__file__).pare
 SHIPPED_AS = {} if QUICK else {"topk": "topk_16384"}  # where the folder is not called after the variant
 MODEL, HOOK = "smollm2", "blocks.9.hook_resid_post"
 TOKENS, CONTEXT = (3_000, 64) if QUICK else (200_000, 128)
-GRADIENT_TOKENS = 800 if QUICK else 30_000  # a backward pass each
+GRADIENT_TOKENS = 400 if QUICK else 30_000  # a backward pass each
 D_SAE, K = (192, 8) if QUICK else (4608, 32)
 SWEEP_D_SAE = 192 if QUICK else 1152
 TRAIN = TrainConfig(epochs=4, batch_size=256) if QUICK else TrainConfig()

@@ -14,6 +14,11 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+# Also for the processes that tests start. Threads that wait for one another in a loop stall where other tests have the
+# cores: a notebook took eight times the time with two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -28,6 +28,7 @@ class Way:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or the body of each answer waits 40 ms for the receipt of its head
 
             def log_message(self, format: str, *args: Any) -> None: ...
 

@@ -48,7 +48,6 @@ def kernel(work: Path) -> Iterator[AsyncKernelManager]:
         root = str(FOLDER.parent)
         patch.setenv("SAELAB_NOTEBOOK_QUICK", "1")
         patch.setenv("SAELAB_NOTEBOOK_FOLDER", str(work))
-        patch.setenv("OMP_NUM_THREADS", "2")
         patch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
         manager = AsyncKernelManager(client_class="jupyter_client.asynchronous.AsyncKernelClient")
         yield manager

@@ -267,7 +267,8 @@ with kernels.use_backend("numba"):
 assert list(config.THREADING_LAYER_PRIORITY) == before, config.THREADING_LAYER_PRIORITY
 assert torch.get_num_threads() == 1 or threading_layer() == "omp", threading_layer()
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr
 
 
