@@ -28,7 +28,7 @@ from saelab.files import LOCK
 PATIENCE = 300.0  # seconds for which a store that has answered before is asked again
 FIRST = 10.0  # the same for one that never answered: its address may be wrong
 SILENT = 20.0  # seconds without a byte after which a request is given up and repeated
-LONGEST = 30.0  # seconds between two attempts, at most
+SHORTEST, LONGEST = 0.5, 30.0  # seconds between two attempts: before the second, and at most
 BEAT = 15.0  # seconds between two signs of life of the process that holds a lock
 DEAD_AFTER = 4  # beats without a sign of life after which another process takes a lock over
 PACKAGES = {"s3": "saelab[s3]", "s3a": "saelab[s3]"}
@@ -78,7 +78,7 @@ class Store:
     def attempt(self, call: Callable[[], Any]) -> Any:
         """:meth:`ask` for any function that talks to the store."""
         known = f"{self.protocol}://{self.bucket}"
-        pause, until, told = 0.5, None, False
+        pause, until, told = SHORTEST, None, False
         while True:
             try:
                 found = call()

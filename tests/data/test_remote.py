@@ -29,6 +29,7 @@ D_IN = 5
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting between attempts."""
+    monkeypatch.setattr(stores, "SHORTEST", 0.01)
     monkeypatch.setattr(stores, "LONGEST", 0.01)
     monkeypatch.setattr(stores, "FIRST", 0.6)
 
