@@ -16,7 +16,7 @@ def test_a_few_users_at_once_see_no_error_and_one_that_is_there_is_noticed(folde
     for run in ("topk", "abs_topk"):
         shutil.copytree(folder / "runs" / run, tmp_path / run)
     with serve(tmp_path, str(folder / "model")) as (port, pid):
-        found = crowd(port, pid, 4, 0.1, ["topk", "abs_topk"], D_SAE, model=True)
+        found = crowd(port, pid, 4, 0.04, ["topk", "abs_topk"], D_SAE, model=True)
         assert not found.errors, found.errors[:5]
         assert len(found.seconds) >= 8
         table = tmp_path / "topk" / "features" / "features.parquet"

@@ -177,6 +177,7 @@ def test_numbers_of_tokens() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes  # training/test_rolling.py resumes a cut stream, training/test_resume.py a killed process
 def test_a_killed_process_resumes_to_the_same_bytes(there: Path) -> None:
     """SIGKILL, and SIGTERM, at moments of the machine's choosing."""
     cli.main(f"train {stream('whole')} {SAE}".split())

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from saelab.bench import distributed as bench
@@ -31,6 +30,7 @@ from saelab.sae.topk import TopK
 from saelab.sae.weights import load_sae
 from saelab.training import TrainConfig, fit_steps, n_steps
 from saelab.training.checkpoints import latest_step, load_step
+from tests.processes import run_processes
 
 D_IN, D_SAE, K = 16, 64, 2
 CONFIG = TrainConfig(epochs=2, batch_size=64, lr=3e-3, dead_after=70, k_aux=4, ema=0.9, grad_clip=0.05)
@@ -106,7 +106,6 @@ def keep_marks(folder: Path, cache_path: str, parallel: Parallel) -> list[int]:
 
 def worker(rank: int, ports: list[int], folder: str, cache_path: str) -> None:
     """All that four processes are asked, and then two of them, in one start."""
-    torch.set_num_threads(1)
     root, mutual_choice.REFIT = Path(folder), REFIT
     enter(rank, 4, ports[0])
     for variant, size, dict_ranks in CASES:
@@ -185,9 +184,7 @@ def runs(cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Pa
             first.bind(("127.0.0.1", 0))
             second.bind(("127.0.0.1", 0))
             ports = [first.getsockname()[1], second.getsockname()[1]]
-        # A test of the app in the same process leaves the app as __main__, which spawned processes would run again.
-        patch.setitem(sys.modules, "__main__", ModuleType("__main__"))
-        mp.spawn(worker, (ports, str(root), cache.path), nprocs=4)
+        run_processes(worker, (ports, str(root), cache.path), 4)
         train_into(root / "by-one", cache.path, "topk", SINGLE)
         for name in ("uneven", "uneven-single"):
             train_into(root / name, cache.path, "topk", SINGLE, d_sae=UNEVEN)

@@ -6,15 +6,12 @@ import json
 import os
 import shlex
 import socket
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.distributed.tensor.debug import CommDebugMode
 
 from saelab.cli import main
@@ -23,6 +20,7 @@ from saelab.distributed.plan import Machine, Work, collectives, layouts, plan, t
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.world import end_world, start_world
 from saelab.training import TrainConfig, train_steps
+from tests.processes import run_processes
 
 MILLION = Work()  # the defaults: 2**20 latents of width 4096, 64 of them for each of 131,072 tokens
 
@@ -169,7 +167,6 @@ def tensors(value: object) -> list[torch.Tensor]:
 
 def count(rank: int, port: int, folder: str) -> None:
     """One process of four: the bytes of one step in every layout, without and with dead latents."""
-    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     cache = ActivationCache(Path(folder) / "cache")
     for dict_ranks in (1, 2, 4):
@@ -190,16 +187,14 @@ def count(rank: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_planned_bytes_are_those_that_torch_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planned_bytes_are_those_that_torch_counts(tmp_path: Path) -> None:
     """By kind of collective, on gloo, within 2 %."""
-    # A test of the app in the same process leaves the app as __main__, which spawned processes would run again.
-    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
     acts = torch.randn(4 * BATCH, D_IN, generator=torch.Generator().manual_seed(0))
     ActivationCache.from_tensors(tmp_path / "cache", acts, held_out=0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(count, (port, str(tmp_path)), nprocs=4)
+    run_processes(count, (port, str(tmp_path)), 4)
     for path in sorted(tmp_path.glob("*.json")):
         _, ranks, variant, dead = path.stem.split("-")
         work = Work(D_IN, D_SAE, K, BATCH, k_aux=K_AUX, dead=0.3 if dead == "True" else 0.0)

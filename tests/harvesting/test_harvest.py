@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,6 +23,7 @@ from saelab.harvesting import HarvestConfig, Share, harvest, harvest_many
 from saelab.harvesting.activations import Reader
 from saelab.lm import load_model, locate
 from tests import tiny_lm
+from tests.processes import run_processes
 
 HOOK = "blocks.2.hook_resid_post"
 TEXT = from_documents([tiny_lm.sentences(120, seed) for seed in range(6)])
@@ -123,7 +122,6 @@ def harvest_together(rank: int, size: int, root: str, last: int) -> None:
     """What each of several processes does; with ``last`` it dies once it has written so many shards."""
     from saelab.data.cache.storage import Folder
 
-    torch.set_num_threads(1)
     model = load_model(Path(root) / "llama", device="cpu")
     write, written = Folder.write, 0
 
@@ -147,17 +145,16 @@ def harvest_together(rank: int, size: int, root: str, last: int) -> None:
     dist.destroy_process_group()
 
 
-def test_several_processes_write_the_cache_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # spawned processes run it again
+def test_several_processes_write_the_cache_of_one(tmp_path: Path) -> None:
     model = load_model(tiny_lm.save_llama(tmp_path / "llama"), device="cpu")
     options = config(gradients=True, dtype="float16", shard_bytes=SETTINGS["shard_bytes"] // 2)
     harvest_many(model, [HOOK, "blocks.1.hook_mlp_out"], TEXT, tmp_path / "whole", options)
     shards = len(ActivationCache(tmp_path / "whole" / HOOK).manifest.shards)
     with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):
-        mp.spawn(harvest_together, (3, str(tmp_path), 3), nprocs=3)  # dies between two hooks' shards
+        run_processes(harvest_together, (3, str(tmp_path), 3), 3)  # dies between two hooks' shards
     begun = {p.name for p in (tmp_path / "many" / "blocks.1.hook_mlp_out").glob("*")}
     assert 0 < sum(name.startswith("shard") for name in begun) < shards and "manifest.json" not in begun
-    mp.spawn(harvest_together, (2, str(tmp_path), -1), nprocs=2)  # resumed by another number of processes
+    run_processes(harvest_together, (2, str(tmp_path), -1), 2)  # resumed by another number of processes
     assert files(tmp_path / "many") == files(tmp_path / "whole")
 
 

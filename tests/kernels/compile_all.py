@@ -1,6 +1,7 @@
 """Compile every Triton kernel in every configuration in use, for GPUs that need not be there; print a JSON line each.
 
-Run in a process of its own, without TRITON_INTERPRET: ``python compile_all.py cuda:80 hip:gfx942``.
+Run in a process of its own, without TRITON_INTERPRET: ``python compile_all.py cuda:80 hip:gfx942``. With ``--largest``
+only for the largest shape, which takes the most registers and shared memory.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def signature(kernel, constants: dict[str, int | bool], load: str) -> dict[str, 
     return types
 
 
-def configurations(loads: list[str]):
-    """``(label, kernel, constants, num_warps, load type)`` of everything that the shapes above launch."""
+def configurations(loads: list[str], sizes: list[tuple[int, int, int, int]]):
+    """``(label, kernel, constants, num_warps, load type)`` of everything that these shapes launch."""
     seen = set()
-    for n, d_in, d_sae, k in SHAPES:
+    for n, d_in, d_sae, k in sizes:
         size = shapes.group_size(d_sae)
         n_groups = -(-d_sae // size)
         found = [
@@ -149,12 +150,14 @@ def spills_of(compiled, target: GPUTarget) -> int:
     return sum(int(found) for found in re.findall(r"(\d+) bytes spill stores", report))
 
 
-def main(names: list[str]) -> None:
-    for name in names:
+def main(arguments: list[str]) -> None:
+    largest = "--largest" in arguments
+    for name in [argument for argument in arguments if argument != "--largest"]:
         backend, arch = name.split(":")
         target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
         # What is loaded is cast at once, so the type matters little; one target tries both.
-        for label, kernel, constants, warps, load in configurations(["fp32", "bf16"] if arch == "90" else ["fp32"]):
+        loads = ["fp32", "bf16"] if arch == "90" and not largest else ["fp32"]
+        for label, kernel, constants, warps, load in configurations(loads, SHAPES[-1:] if largest else SHAPES):
             source = ASTSource(kernel, signature(kernel, constants, load), constants)
             compiled = triton.compile(source, target=target, options={"num_warps": warps})
             line = {"target": name, "kernel": kernel.__name__, "label": label, **constants, "num_warps": warps}

@@ -39,16 +39,23 @@ KERNELS = {
 }
 
 
-OLDER = {"cuda:80"}  # has more shared memory than gfx942 and less than cuda:90
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [pytest.param(t, marks=[pytest.mark.minutes] * (t in OLDER)) for t in SHARED])
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])  # the third has more shared memory than one of them
+def test_the_largest_configurations_compile(target: str) -> None:
+    check(target, "--largest")
+
+
+@pytest.mark.minutes
+@pytest.mark.parametrize("target", SHARED)
 def test_every_configuration_compiles(target: str) -> None:
+    check(target)
+
+
+def check(target: str, *options: str) -> None:
     # Triton is either interpreted or compiled for the life of a process, so this needs one of its own.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(HERE / "compile_all.py"), target]
+    command = [sys.executable, str(HERE / "compile_all.py"), target, *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

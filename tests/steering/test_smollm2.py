@@ -16,7 +16,7 @@ from saelab.steering import Add, Clamp, Intervention, Recipe, Run, Scale, Steeri
 from saelab.steering.directions import difference_of_means
 
 pytestmark = pytest.mark.smollm2
-HOOK, NEW = "blocks.9.hook_resid_post", 5
+HOOK, NEW = "blocks.9.hook_resid_post", 4
 PROMPTS = ["The weather today is", "My favourite recipe starts with a bowl of"]
 
 
@@ -40,14 +40,13 @@ def run() -> Run:
 
 def steering(name: str, vector: SteeringVector, run: Run) -> list[Intervention]:
     return {
-        "unsteered": [],
         "add": [Add(vector, "0.8norm")],
         "add_generated": [Add(vector, "1norm", where="generated")],
         "sae": [Clamp(run, 100, 60.0), Scale(run, 7, 3.0)],
     }[name]
 
 
-@pytest.mark.parametrize("name", ["unsteered", "add", "add_generated", "sae"])
+@pytest.mark.parametrize("name", ["add", "add_generated", "sae"])
 def test_every_way_of_generating_writes_the_same_tokens(
     name: str, model: Any, vector: SteeringVector, run: Run
 ) -> None:
@@ -55,8 +54,7 @@ def test_every_way_of_generating_writes_the_same_tokens(
     ids, mask = tokenize(model.tokenizer, PROMPTS)
     expected = generate_tokens(model, ids, mask, interventions, **options)
     assert all(len(set(row)) > 2 for row in expected), "a loop of dashes is what a lost cache writes"
-    if interventions:
-        assert expected != generate_tokens(model, ids, mask, **options)
+    assert expected != generate_tokens(model, ids, mask, **options)
     assert expected == generate_tokens(model, ids, mask, interventions, use_cache=False, **options)
     for row, prompt in enumerate(PROMPTS):
         alone, _ = tokenize(model.tokenizer, prompt)
