@@ -40,6 +40,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def flag(config: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:
+    """A setting that is true or false; null counts as false. UserError for text such as "false"."""
+    value = config.get(name, default)
+    if value not in (True, False, None):
+        raise UserError(f"{path}: {name}={value!r} is neither true nor false; correct it")
+    return bool(value)
+
+
+def above_zero(threshold: Tensor) -> Tensor:
+    """The threshold of ``ReLU(u) * 1[u > threshold]`` for a JumpReLU without a ReLU of its own."""
+    return threshold.clamp_min(0)
+
+
 def read_tensors(path: Path) -> dict[str, Any]:
     """The tensors of a safetensors, ``.npz`` or torch file; a torch file may hold plain values beside them.
 

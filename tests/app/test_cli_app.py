@@ -68,6 +68,11 @@ def test_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
             prepare(Options(tmp_path, port=port))
 
 
+def test_refuses_a_device_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="device 'meta' is not available here"):
+        prepare(Options(tmp_path, device="meta"))
+
+
 def test_the_shipped_saes_are_shown_until_there_is_a_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert default_folder() == shipped.checkpoints()

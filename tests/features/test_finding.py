@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.features import FeatureIndex, IndexConfig, build_index
 from saelab.features.explanations import Explanation, JudgeScore
 from saelab.features.explanations.interpretation import save
 from saelab.features.finding import Finder, Query, find_in, read_query
+from saelab.shipped import checkpoints
 from tests.features.lookup import Lookup
 
 NAMES = [" sea", " re", "search", " war", " world", " rain", " b", "rain", " music", " song", " melody", ",", " boat"]
@@ -165,3 +167,11 @@ def test_an_index_of_the_first_release_is_searched_by_its_tokens() -> None:
         share[text.strip().lower()] += count / row["count"]
     own = found[found["latent"] == row["latent"]]["share"].iloc[0]
     assert own == pytest.approx(share[token.strip().lower()], rel=1e-4) and np.isfinite(found["score"]).all()
+
+
+def test_the_command_names_its_numbers_and_the_sae(capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(checkpoints() / "abs_topk")
+    main(["find", "the", run, "--count", "3"])
+    said = capsys.readouterr()
+    assert f"{run}: " in said.err and "dense latents are hidden" in said.err
+    assert all("fires on " in line and "%" in line for line in said.out.splitlines())

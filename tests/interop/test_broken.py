@@ -240,3 +240,50 @@ def test_inspect_points_at_oddities(tmp_path: Path) -> None:
         "the hook point is not recorded",
         "1 latents are dead by collapsed encoders",
     ]
+
+
+def by_hand(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    """SAELens' two files as somebody writes them."""
+    metadata = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post", **dict(config.pop("metadata", {}))}  # pyright: ignore
+    whole = {"architecture": "topk", "k": 4, "d_in": D_IN, "d_sae": D_SAE, "metadata": metadata, **config}
+    (folder / "cfg.json").write_text(json.dumps({name: value for name, value in whole.items() if value != "none here"}))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "sae_weights.safetensors")
+    return folder
+
+
+def four() -> dict[str, torch.Tensor]:
+    return {name: value.detach() for name, value in example("topk").named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["apply_b_dec_to_input", "rescale_acts_by_decoder_norm"])
+def test_a_setting_written_as_text_is_not_taken_for_true(name: str, tmp_path: Path) -> None:
+    refused(by_hand(tmp_path, four(), **{name: "false"}), f"{name}='false' is neither true nor false")
+
+
+@pytest.mark.parametrize("metadata", [{"prepend_bos": "no"}, {"hook_name": 3}, {"model_name": ["gpt2"]}])
+def test_metadata_of_another_kind(metadata: dict[str, object], tmp_path: Path) -> None:
+    refused(by_hand(tmp_path, four(), metadata=metadata), "neither true nor false|is no text")
+
+
+def test_an_saelens_folder_written_by_hand(tmp_path: Path) -> None:
+    by_hand(tmp_path, four(), metadata={"prepend_bos": None})
+    assert not [note for note in inspect(tmp_path)["notes"] if "flat layout" in note]
+    refused(by_hand(tmp_path, four(), architecture="none here"), "k and no architecture")
+
+
+def test_a_threshold_below_zero_lets_nothing_negative_through(tmp_path: Path) -> None:
+    tensors = {**four(), "threshold": torch.linspace(-1, 1, D_SAE)}
+    x = torch.randn(64, D_IN, generator=torch.Generator().manual_seed(1))
+    pre = (x - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
+    expected = pre.relu() * (pre > tensors["threshold"])
+    sae = load(by_hand(tmp_path, tensors, architecture="jumprelu"))
+    assert (sae.encode(x).dense() - expected).abs().max() < 1e-5
+    gemma = tmp_path / "params.safetensors"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, gemma)
+    (tmp_path / "cfg.json").unlink()
+    pre = x @ tensors["W_enc"] + tensors["b_enc"]
+    expected = pre.relu() * (pre > tensors["threshold"])
+    assert (load(gemma, is_sae=True).encode(x).dense() - expected).abs().max() < 1e-5
+    torch.save(tensors, tmp_path / "ae.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "JumpReluAutoEncoder"}}))
+    assert (load(tmp_path / "ae.pt").encode(x).dense() - expected).abs().max() < 1e-5

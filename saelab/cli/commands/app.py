@@ -22,6 +22,7 @@ from saelab import shipped
 from saelab.cli.console import console, parse
 from saelab.cli.models import ModelOptions
 from saelab.copies import pull_tree
+from saelab.devices import pick_device
 from saelab.errors import UserError
 from saelab.features.explanations import ChatClient
 from saelab.files import url_of
@@ -112,6 +113,7 @@ def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
         )
     if not 0 < options.port < 1 << 16:
         raise UserError(f"port {options.port} is no TCP port; give one from 1024 to 65535")
+    pick_device(options.device)  # refused here, before a page needs the model
     if importlib.util.find_spec("streamlit") is None:
         raise UserError("the app needs streamlit; install it with: pip install 'saelab[app]'")
     open_to_others = not is_loopback(options.host)

@@ -65,7 +65,7 @@ def main(args: Sequence[str]) -> None:
     models: dict[tuple[str | None, ...], Any] = {}  # several SAEs may be of one model
     by_text = read_query(options.query).kind == "text" or options.contrast is not None
     parts = [
-        (by_example(run, options, models) if by_text else by_words(run, options)).assign(SAE=name)
+        (by_example(run, options, models) if by_text else by_words(run, name, options)).assign(SAE=name)
         for name, run in runs.items()
     ]
     found: Any = pd.concat(parts, ignore_index=True)
@@ -94,7 +94,7 @@ def opened(places: Sequence[Path]) -> dict[str, Run]:
     return found
 
 
-def by_words(run: Run, options: Options) -> pd.DataFrame:
+def by_words(run: Run, name: str, options: Options) -> pd.DataFrame:
     """The best rows of one SAE for words or a number."""
     assert run.index is not None
     finder = Finder(run.index)
@@ -105,12 +105,12 @@ def by_words(run: Run, options: Options) -> pd.DataFrame:
     if not options.dense:
         hidden = (found["density"] > DENSE) & ~(found["score"] == float("inf"))
         if hidden.any():
-            console.print(f"{run.name}: {int(hidden.sum())} dense latents are hidden; --dense shows them", markup=False)
+            console.print(f"{name}: {int(hidden.sum())} dense latents are hidden; --dense shows them", markup=False)
         found = found[~hidden]
     found = found.head(options.count)
     if options.related:
         close, near = finder.related(options.query, options.count)
-        console.print(f"{run.name}: close words: {', '.join(near) or 'none'}", markup=False)
+        console.print(f"{name}: close words: {', '.join(near) or 'none'}", markup=False)
         found = pd.concat([found, close[~close.index.isin(found.index)].assign(score=-1.0)])
     return found
 
@@ -156,7 +156,7 @@ def _cell(name: str, value: Any) -> str:
     if name == "pole":
         return "+" if value > 0 else "-"
     if name == "density":
-        return f"{value:.1e}"
+        return f"fires on {100 * value:.2g}%"
     if isinstance(value, float):
         return f"{name.removeprefix('label_')} {value:5.2f}" if value == value else f"no {name.removeprefix('label_')}"
     return str(value)

@@ -15,7 +15,7 @@ from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register, subtracting_bias
 from saelab.interop.origin import Origin
-from saelab.interop.reading import checked, matrix_shape, read_json, read_tensors, tensor_names
+from saelab.interop.reading import above_zero, checked, matrix_shape, read_json, read_tensors, tensor_names
 from saelab.lm.hook_names import layer_of
 from saelab.sae.inference import InferenceForm
 
@@ -151,6 +151,7 @@ def _matryoshka(raw: dict[str, Any], file: Path) -> Foreign:
 def _jump_relu(raw: dict[str, Any], file: Path) -> Foreign:
     tensors = _own_names(raw, file)
     threshold = checked(raw, {"threshold": tuple(tensors["b_enc"].shape)}, file)["threshold"]
+    threshold = above_zero(threshold)  # its trainer may push it below
     return Foreign("dictionary_learning", "jump_relu", threshold=threshold, subtracts_b_dec=False, **tensors)
 
 

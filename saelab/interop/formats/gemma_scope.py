@@ -11,7 +11,7 @@ from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.origin import Origin
-from saelab.interop.reading import checked, has_tensors, matrix_shape, read_json, read_tensors, split_files
+from saelab.interop.reading import above_zero, checked, has_tensors, matrix_shape, read_json, read_tensors, split_files
 
 SKIP = "affine_skip_connection"
 FILES = ("params.npz", "params.safetensors")
@@ -55,6 +55,7 @@ def read(path: Path) -> Foreign:
         **({SKIP: (d_in, d_in)} if transcodes and SKIP in raw else {}),
     }
     tensors = checked(raw, shapes, file)
+    tensors["threshold"] = above_zero(tensors["threshold"])
     if unused := sorted(raw.keys() - shapes.keys()):
         raise UserError(f"{file} holds {', '.join(unused)}, which no SAE of Gemma Scope has; get the file again")
     if config.get("hf_hook_point_in") and "hook_name" not in metadata:

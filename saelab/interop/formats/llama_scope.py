@@ -10,7 +10,7 @@ from saelab.errors import UserError
 from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
-from saelab.interop.reading import read_json, read_linear, read_tensors, split_files
+from saelab.interop.reading import flag, read_json, read_linear, read_tensors, split_files
 
 
 def sniff(path: Path) -> bool:
@@ -43,13 +43,13 @@ def read(path: Path) -> Foreign:
     # Published weights act on scaled inputs; SAELens scales the threshold, so it is stored for raw units times scale.
     levels = torch.full((d_sae,), threshold * scale)
     scale_out = tensors["W_dec"].shape[1] ** 0.5 / norm_out
-    if config.get("sparsity_include_decoder_norm"):  # a latent fires where u * |d| exceeds the threshold
+    if flag(config, "sparsity_include_decoder_norm", False, path):  # a latent fires where u * |d| exceeds the threshold
         levels = levels / tensors["W_dec"].norm(dim=1).clamp_min(torch.finfo(levels.dtype).tiny)
     return Foreign(
         format="llama_scope",
         architecture="jump_relu",
         threshold=levels,
-        subtracts_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
+        subtracts_b_dec=flag(config, "apply_decoder_bias_to_pre_encoder", False, path),
         input_scale=scale,
         transcodes=transcodes,
         output_scale=scale_out,

@@ -11,7 +11,16 @@ from saelab.errors import UserError
 from saelab.interop import kind, normalisation
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
-from saelab.interop.reading import checked, has_tensors, matrix_shape, read_json, read_linear, read_tensors, split_files
+from saelab.interop.reading import (
+    checked,
+    flag,
+    has_tensors,
+    matrix_shape,
+    read_json,
+    read_linear,
+    read_tensors,
+    split_files,
+)
 
 NORM = "dataset_average_activation_norm."  # followed by the hook point: a scalar in the weights
 THRESHOLD = "log_jumprelu_threshold"  # possibly behind the name of a module
@@ -47,7 +56,7 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
         format="llamascopium",
         architecture=ACTIVATIONS[act],
         k=config.get("top_k"),
-        subtracts_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
+        subtracts_b_dec=flag(config, "apply_decoder_bias_to_pre_encoder", False, path),
         transcodes=transcodes,
         metadata={"hook_name": ends[0], **({"hook_name_out": ends[1]} if transcodes else {})},
         **tensors,
@@ -65,14 +74,14 @@ def _tensors(raw: dict[str, Any], config: dict[str, Any], file: Path, transcodes
     d_in, d_sae = matrix_shape(raw, "W_enc", file)
     d_out = matrix_shape(raw, "W_dec", file)[1] if transcodes else d_in
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": (d_sae,)}
-    if config.get("use_decoder_bias", True):
+    if flag(config, "use_decoder_bias", True, file):
         return checked(raw, {**shapes, "b_dec": (d_out,)}, file)
     return {**checked(raw, shapes, file), "b_dec": torch.zeros(d_out)}
 
 
 def _select(foreign: Foreign, config: dict[str, Any], raw: dict[str, Any], file: Path) -> None:
     """The threshold, and selection by ``u * |d|``; values are ``u``, so dictionary and biases stay as they are."""
-    by_norm = bool(config.get("sparsity_include_decoder_norm", True))
+    by_norm = flag(config, "sparsity_include_decoder_norm", True, file)
     norms = foreign.W_dec.norm(dim=1) if by_norm else torch.ones(foreign.d_sae)
     if foreign.architecture == "jump_relu":
         name = next((str(name) for name in raw if str(name).endswith(THRESHOLD)), THRESHOLD)

@@ -13,7 +13,7 @@ from saelab.files import write_json, write_tensors
 from saelab.interop import collections, kind, normalisation
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
-from saelab.interop.reading import checked, has_tensors, read_json, read_tensors, split_files
+from saelab.interop.reading import above_zero, checked, flag, has_tensors, read_json, read_tensors, split_files
 from saelab.sae.inference import TRANSCODERS, InferenceForm
 from saelab.sae.weights import SAELENS_VERSION
 
@@ -59,7 +59,7 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
         config = _from_flat(config)
         notes.append("configuration in the flat layout from before SAELens 6")
     architecture = _architecture(config, path)
-    metadata = dict(config.get("metadata", {}))
+    metadata = _metadata(config, path)
     d_in, d_sae = _width(config, "d_in", path), _width(config, "d_sae", path)
     raw = read_tensors(path / "sae_weights.safetensors")
     transcodes, name = architecture in TARGETS, architecture
@@ -75,13 +75,13 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
         W_enc=tensors.get("W_enc"),
         b_enc=tensors.get("b_gate" if architecture == "gated" else "b_enc"),
         k=config.get("k"),
-        threshold=tensors.get("threshold"),
+        threshold=above_zero(tensors["threshold"]) if "threshold" in tensors else None,
         r_mag=tensors.get("r_mag"),
         b_mag=tensors.get("b_mag"),
-        subtracts_b_dec=not transcodes and bool(config.get("apply_b_dec_to_input", True)),
+        subtracts_b_dec=not transcodes and flag(config, "apply_b_dec_to_input", True, path),
         transcodes=transcodes,
         W_skip=tensors.get("W_skip"),
-        rescale_by_decoder_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
+        rescale_by_decoder_norm=flag(config, "rescale_acts_by_decoder_norm", False, path),
         metadata=metadata,
         notes=notes + _notes(config, metadata),
     )
@@ -91,7 +91,7 @@ def read(path: Path, input_scale: float | None = None) -> Foreign:
         foreign.threshold = _training_threshold(raw, d_sae, path)
         foreign.notes.append(f"a {architecture} training checkpoint: its running threshold is used, as at inference")
     if architecture == "matching_pursuit":
-        foreign.pursuit = _pursuit(config)
+        foreign.pursuit = _pursuit(config, path)
         foreign.subtracts_b_dec = foreign.pursuit["use_b_dec"]
     _scale_latents(foreign, config, raw, path)
     _normalise(foreign, config, path, input_scale)
@@ -112,6 +112,8 @@ def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int, skip: bool) ->
 
 def _architecture(config: dict[str, Any], path: Path) -> str:
     """SAELens' name of the architecture; UserError for what is no SAE, or has an activation function of its own."""
+    if "architecture" not in config and config.get("k") is not None:
+        raise UserError(f'{path / "cfg.json"} has k and no architecture; add it, such as "architecture": "topk"')
     architecture, metadata = str(config.get("architecture", "standard")), config.get("metadata", {})
     if architecture == "temporal":
         kind.refuse(path, "temporal SAE", f"its architecture is {architecture}")
@@ -131,6 +133,17 @@ def _architecture(config: dict[str, Any], path: Path) -> str:
     if config.get("activation_fn", "relu") not in {"relu", "topk", None}:
         raise UserError(f"{path}: activation {config['activation_fn']!r} has no counterpart here; relu and topk have")
     return architecture
+
+
+def _metadata(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What is known of the origin, without nulls; UserError for a name that is no text."""
+    known = {name: value for name, value in config.get("metadata", {}).items() if value is not None}
+    for name in ("model_name", "hook_name", "hook_name_out", "hf_hook_name"):
+        if not isinstance(known.get(name, ""), str):
+            raise UserError(f"{path / 'cfg.json'}: {name}={known[name]!r} is no text; correct it")
+    if "prepend_bos" in known:
+        flag(known, "prepend_bos", True, path / "cfg.json")
+    return known
 
 
 def _notes(config: dict[str, Any], metadata: dict[str, Any]) -> list[str]:
@@ -221,7 +234,7 @@ def _whiten(foreign: Foreign, path: Path) -> None:
 
 def _is_flat(config: dict[str, Any]) -> bool:
     version = config.get("sae_lens_version") or config.get("metadata", {}).get("sae_lens_version")
-    return not version or int(str(version).split(".")[0]) < 6
+    return "metadata" not in config if not version else int(str(version).split(".")[0]) < 6
 
 
 def _from_flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -252,12 +265,12 @@ def _training_threshold(raw: dict[str, Any], d_sae: int, path: Path) -> torch.Te
     return torch.full((d_sae,), float(value))
 
 
-def _pursuit(config: dict[str, Any]) -> dict[str, Any]:
+def _pursuit(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return {
         "n_steps": config.get("max_iterations") or config["d_in"],
         "residual_stop": float(config.get("residual_threshold", 0.01)),
-        "stop_on_repeat": bool(config.get("stop_on_duplicate_support", True)),
-        "use_b_dec": bool(config.get("apply_b_dec_to_input", True)),
+        "stop_on_repeat": flag(config, "stop_on_duplicate_support", True, path),
+        "use_b_dec": flag(config, "apply_b_dec_to_input", True, path),
     }
 
 

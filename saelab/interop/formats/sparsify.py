@@ -11,7 +11,7 @@ from saelab.files import write_json, write_tensors
 from saelab.interop import kind
 from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register, subtracting_bias
-from saelab.interop.reading import checked, has_tensors, matrix_shape, read_json, read_tensors, split_files
+from saelab.interop.reading import checked, flag, has_tensors, matrix_shape, read_json, read_tensors, split_files
 from saelab.sae.inference import InferenceForm
 
 
@@ -26,8 +26,9 @@ def read(path: Path) -> Foreign:
     The default configuration stores ``num_latents: 0``, so widths are read off the tensors.
     """
     config, origin = read_json(path / "cfg.json"), path / "sae.safetensors"
-    transcodes = bool(config.get("transcode"))
-    if config.get("skip_connection") and not transcodes:
+    transcodes = flag(config, "transcode", False, path)
+    skips = flag(config, "skip_connection", False, path)
+    if skips and not transcodes:
         raise UserError(f"{path}: skip_connection=true without transcode=true has no counterpart here")
     if config.get("transcode") is None:  # from before sparsify trained transcoders, or by hand
         kind.check_names(path)
@@ -36,7 +37,7 @@ def read(path: Path) -> Foreign:
     raw = read_tensors(origin)
     d_sae, d_in = matrix_shape(raw, "W_dec", origin)
     shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    if config.get("skip_connection"):
+    if skips:
         shapes["W_skip"] = (d_in, d_in)
     tensors = checked(raw, shapes, origin)
     notes = []
@@ -44,7 +45,7 @@ def read(path: Path) -> Foreign:
         notes.append("num_latents is 0 in its configuration; the width is read off the weights")
     return Foreign(
         format="sparsify",
-        architecture="abs_topk" if config.get("signed") else "topk",
+        architecture="abs_topk" if flag(config, "signed", False, path) else "topk",
         W_enc=tensors["encoder.weight"].T,
         b_enc=tensors["encoder.bias"],
         W_dec=tensors["W_dec"],
