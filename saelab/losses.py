@@ -64,18 +64,22 @@ def auxk(
     error: Float[Tensor, "n d_out"],
     latents: Int[Tensor, " m"] | Subset,
     k_aux: int,
+    through: bool = False,
 ) -> Float[Tensor, ""]:
     """How much of the residual the given latents could explain (AuxK; Gao et al., 2024, appendix A.2).
 
     ``sum ||e - e_hat||^2 / sum ||e - mean(e)||^2`` with ``e = stop_grad(x - recon)`` and ``e_hat`` the decoding,
     without bias, of the ``k_aux`` largest pre-activations (magnitudes for signed SAEs) among ``latents``. Only their
     pre-activations are computed. A residual of zero gives 0, and so do latents of which none is active.
+
+    With ``through`` the gradient passes the rectifier of the chosen latents as if it were not there: a latent whose
+    pre-activations are all negative can then come back. In the paper's form it has no gradient.
     """
     rows, error = latents if isinstance(latents, Subset) else Subset.of(sae, latents), error.detach()
     # b_dec gets no gradient from this loss.
     centred = x if sae.b_in is None else x - sae.b_in.detach()
     k = min(k_aux, rows.latents.numel())
-    squares = kernels.explain(centred, error, rows.W_enc, rows.b_enc, rows.W_dec, k, sae.signed, rows.active)
+    squares = kernels.explain(centred, error, rows.W_enc, rows.b_enc, rows.W_dec, k, sae.signed, rows.active, through)
     loss = relative(squares, (error - error.mean(dim=0)).square().sum())
     return loss if rows.active is None else torch.where(rows.active.any(), loss, 0.0)
 

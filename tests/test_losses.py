@@ -28,7 +28,7 @@ def sae_and_error(name: str, **config) -> tuple[LinearSAE, Tensor, Tensor]:
     return sae, x, x - sae(x)
 
 
-def naive_auxk(sae: LinearSAE, x: Tensor, error: Tensor, dead: Tensor, k_aux: int) -> Tensor:
+def naive_auxk(sae: LinearSAE, x: Tensor, error: Tensor, dead: Tensor, k_aux: int, through: bool = False) -> Tensor:
     """As in the reference trainer: the dead pre-activations, the rest masked out, dense."""
     b_in = sae.b_dec.detach() if sae.b_in is not None else 0.0
     u = (x - b_in) @ sae.W_enc + sae.b_enc
@@ -37,6 +37,8 @@ def naive_auxk(sae: LinearSAE, x: Tensor, error: Tensor, dead: Tensor, k_aux: in
     key = (u.abs() if sae.signed else u).masked_fill(~mask, -torch.inf)
     chosen = torch.zeros_like(u).scatter(1, key.topk(k_aux).indices, 1.0)
     acts = u * chosen if sae.signed else (u * chosen).relu()
+    if through:
+        acts = u * chosen - ((u * chosen).detach() - acts.detach())  # the values of the code, the gradient of u
     target = error.detach()
     return ((acts @ sae.W_dec - target).square().mean()) / (target - target.mean(0)).square().mean()
 
@@ -44,15 +46,15 @@ def naive_auxk(sae: LinearSAE, x: Tensor, error: Tensor, dead: Tensor, k_aux: in
 @pytest.mark.parametrize(
     ("name", "config"), [("topk", {}), ("abs_topk", {}), ("abs_topk", {"apply_b_dec_to_input": False})]
 )
-@pytest.mark.parametrize("k_aux", [1, 4])
-def test_auxk_and_its_gradient(name: str, config: dict, k_aux: int) -> None:
+@pytest.mark.parametrize(("k_aux", "through"), [(1, False), (4, False), (1, True), (4, True)])
+def test_auxk_and_its_gradient(name: str, config: dict, k_aux: int, through: bool) -> None:
     sae, x, error = sae_and_error(name, **config)
     dead = torch.tensor([1, 4, 5, 11, 17, 29])
-    loss = losses.auxk(sae, x, error, dead, k_aux)
+    loss = losses.auxk(sae, x, error, dead, k_aux, through)
     loss.backward()
     found = {key: None if p.grad is None else p.grad.clone() for key, p in sae.named_parameters()}
     sae.zero_grad()
-    expected = naive_auxk(sae, x, error, dead, k_aux)
+    expected = naive_auxk(sae, x, error, dead, k_aux, through)
     expected.backward()
     torch.testing.assert_close(loss, expected)
     assert found.pop("b_dec") is None, "the residual has no bias: the loss may not move it"
@@ -62,6 +64,26 @@ def test_auxk_and_its_gradient(name: str, config: dict, k_aux: int) -> None:
         untouched[dead] = False
         rows = grad.T if key == "W_enc" else grad
         assert (rows[untouched] == 0).all(), f"{key} of live latents is trained by AuxK"
+
+
+def test_a_latent_that_is_negative_everywhere_has_a_gradient_straight_through() -> None:
+    """Upwards where its direction would explain the residual, none in the paper's form; its decoder row stays."""
+    sae, x, error = sae_and_error("topk")
+    dead = torch.tensor([1, 4])
+    with torch.no_grad():
+        sae.b_enc[dead] = -100.0
+    rows = losses.Subset.copied(sae, dead)
+    loss = losses.auxk(sae, x, error, rows, 2, through=True)
+    loss.backward()
+    assert rows.W_enc.grad is not None and rows.b_enc.grad is not None and rows.W_dec.grad is not None
+    wanted = -2 * (error @ sae.W_dec[dead].T) / (error - error.mean(0)).square().sum()
+    torch.testing.assert_close(rows.b_enc.grad, wanted.sum(0).detach())
+    torch.testing.assert_close(rows.W_enc.grad, (wanted.T @ (x - sae.b_dec)).detach())
+    assert (rows.W_dec.grad == 0).all()
+    stopped = losses.Subset.copied(sae, dead)
+    same = losses.auxk(sae, x, error, stopped, 2)
+    same.backward()
+    assert same == loss and (stopped.b_enc.grad == 0).all()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_auxk_takes_what_there_is_and_survives_a_perfect_reconstruction() -> None:
@@ -108,9 +130,9 @@ def noisy(name: str, **config) -> tuple[LinearSAE, Tensor, Tensor]:
 
 @pytest.mark.parametrize("backend", ["numba", "reference", "triton"])
 @pytest.mark.parametrize("k_aux", [2, 5, 64])
-@pytest.mark.parametrize("name", ["topk", "abs_topk"])
+@pytest.mark.parametrize(("name", "through"), [("topk", False), ("topk", True), ("abs_topk", True)])
 def test_dense_and_sparse_forms_of_auxk_give_the_float64_loss(
-    backend: str, k_aux: int, name: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, k_aux: int, name: str, through: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On copies of the rows, whose gradients are then added to those that the SAE has already."""
     monkeypatch.setattr(subset, "CHUNK_BYTES", 0)  # many chunks of tokens
@@ -124,12 +146,12 @@ def test_dense_and_sparse_forms_of_auxk_give_the_float64_loss(
         p.grad = torch.empty_like(p).copy_(before[key])
     with kernels.use_backend(backend):
         rows = losses.Subset.copied(sae, dead)
-        loss = losses.auxk(sae, x, error, rows, k_aux)
+        loss = losses.auxk(sae, x, error, rows, k_aux, through)
         (3 * loss).backward()
         rows.add_gradients(sae)
     exact = copy.deepcopy(sae).double()
     exact.zero_grad()
-    expected = naive_auxk(exact, x.double(), error.double(), dead, min(k_aux, 6))
+    expected = naive_auxk(exact, x.double(), error.double(), dead, min(k_aux, 6), through)
     (3 * expected).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     for key, p in exact.named_parameters():
@@ -139,14 +161,14 @@ def test_dense_and_sparse_forms_of_auxk_give_the_float64_loss(
 
 def test_latents_that_take_no_part_change_nothing() -> None:
     """A list that also holds living latents gives the loss and the gradients of the dead ones alone."""
-    for name, k_aux in itertools.product(("topk", "abs_topk"), (2, 4, 64)):
+    for (name, through), k_aux in itertools.product((("topk", False), ("topk", True), ("abs_topk", True)), (2, 4, 64)):
         sae, x, error = noisy(name)
         listed, dead = torch.tensor([0, 1, 4, 5, 11, 12, 17, 29]), torch.tensor([1, 4, 5, 11, 17])
         active = torch.isin(listed, dead)
         found = []
         for rows in (losses.Subset.copied(sae, listed, active), losses.Subset.copied(sae, dead)):
             sae.zero_grad()
-            loss = losses.auxk(sae, x, error, rows, k_aux)
+            loss = losses.auxk(sae, x, error, rows, k_aux, through)
             loss.backward()
             rows.add_gradients(sae)
             found.append([loss.detach(), *(p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec))])

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -55,6 +56,7 @@ def _report(shape: str, rounds: int, device: str) -> dict[str, dict[str, float]]
         "trainer's step": trainer_step(x, d_sae, k, 0.0),
         "trainer's step, 1 % dead": trainer_step(x, d_sae, k, 0.01),
         "trainer's step, 10 % dead": trainer_step(x, d_sae, k, 0.1),
+        "the same, rectified": trainer_step(x, d_sae, k, 0.1, aux_gradient="rectified"),
     }
     clock.rounds(jobs, rounds)
     sys.stdout.write(f"n={n} d_in={d_in} d_sae={d_sae} k={k}, processor time, median of {rounds} rounds\n")
@@ -66,7 +68,7 @@ def _report(shape: str, rounds: int, device: str) -> dict[str, dict[str, float]]
 
 
 def trainer_step(
-    x: torch.Tensor, d_sae: int, k: int, dead: float, variant: str = "topk", **config: object
+    x: torch.Tensor, d_sae: int, k: int, dead: float, variant: str = "topk", **config: Any
 ) -> Callable[[], object]:
     """A step of the trainer on the batch ``x``; AuxK runs on a share ``dead`` of the latents."""
     n, d_in = x.shape
@@ -76,7 +78,7 @@ def trainer_step(
         latents = torch.randperm(d_sae)[: round(dead * d_sae)].sort().values.to(x.device)
         sae.aux_latents = lambda _, weight: {"auxk": (weight, latents)}  # type: ignore[method-assign]
     k_aux = 2 ** round(torch.tensor(d_in / 2).log2().item())
-    settings = TrainConfig(batch_size=n, lr=1e-4, k_aux=k_aux, dead_after=10**12, **config)  # type: ignore[arg-type]
+    settings = TrainConfig(batch_size=n, lr=1e-4, k_aux=k_aux, dead_after=10**12, **config)
     since = torch.zeros(d_sae, dtype=torch.int64, device=x.device)
     state = TrainState(make_optimizer(sae), since, 1.0, float(d_in))
     batch = Batch(acts=x, grads=None, tokens=None, rows=None)  # type: ignore[arg-type]

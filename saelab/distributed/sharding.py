@@ -132,14 +132,21 @@ def represent(
 
 
 def auxk(
-    sae: LinearSAE, x: Tensor, error: Tensor, rows: losses.Subset, k_aux: int, n_latents: int, parallel: Parallel
+    sae: LinearSAE,
+    x: Tensor,
+    error: Tensor,
+    rows: losses.Subset,
+    k_aux: int,
+    through: bool,
+    n_latents: int,
+    parallel: Parallel,
 ) -> Tensor:
     """:func:`saelab.losses.auxk` over all ranks: this data rank's part of it.
 
     ``rows`` are those of this rank, ``n_latents`` how many all dictionary ranks have together.
     """
     if parallel.size == 1:
-        return losses.auxk(sae, x, error, rows, k_aux)
+        return losses.auxk(sae, x, error, rows, k_aux, through)
     latents, W_enc, b_enc = rows.latents, rows.W_enc.T, rows.b_enc
     b_in = None if sae.b_in is None else sae.b_in.detach()
     k = min(k_aux, n_latents)
@@ -147,12 +154,14 @@ def auxk(
     selected = empty
     if latents.numel():
         own = min(k, latents.numel())
-        selected = kernels.select_topk(x, W_enc.detach(), b_enc.detach(), b_in, own, sae.signed)
+        selected = kernels.select_topk(x, W_enc.detach(), b_enc.detach(), b_in, own, sae.signed, not through)
     if parallel.dict_size > 1:
         selected = winners(selected, x.shape[0], k, sae, parallel, latents)
     partial = error.new_zeros(error.shape) + 0.0 * rows.W_dec.sum()  # in the graph, also without latents
     if latents.numel():
         values = kernels.pre_acts_at(x, W_enc, b_enc, b_in, selected)
+        if through and not sae.signed:
+            values = kernels.rectified(values)
         partial = kernels.decode(values, selected.indices, selected.row_ptr, rows.W_dec, None)
     recon = _SumForward.apply(partial, parallel)
     moments = torch.cat([error.sum(0), error.new_tensor([float(error.shape[0])])])

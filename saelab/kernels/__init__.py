@@ -20,7 +20,7 @@ from saelab.kernels.ops import (
     sse,
 )
 from saelab.kernels.precision import Precision, arithmetic, use_precision
-from saelab.kernels.subset import explain
+from saelab.kernels.subset import explain, rectified
 
 __all__ = [
     "Adam",
@@ -37,6 +37,7 @@ __all__ = [
     "pre_acts_at",
     "pursuit",
     "reconstruct",
+    "rectified",
     "select_batch",
     "select_gradient_topk",
     "select_latent",

@@ -69,7 +69,9 @@ def slack(x: Tensor, W: Tensor) -> Slack:
     return Slack(reach * norms(x, dim=1), norms(W, dim=0), DENSE)
 
 
-def best_per_token(encoder: Encoder, found: Ragged, k: int, signed: bool, effect: Effect | None = None) -> Ragged:
+def best_per_token(
+    encoder: Encoder, found: Ragged, k: int, signed: bool, effect: Effect | None = None, clip: bool = True
+) -> Ragged:
     """The ``k`` best of each token's candidates, of which all tokens have equally many."""
     _, indices, row_ptr = found
     n = row_ptr.numel() - 1
@@ -84,7 +86,7 @@ def best_per_token(encoder: Encoder, found: Ragged, k: int, signed: bool, effect
         keys = ranked(score.mul_(values.abs() if signed else values.relu()), signed=False)
     chosen = keys.view(shape).sort(dim=1, descending=True, stable=True).indices[:, :k]
     values, indices = (entries.view(shape).gather(1, chosen).flatten() for entries in (values, indices))
-    return _clipped(values, signed), indices, torch.arange(n + 1, device=indices.device) * k
+    return _clipped(values, signed or not clip), indices, torch.arange(n + 1, device=indices.device) * k
 
 
 def best_of_batch(encoder: Encoder, found: Ragged, budget: int, signed: bool) -> Ragged:

@@ -34,21 +34,27 @@ class SelectedPreActs(NamedTuple):
 
 @torch.no_grad()
 def select_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, signed: bool = False
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    signed: bool = False,
+    clip: bool = True,
 ) -> SelectedPreActs:
     """Per token the ``k`` largest pre-activations (magnitudes when ``signed``, sign kept).
 
-    Unsigned values are clipped at zero: a surplus winner is stored as 0. NaN ranks as ``-inf``; ties go to the
-    lowest latent.
+    Unsigned values are clipped at zero, unless ``clip`` is False: a surplus winner is stored as 0. NaN ranks as
+    ``-inf``; ties go to the lowest latent.
     """
     checks.encoder(x, W_enc, b_enc, b_dec)
     checks.budget(k, W_enc.shape[1], "k", "d_sae")
     operands: Any = detached(x, W_enc, b_enc, b_dec)
     if not rounds(x):
-        return _selected(x, implementation(x).topk(*operands, k, signed))
+        return _selected(x, implementation(x).topk(*operands, k, signed, clip=clip))
     ops, halves = _rounded(*operands)
     found = ops.topk(*halves, candidates.surplus(k, W_enc.shape[1]), signed)
-    return _selected(x, candidates.best_per_token(_encoder(operands), found, k, signed))
+    return _selected(x, candidates.best_per_token(_encoder(operands), found, k, signed, clip=clip))
 
 
 @torch.no_grad()

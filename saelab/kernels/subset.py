@@ -28,40 +28,49 @@ def explain(
     k: int,
     signed: bool = False,
     active: Tensor | None = None,
+    through: bool = False,
 ) -> Tensor:
     """``sum ||residual - z W_dec||^2`` with ``z`` the ``k`` largest of ``x @ W_enc.T + b_enc`` per token, rectified.
 
     With ``signed`` the ``k`` largest magnitudes with their sign. ``W_enc [m, d_in]`` has a row for each latent, like
     ``W_dec [m, d_in]``. ``active [m]`` marks the latents that take part; None means all. Differentiable in ``W_enc``,
-    ``b_enc`` and ``W_dec`` only. Returns a number.
+    ``b_enc`` and ``W_dec`` only; with ``through`` the gradient of ``z`` passes the rectifier also where it cuts off.
+    Returns a number.
     """
     x, residual = x.detach(), residual.detach()
     if active is None and k < DENSE_FROM * W_enc.shape[0] and backend(x) == "numba":
         encoder = W_enc.T, b_enc, None
-        selected = ops.select_topk(x, *encoder, k, signed)
+        selected = ops.select_topk(x, *encoder, k, signed, clip=not through)
         values = ops.pre_acts_at(x, *encoder, selected)
+        if through and not signed:
+            values = rectified(values)
         return ops.sse(residual, values, selected.indices, selected.row_ptr, W_dec, None)[0].sum()
-    return Explained.apply(W_enc, b_enc, W_dec, x, residual, k, signed, active)  # pyright: ignore
+    return Explained.apply(W_enc, b_enc, W_dec, x, residual, k, signed, active, through)  # pyright: ignore
+
+
+def rectified(values: Tensor) -> Tensor:
+    """``relu(values)`` with the gradient of ``values``: the straight-through estimator of Bengio et al. (1308.3432)."""
+    return values + (values.relu() - values).detach()
 
 
 class Explained(torch.autograd.Function):
     """The dense form of :func:`explain`: five products, and no matrix larger than one chunk of tokens."""
 
     @staticmethod
-    def forward(ctx, W_enc, b_enc, W_dec, x, residual, k, signed, active):  # pyright: ignore
+    def forward(ctx, W_enc, b_enc, W_dec, x, residual, k, signed, active, through):  # pyright: ignore
         low = rounds(x) and sums_in_float32(str(x.device))
         with torch.autocast(x.device.type, enabled=False):
-            squares, *grads = _visit(W_enc, b_enc, W_dec, x, residual, k, signed, active, low)
+            squares, *grads = _visit(W_enc, b_enc, W_dec, x, residual, k, signed, active, through, low)
         ctx.save_for_backward(*grads)
         return squares
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore
-        return *(grad * saved for saved in ctx.saved_tensors), None, None, None, None, None
+        return *(grad * saved for saved in ctx.saved_tensors), *[None] * 6
 
 
-def _visit(W_enc, b_enc, W_dec, x, residual, k, signed, active, low) -> tuple[Tensor, ...]:
+def _visit(W_enc, b_enc, W_dec, x, residual, k, signed, active, through, low) -> tuple[Tensor, ...]:
     m = W_enc.shape[0]
     rows = chunk_rows(x.shape[0], m, x.element_size(), DEVICE_CHUNK_BYTES if x.is_cuda else CHUNK_BYTES)
     squares = x.new_zeros(())
@@ -69,8 +78,8 @@ def _visit(W_enc, b_enc, W_dec, x, residual, k, signed, active, low) -> tuple[Te
     for start in range(0, x.shape[0], max(rows, 1)):
         part = x[start : start + rows]
         u = _product(part, W_enc.T, low).add_(b_enc)
-        kept = _kept(u, k, signed, active)
-        z = torch.where(kept, u, 0.0)
+        kept = _kept(u.abs() if signed else u, k, signed or through, active)
+        z = torch.where(kept, u if signed else u.relu(), 0.0)
         error = _product(z, W_dec, low).sub_(residual[start : start + rows])
         squares += error.square().sum()
         error *= 2
@@ -81,17 +90,19 @@ def _visit(W_enc, b_enc, W_dec, x, residual, k, signed, active, low) -> tuple[Te
     return squares, d_enc, d_b, d_dec
 
 
-def _kept(u: Tensor, k: int, signed: bool, active: Tensor | None) -> Tensor:
-    """Which entries of ``u [n, m]`` are in the code. NaN is kept, so that it reaches the loss."""
-    key = u.abs() if signed else u
+def _kept(key: Tensor, k: int, negative: bool, active: Tensor | None) -> Tensor:
+    """Which entries of ``key [n, m]`` get a gradient: the ``k`` largest of a row, those below zero with ``negative``.
+
+    NaN is kept, so that it reaches the loss.
+    """
     if active is not None:
         key = key.masked_fill(~active, -torch.inf)
-    fired = key > -torch.inf if signed else key > 0
-    fired |= key.isnan()
-    if k < u.shape[1]:
+    kept = key > -torch.inf if negative else key > 0
+    kept |= key.isnan()
+    if k < key.shape[1]:
         best = key.topk(k, dim=1, sorted=False).indices
-        fired &= torch.zeros_like(fired).scatter_(1, best, True)
-    return fired
+        kept &= torch.zeros_like(kept).scatter_(1, best, True)
+    return kept
 
 
 def _product(a: Tensor, b: Tensor, low: bool) -> Tensor:

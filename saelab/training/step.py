@@ -150,7 +150,9 @@ def _forward(
             del auxiliary[name]
             continue
         assert isinstance(sae, LinearSAE) and error is not None
-        terms[name] = aux.weight * auxk(sae, x, error, aux.rows, config.aux_count, n_latents, parallel)
+        through = config.aux_gradient == "straight_through"
+        loss = auxk(sae, x, error, aux.rows, config.aux_count, through, n_latents, parallel)
+        terms[name] = aux.weight * loss
 
     loss = objective / (n * state.variance)
     if terms:

@@ -62,6 +62,35 @@ def test_topk_then_loss_matches_dense_autograd(backend: str, name: str, signed: 
         compare_loss(mine, theirs, values, selected.indices, selected.row_ptr, code, case)
 
 
+def test_unclipped_winners_keep_their_value_and_their_gradient(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same winners as clipped ones; most are below zero here."""
+    sizes = [40]
+    if backend == "numba":  # it has two ways to select
+        from saelab.kernels.numba import screen
+
+        monkeypatch.setattr(screen, "pays", lambda *size: size[2] > 500)
+        sizes.append(600)
+    for d_sae in sizes:
+        unclipped(backend, random_case(24, 16, d_sae, d_sae // 5)._replace(b_enc=-9 * torch.ones(d_sae)))
+
+
+def unclipped(backend: str, case: Case) -> None:
+    with backend_on(backend) as where:
+        case = case.to(*where)
+        mine, theirs = trainable(case), doubled(case)
+        clipped = kernels.select_topk(*mine.encoder, k=mine.k)
+        selected = kernels.select_topk(*mine.encoder, k=mine.k, clip=False)
+        assert torch.equal(selected.indices, clipped.indices) and torch.equal(selected.values.relu(), clipped.values)
+        assert (selected.values < 0).float().mean() > 0.5
+        values = kernels.pre_acts_at(*mine.encoder, selected)
+        z = oracle.pre_acts(*theirs.encoder).gather(1, selected.indices.view(24, -1)).flatten()
+        torch.testing.assert_close(values.detach().double(), z.detach(), **tolerance(case, z.detach()))
+        weights = torch.linspace(0.5, 1.5, values.numel()).to(values)
+        (values * weights).sum().backward()
+        (z * weights).sum().backward()
+        assert_gradients_match(mine, theirs, case)
+
+
 def compare_loss(mine: Case, theirs: Case, values: Tensor, indices: Tensor, row_ptr: Tensor, code: Tensor, case: Case):
     dense = oracle.to_dense(values.detach().double(), indices, row_ptr, code.shape[1])
     torch.testing.assert_close(dense, code.detach(), **tolerance(case, code))

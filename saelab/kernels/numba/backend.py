@@ -37,10 +37,13 @@ def topk(
     k: int,
     signed: bool,
     effect: Effect | None = None,
+    clip: bool = True,
 ) -> Ragged:
     if effect is None and screen.pays(x.shape[0], x.shape[1], W_enc.shape[1], k):
-        return _screened_topk(x, W_enc, b_enc, b_dec, k, signed)
-    return _whole_topk(x, W_enc, b_enc, b_dec, k, signed, effect)
+        values, columns, start = _screened_topk(x, W_enc, b_enc, b_dec, k, signed)
+    else:
+        values, columns, start = _whole_topk(x, W_enc, b_enc, b_dec, k, signed, effect)
+    return values if signed or not clip else values.relu_(), columns, start
 
 
 def _screened_topk(
@@ -51,8 +54,7 @@ def _screened_topk(
     if left.numel():
         rest = _whole_topk(x[left], W_enc, b_enc, b_dec, k, signed, None)
         values[left], columns[left] = rest[0].view(-1, k), rest[1].view(-1, k)
-    values = values.flatten()
-    return values if signed else values.relu_(), columns.flatten(), torch.arange(0, values.numel() + 1, k)
+    return values.flatten(), columns.flatten(), torch.arange(0, values.numel() + 1, k)
 
 
 def _whole_topk(
@@ -74,8 +76,7 @@ def _whole_topk(
         code.offer(z, row, column, bias[column:], extra, mode, weights, budgets)
     if effects is not None:
         effects.close()
-    values = torch.from_numpy(code.values)
-    return values if signed else values.relu_(), torch.from_numpy(code.columns), torch.from_numpy(code.start)
+    return torch.from_numpy(code.values), torch.from_numpy(code.columns), torch.from_numpy(code.start)
 
 
 class Staged:

@@ -53,8 +53,9 @@ def topk(
     k: int,
     signed: bool,
     effect: Effect | None = None,
+    clip: bool = True,
 ) -> Ragged:
-    """Per token the ``k`` latents with the largest keys. Surplus winners that ReLU clips are stored as 0."""
+    """Per token the ``k`` latents with the largest keys. With ``clip``, winners below zero are stored as 0."""
     values, indices = [], []
     for start, acts in pre_act_chunks(x, W_enc, b_enc, b_dec):
         if effect is None:
@@ -64,7 +65,7 @@ def topk(
             score = size.mul_(effect.weights[1]).add_(effect.weights[0])
             key = ranked(score.mul_(acts.abs() if signed else acts.relu()), signed=False)
         chosen = largest(key, k)
-        values.append(_output(acts.gather(1, chosen), signed))
+        values.append(_output(acts.gather(1, chosen), signed or not clip))
         indices.append(chosen)
     row_ptr = torch.arange(x.shape[0] + 1, device=x.device) * k
     return torch.cat(values).reshape(-1), torch.cat(indices).reshape(-1), row_ptr

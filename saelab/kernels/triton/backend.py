@@ -40,6 +40,7 @@ def topk(
     k: int,
     signed: bool,
     effect: Effect | None = None,
+    clip: bool = True,
 ) -> Ragged:
     n, mode, weights, effects = x.shape[0], MODES[signed], UNWEIGHTED, None
     if effect is not None:
@@ -52,7 +53,7 @@ def topk(
     for row, z in wide_products(centred(x, b_dec), W_enc):
         extra = z if effects is None else next(effects)[1]
         choose(z, extra, bias, mode, weights, budgets[row : row + z.shape[0]], k, start[row:], values, indices)
-    return values if signed else values.relu_(), indices, start
+    return values if signed or not clip else values.relu_(), indices, start
 
 
 def choose(
