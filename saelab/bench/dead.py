@@ -78,11 +78,11 @@ def results(settings: Settings, console: Console) -> Iterator[dict[str, Any]]:
 
 
 def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Print means over seeds, and the range of the paired differences."""
+    """Print means over seeds, the range of the paired differences of FVU, and processor seconds."""
     settings = tyro.cli(Settings, prog="python -m saelab.bench.dead", description=__doc__, args=args)
     console = Console(highlight=False)
     rows = list(results(settings, console))
-    table = Table("variant", "k", "dead after", "dead %", "FVU", "differences of FVU", "processor time",
+    table = Table("variant", "k", "dead after", "dead %", "FVU", "difference", "seconds",
                   caption="rectified, straight-through")  # fmt: skip
     for variant, k, limit in dict.fromkeys((r["variant"], r["k"], r["dead_after"]) for r in rows):
         these = [r for r in rows if (r["variant"], r["k"], r["dead_after"]) == (variant, k, limit)]

@@ -56,7 +56,7 @@ def _report(shape: str, rounds: int, device: str) -> dict[str, dict[str, float]]
         "trainer's step": trainer_step(x, d_sae, k, 0.0),
         "trainer's step, 1 % dead": trainer_step(x, d_sae, k, 0.01),
         "trainer's step, 10 % dead": trainer_step(x, d_sae, k, 0.1),
-        "the same, rectified": trainer_step(x, d_sae, k, 0.1, aux_gradient="rectified"),
+        "the same, straight-through": trainer_step(x, d_sae, k, 0.1, aux_gradient="straight_through"),
     }
     clock.rounds(jobs, rounds)
     sys.stdout.write(f"n={n} d_in={d_in} d_sae={d_sae} k={k}, processor time, median of {rounds} rounds\n")

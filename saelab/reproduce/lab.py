@@ -173,9 +173,7 @@ class Lab:
         return records
 
     def _config(self, seed: int, lr: float | Any) -> TrainConfig:
-        sizes = {"epochs": self.scale.epochs, "batch_size": self.scale.batch_size}
-        # The papers' own form of AuxK: their claims are about what its baseline leaves dead.
-        return TrainConfig(**sizes, lr=lr, aux_gradient="rectified", seed=seed, data_seed=seed)
+        return TrainConfig(epochs=self.scale.epochs, batch_size=self.scale.batch_size, lr=lr, seed=seed, data_seed=seed)
 
     def _trained(self, spec: Spec, lr: float, folder: Path) -> SAE:
         if (folder / CONFIG).exists():

@@ -1,7 +1,11 @@
-"""Reading saved ledgers: a line per claim, curves. ``python -m saelab.reproduce.results`` prints the table."""
+"""Reading saved ledgers: a line per claim, curves. ``python -m saelab.reproduce.results`` prints the table.
+
+With ``--details`` it prints every number behind a verdict instead: means with their intervals, at each budget.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -80,11 +84,53 @@ def curves(ledger: dict[str, Any], metric: str) -> dict[str, list[tuple[float, f
 
 
 def markdown(ledgers: Sequence[dict[str, Any]]) -> str:
-    """The claims as a Markdown table."""
+    """The claims as a Markdown table; a verdict names the budgets at which it is another."""
     lines = ["| paper | claim | activations | measured | verdict |", "| --- | --- | --- | --- | --- |"]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in claims(ledgers)]
+    rows = [row for ledger in ledgers for row in ledger["rows"]]
+    for line, row in zip(claims(ledgers), rows, strict=True):
+        lines.append("| " + " | ".join([*line.values()]) + _elsewhere(row) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _elsewhere(row: dict[str, Any]) -> str:
+    found = row["measured"].get("verdicts", {})
+    curves = found if any(isinstance(value, dict) for value in found.values()) else {"": found}
+    others: dict[str, list[str]] = {}
+    for baseline, verdicts in curves.items():
+        against = f" against {baseline}" if len(curves) > 1 else ""
+        for budget, verdict in verdicts.items():
+            if verdict != row["verdict"]:
+                others.setdefault(verdict + against, []).append(budget)
+    said = "; ".join(f"{verdict} at k {', '.join(budgets)}" for verdict, budgets in others.items())
+    return f" ({said})" if said else ""
+
+
+def details(ledgers: Sequence[dict[str, Any]]) -> str:
+    """Every number behind the verdicts, a line each: its path, mean and interval, or the plain number."""
+    lines = []
+    for ledger in ledgers:
+        for row in ledger["rows"]:
+            lines.append(f"{ledger['paper']}: {row['claim']}: {row['verdict']}{_elsewhere(row)}")
+            lines += [f"    {name:<60} {_number(value)}" for name, value in _summaries(row["measured"])]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | dict[str, Any]) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    interval = "" if value["low"] is None else f" ({value['low']:+.4g} to {value['high']:+.4g})"
+    return f"{value['mean']:+.4g}{interval}"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Print the table, or the details."""
+    parser = argparse.ArgumentParser(prog="python -m saelab.reproduce.results", description=__doc__)
+    parser.add_argument("folder", nargs="?", default="notebooks/results", help="folder with the ledgers")
+    parser.add_argument("--details", action="store_true", help="every number behind the verdicts")
+    options = parser.parse_args(args)
+    ledgers = read_ledgers(options.folder)
+    sys.stdout.write(details(ledgers) if options.details else markdown(ledgers))
+
+
 if __name__ == "__main__":
-    sys.stdout.write(markdown(read_ledgers(sys.argv[1] if len(sys.argv) > 1 else "notebooks/results")))
+    main()

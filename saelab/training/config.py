@@ -38,9 +38,9 @@ class TrainConfig:
     """Weight of the AuxK loss that revives dead latents; 0 turns it off."""
     k_aux: int | None = None
     """Dead latents per token in AuxK; by default the power of two nearest to half the width that they write."""
-    aux_gradient: Literal["straight_through", "rectified"] = "straight_through"
-    """What AuxK's gradient does at a negative pre-activation of a latent that it chose: pass, which also revives
-    latents that are negative everywhere, or stop, as in the paper (docs/learning-rate.md)."""
+    aux_gradient: Literal["rectified", "straight_through"] = "rectified"
+    """What AuxK's gradient does at a negative pre-activation of a latent that it chose: stop, as in the paper, or pass,
+    which also revives latents that are negative everywhere (docs/learning-rate.md)."""
     dead_after: int | None = None
     """Tokens without firing after which a latent is dead; by default a tenth of the run, at most 10 million."""
     ema: float | None = None

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,7 +76,8 @@ def train_into(
     sae = build_shard(
         **{"variant": variant, **OPTIONS.get(variant, {"k": K})}, d_in=D_IN, d_sae=d_sae, seed=0, parallel=parallel
     )
-    generator = fit_steps(sae, cache, CONFIG, folder, resume=True, checkpoint_steps=5, parallel=parallel)
+    config = replace(CONFIG, aux_gradient="straight_through") if variant == "topk" else CONFIG
+    generator = fit_steps(sae, cache, config, folder, resume=True, checkpoint_steps=5, parallel=parallel)
     for metrics in generator:
         rows = -(-sae.d_sae // parallel.data_size)  # of the last data rank, maybe fewer
         assert sae.W_dec.shape[0] == min(rows, sae.d_sae - rows * parallel.data_rank), "the weights are not divided"
