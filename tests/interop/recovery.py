@@ -102,7 +102,8 @@ def world(name: str, seed: int, folder: Path, options: argparse.Namespace) -> Wo
         x, features = zip(*(model.sample_with_features(4096) for _ in range(options.train_rows // 4096)))
     l0 = torch.cat([(part > 0).sum(1) for part in features]).double().mean().item()
     cache = ActivationCache.from_tensors(folder / f"{name}-{seed}", torch.cat(x), held_out=0.1)
-    config = TrainConfig(epochs=options.epochs, batch_size=options.batch_size, seed=seed, data_seed=seed)
+    config = TrainConfig(epochs=options.epochs, batch_size=options.batch_size, seed=seed, data_seed=seed,
+                         aux_gradient=options.aux_gradient, dead_after=options.dead_after)  # fmt: skip
     return World(model, cache, config, settings["num_features"], max(1, round(l0)), options.rows)
 
 
@@ -227,6 +228,8 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=131_072)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--aux-gradient", default="rectified", choices=["rectified", "straight_through"])
+    parser.add_argument("--dead-after", type=int, help="tokens; by default the trainer's")
     parser.add_argument("--rows", type=int, default=32_768, help="rows that SAELens scores on")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="train with saelab alone")
     parser.add_argument("--quick", action="store_true", help="one seed of small worlds, saelab alone")
