@@ -78,28 +78,50 @@ def part(cls: type[T], options: Any) -> T:
 
 
 @contextlib.contextmanager
-def output_folder(folder: Path, overwrite: bool = False, resume: bool = False) -> Iterator[None]:
+def output_folder(
+    folder: Path, overwrite: bool, resume: bool, marks: Sequence[str], inputs: Sequence[object] = ()
+) -> Iterator[None]:
     """An output folder that no other process writes while the block lasts.
 
-    A folder that is not empty needs ``--resume``, or ``--overwrite``, which empties it.
+    A folder that is not empty needs ``--resume``, or ``--overwrite``, which empties it: see :func:`check_output`.
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder")
     with lock(folder):
-        check_output(folder, overwrite, resume)
+        check_output(folder, overwrite, resume, marks, inputs)
         # The folder itself stays, since it is locked.
         for path in [] if resume else [path for path in folder.iterdir() if path.name != LOCK]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         yield
 
 
-def check_output(folder: Path, overwrite: bool = False, resume: bool = False) -> None:
-    """Refuse an output folder that holds something, unless that shall be replaced or continued."""
+def check_output(
+    folder: Path, overwrite: bool, resume: bool, marks: Sequence[str], inputs: Sequence[object] = ()
+) -> None:
+    """Refuse an output folder that holds something, unless that shall be replaced or continued.
+
+    What is replaced was written by the same command, which is told by a file with one of the names ``marks``, and holds
+    none of the paths ``inputs``, which the command reads.
+    """
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder")
     found = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
-    if found and not resume and not overwrite:
+    if not found or resume:
+        return
+    if not any((folder / name).exists() for name in marks):
+        raise UserError(
+            f"{folder} exists and holds no {' or '.join(marks)} of an earlier run: it stays; name another folder"
+        )
+    if not overwrite:
         raise UserError(f"{folder} exists; add --overwrite to replace it, --resume to continue, or name another")
+    within = [path for path in map(Path, filter(None, map(str, inputs))) if folder.resolve() in _up(path)]
+    if within:
+        raise UserError(f"{folder} holds {within[0]}, which is read: it is not replaced; name another folder")
+
+
+def _up(path: Path) -> list[Path]:
+    whole = path.resolve()
+    return [whole, *whole.parents]
 
 
 def quiet(yes: bool) -> None:

@@ -22,6 +22,7 @@ from saelab.data.cache import ActivationCache, Batch
 from saelab.devices import pick_device
 from saelab.distributed import launched
 from saelab.errors import UserError
+from saelab.layout import RUN, SWEEP
 from saelab.sae import SAE
 from saelab.training import StepMetrics, TrainConfig, batches, fit_steps
 from saelab.training.checkpoints import latest_step, number_of
@@ -153,7 +154,7 @@ def stream_cache(options: Any, gradients: bool, training_device: Any) -> Generat
     from saelab.harvesting.rolling import RollingConfig, roll
 
     config = dataclasses.replace(part(RollingConfig, options), gradients=gradients)
-    check_output(options.out, options.overwrite, options.resume)  # before anything is computed
+    check_output(options.out, options.overwrite, options.resume, (RUN, SWEEP))  # before anything is computed
     device = training_device if options.model_device is None else pick_device(options.model_device)
     model, source = open_source(options, device)
     folder = options.place(options.out)

@@ -86,7 +86,9 @@ def test_a_sweep_on_one_stream(there: Path) -> None:
 def test_refusals_come_before_any_work(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (there / "full").mkdir(exist_ok=True)
     (there / "full" / "file").touch()
-    assert "full exists; add --overwrite" in refused("train", stream("full"), SAE, capsys=capsys)
+    assert "full exists and holds no run.json or sweep.json of an earlier run" in refused(
+        "train", stream("full"), SAE, capsys=capsys
+    )
     too_small = refused("train", stream("new").replace("0.01", "0.0001"), SAE, capsys=capsys)
     assert "cannot hold two shuffle windows of 640 tokens" in too_small
     assert not (there / "new-cache").exists()

@@ -35,7 +35,7 @@ from saelab.steering.evaluation.concepts import (
     shipped_instructions,
 )
 from saelab.steering.evaluation.config import SteerEvalConfig
-from saelab.steering.evaluation.evaluate import JUDGED, Evaluation
+from saelab.steering.evaluation.evaluate import JUDGED, SETTINGS, Evaluation
 from saelab.steering.evaluation.methods import Setting, check_methods
 from saelab.steering.evaluation.report import evaluate_steering
 from saelab.viz.steer_eval import difference_rows, mean_rows, remarks, report_page
@@ -103,7 +103,9 @@ def main(args: Sequence[str]) -> None:
     bridge = open_model(options, model_record(run), f"the SAE {options.run}")
     model, tokenizer = fastest(bridge, run.hook_name, run.hook_name_out), tokenizer_of(bridge)
     setting = Setting(model, tokenizer, run, recipe, latents)
-    with output_folder(options.out, options.overwrite, resume=not options.overwrite), stages() as progress:
+    inputs = [options.run, options.recipe or "", options.concepts or "", options.instruction_file or ""]
+    folder = output_folder(options.out, options.overwrite, not options.overwrite, (SETTINGS, STEER_EVAL), inputs)
+    with folder, stages() as progress:
         evaluation = Evaluation(setting, concepts, known, instructions, options.out, config, progress)
         judge = None if client is None else KeptAnswers(client, options.out / JUDGED, options.max_requests)
         result = evaluate_steering(evaluation, judge)

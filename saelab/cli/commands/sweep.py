@@ -32,7 +32,7 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import Stopped, UserError
 from saelab.evaluation import EvaluateConfig
 from saelab.files import replace, write_json
-from saelab.layout import SWEEP_REPORT, SWEEP_TABLE
+from saelab.layout import SWEEP, SWEEP_REPORT, SWEEP_TABLE
 from saelab.lm.record import ModelRecord
 from saelab.sae import VARIANTS
 from saelab.sweep import (
@@ -243,7 +243,8 @@ def prepare_folder(options: Any, claims: Claims) -> None:
             f"another process is writing {options.out}; wait for it, work on it too with --resume, or choose another "
             "folder"
         )
-    with output_folder(options.out, options.overwrite, options.resume):
+    inputs = [getattr(options, name, "") or "" for name in ("grid", "cache", "target")]
+    with output_folder(options.out, options.overwrite, options.resume, (SWEEP,), inputs):
         pass
 
 

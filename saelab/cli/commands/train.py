@@ -234,7 +234,8 @@ def claim(options: Any, parallel: Parallel) -> contextlib.ExitStack:
     stack, refused = contextlib.ExitStack(), False
     if parallel.is_main:
         try:
-            stack.enter_context(output_folder(options.out, options.overwrite, options.resume))
+            inputs = [path for name in ("cache", "target") if (path := getattr(options, name, None)) is not None]
+            stack.enter_context(output_folder(options.out, options.overwrite, options.resume, (RUN,), inputs))
         except (UserError, OSError) as error:
             if parallel.size == 1:
                 raise
