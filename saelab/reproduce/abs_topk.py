@@ -81,12 +81,12 @@ def specs(lab: Lab, seeds: Sequence[int]) -> list[Spec]:
         Spec(label, variant, d_sae, {"k": k, **options}, seed)
         for seed in seeds for k in lab.scale.ks for label, variant, options in curves
     ]  # fmt: skip
-    return [*out, *(Spec("abs_topk_half", "abs_topk", d_sae // 2, {"k": papers_k(lab)}, seed) for seed in seeds)]
+    return [*out, *(Spec("abs_topk_half", "abs_topk", d_sae // 2, {"k": lab.papers_k}, seed) for seed in seeds)]
 
 
 def second(lab: Lab, seeds: Sequence[int]) -> list[Row]:
     """The first claim on another model, at the smallest budget and at the paper's."""
-    at = papers_k(lab)
+    at = lab.papers_k
     ks = sorted({min(lab.scale.ks), at})
     records = lab.measure(
         [Spec(v, v, lab.scale.d_sae, {"k": k}, seed) for seed in seeds for k in ks for v in ("topk", "abs_topk")]
@@ -95,16 +95,11 @@ def second(lab: Lab, seeds: Sequence[int]) -> list[Row]:
     return [_reconstruction(records, PAIRS[0], at, setting)]
 
 
-def papers_k(lab: Lab) -> int:
-    """The budget nearest to a tenth of the activations' width."""
-    return min(lab.scale.ks, key=lambda k: abs(k - lab.cache.d_in / 10))
-
-
 def real(lab: Lab, seeds: Sequence[int]) -> list[Row]:
     """The claims on a language model's activations."""
     records = lab.measure(specs(lab, seeds))
     setting = f"{lab.cache.manifest.model} {lab.cache.hook_name}, d_sae={lab.scale.d_sae}, k in {lab.scale.ks}"
-    at = papers_k(lab)
+    at = lab.papers_k
     rows = [_reconstruction(records, pair, at, setting) for pair in PAIRS]
     if lab.model is not None:
         rows += [_loss(records, pair, at, setting) for pair in PAIRS]
@@ -155,7 +150,7 @@ def _half_width(records: Sequence[Record], at: int, setting: str) -> Row:
 
 
 def _two_sided(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
-    k = papers_k(lab)
+    k = lab.papers_k
     found: dict[str, list[dict[str, float]]] = {"abs_topk": [], "topk": [], "abs_topk_untrained": []}
     for seed in seeds:
         saes = {v: lab.sae(Spec(v, v, lab.scale.d_sae, {"k": k}, seed)) for v in ("abs_topk", "topk")}
@@ -184,7 +179,7 @@ def _two_sided(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
 
 
 def _causal(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
-    k = papers_k(lab)
+    k = lab.papers_k
     scores: dict[str, list[dict[str, float]]] = {"abs_topk": [], "topk": []}
     data = labelled.from_cache(lab.cache, lab.decode, passage_tokens=lab.scale.passage_tokens, split="held_out")
     claim, setting = (

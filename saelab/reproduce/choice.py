@@ -117,7 +117,7 @@ def _reconstruction(records: Sequence[Record], variant: str, setting: str) -> Ro
 
 def _zipf(lab: Lab, records: Sequence[Record], setting: str) -> Row:
     """Zipf's law against a lognormal, which has as many parameters, and against the densities before training."""
-    k = lab.middle_k
+    k = lab.papers_k
     fits: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         spec = record.spec

@@ -98,13 +98,9 @@ def specs(lab: Lab, seeds: Sequence[int], beta: float) -> list[Spec]:
     """The gradient-aware SAE and TopK, at the two smallest budgets: gradients make caches small."""
     return [
         spec
-        for seed in seeds for k in budgets(lab)
+        for seed in seeds for k in lab.small_ks
         for spec in (Spec("topk", "topk", lab.scale.d_sae, {"k": k}, seed), _g_sae(lab, k, beta, seed))
     ]  # fmt: skip
-
-
-def budgets(lab: Lab) -> list[int]:
-    return sorted(lab.scale.ks)[:2]
 
 
 def _g_sae(lab: Lab, k: int, beta: float, seed: int) -> Spec:
@@ -117,7 +113,7 @@ def chosen_beta(lab: Lab) -> dict[str, Any]:
     if path.exists():
         with damaged(path, "remove it; it is made again"):
             return json.loads(path.read_text(encoding="utf-8"))
-    saes = {f"{beta:g}": lab.sae(_g_sae(lab, min(budgets(lab)), beta, 0)) for beta in BETAS}
+    saes = {f"{beta:g}": lab.sae(_g_sae(lab, min(lab.small_ks), beta, 0)) for beta in BETAS}
     # Without tuning no rows are set aside.
     split: Any = "train" if lab.scale.lr is not None else "validation"
     run = spliced(saes, lab.cache, lab.model, EvaluateConfig(split=split, lm_tokens=lab.scale.lm_tokens))
@@ -129,7 +125,7 @@ def chosen_beta(lab: Lab) -> dict[str, Any]:
 
 def real(lab: Lab, seeds: Sequence[int]) -> list[Row]:
     """The claims on a cache with gradients."""
-    setting = f"{lab.cache.manifest.model} {lab.cache.hook_name}, d_sae={lab.scale.d_sae}, k in {budgets(lab)}"
+    setting = f"{lab.cache.manifest.model} {lab.cache.hook_name}, d_sae={lab.scale.d_sae}, k in {lab.small_ks}"
     if not lab.cache.has_grads or lab.model is None:
         claims = ("higher cross-entropy recovered at equal L0", "fewer dead latents", "larger effects on logits",
                   "latents steer further", "gradients at evaluation leak the label")  # fmt: skip
@@ -139,7 +135,7 @@ def real(lab: Lab, seeds: Sequence[int]) -> list[Row]:
     setting += f", beta={beta['chosen']:g} of {', '.join(beta['ce_loss_with_sae'])}, chosen on {beta['split']} rows"
     records = lab.measure(specs(lab, seeds, beta["chosen"]))
     gap = {m: by_budget(records, "g_sae", "topk", m) for m in ("ce_loss_recovered_zero", "kl_div_with_sae", "fvu")}
-    k = min(budgets(lab))
+    k = min(lab.small_ks)
     dead = by_budget(records, "g_sae", "topk", "dead_fraction")[str(k)]
     baseline = values([r for r in records if r.spec.budget == k], "topk", "dead_fraction")
     columns = ("l0", "fvu", "ce_loss_with_sae", "ce_loss_recovered_zero", "kl_div_with_sae", "dead_fraction")
@@ -159,7 +155,7 @@ def real(lab: Lab, seeds: Sequence[int]) -> list[Row]:
 
 
 def _steering(lab: Lab, seeds: Sequence[int], setting: str, beta: float) -> Row:
-    k = max(budgets(lab))
+    k = max(lab.small_ks)
     every = [spec for spec in specs(lab, seeds, beta) if spec.budget == k]
     ours, theirs = ([spec for spec in every if spec.label == label] for label in ("g_sae", "topk"))
     claim = "steering with a latent moves the predictions further towards a concept than with TopK's"
@@ -167,7 +163,7 @@ def _steering(lab: Lab, seeds: Sequence[int], setting: str, beta: float) -> Row:
 
 
 def _effects(lab: Lab, seeds: Sequence[int], setting: str, beta: float, n_latents: int = 64) -> Row:
-    k = max(budgets(lab))
+    k = max(lab.small_ks)
     found: dict[str, list[float]] = {name: [] for name in ("g_sae", "topk", "g_sae_random", "topk_random")}
     for seed in seeds:
         for label in ("g_sae", "topk"):
@@ -222,7 +218,7 @@ def step_effects(lab: Lab, steps: Tensor, n_contexts: int = 12, length: int = 24
 
 
 def _leak(lab: Lab, seeds: Sequence[int], setting: str) -> Row:
-    k, found = min(budgets(lab)), {"plain": [], "with_gradients": []}
+    k, found = min(lab.small_ks), {"plain": [], "with_gradients": []}
     for seed in seeds:
         topk = lab.sae(Spec("topk", "topk", lab.scale.d_sae, {"k": k}, seed))
         for name, sae in (("plain", topk), ("with_gradients", with_gradients(topk))):

@@ -25,6 +25,7 @@ from saelab.training.config import chosen_rate
 Log = Callable[[str], None]
 FACTORS = (0.5, 1.0, 2.0)  # of the default learning rate, that are tried first
 EXTENSIONS = 2  # rates tried beyond them, where the best one is the smallest or the largest
+SLOW = ("gradient_topk", "matching_pursuit")  # compared at small budgets alone
 VALIDATION = 0.05  # share of the training rows that rates are compared on; no SAE is trained on them
 
 
@@ -114,9 +115,14 @@ class Lab:
             self.cache = self.cache.with_validation(VALIDATION)
 
     @property
-    def middle_k(self) -> int:
-        """The budget at which SAEs are compared one by one."""
-        return sorted(self.scale.ks)[len(self.scale.ks) // 2]
+    def papers_k(self) -> int:
+        """The budget nearest to a tenth of the width, AbsTopK's: there SAEs are compared one by one."""
+        return min(self.scale.ks, key=lambda k: abs(k - self.cache.d_in / 10))
+
+    @property
+    def small_ks(self) -> list[int]:
+        """The two smallest budgets, for variants whose steps are slow or whose caches are small."""
+        return sorted(self.scale.ks)[:2]
 
     def sae(self, spec: Spec) -> SAE:
         """Train the SAE of ``spec`` at the rate of its group, or load it if this folder has it."""
@@ -128,8 +134,9 @@ class Lab:
     def rate(self, spec: Spec) -> float:
         """The learning rate of a spec: given, or the default one times the factor that suits its curve best.
 
-        The factor is chosen by FVU on the validation rows, with one seed, at the middle budget; the default rate
-        follows the budget. Up to two more factors are tried where the best is the smallest or the largest.
+        The factor is chosen by FVU on the validation rows, with one seed, at the papers' budget (the larger of the two
+        small ones where a variant is slow); the default rate follows the budget. Up to two more factors are tried where
+        the best is the smallest or the largest.
         """
         return self._factor(spec) * self._default_rate(spec) if self.scale.lr is None else self.scale.lr
 
@@ -159,7 +166,8 @@ class Lab:
     def _lead(self, spec: Spec) -> Spec:
         """The SAE with whose learning rate the others of its curve are trained."""
         name = "k" if "k" in spec.config else "n_steps"
-        return Spec(spec.label, spec.variant, spec.d_sae, {**spec.config, name: self.middle_k}, 0)
+        budget = self.papers_k if spec.variant not in SLOW else self.small_ks[-1]
+        return Spec(spec.label, spec.variant, spec.d_sae, {**spec.config, name: budget}, 0)
 
     def _default_rate(self, spec: Spec) -> float:
         return chosen_rate(_built(spec, self.cache), self.cache, self._config(0, "auto")).value

@@ -58,20 +58,16 @@ def specs(lab: Lab, seeds: Sequence[int]) -> list[Spec]:
     """Matching pursuit and TopK at the two smallest budgets: pursuit's time grows with the budget."""
     out = []
     for seed in seeds:
-        for k in budgets(lab):
+        for k in lab.small_ks:
             out.append(Spec("topk", "topk", lab.scale.d_sae, {"k": k}, seed))
             out.append(Spec("pursuit", "matching_pursuit", lab.scale.d_sae, {"n_steps": k}, seed))
     return out
 
 
-def budgets(lab: Lab) -> list[int]:
-    return sorted(lab.scale.ks)[:2]
-
-
 def real(lab: Lab, seeds: Sequence[int]) -> list[Row]:
     """The claims on a language model's activations."""
     records = lab.measure(specs(lab, seeds))
-    setting = f"{lab.cache.manifest.model} {lab.cache.hook_name}, d_sae={lab.scale.d_sae}, budgets {budgets(lab)}"
+    setting = f"{lab.cache.manifest.model} {lab.cache.hook_name}, d_sae={lab.scale.d_sae}, budgets {lab.small_ks}"
     gap = by_budget(records, "pursuit", "topk", "fvu")
     columns = ("l0", "fvu", "dead_fraction", "ce_loss_recovered_zero", "kl_div_with_sae")
     return [
@@ -90,7 +86,7 @@ def _sample(lab: Lab, n: int) -> torch.Tensor:
 @torch.no_grad()
 def _geometry(lab: Lab, seeds: Sequence[int], setting: str, r_max: int = 16) -> Row:
     """Babel curves of whole dictionaries and of co-selected sets, and the effective rank of the codes."""
-    x, k, found = _sample(lab, 512), max(budgets(lab)), {}
+    x, k, found = _sample(lab, 512), max(lab.small_ks), {}
     for label, variant, config in (("pursuit", "matching_pursuit", {"n_steps": k}), ("topk", "topk", {"k": k})):
         for seed in seeds:
             sae = lab.sae(Spec(label, variant, lab.scale.d_sae, config, seed))

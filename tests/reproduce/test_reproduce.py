@@ -272,13 +272,13 @@ def test_rows_on_a_language_model(lab, module, monkeypatch):
 
 
 def test_the_rate_of_a_curve_is_tuned_on_rows_that_no_sae_sees(lab, tmp_path):
-    middle = Spec("topk", "topk", 32, {"k": lab.middle_k}, 1)
+    middle = Spec("topk", "topk", 32, {"k": lab.papers_k}, 1)
     rate = lab.rate(middle)
     record = json.loads((lab.folder / "rates" / f"{middle.group}.json").read_text())
     tried = {float(factor): fvu for factor, fvu in record["fvu"].items()}
     assert set(FACTORS) <= set(tried) and tried[record["factor"]] == min(tried.values())
     assert rate == record["factor"] * record["default"]
-    assert lab.rate(Spec("topk", "topk", 32, {"k": lab.middle_k}, 2)) == rate  # the same for all seeds
+    assert lab.rate(Spec("topk", "topk", 32, {"k": lab.papers_k}, 2)) == rate  # the same for all seeds
     # The factor holds for the other budgets, whose default rate is their own (proportional to k^0.4).
     eight, sixteen = (lab.rate(Spec("topk", "topk", 32, {"k": k}, 1)) for k in (8, 16))
     assert eight == rate and sixteen == pytest.approx(eight * 2**0.4)  # below 8 it is that of 8
@@ -289,7 +289,7 @@ def test_the_rate_of_a_curve_is_tuned_on_rows_that_no_sae_sees(lab, tmp_path):
 
 
 def test_the_sae_that_the_rate_was_chosen_with_is_not_trained_again(lab, monkeypatch):
-    lead = Spec("topk", "topk", 32, {"k": lab.middle_k}, 0)
+    lead = Spec("topk", "topk", 32, {"k": lab.papers_k}, 0)
     rate = lab.rate(lead)
     monkeypatch.setattr("saelab.reproduce.lab.train_spec", lambda *a: pytest.fail("trained again"))
     (record,) = lab.measure([lead])
