@@ -11,7 +11,7 @@ PORT ?= 8501
 help:
 	@echo "make demo    train an SAE on a real language model and index its features (under 10 minutes)"
 	@echo "make app     open the feature browser on the result, or on the SAEs of checkpoints/"
-	@echo "make test    run the test suite (about 15 minutes on two cores)"
+	@echo "make test    run the test suite (about 12 minutes on two cores)"
 	@echo "make test-slow   the tests that take minutes each: kills, many users, random command lines, the installed wheel"
 	@echo "make claims  check the papers' claims on planted data (under 5 minutes)"
 	@echo "make test-interop   run SAELens, SAEBench and other tools on our files, and saelab under transformer-lens 3"
@@ -36,7 +36,8 @@ app: $(STAMP)
 	$(BIN)/saelab app --port $(PORT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	@# In the order of tests/conftest.py.
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	SAELAB_SLOW=1 $(BIN)/python -m pytest -m minutes

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+from collections import Counter
 from collections.abc import Generator
 from typing import Any
 
@@ -69,6 +70,13 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what takes minutes, and begin with the files that take long: begun last, one of them would run alone.
+
+    Then come those with the most tests. Both in the order of the folders, whose fixtures are made once.
+    """
+    many = Counter(item.path for item in items)
+    long = {item.path for item in items if any(map(item.get_closest_marker, ("browser", "slow", "smollm2")))}
+    items.sort(key=lambda item: (item.path not in long, 0 if item.path in long else -many[item.path], item.path))
     if "SAELAB_SLOW" not in os.environ:
         for item in items:
             if item.get_closest_marker("minutes"):

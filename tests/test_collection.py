@@ -41,6 +41,7 @@ def test_a_gpu_takes_the_place_of_the_interpreter(monkeypatch: pytest.MonkeyPatc
     assert [found[name][0].name for name in ("reference@cuda", "triton@cuda")] == ["gpu", "gpu"]
 
 
+@pytest.mark.slow
 def test_the_tests_are_collected_on_a_machine_with_little_more_than_pytorch(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(HIDDEN.format(names=LACKING))
     root = Path(__file__).parent.parent

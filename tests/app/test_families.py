@@ -83,7 +83,10 @@ def make(name: str, root: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["pythia without-bos", "llama sentencepiece", "gemma2 chat"])
+OTHER = pytest.param("pythia without-bos", marks=pytest.mark.minutes)  # lm and prompt have tests without a BOS token
+
+
+@pytest.fixture(scope="module", params=[OTHER, "llama sentencepiece", "gemma2 chat"])
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(request.param, tmp_path_factory.mktemp("family"))
 

@@ -38,7 +38,13 @@ def launch(monkeypatch: pytest.MonkeyPatch, folder: Path, model: str | None = No
     return app
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The pages ask an SAE whether it is signed and whether it pursues; these answer in every way.
+KINDS = {"topk", "abs_topk", "matching_pursuit", "jump_relu"}
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.minutes] * (name not in KINDS)) for name in VARIANTS]
+)
 def test_every_page_works_with_every_variant(monkeypatch: pytest.MonkeyPatch, folder: Path, variant: str) -> None:
     app = launch(monkeypatch, folder, model="none")
     app.selectbox(key="run").select(f"runs/{variant}")

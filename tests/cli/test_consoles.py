@@ -43,6 +43,7 @@ except SystemExit as end:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", [pytest.param("cp1252", marks=pytest.mark.minutes), "ascii"])
 def test_commands_print_in_any_encoding(tmp_path: Path, encoding: str) -> None:
     save(RUN.sae, tmp_path / "run", {"hook_name": HOOK, "model_name": folder(), "rms_norm": 12.0})

@@ -206,7 +206,7 @@ def test_steering_attribution_and_index_with_a_divided_model(
     assert indexes[0].table()["count"].equals(indexes[1].table()["count"])
 
 
-@pytest.mark.slow
+@pytest.mark.minutes  # the first test here is told the same, and test_torchrun.py tests errors that all processes have
 def test_what_is_refused_is_one_line_of_one_process(root: Path) -> None:
     command = ["harvest", "--model", str(root / "gpt2"), "--text", str(root / "text.txt"), "--out", str(root / "no")]
     done = torchrun("-m", "saelab", *command, "--tensor-parallel", "--device", "cpu")

@@ -36,7 +36,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
 def torchrun(*args: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["--max-restarts", str(restarts)] if restarts else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # The kernels of each process would be compiled anew.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAELAB_KERNELS": "reference"}
     return subprocess.Popen(
         [*command, "-m", "saelab", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
@@ -121,7 +122,8 @@ def test_torchrun_harvests_the_files_of_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_in_object_storage_is_that_in_a_folder(cache: ActivationCache, tmp_path: Path, bucket: str) -> None:
     """Of processes on one machine, which share the local copy."""
-    args = ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--dict-ranks", "2", "--checkpoint-steps", "5"]
+    args = ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--dict-ranks", "2"]
+    args += ["--epochs", "3", "--checkpoint-steps", "5"]
     url, folder = f"{bucket}/runs/a", tmp_path / "a"
     started = [torchrun("train", cache.path, "--out", out, *args) for out in (url, str(folder))]
     outputs = [process.communicate(timeout=300)[0] for process in started]

@@ -77,7 +77,7 @@ def plain() -> Any:
     return load_hf_model("smollm2")
 
 
-@pytest.mark.parametrize("name", ["add", "add_generated", "sae"])
+@pytest.mark.parametrize("name", ["add_generated", "sae"])
 def test_a_recipe_made_on_the_bridge_steers_the_plain_model(
     name: str, model: Any, plain: Any, vector: SteeringVector, run: Run, tmp_path: Path
 ) -> None:

@@ -89,7 +89,10 @@ def test_what_may_become_under_used_is_listed_ahead(
         assert values[0] == pytest.approx(values[1], rel=2e-3), name
 
 
-@pytest.mark.parametrize("variant", ["topk", "batch_topk", "jump_relu", "gated"])
+# Two of them have a threshold, and take the same kernels.
+@pytest.mark.parametrize(
+    "variant", ["topk", "batch_topk", pytest.param("jump_relu", marks=pytest.mark.minutes), "gated"]
+)
 def test_the_step_of_a_gpu_trains_as_that_of_a_cpu(variant: str, tmp_path: Path, later: None) -> None:
     """One gradient pass with projection and norms, Adam with the factor and the rows, dead latents from a list."""
     if obstacle("triton", "cpu") is not None:

@@ -72,17 +72,19 @@ def faint(page: Any) -> list[Any]:
 GROUNDS = {"light": "rgb(255, 255, 255)", "dark": "rgb(15, 18, 22)"}
 
 
-def test_all_text_has_the_contrast_of_level_aa(page: Any, address: str) -> None:
-    for theme, ground in GROUNDS.items():
-        page.emulate_media(color_scheme=theme)
-        for name in PAGES:
-            page.goto(f"{address}/{name}?run=sick")
-            page.locator("h1").first.wait_for()
-            settle(page)
-            assert page.evaluate("getComputedStyle(document.querySelector('.stApp')).backgroundColor") == ground
-            assert faint(page) == [], (name, theme)
-            if name == "steering":
-                disabled_is_in_sight(page, ground)
+# The palettes of both are measured without a browser in test_viz.py.
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.minutes)])
+def test_all_text_has_the_contrast_of_level_aa(page: Any, address: str, theme: str) -> None:
+    ground = GROUNDS[theme]
+    page.emulate_media(color_scheme=theme)
+    for name in PAGES:
+        page.goto(f"{address}/{name}?run=sick")
+        page.locator("h1").first.wait_for()
+        settle(page)
+        assert page.evaluate("getComputedStyle(document.querySelector('.stApp')).backgroundColor") == ground
+        assert faint(page) == [], (name, theme)
+        if name == "steering":
+            disabled_is_in_sight(page, ground)
     # The test can see: a title half as strong is found.
     page.evaluate("document.querySelector('h1').style.opacity = 0.3")
     assert [found[0] for found in page.evaluate(FAINT)] == ["Steering"]
