@@ -45,7 +45,10 @@ def failure(fvu: float, lr: float | None) -> str:
     if not fvu > USELESS:
         return ""
     rate = "lr" if lr is None else f"lr={lr:.2g}"
-    return f"FVU {fvu:.3g} is that of the mean activation: {rate} or the sparsity penalty is too high; lower it"
+    return (
+        f"FVU {fvu:.3g} is no better than that of the mean activation: {rate} or a sparsity penalty is too high, or "
+        "the run too short; lower it, or train on more tokens"
+    )
 
 
 def _remedy(config: TrainConfig) -> str:
