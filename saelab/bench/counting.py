@@ -34,7 +34,10 @@ FREE = {
     "_record_function_exit",
 }  # fmt: skip
 # Operations for whose result the host waits: its value, or the size that it has.
-WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
+WAITS = {
+    "_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero",
+    "multinomial",
+}  # fmt: skip
 # The encoder's product reads its matrix as its work, and the others touch a few rows of theirs.
 PARTLY = {"mm", "addmm", "index", "index_select", "index_add_", "index_copy_"}
 # What our kernels read and write of tensors as large as a weight matrix. Gathered rows are not a pass over a matrix.
@@ -140,11 +143,12 @@ def _unwatched() -> Any:
 N, D_IN, D_SAE, K = 12, 16, 256, 4  # with fewer tokens than dimensions the pre-activations are no tensor of that size
 CASES = [
     ("topk", 0), ("topk", 50), ("abs_topk", 0), ("gradient_topk", 0), ("batch_topk", 0), ("mutual_choice", 50),
-    ("feature_choice", 50), ("jump_relu", 0), ("gated", 0), ("matching_pursuit", 0),
+    ("feature_choice", 50), ("jump_relu", 0), ("gated", 0), ("matryoshka", 0),
+    ("matching_pursuit", 0),
 ]  # fmt: skip
 
 
-def counted(variant: str, dead: int = 0) -> Count:
+def counted(variant: str, dead: int = 0, **options: Any) -> Count:
     """One step of a variant, counted as it is at the sizes of a training: with ``dead`` latents on AuxK's list.
 
     The sizes are small; what the kernels hold at a time is made smaller still, so that they take their large forms.
@@ -154,7 +158,7 @@ def counted(variant: str, dead: int = 0) -> Count:
 
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    sae = build(variant, D_IN, D_SAE, l0=K).train()
+    sae = build(variant, D_IN, D_SAE, l0=K, **options).train()
     settings = TrainConfig(batch_size=N, lr=1e-4, k_aux=8, dead_after=1000 * N)
     since = torch.zeros(D_SAE, dtype=torch.int64)
     state = TrainState(make_optimizer(sae), since, 1.0, float(D_IN), step=1, first_fvu=1.0)

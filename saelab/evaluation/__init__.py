@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from saelab import kernels
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.manifest import DROPPED
 from saelab.data.cache.reader import Split
@@ -89,7 +90,7 @@ def evaluate(
     config = config or EvaluateConfig()
     check_pair(sae, cache, config.split)
     started = time.perf_counter()
-    with sae.evaluating():
+    with sae.evaluating(), kernels.default_precision("auto"):
         sums, firing = reconstruction(
             sae,
             cache,

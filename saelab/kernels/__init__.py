@@ -19,7 +19,7 @@ from saelab.kernels.ops import (
     select_topk,
     sse,
 )
-from saelab.kernels.precision import Precision, arithmetic, use_precision
+from saelab.kernels.precision import Precision, arithmetic, default_precision, use_precision
 from saelab.kernels.subset import explain, rectified
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "arithmetic",
     "backend",
     "decode",
+    "default_precision",
     "describe",
     "explain",
     "gather_rows",

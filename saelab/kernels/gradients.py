@@ -59,12 +59,18 @@ class Decode(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore
         values, indices, row_ptr, W_dec = ctx.saved_tensors
         ops, (for_values, _, _, for_W, for_b, _) = ctx.implementation, ctx.needs_input_grad
-        grad = grad.contiguous()
+        grad, d_W, sums = grad.contiguous(), None, ctx.by.sums
+        if for_W:
+            constrained = None if sums is None else W_dec
+            found = ops.latent_grads(ctx.by.sorted(ops), values, error=grad, W_dec=constrained)
+            d_W = found.dec
+            if sums is not None:
+                sums.add(found, W_dec=d_W)
         return (
             ops.value_grad(grad, indices, row_ptr, W_dec) if for_values else None,
             None,
             None,
-            ops.latent_grads(ctx.by.sorted(ops), values, error=grad).dec if for_W else None,
+            d_W,
             grad.sum(0) if for_b else None,
             None,
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 Precision = Literal["auto", "fp32", "bf16"]
 HALVES = (torch.float16, torch.bfloat16)
 AMPERE = (8, 0)  # the first compute capability with bfloat16 products; AMD's numbers are higher
-_precision: ContextVar[Precision] = ContextVar("saelab_precision", default="fp32")
+_precision: ContextVar[Precision | None] = ContextVar("saelab_precision", default=None)
 
 
 @contextmanager
@@ -34,6 +34,13 @@ def use_precision(precision: Precision) -> Iterator[None]:
         yield
     finally:
         _precision.reset(token)
+
+
+@contextmanager
+def default_precision(precision: Precision) -> Iterator[None]:
+    """Select latents in this arithmetic inside the block, unless a :func:`use_precision` around it says another."""
+    with use_precision(_precision.get() or precision):
+        yield
 
 
 def arithmetic(precision: Precision, device: torch.device | str) -> Literal["fp32", "bf16"]:
@@ -53,17 +60,17 @@ def rounds(x: Tensor) -> bool:
     device = x.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
         return True
-    return arithmetic(_precision.get(), x.device) == "bf16"
+    return arithmetic(current(), x.device) == "bf16"
 
 
 def in_halves(like: Tensor) -> bool:
     """Whether large products on ``like``'s device are to be taken in bfloat16, with operands split into two numbers."""
-    return arithmetic(_precision.get(), like.device) == "bf16"
+    return arithmetic(current(), like.device) == "bf16"
 
 
 def current() -> Precision:
     """The precision of this context, to take it to another thread."""
-    return _precision.get()
+    return _precision.get() or "fp32"
 
 
 @cache

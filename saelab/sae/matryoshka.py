@@ -32,6 +32,7 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
     tunable = (*BatchBudgetSAE.tunable, "groups", "prefix_loss")
     only_if_set = (*BatchBudgetSAE.only_if_set, "random_prefixes")
     contribution: Tensor
+    ends: Tensor  # of the prefixes, on the device
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
             raise UserError(f"groups={list(groups)} must be positive shares that add up to 1")
         ends = [round(share * d_sae) for share in accumulate(groups)]
         self.prefixes = [*ends[:-1], d_sae]
+        self.register_buffer("ends", torch.tensor(self.prefixes), persistent=False)
         self.prefix_loss = prefix_loss
         if min(b - a for a, b in zip([0, *self.prefixes], self.prefixes)) < 1:
             raise UserError(f"groups={list(groups)} leave a group of d_sae={d_sae} without a latent; use fewer groups")
@@ -70,30 +72,40 @@ class Matryoshka(BatchBudgetSAE, variant="matryoshka"):
         return None  # its loss needs every prefix of the dictionary
 
     def reconstruction_loss(self, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
-        recon, start, losses = self.b_dec.expand_as(x), 0, []
-        prefixes, places = self._draw(code) if self.random_prefixes else (self.prefixes, code.indices)
+        recon, losses = self.b_dec.expand_as(x), []
+        ends, places = self._draw(code) if self.random_prefixes else (self.ends, code.indices)
         if self.prefix_loss == "mean":
             losses.append((x - recon).square().sum())
-        for end in prefixes:
-            recon = recon + self._decode_group(code, (places >= start) & (places < end))
+        for group in self._decode_groups(code, torch.searchsorted(ends, places, right=True), ends.numel()):
+            recon = recon + group
             losses.append((x - recon).square().sum())
-            start = end
         total = torch.stack(losses).sum()
         return (total / len(losses) if self.prefix_loss == "mean" else total), recon.detach()
 
     @torch.no_grad()
-    def _draw(self, code: SparseCode) -> tuple[list[int], Tensor]:
+    def _draw(self, code: SparseCode) -> tuple[Tensor, Tensor]:
         """Ends of this step's prefixes, and the place of each entry's latent in the order of contributions."""
         power = torch.zeros_like(self.contribution).index_add_(
             0, code.indices, code.values.to(self.contribution).square()
         )
         self.contribution.lerp_(self.share.sum(power) / (code.n * self.share.parts), 1 - MEMORY)
         lengths = torch.arange(1, self.d_sae, dtype=power.dtype, device=power.device)
-        drawn = (lengths.sqrt() - (lengths - 1).sqrt()).multinomial(self.random_prefixes).sort().values + 1
+        share = lengths.sqrt() - (lengths - 1).sqrt()
+        # torch.multinomial does the same, and makes a GPU wait to see that all shares are numbers.
+        drawn = (share / torch.empty_like(share).exponential_()).topk(self.random_prefixes).indices.sort().values + 1
         order = self.contribution.argsort(descending=True, stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(self.d_sae, device=order.device))
-        return [*drawn.tolist(), self.d_sae], places[code.indices]
+        return torch.cat([drawn, self.ends[-1:]]), places[code.indices]
 
-    def _decode_group(self, code: SparseCode, keep: Tensor) -> Tensor:
-        group = code.only(keep)
-        return kernels.decode(group.values, group.indices, group.row_ptr, self.W_dec, None)
+    def _decode_groups(self, code: SparseCode, group: Tensor, count: int) -> Sequence[Tensor]:
+        """What each of ``count`` groups writes, ``[n, d_in]``; ``group [nnz]`` says which one an entry belongs to.
+
+        One code with a row for each token and group, so that nothing has to be known of how many entries a group has,
+        for which a GPU would have to be waited for.
+        """
+        rows, order = (code.rows() * count + group).sort(stable=True)
+        row_ptr = torch.searchsorted(rows, torch.arange(code.n * count + 1, device=rows.device))
+        values, indices = code.values.gather(0, order), code.indices[order]
+        by = kernels.ByLatent(indices, row_ptr, self.d_sae)
+        by.sums = None if code.by is None else code.by.sums
+        return kernels.decode(values, indices, row_ptr, self.W_dec, None, by).view(code.n, count, -1).unbind(1)

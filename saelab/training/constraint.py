@@ -16,12 +16,12 @@ from saelab.sae import SAE, LinearSAE
 
 
 def constrains_on_the_way(sae: SAE, parallel: Parallel) -> bool:
-    """Whether the gradient passes may also project and measure, as those of the squared error can."""
+    """Whether the gradient passes may also project and measure; :func:`measured` says whether they have."""
     if parallel.size > 1 or not isinstance(sae, LinearSAE) or kernels.backend(sae.W_dec) != "triton":
         return False
     if sae.d_out != sae.d_in or sae.W_skip is not None:  # two passes; a gradient that the sums lack
         return False
-    own = ("normalise_decoder", "project_decoder_grad", "reconstruction_loss", "decode")
+    own = ("normalise_decoder", "project_decoder_grad", "decode")
     return all(getattr(getattr(sae, name), "__func__", None) is getattr(SAE, name) for name in own)
 
 

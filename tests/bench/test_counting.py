@@ -48,6 +48,12 @@ def test_dead_latents_and_a_batch_budget_make_nothing_wait() -> None:
         assert not count.waits and count.per_parameter <= 36, (variant, count)
 
 
+@pytest.mark.parametrize("options", [{}, {"random_prefixes": 4}], ids=["groups", "random prefixes"])
+def test_nested_dictionaries_take_one_pass_and_make_nothing_wait(options: dict[str, int]) -> None:
+    count = counted("matryoshka", **options)
+    assert not count.waits and count.per_parameter <= 36, count
+
+
 @pytest.mark.parametrize("variant", [pytest.param("jump_relu", marks=pytest.mark.minutes), "gated"])  # alike
 def test_a_threshold_waits_once_and_an_activation_adds_no_pass(variant: str) -> None:
     count = counted(variant)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saelab import kernels
+from saelab.data.cache import ActivationCache
+from saelab.evaluation import EvaluateConfig, evaluate
+from saelab.features.indexing.builder import build_index
 from saelab.kernels import candidates, products
 from saelab.kernels.cases import CASES, Case, random_case
 from saelab.kernels.dispatch import obstacle
-from saelab.kernels.precision import arithmetic, rounds
+from saelab.kernels.precision import arithmetic, current, rounds
+from saelab.sae import build
+from saelab.sparse import SparseCode
 from tests.kernels import oracle
 from tests.kernels.backends import BACKENDS, DEVICE, backend_on, gap, tolerance
 
@@ -169,6 +176,32 @@ def test_auto_is_fp32_on_a_cpu_and_half_precision_is_left_alone() -> None:
         assert rounds(torch.ones(1, 1)) and not rounds(torch.ones(1, 1, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="unknown precision 'tf32'; choose from auto, fp32, bf16"):
         kernels.use_precision("tf32").__enter__()  # pyright: ignore
+
+
+@pytest.mark.parametrize("command", ["evaluate", "index"])
+def test_evaluation_and_index_select_as_training_does_unless_told(command: str, tmp_path: Path) -> None:
+    cache = ActivationCache.from_tensors(tmp_path / "cache", torch.randn(64, 8), torch.arange(64), context_length=16)
+    sae, used = build("topk", d_in=8, d_sae=32, k=2), []
+    encode = sae.encode
+
+    def watched(*args: Any) -> SparseCode:
+        used.append(current())
+        return encode(*args)
+
+    sae.encode = watched  # pyright: ignore[reportAttributeAccessIssue]
+
+    def work(folder: str) -> None:
+        if command == "evaluate":
+            evaluate(sae, cache, config=EvaluateConfig(split="all"))
+        else:
+            build_index(sae, cache, tmp_path / folder, token_strings=[str(i) for i in range(64)])
+
+    work("usual")
+    assert set(used) == {"auto"} and current() == "fp32"
+    used.clear()
+    with kernels.use_precision("fp32"):
+        work("told")
+    assert set(used) == {"fp32"}
 
 
 def test_split_operands_keep_sixteen_bits() -> None:

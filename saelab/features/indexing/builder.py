@@ -30,6 +30,7 @@ from saelab.features.indexing.logit_lens import LogitLens
 from saelab.features.indexing.postings import Postings, PostingsWriter
 from saelab.files import new_folder
 from saelab.harvesting.background import Background
+from saelab.kernels import default_precision
 from saelab.layout import EXAMPLES, FEATURES, INDEX
 from saelab.lm.record import ModelRecord
 from saelab.sae import SAE
@@ -87,14 +88,19 @@ def build_index(
     return FeatureIndex(folder)
 
 
+def batch_rows(sae: SAE, config: IndexConfig) -> int:
+    """How many tokens are encoded at once."""
+    return min(config.batch_size, max(PRE_ACTS // sae.d_sae, 256))
+
+
 @torch.no_grad()
 def encode_corpus(
     sae: SAE, cache: ActivationCache, corpus: Corpus, folder: Path, config: IndexConfig, report: Progress
 ) -> tuple[Postings, float]:
     """The pass over the cache; returns the codes and the seconds spent in ``sae.encode``."""
     writer, done, seconds = PostingsWriter(folder, sae.d_sae, config.run_entries), 0, 0.0
-    size = min(config.batch_size, max(PRE_ACTS // sae.d_sae, 256))
-    with sae.evaluating(), closing(Background()) as background, ExitStack() as stack:
+    size = batch_rows(sae, config)
+    with sae.evaluating(), default_precision("auto"), closing(Background()) as background, ExitStack() as stack:
         stack.callback(cache.release)
 
         def keep(code: SparseCode, acts: Tensor, at: int) -> None:
