@@ -14,7 +14,8 @@ from saelab.data.cache import ActivationCache
 from saelab.features import schema
 from saelab.features.indexing.config import IndexConfig
 from saelab.features.indexing.corpus import Corpus
-from saelab.features.indexing.examples import Occurrences, choose, example_table
+from saelab.features.indexing.examples import Lookup, Occurrences, choose, example_table
+from saelab.features.indexing.groups import named, table_rows
 from saelab.features.indexing.labels import Labeller
 from saelab.features.indexing.logit_lens import LogitLens, neighbours
 from saelab.features.indexing.partners import Partners
@@ -64,7 +65,6 @@ class Describer:
         self.lens = None if lens is None else lens.to(sae.device)
         self.weights = _weights(sae)
         self.mean = torch.tensor(cache.goal.manifest.mean, dtype=torch.float32, device=sae.device)
-        self.lens_strings = None if lens is None else vocabulary.slice(0, lens.unembed.shape[1])
 
     def tables(self, start: int, stop: int) -> tuple[pa.Table, pa.Table]:
         """``features.parquet`` and ``examples.parquet`` rows of slots ``start .. stop`` (whole latents)."""
@@ -82,11 +82,14 @@ class Describer:
             **self.partners.columns(entries, start, rng),
             **self.words.columns(entries, start),
         }
-        chosen = choose(entries, slots, ranked, self.corpus, len(self.poles), self.config, rng, self.occurrences)
-        windows = example_table(chosen, entries, self.corpus, start, self.vocabulary, self.config)
+        lookup = Lookup.of(entries, slots, self.corpus.n_rows)
+        chosen = choose(
+            entries, slots, ranked, lookup, self.corpus, len(self.poles), self.config, rng, self.occurrences
+        )
+        windows = example_table(chosen, entries, lookup, self.corpus, start, self.vocabulary, self.config)
         kinds = {name: kind for name, (kind, _) in schema.FEATURE_COLUMNS.items()}
         keep = np.arange(0, n, 3 - len(self.poles))
-        arrays = [pa.array(columns[name], kind).take(pa.array(keep)) for name, kind in kinds.items()]
+        arrays = [pa.array(columns[name]).cast(kind).take(pa.array(keep)) for name, kind in kinds.items()]
         table = pa.table(arrays, names=list(kinds))
         if len(self.poles) == 1:
             windows = windows.filter(pa.array(windows["pole"].to_numpy() == 1))
@@ -95,8 +98,7 @@ class Describer:
     def _tokens(self, rows: NDArray[np.int64], slots: NDArray[np.int64], n: int) -> Columns:
         pairs = count_tokens(slots, self.corpus.counted(rows), len(self.vocabulary))
         columns = token_statistics(pairs, n, self.config.top_tokens)
-        columns["top_tokens"] = [self.vocabulary.take(pa.array(ids)).to_pylist() for ids in columns["top_tokens"]]
-        return columns
+        return columns | {"top_tokens": named(columns["top_tokens"], self.vocabulary)}
 
     def _directions(self, first: int, last: int) -> Columns:
         """Columns that come from the weights: norms, logit effects, neighbours. One row per pole of each latent."""
@@ -105,8 +107,8 @@ class Describer:
         cosine = self.unit[first:last] @ (self.mean / self.mean.norm().clamp_min(torch.finfo(torch.float32).tiny))
         columns["mean_cosine"] = (cosine.cpu()[:, None] * torch.tensor([1.0, -1.0])).reshape(-1).numpy()
         cosines, close = neighbours(self.unit, first, last, self.config.neighbours, len(self.poles) == 2)
-        columns["neighbours"] = list(np.repeat(close.cpu().numpy(), 2, axis=0))
-        columns["neighbour_cosines"] = list(np.repeat(cosines.cpu().numpy(), 2, axis=0))
+        columns["neighbours"] = table_rows(np.repeat(close.cpu().numpy(), 2, axis=0))
+        columns["neighbour_cosines"] = table_rows(np.repeat(cosines.cpu().numpy(), 2, axis=0))
         names = [f"{side}{part}" for side in ("promoted", "suppressed") for part in ("", "_ids", "_logits")]
         if self.lens is None:
             return columns | {name: [[]] * (2 * (last - first)) for name in names}
@@ -115,8 +117,8 @@ class Describer:
             # A negative activation suppresses what a positive one promotes, by the same amount.
             logits = rearrange([values, -other], "pole latent token -> (latent pole) token").cpu().numpy()
             tokens = rearrange([ids, other_ids], "pole latent token -> (latent pole) token").cpu().numpy()
-            columns[f"{side}_logits"], columns[f"{side}_ids"] = list(logits), list(tokens)
-            columns[side] = [self.lens_strings.take(pa.array(row)).to_pylist() for row in tokens]  # pyright: ignore
+            columns[f"{side}_logits"], columns[f"{side}_ids"] = table_rows(logits), table_rows(tokens)
+            columns[side] = named(columns[f"{side}_ids"], self.vocabulary)
         return columns
 
 

@@ -91,7 +91,8 @@ class Corpus:
 
     def array(self, name: str, n: int, dtype: type) -> NDArray:
         """A new array on disk that the system may page out."""
-        return np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(max(n, 1),))
+        mapped = np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(max(n, 1),))
+        return np.asarray(mapped)  # indexing NumPy's class for mapped files takes several times as long
 
     def row_pieces(self, size: int = 1 << 18) -> Iterator[NDArray[np.int64]]:
         """All row numbers, a piece at a time."""
@@ -111,11 +112,23 @@ class Corpus:
         places = self.place_of[rows]
         return places - self.positions[places]
 
+    def beside(self, rows: NDArray[np.int64], offset: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The place at an offset of -1, 0 or 1 from each row's token, and whether it is in the same context."""
+        centre = self.place_of[rows]
+        places = (centre + offset).clip(0, len(self.text) - 1)
+        # A context begins at position 0.
+        later = places if offset > 0 else centre
+        return places, (places == centre + offset) & ((self.positions[later] > 0) | (offset == 0))
+
     def windows(self, rows: NDArray[np.int64], before: int, after: int) -> Windows:
         """The places from ``before`` tokens before each row's token to ``after`` behind it."""
-        centre = self.place_of[rows]
-        places = centre[:, None] + np.arange(-before, after + 1)
-        bounded = places.clip(0, len(self.text) - 1)
-        start = centre - self.positions[centre]
-        inside = (places == bounded) & (bounded - self.positions[bounded] == start[:, None])
-        return Windows(bounded, inside)
+        centre, offset = self.place_of[rows], np.arange(-before, after + 1)
+        places = centre[:, None] + offset
+        # Before the token its position tells how far the context goes, behind it the positions there.
+        inside = offset >= -self.positions[centre][:, None]
+        np.maximum(places, 0, out=places)
+        ahead = places[:, before + 1 :]
+        inside[:, before + 1 :] = ahead < len(self.text)
+        np.minimum(ahead, len(self.text) - 1, out=ahead)
+        inside[:, before + 1 :] &= self.positions[ahead] == self.positions[centre][:, None] + offset[before + 1 :]
+        return Windows(places, inside)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from saelab.data.chat import ROLES
 from saelab.features.indexing.config import IndexConfig
 from saelab.features.indexing.corpus import Corpus
-from saelab.features.indexing.groups import rank_in_group, systematic
+from saelab.features.indexing.groups import in_order, rank_in_group, systematic
 from saelab.features.indexing.postings import Entries
 from saelab.features.indexing.statistics import Ranked
 from saelab.features.schema import EXAMPLE_COLUMNS
@@ -61,6 +61,7 @@ def choose(
     entries: Entries,
     slots: NDArray[np.int64],
     ranked: Ranked,
+    lookup: Lookup,
     corpus: Corpus,
     n_poles: int,
     config: IndexConfig,
@@ -86,18 +87,19 @@ def choose(
     # Windows without any firing: draw twice as many as needed, keep the silent ones.
     drawn = np.repeat(np.arange(0, n, 3 - n_poles), 2 * config.silent)
     candidates = rng.integers(0, corpus.n_rows, len(drawn))
-    parts.append(_silent(entries, corpus, drawn, candidates, config, "silent", config.silent))
+    parts.append(_silent(entries, lookup, corpus, drawn, candidates, config, "silent", config.silent))
     if config.hard:
         strong = ranked.order[rank_in_group(slots[ranked.order]) < HARDEST]
         drawn = np.repeat(slots[strong], DRAWS)
         found = occurrences.draw(np.repeat(corpus.counted(entries.rows[strong]), DRAWS), rng)
         there = found >= 0
-        parts.append(_silent(entries, corpus, drawn[there], found[there], config, "hard", config.hard))
+        parts.append(_silent(entries, lookup, corpus, drawn[there], found[there], config, "hard", config.hard))
     return Chosen.join(parts)
 
 
 def _silent(
     entries: Entries,
+    lookup: Lookup,
     corpus: Corpus,
     slots: NDArray[np.int64],
     rows: NDArray[np.int64],
@@ -106,7 +108,7 @@ def _silent(
     most: int,
 ) -> Chosen:
     """The first ``most`` different rows of each slot in whose windows its latent does not fire."""
-    silent = (window_values(entries, corpus, slots, rows, config)[0] == 0).all(1)
+    silent = (window_values(entries, lookup, corpus, slots, rows, config)[0] == 0).all(1)
     keys = slots[silent] * corpus.n_rows + rows[silent]
     first = np.sort(np.unique(keys, return_index=True)[1])
     slots, rows = slots[silent][first], rows[silent][first]
@@ -132,8 +134,28 @@ def _top(entries: Entries, slots: NDArray, ranked: Ranked, corpus: Corpus, top: 
     return Chosen(slots[order], entries.rows[order], np.full(len(order), KINDS.index("top")), place)
 
 
+class Lookup(NamedTuple):
+    """Finds entries by latent and row: ``latent * n_rows + row`` of each in ascending order, and their places."""
+
+    keys: NDArray[np.int64]
+    order: NDArray[np.int64] | None  # None: the entries stand in that order
+
+    @classmethod
+    def of(cls, entries: Entries, slots: NDArray[np.int64], n_rows: int) -> Lookup:
+        """The entries of a range, whose ``slots`` are given."""
+        keys = slots // 2 * n_rows + entries.rows
+        if (keys[1:] < keys[:-1]).any():  # signed: the poles of a latent interleave
+            return cls(*in_order(keys))
+        return cls(keys, None)
+
+
 def window_values(
-    entries: Entries, corpus: Corpus, slots: NDArray[np.int64], rows: NDArray[np.int64], config: IndexConfig
+    entries: Entries,
+    lookup: Lookup,
+    corpus: Corpus,
+    slots: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    config: IndexConfig,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
     """Signed activations of each slot's latent (both poles) in the window of each row.
 
@@ -141,12 +163,7 @@ def window_values(
     """
     window = corpus.windows(rows, config.before, config.after)
     at = np.where(window.inside, corpus.row_at[window.places], -1)
-    latents = entries.slots() // 2
-    keys = latents * corpus.n_rows + entries.rows
-    order = None
-    if len(keys) and (np.diff(keys) < 0).any():  # signed: the poles of a latent interleave
-        order = np.argsort(keys, kind="stable")
-        keys = keys[order]
+    keys, order = lookup
     wanted = (slots // 2)[:, None] * corpus.n_rows + at
     found = np.searchsorted(keys, wanted.ravel()).reshape(wanted.shape).clip(0, max(len(keys) - 1, 0))
     values = np.zeros(wanted.shape, np.float32)
@@ -157,10 +174,16 @@ def window_values(
 
 
 def example_table(
-    chosen: Chosen, entries: Entries, corpus: Corpus, first_slot: int, vocabulary: pa.Array, config: IndexConfig
+    chosen: Chosen,
+    entries: Entries,
+    lookup: Lookup,
+    corpus: Corpus,
+    first_slot: int,
+    vocabulary: pa.Array,
+    config: IndexConfig,
 ) -> pa.Table:
     """The rows of ``examples.parquet`` for the chosen tokens."""
-    values, places, inside = window_values(entries, corpus, chosen.slots, chosen.rows, config)
+    values, places, inside = window_values(entries, lookup, corpus, chosen.slots, chosen.rows, config)
     centre = corpus.place_of[chosen.rows]
     focus_value = values[:, config.before]
     offsets = pa.array(np.concatenate([[0], np.cumsum(inside.sum(1))]), pa.int32())

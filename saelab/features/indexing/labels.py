@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saelab.features.indexing.corpus import Corpus
-from saelab.features.indexing.groups import group_top, rank_in_group, systematic
+from saelab.features.indexing.groups import distinct, group_top, rank_in_group, systematic
 from saelab.features.indexing.postings import Entries
 
 KINDS = ("token", "after", "before", "phrase", "near")
@@ -119,15 +119,14 @@ class Labeller:
 
     def _neighbour(self, rows: NDArray[np.int64], offset: int) -> NDArray[np.int64]:
         """Token at an offset from each row's; the length of the vocabulary outside its context."""
-        window = self.corpus.windows(rows, -min(offset, 0), max(offset, 0))
-        at = 0 if offset <= 0 else -1
-        units = self.corpus.units[window.places[:, at]]
-        return np.where(window.inside[:, at], units, len(self.vocabulary)).astype(np.int64)
+        places, inside = self.corpus.beside(rows, offset)
+        units = self.corpus.units[places]
+        return np.where(inside, units, len(self.vocabulary)).astype(np.int64)
 
     def _recent(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The last ``REACH`` words of each row, its own included; ``size`` outside the context. ``[n, REACH]``."""
         window = self.corpus.windows(rows, REACH - 1, 0)
-        return self.word[np.where(window.inside, self.corpus.units[window.places], len(self.vocabulary))]
+        return np.where(window.inside, self.word[self.corpus.units[window.places]], self.size)
 
     def _background(self, half: int, rng: np.random.Generator) -> NDArray[np.uint8]:
         """Bit ``w`` of line ``t``: word ``t`` is near in the ``w``-th of ``BACKGROUND`` random rows of a half."""
@@ -195,14 +194,15 @@ class Labeller:
         pool = pool.take(group_top(pool.slots, pool.mass / (pool.mass + pool.predicted - pool.true), CANDIDATES))
         sets = _by_mass(pool.take(_best_head(pool, scores[0])))
         size = totals.shape[1]
-        hits = np.isin(met[1].slots * size + met[1].words, sets.slots * size + sets.words)
+        hits = _among(met[1].slots * size + met[1].words, sets.slots * size + sets.words)
         predicted = np.bincount(sets.slots, totals[1][sets.words], n)
         return sets, sets.scores(scores[0]), met[1].take(hits).scores(scores[1])._replace(predicted=predicted)
 
     def _near(self, halves: list[Sample], weight: NDArray, n: int) -> tuple[Words, Scores, Scores]:
         """The best set of words of which one is near."""
         recent = np.sort(self._recent(halves[0].rows), axis=1)
-        once = (np.diff(recent, axis=1, prepend=-1) != 0) & (recent < self.size)
+        once = recent < self.size
+        once[:, 1:] &= recent[:, 1:] != recent[:, :-1]
         each = halves[0].take(np.repeat(np.arange(len(recent)), once.sum(1)))
         pairs = _met_by_slot(each, recent[once], self.size + 1)
         total = [np.bincount(s.slots, minlength=n) * weight for s in halves]
@@ -224,9 +224,15 @@ class Labeller:
         order = np.argsort(keys)
         true, mass = np.zeros(len(keys)), np.zeros(len(keys))
         if len(keys) and len(sample.rows):
-            wanted = sample.slots[:, None] * (self.size + 1) + self._recent(sample.rows)
+            recent = self._recent(sample.rows)
+            listed = np.zeros(self.size + 1, bool)
+            listed[words] = True
+            near = listed[recent]  # by any slot: most words are not
+            wanted = sample.slots[near.nonzero()[0]] * (self.size + 1) + recent[near]
             at = np.searchsorted(keys[order], wanted).clip(0, len(keys) - 1)
-            found = np.where(keys[order][at] == wanted, order[at], len(keys)).min(1)  # the earliest of the slot
+            found = np.full(recent.shape, len(keys))
+            found[near] = np.where(keys[order][at] == wanted, order[at], len(keys))
+            found = found.min(1)  # the earliest of the slot
             hit = found < len(keys)
             each = weight[sample.slots[hit]]
             true = np.bincount(found[hit], each, len(keys))
@@ -277,7 +283,7 @@ def _words(vocabulary: list[str]) -> tuple[list[str], NDArray[np.int64]]:
 
 def _met_by_slot(sample: Sample, words: NDArray[np.int64], size: int) -> Words:
     """Each slot's words with firings and magnitude, by slot; nothing is known of ``predicted`` yet."""
-    keys, inverse = np.unique(sample.slots * size + words, return_inverse=True)
+    keys, _, inverse = distinct(sample.slots * size + words)
     true, mass = np.bincount(inverse, minlength=len(keys)), np.bincount(inverse, sample.sizes, len(keys))
     return Words(keys // size, keys % size, true, mass, true)
 
@@ -295,6 +301,14 @@ def _best_head(words: Words, firing: NDArray) -> NDArray[np.bool_]:
     chosen = np.zeros(len(place), bool)
     chosen[head[group_top(words.slots[head], words.mass[head], MOST)]] = True
     return chosen
+
+
+def _among(keys: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of the keys, in ascending order, are wanted."""
+    wanted = np.sort(wanted)
+    if not len(wanted):
+        return np.zeros(len(keys), bool)
+    return wanted[np.searchsorted(wanted, keys).clip(max=len(wanted) - 1)] == keys
 
 
 def _by_mass(words: Words) -> Words:

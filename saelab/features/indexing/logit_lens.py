@@ -15,7 +15,9 @@ from torch import Tensor
 from saelab.errors import damaged
 from saelab.files import write_tensors
 
-ROWS, DEVICE_ROWS = 64, 2048  # directions whose logits are held at once on a CPU, and elsewhere
+ROWS = 64, 512  # directions whose products are held at once on a CPU: at least, at most; fewer multiply more slowly
+HELD = 1 << 24  # products between those: 64 MiB of them
+DEVICE_ROWS = 2048  # elsewhere
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,8 @@ class LogitLens:
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(values, token ids) of the ``n`` most promoted tokens, then of the most suppressed; each ``[m, n]``."""
         n, directions = min(n, self.unembed.shape[1]), self._normalised(directions)
-        # Few rows at a time: their logits stay in the processor's cache while the ends are picked.
         parts = []
-        for rows in directions.split(_rows(directions)):
+        for rows in directions.split(_rows(directions, self.unembed.shape[1])):
             logits, mean = rows @ self.unembed, (rows @ self._mean_token)[:, None]
             up, down = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
             parts.append((up.values - mean, up.indices, down.values - mean, down.indices))
@@ -103,7 +104,7 @@ def neighbours(
     Closest is the largest cosine, or the largest absolute cosine where ``signed`` (the cosine keeps its sign).
     """
     found = []
-    for rows in torch.arange(start, stop, device=unit.device).split(_rows(unit)):
+    for rows in torch.arange(start, stop, device=unit.device).split(_rows(unit, len(unit))):
         cosines = unit[rows] @ unit.T
         key = cosines.abs() if signed else cosines
         key[torch.arange(len(rows), device=unit.device), rows] = -torch.inf  # no row is its own neighbour
@@ -112,5 +113,5 @@ def neighbours(
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
 
-def _rows(like: Tensor) -> int:
-    return ROWS if like.device.type == "cpu" else DEVICE_ROWS
+def _rows(like: Tensor, columns: int) -> int:
+    return min(max(HELD // columns, ROWS[0]), ROWS[1]) if like.device.type == "cpu" else DEVICE_ROWS

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from saelab.features.indexing.groups import group_top, split_groups, systematic
+from saelab.features.indexing.groups import distinct, group_top, lists, systematic
 from saelab.features.indexing.postings import Entries, Postings
 
 MIN_TOGETHER = 3  # firings seen together before a pair counts: PMI of fewer is noise
@@ -37,7 +37,7 @@ class Partners:
         both = both[np.argsort(slots[both], kind="stable")]
         latent, pole = partners[both] // 2, 1 - 2 * (partners[both] % 2)
         names = ("partners", "partner_poles", "partner_jaccard", "partner_pmi")
-        return dict(zip(names, split_groups(slots[both], n, latent, pole, jaccard[both], pmi[both])))
+        return dict(zip(names, lists(slots[both], n, latent, pole, jaccard[both], pmi[both])))
 
     def _pairs(
         self, entries: Entries, start: int, rng: np.random.Generator
@@ -45,7 +45,7 @@ class Partners:
         """(slot, partner slot, Jaccard index, PMI) of every pair seen together often enough."""
         counts, n_rows = np.diff(entries.ptr), self.postings.n_rows
         slots, offset, _ = systematic(counts, self.sample, rng)
-        rows, place = np.unique(entries.rows[entries.ptr[slots] + offset], return_inverse=True)
+        rows, _, place = distinct(entries.rows[entries.ptr[slots] + offset])
         row_ptr, codes = self.postings.codes(rows)
         ones = np.ones(len(codes), np.int32)
         active = sparse.csr_matrix((ones, codes, row_ptr), shape=(len(rows), self.postings.n_slots))

@@ -98,8 +98,7 @@ class Postings:
 
     def _open(self, run: int, name: str) -> NDArray:
         """An array of a run, mapped for as long as the caller holds it: kept, its pages would count as ours."""
-        array = np.load(self.folder / f"{run}.{name}.npy", mmap_mode="r")
-        return array if array.size else np.asarray(array)
+        return np.asarray(np.load(self.folder / f"{run}.{name}.npy", mmap_mode="r"))
 
     def magnitude_range(self) -> tuple[float, float]:
         """Smallest and largest magnitude of any firing; (1, 1) when nothing fires."""

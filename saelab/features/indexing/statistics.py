@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saelab.features.indexing.corpus import Corpus
-from saelab.features.indexing.groups import by_group_descending, group_top, split_groups
+from saelab.features.indexing.groups import by_group_descending, group_top, in_order, lists, table_rows
 from saelab.features.indexing.postings import Entries
 from saelab.features.schema import QUANTILES
 
@@ -49,7 +49,7 @@ def magnitude_statistics(
         columns[name] = _quantile(descending, entries.ptr, q)
     bins = np.searchsorted(edges[1:-1], size, side="right")
     flat = np.bincount(slots * (len(edges) - 1) + bins, minlength=n * (len(edges) - 1))
-    columns["histogram"] = list(flat.reshape(n, -1))
+    columns["histogram"] = table_rows(flat.reshape(n, -1))
     return columns
 
 
@@ -77,7 +77,7 @@ class TokenCounts(NamedTuple):
 
 def count_tokens(slots: NDArray[np.int64], tokens: NDArray[np.integer], vocab: int) -> TokenCounts:
     """How often each slot meets each token."""
-    keys = np.sort(slots * vocab + tokens)
+    keys = in_order(slots * vocab + tokens)[0]
     first = np.flatnonzero(np.diff(keys, prepend=-1))
     pairs = keys[first]
     return TokenCounts(pairs // vocab, pairs % vocab, np.diff(np.append(first, len(keys))))
@@ -89,8 +89,9 @@ def token_statistics(pairs: TokenCounts, n_slots: int, top: int) -> dict[str, An
     logs = np.bincount(pairs.slots, pairs.counts * np.log2(pairs.counts), n_slots)
     safe = np.maximum(total, 1)
     best = group_top(pairs.slots, pairs.counts, top)
-    tokens, counts = split_groups(pairs.slots[best], n_slots, pairs.tokens[best], pairs.counts[best])
-    most = np.array([c[0] if len(c) else 0 for c in counts])
+    tokens, counts = lists(pairs.slots[best], n_slots, pairs.tokens[best], pairs.counts[best])
+    most = np.zeros(n_slots, np.int64)
+    np.maximum.at(most, pairs.slots[best], pairs.counts[best])
     return {
         "token_entropy": np.where(total > 0, np.maximum(np.log2(safe) - logs / safe, 0.0), 0.0),
         "token_share": most / safe,

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from saelab.features.indexing.corpus import Corpus
-from saelab.features.indexing.groups import group_top, split_groups, systematic
+from saelab.features.indexing.groups import distinct, group_top, lists, systematic
 from saelab.features.indexing.labels import visible
 from saelab.features.indexing.postings import Entries
 
 LONGEST = 32  # tokens that a word may have
 _GOLDEN, _ODD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+_SIGN = np.uint64(1 << 63)  # flipped: unsigned numbers in the order of signed ones
 
 
 class Words:
@@ -58,21 +60,28 @@ class Words:
         entry = entries.ptr[slots] + offset
         sizes = np.abs(entries.values[entry]).astype(np.float64)
         places = self.corpus.place_of[entries.rows[entry]]
-        keys = self.keys[places] ^ (slots.astype(np.uint64) + np.uint64(1)) * _ODD
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        keys = (self.keys[places] ^ (slots.astype(np.uint64) + np.uint64(1)) * _ODD ^ _SIGN).view(np.int64)
+        _, first, inverse = distinct(keys)
         mass, slot = np.bincount(inverse, sizes, len(first)), slots[first]
         best = group_top(slot, mass, self.most)
         total = np.maximum(np.bincount(slots, sizes, n), 1e-30)
-        found, shares = split_groups(slot[best], n, places[first[best]], mass[best] / total[slot[best]])
-        merged = [self._merged(*group) for group in zip(found, shares)]
-        return {"words": [list(words) for words in merged], "word_shares": [list(words.values()) for words in merged]}
+        slot, mass, places = slot[best], mass[best], places[first[best]]
+        names, numbers = self._texts(places)
+        # Words that differ in white space alone are one; ordered by share.
+        pairs = slot * max(len(names), 1) + numbers
+        _, first, inverse = distinct(pairs)
+        shares = np.bincount(inverse, mass / total[slot], len(first))
+        order = np.lexsort((first, -shares, slot[first]))
+        first, shares = first[order], shares[order]
+        words, shares = lists(slot[first], n, names.take(pa.array(numbers[first])), shares)
+        return {"words": words, "word_shares": shares}
 
-    def _merged(self, places: NDArray[np.int64], shares: NDArray[np.float64]) -> dict[str, float]:
-        """Words that differ in white space alone are one; ordered by share."""
-        words: dict[str, float] = {}
-        for place, share in zip(places.tolist(), shares.tolist()):
-            words[self.at(place)] = words.get(self.at(place), 0.0) + share
-        return dict(sorted(words.items(), key=lambda item: -item[1]))
+    def _texts(self, places: NDArray[np.int64]) -> tuple[pa.Array, NDArray[np.int64]]:
+        """The different words at places, and the number of each place's."""
+        _, first, inverse = distinct(self.keys[places].view(np.int64))
+        known: dict[str, int] = {}
+        numbers = [known.setdefault(self.at(place), len(known)) for place in places[first].tolist()]
+        return pa.array(list(known), pa.string()), np.array(numbers, np.int64)[inverse]
 
     def at(self, place: int) -> str:
         """The word that the token of a place belongs to."""
