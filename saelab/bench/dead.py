@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.sae import build
 from saelab.training import TrainConfig, train
 
-FORMS = ("rectified", "straight_through")
+FORMS: tuple[Literal["rectified"], Literal["straight_through"]] = ("rectified", "straight_through")
 
 
 @dataclass(frozen=True)

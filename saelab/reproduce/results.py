@@ -116,7 +116,7 @@ def details(ledgers: Sequence[dict[str, Any]]) -> str:
 
 
 def _number(value: float | dict[str, Any]) -> str:
-    if isinstance(value, float):
+    if not isinstance(value, dict):
         return f"{value:.4g}"
     interval = "" if value["low"] is None else f" ({value['low']:+.4g} to {value['high']:+.4g})"
     return f"{value['mean']:+.4g}{interval}"
