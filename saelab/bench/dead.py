@@ -26,7 +26,8 @@ from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.sae import build
 from saelab.training import TrainConfig, train
 
-FORMS: tuple[Literal["rectified"], Literal["straight_through"]] = ("rectified", "straight_through")
+Form = Literal["rectified", "straight_through"]
+FORMS: tuple[Form, Form] = ("rectified", "straight_through")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Settings:
 def results(settings: Settings, console: Console) -> Iterator[dict[str, Any]]:
     """One row per SAE."""
     cache = ActivationCache(settings.cache)
-    jobs = [
+    jobs: list[tuple[str, int, int | None, int, Form]] = [
         (variant, k, limit, seed, form)
         for variant in settings.variants
         for k in settings.k
