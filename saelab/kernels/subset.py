@@ -49,7 +49,7 @@ def explain(
 
 
 def rectified(values: Tensor) -> Tensor:
-    """``relu(values)`` with the gradient of ``values``: the straight-through estimator of Bengio et al. (1308.3432)."""
+    """``relu(values [nnz])`` with the gradient of ``values``: straight through (Bengio et al., arXiv 1308.3432)."""
     return values + (values.relu() - values).detach()
 
 

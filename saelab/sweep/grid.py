@@ -179,7 +179,7 @@ class Grid:
                 del entry["rates"]
             if entry["train"]["precision"] == "auto":
                 entry["train"]["precision"] = "fp32"  # the default of 0.1.0; the runs record what they computed in
-            for name, value in (("moments", "fp32"), ("freeze", "none")):
+            for name, value in (("moments", "fp32"), ("freeze", "none"), ("aux_gradient", "rectified")):
                 if entry["train"][name] == value:
                     del entry["train"][name]  # there was no other in 0.1.0
         tuning = {} if self.tuning is None else {"tuning": asdict(self.tuning)}
