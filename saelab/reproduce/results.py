@@ -53,7 +53,9 @@ def headline(measured: dict[str, Any], shows: str = "") -> str:
         return f"{name.replace('_', ' ')} {found[name]:.3g}"
     mean, low, high = (found[name][key] for key in ("mean", "low", "high"))
     text = f"{name.replace('_', ' ').replace('.', ' ')} {mean:+.3g}"
-    if low is None or high is None:  # what is compared differs too much in L0 for an interval to mean something
+    if low is None or high is None:  # of one document, or what is compared differs too much in L0
+        if found[name].get("documents") == 1:
+            return f"{text} on one document"
         own, other = found[name]["l0"]
         return f"{text} at L0 {own:.3g} and {other:.3g}"
     return f"{text} ({low:+.3g} to {high:+.3g})"

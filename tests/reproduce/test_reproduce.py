@@ -34,7 +34,7 @@ from saelab.reproduce.curves import by_budget, verdict, verdicts
 from saelab.reproduce.lab import FACTORS, Record, Spec, table
 from saelab.reproduce.ledger import Verdict, above, all_of, attributed, below, fewer, paired, summary, within
 from saelab.reproduce.planted_worlds import Readout
-from saelab.reproduce.results import claims, curves, details, markdown, read_ledgers
+from saelab.reproduce.results import claims, curves, details, headline, markdown, read_ledgers
 from saelab.reproduce.toys import PURSUIT_STEPS, RESIDUAL_STOP, STEPS, Toys, clip_each, schedule, train_toys
 from saelab.reproduce.tree import TreeScore, run_toys, score
 from saelab.sae import build
@@ -367,6 +367,9 @@ def test_saved_ledgers_become_a_table_and_curves(tmp_path):
     assert found[0]["measured"] == "fvu difference topk -0.2 (-0.448 to +0.0484)"
     # No interval where the L0 of the two differs.
     assert [row["measured"] for row in found[1:]] == ["median cosine 0.995", "", "fvu difference 8 -0.1 at L0 9 and 8"]
+    assert headline({"difference": {"mean": -0.1, "low": None, "high": None, "l0": [8, 8], "documents": 1}}) == (
+        "difference -0.1 on one document"
+    )
     assert markdown(ledgers).count("\n") == 6
     assert details(ledgers).count("\n") >= 4
     curve = curves(ledgers[0], "fvu")["a"]
