@@ -14,7 +14,7 @@ from saelab.data.cache import ActivationCache
 from saelab.features import schema
 from saelab.features.indexing.config import IndexConfig
 from saelab.features.indexing.corpus import Corpus
-from saelab.features.indexing.examples import Lookup, Occurrences, choose, example_table
+from saelab.features.indexing.examples import Firings, Occurrences, choose, example_table
 from saelab.features.indexing.groups import named, table_rows
 from saelab.features.indexing.labels import Labeller
 from saelab.features.indexing.logit_lens import LogitLens, neighbours
@@ -82,11 +82,9 @@ class Describer:
             **self.partners.columns(entries, start, rng),
             **self.words.columns(entries, start),
         }
-        lookup = Lookup.of(entries, slots, self.corpus.n_rows)
-        chosen = choose(
-            entries, slots, ranked, lookup, self.corpus, len(self.poles), self.config, rng, self.occurrences
-        )
-        windows = example_table(chosen, entries, lookup, self.corpus, start, self.vocabulary, self.config)
+        firings = Firings.of(entries, slots, self.corpus)
+        chosen = choose(firings, slots, ranked, len(self.poles), self.config, rng, self.occurrences)
+        windows = example_table(chosen, firings, start, self.vocabulary, self.config)
         kinds = {name: kind for name, (kind, _) in schema.FEATURE_COLUMNS.items()}
         keep = np.arange(0, n, 3 - len(self.poles))
         arrays = [pa.array(columns[name]).cast(kind).take(pa.array(keep)) for name, kind in kinds.items()]

@@ -58,11 +58,9 @@ class Occurrences:
 
 
 def choose(
-    entries: Entries,
+    firings: Firings,
     slots: NDArray[np.int64],
     ranked: Ranked,
-    lookup: Lookup,
-    corpus: Corpus,
     n_poles: int,
     config: IndexConfig,
     rng: np.random.Generator,
@@ -73,6 +71,7 @@ def choose(
 
     Samples are systematic with a random start: every firing is equally likely to be taken, none twice.
     """
+    entries, corpus = firings.entries, firings.corpus
     n = len(entries.ptr) - 1
     parts = [_top(entries, slots, ranked, corpus, config.top)]
     fired = np.diff(entries.ptr)
@@ -87,20 +86,18 @@ def choose(
     # Windows without any firing: draw twice as many as needed, keep the silent ones.
     drawn = np.repeat(np.arange(0, n, 3 - n_poles), 2 * config.silent)
     candidates = rng.integers(0, corpus.n_rows, len(drawn))
-    parts.append(_silent(entries, lookup, corpus, drawn, candidates, config, "silent", config.silent))
+    parts.append(_silent(firings, drawn, candidates, config, "silent", config.silent))
     if config.hard:
         strong = ranked.order[rank_in_group(slots[ranked.order]) < HARDEST]
         drawn = np.repeat(slots[strong], DRAWS)
         found = occurrences.draw(np.repeat(corpus.counted(entries.rows[strong]), DRAWS), rng)
         there = found >= 0
-        parts.append(_silent(entries, lookup, corpus, drawn[there], found[there], config, "hard", config.hard))
+        parts.append(_silent(firings, drawn[there], found[there], config, "hard", config.hard))
     return Chosen.join(parts)
 
 
 def _silent(
-    entries: Entries,
-    lookup: Lookup,
-    corpus: Corpus,
+    firings: Firings,
     slots: NDArray[np.int64],
     rows: NDArray[np.int64],
     config: IndexConfig,
@@ -108,8 +105,8 @@ def _silent(
     most: int,
 ) -> Chosen:
     """The first ``most`` different rows of each slot in whose windows its latent does not fire."""
-    silent = (window_values(entries, lookup, corpus, slots, rows, config)[0] == 0).all(1)
-    keys = slots[silent] * corpus.n_rows + rows[silent]
+    silent = (firings.windows(slots, rows, config)[0] == 0).all(1)
+    keys = slots[silent] * firings.corpus.n_rows + rows[silent]
     first = np.sort(np.unique(keys, return_index=True)[1])
     slots, rows = slots[silent][first], rows[silent][first]
     order = rank_in_group(slots)
@@ -134,56 +131,47 @@ def _top(entries: Entries, slots: NDArray, ranked: Ranked, corpus: Corpus, top: 
     return Chosen(slots[order], entries.rows[order], np.full(len(order), KINDS.index("top")), place)
 
 
-class Lookup(NamedTuple):
-    """Finds entries by latent and row: ``latent * n_rows + row`` of each in ascending order, and their places."""
+class Firings(NamedTuple):
+    """The entries of a range, found by latent and row in the text that they come from."""
 
-    keys: NDArray[np.int64]
-    order: NDArray[np.int64] | None  # None: the entries stand in that order
+    entries: Entries
+    corpus: Corpus
+    keys: NDArray[np.int64]  # latent * n_rows + row of each entry, in ascending order
+    order: NDArray[np.int64] | None  # the places of these entries; None: they stand in that order
 
     @classmethod
-    def of(cls, entries: Entries, slots: NDArray[np.int64], n_rows: int) -> Lookup:
+    def of(cls, entries: Entries, slots: NDArray[np.int64], corpus: Corpus) -> Firings:
         """The entries of a range, whose ``slots`` are given."""
-        keys = slots // 2 * n_rows + entries.rows
+        keys = slots // 2 * corpus.n_rows + entries.rows
         if (keys[1:] < keys[:-1]).any():  # signed: the poles of a latent interleave
-            return cls(*in_order(keys))
-        return cls(keys, None)
+            return cls(entries, corpus, *in_order(keys))
+        return cls(entries, corpus, keys, None)
 
+    def windows(
+        self, slots: NDArray[np.int64], rows: NDArray[np.int64], config: IndexConfig
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
+        """Signed activations of each slot's latent (both poles) in the window of each row.
 
-def window_values(
-    entries: Entries,
-    lookup: Lookup,
-    corpus: Corpus,
-    slots: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    config: IndexConfig,
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
-    """Signed activations of each slot's latent (both poles) in the window of each row.
-
-    Returns ``values [n, width]``, ``places [n, width]`` and ``inside [n, width]``.
-    """
-    window = corpus.windows(rows, config.before, config.after)
-    at = np.where(window.inside, corpus.row_at[window.places], -1)
-    keys, order = lookup
-    wanted = (slots // 2)[:, None] * corpus.n_rows + at
-    found = np.searchsorted(keys, wanted.ravel()).reshape(wanted.shape).clip(0, max(len(keys) - 1, 0))
-    values = np.zeros(wanted.shape, np.float32)
-    if len(keys):
-        hit = (keys[found] == wanted) & (at >= 0)
-        values[hit] = entries.values[found[hit] if order is None else order[found[hit]]]
-    return values, window.places, window.inside
+        Returns ``values [n, width]``, ``places [n, width]`` and ``inside [n, width]``.
+        """
+        corpus, keys = self.corpus, self.keys
+        window = corpus.windows(rows, config.before, config.after)
+        at = np.where(window.inside, corpus.row_at[window.places], -1)
+        wanted = (slots // 2)[:, None] * corpus.n_rows + at
+        found = np.searchsorted(keys, wanted.ravel()).reshape(wanted.shape).clip(0, max(len(keys) - 1, 0))
+        values = np.zeros(wanted.shape, np.float32)
+        if len(keys):
+            hit = (keys[found] == wanted) & (at >= 0)
+            values[hit] = self.entries.values[found[hit] if self.order is None else self.order[found[hit]]]
+        return values, window.places, window.inside
 
 
 def example_table(
-    chosen: Chosen,
-    entries: Entries,
-    lookup: Lookup,
-    corpus: Corpus,
-    first_slot: int,
-    vocabulary: pa.Array,
-    config: IndexConfig,
+    chosen: Chosen, firings: Firings, first_slot: int, vocabulary: pa.Array, config: IndexConfig
 ) -> pa.Table:
     """The rows of ``examples.parquet`` for the chosen tokens."""
-    values, places, inside = window_values(entries, lookup, corpus, chosen.slots, chosen.rows, config)
+    values, places, inside = firings.windows(chosen.slots, chosen.rows, config)
+    corpus = firings.corpus
     centre = corpus.place_of[chosen.rows]
     focus_value = values[:, config.before]
     offsets = pa.array(np.concatenate([[0], np.cumsum(inside.sum(1))]), pa.int32())
