@@ -114,14 +114,10 @@ def check_output(
         )
     if not overwrite:
         raise UserError(f"{folder} exists; add --overwrite to replace it, --resume to continue, or name another")
-    within = [path for path in map(Path, filter(None, map(str, inputs))) if folder.resolve() in _up(path)]
+    paths = map(Path, filter(None, map(str, inputs)))
+    within = [path for path in paths if path.resolve().is_relative_to(folder.resolve())]
     if within:
         raise UserError(f"{folder} holds {within[0]}, which is read: it is not replaced; name another folder")
-
-
-def _up(path: Path) -> list[Path]:
-    whole = path.resolve()
-    return [whole, *whole.parents]
 
 
 def quiet(yes: bool) -> None:
