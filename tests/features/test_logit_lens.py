@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.features import LogitLens
+from saelab.features.indexing.logit_lens import neighbours
 from saelab.lm import load_model, unembedding
 from saelab.lm.unembed import _probe
 from tests.tiny_lm import save_gpt2, save_llama
@@ -41,6 +42,38 @@ def test_a_direction_moves_the_logits_as_the_lens_says(tmp_path: Path, save: Cal
     effects = lens.effects(direction[None]).expand_as(fixed[0])
     torch.testing.assert_close(fixed[0], effects, rtol=1e-2, atol=1e-2 * float(effects.abs().max()))
     assert final.centred == (save is save_gpt2)
+
+
+@pytest.mark.parametrize("m", [3, 160], ids=["few directions", "as many as are screened"])
+@pytest.mark.parametrize("tokens", [7, 4096])
+def test_extremes_are_those_of_all_logits(m: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    unembed = torch.randn(256, tokens, generator=generator) + 0.5  # a mean that the lens takes away
+    norm, directions = torch.rand(256, generator=generator) + 0.5, torch.randn(m, 256, generator=generator)
+    logits = (directions * norm).double() @ unembed.double()
+    logits -= logits.mean(1, keepdim=True)
+    n = min(10, tokens)
+    for (values, ids), largest in zip(LogitLens(unembed, norm).extremes(directions, 10), (True, False)):
+        expected = logits.topk(n, dim=1, largest=largest)
+        torch.testing.assert_close(values.double(), expected.values, rtol=1e-5, atol=1e-4)
+        assert ids.tolist() == expected.indices.tolist()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_neighbours_are_the_closest_of_all_rows(signed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2048, 256, generator=generator)
+    rows[7], rows[9] = rows[1200], -rows[1300]  # a twin, and one that points the other way
+    rows[11] = 0
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    cosines, numbers = neighbours(unit, 0, 200, 4, signed)
+    key = unit[:200].double() @ unit.T.double()
+    every, key = key, key.abs() if signed else key
+    key[torch.arange(200), torch.arange(200)] = -torch.inf
+    # Which of two twins comes first is open, and which rows are the closest to one of zeros.
+    torch.testing.assert_close(cosines.double(), every.gather(1, numbers), rtol=0, atol=1e-6)
+    torch.testing.assert_close(key.gather(1, numbers), key.topk(4, dim=1).values, rtol=0, atol=1e-6)
+    assert all(len(set(line)) == 4 for line in numbers.tolist())
 
 
 class OnePlus(nn.Module):

@@ -12,12 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saelab import kernels
 from saelab.errors import damaged
 from saelab.files import write_tensors
-
-ROWS = 64, 512  # directions whose products are held at once on a CPU: at least, at most; fewer multiply more slowly
-HELD = 1 << 24  # products between those: 64 MiB of them
-DEVICE_ROWS = 2048  # elsewhere
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,10 @@ class LogitLens:
     unembed: Float[Tensor, "d_in vocab"]
     norm_weight: Float[Tensor, " d_in"] | None = None
     centred: bool = False
+
+    def __post_init__(self) -> None:
+        # Column by column, as selection reads it.
+        object.__setattr__(self, "unembed", self.unembed.T.contiguous().T)
 
     def save(self, path: Path, model: str, weights: str = "") -> None:
         """Keep it in a file (half precision), so that later indexes need no model. ``model`` is its name, ``weights``
@@ -87,13 +88,9 @@ class LogitLens:
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(values, token ids) of the ``n`` most promoted tokens, then of the most suppressed; each ``[m, n]``."""
         n, directions = min(n, self.unembed.shape[1]), self._normalised(directions)
-        parts = []
-        for rows in directions.split(_rows(directions, self.unembed.shape[1])):
-            logits, mean = rows @ self.unembed, (rows @ self._mean_token)[:, None]
-            up, down = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
-            parts.append((up.values - mean, up.indices, down.values - mean, down.indices))
-        high, high_ids, low, low_ids = (torch.cat(column) for column in zip(*parts))
-        return (high, high_ids), (low, low_ids)
+        mean = (directions @ self._mean_token)[:, None]
+        (high, high_ids), (low, low_ids) = (_largest(rows, self.unembed, n) for rows in (directions, -directions))
+        return (high - mean, high_ids), (-low - mean, low_ids)
 
 
 def neighbours(
@@ -103,15 +100,20 @@ def neighbours(
 
     Closest is the largest cosine, or the largest absolute cosine where ``signed`` (the cosine keeps its sign).
     """
-    found = []
-    for rows in torch.arange(start, stop, device=unit.device).split(_rows(unit, len(unit))):
-        cosines = unit[rows] @ unit.T
-        key = cosines.abs() if signed else cosines
-        key[torch.arange(len(rows), device=unit.device), rows] = -torch.inf  # no row is its own neighbour
-        best = key.topk(min(n, unit.shape[0] - 1), dim=1).indices
-        found.append((cosines.gather(1, best), best))
-    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+    cosines, numbers = _largest(unit[start:stop], unit.T, min(n + 1, len(unit)), signed)
+    key = cosines.abs() if signed else cosines
+    own = torch.arange(start, stop, device=unit.device)[:, None]
+    # No row is its own neighbour.
+    key = torch.where(numbers == own, -torch.inf, key)
+    order = key.argsort(dim=1, descending=True, stable=True)[:, : min(n, len(unit) - 1)]
+    return cosines.gather(1, order), numbers.gather(1, order)
 
 
-def _rows(like: Tensor, columns: int) -> int:
-    return min(max(HELD // columns, ROWS[0]), ROWS[1]) if like.device.type == "cpu" else DEVICE_ROWS
+def _largest(
+    rows: Float[Tensor, "m d_in"], columns: Float[Tensor, "d_in n"], k: int, signed: bool = False
+) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+    """The ``k`` largest products of each row with the columns (largest in magnitude, where ``signed``), and which."""
+    found = kernels.select_topk(rows, columns, None, None, k, signed, clip=False)
+    values, numbers = found.values.view(-1, k), found.indices.view(-1, k)
+    order = (values.abs() if signed else values).argsort(dim=1, descending=True, stable=True)
+    return values.gather(1, order), numbers.gather(1, order).long()
