@@ -6,7 +6,10 @@ import ast
 import sys
 from pathlib import Path
 
-NOT_ONE = {"timing", "__init__", "__main__"}
+from saelab.cli import orderly
+from saelab.errors import UserError
+
+NOT_ONE = {"command", "timing", "__init__", "__main__"}
 
 
 def benchmarks() -> dict[str, str]:
@@ -22,9 +25,12 @@ def benchmarks() -> dict[str, str]:
 
 def main() -> None:
     """Print the list."""
+    if sys.argv[1:]:
+        raise UserError(f"{sys.argv[1]!r} is no option of saelab.bench; run python -m saelab.bench.NAME")
     for name, says in benchmarks().items():
         sys.stdout.write(f"python -m {name:<26} {says}\n")
 
 
 if __name__ == "__main__":
-    main()
+    with orderly():
+        main()

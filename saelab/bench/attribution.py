@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from saelab.attribution import attribute
+from saelab.bench import command
 from saelab.bench.timing import Clock, write_out
 from saelab.runs import Run
 from saelab.sae import build
@@ -49,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Load the model, measure, print."""
     from saelab.lm import load_model
 
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.attribution", description=__doc__, args=args)
+    settings = command.options(Settings, "attribution", __doc__, args)
     found = measure(load_model(settings.model), settings)
     sys.stdout.write(
         f"{settings.tokens} tokens, {torch.get_num_threads()} threads, median of {settings.rounds} rounds\n"
@@ -81,4 +82,4 @@ def untrained(layer: int, d_in: int, settings: Settings) -> Run:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-import tyro
 
+from saelab.bench import command
 from saelab.bench.timing import Clock, write_out
 from saelab.data.cache.reader import WINDOW_BYTES, ActivationCache
 
@@ -33,8 +34,8 @@ class Settings:
     """Rows of the cache."""
     d_in: int = 576
     """Width of a row."""
-    dtype: str = "float16"
-    """float32, float16 or bfloat16."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """How activations are stored."""
     batch_size: int = 2048
     """Rows per batch."""
     window_bytes: int = WINDOW_BYTES
@@ -70,9 +71,9 @@ def compare(settings: Settings) -> dict[str, tuple[float, float]]:
     return {name: (gigabytes / clock.median(name).wall, gigabytes / clock.median(name).cpu) for name in jobs}
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.cache", description=__doc__)
+    settings = command.options(Settings, "cache", __doc__, args)
     found = compare(settings)
     for name, (wall, cpu) in found.items():
         sys.stdout.write(f"{name:<14} {wall:6.2f} GB/s {cpu:6.2f} GB per CPU second\n")
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

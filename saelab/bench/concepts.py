@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from saelab.bench import command
 from saelab.bench.timing import write_out
 from saelab.errors import UserError
 from saelab.features.output_score import output_scores
@@ -87,10 +88,16 @@ def directions(model: Any, run: Run, table: Any, concept: Concept, seed: int) ->
     return found, names
 
 
-def measure(model: Any, run: Run, concepts: Sequence[Concept], settings: Settings, done: Any = None) -> list[Found]:
-    """Measure every concept; ``done`` is called with the results after each."""
+def check(run: Run) -> None:
+    """Refuse a run without a feature index."""
     if run.index is None:
         raise UserError(f"{run.name} has no feature index, which the search for words needs; run saelab index")
+
+
+def measure(model: Any, run: Run, concepts: Sequence[Concept], settings: Settings, done: Any = None) -> list[Found]:
+    """Measure every concept; ``done`` is called with the results after each."""
+    check(run)
+    assert run.index is not None
     table, results = catalogue(run.index), []
     rms = run.rms_norm or 1.0
     for number, concept in enumerate(concepts):
@@ -132,12 +139,13 @@ def main(args: Sequence[str] | None = None) -> None:
     from saelab.lm.unwrapped import plain_model
     from saelab.shipped import checkpoints
 
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.concepts", description=__doc__, args=args)
+    settings = command.options(Settings, "concepts", __doc__, args)
+    concepts = pick_concepts(settings.concepts, shipped_concepts())
     run = Run.open(settings.run or checkpoints() / "topk_16384")
+    check(run)
     bridge: Any = load_model(run.model_name or "smollm2")
     model: Any = plain_model(bridge) or bridge  # its attention is faster
     model.tokenizer = bridge.tokenizer
-    concepts = pick_concepts(settings.concepts, shipped_concepts())
 
     def content(results: Sequence[Found]) -> dict[str, Any]:
         about = {"run": run.name, "budget_kl": settings.budget_kl, "threads": torch.get_num_threads()}
@@ -156,4 +164,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

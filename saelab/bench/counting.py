@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from saelab import kernels
+from saelab.bench import command
 from saelab.data.cache import Batch
+from saelab.errors import UserError
 from saelab.kernels import checks
+from saelab.kernels.dispatch import obstacle
 from saelab.sae import SAE, build
 from saelab.sae.feature_choice import FeatureChoice
 from saelab.sae.mutual_choice import REFIT, MutualChoice
@@ -194,8 +197,16 @@ def _fit_laws(sae: SAE) -> None:
         sae.choose(0)
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Settings:
+    """Nothing can be chosen."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
     """Print the counts of all cases."""
+    command.options(Settings, "counting", __doc__, args)
+    if (reason := obstacle("triton", "cpu")) is not None:
+        raise UserError(f"Triton cannot run here ({reason}); set TRITON_INTERPRET=1")
     for variant, dead in CASES:
         count = counted(variant, dead)
         name = f"{variant}, {dead} dead latents" if dead else variant
@@ -206,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

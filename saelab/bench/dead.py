@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from saelab.bench import command
 from saelab.bench.timing import write_out
 from saelab.data.cache import ActivationCache
 from saelab.evaluation import EvaluateConfig, evaluate
@@ -80,7 +81,7 @@ def results(settings: Settings, console: Console) -> Iterator[dict[str, Any]]:
 
 def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Print means over seeds, the range of the paired differences of FVU, and processor seconds."""
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.dead", description=__doc__, args=args)
+    settings = command.options(Settings, "dead", __doc__, args)
     console = Console(highlight=False)
     rows = list(results(settings, console))
     table = Table("variant", "k", "dead after", "dead %", "FVU", "difference", "seconds",
@@ -103,4 +104,4 @@ def _pair(old: list[dict[str, Any]], new: list[dict[str, Any]], key: str, factor
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

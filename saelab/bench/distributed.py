@@ -13,6 +13,7 @@ import shutil
 import socket
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,15 +21,16 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from saelab.bench import command
 from saelab.bench.timing import write_out
 from saelab.data.cache import ActivationCache
 from saelab.distributed.plan import traffic_per_step
 from saelab.distributed.sharding import build_shard
 from saelab.distributed.world import end_world, start_world
+from saelab.errors import UserError
 from saelab.training import TrainConfig, train_steps
 
 
@@ -50,6 +52,16 @@ class Options:
     """Processes; the layouts are all ways to divide them into data and dictionary ranks."""
     out: Path | None = None
     """JSON file to write."""
+
+
+def check(options: Options) -> None:
+    """Refuse sizes that do not divide over the processes, before they are started."""
+    processes, each = options.processes, options.d_sae // options.processes
+    for name, number in {"--d-sae": options.d_sae, "--batch-size": options.batch_size}.items():
+        if number % processes:
+            raise UserError(f"{name} {number} does not divide over {processes} processes; take a multiple")
+    if options.k > each:
+        raise UserError(f"--k {options.k} exceeds the {each} latents of a process; give fewer processes")
 
 
 def measure(options: Options, folder: Path) -> list[dict[str, Any]]:
@@ -126,9 +138,10 @@ def _of(result: dict[str, Any], name: str) -> float:
     return result["formula"].get(name, 0) + result["counted"].get(name, 0)
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Print the comparison."""
-    options = tyro.cli(Options, prog="python -m saelab.bench.distributed", description=__doc__)
+    options = command.options(Options, "distributed", __doc__, args)
+    check(options)
     folder = Path(tempfile.mkdtemp())
     try:
         results = measure(options, folder)
@@ -142,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

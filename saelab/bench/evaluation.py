@@ -17,10 +17,12 @@ import torch
 import tyro
 from rich.console import Console
 
+from saelab.bench import command
 from saelab.bench.timing import Clock, write_out
 from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, evaluate
-from saelab.evaluation.reconstruction import context_of_rows, measure_batch
+from saelab.evaluation.reconstruction import check_pair, context_of_rows, measure_batch
 from saelab.metrics import FiringCounts, ReconstructionSums
 from saelab.sae import SAE
 from saelab.sae.weights import load_sae
@@ -53,6 +55,8 @@ def metrics_ratio(sae: SAE, cache: ActivationCache, rows: int, batch_size: int) 
     The ratio of processor time holds also where other programs compete for the cores.
     """
     rows = min(rows, cache.n_split("all"))
+    if rows <= batch_size:
+        raise UserError(f"{rows} rows are one batch of {batch_size}, which only warms up; give a smaller --batch-size")
     clusters = context_of_rows(cache, "all", rows)
     sums = ReconstructionSums(int(clusters[-1]) + 1, torch.tensor(cache.manifest.mean, dtype=torch.float64))
     firing = FiringCounts(sae.d_sae)
@@ -87,9 +91,10 @@ def whole_ratio(sae: SAE, cache: ActivationCache, model: Any, tokens: int) -> di
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.evaluation", args=args)
+    settings = command.options(Settings, "evaluation", __doc__, args)
     console = Console(highlight=False)
     sae, cache = load_sae(settings.run), ActivationCache(settings.cache)
+    check_pair(sae, cache, "all")
     found = metrics_ratio(sae, cache, settings.rows, settings.batch_size)
     if settings.lm_tokens:
         from saelab.lm.record import ModelRecord, load_recorded
@@ -107,4 +112,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

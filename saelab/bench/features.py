@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 
+from saelab.bench import command
 from saelab.bench.timing import Clock, write_out
 from saelab.data.cache import ActivationCache
 from saelab.features.index import FeatureIndex
@@ -55,12 +55,15 @@ class Settings:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.features", description=__doc__, args=args)
+    settings = command.options(Settings, "features", __doc__, args)
     with tempfile.TemporaryDirectory() as name:
         _cache(Path(name), settings)
         values = json.dumps(asdict(settings) | {"out": None})
-        command = [sys.executable, "-c", "from saelab.bench.features import build_in; build_in()", name, values]
-        built = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        code = "from saelab.bench.features import build_in, command; command.run(build_in)"
+        child = [sys.executable, "-c", code, name, values]
+        built = subprocess.run(child, stdout=subprocess.PIPE)
+        if built.returncode:
+            sys.exit(built.returncode)  # it has said why
         found = json.loads(built.stdout) | _open(Path(name) / "run", settings.pages) | _filter(settings.rows)
     write_out(settings.out, found)
     Console(highlight=False).print_json(data=found)
@@ -168,4 +171,4 @@ def _filter(rows: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
+from saelab.bench import command
 from saelab.bench.timing import Clock, Seconds, write_out
 from saelab.errors import UserError
 from saelab.harvesting.background import Background
@@ -95,17 +96,14 @@ class Settings:
     """JSON file to write."""
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.harvest", description=__doc__)
-    try:
-        found = compare(settings.model, settings.layer, settings.text, settings.tokens, settings.context_length)
-    except UserError as error:
-        sys.exit(str(error))
+    settings = command.options(Settings, "harvest", __doc__, args)
+    found = compare(settings.model, settings.layer, settings.text, settings.tokens, settings.context_length)
     for name, value in found.items():
         sys.stdout.write(f"{name:<24} {value:.3f}\n" if value < 10 else f"{name:<24} {value:,.0f}\n")
     write_out(settings.out, found)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

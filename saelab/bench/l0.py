@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 
+from saelab.bench import command
 from saelab.bench.timing import Clock, write_out
 from saelab.data.cache import ActivationCache
 from saelab.data.synthetic import Planted
@@ -87,11 +87,9 @@ def planted(path: Path, rows: int = 60_000) -> ActivationCache:
     return ActivationCache.from_tensors(path, x, held_out=0.1)
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Print the table, row by row."""
-    options = tyro.cli(Options, prog="python -m saelab.bench.l0", description=__doc__)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = command.options(Options, "l0", __doc__, args)
     console, rows = Console(highlight=False), []
     with tempfile.TemporaryDirectory() as folder:
         cache = planted(Path(folder) / "cache") if options.cache is None else ActivationCache(options.cache)
@@ -113,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

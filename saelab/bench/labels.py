@@ -24,8 +24,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from saelab.bench import command
 from saelab.bench.timing import write_out
 from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
+from saelab.evaluation.reconstruction import check_pair
 from saelab.features.index import FeatureIndex
 from saelab.features.indexing.corpus import Corpus
 from saelab.features.indexing.labels import MIN_FIRINGS, REACH, half_of, parse_label, visible
@@ -126,6 +129,7 @@ def firings_of(run: Run, cache: ActivationCache, keep: NDArray[np.bool_]) -> dic
     """Firings of every (latent, pole) on the rows of ``keep``."""
     rows, slots, sizes, at = [], [], [], 0
     sae = run.sae
+    check_pair(sae, cache, "all")
     with sae.evaluating():
         for batch in cache.head(cache.n_rows, 2048):
             code = sae.encode(batch.acts).detach().nonzero()
@@ -148,7 +152,10 @@ def measure(run: Run, cache: ActivationCache, reader: Reader) -> dict[tuple[int,
     table = FeatureIndex(str(run.path)).table()
     labels = dict(zip(zip(table["latent"], table["pole"]), table["label"].fillna("")))
     fired = firings_of(run, cache, reader.held_out)
-    return {key: score(reader, labels[key], f) for key, f in fired.items() if len(f.rows) >= MIN_FIRINGS}
+    found = {key: score(reader, labels[key], f) for key, f in fired.items() if len(f.rows) >= MIN_FIRINGS}
+    if not found:
+        raise UserError(f"no latent of {run.name} fires {MIN_FIRINGS} times in half of the cache; take a longer one")
+    return found
 
 
 def means(found: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -162,7 +169,7 @@ def means(found: Iterable[dict[str, float]]) -> dict[str, float]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    options = tyro.cli(Options, prog="python -m saelab.bench.labels", description=__doc__, args=args)
+    options = command.options(Options, "labels", __doc__, args)
     cache, found = ActivationCache(options.cache), {}
     with TemporaryDirectory() as folder:
         reader = Reader(cache, Path(folder) / "corpus")
@@ -178,4 +185,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -14,16 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from saelab.bench import command
 from saelab.bench.timing import write_out
 from saelab.data.cache import ActivationCache
+from saelab.errors import UserError
 from saelab.metrics import decoder_projections, match_dictionary, mean_cosine
 from saelab.sae import build
 from saelab.training import TrainConfig, n_steps, train
+
+WIDTH = 100  # dimensions
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Settings:
     """JSON file to write."""
 
 
-def world(n: int, seed: int, n_features: int = 50, d_in: int = 100) -> tuple[Tensor, Tensor, float]:
+def world(n: int, seed: int, n_features: int = 50, d_in: int = WIDTH) -> tuple[Tensor, Tensor, float]:
     """Correlated features with orthogonal directions, as in the experiments of arXiv 2508.16560: samples ``[n, d_in]``,
     directions ``[n_features, d_in]``, true L0.
 
@@ -87,8 +90,10 @@ def results(settings: Settings, cache: ActivationCache, directions: Tensor) -> I
 
 def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Print the table, and the k at which each number is best."""
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.overlap", description=__doc__, args=args)
+    settings = command.options(Settings, "overlap", __doc__, args)
     console = Console(highlight=False)
+    if settings.features > WIDTH:
+        raise UserError(f"--features {settings.features}: {WIDTH} dimensions hold that many orthogonal ones at most")
     x, directions, truth = world(settings.samples, seed=1, n_features=settings.features)
     with tempfile.TemporaryDirectory() as folder:
         cache = ActivationCache.from_tensors(Path(folder) / "cache", x, held_out=0.05)
@@ -107,4 +112,4 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -18,9 +18,11 @@ from rich.console import Console
 from torch import Tensor
 
 from saelab import kernels
+from saelab.bench import command
 from saelab.bench.timing import write_out
 from saelab.data.cache import ActivationCache
 from saelab.devices import pick_device
+from saelab.evaluation.reconstruction import check_pair
 from saelab.kernels import SelectedPreActs, candidates
 from saelab.sae import LinearSAE
 from saelab.sae.weights import load_sae
@@ -72,7 +74,7 @@ def _keys(code: SelectedPreActs, d_sae: int) -> Tensor:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Compare and print."""
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.precision", description=__doc__, args=args)
+    settings = command.options(Settings, "precision", __doc__, args)
     console, device, result = Console(highlight=False, soft_wrap=True), pick_device(settings.device), {}
     cache = ActivationCache(settings.cache)
     console.print(f"{'':<18} latents/token   same set: rounded     bf16   same latents: rounded      bf16")
@@ -80,6 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sae = load_sae(run).to(device)
         if not isinstance(sae, LinearSAE) or (sae.needs_grads and not cache.has_grads):
             continue  # it selects in float32 whatever the precision, or not without gradients
+        check_pair(sae, cache, "held_out")
         sae.train()
         batches = cache.head(settings.tokens, settings.batch_size, split="held_out", seed=0, grads=sae.needs_grads)
         found: list[dict[str, Any]] = [
@@ -96,4 +99,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

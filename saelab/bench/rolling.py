@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 
+from saelab.bench import command
 from saelab.bench.timing import Clock, Seconds, write_out
 from saelab.data.cache import ActivationCache
 from saelab.devices import pick_device
@@ -133,11 +134,9 @@ class Comparison:
         }
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Print the comparison."""
-    options = tyro.cli(Options, prog="python -m saelab.bench.rolling", description=__doc__)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = command.options(Options, "rolling", __doc__, args)
     with tempfile.TemporaryDirectory() as folder:
         found = Comparison(options, Path(folder)).run()
     console = Console(highlight=False)
@@ -150,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

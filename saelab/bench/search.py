@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from saelab.bench import command
 from saelab.bench.timing import write_out
 from saelab.errors import UserError
 from saelab.features.finding import Finder
@@ -135,7 +136,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    options = tyro.cli(Options, prog="python -m saelab.bench.search", description=__doc__, args=args)
+    options = command.options(Options, "search", __doc__, args)
     concepts, model, found = pick_concepts(options.concepts, shipped_concepts()), None, {}
     for path in options.runs:
         run = Run.open(path)
@@ -158,4 +159,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

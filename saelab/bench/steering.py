@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from saelab.bench import command
 from saelab.bench.timing import Clock, write_out
 from saelab.lm.tokens import tokenize
 from saelab.runs import Run
@@ -96,7 +96,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Load the model, measure, print."""
     from saelab.lm import load_model
 
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.steering", args=args)
+    settings = command.options(Settings, "steering", __doc__, args)
     model: Any = load_model(settings.model)
     ids, _ = tokenize(model.tokenizer, PROMPT)
     speeds = measure(model, ids, settings, model.cfg.d_model)
@@ -116,4 +116,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from saelab import kernels
+from saelab.bench import command
 from saelab.bench.kernels import steps
 from saelab.bench.timing import Clock, write_out
 from saelab.data.cache import Batch
@@ -40,7 +40,7 @@ class Settings:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.step", description=__doc__, args=args)
+    settings = command.options(Settings, "step", __doc__, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sys.stdout.write(f"{kernels.describe()}\n")
     result = {shape: _report(shape, settings.rounds, device) for shape in settings.shape}
@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _report(shape: str, rounds: int, device: str) -> dict[str, dict[str, float]]:
-    n, d_in, d_sae, k = (int(part) for part in shape.split("x"))
+    n, d_in, d_sae, k = command.shape_of(shape)
     x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(1)).to(device)
     clock = Clock(wait=torch.cuda.synchronize if device == "cuda" else lambda: None)
     jobs: dict[str, Callable[[], object]] = {
@@ -86,4 +86,4 @@ def trainer_step(
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 
+from saelab.bench import command
 from saelab.bench.timing import Clock, write_out
 from saelab.data.cache import ActivationCache, Batch
 from saelab.sweep import run_sweep
@@ -113,11 +113,9 @@ def _timed_stream(cache: ActivationCache, clock: Clock) -> ActivationCache:
     return other
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Print the comparison."""
-    options = tyro.cli(Options, prog="python -m saelab.bench.sweep", description=__doc__)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = command.options(Options, "sweep", __doc__, args)
     folder = Path(tempfile.mkdtemp())
     try:
         result = compare(options, folder)
@@ -132,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
+from saelab.bench import command
 from saelab.bench.timing import Clock, write_out
 from saelab.data.cache import Batch
 from saelab.sae import build
@@ -40,9 +40,7 @@ class Settings:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.transcoder", description=__doc__, args=args)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    settings = command.options(Settings, "transcoder", __doc__, args)
     found = {shape: measure(shape, settings) for shape in settings.shape}
     for shape, ratios in found.items():
         sys.stdout.write(f"{shape}, {torch.get_num_threads()} threads, processor time, median of {settings.rounds}\n")
@@ -53,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def measure(shape: str, settings: Settings) -> dict[str, tuple[float, float]]:
     """Milliseconds of processor time, and their ratio to the SAE's, by name."""
-    n, width, d_sae, k = (int(part) for part in shape.split("x"))
+    n, width, d_sae, k = command.shape_of(shape)
     generator = torch.Generator().manual_seed(0)
     acts, target = (torch.randn(n, width, generator=generator) for _ in range(2))
     clock = Clock()
@@ -79,4 +77,4 @@ def step(acts: torch.Tensor, target: torch.Tensor | None, variant: str, d_sae: i
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
@@ -83,12 +84,18 @@ _ELSE = "fix this, then run the command again"
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command. Exits with code 2 and a line on stderr for invalid input and for operating-system errors."""
     args = list(sys.argv[1:] if args is None else args)
+    with orderly():
+        _dispatch(args)
+
+
+@contextlib.contextmanager
+def orderly() -> Iterator[None]:
+    """A command runs in this block: what it raises for invalid input ends the process with one line on stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A console may lack the letters of a model's text: they are written as \\u0142 instead of ending the command.
         sys.stdout.reconfigure(errors="backslashreplace")
-    console = Console(stderr=True, highlight=False)
     try:
-        _dispatch(args)
+        yield
     except BrokenPipeError:  # `saelab ... | head`: the reader closed the pipe, which is not an error
         sys.exit(141)
     except (UserError, OSError) as error:
@@ -103,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> None:
         report(UserError(f"{first_line(error)}; use smaller batches or passes, fewer latents, or another device"))
         sys.exit(2)
     except KeyboardInterrupt:
-        console.print("interrupted")
+        Console(stderr=True, highlight=False).print("interrupted")
         sys.exit(130)
 
 

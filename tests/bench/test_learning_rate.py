@@ -144,7 +144,7 @@ def test_a_broken_line_is_refused_in_one_line(
     append(out, row)
     out.write_text(out.read_text() + line + "\n" + json.dumps(row) + "\n")
     for options in (["--fit"], ["--caches", str(cache.path)]):
-        with pytest.raises(SystemExit) as refused:
+        with pytest.raises(UserError) as refused:
             main(["--out", str(out), *options])
         message = str(refused.value)
         assert "line 2 of" in message and "delete the line" in message and "\n" not in message
@@ -152,10 +152,10 @@ def test_a_broken_line_is_refused_in_one_line(
 
 def test_wrong_input_is_refused_in_one_line(tmp_path: Path, cache: ActivationCache) -> None:
     out, keys = str(tmp_path / "results.jsonl"), tmp_path / "points.jsonl"
-    with pytest.raises(SystemExit, match="name at least one activation cache"):
+    with pytest.raises(UserError, match="name at least one activation cache"):
         main(["--out", out])
     keys.write_text(json.dumps(Point("other/cache", "topk", 64, 16, 8, 2).row()) + "\n")
-    with pytest.raises(SystemExit, match="needs the cache other/cache"):
+    with pytest.raises(UserError, match="needs the cache other/cache"):
         main(["--out", out, "--caches", str(cache.path), "--keys", str(keys)])
     keys.write_text('{"variant": "topk"}\n')
     with pytest.raises(UserError, match="line 1 of"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.merge import merge
 from saelab.evaluation import EvaluateConfig, Evaluation, evaluate, spread
@@ -138,3 +139,15 @@ def test_few_documents_are_remarked() -> None:
 
 def _evaluated(documents: int, trained: int) -> Evaluation:
     return Evaluation({}, {}, {"split": "held_out", "documents": documents, "documents_trained_on": trained})
+
+
+def test_the_rows_that_cache_info_prints_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache_of(tmp_path / "between", [60, 20])  # the second document begins in the middle of a context
+    cache_of(tmp_path / "apart", [64, 16])
+    for name, shared in {"between": 8, "apart": 0}.items():
+        main(["cache", "info", str(tmp_path / name), "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert found["rows_in_neither"] == shared
+        assert found["train_rows"] + found["held_out_rows"] + shared == found["rows"] == 80
+    main(["cache", "info", str(tmp_path / "between")])
+    assert "8 (of the context where the held-out documents begin)" in " ".join(capsys.readouterr().out.split())

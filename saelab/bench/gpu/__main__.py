@@ -22,8 +22,10 @@ import torch
 
 import saelab
 from saelab import kernels
+from saelab.bench import command
 from saelab.bench.gpu import end_to_end, parity, speed
 from saelab.devices import pick_device
+from saelab.errors import UserError
 from saelab.kernels.dispatch import BACKENDS, obstacle
 
 SHAPES: list[speed.Shape] = [(4096, 768, 24_576, 32), (8192, 2304, 65_536, 64), (8192, 4096, 131_072, 64)]
@@ -150,7 +152,11 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=400.0, help="seconds")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="JSON file to write")
     options = parser.parse_args(args)
-    device = pick_device(options.device)
+    try:
+        command.check_out(options.out)
+        device = pick_device(options.device)
+    except UserError as error:
+        parser.error(str(error))  # in one line, without the packages of the command line
     tiny = device.type != "cuda"
     report = Report(options.out, options.budget)
     report.stage("environment", 0, lambda: environment(device))

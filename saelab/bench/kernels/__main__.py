@@ -17,14 +17,15 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import tyro
 from torch import Tensor
 
 from saelab import kernels
+from saelab.bench import command
 from saelab.bench.kernels import steps
 from saelab.bench.kernels.memory import peak_megabytes
 from saelab.bench.kernels.parity import red_cases
 from saelab.bench.timing import Clock, write_out
+from saelab.errors import UserError
 from saelab.kernels.dispatch import multiplies_bfloat16
 
 Rounds = dict[str, list[float]]
@@ -51,7 +52,7 @@ class Settings:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Check parity, measure and print; returns the exit status."""
-    settings = tyro.cli(Settings, prog="python -m saelab.bench.kernels", description=__doc__, args=args)
+    settings = command.options(Settings, "kernels", __doc__, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = kernels.backend()
     red = red_cases(backend, device)
@@ -61,12 +62,10 @@ def main(args: Sequence[str] | None = None) -> int:
     result: dict[str, object] = {"backend": kernels.describe(), "machine": _machine(device), "shapes": {}}
     _say(f"parity: green on every case · {kernels.describe()} · {_machine(device)}")
     for shape in settings.shape:
-        n, d_in, d_sae, k = (int(part) for part in shape.split("x"))
-        report = _step_report(n, d_in, d_sae, k, settings, device)
+        report = _step_report(*command.shape_of(shape), settings, device)
         result["shapes"][shape] = report  # pyright: ignore
     if settings.pursuit:
-        n, d_in, d_sae, k = (int(part) for part in settings.pursuit.split("x"))
-        result["pursuit"] = _pursuit_report(n, d_in, d_sae, k, settings, device)
+        result["pursuit"] = _pursuit_report(*command.shape_of(settings.pursuit), settings, device)
     write_out(settings.out, result)
     return 0
 
@@ -140,7 +139,8 @@ def _peers(
     command = [str(settings.peers_python), str(script), what, *map(str, shape), str(settings.rounds)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{settings.peers_python} could not time the other packages:\n{done.stderr[-2000:]}")
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"{settings.peers_python} could not time the other packages ({said}); check what it has")
     found = json.loads(done.stdout.splitlines()[-1])
     for name, figures in found.items():
         figures["times_ours"] = figures["milliseconds"] / figures["gemm"] / ours[name]
@@ -220,4 +220,4 @@ def _say(*lines: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command.run(main)

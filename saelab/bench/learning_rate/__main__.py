@@ -19,7 +19,6 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from torch import Tensor
 
+from saelab.bench import command
 from saelab.bench.learning_rate.design import Point, design, sparsity
 from saelab.bench.learning_rate.results import append, read
 from saelab.bench.learning_rate.rules import guess, report
@@ -262,17 +261,14 @@ def start_grid(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure, or fit what was measured."""
-    options = tyro.cli(Options, prog="python -m saelab.bench.learning_rate", description=__doc__, args=args)
-    try:
-        if options.fit:
-            console.print(report(read(options.out), options.only))
-        elif options.planted is not None:
-            planted(options.planted)
-        else:
-            start_grid(options)
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    options = command.options(Options, "learning_rate", __doc__, args)
+    if options.fit:
+        console.print(report(read(options.out), options.only))
+    elif options.planted is not None:
+        planted(options.planted)
+    else:
+        start_grid(options)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -157,6 +157,10 @@ def take(options: Import) -> None:
 def _table(description: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None)
     for name, value in description.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        shown = "none" if value is None or value == {} else value
+        if isinstance(value, int) and not isinstance(value, bool):
+            shown = f"{value:,}"
+        if name == "rows_in_neither" and value:
+            shown = f"{shown} (of the context where the held-out documents begin)"
         table.add_row(f"[bold]{name}[/]", f"{shown:.6g}" if isinstance(shown, float) else escape(str(shown)))
     return table

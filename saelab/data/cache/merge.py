@@ -51,6 +51,7 @@ def cache_summary(cache: ActivationCache) -> dict[str, Any]:
         "rows": cache.n_rows,
         "train_rows": cache.n_split("train"),
         "held_out_rows": cache.n_split("held_out"),
+        "rows_in_neither": m.held_out_from - m.train_rows,
         "tokens": m.n_tokens,
         "contexts": m.n_contexts,
         "documents": m.n_documents,
