@@ -12,7 +12,7 @@ from users import User, crowd, serve
 D_SAE = 48
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_few_users_at_once_see_no_error_and_one_that_is_there_is_noticed(folder: Path, tmp_path: Path) -> None:
     for run in ("topk", "abs_topk"):
         shutil.copytree(folder / "runs" / run, tmp_path / run)

@@ -41,11 +41,14 @@ def test_a_step_of_topk() -> None:
     assert count.per_parameter <= 36, count.bytes
 
 
-@pytest.mark.slow
-def test_dead_latents_and_a_batch_budget_make_nothing_wait() -> None:
-    for variant, dead in (("topk", 50), ("batch_topk", 0), ("mutual_choice", 50), ("feature_choice", 50)):
-        count = counted(variant, dead)
-        assert not count.waits and count.per_parameter <= 36, (variant, count)
+@pytest.mark.parametrize(
+    ("variant", "dead"),
+    [("topk", 50), ("batch_topk", 0)]
+    + [pytest.param(variant, 50, marks=pytest.mark.minutes) for variant in ("mutual_choice", "feature_choice")],
+)
+def test_dead_latents_and_a_batch_budget_make_nothing_wait(variant: str, dead: int) -> None:
+    count = counted(variant, dead)
+    assert not count.waits and count.per_parameter <= 36, count
 
 
 @pytest.mark.parametrize("options", [{}, {"random_prefixes": 4}], ids=["groups", "random prefixes"])

@@ -119,7 +119,7 @@ def test_torchrun_harvests_the_files_of_one_process(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_run_in_object_storage_is_that_in_a_folder(cache: ActivationCache, tmp_path: Path, bucket: str) -> None:
     """Of processes on one machine, which share the local copy."""
     args = ["--d-sae", str(D_SAE), "--k", "3", "--batch-size", "32", "--dict-ranks", "2"]

@@ -38,6 +38,7 @@ def one_step(threads: int) -> list[torch.Tensor]:
 
 
 @needs_numba
+@pytest.mark.minutes  # test_screen.py asks it of one selection
 def test_the_number_of_threads_does_not_change_a_selection_or_a_code() -> None:
     """Each row and each latent has one owner. The library's product may sum otherwise, hence a tolerance on values."""
     for one, two in zip(one_step(1), one_step(2)):

@@ -72,12 +72,18 @@ def faint(page: Any) -> list[Any]:
 GROUNDS = {"light": "rgb(255, 255, 255)", "dark": "rgb(15, 18, 22)"}
 
 
+FEW = ("", "latent", "steering")  # with tables, windows of text, and controls that are switched off
+
+
 # The palettes of both are measured without a browser in test_viz.py.
-@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.minutes)])
-def test_all_text_has_the_contrast_of_level_aa(page: Any, address: str, theme: str) -> None:
+@pytest.mark.parametrize(
+    ("theme", "pages"),
+    [("light", FEW)] + [pytest.param(theme, PAGES, marks=pytest.mark.minutes) for theme in ("light", "dark")],
+)
+def test_all_text_has_the_contrast_of_level_aa(page: Any, address: str, theme: str, pages: tuple[str, ...]) -> None:
     ground = GROUNDS[theme]
     page.emulate_media(color_scheme=theme)
-    for name in PAGES:
+    for name in pages:
         page.goto(f"{address}/{name}?run=sick")
         page.locator("h1").first.wait_for()
         settle(page)
