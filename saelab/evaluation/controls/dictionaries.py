@@ -74,7 +74,7 @@ def _tied(directions: Float[Tensor, "m d_in"], sae: SAE, cache: ActivationCache,
     made.eval()
     # One factor for all values, the best on training rows: directions that overlap count a token's energy many times.
     x = cache.read(cache.spread_rows(SAMPLE, "train")).acts
-    recon, wanted = made(x) - made.b_dec, x - made.b_dec
+    recon, wanted = ((rows - made.b_dec).double() for rows in (made(x), x))  # whose squares may exceed float32
     energy = float(recon.square().sum())
     if energy > 0:
         made.W_enc.mul_(max(float((recon * wanted).sum()) / energy, 0.0))

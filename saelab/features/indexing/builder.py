@@ -105,7 +105,8 @@ def encode_corpus(
 
         def keep(code: SparseCode, acts: Tensor, at: int) -> None:
             writer.add(code)
-            corpus.norms[at : at + len(acts)] = acts.norm(dim=1).cpu().numpy()
+            # In units in which squares neither overflow nor vanish; a power of two changes no bit, and no correlation.
+            corpus.norms[at : at + len(acts)] = (acts * cache.manifest.scale).norm(dim=1).cpu().numpy()
 
         for number, batch in enumerate(cache.head(corpus.n_rows, size)):
             if number % RELEASE_EVERY == 0:

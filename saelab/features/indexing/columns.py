@@ -64,7 +64,8 @@ class Describer:
         self.unit = unit_rows(self.W_dec)
         self.lens = None if lens is None else lens.to(sae.device)
         self.weights = _weights(sae)
-        self.mean = torch.tensor(cache.goal.manifest.mean, dtype=torch.float32, device=sae.device)
+        mean = torch.tensor(cache.goal.manifest.mean, dtype=torch.float64)  # whose square may exceed float32
+        self.mean_direction = unit_rows(mean[None])[0].to(sae.device, torch.float32)
 
     def tables(self, start: int, stop: int) -> tuple[pa.Table, pa.Table]:
         """``features.parquet`` and ``examples.parquet`` rows of slots ``start .. stop`` (whole latents)."""
@@ -102,7 +103,7 @@ class Describer:
         """Columns that come from the weights: norms, logit effects, neighbours. One row per pole of each latent."""
         W = self.W_dec[first:last]
         columns: Columns = {name: np.repeat(values[first:last], 2) for name, values in self.weights.items()}
-        cosine = self.unit[first:last] @ (self.mean / self.mean.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        cosine = self.unit[first:last] @ self.mean_direction
         columns["mean_cosine"] = (cosine.cpu()[:, None] * torch.tensor([1.0, -1.0])).reshape(-1).numpy()
         cosines, close = neighbours(self.unit, first, last, self.config.neighbours, len(self.poles) == 2)
         columns["neighbours"] = table_rows(np.repeat(close.cpu().numpy(), 2, axis=0))

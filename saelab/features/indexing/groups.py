@@ -60,6 +60,9 @@ def by_group_descending(groups: NDArray[np.int64], scores: NDArray[np.float32]) 
 
 def group_top(groups: NDArray[np.int64], scores: NDArray, top: int) -> NDArray[np.int64]:
     """Indices of the ``top`` highest scores of each group, ordered by group, best first."""
+    largest = np.abs(scores).max(initial=0)
+    if largest > np.finfo(np.float32).max:  # a power of two keeps the order, and float32 would make them all infinite
+        scores = np.ldexp(scores, -np.frexp(largest)[1])
     order = by_group_descending(groups, np.asarray(scores, np.float32))
     return order[rank_in_group(groups[order]) < top]
 

@@ -148,7 +148,7 @@ class Labeller:
         entry = entries.ptr[slots] + offset
         sizes = np.abs(entries.values[entry]).astype(np.float64)
         taken = np.maximum(np.bincount(slots, minlength=n), 1)
-        sizes /= np.maximum(np.bincount(slots, sizes, n) / taken, 1e-30)[slots]
+        sizes /= np.maximum(np.bincount(slots, sizes, n) / taken, np.finfo(np.float64).tiny)[slots]
         all_firings = Sample(slots, entries.rows[entry], sizes)
         half = half_of(self.corpus.contexts(all_firings.rows))
         halves = [all_firings.take(half == h) for h in (0, 1)]

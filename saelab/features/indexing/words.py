@@ -64,7 +64,7 @@ class Words:
         _, first, inverse = distinct(keys)
         mass, slot = np.bincount(inverse, sizes, len(first)), slots[first]
         best = group_top(slot, mass, self.most)
-        total = np.maximum(np.bincount(slots, sizes, n), 1e-30)
+        total = np.maximum(np.bincount(slots, sizes, n), np.finfo(np.float64).tiny)
         slot, mass, places = slot[best], mass[best], places[first[best]]
         names, numbers = self._texts(places)
         # Words that differ in white space alone are one; ordered by share.
