@@ -16,12 +16,16 @@ from saelab import viz
 from saelab.attribution import AttributionGraph, Node, attribute
 from saelab.attribution.viewers import viewer_json
 from saelab.runs import Run
-from saelab.steering import Recipe
+from saelab.steering import Recipe, Scale
 from saelab.workspace import recipes as saved
 from saelab.workspace import steering
 
 OPEN = ":material/open_in_full:"
-OPERATIONS = {"ablate": "set to zero", "clamp": "set to its largest activation", "scale": "multiplied"}
+OPERATIONS = {
+    "ablate": "set to zero",
+    "clamp": "set to its largest activation",
+    "scale": f"multiplied by {Scale.factor:g}",
+}
 
 
 class Explained(NamedTuple):
@@ -68,11 +72,15 @@ def explain(runs: list[Run], prompt: str, target: str, against: str, settings: d
 
 def headline(graph: AttributionGraph) -> None:
     """What is explained, how, and what the user should know."""
-    how = "integrated gradients" if graph.integrated else "activation × gradient"
+    alone = graph.target == f"logit of {graph.target_text!r}"  # not the difference of two
+    mean = " above the mean of all logits" if alone else ""
+    token = viz.markdown(graph.target_text)
     st.markdown(
-        f"**{viz.markdown(graph.target)}**: {graph.value:+.3f}, probability {graph.probability:.1%} "
-        f"({graph.mode}, {how})"
+        f"**{viz.markdown(graph.target)}**: {graph.value:+.3f}{mean}; probability of ‘{token}’ {graph.probability:.1%}"
     )
+    model = "with attention patterns and norms frozen" if graph.mode == "frozen" else "in the model as it is"
+    how = f"integrated gradients in {graph.integrated} steps" if graph.integrated else "activation × gradient"
+    st.caption(f"Effects: {how}, {model}.")
     for note in graph.notes:
         st.caption(f":material/info: {viz.markdown(note)}")
 
@@ -121,13 +129,14 @@ def details(graph: AttributionGraph, node: Node | None, current: bool) -> None:
     if node is None:
         st.caption("Point at a mark for what is known of it; click one to see what feeds it and what it feeds.")
         return
-    st.markdown(f"**{viz.markdown(node.id)}** {viz.markdown(node.label)}")
+    st.markdown(f"**{viz.markdown(viz.node_name(graph, node))}** {viz.markdown(node.label)}")
     columns = st.columns(2, gap="large")
     for column, title, edges, end in (
         (columns[0], "fed by", graph.into(node.id), "source"),
         (columns[1], "feeds", graph.out_of(node.id), "target"),
     ):
-        rows = [(getattr(edge, end), f"{edge.effect:+.4f}", graph[getattr(edge, end)].label) for edge in edges[:8]]
+        ends = [(edge, graph[getattr(edge, end)]) for edge in edges[:8]]
+        rows = [(viz.node_name(graph, other), f"{edge.effect:+.4f}", other.label) for edge, other in ends]
         with column:
             st.markdown(f"**{title}**")
             page.html(viz.fact_table(rows) if rows else viz.caption("nothing that was kept"))
@@ -151,6 +160,7 @@ def table(graph: AttributionGraph) -> list[Node]:
             "latent": [f"#{n.latent}" for n in graph.latents],
             "place": [viz.visible(graph.place(n).name) for n in graph.latents],
             "token": [viz.visible(graph.tokens[n.position]) for n in graph.latents],
+            "position": [n.position for n in graph.latents],
             "effect": [n.effect for n in graph.latents],
             "direct": [n.direct for n in graph.latents],
             "ablated": [checked.get(n.id) for n in graph.latents],
@@ -186,11 +196,18 @@ def checks(graph: AttributionGraph) -> str:
         rows.append(("", f"{place.kept_share:.0%}", f"of it kept, with {place.kept} nodes"))
     if graph.checks is not None and graph.checks.nodes:
         n = len(graph.checks.nodes)
-        rows.append(("ablated one by one", f"{graph.checks.same_sign} of {n}", "have the sign that attribution gives"))
-        rows.append(("", f"{graph.checks.within(2.0)} of {n}", "its size too, up to a factor of 2"))
+        rows.append((f"the {n} strongest ablated", f"{graph.checks.same_sign}", "have the sign that attribution gives"))
+        rows.append(("", f"{graph.checks.within(2.0)}", "its size too, up to a factor of 2"))
     if (found := graph.faithfulness) is not None:
-        rows.append(("faithfulness", f"{found.faithfulness:.2f}", "of the kept latents: 1 is all that latents do"))
-        rows.append(("completeness", f"{found.completeness:.2f}", "1: what was left out does nothing on its own"))
+        rows.append(
+            ("faithfulness", f"{found.faithfulness:.2f}", "(kept − none) / (all − none): 1 is all that latents do")
+        )
+        left = "1 − (left out − none) / (all − none): 1 where what was left out does nothing on its own"
+        rows.append(("completeness", f"{found.completeness:.2f}", left))
+        rows.append(("with all latents", f"{found.whole:+.2f}", "the explained number; error terms stay in all four"))
+        rows.append(("with those kept", f"{found.kept:+.2f}", "all others set to zero, on every token but the first"))
+        rows.append(("with those left out", f"{found.others:+.2f}", "those kept set to zero"))
+        rows.append(("with none", f"{found.none:+.2f}", "all set to zero"))
     for name, value in graph.sums.items():
         rows.append((name, f"{value:+.3f}", "direct effect"))
     return viz.fact_table(rows)
@@ -200,7 +217,11 @@ def intervene(run: Run, graph: AttributionGraph, chosen: list[Node]) -> None:
     """Change the chosen latents and see the text; hand them to the Steering page; save a recipe or the graph."""
     if not chosen:
         return
-    st.caption("Chosen: " + viz.markdown(", ".join(node.id for node in chosen)) + ". Choose others in the table.")
+    names = viz.markdown(", ".join(viz.node_name(graph, node) for node in chosen))
+    st.caption(
+        f"Chosen: {names}. Choose others in the table. They are changed on every token but the first, those of the "
+        "continuation too; the column *ablated* is of one token."
+    )
     with st.container(horizontal=True, vertical_alignment="bottom"):
         operation = st.selectbox(
             "do",
@@ -221,7 +242,7 @@ def intervene(run: Run, graph: AttributionGraph, chosen: list[Node]) -> None:
         )
     if sent:
         _send(graph, chosen, operation)
-    now = f"{operation} {', '.join(node.id for node in chosen)}"
+    now = f"{operation} {', '.join(dict.fromkeys(viz.latent_name(graph, node) for node in chosen))}"
     if asked:
         st.session_state["attribution_text"] = (graph, now, _continue(run, graph, chosen, operation))
     of, made_with, texts = st.session_state.get("attribution_text", (None, "", {}))
@@ -253,7 +274,7 @@ def _continue(run: Run, graph: AttributionGraph, chosen: list[Node], operation: 
 
 
 def _show(texts: dict[str, Any], made_with: str, outdated: bool) -> None:
-    st.caption(f"Changed: {viz.markdown(made_with)}")
+    st.caption(f"Changed: {viz.markdown(made_with)} on every token but the first")
     if outdated:
         st.warning("The choice has changed since. Continue again to see what it does.", icon=session.OUTDATED)
     before = texts["as it is"].tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import loaders
@@ -91,9 +92,16 @@ def _show(run: Run, found: list[Pick], last: Measured) -> None:
     name = pick.label if changed else steering_parts.named(run, pick)  # its label may be another's by now
     words = ", ".join(f"‘{viz.markdown(word)}’" for word in last.words)
     st.markdown(f"**{viz.markdown(name)}**{gone}, measured on {words}: {viz.markdown(measured.verdict)}.")
+    prompts = measured.curves["vector"].effect.shape[1]
     for one in measured.contrasts:
-        interval = f"{one.difference:+.2f} ({one.low:+.2f} to {one.high:+.2f}) in logit shift"
-        page.html(viz.caption(f"against {one.control}: {interval}, 95 % interval, at equal damage"))
+        known = math.isfinite(one.low)
+        interval = f" ({one.low:+.2f} to {one.high:+.2f})" * known
+        of = ", 95 % interval" if known else "; one prompt gives no interval"
+        page.html(
+            viz.caption(f"against {one.control}: {one.difference:+.2f}{interval} in logit shift{of}, at equal damage")
+        )
+    if prompts == 1:
+        st.caption("Measured on one prompt: nothing here says how it is on others. Give several, one a line.")
     now = next((p for p in found if steering.same_vector(p, pick)), pick)
     dose_charts([vars(dose) for dose in measured.doses], chosen=chosen_length(now))
 
@@ -125,8 +133,9 @@ def dose_charts(found: list[dict[str, Any]], key: str = "dose", chosen: float | 
             figure = viz.dose_response(strengths, curves, page.colours(), title, chosen, band)
             page.chart(figure, alt=f"{title} over strength", key=f"{key}_{what}")
     st.caption(
-        "Logit shift: mean logit of the words minus that of all tokens, after the prompts where they could come next, "
-        "steered − unsteered. Off-target KL: of the next-token distribution, unsteered against steered, on the texts "
-        "that should not change. Random directions (seeds 0, 1, …) have the vector's length; the shaded interval is "
-        "that of one more such direction (Student's t)."
+        "Logit shift: mean logit of the words minus that of all tokens, steered − unsteered, averaged over all tokens "
+        "of the prompts where they could come next; of a word of several tokens the first counts, with and without a "
+        "space before it. Off-target KL: of the next-token distribution, unsteered against steered, averaged over the "
+        "tokens of the texts that should not change. Random directions (seeds 0, 1, …) have the vector's length; the "
+        "shaded interval is that of one more such direction (Student's t)."
     )

@@ -94,8 +94,7 @@ def top(run: Run, index: Any, latent: int, pole: int) -> None:
     if whole and cache is not None:
         with page.part(), st.spinner("Reading the contexts …"):
             found = whole_contexts(cache, loaders.sae(run), found)
-    documents = len({example.document for example in found})
-    st.caption(f"{len(found)} contexts, {'all of one document' if documents == 1 else f'of {documents} documents'}")
+    st.caption(viz.counted(found))
     largest, weaker = index.max_activation(latent, pole) or None, latent_parts.below(index, latent)
     page.html(viz.example_list(found, page.colours(), largest, weaker, breaks=whole))
 

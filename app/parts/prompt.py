@@ -108,7 +108,7 @@ def coloured_text(run: Run, reading: Reading, position: int, how: How) -> None:
             st.session_state["prompt_one"] = one
     values, unit, scale = lost, "share of squared norm lost", max(lost[reading.first :] or lost)
     said = (
-        f"‖x − x̂‖² / ‖x‖² per token: 0 is a perfect reconstruction, 1 is as good as nothing. Here from "
+        f"{lost_formula(run, reading)} per token: 0 is a perfect reconstruction, 1 is as good as nothing. Here from "
         f"{min(lost[reading.first :] or lost):.1%} to {scale:.1%}, the full tint."
     )
     if layer == "active latents":
@@ -124,6 +124,14 @@ def coloured_text(run: Run, reading: Reading, position: int, how: How) -> None:
         values, unit, scale = [0.0] * reading.n if one is None else reading.trace(one[0]), "activation", 0.0
     strip.tokens(reading.strings, values, position, choose, unit=unit, scale=scale or None, key="prompt_strip")
     st.caption(f"{said} Click a token, or walk with the arrow keys, to see it below.")
+
+
+def lost_formula(run: Run, reading: Reading) -> str:
+    """The share of the squared norm that is lost, in symbols: of what a transcoder writes, not of what it reads."""
+    if reading.target is None:
+        return "‖x − x̂‖² / ‖x‖²"
+    place = run.metadata.get("hook_name_out")
+    return f"‖y − ŷ‖² / ‖y‖², y being the output that the transcoder reconstructs ({place}),"
 
 
 def choose(position: int) -> None:
@@ -168,7 +176,8 @@ def side_by_side(runs: list[Run], reading: Reading, how: How) -> None:
             lost = np.mean(own.unexplained()[own.first :])
             st.markdown(f"**{viz.markdown(page.run_title(run))}**")
             st.caption(
-                f"{np.mean(own.l0()[own.first :]):.1f} active latents per token, {lost:.1%} of squared norm lost"
+                f"{np.mean(own.l0()[own.first :]):.1f} active latents and {lost:.1%} of the squared norm lost, means "
+                "over the tokens"
             )
             found, hidden = ranked(run, own, how)
             chosen = ranked_table(run, own, found[:SHOWN], key=f"prompt_beside_{run.name}")
@@ -297,6 +306,9 @@ def effects(run: Run, reading: Any, position: int) -> None:
         "Effect: activation × (decoder row · gradient of the summed next-token loss), the loss that the latent adds, "
         "to first order; a negative one lowers it. The gradient knows the next token."
     )
+    if position == reading.n - 1:  # its gradient is zero: a chart of zeros would pass for a finding
+        st.caption("This is the last token: the text has no next one that its latents could make likelier.")
+        return
     sae = loaders.sae(run)
     found = explain.effects(sae, reading.acts[position], reading.grads[position])
     if not found:

@@ -97,8 +97,10 @@ with right:
     st.subheader("Checks", anchor=False)
     page.html(parts.checks(graph))
     st.caption(
-        "Effect: what the activation adds to the explained number, to first order and along all paths; direct: along "
-        "paths that avoid the other SAEs. Ablated: how far the number falls when the latent alone is set to zero."
+        "Influence: summed magnitudes of effects; the error terms hold the whole activation of the first token. "
+        "Effect: activation × (decoder row · gradient of the explained number), what the latent adds to it on that "
+        "token, to first order and along all paths; direct: along paths that avoid the other SAEs. Ablated, of the "
+        "strongest: how far the number falls when the latent alone is set to zero on that token."
     )
 if not changed:  # its latents are those of other weights
     st.subheader("Without them", anchor=False)

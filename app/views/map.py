@@ -58,7 +58,7 @@ else:
         group = np.array([home.get(latent, "none") for latent in rows["latent"]])
     masks = {name: group == name for name in sorted(set(group), key=lambda name: (name != "none", name))}
     parts = {name: {k: np.asarray(v)[mask].tolist() for k, v in points.items()} for name, mask in masks.items()}
-    figure = viz.groups_in_plane(parts, page.colours())
+    figure = viz.groups_in_plane(parts, page.colours(), ungrouped="none")
 chosen = page.chart(figure, "Map of the latents; a click opens one", "map", on_select="rerun", selection_mode="points")
 for point in chosen.selection.points:
     latent = int(np.ravel(point["customdata"])[0])

@@ -22,7 +22,8 @@ with st.form("prompt_form", border=False):
 session.say_unshared("prompt_text")
 asking = (run.name, run.stamp, text, gradients)
 question, reading = st.session_state.get("prompt_reading", (None, None))
-linked = reading is None and "prompt_text" in st.query_params
+# An address leaves out what is the default, so that of the example's reading may hold the token or the ranking alone.
+linked = reading is None and any(key == "token" or key.startswith("prompt_") for key in st.query_params)
 if asked or linked or (reading is not None and question != asking):
     # Another SAE, one that was trained again, and a text that Back or a link brings, are read at once: what is shown
     # belongs to the form above it.

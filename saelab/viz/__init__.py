@@ -1,6 +1,6 @@
 """Figures and HTML from plain arrays, for the app and the notebooks, in light and dark."""
 
-from saelab.viz.attribution import attribution_graph
+from saelab.viz.attribution import attribution_graph, latent_name, node_name
 from saelab.viz.charts import (
     activation_histogram,
     by_layer,
@@ -22,6 +22,7 @@ from saelab.viz.theme import DARK, LIGHT, Palette, contrast, palette
 from saelab.viz.tokens import (
     PART,
     caption,
+    counted,
     example_list,
     fact_table,
     outdated,
@@ -42,6 +43,7 @@ __all__ = [
     "caption",
     "contest_bars",
     "contrast",
+    "counted",
     "density_histogram",
     "dose_response",
     "example_list",
@@ -52,6 +54,7 @@ __all__ = [
     "heatmap",
     "label",
     "latent_json",
+    "latent_name",
     "latent_page",
     "line_legend",
     "lines",
@@ -59,6 +62,7 @@ __all__ = [
     "logit_histogram",
     "looks",
     "markdown",
+    "node_name",
     "outdated",
     "palette",
     "pareto",

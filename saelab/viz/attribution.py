@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from saelab.viz.axes import base
 from saelab.viz.escape import label as safe
+from saelab.viz.escape import visible
 from saelab.viz.theme import Palette
 
 if TYPE_CHECKING:
@@ -59,6 +60,26 @@ def attribution_graph(
     names = ["tokens", *(safe(place.name) for place in graph.places), safe(graph.target_text) or "prediction"]
     fig.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[-0.5, len(names) - 0.4])
     return fig.update_xaxes(showgrid=False, zeroline=False).update_yaxes(showgrid=True, zeroline=False)
+
+
+def node_name(graph: AttributionGraph, node: Node) -> str:
+    """What a node is and on which token, in words; as text that has still to be escaped."""
+    if node.kind == "target":
+        return "the prediction"
+    on = f"on ‘{visible(graph.tokens[node.position])}’ ({node.position})"
+    if node.kind == "latent":
+        return f"{latent_name(graph, node)} {on}"
+    what = {"error": "error term", "embedding": "token", "mlp": f"MLP of block {node.layer}"}[node.kind]
+    return f"{what} {on}{_place(graph, node) if node.kind == 'error' else ''}"
+
+
+def latent_name(graph: AttributionGraph, node: Node) -> str:
+    """A latent whatever the token: its number, its pole where that is the negative one, its place among several."""
+    return f"#{node.latent}{' −' if node.pole < 0 else ''}{_place(graph, node)}"
+
+
+def _place(graph: AttributionGraph, node: Node) -> str:
+    return f" at {graph.place(node).name}" if len(graph.places) > 1 else ""
 
 
 def _rows(graph: AttributionGraph) -> dict[int, int]:
@@ -117,8 +138,7 @@ def _size(node: Node, largest: float) -> float:
 
 
 def _hover(graph: AttributionGraph, node: Node, examples: Sequence[str]) -> str:
-    name = node.id if node.kind == "latent" else NAMES[node.kind].rstrip("s")
-    lines = [f"<b>{safe(name)}</b> at {node.position} {safe(graph.tokens[node.position])}"]
+    lines = [f"<b>{safe(node_name(graph, node))}</b>"]
     if node.label:
         lines.append(safe(node.label))
     if node.activation is not None:

@@ -290,7 +290,15 @@ def dose_response(
             name=safe(name),
         )
     if chosen is not None:
-        mark = {"text": "on this page", "showarrow": False, "yref": "paper", "y": 1.0, "yanchor": "bottom"}
+        # Inside the axes: the legend is above them.
+        mark = {
+            "text": " on this page",
+            "showarrow": False,
+            "yref": "paper",
+            "y": 1.0,
+            "yanchor": "top",
+            "xanchor": "left",
+        }
         fig.add_vline(x=chosen, line={"color": colours.muted, "dash": "dot"})
         fig.add_annotation(x=chosen, font={"color": colours.muted, "size": 11}, **mark)
     return fig

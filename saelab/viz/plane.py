@@ -13,11 +13,17 @@ from saelab.viz.theme import Palette
 Points = Mapping[str, Sequence[object]]  # x, y, text and key, point for point
 
 
-def groups_in_plane(groups: Mapping[str, Points], colours: Palette, height: int = 620) -> go.Figure:
-    """One colour per group. ``key`` comes back as ``customdata`` of a clicked point; texts are escaped."""
+def groups_in_plane(
+    groups: Mapping[str, Points], colours: Palette, height: int = 620, ungrouped: str = ""
+) -> go.Figure:
+    """One colour per group, and a muted one for the points of ``ungrouped``.
+
+    ``key`` comes back as ``customdata`` of a clicked point; texts are escaped.
+    """
     fig = _empty(colours, height)
     for name, points in groups.items():
-        fig.add_scattergl(**_points(points), mode="markers", name=safe(name), marker={"size": 5, "opacity": 0.75})
+        marker = {"size": 5, "opacity": 0.75} | ({"color": colours.muted} if name == ungrouped else {})
+        fig.add_scattergl(**_points(points), mode="markers", name=safe(name), marker=marker)
     return fig
 
 

@@ -119,6 +119,18 @@ def example_list(
     return listed or '<div class="sl-muted">No examples.</div>'
 
 
+def counted(examples: Sequence[Any]) -> str:
+    """How many contexts there are and of how many documents; in which order, where that is not by strength alone.
+
+    The order is that of :func:`saelab.features.contexts.different_documents`.
+    """
+    documents = len({example.document for example in examples})
+    if documents == 1:
+        return f"{len(examples)} contexts, all of one document"
+    order = ": the strongest of each document, then the second of each" if documents < len(examples) else ""
+    return f"{len(examples)} contexts, of {documents} documents{order}"
+
+
 def token_chips(strings: Sequence[str], values: Sequence[float], colours: Palette, unit: str = "logit") -> str:
     """Tokens as chips, tinted by their share of the largest value."""
     scale = max((abs(v) for v in values), default=0.0) or 1.0

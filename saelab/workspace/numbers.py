@@ -135,7 +135,7 @@ def _evaluation(run: Run) -> dict[str, Number]:
         found[name] = Number(
             name=name,
             value=row["value"],
-            formula=row.get("formula") or FORMULAS[name],
+            formula=(row.get("formula") or FORMULAS[name]) + _meant(run, name, settings),
             tokens=row.get("n") if row.get("unit") == "token" else None,
             seed=settings.get("seed"),
             source=f"{split} split".replace("_", "-"),
@@ -145,6 +145,15 @@ def _evaluation(run: Run) -> dict[str, Number]:
             high=row.get("high"),
         )
     return found
+
+
+def _meant(run: Run, name: str, settings: dict[str, Any]) -> str:
+    """What the formula of an evaluation does not say: which rows are in the window of dead latents, and what x is."""
+    rows = settings.get("density_tokens")
+    if name == "dead" and rows and settings.get("split", "held_out") == "held_out":
+        return f", up to {rows:,} of them training rows"
+    target = run.metadata.get("hook_name_out")
+    return f", x: {target}, which the transcoder reconstructs" if name == "fvu" and target else ""
 
 
 def layer(run: Run) -> int | None:

@@ -11,6 +11,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from test_pages import launch
 
+from saelab import viz
 from saelab.layout import CONFIG
 from saelab.workspace.steering import Pick
 
@@ -43,6 +44,13 @@ def test_a_prediction_is_explained_and_changed(monkeypatch: pytest.MonkeyPatch, 
     assert "<script" not in json.dumps(drawn["attribution_figure"]), "tokens and labels are text"
     assert list(app.dataframe[0].value["effect"]) == [node.effect for node in graph.latents]
     succeed(app.button(key="attribution_continue").click().run())
+    said = [caption.value.replace("\\", "") for caption in app.caption]
+    first = (graph.causes or graph.latents)[0]
+    on = f"#{first.latent}{' −' if first.pole < 0 else ''} on ‘{graph.tokens[first.position]}’ ({first.position})"
+    assert any(text.startswith("Chosen: ") and on in text and "on every token but the first" in text for text in said)
+    shown = " ".join(element.proto.body for element in app.get("html"))
+    found = graph.faithfulness
+    assert found is not None and all(f"{x:+.2f}" in shown for x in (found.whole, found.kept, found.others, found.none))
     *_, texts = app.session_state["attribution_text"]
     assert set(texts) == {"as it is", "changed"} and texts["as it is"].tokens
     app.text_input(key="attribution_recipe").input("page test")
@@ -64,13 +72,16 @@ def test_latents_go_to_steering(monkeypatch: pytest.MonkeyPatch, folder: Path) -
 def test_a_text_says_which_change_it_is_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     app = succeed(explained(monkeypatch, folder, "abs_topk"))
     graph = app.session_state["attribution"].graph
-    chosen = ", ".join(node.id for node in graph.causes[:3] or graph.latents[:3])
+    # One that was chosen on two tokens is changed once, as it is on every other token.
+    named = (f"#{n.latent}{' −' if n.pole < 0 else ''}" for n in graph.causes[:3] or graph.latents[:3])
+    chosen = ", ".join(dict.fromkeys(named))
+    assert any(f"{graph.value:+.3f} above the mean of all logits" in item.value for item in app.markdown)
     succeed(app.button(key="attribution_continue").click().run())
     assert not app.warning
     succeed(app.selectbox(key="attribution_operation").select("scale").run())
     assert "The choice has changed" in app.warning[0].value
     said = [caption.value.replace("\\", "") for caption in app.caption]
-    assert f"Changed: ablate {chosen}" in said
+    assert f"Changed: ablate {chosen} on every token but the first" in said
     app.text_input(key="attribution_recipe").input(" ")
     app.button(key="FormSubmitter:attribution_save-Save").click().run()
     assert not app.exception and "name of letters, digits or dashes" in app.error[0].value
@@ -102,3 +113,8 @@ def test_saes_at_other_places_stand_beside_it(monkeypatch: pytest.MonkeyPatch, f
     stamps, _, graph = app.session_state["attribution"]
     assert [*stamps] == ["runs/abs_topk", "runs/topk"] and [place.layer for place in graph.places] == [0, 1]
     assert any(edge.target in {n.id for n in graph.latents if n.layer == 1} for edge in graph.edges)
+    place = {name: node for name in ("blocks.1.hook_resid_post",) for node in graph.latents if node.layer == 1}
+    for name, node in place.items():
+        assert viz.node_name(graph, node).endswith(f"({node.position})") and f" at {name} on" in viz.node_name(
+            graph, node
+        )

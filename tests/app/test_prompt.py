@@ -94,6 +94,26 @@ def test_a_text_is_read_and_one_token_explained(monkeypatch: pytest.MonkeyPatch,
         assert any("Filled bars won" in item.value for item in app.caption)
 
 
+def test_the_last_token_has_no_effects(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Nothing follows it in the text: its gradient is zero, and a chart of zeros would pass for a finding."""
+    app = read(monkeypatch, folder, "topk")
+    _, reading = app.session_state["prompt_reading"]
+    assert not reading.grads[-1].any() and "prompt_effects" in figures(app)
+    app.session_state["token"] = reading.n - 1
+    succeed(app.run())
+    assert "prompt_effects" not in figures(app)
+    assert any("This is the last token" in caption.value for caption in app.caption)
+
+
+def test_a_link_to_the_example_reads_it(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The text is left out of the address, because it is the default; the token is there."""
+    app = launch(monkeypatch, folder, model=str(folder / "model"))
+    app.query_params["token"] = "3"
+    succeed(app.switch_page("views/prompt.py").run())
+    (text, _), reading = app.session_state["prompt_reading"][0][2:], app.session_state["prompt_reading"][1]
+    assert text == app.text_area(key="prompt_text").value and reading.n > 3
+
+
 def test_another_sae_reads_the_same_text_at_once(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     app = read(monkeypatch, folder, "topk")
     app.selectbox(key="run").select("runs/abs_topk")

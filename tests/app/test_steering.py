@@ -83,6 +83,20 @@ def check_charts(effect: Any, damage: Any, measured: Any, length: float) -> None
     assert sorted({d.strength for d in measured.doses}) == pytest.approx([length * f for f in (0.25, 0.5, 1, 2)])
 
 
+def test_one_prompt_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path) -> None:
+    app = open_page(monkeypatch, workplace, folder / "model", strongest(folder))
+    app.text_input(key="dose_concept").input("river")
+    app.text_area(key="dose_targets").input("the mill and the")
+    app.text_area(key="dose_neutral").input("old bridges near grey towns\ngreen hills past the river")
+    app.text_area(key="dose_positive").input("the river runs")
+    app.text_area(key="dose_negative").input("grey towns near")
+    succeed(app.button(key="FormSubmitter:steering_dose-Measure").click().run())
+    assert any("Measured on one prompt" in caption.value for caption in app.caption)
+    said = " ".join(element.proto.body for element in app.get("html"))
+    assert "in logit shift; one prompt gives no interval, at equal damage" in said and "nan" not in said
+    assert any("averaged over all tokens of the prompts" in caption.value for caption in app.caption)
+
+
 def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path) -> None:
     latent = strongest(folder)
     app = open_page(monkeypatch, workplace, folder / "model", latent)

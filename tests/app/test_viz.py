@@ -9,6 +9,8 @@ import pytest
 from small_workspace import HOSTILE
 
 from saelab import viz
+from saelab.features import Example
+from saelab.features.contexts import different_documents
 from saelab.viz.axes import log_axis, round_ticks, written
 from saelab.viz.theme import DARK, LIGHT, contrast
 
@@ -98,6 +100,29 @@ def test_bars_left_out_leave_a_gap_that_says_so() -> None:
     bars, marks = figure.data
     assert list(bars.y) == list(marks.y) == [0, 2, 3] and list(marks.x) == [1, 1, 2]
     assert figure.layout.annotations[0].text == "7 more" and figure.layout.annotations[0].y == 1
+
+
+def test_what_belongs_to_no_group_is_muted() -> None:
+    points = {"x": [0.0], "y": [1.0], "text": ["<b>"], "key": [3]}
+    rest, own = viz.groups_in_plane({"none": points, "token": points}, LIGHT, ungrouped="none").data
+    assert rest.marker.color == LIGHT.muted and own.marker.color is None and own.text[0] == "&lt;b&gt;"
+
+
+def test_the_mark_of_a_dose_is_not_written_over_the_legend() -> None:
+    figure = viz.dose_response([1, 2], {"vector": [0, 1]}, LIGHT, "shift", 1.5)
+    (mark,) = figure.layout.annotations
+    assert (mark.yref, mark.y, mark.yanchor) == ("paper", 1.0, "top")
+    assert figure.layout.legend.y >= 1 and figure.layout.legend.yanchor == "bottom"
+
+
+def test_the_order_of_examples_is_said_where_it_is_not_that_of_strength() -> None:
+    def made(*documents: int) -> list[Example]:
+        return [Example(0, 1, "top", i, i, document, 1.0, [], [], [], 0) for i, document in enumerate(documents)]
+
+    assert viz.counted(made(5, 7)) == "2 contexts, of 2 documents"
+    assert viz.counted(made(5, 5)) == "2 contexts, all of one document"
+    said = viz.counted(different_documents(made(5, 5, 7)))
+    assert said == "3 contexts, of 2 documents: the strongest of each document, then the second of each"
 
 
 def test_visible_shows_what_cannot_be_seen() -> None:

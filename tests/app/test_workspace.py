@@ -121,6 +121,26 @@ def test_numbers_come_from_the_evaluation_where_there_is_one(folder: Path, tmp_p
     assert workspace.model_and_place(Run(path=tmp_path / "wide", name="damaged")) == ("", "")
 
 
+def test_a_formula_says_which_rows_are_counted_and_what_x_is(folder: Path, tmp_path: Path) -> None:
+    row = {"value": 0.2, "n": 4000, "unit": "token", "formula": "sum_t |x_t|^2"}
+    dead = {"value": 0.0, "formula": "share in a window of 9,000 tokens"}
+    settings = {"split": "held_out", "seed": 3, "density_tokens": 5000}
+    config = json.loads((folder / "runs" / "topk" / "cfg.json").read_text())
+    found = []
+    for name in ("sae", "transcoder"):
+        (tmp_path / name).mkdir()
+        config["metadata"] |= {"hook_name_out": "blocks.0.hook_mlp_out"} if name == "transcoder" else {}
+        (tmp_path / name / "cfg.json").write_text(json.dumps(config))
+        content = {"metrics": {"fvu": row, "dead_fraction": dead}, "settings": settings}
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(content))
+        found.append(workspace.numbers(Run(path=tmp_path / name, name=name)))
+    assert found[0]["dead"].formula == "share in a window of 9,000 tokens, up to 5,000 of them training rows"
+    assert [numbers["fvu"].formula for numbers in found] == [
+        "sum_t |x_t|^2",
+        "sum_t |x_t|^2, x: blocks.0.hook_mlp_out, which the transcoder reconstructs",
+    ]
+
+
 def test_a_run_is_running_interrupted_or_finished(folder: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"step": i, "tokens": i, "fvu": 0.5}) for i in range(1, 480)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")

@@ -31,12 +31,18 @@ class Recall(SAE):
         return SparseCode.from_dense(self.code[x[:, 0].long()])
 
 
-def make(folder: Path, code: torch.Tensor, tokens: torch.Tensor, acts: torch.Tensor | None = None) -> FeatureIndex:
+def make(
+    folder: Path,
+    code: torch.Tensor,
+    tokens: torch.Tensor,
+    acts: torch.Tensor | None = None,
+    config: IndexConfig | None = None,
+) -> FeatureIndex:
     acts = torch.randn(len(code), 4) if acts is None else acts
     acts[:, 0] = torch.arange(len(code))
     cache = ActivationCache.from_tensors(folder / "cache", acts, tokens, context_length=CONTEXT)
     words = [f" w{i}" for i in range(int(tokens.max()) + 1)]
-    return build_index(Recall(code), cache, folder / "run", token_strings=words, config=IndexConfig())
+    return build_index(Recall(code), cache, folder / "run", token_strings=words, config=config or IndexConfig())
 
 
 def clinic(tmp_path: Path) -> tuple[SAE, ActivationCache, list[str]]:
@@ -196,3 +202,6 @@ def test_poles_in_the_same_contexts_are_one_axis(tmp_path: Path) -> None:
     assert one.verdict == "one axis" and one.score > 0.8
     assert two.verdict == "two features" and two.score < 0.2
     assert half.verdict == "one-sided" and np.isnan(half.score)
+    # Both poles fire often: it is the index that keeps too little of them.
+    few = make(tmp_path / "few", code.view(-1, 3), tokens.view(-1), config=IndexConfig(top=3, band=0, random=0))
+    assert [axis_score(few, latent).verdict for latent in range(3)] == [*["too few examples"] * 2, "one-sided"]

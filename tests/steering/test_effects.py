@@ -211,6 +211,17 @@ def test_an_equal_direction_is_not_distinguishable() -> None:
     assert [c.verdict for c in found.contrasts] == ["not distinguishable from random directions"]
 
 
+def test_one_prompt_gives_no_verdict_on_a_difference_of_means() -> None:
+    """Resampled it is itself: the interval would have no width, and any difference would count."""
+    texts = {"positive": POSITIVE, "negative": NEGATIVE}
+    found = dose_response(
+        llama(), planted(), PROMPTS[:1], [*PROMPTS, *NEGATIVE], [7, 20], **texts, tokenizer=tokenizer(), kl_budget=0.3
+    )
+    means, drawn = found.contrasts
+    assert means.verdict == "not to be judged against difference of means on one prompt"
+    assert math.isnan(means.low) and math.isfinite(means.difference) and math.isfinite(drawn.low)
+
+
 def test_curves_are_compared_at_equal_damage() -> None:
     curve = Curve(effect=np.array([[1.0], [2.0]]), kl=np.array([[0.5], [1.5]]))
     one = np.ones((1, 1))

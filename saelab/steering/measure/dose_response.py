@@ -8,6 +8,7 @@ with an interval over prompts and, for random directions, over the sample of dir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,11 +69,13 @@ class Contrast:
 
     control: str
     difference: float
-    low: float  # 95 % bootstrap interval over prompts
+    low: float  # 95 % bootstrap interval over prompts; NaN where there is one prompt
     high: float
 
     @property
     def verdict(self) -> str:
+        if math.isnan(self.low):
+            return f"not to be judged against {self.control} on one prompt"
         if self.low > 0:
             return f"better than {self.control}"
         return f"worse than {self.control}" if self.high < 0 else f"not distinguishable from {self.control}"
@@ -119,7 +122,8 @@ def dose_response(
 
     ``targets`` are prompts on which the concept could come next, ``neutral`` texts measure the damage. ``concept``
     lists words or token ids; choose it before looking at the vector. ``positive`` and ``negative`` texts make the
-    difference of means (left out where there are none); a verdict on random directions needs two of them. With
+    difference of means (left out where there are none); a verdict on it needs two targets, one on random directions
+    two of them. With
     ``max_new_tokens`` the targets are also continued, for repetition and for ``score(text)``. The comparison is made
     at ``kl_budget``, or at the largest KL that all directions reached if that is smaller.
     """
@@ -203,7 +207,10 @@ def _compare(curves: dict[str, Curve], kl_budget: float, seed: int) -> tuple[lis
     at = {name: curve.at(budget, targets, neutral) for name, curve in curves.items()}
     contrasts = []
     if "difference of means" in at:
-        contrasts.append(_contrast("difference of means", at["vector"] - at["difference of means"]))
+        differences = at["vector"] - at["difference of means"]
+        if targets.shape[1] == 1:  # resampled, it is itself: the interval would have no width
+            differences[1:] = np.nan
+        contrasts.append(_contrast("difference of means", differences))
     drawn = np.array([effect for name, effect in at.items() if name.startswith("random")])
     if len(drawn) > 1:
         # One more random direction, of which these are a sample: their mean, and Student's t for its spread.
