@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from saelab.errors import UserError
@@ -143,6 +144,17 @@ def progress_bar(*extra: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+@contextlib.contextmanager
+def live_view() -> Iterator[Live]:
+    """A live display on stderr, with a line break at its end, which rich leaves out in a file."""
+    try:
+        with Live(console=console, refresh_per_second=2) as live:
+            yield live
+    finally:
+        if not console.is_interactive:
+            console.print()
 
 
 @contextlib.contextmanager

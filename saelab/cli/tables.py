@@ -10,11 +10,11 @@ from rich.table import Table
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The results by L0, those without one first."""
+    """The results by L0, those without one last."""
     table = Table("SAE", "status", "lr", "L0", "FVU", "dead", "CE recovered", box=None, pad_edge=False)
     for row in sorted(rows, key=lambda r: (r["l0"] is None, r["l0"] or 0.0)):
         numbers = [row["l0"], row["fvu"], row["dead_fraction"], row["ce_loss_recovered_zero"]]
-        cells = ["" if n is None else f"{n:.{d}f}" for n, d in zip(numbers, (1, 4, 3, 4))]
+        cells = ["" if n is None else format(n, how) for n, how in zip(numbers, (".1f", ".4f", ".1%", ".4f"))]
         table.add_row(row["name"], row["status"], _rate(row), *cells)
     return table
 
@@ -27,7 +27,7 @@ def summary_table(summaries: Sequence[dict[str, Any]]) -> Table:
         shared = ""
         if row["shared_latents"] is not None:
             shared = f"{row['shared_latents']:.1%} ({row['shared_by_chance']:.1%} by chance)"
-        numbers = (f"{row['l0']:.1f}", f"{row['fvu']:.4f}", interval, f"{row['dead_fraction']:.3f}")
+        numbers = (f"{row['l0']:.1f}", f"{row['fvu']:.4f}", interval, f"{row['dead_fraction']:.1%}")
         table.add_row(row["name"], str(row["seeds"]), *numbers, shared)
     return table
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
 }
 MOST_STOPS, MOST_CHOICES = 4, 16
+LARGEST = sys.float_info.max  # JSON has whole numbers of any length
 
 
 class ProtocolError(Exception):
@@ -64,7 +66,7 @@ class Request:
         """The request in a body; ProtocolError for one that is none."""
         try:
             body = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError(f"the body is not JSON: {error}") from error
         if not isinstance(body, dict):
             raise ProtocolError("the body is not a JSON object")
@@ -119,7 +121,7 @@ def _number(
     value = body.get(name)
     if value is None:
         return default
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
     if not is_number or (whole and value != int(value)):
         raise ProtocolError(
             f"{name} must be a {'whole ' * whole}number, not {json.dumps(value)[:80]}", name, "invalid_type"

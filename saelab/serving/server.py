@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -41,6 +43,7 @@ class Served:
     base: str
     most_tokens: int = 1024  # of an answer, where the client names no limit
     created: int = field(default_factory=lambda: int(time.time()))
+    stopping: Callable[[], bool] = lambda: False  # whether answers under way are to end
 
     def __post_init__(self) -> None:
         if self.base in self.recipes:
@@ -215,8 +218,11 @@ async def _written(
     async with turn:
         pieces = answer.pieces(served, request, steered, (seed + index) % 2**63)
         try:
-            while (piece := await run_in_threadpool(next, pieces, None)) is not None:
-                if await http.is_disconnected():
+            while True:
+                if served.stopping():
+                    raise ProtocolError("the server was stopped; ask again when it runs", status=503)
+                piece = await run_in_threadpool(next, pieces, None)
+                if piece is None or await http.is_disconnected():
                     return
                 yield piece
         finally:
@@ -248,10 +254,11 @@ async def _events(
         if request.include_usage:
             yield _event(frame | {"choices": [], "usage": _usage(answers)})
         yield "data: [DONE]\n\n"
-    except UserError as error:
+    except (UserError, ProtocolError) as error:
         if not answers[0].tokens:
             raise
-        yield _event(ProtocolError(str(error), status=500).body())  # the status of the answer is already sent
+        # The status of the answer is already sent.
+        yield _event((error if isinstance(error, ProtocolError) else ProtocolError(str(error), status=500)).body())
 
 
 async def _chain(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -292,20 +299,35 @@ def recipe_names(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def bound(port: int) -> socket.socket:
-    """A socket on the loopback interface; OSError where the port is taken. Port 0 means any that is free."""
+    """A socket that listens on the loopback interface; UserError where the port is taken. Port 0 takes any free one.
+
+    It listens at once: until it does, another process can have the same port, and finds out when it begins to.
+    """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
-    except OSError:
+        listener.listen()
+    except OSError as error:
         listener.close()
-        raise
+        why = error.strerror or first_line(error)
+        raise UserError(f"port {port}: {why}; choose another with --port, 0 takes one that is free") from error
     return listener
 
 
 def serve(served: Served, listener: socket.socket) -> None:
-    """Answer requests until the process is interrupted."""
+    """Answer requests until the process is interrupted: answers under way end at their next token.
+
+    A second signal ends the process at once, also while the model reads a long prompt.
+    """
     import uvicorn
 
-    config = uvicorn.Config(application(served), log_level="warning", access_log=False)
-    uvicorn.Server(config).run(sockets=[listener])
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.should_exit:
+                os._exit(128 + sig)
+            super().handle_exit(sig, frame)
+
+    server = Server(uvicorn.Config(application(served), log_level="warning", access_log=False))
+    served.stopping = lambda: server.should_exit
+    server.run(sockets=[listener])

@@ -70,7 +70,7 @@ def _guide(name: str, members: Sequence[Point]) -> Guidance:
     # The k-th smallest L0 of each seed belong together: measured numbers differ a little between seeds.
     ranked = [sorted(points, key=lambda point: point.l0) for points in by_seed.values()]
     if len(lengths) > 1 or min(lengths) < FEWEST:
-        text = f"{name}: cannot say from {min(lengths)} numbers of active latents; compare at least {FEWEST}"
+        text = f"{name}: cannot say from {min(lengths)}; it takes at least {FEWEST} numbers of active latents"
         return Guidance(name, None, None, [(p.l0, p.overlap) for p in ranked[0]], text)
     l0 = np.array([[point.l0 for point in points] for points in ranked]).mean(0)
     overlap = np.array([[point.overlap for point in points] for points in ranked])

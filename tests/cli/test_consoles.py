@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from saelab.cli import console as consoles
 from saelab.errors import UserError
 from saelab.sae.weights import save
 from saelab.workspace.recipes import recipe_folder
@@ -65,3 +68,12 @@ def test_recipes_have_names_that_windows_allows(tmp_path: Path, name: str) -> No
     assert recipe_folder(tmp_path, f"{name}x").name == f"{name}x"
     with pytest.raises(UserError, match="give the recipe a name"):
         recipe_folder(tmp_path, "..\\../")
+
+
+def test_a_live_display_in_a_file_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(consoles, "console", Console(file=written))
+    with pytest.raises(KeyError), consoles.live_view() as live:
+        live.update("half of it")
+        raise KeyError
+    assert written.getvalue().endswith("half of it\n")

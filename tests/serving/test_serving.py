@@ -258,6 +258,8 @@ def test_a_client_that_leaves_ends_its_answer(client: Any, served: Served) -> No
         ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
         ({"presence_penalty": 1}, 400, "presence_penalty is not supported"),
         ({"strength": "high"}, 400, "strength must be a number"),
+        ({"strength": 10**400}, 400, "strength must be a number"),
+        ({"seed": 10**400}, 400, "seed must be a whole number"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, 400, "is no variable of a chat template"),
     ],
     ids=str,
@@ -309,6 +311,45 @@ def test_other_addresses_and_names_are_refused(address: str) -> None:
         assert "Host" in headers or "does not exist here" in json.loads(body)["error"]["message"]
 
 
+def test_deep_json_is_refused(address: str) -> None:
+    request = urllib.request.Request(address + "/chat/completions", data=b"[" * 200_000)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=20)
+    with error.value as answer:
+        assert answer.code == 400 and "the body is not JSON" in answer.read().decode()
+
+
+def test_answers_end_when_the_server_is_stopped(client: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = ask(client, stream=True, max_tokens=100_000)
+    with pytest.raises(openai.APIError, match="the server was stopped"):
+        for number, _ in enumerate(chunks):
+            if number == 3:
+                monkeypatch.setattr(served, "stopping", lambda: True)
+    with pytest.raises(openai.InternalServerError, match="the server was stopped") as error:
+        ask(client)
+    assert error.value.status_code == 503
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_long_answer_does_not_keep_the_server(folder: Path, signals: int) -> None:
+    command = [sys.executable, "-m", "saelab", "serve", str(folder / "sea"), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        own = openai.OpenAI(base_url=process.stdout.readline().split()[0], api_key="none", timeout=60, max_retries=0)
+        chunks = ask(own, stream=True, max_tokens=100_000)
+        next(iter(chunks))
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+        with pytest.raises(Exception, match=r"the server was stopped|incomplete|disconnected"):
+            list(chunks)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode != 0 and "Traceback" not in error
+
+
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(folder: Path, served: Served) -> None:
     command = [sys.executable, "-m", "saelab", "serve", str(folder / "sea"), "--port", "0", "--device", "cpu"]
@@ -350,7 +391,6 @@ def test_mistakes_are_one_line(
     if "tiny2" in args:
         tiny_lm.save_llama(folder / "tiny2", seed=1)
     taken = bound(0)
-    taken.listen()
     args = [str(taken.getsockname()[1]) if arg == "TAKEN" else arg for arg in args]
     with pytest.raises(SystemExit) as stop:
         main(["serve", *args])

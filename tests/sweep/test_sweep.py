@@ -327,7 +327,8 @@ def test_a_sweep_reports_the_loss_recovered_in_the_language_model(
         # The model is random: what it loses says nothing, but it is a number, and it differs with the SAE.
         assert math.isfinite(alone)
     assert rows[0]["ce_loss_recovered_zero"] != rows[1]["ce_loss_recovered_zero"]
-    assert f"{rows[0]['ce_loss_recovered_zero']:.4f}" in render(results_table(rows))
+    shown = render(results_table([row | {"dead_fraction": 0.023} for row in rows]))
+    assert f"{rows[0]['ce_loss_recovered_zero']:.4f}" in shown and "2.3%" in shown
 
 
 def render(table: Any) -> str:

@@ -17,11 +17,10 @@ from typing import Any, cast
 
 import tyro
 from rich.console import Group
-from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
 
-from saelab.cli.console import console, out, output_folder, parse, part, print_json, progress_bar
+from saelab.cli.console import console, live_view, out, output_folder, parse, part, print_json, progress_bar
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.placement import computing_device
 from saelab.cli.processes import beside
@@ -294,7 +293,8 @@ def train(
     rows = min(cache.n_split("validation") for cache in views)
     tuned = f"; learning rates are compared on {rows} validation rows, which no SAE trains on" if grid.tuning else ""
     over = f" over {len(views)} caches" if len(views) > 1 else ""
-    console.print(f"{len(grid.entries)} SAEs, {total} steps of {config.batch_size} tokens{over}{tuned}")
+    count = f"{len(grid.entries)} SAE{'s' * (len(grid.entries) > 1)}"
+    console.print(f"{count}, {total} steps of {config.batch_size} tokens{over}{tuned}")
     sweep = run_sweep(
         grid,
         caches,
@@ -312,7 +312,7 @@ def train(
         report = partial(_harvested, bar, harvested)
         cast(Any, caches.first).watch(report, lambda: stop.signal is not None)
     task, started = bar.add_task("sweep", total=100, speed=""), time.perf_counter()
-    with Live(console=console, refresh_per_second=2) as live, contextlib.suppress(Stopped):
+    with live_view() as live, contextlib.suppress(Stopped):
         live.update(view(members, bar))
         for members in sweep:
             done += any(member.run is not None for member in members)
