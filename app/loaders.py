@@ -116,10 +116,12 @@ def logged(found: Workspace) -> tuple[dict[str, Progress], list[str]]:
     return known, unread
 
 
-def need_index(run: Run) -> FeatureIndex:
-    """The run's feature index; without one the page ends with the command that builds it."""
+def need_index(run: Run, title: str = "") -> FeatureIndex:
+    """The run's feature index; without one the page ends, below its title, with the command that builds it."""
     index = opened(run).index
     if index is None:
+        if title:
+            st.title(title, anchor=False)
         st.info(
             f"`{viz.visible(run.name).replace('`', '')}` has no finished feature index. "
             "Build it: `saelab index RUN --cache CACHE`.",

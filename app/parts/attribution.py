@@ -127,7 +127,10 @@ def _around(example: Any, before: int = 6, after: int = 3) -> str:
 def details(graph: AttributionGraph, node: Node | None, current: bool) -> None:
     """What feeds the clicked node, what it feeds, and a button to its page."""
     if node is None:
-        st.caption("Point at a mark for what is known of it; click one to see what feeds it and what it feeds.")
+        st.caption(
+            "Orange raises the explained number, blue lowers it; the larger the mark, the larger its effect. Point at "
+            "a mark for what is known of it; click one to see what feeds it and what it feeds."
+        )
         return
     st.markdown(f"**{viz.markdown(viz.node_name(graph, node))}** {viz.markdown(node.label)}")
     columns = st.columns(2, gap="large")
@@ -171,6 +174,8 @@ def table(graph: AttributionGraph) -> list[Node]:
     if rows.empty:
         st.caption("No latent was kept.")
         return []
+    if len(graph.places) == 1:
+        rows = rows.drop(columns="place")
     number = {name: st.column_config.NumberColumn(name, format="%+.3f") for name in ("effect", "direct", "ablated")}
     number["activation"] = st.column_config.NumberColumn("activation", format="%+.2f", help="raw units")
     event = st.dataframe(

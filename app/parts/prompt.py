@@ -108,8 +108,9 @@ def coloured_text(run: Run, reading: Reading, position: int, how: How) -> None:
             st.session_state["prompt_one"] = one
     values, unit, scale = lost, "share of squared norm lost", max(lost[reading.first :] or lost)
     said = (
-        f"{lost_formula(run, reading)} per token: 0 is a perfect reconstruction, 1 is as good as nothing. Here from "
-        f"{min(lost[reading.first :] or lost):.1%} to {scale:.1%}, the full tint."
+        f"{lost_formula(run, reading)} per token, without the mean taken off as for the FVU: 0 is a perfect "
+        f"reconstruction, 1 is as good as nothing. Here from {min(lost[reading.first :] or lost):.1%} to {scale:.1%}, "
+        "the full tint."
     )
     if layer == "active latents":
         counted = counts[reading.first :] or counts
@@ -121,7 +122,8 @@ def coloured_text(run: Run, reading: Reading, position: int, how: How) -> None:
             said = f"{least:.0f} active latents on every token."
     elif layer == "one latent":
         said = "No latent that is shown is active on this text." if one is None else "Its activation, raw units."
-        values, unit, scale = [0.0] * reading.n if one is None else reading.trace(one[0]), "activation", 0.0
+        values, unit = [0.0] * reading.n if one is None else reading.trace(one[0]), "activation"
+        scale = max((abs(value) for value in values[reading.first :]), default=0.0)
     strip.tokens(reading.strings, values, position, choose, unit=unit, scale=scale or None, key="prompt_strip")
     st.caption(f"{said} Click a token, or walk with the arrow keys, to see it below.")
 
@@ -152,7 +154,9 @@ def strongest(run: Run, reading: Reading, position: int, how: How) -> None:
         stop = min(reading.n, start + WINDOW)
         best = [(row.latent, row.activation) for row in found[:SHOWN]]
         rows = np.array([reading.trace(latent)[start:stop] for latent, _ in best])
-        figure = viz.heatmap(rows, names(run, best), reading.strings[start:stop], page.colours())
+        # On the first token an attention sink is many times as strong as anything behind it.
+        untrained = max(0, reading.first - start)
+        figure = viz.heatmap(rows, names(run, best), reading.strings[start:stop], page.colours(), first=untrained)
         page.chart(figure, alt="Activation of the first latents of the ranking on each token", key="prompt_heatmap")
         where = "" if stop - start == reading.n else f" Tokens {start} to {stop - 1}, around the chosen one."
         st.caption(f"The first {len(best)} of {len(found):,} active latents.{where}{left_out(hidden)}")

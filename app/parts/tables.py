@@ -72,6 +72,16 @@ def shown(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return view
 
 
+def silent_pairs(matched: pd.DataFrame, known: tuple[pd.DataFrame | None, pd.DataFrame | None]) -> int:
+    """Matched pairs of which a latent never fired, as far as the catalogues of both sides tell."""
+    silent = pd.Series(False, index=matched.index)
+    for side, table in zip(("left", "right"), known):
+        if table is not None:
+            fired = table.groupby("latent")["count"].sum()  # over both poles
+            silent |= matched[side].map(fired).fillna(0).eq(0)
+    return int(silent.sum())
+
+
 def pairs(
     found: Any, view: str, key: str, known: tuple[pd.DataFrame | None, pd.DataFrame | None], signed: tuple[bool, bool]
 ) -> Pair | None:

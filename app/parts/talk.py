@@ -137,7 +137,10 @@ def write(model: Any, variants: dict[str, Variant], beginnings: Sequence[Beginni
     st.caption(MARKED)
 
 
-MARKED = "Marked: tokens that are not in the longest runs shared with the unsteered text."
+MARKED = (
+    "Marked: tokens that are not in the longest runs shared with the unsteered text. The random control has the "
+    "lengths of ×1, not its damage, which can be more or less: compare their KL."
+)
 
 
 def earlier(turns: Variant, model: Any, pale: bool = False) -> None:

@@ -85,6 +85,12 @@ st.caption(
     else "Similarity: decoder cosine; pairs by the Hungarian method. With the cache of both in this folder, "
     "activations would be compared as well. In Python: `saelab.comparison.match_saes`."
 )
+left, right = (loaders.catalogue(side) if side.has_index else None for side in (run, other))
+if not found.tokens and (silent := tables.silent_pairs(found.pairs, (left, right))):
+    st.caption(
+        f"In {silent:,} of the {len(found.pairs):,} shared pairs a latent never fired when it was indexed. Dead "
+        "latents keep the directions that they began with: with the same start they match, and mean nothing."
+    )
 view = st.segmented_control(
     "show",
     ["matched pairs", "unmatched left", "unmatched right"],
@@ -93,7 +99,6 @@ view = st.segmented_control(
     label_visibility="collapsed",
     **session.held("compare_view", "matched pairs"),
 )
-left, right = (loaders.catalogue(side) if side.has_index else None for side in (run, other))
 signed = loaders.sae(run).signed, loaders.sae(other).signed
 pair = tables.pairs(found, view, "compare_table", (left, right), signed)
 if pair is None:

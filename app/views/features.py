@@ -13,7 +13,7 @@ from saelab.workspace.notes import read_notes
 SOURCES = ("words", "density", "max", "token_entropy", "label", "label_score", "label_mass", "promoted_logits")
 
 run = session.need_run()
-index = loaders.need_index(run)
+index = loaders.need_index(run, "Features")
 table = loaders.catalogue(run)
 signed = len(index.poles) > 1
 

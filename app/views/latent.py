@@ -24,7 +24,7 @@ SOURCES = (
 )
 
 run = session.need_run()
-index = loaders.need_index(run)
+index = loaders.need_index(run, "Latent")
 table = loaders.catalogue(run)
 signed = len(index.poles) > 1
 asked = st.session_state.get("latent", 0)

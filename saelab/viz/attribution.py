@@ -44,7 +44,7 @@ def attribution_graph(
             x=[at[n.id][0] for n in own],
             y=[at[n.id][1] for n in own],
             mode="markers",
-            name=NAMES[kind],
+            showlegend=False,
             marker={
                 "symbol": symbol,
                 "size": [_size(n, largest) for n in own],
@@ -55,6 +55,9 @@ def attribution_graph(
             text=[_hover(graph, n, (examples or {}).get(n.id, ())) for n in own],
             hovertemplate="%{text}<extra></extra>",
         )
+        # A legend of its own: colours are signs, and that of the first mark would pass for the kind's.
+        marker = {"symbol": symbol, "size": 9, "color": colours.muted}
+        fig.add_scatter(x=[None], y=[None], mode="markers", name=NAMES[kind], marker=marker)
     tokens = [safe(token) or "·" for token in graph.tokens]
     fig.update_xaxes(tickvals=list(range(len(tokens))), ticktext=tokens, range=[-0.6, len(tokens) - 0.4])
     names = ["tokens", *(safe(place.name) for place in graph.places), safe(graph.target_text) or "prediction"]

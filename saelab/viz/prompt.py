@@ -22,10 +22,19 @@ def steps(values: Sequence[float], selected: int, colours: Palette, x: str = "",
 
 
 def heatmap(
-    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], colours: Palette, unit: str = "activation"
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    colours: Palette,
+    unit: str = "activation",
+    first: int = 0,
 ) -> go.Figure:
-    """Signed values on the diverging scale, zero at the page's background; on half of it where none is negative."""
-    end = float(np.abs(values).max()) or 1.0 if np.size(values) else 1.0
+    """Signed values on the diverging scale, zero at the page's background; on half of it where none is negative.
+
+    The scale is that of the columns from ``first`` on; what exceeds it before them has the full colour.
+    """
+    counted = values[:, first:] if np.size(values) and first < values.shape[1] else values
+    end = float(np.abs(counted).max()) or 1.0 if np.size(counted) else 1.0
     signed = bool(np.size(values)) and float(np.min(values)) < 0
     scale = [[0.0, colours.background], [1.0, colours.positive]]
     if signed:

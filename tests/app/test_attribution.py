@@ -13,6 +13,7 @@ from test_pages import launch
 
 from saelab import viz
 from saelab.layout import CONFIG
+from saelab.viz.theme import DARK, LIGHT
 from saelab.workspace.steering import Pick
 
 PROMPT = "the river runs past"
@@ -41,6 +42,10 @@ def test_a_prediction_is_explained_and_changed(monkeypatch: pytest.MonkeyPatch, 
     drawn = {item.proto.id.rsplit("-", 1)[-1]: json.loads(item.proto.spec) for item in app.get("plotly_chart")}
     marks = [name for trace in drawn["attribution_figure"]["data"] for name in trace.get("customdata") or ()]
     assert set(marks) == {node.id for node in graph.nodes}
+    legend = [trace for trace in drawn["attribution_figure"]["data"] if trace.get("showlegend") is not False]
+    assert {trace["marker"]["color"] for trace in legend} <= {LIGHT.muted, DARK.muted}, "colours are signs"
+    assert any("Orange raises the explained number, blue lowers it" in caption.value for caption in app.caption)
+    assert "place" not in app.dataframe[0].value, "there is one"
     assert "<script" not in json.dumps(drawn["attribution_figure"]), "tokens and labels are text"
     assert list(app.dataframe[0].value["effect"]) == [node.effect for node in graph.latents]
     succeed(app.button(key="attribution_continue").click().run())

@@ -66,7 +66,7 @@ def test_every_page_works_with_transcoders(monkeypatch: pytest.MonkeyPatch, tran
     next(button for button in app.button if button.label == "Read").click().run()
     assert not app.exception and not app.error, (app.exception, app.error)
     assert "Latents on this text" in [heading.value for heading in app.subheader]
-    lost = "‖y − ŷ‖² / ‖y‖², y being the output that the transcoder reconstructs (blocks.0.hook_mlp_out)"
+    lost = "‖y − ŷ‖² / ‖y‖², y being the output that the transcoder reconstructs (blocks.0.hook_mlp_out), per token"
     assert any(caption.value.startswith(lost) for caption in app.caption)
     # A transcoder and an SAE of the place that it reads reconstruct different activations: neither is offered beside
     # the other, on any page.

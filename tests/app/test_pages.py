@@ -72,7 +72,9 @@ def test_every_page_works_with_a_half_built_index(
     for view in (*OF_THE_SAE, "compare.py", "map.py", "overview.py"):
         app.switch_page(f"views/{view}").run()
         assert not app.exception and not app.error, (view, app.exception, app.error)
-    assert "saelab index" in app.switch_page("views/features.py").run().info[0].value
+    for view, title in (("features", "Features"), ("latent", "Latent"), ("map", "Map"), ("health", "Health")):
+        app.switch_page(f"views/{view}.py").run()
+        assert "saelab index" in app.info[0].value and app.title[0].value == title
 
 
 def test_pages_that_need_a_model_say_so(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

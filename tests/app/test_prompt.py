@@ -105,6 +105,20 @@ def test_the_last_token_has_no_effects(monkeypatch: pytest.MonkeyPatch, folder: 
     assert any("This is the last token" in caption.value for caption in app.caption)
 
 
+def test_colours_are_scaled_to_tokens_that_were_trained_on(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """An attention sink in front is many times as strong as anything behind it."""
+    app = read(monkeypatch, folder, "topk")
+    asked, reading = app.session_state["prompt_reading"]
+    acts = reading.acts.clone()
+    acts[0] *= 1000
+    sink = dataclasses.replace(reading, acts=acts, first=1).through(Workspace.scan(folder).run("runs/topk").sae)
+    app.session_state["prompt_reading"] = asked, sink
+    (cells,) = figures(succeed(app.run()))["prompt_heatmap"]["data"]
+    ranked = [int(row[0].partition("<br>")[0].split()[0].removeprefix("#")) for row in cells["customdata"]]
+    counted = [abs(value) for latent in ranked for value in sink.trace(latent)[1:]]
+    assert cells["zmax"] == pytest.approx(max(counted)) and max(map(abs, sink.trace(ranked[0]))) >= max(counted)
+
+
 def test_a_link_to_the_example_reads_it(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """The text is left out of the address, because it is the default; the token is there."""
     app = launch(monkeypatch, folder, model=str(folder / "model"))

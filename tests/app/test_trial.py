@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
@@ -30,6 +31,17 @@ def script() -> None:
     source = loaders.opened(run)
     model = loaders.need_model(run, "The trial")
     trial.panel(run, source, model, steering.pick_latent(source, 3, 1), "here")
+
+
+def test_pairs_with_a_dead_latent_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ENTRY.parent))
+    from parts import tables
+
+    matched = pd.DataFrame({"left": [0, 1, 2], "right": [5, 6, 7]})
+    # The latent 1 fires with its negative pole alone; 2 never, and neither does 5 on the right.
+    left = pd.DataFrame({"latent": [0, 0, 1, 1, 2, 2], "pole": [1, -1] * 3, "count": [3, 0, 0, 4, 0, 0]})
+    right = pd.DataFrame({"latent": [5, 6, 7], "pole": [1, 1, 1], "count": [0, 2, 2]})
+    assert [tables.silent_pairs(matched, known) for known in ((left, right), (left, None), (None, None))] == [2, 1, 0]
 
 
 def test_models_of_one_name_promote_tokens_of_their_own(monkeypatch: pytest.MonkeyPatch, sick_folder: Path) -> None:

@@ -73,6 +73,9 @@ def test_a_heatmap_without_negative_values_uses_one_colour() -> None:
         assert (drawn.zmin, drawn.zmax) == (low, 3.0)
         assert (drawn.colorscale[0][1] == LIGHT.negative) == (low < 0)
         assert drawn.customdata[0][1] == "&lt;b&gt;<br>b"
+    # An attention sink in front is beyond the scale, not the end of it.
+    (drawn,) = viz.heatmap(np.array([[900.0, 2.0, 3.0]]), ["a"], ["<bos>", "b", "c"], LIGHT, first=1).data
+    assert (drawn.zmin, drawn.zmax) == (0.0, 3.0)
 
 
 def test_series_of_one_colour_have_symbols_that_differ() -> None:
