@@ -49,14 +49,17 @@ def render(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Rende
         )
     text = _apply(tokenizer, messages, options)
     # Where the contents stand is seen by rendering the chat again with marks in their place: a search for the contents
-    # would find "user" in the template's own text.
-    marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
+    # would find "user" in the template's own text. An empty content (of calls of tools) stays so: around a mark the
+    # template may write something else.
+    marks = [f"\ue000{number}\ue001" if m["content"] else "" for number, m in enumerate(messages)]
     try:
         frame = _apply(tokenizer, [{**m, "content": mark} for m, mark in zip(messages, marks)], options)
     except ValueError:  # a template that looks into the contents
         frame = ""
     spans, place = [], 0
     for mark, message in zip(marks, messages):
+        if not mark:
+            continue
         before, found, frame = frame.partition(mark)
         start = place + len(before) if found and text.startswith(before, place) else -1
         for content in (message["content"], message["content"].strip()):

@@ -214,7 +214,7 @@ def _rows(
     keep = keep.to(acts.device, copy=True)
     keep[:, : manifest.skip_first] = False
     if manifest.max_norm is not None:
-        keep &= acts.float().norm(dim=-1) <= manifest.max_norm
+        keep &= ~(acts.float().norm(dim=-1) > manifest.max_norm)  # what is no number is not large: it is refused below
     slots = keep.flatten().nonzero().flatten()
     scaled = None
     if grads is not None:

@@ -28,6 +28,18 @@ THINKING = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'].split('</think>')[-1].lstrip() }}</{{ m['role'] }}>"
     "{% endfor %}"
 )
+# As Qwen: an empty content leaves no line, calls of tools follow.
+TOOLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.content %}{{ '\n' + m.content }}{% endif %}"
+    "{% for call in m.tool_calls or [] %}{{ '\n<call>' }}{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+)
+CALL = {"type": "function", "function": {"name": "rain", "arguments": {"place": "the harbour"}}}
+WITH_TOOLS = [
+    {"role": "user", "content": "rain over the harbour"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "name": "rain", "content": "the harbour"},
+]
 CHAT = [
     {"role": "system", "content": "user"},  # a content that is also a word of the template
     {"role": "user", "content": " the cat sat\n"},
@@ -128,6 +140,36 @@ def test_shared_gpt_and_parts_are_chats(tmp_path: Any) -> None:
     assert first == [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
     assert second == [{"role": "user", "content": "the mat"}]
     assert source.left_out == {"records with an empty 'messages'": 1}
+
+
+@pytest.mark.parametrize("kind", ["memory", "jsonl", "parquet"])
+def test_calls_of_tools_are_in_the_text(tmp_path: Any, kind: str) -> None:
+    """The text is what the template makes of the whole chat, and a result is found behind a call that holds it."""
+    import json
+
+    import datasets
+
+    from saelab.data.text import open_text
+
+    own = tokenizer(TOOLS)
+    expected = own.apply_chat_template(WITH_TOOLS, tokenize=False)
+    path = tmp_path / f"chats.{kind}"
+    if kind == "jsonl":
+        path.write_text(json.dumps({"messages": WITH_TOOLS}), encoding="utf-8")
+    elif kind == "parquet":  # which fills what a message lacks with nulls
+        datasets.Dataset.from_list([{"messages": WITH_TOOLS}]).to_parquet(str(path))
+    source = from_documents([WITH_TOOLS]) if kind == "memory" else open_text(path)
+    (found,) = source.documents()
+    assert not isinstance(found, str)
+    text, spans = render(own, found)
+    assert text == expected and "<call>" in text
+    assert spans[-1][0] == text.rindex("the harbour")
+    assert [ROLES[role] for *_, role in spans] == ["user", "tool"]
+
+
+def test_a_document_in_memory_that_is_no_text_is_refused() -> None:
+    with pytest.raises(UserError, match=r"document 2 of memory is neither a text nor a chat"):
+        from_documents(["the cat", [{"from": ["user"], "value": "sat"}]])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])

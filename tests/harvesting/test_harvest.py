@@ -242,6 +242,14 @@ def test_tokens_with_large_norms_can_be_left_out(model: Any, cache: ActivationCa
     assert int(window[offset]) == int(small.read([row]).tokens)
 
 
+def test_activations_that_are_no_numbers_are_not_taken_for_large_ones(tmp_path: Path) -> None:
+    broken = load_model(tiny_lm.save_llama(tmp_path / "broken"), device="cpu")
+    with torch.no_grad():
+        broken.original_model.model.embed_tokens.weight[5:] = torch.nan
+    with pytest.raises(UserError, match=r"activations are not finite in shard_00000"):
+        harvest(broken, HOOK, TEXT, tmp_path / "c", config(max_norm=1e6))
+
+
 def test_progress_and_short_texts(model: Any, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     cache = harvest(model, HOOK, TEXT, tmp_path / "p", config(tokens=10**6), progress=lambda a, b: calls.append((a, b)))

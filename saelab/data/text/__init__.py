@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from saelab.data.text.fields import chat
 from saelab.data.text.files import kind, open_files, open_folder
 from saelab.data.text.rows import is_saved_dataset, open_hub, open_saved
 from saelab.data.text.source import Document, Pieces, TextSource, counted
@@ -47,7 +48,13 @@ def open_text(
 def from_documents(documents: Sequence[Document], name: str = "memory") -> TextSource:
     """Documents that are already in memory: texts, or chats as lists of ``{"role": ..., "content": ...}``."""
     digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
-    return TextSource(name, digest, lambda: ((True, text) for text in documents))
+    found = [document if isinstance(document, str) else chat(document) for document in documents]
+    if None in found:
+        raise UserError(
+            f"document {found.index(None) + 1} of {name} is neither a text nor a chat; give a string, or a list of "
+            "messages with role and content"
+        )
+    return TextSource(name, digest, lambda: ((True, document) for document in found if document is not None))
 
 
 def _joined(sources: Sequence[TextSource]) -> TextSource:

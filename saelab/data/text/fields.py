@@ -95,8 +95,9 @@ def usable(value: Any, name: str) -> tuple[Document, str]:
 def chat(value: Any) -> list[Message] | None:
     """A list of messages ``{role, content}`` or ``{from, value}``; None for anything else.
 
-    A content in parts, as multimodal data has it, is the text of its parts; null is empty. Other keys of a message
-    (tool calls) are dropped.
+    A content in parts, as multimodal data has it, is the text of its parts; null is empty. What else a message
+    ``{role, content}`` has (tool calls, reasoning) is kept for the chat template, but for nulls, with which tables fill
+    what a record lacks.
     """
     if not isinstance(value, (list, tuple)) or not value:
         return None
@@ -104,11 +105,13 @@ def chat(value: Any) -> list[Message] | None:
     for message in value:
         if not isinstance(message, dict):
             return None
-        if "role" in message and "content" in message:
-            role, content = message["role"], message["content"]
+        rest: dict[str, Any] = {}
+        if "role" in message and ("content" in message or message.get("tool_calls")):
+            role, content = message["role"], message.get("content")
+            rest = {name: part for name, part in _without_nulls(message).items() if name not in ("role", "content")}
         elif "from" in message and "value" in message:
             role, content = message["from"], message["value"]
-            role = SHAREGPT.get(role, role)
+            role = SHAREGPT.get(role, role) if isinstance(role, str) else role
         else:
             return None
         if isinstance(content, (list, tuple)):
@@ -116,5 +119,11 @@ def chat(value: Any) -> list[Message] | None:
         content = "" if content is None else content
         if not isinstance(role, str) or not isinstance(content, str):
             return None
-        messages.append({"role": role, "content": content})
+        messages.append({"role": role, "content": content, **rest})
     return messages
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -6,8 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-Message = dict[str, str]  # role, content
+Message = dict[str, Any]  # role and content, which are text, and what else the chat template reads
 Document = str | list[Message]
 Pieces = Iterator[tuple[bool, Document]]
 
