@@ -35,6 +35,8 @@ def damaged(where: object, remedy: str, *also: type[Exception]) -> Iterator[None
     except UserError:
         raise
     except (*MALFORMED, *also) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{where} cannot be read ({error.strerror}); {remedy}") from error
         raise UserError(f"{where} is damaged ({first_line(error)}); {remedy}") from error
 
 

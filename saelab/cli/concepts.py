@@ -11,13 +11,16 @@ from rich.text import Text
 from saelab.cli.console import console, out
 from saelab.runs import Run
 from saelab.steering.choice import Ranking, rank_latents
-from saelab.steering.evaluation.concepts import find_concept, read_concepts
+from saelab.steering.evaluation.concepts import Concept, find_concept, read_concepts
 
 
-def choose_latent(run: Run, model: Any, text: str, file: Path | None) -> Ranking:
+def read_concept(text: str, file: Path | None) -> Concept:
+    """The concept of this name in a file, or the shipped one, or one of the words in the text."""
+    return find_concept(text, None if file is None else read_concepts(file))
+
+
+def choose_latent(run: Run, model: Any, concept: Concept) -> Ranking:
     """Rank the SAE's latents by what they do for the concept, and say which one is chosen and why."""
-    known = None if file is None else read_concepts(file)
-    concept = find_concept(text, known)
     ranking = rank_latents(model, run, concept)
     _ = ranking.best
     if not concept.positive:

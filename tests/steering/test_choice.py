@@ -261,6 +261,7 @@ def test_the_shipped_sets_are_whole() -> None:
         ('[{"name": "a"}]', "neither words nor texts"),
         ('[{"name": "", "words": ["b"]}]', "no name"),
         ('[{"name": "a", "words": "sea"}]', "not a list of texts"),
+        ('[{"name": 3, "words": ["b"]}]', "name of a concept is 3"),
         ('[{"name": "a", "positive": ["b"]}]', "one sort only"),
         ('[{"name": "a", "wrods": ["b"]}]', "wrods"),
     ],
@@ -271,6 +272,12 @@ def test_a_file_of_concepts_that_is_wrong_is_refused_in_one_line(content: str, m
     with pytest.raises(UserError, match=message) as error:
         read_concepts(path)
     assert "\n" not in str(error.value)
+
+
+def test_files_that_are_not_there_are_not_called_damaged(tmp_path: Path) -> None:
+    for read in (read_concepts, read_instructions):
+        with pytest.raises(UserError, match=r"nowhere cannot be read \(No such file or directory\)"):
+            read(tmp_path / "nowhere")
 
 
 def test_contrast_texts_give_the_words_where_none_are_named(tmp_path: Path) -> None:

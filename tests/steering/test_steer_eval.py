@@ -229,6 +229,14 @@ def test_a_recipe_and_named_latents_are_compared(files: dict[str, str], tmp_path
     assert {row["method"] for row in result["means"]} == {"none", "latent", "pca", "latent-by-input", "recipe"}
 
 
+def test_seeds_that_change_no_answer_are_no_sample(files: dict[str, str], capsys: Any) -> None:
+    args = ["--methods", "prompt", "latent", "random", "--concept", "ten", "--latent", "ten=5", "--seeds", "3"]
+    for row in evaluate(files, capsys, *args)["differences"]:
+        if "random" not in (row["method"], row["reference"]):
+            assert row["verdict"] == "cannot tell" and row["low"] is None, row
+            assert row["score"].endswith("damage") or "the same answers for all 3 seeds" in row["over"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

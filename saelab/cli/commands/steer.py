@@ -13,7 +13,7 @@ from rich.text import Text
 
 from saelab.cli.calibrating import calibrated
 from saelab.cli.chatting import answers, as_text, converse, sampling, show_messages, turns
-from saelab.cli.concepts import choose_latent, show_ranking
+from saelab.cli.concepts import choose_latent, read_concept, show_ranking
 from saelab.cli.console import out, parse, print_json
 from saelab.cli.models import ModelOptions, open_model
 from saelab.cli.opening import open_run
@@ -143,19 +143,20 @@ def main(args: Sequence[str]) -> None:
     options = joined(options, device)
     if (Path(options.run) / RECIPE).is_file():
         check_recipe(options)
-        run, recipe = None, Recipe.load(options.run)
+        run, concept, recipe = None, None, Recipe.load(options.run)
         # The recipe checks the model itself: its architecture and sizes too.
         anyhow = dataclasses.replace(options, any_weights=True)
         model = open_model(anyhow, recipe.model.record, f"the recipe {options.run}")
     else:
         run, recipe = open_run(options.run, options.hook or ""), None
         check(options, run)
+        concept = None if options.concept is None else read_concept(options.concept, options.concepts)
         run.sae.to(device)
         model = open_model(options, model_record(run), f"the SAE {options.run}")
     prompts = [as_text(options, model, prompt) for prompt in options.prompt] if options.chat else options.prompt
     ranking = None
-    if options.concept is not None and run is not None:
-        ranking = choose_latent(run, model, options.concept, options.concepts)
+    if concept is not None and run is not None:
+        ranking = choose_latent(run, model, concept)
         options = dataclasses.replace(options, latent=ranking.best.latent, pole=str(ranking.best.pole))
     if recipe is None:
         assert run is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from saelab.cli.console import console, out, output_folder, parse, part, print_json, stages
@@ -170,7 +170,8 @@ def show(result: dict[str, Any]) -> None:
         console.print(line, markup=False, soft_wrap=True)
     for title, rows in (("Scores, 0 to 2", mean_rows(result)), ("Differences", difference_rows(result))):
         if rows:
-            table = Table(*rows[0], title=title)
+            # Names of methods are cut in a narrow console otherwise, and two may have one beginning.
+            table = Table(*(Column(name, overflow="fold") for name in rows[0]), title=title)
             for row in rows:
                 table.add_row(*row.values())
             out.print(table)

@@ -93,13 +93,16 @@ def read_concepts(path: Path | str) -> list[Concept]:
 def _concept(row: dict, path: Path) -> Concept:
     if unknown := sorted(set(row) - {"name", "words", "positive", "negative"}):
         raise UserError(f"{path}: a concept has the field {unknown[0]!r}; fields are name, words, positive, negative")
+    called = row.get("name", "")
+    if not isinstance(called, str):
+        raise UserError(f"{path}: the name of a concept is {called!r}, which is no text; write it in quotes")
     lists = {}
     for name in ("words", "positive", "negative"):
         value = row.get(name, [])
         if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-            raise UserError(f"{path}: {name} of the concept {row.get('name')!r} is not a list of texts")
+            raise UserError(f"{path}: {name} of the concept {called!r} is not a list of texts")
         lists[name] = tuple(value)
-    return Concept(str(row.get("name", "")), **lists)
+    return Concept(called, **lists)
 
 
 def read_instructions(path: Path | str) -> list[str]:

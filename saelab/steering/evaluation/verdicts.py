@@ -26,6 +26,7 @@ from saelab.steering.evaluation.answers import Row
 SCORES = ("concept", "instruction", "fluency", "overall")
 REFERENCES = ("prompt", "difference-of-means", "random")
 UNSTEERED = "none"
+SAME = 1e-4  # of a score: a text has it up to rounding, whatever stands in the batch beside it
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,8 @@ class Table:
         over = "nothing: one concept and one seed"
         if len(by_concept) > 1:
             (low, high), over = t_interval(by_concept), f"{len(by_concept)} concepts"
+        elif by_seed.shape[1] > 1 and np.ptp(by_seed[0]) < SAME:
+            over = f"nothing: one concept, with the same answers for all {by_seed.shape[1]} seeds"
         elif by_seed.shape[1] > 1:
             (low, high), over = t_interval(by_seed[0]), f"{by_seed.shape[1]} seeds of one concept"
         unsure = [s for s in _needed(score) if s in self.unsure]
