@@ -82,6 +82,17 @@ def test_text_that_cannot_be_divided_by_documents_is_divided_by_contexts_and_say
         assert found.metrics["fvu"].low is None and "too few to resample" in found.metrics["fvu"].interval
 
 
+def test_a_long_last_document_that_takes_the_training_rows_is_remarked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = cache_of(tmp_path / "long", [40, 120], held_out=0.1)
+    assert cache.split_rows("held_out") == (48, 160)
+    assert "14 of the 20 contexts are held out, where 2 were asked for" in caplog.text
+    caplog.clear()
+    cache_of(tmp_path / "short", [120, 40], held_out=0.1)
+    assert not caplog.text
+
+
 def test_caches_written_before_keep_their_split_and_say_what_it_cannot_give(tmp_path: Path) -> None:
     cache = cache_of(tmp_path / "cache", [13] * 37)
     path, sae = tmp_path / "cache" / "manifest.json", build("topk", 4, 8, k=2)

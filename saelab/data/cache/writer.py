@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,6 +25,8 @@ from saelab.layout import MANIFEST, TOKENS
 from saelab.vocabulary import Vocabulary
 
 _CHUNK = 8192  # rows per float64 chunk of the statistics
+TOO_MANY = 3  # times as many held-out contexts as asked for are worth a warning
+_log = logging.getLogger(__name__)
 
 
 class CacheWriter:
@@ -307,8 +310,14 @@ def _hold_out(folder: Folder, manifest: Manifest) -> None:
     manifest.held_out_from, manifest.train_until = manifest.n_rows, None
     if manifest.held_out_fraction == 0:
         return
-    shards = Shards(folder, manifest)
-    stop, start = shards.divide(max(1, round(manifest.held_out_fraction * manifest.n_contexts)), manifest.n_contexts)
+    shards, asked = Shards(folder, manifest), max(1, round(manifest.held_out_fraction * manifest.n_contexts))
+    stop, start = shards.divide(asked, manifest.n_contexts)
+    if manifest.n_contexts - start > TOO_MANY * asked:
+        _log.warning(
+            "%s: %d of the %d contexts are held out, where %d were asked for, because documents are held out whole and "
+            "the last ones are long; take less of each (--document-tokens), or give short ones last",
+            *(folder.url, manifest.n_contexts - start, manifest.n_contexts, asked),
+        )
     manifest.held_out_from = shards.first_row(start)
     if stop < start:
         manifest.train_until = shards.first_row(stop)
