@@ -55,12 +55,19 @@ def bos_token_id(tokenizer: Any) -> int | None:
     """The id of the token that a model's texts begin with; None where its tokenizer has no such token.
 
     TransformerLens gives the tokenizer of a bridge its end-of-text token as BOS token where it has none. What the
-    tokenizer was loaded with tells.
+    tokenizer was loaded with tells. A tokenizer that itself puts another token than its BOS token in front of a text
+    (XGLM and BioGPT, whose models have never seen ``<s>``, put ``</s>``) knows better.
     """
     loaded = getattr(tokenizer, "init_kwargs", None) or {}
     is_end = tokenizer.bos_token_id == getattr(tokenizer, "eos_token_id", None)
     borrowed = is_end and "eos_token" in loaded and loaded.get("bos_token") is None
-    return None if borrowed else tokenizer.bos_token_id
+    if borrowed or tokenizer.bos_token_id is None:
+        return None
+    try:
+        alone, text = encoded(tokenizer, "a")["input_ids"], tokenizer("a")["input_ids"]
+    except UserError:  # a vocabulary without letters
+        return tokenizer.bos_token_id
+    return int(text[0]) if alone and text[1 : 1 + len(alone)] == alone else tokenizer.bos_token_id
 
 
 class Vocabulary(Sequence[str]):

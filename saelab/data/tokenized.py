@@ -121,13 +121,13 @@ def _encoded(group: Sequence[tuple[bool, str | Rendered]], tokenizer: Any) -> It
     texts = [piece.text if isinstance(piece, Rendered) else piece for _, piece in group]
     options = {"return_offsets_mapping": True} if chats else {}
     found = encoded(tokenizer, texts, verbose=False, **options)
+    bos_id = bos_token_id(tokenizer) if chats else None
     for number, (starts, piece) in enumerate(group):
         ids = np.asarray(found["input_ids"][number], dtype=np.int64)
         if isinstance(piece, str):
             yield Tokens(starts, ids, np.full(len(ids), TEXT))
             continue
         roles = np.asarray(roles_of(found["offset_mapping"][number], piece.spans), dtype=np.int64)
-        bos_id = bos_token_id(tokenizer)
         if len(ids) and ids[0] == bos_id and bos_id not in ids[1:]:  # else it begins every message, as <|im_start|> may
             roles[0] = SEPARATOR  # an attention sink
         yield Tokens(starts, ids, roles)

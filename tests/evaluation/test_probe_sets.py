@@ -116,6 +116,15 @@ def test_activations_are_those_of_single_prompts(tmp_path: Path, save) -> None:
         torch.testing.assert_close(torch.from_numpy(row), states[2][0, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_longer_than_the_table_of_positions_are_cut_in_front(tmp_path: Path) -> None:
+    model = load_hf_model(save_gpt2(tmp_path / "model"), device="cpu")  # of 64 positions
+    ids = [0, *range(2, 101)]
+    found = probe_sets.last_activations(model, locate(model, "blocks.1.hook_resid_post"), lambda _: ids, ["a"])
+    with torch.no_grad():
+        states = model(torch.tensor([[0, *ids[-63:]]]), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(torch.from_numpy(found[0]), states[2][0, -1], rtol=1e-4, atol=1e-4)
+
+
 def test_the_command_probes_and_writes_saebench(tmp_path: Path, monkeypatch, capsys) -> None:
     folder = make_data(tmp_path / "data", {"1_weather": sentiment(240), "2_again": sentiment(232)})
     monkeypatch.setattr(probe_sets, "data_folder", lambda: folder)

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from saelab.data.packing import pack
+from saelab.data.text import from_documents
 from saelab.errors import UserError
 from saelab.lm.tokens import decode_each, token_ids, tokenize, tokenizer_of, vocabulary
+from tests import tiny_lm
 from tests.steering.models import llama, tokenizer
 
 
@@ -20,6 +23,21 @@ def test_one_bos_token_in_front() -> None:
     assert token_ids(own, f"{own.bos_token} w5 w6") == [own.bos_token_id, *plain]  # a chat template wrote it already
     own.bos_token = None
     assert token_ids(own, "w5 w6") == plain
+
+
+def test_a_text_begins_with_the_token_that_its_tokenizer_puts_there() -> None:
+    """As of XGLM and BioGPT, which have a BOS token and begin with another."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    own: PreTrainedTokenizerFast = tiny_lm.tokenizer()
+    plain = token_ids(own, "the cat", bos=False)
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    assert own("the cat")["input_ids"] == token_ids(own, "the cat") == [1, *plain]
+    first = next(pack(from_documents([tiny_lm.sentences(40)]), own, 8, "context", 1)).tokens
+    assert first[:, 0].tolist() == [1]
+    own.bos_token = None
+    assert token_ids(own, "the cat") == plain
 
 
 def test_texts_are_padded_on_the_left() -> None:
@@ -48,9 +66,6 @@ def test_a_tokenizer_that_cannot_read_a_text_is_one_line(tmp_path: Path) -> None
     """One of whole words without a token for the others: its library raises a bare Exception."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-
-    from saelab.data.packing import pack
-    from saelab.data.text import from_documents
 
     words: Any = Tokenizer(models.WordLevel({"cat": 0, "sat": 1, "\n": 2}, unk_token=None))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError, damaged, near_matches
 from saelab.evaluation.tasks.probing import fitted
+from saelab.lm.limits import position_limit
 from saelab.lm.offload import device_of
 from saelab.lm.sites import Site
 from saelab.lm.structure import Reached
@@ -121,9 +122,10 @@ def last_activations(
     model: nn.Module, site: Site, encode: Callable[[str], list[int]], prompts: Sequence[str]
 ) -> Activations:
     """Activations at ``site`` under the last token of each prompt, of which ``encode`` gives the token ids. Of more
-    than 1,024 tokens the first, which may be BOS, and the last ones are run."""
-    whole = [encode(prompt) for prompt in prompts]
-    ids = [row if len(row) <= MAX_TOKENS else [row[0], *row[1 - MAX_TOKENS :]] for row in whole]
+    than 1,024 tokens, or than the model has positions, the first, which may be BOS, and the last ones are run."""
+    whole, (limit, is_table) = [encode(prompt) for prompt in prompts], position_limit(model)
+    most = MAX_TOKENS if limit is None or not is_table else min(MAX_TOKENS, limit)
+    ids = [row if len(row) <= most else [row[0], *row[1 - most :]] for row in whole]
     if short := [number for number, row in enumerate(ids) if not row]:
         raise UserError(f"prompt {short[0] + 1} has no token; the tokenizer does not fit")
     order, rows = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}
