@@ -83,6 +83,12 @@ def test_its_command_and_its_card_name_the_target(caches, run):
 def test_resumed_and_fine_tuned(caches, run, tmp_path, capsys):
     main(["train", str(caches / IN), "--out", str(run), "--resume"])
     assert "finished; nothing to resume" in " ".join(capsys.readouterr().err.split())
+    for other in (["--k", "5"], ["--epochs", "7"], ["--lr", "0.1"], ["--variant", "abs_topk"]):
+        with pytest.raises(SystemExit):
+            main(["train", str(caches / IN), "--out", str(run), "--resume", *other])
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"{other[0][2:]}={other[1]} differs from" in said and "of the finished run" in said
+    main(["train", str(caches / IN), "--out", str(run), "--resume", "--lr", "auto"])
     options = ["--epochs", "1", "--batch-size", "128", "--out", str(tmp_path / "more")]
     main(["train", str(caches / IN), "--target", str(caches / OUT), "--from", str(run), *options])
     assert Run.open(tmp_path / "more").sae.W_skip is not None

@@ -156,7 +156,20 @@ def train(args: Sequence[str]) -> None:
     options = resolve_l0(options, variant, args)
     if source:
         check_options(source, options, default)
+    if saved and finished(options.out):
+        check_finished(options, default, saved)
     run(options, {name: getattr(options, name) for name, *_ in option_fields(variant)}, source)
+
+
+def check_finished(options: Any, saved_options: Any, saved: dict[str, Any]) -> None:
+    """UserError where a finished run has other settings than those that were given with --resume."""
+    for name in ("variant", *saved["config"], *saved["train"]):
+        given = getattr(options, name, None)
+        was = saved["variant"] if name == "variant" else getattr(saved_options, name, None)
+        if given not in (None, "auto", was):
+            raise UserError(
+                f"{name}={given} differs from {name}={was} of the finished run in {options.out}; choose another folder"
+            )
 
 
 def run(options: Any, config: dict[str, Any], source: Run | None = None) -> StepMetrics | None:
