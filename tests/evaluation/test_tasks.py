@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, evaluate, saebench_json
-from saelab.evaluation.tasks import battery
+from saelab.evaluation.tasks import battery, probe_sets
 from saelab.evaluation.tasks.absorption import absorbed, absorption, first_words, l1_probe, split_latents
 from saelab.evaluation.tasks.passages import Passages, Pooled, from_cache, from_texts, pool, read_jsonl
 from saelab.evaluation.tasks.probing import Standardised, sparse_probing, tasks
@@ -23,6 +24,7 @@ from saelab.features import LogitLens
 from saelab.lm import Site
 from saelab.lm.unembed import Unembedding
 from saelab.sae import build
+from saelab.sae.normalised import Normalised
 from saelab.sae.weights import save
 
 D, N = 16, 240
@@ -213,6 +215,22 @@ def test_first_words_are_word_starts_only(tmp_path):
     acts, words = first_words(cache, strings, per_word=2, split="all")
     assert words.tolist() == ["apple", "bear", "apple"]
     torch.testing.assert_close(acts, cache.read([0, 1, 4]).acts)
+
+
+def test_numbers_of_the_token_are_no_latents(tmp_path):
+    """An SAE of layer-normed activations carries each token's deviation and mean in two more entries of its code."""
+    sae = Normalised(planted_sae(), "layer_norm").eval()
+    made = passages([0, 1] * 20)
+    x = made.acts - 2  # the means are negative
+    assert sae.d_sae == D + 2 and bool((sae.encode(x).values < 0).any())
+    pooled = pool(sae, replace(made, acts=x))
+    codes = sae.encode(x).dense().detach()[:, :D].reshape(40, -1, D).mean(1)
+    np.testing.assert_allclose(pooled.latents, codes.numpy(), rtol=1e-5, atol=1e-6)
+    assert pooled.z.shape == (40, D) and pooled.directions.shape == (D, D)  # and no signs
+    assert probe_sets.encode(sae, x.numpy()).shape == (160, D)
+    firings = collect(sae, ActivationCache.from_tensors(tmp_path / "cache", x))
+    assert firings.d_sae == D and bool((firings.values > 0).all())
+    assert two_sidedness(sae, firings)["two_sided_fraction"].n <= D
 
 
 def test_two_sided_latents_and_antipodal_pairs():

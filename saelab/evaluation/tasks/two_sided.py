@@ -18,10 +18,10 @@ from torch import Tensor
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
 from saelab.errors import UserError
+from saelab.evaluation.reconstruction import features
 from saelab.metrics.dictionary import living_rows
 from saelab.metrics.intervals import Estimate, bootstrap, proportion
 from saelab.sae import SAE
-from saelab.sparse import SparseCode
 
 MINORITY = 0.1  # of a latent's firings: the rarer pole must reach it for the latent to count as two-sided
 MIN_FIRINGS = 20  # of each pole, to compare its contexts
@@ -46,10 +46,10 @@ def collect(
     """Encode up to ``max_tokens`` rows in corpus order and keep every non-zero entry."""
     parts, done = [], 0
     for batch in cache.head(max_tokens, batch_size, split=split):
-        code: SparseCode = sae.encode(batch.acts.to(sae.device)).nonzero().to("cpu")
+        code = features(sae, sae.encode(batch.acts.to(sae.device))).nonzero().to("cpu")
         parts.append((code.indices, code.values, batch.tokens[code.rows()]))
         done += code.n
-    return Firings(*(torch.cat(column) for column in zip(*parts)), n=done, d_sae=sae.d_sae)
+    return Firings(*(torch.cat(column) for column in zip(*parts)), n=done, d_sae=sae.d_sae - sae.n_bookkeeping)
 
 
 def pole_counts(firings: Firings) -> tuple[Int[Tensor, " d_sae"], Int[Tensor, " d_sae"]]:
@@ -117,7 +117,7 @@ def two_sidedness(
         count = len(axes)
         what = f"share of living latents whose rarer pole makes at least {MINORITY:.0%} of their firings"
     else:
-        pairs = [(i, j) for i, j in opposite_pairs(sae.W_dec) if up[i] and up[j]]
+        pairs = [(i, j) for i, j in opposite_pairs(sae.W_dec[: firings.d_sae]) if up[i] and up[j]]
         axes = [((i, 1), (j, 1)) for i, j in pairs]
         count = 2 * len(axes)
         what = f"share of living latents in a pair of directions with cosine below {OPPOSITE}"
