@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError, near_matches
 from saelab.lm.hook_names import below_base, canonical_name, layer_of, module_path, short
+from saelab.lm.norms import BARE, bare_norm, without_gain
 from saelab.lm.residual import Place, sublayers
 from saelab.lm.structure import (
     attention,
@@ -68,16 +69,17 @@ class Site:
     canonical: str = ""  # TransformerBridge's own name, e.g. blocks.9.hook_out; "" where it has none
     columns: tuple[int, ...] | None = None  # of the module's output that are meant, e.g. the queries of a fused map
     scale: float = 1.0  # the model multiplies what the module gives by it
+    bare: bool = False  # of a norm, before its gain: to be read only
 
     @property
     def place(self) -> tuple[Any, ...]:
         """What two sites have in common that mean the same activations by different names."""
-        return self.path, self.side, self.columns, self.scale
+        return self.path, self.side, self.columns, self.scale, self.bare
 
     @property
     def whole(self) -> bool:
         """Whether the activations are a side of a module just as it is."""
-        return self.side != "inner" and self.columns is None and self.scale == 1.0
+        return self.side != "inner" and self.columns is None and self.scale == 1.0 and not self.bare
 
     def register(self, model: nn.Module, edit: Edit) -> AbstractContextManager[Any]:
         """Call ``edit`` with the activations ``[batch, position, d_in]`` at this place of ``model`` inside the ``with``
@@ -118,7 +120,7 @@ class Site:
             return module.in_features if self.side == "in" else module.out_features
         if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # GPT-2's linear map, stored transposed
             return weight.shape[0 if self.side == "in" else 1]
-        if _point(self.hook_name) in _STREAM or _point(self.hook_name) in _ADDED:
+        if self.bare or _point(self.hook_name) in {*_STREAM, *_ADDED}:
             return width(model)
         return None
 
@@ -143,6 +145,8 @@ def _find(model: nn.Module, name: str) -> Site | None:
     match = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", name)
     bridge = cast("TransformerBridge", model) if underlying(model) is not model else None
     canonical = None if bridge is None else canonical_name(bridge, name)
+    if match is not None and match[2] == BARE and (norm := bare_norm(model, int(match[1]))):
+        return Site(name, norm, "out", bare=True)
     if match is not None and match[2] in POINTS:
         site = _structural(model, name, int(match[1]), match[2])
         # Some places have no name in TransformerLens.
@@ -172,7 +176,7 @@ def replaceable(site: Site) -> bool:
     """Whether :func:`check_replaceable` lets the site pass."""
     point = _point(site.hook_name) or _point(site.canonical)
     whole = point in {*_STREAM, *_LAST, *_PROJECTED, _PRE}
-    return (site.side == "out" or (site.side == "in" and whole)) and point not in _PARTIAL
+    return (site.side == "out" or (site.side == "in" and whole)) and point not in _PARTIAL and not site.bare
 
 
 @contextmanager
@@ -201,7 +205,7 @@ def _on_module(site: Site, model: nn.Module, edit: Edit) -> Iterator[None]:
         def change(full: Tensor) -> Tensor | None:
             # OPT runs its MLP on rows; the block knows how many belong to a text.
             x = full.reshape(*shapes[-1][:2], full.shape[-1]) if full.ndim == 2 and shapes else full
-            new = edit(_part(site, x))
+            new = edit(without_gain(module, x) if site.bare else _part(site, x))
             return None if new is None else _put_back(site, x, new).reshape(-1, *full.shape[1:])
 
         index = layer_of(site.hook_name)

@@ -171,3 +171,19 @@ def test_what_is_not_linear_is_refused() -> None:
         attribute(runs, tiny.PROMPT, model=model, mode="frozen", of="logprob")
     with pytest.raises(UserError, match="a frozen model is linear"):
         attribute(runs, tiny.PROMPT, model=model, mode="frozen", integrated=4)
+
+
+class TanhNorm(torch.nn.Module):
+    """Squashes each number: no norm, whatever it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+
+def test_what_is_only_called_a_norm_is_refused_in_two_bytes_too() -> None:
+    runs, model = tiny.runs(0, dtype=torch.float32), tiny.FAMILIES["llama"].build().bfloat16()
+    model.tokenizer = tiny.tiny_lm.tokenizer()
+    attribute(runs, tiny.PROMPT, model=model, **EVERYTHING)
+    model.model.layers[1].input_layernorm = TanhNorm()
+    with pytest.raises(UserError, match=r"layers\.1\.input_layernorm \(TanhNorm\) is no norm that can be frozen"):
+        attribute(runs, tiny.PROMPT, model=model, **EVERYTHING)

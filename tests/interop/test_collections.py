@@ -559,3 +559,10 @@ def test_models_are_called_as_on_the_hub(name: str, hub: str, tmp_path: Path, mo
 
 def test_every_entry_names_a_format_that_is_read() -> None:
     assert {entry.format for entry in COLLECTIONS} <= FORMATS.keys()
+
+
+def test_heads_whose_value_biases_may_have_been_moved_have_a_note(tmp_path: Path) -> None:
+    name = "gpt2-small_L5_Hcat_z_lr1.20e-03.pt"
+    assert any("fold_value_biases" in note for note in Run.open(collected.nanda(tmp_path / name)).notes)
+    other = collected.nanda(tmp_path / "mlp" / name, act_name="blocks.5.hook_mlp_out")
+    assert not any("fold_value_biases" in note for note in Run.open(other).notes)

@@ -12,6 +12,7 @@ from saelab.interop.foreign import Foreign
 from saelab.interop.format import Format, register
 from saelab.interop.origin import Origin
 from saelab.interop.reading import above_zero, checked, has_tensors, matrix_shape, read_json, read_tensors, split_files
+from saelab.lm.norms import BARE
 
 SKIP = "affine_skip_connection"
 FILES = ("params.npz", "params.safetensors")
@@ -34,7 +35,8 @@ def read(path: Path) -> Foreign:
     """Gemma Scope 1 (``params.npz``) and 2 (``params.safetensors``, lower-case names): JumpReLU, nothing subtracted.
 
     Transcoders of version 1 have the same tensors as SAEs: only the name of their repository tells them apart. They
-    read what the MLP reads, behind its norm, and write what it adds to the residual stream.
+    read behind the norm of the MLP and write what it adds to the residual stream. Those of version 1 were trained on a
+    model with the norm's gain folded into the MLP (Lieberum et al., 2024, arXiv 2408.05147), so they read without it.
     """
     file = path
     if path.is_dir():
@@ -89,8 +91,8 @@ def _metadata(config: dict[str, Any], file: Path, transcodes: bool) -> dict[str,
     match = re.fullmatch(r".*layers\.(\d+)\.(.+)", str(hook_in))
     metadata: dict[str, Any] = {}
     if transcodes:
-        layer = match[1] if match else _layer(file)
-        metadata |= {"hook_name": f"blocks.{layer}.mlp.hook_in", "hook_name_out": f"blocks.{layer}.hook_mlp_out"}
+        layer, read = match[1] if match else _layer(file), BARE if file.suffix == ".npz" else "mlp.hook_in"
+        metadata |= {"hook_name": f"blocks.{layer}.{read}", "hook_name_out": f"blocks.{layer}.hook_mlp_out"}
     else:
         # The hook point that version 2 gives for a transcoder may lack the other side; the folder's name has it.
         kind.check_names(file)

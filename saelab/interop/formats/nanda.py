@@ -42,6 +42,10 @@ def read(path: Path) -> Foreign:
     notes = []
     if str(metadata.get("hook_name")).endswith("hook_z"):
         notes.append("reads attention heads' outputs laid side by side (hook_z): pass [n, heads * d_head]")
+        notes.append(
+            "TransformerLens moves the biases of values behind hook_z by default (fold_value_biases), and these files "
+            "do not say whether it did: in a model with such biases (GPT-2) activations may differ by them"
+        )
     return Foreign("nanda", "relu", metadata=metadata, notes=notes, **checked(raw, shapes, path))
 
 
