@@ -257,9 +257,10 @@ class Run:
         return (*self._stamp_of_weights, *(_mtime(self.path / name) for name in names))
 
     def check_latent(self, latent: int) -> int:
-        """``latent`` if the dictionary has it. Raises UserError otherwise."""
-        if not 0 <= latent < self.sae.d_sae:
-            raise UserError(f"latent {latent} does not exist: the SAE has latents 0 to {self.sae.d_sae - 1}")
+        """``latent`` if the dictionary has it, and it is no bookkeeping. Raises UserError otherwise."""
+        last = self.sae.d_sae - self.sae.n_bookkeeping - 1
+        if not 0 <= latent <= last:
+            raise UserError(f"latent {latent} does not exist: the SAE has latents 0 to {last}")
         return latent
 
     def max_activation(self, latent: int, pole: int = 1) -> float | None:

@@ -47,7 +47,7 @@ class Normalised(SAE):
         self.n_bookkeeping = self.scales + self.shifts
         super().__init__(inner.d_in, inner.d_sae + self.n_bookkeeping)
         self.config = {"normalize": normalize, "inner": {"variant": inner.variant, "config": inner.config}}
-        self.normalize, self.inner = normalize, inner
+        self.normalize, self.inner, self.signed = normalize, inner, inner.signed
         rows = [inner.W_dec.detach()]
         if self.scales:
             rows.append(inner.b_dec.detach()[None])

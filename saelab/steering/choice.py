@@ -122,7 +122,7 @@ def rank_latents(
     tokenizer = tokenizer_of(model, tokenizer)
     tokens = word_tokens(tokenizer, concept.vocabulary)
     baseline = UnsteeredBaseline(model, prompts, tokens.tolist(), tokenizer=tokenizer)
-    rows = unit_directions(source.sae)
+    rows, latents = unit_directions(source.sae), source.sae.d_sae - source.sae.n_bookkeeping
     slopes = _both_poles(rows @ slope(model, source.hook_name_out, baseline).to(rows), source.sae.signed)
     read = input_scores(model, source, concept, tokenizer) if concept.positive else None
     written = _output(model, source, tokens)
@@ -130,7 +130,7 @@ def rank_latents(
     length = dose * norm_at(model, source, baseline.prompts, tokenizer)
     before = float(baseline.measure([]).mass_before.mean())
     found = []
-    for slot in _shortlist(scores, candidates):
+    for slot in _shortlist(scores, candidates, len(rows), latents):
         pole, latent = (1, slot) if slot < len(rows) else (-1, slot - len(rows))
         times, kl, effect = _at_dose(baseline, source, pole * rows[latent], length, before)
         found.append(
@@ -281,11 +281,15 @@ def _promoted(model: nn.Module, tokenizer: Any, direction: Tensor, tokens: Tenso
     return tuple(token_text(tokenizer, int(tokens[i])) for i, value in zip(best.indices, best.values) if value > 0)
 
 
-def _shortlist(scores: dict[str, Tensor | None], candidates: int) -> list[int]:
-    """Half by slope, the rest by the other scores in turns; each once, best first."""
+def _shortlist(scores: dict[str, Tensor | None], candidates: int, rows: int, latents: int) -> list[int]:
+    """Half by slope, the rest by the other scores in turns; each once, best first.
+
+    Of the ``rows`` of the decoder the first ``latents`` are candidates; the rest is bookkeeping.
+    """
     if candidates < 1:
         raise UserError(f"candidates={candidates} must be at least 1")
-    known = {name: values.argsort(descending=True).tolist() for name, values in scores.items() if values is not None}
+    ranked = {name: values.argsort(descending=True).tolist() for name, values in scores.items() if values is not None}
+    known = {name: [slot for slot in order if slot % rows < latents] for name, order in ranked.items()}
     turns = ["slope", *(name for name in known if name != "slope")]
     if len(turns) > 1:
         turns = [name for other in turns[1:] for name in ("slope", other)]

@@ -66,7 +66,8 @@ def read_texts(
         with attach(model, []), site.register(model, lambda x, seen=seen: seen.append(x.to(torch.float32, copy=True))):
             forward(root, ids, mask, last_only=True)
         kept = mask.bool() & ((mask.cumsum(dim=1) > 1) | (mask.sum(dim=1, keepdim=True) == 1))
-        norms.append(seen[0][kept.to(seen[0].device)].norm(dim=1))
+        kept = kept.to(seen[0].device)  # the blocks of a model may be on several devices
+        norms.append(seen[0][kept].norm(dim=1))
         if tokens == "last":
             rows.append(seen[0][:, -1])
             continue

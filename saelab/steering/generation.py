@@ -21,6 +21,8 @@ from saelab.lm.tokens import Prompts, end_ids, tokenize, tokenizer_of, written_t
 from saelab.steering.attachment import attach
 from saelab.steering.interventions import Intervention
 
+COLDEST = 1e-30  # below it logits over the temperature are not finite in float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -49,7 +51,7 @@ class Sampling:
                 f"the model's logits are not finite in {str(logits.dtype).removeprefix('torch.')}: lower the strength, "
                 "or load the model in float32 (--model-dtype float32)"
             )
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return logits.argmax(dim=-1)
         probs = (logits.float() / self.temperature).softmax(dim=-1)
         ordered, tokens = probs.sort(dim=-1, descending=True)

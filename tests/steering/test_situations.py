@@ -15,7 +15,7 @@ from saelab.lm import load_hf_model, load_model
 from saelab.lm.tokens import end_ids, written_text
 from saelab.runs import Run
 from saelab.sae import build
-from saelab.steering import Add, Clamp, SteeringVector, attach, calibrate, generate, generate_tokens, stream
+from saelab.steering import Add, Clamp, Sampling, SteeringVector, attach, calibrate, generate, generate_tokens, stream
 from tests import tiny_lm
 
 SAVES = {
@@ -149,6 +149,12 @@ def test_a_compiled_model_that_already_ran_is_steered(how: str, llama: Any) -> N
 def latent_run() -> Run:
     torch.manual_seed(0)
     return Run(build("topk", d_in=16, d_sae=32, k=4), HOOK)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-320])
+def test_the_coldest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    drawn = Sampling(temperature=temperature).draw(torch.tensor([[1.0, 3.0, 2.0]]), torch.Generator())
+    assert drawn.tolist() == [1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -50,7 +50,7 @@ class TokenAttribution:
     logit_after: float
     steered: float  # from the steered latents
     other_latents: float
-    error_term: float
+    error_term: float  # and what bookkeeping latents of an SAE that reads normalised activations carry
     gap: float  # change - steered - other_latents - error_term
     earlier_positions: float  # the part of the change that reached the token through attention to earlier tokens
     top_latents: list[MovedLatent]  # the other latents that mattered most, by size of contribution
@@ -173,12 +173,14 @@ class _Split:
         self.indices = torch.cat([after.indices, before.indices])
         self.changes = torch.cat([after.values, -before.values]).detach()
         self.is_steered = torch.isin(torch.arange(sae.d_sae, device=sae.device), _index(steered, sae))
-        self.d_sae = sae.d_sae
+        self.d_sae, self.n_latents = sae.d_sae, sae.d_sae - sae.n_bookkeeping
 
     def contributions(self, gradient: Float[Tensor, "length d_in"]) -> Float[Tensor, " d_sae"]:
         """Each latent's change of activation times the logit's slope along its direction, summed over positions."""
         slopes = (gradient.to(self.W_dec)[self.rows] * self.W_dec[self.indices]).sum(dim=1)
-        return self.sum_by_latent(self.changes * slopes)
+        found = self.sum_by_latent(self.changes * slopes)
+        found[self.n_latents :] = 0.0
+        return found
 
     def sum_by_latent(self, entries: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
         return entries.new_zeros(self.d_sae).index_add_(0, self.indices, entries)
