@@ -49,10 +49,14 @@ class SteeringVector:
             raise UserError(
                 f"a steering vector is one row of finite numbers, not a tensor of shape {tuple(vector.shape)}"
             )
-        norm = float(vector.norm())
-        if norm == 0:
-            raise UserError("a steering vector of zeros has no direction")
         known.setdefault("origin", {"kind": "tensor"})
+        norm = float(vector.norm())
+        if not 1e-15 < norm < math.inf:  # squares of such numbers are not in the range of float32
+            wide = vector.double()
+            norm = float(wide.norm())
+            if norm == 0:
+                raise UserError("a steering vector of zeros has no direction")
+            return cls((wide / norm).float(), norm, hook_name, **known)
         return cls(vector / norm, norm, hook_name, **known)
 
     @classmethod

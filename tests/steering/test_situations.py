@@ -253,3 +253,11 @@ def test_an_adapted_model_is_steered(folder: Path, name: str, tmp_path: Path) ->
         assert [generate_tokens(model, row[None], None, steer, max_new_tokens=6)[0] for row in PROMPTS] == expected
         with attach(model, steer):
             assert [greedy(model, row[None], max_new_tokens=6, eos_token_id=[]) for row in PROMPTS] == expected
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e25])
+def test_a_vector_of_any_size_has_a_direction(size: float) -> None:
+    raw = torch.tensor([3.0, -4.0])
+    found = SteeringVector.from_tensor(raw * size, HOOK)
+    torch.testing.assert_close(found.direction, raw / 5)
+    assert found.norm == pytest.approx(5 * size, rel=1e-5)
