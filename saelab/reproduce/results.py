@@ -29,18 +29,27 @@ def read_ledgers(folder: Path | str) -> list[dict[str, Any]]:
 
 
 def claims(ledgers: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """One line per claim: paper, claim, whether on planted or real activations, the number that decides, verdict."""
+    """One line per claim: paper, claim, whether on planted or real activations (of the second model: its name), the
+    number that decides, verdict."""
     return [
         {
             "paper": ledger["paper"],
             "claim": row["claim"],
-            "activations": "planted" if row["synthetic"] else "real",
+            "activations": "planted" if row["synthetic"] else f"real{elsewhere(ledger, row)}",
             "measured": headline(row["measured"], row["shows"]),
             "verdict": row["verdict"],
         }
         for ledger in ledgers
         for row in ledger["rows"]
     ]
+
+
+def elsewhere(ledger: dict[str, Any], row: dict[str, Any]) -> str:
+    """ ", MODEL" where a row is of the second model, else nothing: its numbers stand beside no other's."""
+    data = ledger.get("data") or {}
+    places = [(place["model"], place["hook_name"]) for place in (data, data.get("second")) if place]
+    found = [place for place in places if row["setting"].startswith(" ".join(place))]
+    return f", {found[0][0]}" if found and found[0] != places[0] else ""
 
 
 def headline(measured: dict[str, Any], shows: str = "") -> str:
@@ -73,13 +82,16 @@ def _summaries(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def curves(ledger: dict[str, Any], metric: str) -> dict[str, list[tuple[float, float, str]]]:
-    """Mean over seeds of ``metric`` against L0 for every SAE of a ledger, as :func:`saelab.viz.pareto` takes it."""
+    """Mean over seeds of ``metric`` against L0 for every SAE of a ledger, as :func:`saelab.viz.pareto` takes it.
+
+    SAEs of the second model have curves of their own, with its name.
+    """
     out: dict[str, list[tuple[float, float, str]]] = {}
     for row in ledger["rows"]:
         for point in row["measured"].get("table", []):
             if metric in point:
                 text = f"{point['label']}<br>{metric} {point[metric]:.4f}, sd over seeds {point[f'{metric}_sd']:.4f}"
-                known = out.setdefault(point["label"], [])
+                known = out.setdefault(point["label"] + elsewhere(ledger, row), [])
                 if (entry := (point["l0"], point[metric], text)) not in known:
                     known.append(entry)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import get_args
 
@@ -377,6 +378,23 @@ def test_saved_ledgers_become_a_table_and_curves(tmp_path):
     assert "sd over seeds 0.0100" in curve[0][2]
     with pytest.raises(UserError, match="holds no ledger"):
         read_ledgers(tmp_path / "none")
+
+
+def test_a_second_model_has_lines_and_curves_of_its_own():
+    """Claims are repeated there in the same words, with SAEs of the same names."""
+    of = {name: {"model": name, "hook_name": "blocks.9.hook_resid_post"} for name in ("one", "other")}
+    rows = []
+    for model, fvu in (("one", 0.1), ("other", 0.3)):
+        measured = {"table": [{"label": "topk", "l0": 8.0, "fvu": fvu, "fvu_sd": 0.0}]}
+        setting = f"{model} blocks.9.hook_resid_post, d_sae=8"
+        rows.append(asdict(Row("abs-topk", "lower FVU", setting, measured, "supported", "r")))
+    ledger = {"paper": "abs-topk", "rows": rows, "data": of["one"] | {"second": of["other"]}}
+    assert [line["activations"] for line in claims([ledger])] == ["real", "real, other"]
+    found = curves(ledger, "fvu")
+    assert {name: [point[:2] for point in curve] for name, curve in found.items()} == {
+        "topk": [(8.0, 0.1)],
+        "topk, other": [(8.0, 0.3)],
+    }
 
 
 def test_a_ledger_names_the_options_that_repeat_it(lab):
