@@ -169,6 +169,19 @@ def say_missing() -> None:
     )
 
 
+def say_gone(key: str) -> None:
+    """Say which further SAEs an address names that are not in the folder; call it before the field of that key.
+
+    A field drops what it does not know, and would show its default as if that had been asked for.
+    """
+    names = {name for run in workspace().runs for name in (run, viz.visible(run))}
+    asked = st.query_params.get_all(key)
+    gone = [text for text in asked if not any(text == name or text.startswith(f"{name} ") for name in names)]
+    if gone:
+        said = ", ".join(f"**{viz.markdown(text[:80])}**" for text in gone)
+        st.warning(f"This address also names {said}: not below {workspace().root.name}.", icon=":material/link_off:")
+
+
 def say_empty() -> None:
     """Say that the folder holds no SAE, and which command makes one."""
     name = workspace().root.name

@@ -77,7 +77,7 @@ def silent_pairs(matched: pd.DataFrame, known: tuple[pd.DataFrame | None, pd.Dat
     silent = pd.Series(False, index=matched.index)
     for side, table in zip(("left", "right"), known):
         if table is not None:
-            fired = table.groupby("latent")["count"].sum()  # over both poles
+            fired: Any = table.groupby("latent")["count"].sum()  # over both poles
             silent |= matched[side].map(fired).fillna(0).eq(0)
     return int(silent.sum())
 

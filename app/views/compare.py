@@ -41,6 +41,7 @@ if not others:
         icon=":material/info:",
     )
     st.stop()
+session.say_gone("compare_right")
 if st.session_state.get("compare_right") not in others:
     st.session_state.pop("compare_right", None)  # of another SAE on the left
 with st.container(horizontal=True, vertical_alignment="center"):

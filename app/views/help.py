@@ -50,5 +50,5 @@ st.markdown(
     "An address holds the SAE and what you set on the page: the latent and its pole, the search and its filters, "
     "texts, chosen runs, the latents of Steering. Copy it to come back or to share it. Texts of more than about "
     f"{session.LONGEST:,} characters and vectors made from texts have no room in it, and the page says so. An address "
-    "of an SAE or a latent that is not there says so; any other choice that is gone is left at its default."
+    "of an SAE or a latent that is not there says so; a filter that is gone is left at its default."
 )

@@ -44,6 +44,7 @@ prompt_parts.coloured_text(run, reading, position, how)
 st.subheader("Latents on this text", anchor=False)
 others = [other for other in loaders.siblings(run, most=1000) if loaders.reads_alike(run, other)]
 beside = []
+session.say_gone("prompt_beside")
 if others:
     beside = st.multiselect(
         "other SAEs beside it",

@@ -83,8 +83,9 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     option = f"--{field.name.replace('_', '-')}"
     if value == () and field.default != ():
         raise UserError(f"{option} names nothing; give at least one")
-    for each in value if isinstance(value, tuple) else (value,):
-        if isinstance(each, int | float) and not isinstance(each, bool):
+    values: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
+    for each in values:
+        if _is_number(each):
             if not math.isfinite(each) or each < 0 or (each == 0 and field.name not in FROM_ZERO):
                 least = "at least 0" if field.name in FROM_ZERO else "above 0"
                 raise UserError(f"{option} {each} must be a number {least}")
@@ -92,7 +93,15 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
             shape_of(each)
         elif field.name in ("variant", "variants") and each not in VARIANTS:
             raise UserError(f"unknown variant {each!r}: {near_matches(each, VARIANTS)}")
-        elif field.name in INPUTS and isinstance(each, Path) and not each.exists():
+        elif field.name in INPUTS and _is_missing(each):
             raise UserError(f"{each} does not exist; check the path")
         elif field.name == "out" and each is not None:
             check_out(each)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_missing(value: Any) -> bool:
+    return isinstance(value, Path) and not value.exists()

@@ -113,6 +113,23 @@ def test_what_is_compared_and_drawn(monkeypatch: pytest.MonkeyPatch, folder: Pat
     assert app.multiselect(key="training_runs").value == ["runs/abs_topk"]
 
 
+@pytest.mark.parametrize(
+    ("view", "key"), [("compare", "compare_right"), ("prompt", "prompt_beside"), ("attribution", "attribution_also")]
+)
+def test_a_further_sae_that_is_gone_is_named(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, view: str, key: str
+) -> None:
+    reading = {"prompt_text": TEXT} if view == "prompt" else {}
+    app = visit(monkeypatch, folder, view, **{key: "runs/none"}, **reading)
+    assert [warning.value for warning in app.warning if "runs/none" in warning.value] == [
+        f"This address also names **runs/none**: not below {folder.name}."
+    ]
+    there = {"compare_right": "runs/topk (seed 0, same start)", "prompt_beside": "runs/topk"}.get(key)
+    if there:
+        app = visit(monkeypatch, folder, view, **{key: there}, **reading)
+        assert not any("also names" in warning.value for warning in app.warning)
+
+
 def test_interventions_are_part_of_the_address(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     words = ["3;add;0.5max;generated;when=5>0.25;schedule=0:1,20:0;layers=0-1", "-7;ablate;;all"]
     app = visit(monkeypatch, folder, "steering", pick=words, steering_prompt="the mill", steering_length="3")
