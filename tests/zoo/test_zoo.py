@@ -124,11 +124,11 @@ def test_a_name_and_a_path_mean_one_place_on_both_kinds_of_model(name: str) -> N
         assert here.place == there.place, point
     path = f"{family.blocks}.{BLOCK}"
     for model in (theirs, ours):
-        assert locate(model, path).place == (path, "out", None, 1.0)
+        assert locate(model, path).place == (path, "out", None, 1.0, False)
         assert locate(model, path).hook_name == hook("hook_resid_post")
     inner, _, _ = family.places["hook_mlp_out"] or ("", "", None)
     if inner:  # a path is the output of the module that it names
-        assert locate(theirs, f"{path}.{inner}").place == (f"{path}.{inner}", "out", None, 1.0)
+        assert locate(theirs, f"{path}.{inner}").place == (f"{path}.{inner}", "out", None, 1.0, False)
 
 
 def test_gradients_are_those_of_autograd(name: str) -> None:

@@ -35,7 +35,7 @@ def test_find_a_latent_by_text_look_at_it_and_steer_with_it(page: Any, address: 
     page.get_by_label("Prompt", exact=True).fill("the river runs past")
     page.get_by_label("new tokens").fill("5")
     page.get_by_role("button", name="Generate").click()
-    page.get_by_text("random control").wait_for()
+    page.get_by_text("random control", exact=True).wait_for()
     settle(page)
     texts = page.locator(".sl-strip").all_inner_texts()
     assert len(texts) == 5 and all(text.strip() for text in texts)
@@ -55,7 +55,7 @@ def test_stop_stops_and_keeps_what_was_written(page: Any, address: str) -> None:
     page.get_by_role("button", name="Generate").click()
     page.wait_for_function("[...document.querySelectorAll('.sl-strip')].some(e => e.innerText.trim().length > 5)")
     stop = page.locator(".st-key-stop_steering button")  # the app's head has another, of Streamlit
-    stop.click()
+    stop.evaluate("button => button.click()")  # at once: a click of the mouse waits until the page stands still
     stop.wait_for(state="detached")
     settle(page)
     assert page.get_by_text("under the unsteered model").count() < 8, "nothing was left to stop"
@@ -190,5 +190,5 @@ def test_steering_drafts_of_two_tabs_are_their_own(tabs: list[Any]) -> None:
         tab.get_by_role("button", name="Remove").first.click()
     with only_in(tabs, 1) as tab:
         tab.get_by_role("button", name="Generate").click()
-        tab.get_by_text("random control").wait_for()
+        tab.get_by_text("random control", exact=True).wait_for()
     assert [tab.locator(".sl-strip").count() for tab in tabs] == [0, 5]
