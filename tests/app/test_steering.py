@@ -83,14 +83,19 @@ def check_charts(effect: Any, damage: Any, measured: Any, length: float) -> None
     assert sorted({d.strength for d in measured.doses}) == pytest.approx([length * f for f in (0.25, 0.5, 1, 2)])
 
 
-def test_one_prompt_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path) -> None:
-    app = open_page(monkeypatch, workplace, folder / "model", strongest(folder))
-    app.text_input(key="dose_concept").input("river")
-    app.text_area(key="dose_targets").input("the mill and the")
+def measure(app: AppTest, concept: str, targets: str) -> None:
+    """Fill in the form of dose and response, and press its button."""
+    app.text_input(key="dose_concept").input(concept)
+    app.text_area(key="dose_targets").input(targets)
     app.text_area(key="dose_neutral").input("old bridges near grey towns\ngreen hills past the river")
     app.text_area(key="dose_positive").input("the river runs")
     app.text_area(key="dose_negative").input("grey towns near")
     succeed(app.button(key="FormSubmitter:steering_dose-Measure").click().run())
+
+
+def test_one_prompt_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch, workplace: Path, folder: Path) -> None:
+    app = open_page(monkeypatch, workplace, folder / "model", strongest(folder))
+    measure(app, "river", "the mill and the")
     assert any("Measured on one prompt" in caption.value for caption in app.caption)
     said = " ".join(element.proto.body for element in app.get("html"))
     assert "in logit shift; one prompt gives no interval, at equal damage" in said and "nan" not in said
@@ -102,12 +107,7 @@ def test_measure_save_and_find_it_again(monkeypatch: pytest.MonkeyPatch, workpla
     app = open_page(monkeypatch, workplace, folder / "model", latent)
     app.slider(key=f"steering_add_#{latent}").set_value(0.5).run()
 
-    app.text_input(key="dose_concept").input("river, mill")
-    app.text_area(key="dose_targets").input("the mill and the\nrain falls on a")
-    app.text_area(key="dose_neutral").input("old bridges near grey towns\ngreen hills past the river")
-    app.text_area(key="dose_positive").input("the river runs")
-    app.text_area(key="dose_negative").input("grey towns near")
-    succeed(app.button(key="FormSubmitter:steering_dose-Measure").click().run())
+    measure(app, "river, mill", "the mill and the\nrain falls on a")
     *_, pick, measured = app.session_state["steering_doses"]
     assert pick.label == f"#{latent}" and len({dose.direction for dose in measured.doses}) >= 3
     assert any(", measured on ‘river’, ‘mill’: at an" in item.value for item in app.markdown)
