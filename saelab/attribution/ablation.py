@@ -84,7 +84,7 @@ def _circuit(place: Place, graph: AttributionGraph, skip: int, rows: Sequence[tu
             code = sae.encode(encoded)
             kept = torch.isin(code.rows() * sae.d_sae + code.indices, latents.to(code.device))
             drop = {"all": kept & ~kept, "kept": ~kept, "others": kept, "none": kept | ~kept}[which]
-            drop &= code.indices < sae.d_sae - sae.n_bookkeeping
+            drop &= code.indices < sae.n_features
             change = encoded.new_zeros(encoded.shape[0], sae.W_dec.shape[1])
             values = code.values[drop, None] * sae.W_dec[code.indices[drop]]
             change.index_add_(0, code.rows()[drop], values)

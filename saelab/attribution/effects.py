@@ -146,7 +146,7 @@ def _features(reading: Reading) -> Tensor:
     """Which entries of the first row are latents that fired, not bookkeeping."""
     code = reading.row()
     sae = reading.place.sae
-    return (code.values != 0) & (code.indices < sae.d_sae - sae.n_bookkeeping)
+    return (code.values != 0) & (code.indices < sae.n_features)
 
 
 def _by_position(x: Tensor, gradient: Tensor | None) -> Tensor:

@@ -70,7 +70,7 @@ def reconstruction(
     total = min(max_tokens or cache.n_split(split), cache.n_split(split))
     clusters = document_of_rows(cache, split, total)
     sums = ReconstructionSums(int(clusters.max()) + 1, torch.tensor(cache.goal.manifest.mean, dtype=torch.float64))
-    firing, done = FiringCounts(sae.d_sae - sae.n_bookkeeping), 0
+    firing, done = FiringCounts(sae.n_features), 0
     for batch in cache.head(total, batch_size, split=split, grads=grads):
         own = clusters[done : done + len(batch.acts)]
         measure_batch(sae, batch.acts, batch.grads, own, sums, firing, batch.target)
@@ -99,7 +99,7 @@ def measure_batch(
 
 def features(sae: SAE, code: SparseCode) -> SparseCode:
     """The code without bookkeeping latents: they are in every token's reconstruction and stand for nothing."""
-    return code.first(sae.d_sae - sae.n_bookkeeping) if sae.n_bookkeeping else code
+    return code.first(sae.n_features) if sae.n_bookkeeping else code
 
 
 @torch.no_grad()

@@ -258,7 +258,7 @@ class Run:
 
     def check_latent(self, latent: int) -> int:
         """``latent`` if the dictionary has it, and it is no bookkeeping. Raises UserError otherwise."""
-        last = self.sae.d_sae - self.sae.n_bookkeeping - 1
+        last = self.sae.n_features - 1
         if not 0 <= latent <= last:
             raise UserError(f"latent {latent} does not exist: the SAE has latents 0 to {last}")
         return latent

@@ -189,6 +189,11 @@ class SAE(nn.Module, ABC):
         return []
 
     @property
+    def n_features(self) -> int:
+        """Latents that stand for features: all but those of the bookkeeping."""
+        return self.d_sae - self.n_bookkeeping
+
+    @property
     def selects_by_gradient(self) -> bool:
         """Whether codes in eval mode depend on ``grads``, which contain the next token."""
         return False

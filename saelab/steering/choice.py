@@ -122,7 +122,7 @@ def rank_latents(
     tokenizer = tokenizer_of(model, tokenizer)
     tokens = word_tokens(tokenizer, concept.vocabulary)
     baseline = UnsteeredBaseline(model, prompts, tokens.tolist(), tokenizer=tokenizer)
-    rows, latents = unit_directions(source.sae), source.sae.d_sae - source.sae.n_bookkeeping
+    rows, latents = unit_directions(source.sae), source.sae.n_features
     slopes = _both_poles(rows @ slope(model, source.hook_name_out, baseline).to(rows), source.sae.signed)
     read = input_scores(model, source, concept, tokenizer) if concept.positive else None
     written = _output(model, source, tokens)

@@ -75,7 +75,7 @@ class Pooled:
 @torch.no_grad()
 def pool(sae: SAE, passages: Passages, batch_size: int = 4096) -> Pooled:
     """Encode every token and average within passages."""
-    n, d_sae = passages.n, sae.d_sae - sae.n_bookkeeping
+    n, d_sae = passages.n, sae.n_features
     x = torch.zeros(n, sae.d_in).index_add_(0, passages.owner, passages.acts)
     positive, negative = torch.zeros(n * d_sae), torch.zeros(n * d_sae)
     for start in range(0, passages.acts.shape[0], batch_size):

@@ -49,7 +49,7 @@ def collect(
         code = features(sae, sae.encode(batch.acts.to(sae.device))).nonzero().to("cpu")
         parts.append((code.indices, code.values, batch.tokens[code.rows()]))
         done += code.n
-    return Firings(*(torch.cat(column) for column in zip(*parts)), n=done, d_sae=sae.d_sae - sae.n_bookkeeping)
+    return Firings(*(torch.cat(column) for column in zip(*parts)), n=done, d_sae=sae.n_features)
 
 
 def pole_counts(firings: Firings) -> tuple[Int[Tensor, " d_sae"], Int[Tensor, " d_sae"]]:

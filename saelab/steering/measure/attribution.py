@@ -173,7 +173,7 @@ class _Split:
         self.indices = torch.cat([after.indices, before.indices])
         self.changes = torch.cat([after.values, -before.values]).detach()
         self.is_steered = torch.isin(torch.arange(sae.d_sae, device=sae.device), _index(steered, sae))
-        self.d_sae, self.n_latents = sae.d_sae, sae.d_sae - sae.n_bookkeeping
+        self.d_sae, self.n_latents = sae.d_sae, sae.n_features
 
     def contributions(self, gradient: Float[Tensor, "length d_in"]) -> Float[Tensor, " d_sae"]:
         """Each latent's change of activation times the logit's slope along its direction, summed over positions."""
