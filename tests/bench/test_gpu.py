@@ -26,11 +26,13 @@ def test_every_stage_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     times = found["steps 8x16x96x4"]["milliseconds"]
     assert set(times) >= {"saelab, bf16", "saelab, fp32", "dense, bf16", "structure of sparsify, bf16"}
     assert found["steps 8x16x96x4"]["counts"]["operations"] > 20
+    assert found["index"]["index_seconds"] > found["index"]["encode_seconds"] > 0
     runs = found["training from a cache"]
     assert all(runs[name]["last fvu"] < runs[name]["first fvu"] for name in ("topk auto", "topk fp32"))
     assert all(runs["two equal runs agree"].values())
     said = capsys.readouterr().out
-    assert "parity: green" in said and "structure of sparsify" in said and "stages that failed: none" in said
+    assert "parity: green" in said and "structure of sparsify" in said and "index of 96 latents" in said
+    assert "stages that failed: none" in said
 
 
 def test_without_time_nothing_is_begun(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Right and how fast on a GPU, in one run: ``python -m saelab.bench.gpu [--budget 400]``, or ``make gpu``.
 
 Parity with float64 comes first; where it is red, nothing is timed. Then the kernels, whole steps beside a dense step
-in bf16 and the structure of sparsify, and training runs from a cache on disk. Host waits and launches of a step are
-counted. It needs PyTorch and what the kernels, SAEs, caches and training of saelab import, keeps to its budget of
-seconds, and writes what it has found after every stage. ``--device cpu`` runs the same code in tiny sizes.
+in bf16 and the structure of sparsify, a feature index, and training runs from a cache on disk. Host waits and launches
+of a step are counted. It needs PyTorch and what the kernels, SAEs, caches and training of saelab import (the index also
+pyarrow and SciPy), keeps to its budget of seconds, and writes what it has found after every stage. ``--device cpu``
+runs the same code in tiny sizes.
 """
 
 from __future__ import annotations
@@ -138,6 +139,11 @@ def table(found: dict[str, Any]) -> list[str]:
         for what, number in stage.get("counts", {}).items():
             if isinstance(number, int | float):
                 lines.append(f"{shape:<26} {what + ' of a step':<28} {number:>9.1f}")
+    described = found.get("index", {})
+    if "index/encode" in described:
+        seconds, encoding = described["index_seconds"], described["encode_seconds"]
+        lines.append(f"index of {described['latents']} latents, {described['tokens']} tokens: {seconds:.1f} s; "
+                     f"encoding alone {encoding:.1f} s, {seconds / encoding:.2f}x")  # fmt: skip
     for name, run in found.get("training from a cache", {}).items():
         if isinstance(run, dict) and run.get("tokens/s"):
             figures = f"{run['tokens/s'] / 1e6:.2f} M tokens/s, FVU {run['first fvu']:.3f} -> {run['last fvu']:.3f}"
@@ -169,6 +175,7 @@ def main(args: Sequence[str] | None = None) -> int:
         name = "x".join(map(str, shape))
         report.stage(f"kernels {name}", 15, lambda s=shape: speed.kernel_times(s, device))
         report.stage(f"steps {name}", 15, lambda s=shape: steps(report, s, device, tiny))
+    report.stage("index", 40, lambda: end_to_end.index(device, tiny))
     report.stage("training from a cache", 10, lambda: end_to_end.measure(device, tiny, lambda: report.left < 8))
     say("\n".join(table(report.found)))
     say(f"{options.out}; stages that failed: {', '.join(report.failed) or 'none'}")

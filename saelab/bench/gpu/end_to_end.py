@@ -1,7 +1,8 @@
-"""A training run from a cache on disk, as a user starts it: how fast it is, whether it learns, whether it repeats."""
+"""A training run and an index from a cache on disk, as a user starts them: how fast, whether it learns and repeats."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import tempfile
 import time
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from saelab.bench.gpu.speed import wait
 from saelab.data.cache import ActivationCache
+from saelab.kernels import default_precision
 from saelab.sae import SAE, build
 from saelab.training import TrainConfig, train_steps
 
@@ -101,3 +103,45 @@ def measure(device: torch.device, tiny: bool, enough: Callable[[], bool]) -> dic
             a, b = (trained("topk", "auto", 30, {"k": k})[0].state_dict() for _ in range(2))
             found["two equal runs agree"] = {name: bool(torch.equal(a[name], b[name])) for name in a}
     return found
+
+
+def index(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """Seconds of an index and of encoding alone, which is timed before and after it."""
+    missing = [name for name in ("pyarrow", "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"not measured": f"needs {' and '.join(missing)}"}
+    from saelab.features.indexing.builder import batch_rows, build_index
+    from saelab.features.indexing.config import IndexConfig
+
+    n, d_in, d_sae, k = (512, 24, 96, 4) if tiny else (262_144, 768, 16_384, 32)
+    torch.manual_seed(0)
+    sae = build("topk", d_in, d_sae, k=k).to(device).eval()
+    with tempfile.TemporaryDirectory() as name, torch.no_grad(), sae.evaluating(), default_precision("auto"):
+        acts = planted_cache(Path(name) / "planted", n, d_in, d_sae // 2, device).head(n, n)
+        tokens = (torch.rand(n) ** 6 * 1000).long()
+        texts = [f" t{i}" for i in range(1000)]
+        cache = ActivationCache.from_tensors(Path(name) / "cache", next(acts).acts, tokens, context_length=128)
+        rows = batch_rows(sae, IndexConfig())
+
+        def encode() -> float:
+            begun = time.perf_counter()
+            for batch in cache.head(n, rows):
+                sae.encode(batch.acts.to(device))
+            wait(device)
+            return time.perf_counter() - begun
+
+        encode()
+        alone = [encode()]
+        begun = time.perf_counter()
+        meta = build_index(sae, cache, Path(name) / "run", token_strings=texts).meta
+        seconds = time.perf_counter() - begun
+        alone.append(encode())
+    encoding = sum(alone) / len(alone)
+    return {
+        "tokens": n,
+        "latents": d_sae,
+        "encode_seconds": encoding,
+        "index_seconds": seconds,
+        "of which encoding": meta["encode_seconds"],
+        "index/encode": seconds / encoding,
+    }
