@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saelab.data.text.source import Message
+from saelab.data.text.source import Chat, Message
 from saelab.errors import UserError, first_line
 
 # The place of a role in this list is its number in the shards of a cache: new ones go to the end.
@@ -37,8 +37,18 @@ def check_roles(roles: Sequence[str]) -> None:
         raise UserError(f"unknown role {wrong[0]!r}; roles are {', '.join(known)}")
 
 
+def shows_tools(tokenizer: Any, chat: Chat) -> bool:
+    """Whether the tokenizer's template writes the definitions of a chat's tools; ValueError where it refuses them."""
+    with_tools = _apply(tokenizer, chat, {"tools": chat.tools})
+    try:
+        return with_tools != _apply(tokenizer, chat, {})
+    except ValueError:  # the calls of tools in a chat without any
+        return True
+
+
 def render(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Rendered:
-    """A chat through the tokenizer's template, which is given the ``options`` (``add_generation_prompt=True``).
+    """A chat through the tokenizer's template, which is given the ``options`` (``add_generation_prompt=True``) and
+    the tools of a :class:`~saelab.data.text.Chat`.
 
     Raises UserError where the tokenizer has no template, and ValueError where the template refuses this chat.
     """
@@ -47,6 +57,8 @@ def render(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Rende
             f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no chat template, which messages "
             "need; give a model that has one, or a column of plain text"
         )
+    if isinstance(messages, Chat) and messages.tools:
+        options = {"tools": messages.tools, **options}
     text = _apply(tokenizer, messages, options)
     # Where the contents stand is seen by rendering the chat again with marks in their place: a search for the contents
     # would find "user" in the template's own text. An empty content (of calls of tools) stays so: around a mark the

@@ -19,8 +19,8 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from saelab.data.chat import SEPARATOR, TEXT, Rendered, render, roles_of
-from saelab.data.text.source import Document, TextSource
+from saelab.data.chat import SEPARATOR, TEXT, Rendered, render, roles_of, shows_tools
+from saelab.data.text.source import Chat, Document, TextSource
 from saelab.errors import UserError
 from saelab.vocabulary import bos_token_id, encoded
 
@@ -98,18 +98,21 @@ def _grouped(source: TextSource, skip: int) -> Iterator[tuple[list[Piece], Count
 
 
 def _tokenize(group: Sequence[Piece], tokenizer: Any) -> tuple[list[Tokens], Counter[str]]:
-    """The pieces of a group, and how many chats the template refuses, by reason."""
+    """The pieces of a group, and how many chats and lists of tools the template leaves out, by reason."""
     pieces: list[tuple[bool, str | Rendered]] = []
     refused: Counter[str] = Counter()
     for starts, piece in group:
         if not isinstance(piece, str):
             try:
-                piece = render(tokenizer, piece)
+                rendered = render(tokenizer, piece)
+                if isinstance(piece, Chat) and piece.tools and not shows_tools(tokenizer, piece):
+                    refused["lists of tools that the chat template does not show"] += 1
             except UserError:
                 raise
             except ValueError as error:
                 refused[f"chats that the template refuses ({error})"] += 1
                 continue
+            piece = rendered
         pieces.append((starts, piece))
     return (list(_encoded(pieces, tokenizer)) if pieces else []), refused
 

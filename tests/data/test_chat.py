@@ -10,7 +10,7 @@ import torch
 
 from saelab.data.chat import ROLES, render
 from saelab.data.packing import Contexts, pack, resolve_separator
-from saelab.data.text import TextSource, from_documents
+from saelab.data.text import Chat, TextSource, from_documents, open_text
 from saelab.errors import UserError
 from tests import tiny_lm
 
@@ -126,8 +126,6 @@ def test_a_refused_chat_is_left_out_and_no_template_is_one_line() -> None:
 def test_shared_gpt_and_parts_are_chats(tmp_path: Any) -> None:
     import json
 
-    from saelab.data.text import open_text
-
     share = {"conversations": [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "sat"}], "source": "x"}
     (tmp_path / "a.jsonl").write_text(json.dumps(share), encoding="utf-8")
     parts = {
@@ -149,8 +147,6 @@ def test_calls_of_tools_are_in_the_text(tmp_path: Any, kind: str) -> None:
 
     import datasets
 
-    from saelab.data.text import open_text
-
     own = tokenizer(TOOLS)
     expected = own.apply_chat_template(WITH_TOOLS, tokenize=False)
     path = tmp_path / f"chats.{kind}"
@@ -167,6 +163,76 @@ def test_calls_of_tools_are_in_the_text(tmp_path: Any, kind: str) -> None:
     assert [ROLES[role] for *_, role in spans] == ["user", "tool"]
 
 
+# As Llama 3, Mistral and Qwen: definitions before the chat, in the last user message, or in the first system message.
+DEFINED = {
+    "llama": "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}" + CHATML,
+    "mistral": (
+        "{% for m in messages %}[{{ m.role }}]{% if loop.last and tools %}{{ tools | tojson }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    ),
+    "qwen": (
+        "{% if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+        "{% for t in tools %}\n{{ t | tojson }}{% endfor %}<|im_end|>{% endif %}{% for m in messages %}"
+        "{% if m.role != 'system' or not tools %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    ),
+}
+RAIN = {
+    "type": "function",
+    "function": {"name": "rain", "parameters": {"type": "object", "properties": {"place": {"type": "string"}}}},
+}
+ROOFS = {"type": "function", "function": {"name": "roofs", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("kind", ["memory", "jsonl", "string", "strings", "parquet", "saved"])
+@pytest.mark.parametrize("template", DEFINED)
+def test_the_template_gets_the_tools_that_a_record_lists(tmp_path: Any, kind: str, template: str) -> None:
+    import json
+
+    import datasets
+
+    own = tokenizer(DEFINED[template])
+    lists = [[RAIN], [RAIN, ROOFS] if kind not in ("parquet", "saved") else [RAIN], None]
+    expected = [own.apply_chat_template(CHAT, tools=tools, tokenize=False) for tools in lists]
+    records = [{"messages": CHAT, "tools": tools} for tools in lists]
+    if kind == "string":
+        records = [record | {"tools": json.dumps(record["tools"])} for record in records]
+    if kind == "strings":
+        records = [record | {"tools": [json.dumps(t) for t in record["tools"] or []]} for record in records]
+    if kind in ("jsonl", "string", "strings"):
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+        source = open_text(tmp_path / "a.jsonl")
+    elif kind == "memory":
+        source = from_documents([Chat(CHAT, tools or []) for tools in lists])
+        assert source.fingerprint != from_documents([CHAT, CHAT, CHAT]).fingerprint
+    else:
+        data = datasets.Dataset.from_list([{"z": "x", **record} for record in records])
+        save = data.to_parquet if kind == "parquet" else data.save_to_disk
+        save(str(tmp_path / "a.parquet"))
+        source = open_text(tmp_path / "a.parquet")
+    left_out: Counter[str] = Counter()
+    found = packed(source, own, length=1, left_out=left_out)
+    ids = [token for text in expected for token in own(text, add_special_tokens=False)["input_ids"]]
+    assert found.tokens.flatten().tolist() == ids and not left_out
+    assert '"rain"' in expected[0] and '"rain"' not in expected[2]
+    answers = by_role(found, own)["assistant"].replace("roofs ", "roofs")  # a token may begin with the blank before it
+    assert answers.strip() == CHAT[2]["content"] * 3  # and none of them has a definition
+
+
+def test_tools_that_the_template_does_not_show_are_counted(tmp_path: Any) -> None:
+    import json
+
+    own = tokenizer(CHATML)
+    lists: list[Any] = [[RAIN], [ROOFS], [], None, "", ["rain"], 3, {"rain": 1}, "no JSON"]
+    records = [{"messages": CHAT, "tools": tools} for tools in lists]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    left_out: Counter[str] = Counter()
+    found = packed(open_text(tmp_path / "a.jsonl"), own, length=1, left_out=left_out)
+    ids = own(own.apply_chat_template(CHAT, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert found.tokens.flatten().tolist() == ids * len(lists)
+    unseen, wrong = "lists of tools that the chat template does not show", "lists of 'tools' that are no definitions"
+    assert left_out == {unseen: 2, wrong: 4}
+
+
 def test_a_document_in_memory_that_is_no_text_is_refused() -> None:
     with pytest.raises(UserError, match=r"document 2 of memory is neither a text nor a chat"):
         from_documents(["the cat", [{"from": ["user"], "value": "sat"}]])
@@ -175,8 +241,6 @@ def test_a_document_in_memory_that_is_no_text_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 def test_chats_of_tables(tmp_path: Any, kind: str) -> None:
     import datasets
-
-    from saelab.data.text import open_text
 
     data = datasets.Dataset.from_list([{"messages": CHAT, "source": "x"}, {"messages": None, "source": "y"}])
     if kind == "parquet":

@@ -12,11 +12,11 @@ from pathlib import Path
 from saelab.data.text.fields import chat
 from saelab.data.text.files import kind, open_files, open_folder
 from saelab.data.text.rows import is_saved_dataset, open_hub, open_saved
-from saelab.data.text.source import Document, Pieces, TextSource, counted
+from saelab.data.text.source import Chat, Document, Pieces, TextSource, counted
 from saelab.data.text.wikipedia import WIKI_SAMPLE, open_wikipedia
 from saelab.errors import UserError
 
-__all__ = ["WIKI_SAMPLE", "Document", "TextSource", "from_documents", "open_text"]
+__all__ = ["WIKI_SAMPLE", "Chat", "Document", "TextSource", "from_documents", "open_text"]
 
 
 def open_text(
@@ -28,8 +28,9 @@ def open_text(
     compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``); a folder of such files, or one written by
     ``Dataset.save_to_disk``; or the hub id of a dataset, ``id`` or ``id:config``, of which ``split`` is streamed.
     ``column`` names the field with the text or the chat; by default ``text``, else ``messages`` or ``conversations``
-    where these hold chats, else the only text field. Records in which it is missing, null or empty are left out and
-    counted in ``left_out``. Raises UserError, with the remedy, if there is no such source.
+    where these hold chats, else the only text field. A chat comes with its record's ``tools``. Records in which the
+    field is missing, null or empty are left out and counted in ``left_out``. Raises UserError, with the remedy, if
+    there is no such source.
     """
     if not isinstance(source, (str, Path)):
         return _joined([open_text(one, split=split, column=column) for one in source])
@@ -46,9 +47,15 @@ def open_text(
 
 
 def from_documents(documents: Sequence[Document], name: str = "memory") -> TextSource:
-    """Documents that are already in memory: texts, or chats as lists of ``{"role": ..., "content": ...}``."""
-    digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
+    """Documents that are already in memory: texts, or chats as lists of ``{"role": ..., "content": ...}``.
+
+    ``Chat(messages, tools)`` is a chat with the definitions of its tools.
+    """
+    tools = [document.tools if isinstance(document, Chat) else [] for document in documents]
+    content = json.dumps(documents) + (json.dumps(tools) if any(tools) else "")
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     found = [document if isinstance(document, str) else chat(document) for document in documents]
+    found = [Chat(document, own) if own and document else document for document, own in zip(found, tools)]
     if None in found:
         raise UserError(
             f"document {found.index(None) + 1} of {name} is neither a text nor a chat; give a string, or a list of "

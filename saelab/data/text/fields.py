@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from saelab.data.text.source import Document, Message
+from saelab.data.text.source import Chat, Document, Message
 from saelab.errors import UserError
 
 CHATS = ("messages", "conversations")
+TOOLS = "tools"  # beside the messages
 PROBE = 1000  # records that decide which field it is
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
@@ -36,11 +38,34 @@ def texts(
     for place, record in itertools.chain(probe, records):
         if column is None and name != "text" and "text" in record:
             raise UserError(f"{place} has a field 'text', the records before have {name!r}; name one as --text-column")
-        document, reason = usable(record.get(name), name)
-        if reason:
-            left_out[reason] += 1
-        else:
+        yield from found(record.get(name), name, record.get(TOOLS), left_out)
+
+
+def found(value: Any, name: str, tools: Any, left_out: Counter[str]) -> Iterator[Document]:
+    """A record's text, or its chat with its tools; nothing, which is counted, where it is to be left out."""
+    document, reason = usable(value, name)
+    if reason:
+        left_out[reason] += 1
+    elif isinstance(document, str):
+        yield document
+    else:
+        try:
+            yield Chat(document, definitions(tools))
+        except ValueError:  # the chat without them is what the model would see of a template that shows no tools
+            left_out[f"lists of {TOOLS!r} that are no definitions"] += 1
             yield document
+
+
+def definitions(tools: Any) -> list[dict[str, Any]]:
+    """The definitions of tools in a record's list, which may be written as JSON; ValueError for anything else."""
+    if isinstance(tools, str):
+        tools = json.loads(tools or "[]")
+    if not isinstance(tools or [], (list, tuple)):
+        raise ValueError("no list")
+    read = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools or []]
+    if not all(isinstance(tool, dict) for tool in read):
+        raise ValueError("no objects")
+    return read
 
 
 def choose(kinds: dict[str, set[str]], column: str | None, where: str) -> str:
@@ -108,7 +133,7 @@ def chat(value: Any) -> list[Message] | None:
         rest: dict[str, Any] = {}
         if "role" in message and ("content" in message or message.get("tool_calls")):
             role, content = message["role"], message.get("content")
-            rest = {name: part for name, part in _without_nulls(message).items() if name not in ("role", "content")}
+            rest = {name: part for name, part in without_nulls(message).items() if name not in ("role", "content")}
         elif "from" in message and "value" in message:
             role, content = message["from"], message["value"]
             role = SHAREGPT.get(role, role) if isinstance(role, str) else role
@@ -123,7 +148,8 @@ def chat(value: Any) -> list[Message] | None:
     return messages
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """A value without the nulls with which tables fill what a record lacks."""
     if isinstance(value, dict):
-        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, (list, tuple)) else value
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from saelab.data.text.fields import choose, texts, usable
+from saelab.data.text.fields import TOOLS, choose, found, texts, without_nulls
 from saelab.data.text.source import Pieces, TextSource, counted
 from saelab.errors import UserError, damaged, first_line
 
@@ -148,14 +148,13 @@ def _parquet(path: Path, column: str | None, left_out: Counter[str]) -> Pieces:
     # Arrow reports damage as an invalid value, or as an OSError.
     sound = damaged(path, "give a sound Parquet file", pyarrow.ArrowException, OSError)
     with sound, pyarrow.parquet.ParquetFile(path) as table:
-        name = choose({f.name: {_arrow_kind(f.type)} for f in table.schema_arrow}, column, str(path))
-        for batch in table.iter_batches(batch_size=256, columns=[name]):
-            # Nested columns are named by their parts, hence the position.
-            for value in batch.column(0).to_pylist():
-                document, reason = usable(value, name)
-                if reason:
-                    left_out[reason] += 1
-                else:
+        kinds = {f.name: {_arrow_kind(f.type)} for f in table.schema_arrow}
+        name = choose(kinds, column, str(path))
+        names = [name, TOOLS] if "chat" in kinds[name] and TOOLS in kinds else [name]
+        for batch in table.iter_batches(batch_size=256, columns=names):
+            for values in zip(*(batch.column(own).to_pylist() for own in names)):
+                tools = without_nulls(values[1]) if len(values) > 1 else None
+                for document in found(values[0], name, tools, left_out):
                     yield True, document
 
 

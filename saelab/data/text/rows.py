@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saelab.data.text.fields import choose, texts
+from saelab.data.text.fields import TOOLS, choose, texts, without_nulls
 from saelab.data.text.source import Pieces, TextSource, counted
 from saelab.errors import UserError, first_line
 
@@ -65,9 +65,11 @@ def _mark(fingerprint: str, column: str | None) -> str:
 
 def _rows(data: Any, column: str | None, where: str, remedy: str, left_out: Counter[str]) -> Pieces:
     if data.features:  # a stream may not know its columns
-        name = choose({name: {_kind(feature)} for name, feature in data.features.items()}, column, where)
+        kinds = {name: {_kind(feature)} for name, feature in data.features.items()}
+        column = choose(kinds, column, where)
+        names = [column, TOOLS] if "chat" in kinds[column] and TOOLS in kinds else [column]
         # Other columns may hold images, which would be decoded.
-        data, column = data.select_columns([name]), name
+        data = data.select_columns(names)
     for document in texts(_records(data, where, remedy), column, where, left_out):
         yield True, document
 
@@ -76,7 +78,8 @@ def _records(data: Any, where: str, remedy: str) -> Iterator[tuple[str, dict[str
     number = 0
     try:
         for number, record in enumerate(data, 1):
-            yield f"record {number} of {where}", record
+            tools = {TOOLS: without_nulls(record[TOOLS])} if TOOLS in record else {}
+            yield f"record {number} of {where}", record | tools
     except UserError:
         raise
     except Exception as error:  # as above: the connection, the server, or a damaged file of the data set

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]  # role and content, which are text, and what else the chat template reads
+
+
+class Chat(list[Message]):
+    """Messages, and the definitions of the tools that their record lists for the chat template."""
+
+    def __init__(self, messages: Iterable[Message], tools: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(messages)
+        self.tools = list(tools)
+
+
 Document = str | list[Message]
 Pieces = Iterator[tuple[bool, Document]]
 
@@ -57,6 +67,7 @@ def listed(left_out: Counter[str] | dict[str, int]) -> str:
     """``3 records without 'text', 2 empty files``: what was left out, the most frequent reason first."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     ordered = [
-        (n, reason if n > 1 else re.sub(r"\b(record|file|chat)s\b", r"\1", reason, count=1)) for reason, n in ordered
+        (n, reason if n > 1 else re.sub(r"\b(record|file|chat|list)s\b", r"\1", reason, count=1))
+        for reason, n in ordered
     ]
     return ", ".join(f"{count:,} {reason}" for count, reason in ordered)
