@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -23,21 +24,56 @@ class NormParts(NamedTuple):
     centred: bool
 
 
-@torch.no_grad()
+class _Probed(NamedTuple):
+    """What probing a norm gave, for which device, precision and width, and the weights that it had then."""
+
+    kind: tuple[torch.device, torch.dtype, int]
+    weights: list[Tensor]
+    parts: NormParts
+
+
+# A probe costs a copy of the module and three calls, as much as a small pass. The entry of a module goes with it.
+_PROBED: WeakKeyDictionary[nn.Module, _Probed] = WeakKeyDictionary()
+
+
 def norm_parts(norm: nn.Module, like: Float[Tensor, "... d"]) -> NormParts:
-    """Weight and bias of a norm, and whether it subtracts the mean, found by probing a copy of it."""
+    """Weight and bias of a norm, and whether it subtracts the mean, on the device of ``like``, in float32 at least.
+
+    The norm is probed once, and again when its weights, their precision or their device have changed.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    weights = [*norm.parameters(), *norm.buffers()]
+    kind, last = (like.device, dtype, like.shape[-1]), _PROBED.get(norm)
+    if last is not None and last.kind == kind and _same(last.weights, weights):
+        return last.parts
+    # A tensor made in inference mode could take no part in a later backward pass.
+    with torch.inference_mode(False), torch.no_grad():
+        found = _Probed(kind, [w.detach().clone() for w in weights], _probe(norm, like, dtype))
+    _PROBED[norm] = found
+    return found.parts
+
+
+def _same(before: list[Tensor], now: list[Tensor]) -> bool:
+    # By value: in-place changes through ``.data`` leave no other trace.
+    return len(before) == len(now) and all(
+        old.dtype == new.dtype and old.device == new.device and torch.equal(old, new) for old, new in zip(before, now)
+    )
+
+
+def _probe(norm: nn.Module, like: Float[Tensor, "... d"], dtype: torch.dtype) -> NormParts:
     width = like.shape[-1]
     norm = copy.deepcopy(norm)
     norm._forward_hooks.clear()  # those of this pass come along
     norm._forward_pre_hooks.clear()
-    norm.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
-    x = torch.ones(width, device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+    norm.to(dtype)
+    x = torch.ones(width, device=like.device, dtype=dtype)
     x[1::2] = -1.0  # of mean 0 and root mean square 1, no entry 0
     if width % 2:
         x[-3:] = torch.tensor([1.0, 1.0, -2.0]) * 0.5**0.5
-    up, down = norm(x[None])[0], norm(-x[None])[0]
+    far = 64 * x[None]  # where what a norm adds to the mean square (1e-5 at most places) makes no difference
+    up, down = norm(far)[0], norm(-far)[0]
     weight, bias = (up - down) / (2 * x), (up + down) / 2
-    shifted = norm(x[None] + 1)[0] - bias
+    shifted = norm(far + 64)[0] - bias
     centred = (shifted - weight * x).norm() < (shifted - weight * (x + 1) / 2**0.5).norm()
     return NormParts(weight, bias, bool(centred))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from saelab.runs import Run
 from tests import tiny_lm
 from tests.attribution import tiny
 from tests.attribution.test_transcoders import transcoders
+from tests.zoo.families import FAMILIES
 
 NAME = "blocks.1.ln2.hook_normalized"
 IDS = torch.arange(5, 15)[None]
@@ -32,12 +34,15 @@ def read(model: Any, name: str) -> Tensor:
 
 
 def by_hand(plain: Any) -> Tensor:
-    """The formula of an RMSNorm without weights, on what the norm of the block's MLP reads."""
-    norm, seen = plain.model.layers[1].pre_feedforward_layernorm, []
-    handle = norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    plain(IDS)
+    """The formula of a norm without weights, in double precision, on what the norm of the block's MLP reads."""
+    norm, seen = locate(plain, NAME).module(plain), []
+    handle = norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0].double()))
+    with torch.no_grad():
+        plain(IDS)
     handle.remove()
-    return seen[0] * torch.rsqrt(seen[0].square().mean(-1, keepdim=True) + norm.eps)
+    x = seen[0] - seen[0].mean(-1, keepdim=True) * isinstance(norm, torch.nn.LayerNorm)
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 @torch.no_grad()
@@ -72,6 +77,32 @@ def test_a_bridge_shows_the_same(tmp_path: Path) -> None:
     bridge = load_model(str(tiny_lm.save_gemma3(tmp_path / "model")))
     seen = bridge.run_with_cache(IDS)[1][NAME]
     assert (read(bridge, NAME) - seen).norm() < 1e-5 * seen.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "pythia", "gemma2", "glm4", "bloom"])
+def test_a_norm_is_probed_once_and_again_when_it_has_changed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = FAMILIES[name].build()
+    norm = locate(plain, NAME).module(plain)
+    with torch.inference_mode():
+        read(plain, NAME)
+    probes, deepcopy = [], copy.deepcopy
+    monkeypatch.setattr("copy.deepcopy", lambda module: probes.append(module) or deepcopy(module))
+
+    def close(tolerance: float) -> None:
+        expected = by_hand(plain)
+        assert (read(plain, NAME).double() - expected).norm() < tolerance * expected.norm()
+
+    close(1e-5)
+    read(plain, NAME).square().sum().backward()  # what was found in inference mode can take part in a gradient
+    assert probes == []
+    plain.to(torch.float64)
+    close(1e-6)  # some norms compute in float32 whatever the model's precision
+    norm.weight.data[::2] += 0.5  # through ``.data``, so that the weight's version is the same
+    close(1e-6)
+    plain.to(torch.bfloat16)
+    close(0.02)
+    close(0.02)
+    assert probes == [norm] * 3
 
 
 def test_the_gain_of_a_norm_must_be_known() -> None:
