@@ -51,7 +51,7 @@ class EvaluateConfig:
     """Tokens run through the language model for cross-entropy and KL, in whole contexts spread evenly over the split;
     0 leaves it out."""
     density_tokens: int = 100_000
-    """Training rows added to the window in which dead and dense latents are counted."""
+    """Training rows added to the window in which dead and dense latents are counted, beyond those that are in it."""
     batch_size: int = 4096
     """Tokens per batch."""
     use_gradients: bool = False
@@ -102,8 +102,11 @@ def evaluate(
         )
         metrics = sums.estimates(seed=config.seed)
         seconds_offline = time.perf_counter() - started
-        if config.split != "all":
-            count_firing(sae, cache, firing, config.density_tokens, batch_size=config.batch_size, progress=progress)
+        first = cache.split_rows(config.split)[0]
+        count_firing(
+            sae, cache, firing, config.density_tokens, counted=(first, first + firing.n),
+            batch_size=config.batch_size, progress=progress,
+        )  # fmt: skip
         metrics |= firing.estimates()
         timing = {"seconds_reconstruction": seconds_offline}
         if model is not None and config.lm_tokens:

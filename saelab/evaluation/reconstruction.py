@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -109,19 +110,28 @@ def count_firing(
     firing: FiringCounts,
     n_tokens: int,
     *,
+    counted: tuple[int, int] = (0, 0),
     batch_size: int = 4096,
     progress: Progress | None = None,
 ) -> None:
-    """Add ``n_tokens`` training rows, in random order, to the counts in ``firing``.
+    """Add ``n_tokens`` training rows, in random order, to the counts in ``firing``, but for the rows ``counted``
+    (first, stop), which are in them already.
 
     Whether a latent is dead shows only on many tokens, more than a held-out split has; no reconstruction is measured
     here.
     """
-    n_tokens, done = min(n_tokens, cache.n_split("train")), 0
+    (first, stop), (low, high) = cache.split_rows("train"), counted
+    n_tokens, done = min(n_tokens, stop - first - max(min(high, stop) - max(low, first), 0)), 0
     if n_tokens <= 0:
         return
-    for batch in cache.head(n_tokens, batch_size, split="train", seed=0):
-        firing.update(features(sae, sae.encode(batch.acts.to(sae.device))))
-        done += len(batch.acts)
-        if progress is not None:
-            progress("firing", done, n_tokens)
+    with closing(cache.batches(min(batch_size, stop - first), split="train", seed=0)) as batches:
+        for batch in batches:
+            fresh = batch.acts[(batch.rows < low) | (batch.rows >= high)][: n_tokens - done]
+            if not len(fresh):
+                continue
+            firing.update(features(sae, sae.encode(fresh.to(sae.device))))
+            done += len(fresh)
+            if progress is not None:
+                progress("firing", done, n_tokens)
+            if done == n_tokens:
+                return

@@ -201,6 +201,38 @@ def test_only_held_out_rows_count_and_the_window_is_stated(world):
     assert "ce_loss_with_sae" not in got.metrics
 
 
+@pytest.mark.parametrize("variant", ["topk", "abs_topk", "relu", "batch_topk"])
+@pytest.mark.parametrize(
+    ("split", "max_tokens", "density_tokens", "rows"),
+    [
+        ("train", None, 100, 480),  # all of them are in the window
+        ("train", 150, 100, 250),
+        ("train", 150, 10_000, 480),
+        ("all", 150, 100, 250),
+        ("all", 500, 100, 500),
+        ("held_out", 100, 10_000, 580),
+    ],
+)
+def test_no_row_is_counted_twice(world, variant, split, max_tokens, density_tokens, rows):
+    k = {} if variant == "relu" else {"k": 4}
+    sae = build(variant, d_in=D, d_sae=24, **k).eval()
+    sae.calibrate([world.acts.reshape(-1, D)])
+    got = evaluate(sae, world.cache, config=EvaluateConfig(split, max_tokens, 0, density_tokens, batch_size=64))
+    assert got.histogram["tokens"] == rows
+    if rows in (480, 500, 580):  # which rows they are is known
+        first, stop = {480: (0, 480), 500: (0, 500), 580: (0, 580)}[rows]
+        with torch.no_grad():
+            active = sae.encode(world.acts.reshape(-1, D)[first:stop]).dense() != 0
+        density = active.double().mean(0)
+        assert got["dead_fraction"] == pytest.approx(float((density == 0).double().mean()))
+        assert got["dense_fraction"] == pytest.approx(float((density > 0.1).double().mean()))
+        assert got["ultra_dense_fraction"] == pytest.approx(float((density > 0.5).double().mean()))
+        logs = density.clamp_min(1e-10).log10().clamp_min(-6)
+        logs[density == 0] = -10
+        edges = torch.tensor(got.histogram["log10_density_edges"], dtype=torch.float64)
+        assert got.histogram["latents"] == torch.histogram(logs, edges).hist.long().tolist()
+
+
 def test_bad_pairs_are_refused(world):
     with pytest.raises(UserError, match="width"):
         evaluate(build("topk", d_in=5, d_sae=9, k=2), world.cache)
