@@ -45,6 +45,8 @@ GATEWAYS = {
 }
 # Pairs on one layer that must not know each other.
 STRANGERS = {("lm", "sae"), ("data", "sae"), ("lm", "data"), ("data", "lm")}
+# Loading one of these takes as long as PyTorch, which few commands need it for: functions import them.
+LATE = ("sklearn", "scipy.optimize", "scipy.stats", "torch.distributed.tensor", "transformers", "transformer_lens")
 MAX_FILE, MAX_FUNCTION, MAX_SAME_PREFIX = 400, 50, 3
 
 
@@ -57,10 +59,12 @@ def name_of(path: Path, package: Path) -> str:
     return ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported(path: Path, package: Path) -> Iterator[str]:
-    """The dotted names that a file imports, relative imports resolved, wherever in the file they stand."""
+def imported(path: Path, package: Path, at_once: bool = False) -> Iterator[str]:
+    """The dotted names that a file imports, relative imports resolved: wherever in the file they stand, or those that
+    importing the file imports ``at_once``."""
     parts = path.relative_to(package.parent).with_suffix("").parts
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -132,6 +136,13 @@ FILES = list(modules(PACKAGE).values())
 
 def test_imports_point_down() -> None:
     assert violations(PACKAGE) == []
+
+
+def test_commands_start_without_what_takes_long_to_import() -> None:
+    late = tuple(f"{name}." for name in LATE)
+    for name, path in modules(PACKAGE).items():
+        found = [target for target in imported(path, PACKAGE, at_once=True) if f"{target}.".startswith(late)]
+        assert not found or room(name) == "bench", f"{name} imports {found} before it needs them"
 
 
 def test_there_is_no_import_circle() -> None:

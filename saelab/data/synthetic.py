@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import brentq
 from torch import Tensor
 
 from saelab.errors import UserError
@@ -168,6 +167,8 @@ def mixing(correlation: float, n: int) -> float:
 
     ``q_i <- (1 - eps) q_i + eps / (n - 1) * sum_{j != i} q_j`` for orthonormal q, then renormalised.
     """
+    from scipy.optimize import brentq
+
     if not 0 <= correlation < 1:
         raise UserError(f"correlation={correlation} must lie in 0 .. 1, 1 excluded")
 

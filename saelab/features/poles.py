@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.feature_extraction import DictVectorizer
-from sklearn.preprocessing import normalize
 
 from saelab.errors import UserError
 from saelab.features.index import FeatureIndex
@@ -82,6 +80,9 @@ def _bags(windows: list[list[int]], poles: list[list[list[int]]]) -> list[np.nda
     A token's inverse document frequency is ``log((1 + n) / n_with_it)`` over the ``n`` windows of plain text; one that
     is in none of them is as rare as the rarest. (scikit-learn's TfidfTransformer adds 1, which weighs common tokens.)
     """
+    from sklearn.feature_extraction import DictVectorizer
+    from sklearn.preprocessing import normalize
+
     parts = [[Counter(map(str, window)) for window in part] for part in (windows, *poles)]
     vectorizer = DictVectorizer(sparse=False)
     stacked = np.asarray(vectorizer.fit_transform([*parts[0], *parts[1], *parts[2], {"": 1}]))  # never without a token

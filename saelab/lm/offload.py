@@ -10,12 +10,11 @@ import atexit
 import copy
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from saelab.errors import UserError
 from saelab.files import cache_home
@@ -28,8 +27,8 @@ def whole(root: nn.Module, path: str, leaf: str, tensor: Tensor) -> Tensor:
     A weight that was offloaded is read from where it is kept. One that is divided over processes is put together,
     which all of them must ask for. UserError for an empty tensor that nothing says the values of.
     """
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
+    if (put_together := _put_together(tensor)) is not None:
+        return put_together()
     if not tensor.is_meta:
         return tensor
     parts = path.split(".") if path else []
@@ -114,7 +113,12 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _is_elsewhere(tensor: Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, DTensor)
+    return tensor.is_meta or _put_together(tensor) is not None
+
+
+def _put_together(tensor: Tensor) -> Callable[[], Tensor] | None:
+    """What makes a DTensor whole; None for a tensor of another class. Importing that class takes a second."""
+    return getattr(tensor, "full_tensor", None)
 
 
 def _hooks(module: nn.Module) -> list[Any]:

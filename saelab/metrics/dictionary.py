@@ -9,9 +9,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy import sparse
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
 
 from saelab.devices import in_float64
@@ -116,6 +113,8 @@ def match_directions(A: Tensor, B: Tensor, signed: bool = False) -> tuple[Tensor
     Returns the matched rows of A, of B, and their cosines; ``signed`` matches by magnitude, because a latent with two
     poles may have learned the opposite direction. Rows must not be zero.
     """
+    from scipy.optimize import linear_sum_assignment
+
     wide = (in_float64(W.detach()) for W in (A, B))
     unit_a, unit_b = (W / W.norm(dim=1, keepdim=True) for W in wide)
     cosines = unit_a @ unit_b.T
@@ -153,6 +152,9 @@ def shared_rows(
 
 
 def _matched(a: Tensor, b: Tensor, threshold: float, signed: bool) -> Bool[Tensor, " m"]:
+    from scipy import sparse
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
     rows, columns = [], []
     for block in _blocks(a):
         cosines = a[block].float() @ b.float().T

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saelab.devices import in_float64
@@ -56,6 +55,8 @@ def matched_correlation(code: SparseCode, truth: SparseCode, signed: bool = Fals
     Planted features left without a latent, because there are fewer latents, count as 0. It is not the ``mcc`` of
     SAELens, which matches directions: that is :attr:`FeatureMatching.mean_cosine`.
     """
+    from scipy.optimize import linear_sum_assignment
+
     r = correlations(code, truth)
     r = r.abs() if signed else r
     features, latents = linear_sum_assignment(r.numpy(), maximize=True)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.metrics import f1_score
 from torch import Tensor
 
 from saelab.data.cache import ActivationCache
@@ -79,6 +78,8 @@ def absorption(
     than ``min_letter`` occurrences are left out. A signed latent counts as two poles, ``relu(z)`` along ``d`` and
     ``relu(-z)`` along ``-d``, as in SAEBench, which knows no signs.
     """
+    from sklearn.metrics import f1_score
+
     letters = words.astype("U1")
     known, which = np.unique(words, return_inverse=True)
     test = (np.random.default_rng(seed).permutation(known.size) < known.size // 4)[which]
@@ -158,6 +159,8 @@ def split_latents(
 ) -> np.ndarray:
     """The latents a letter is split over: the k with the largest weights, positive ones first, where k grows while a
     balanced probe on them, fitted to ``train``, gains more than ``SPLIT_GAIN`` of F1 on the other words."""
+    from sklearn.metrics import f1_score
+
     order, best, chosen = np.argsort(-weights, kind="stable")[:k_max], -np.inf, 0
     for k in range(1, len(order) + 1):
         columns = order[:k]

@@ -22,8 +22,6 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import torch
 from jaxtyping import Float
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-from sklearn.model_selection import LeavePOut, StratifiedKFold
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
@@ -175,6 +173,8 @@ def ranked(z: Float[np.ndarray, "n m"], y: np.ndarray) -> np.ndarray:
 
 def probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, seed: int) -> dict[str, float]:
     """Test metrics of a logistic regression whose C is chosen on validation prompts of the training part."""
+    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
     scores = [np.mean([_validate(x, y, part, float(C)) for part in _folds(x, y, seed)]) for C in CS]
     shuffled = np.random.RandomState(seed).permutation(len(x))
     model = fitted(x[shuffled], y[shuffled], C=float(CS[int(np.argmax(scores))]))
@@ -187,6 +187,8 @@ def probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, 
 
 
 def _folds(x: np.ndarray, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    from sklearn.model_selection import LeavePOut, StratifiedKFold
+
     n = len(x)
     if n >= 128:
         size = min(int(0.2 * n), 100)
@@ -196,6 +198,8 @@ def _folds(x: np.ndarray, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np
 
 
 def _validate(x: np.ndarray, y: np.ndarray, fold: tuple[np.ndarray, np.ndarray], C: float) -> float:
+    from sklearn.metrics import roc_auc_score
+
     train, held = fold
     if len(set(y[train])) < 2:
         return 0.5

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from saelab.errors import UserError
 from saelab.evaluation.tasks.passages import Passages, Pooled, frequent
 from saelab.metrics.intervals import Estimate, bootstrap
+
+if TYPE_CHECKING:  # imported by the first probe: it takes longer than most commands that can reach this module
+    from sklearn.linear_model import LogisticRegression
 
 MIN_CLASS = 20  # passages of a class below which accuracies mean little
 
@@ -68,6 +69,9 @@ def logistic(x: np.ndarray, y: np.ndarray, C: float = 1.0, balanced: bool = Fals
 
 def fitted(x: np.ndarray, y: np.ndarray, C: float = 1.0, balanced: bool = False) -> LogisticRegression:
     """:func:`logistic` for a caller who has limited the threads, which takes longer than a small fit."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         weight = "balanced" if balanced else None
