@@ -85,15 +85,15 @@ def match_saes(
     progress(0.6, "Correlating activations")
     table: Any = _similarities(cosines, codes, signed)
     progress(0.8, "Assigning pairs")
-    pairs = _assign(table[table["similarity"] >= shared], left.d_sae, right.d_sae)
+    pairs = _assign(table[table["similarity"] >= shared], left.n_features, right.n_features)
     n = 0 if codes is None else codes[0].shape[0]
     back = None if codes is None else codes[::-1]
     swapped = table.rename(columns={"left": "right", "right": "left"})
     turned = pairs.rename(columns={"left": "right", "right": "left"})
     return LatentMatching(
         pairs,
-        _statuses(table, pairs, codes, left.d_sae, contained, "only-left"),
-        _statuses(swapped, turned, back, right.d_sae, contained, "only-right"),
+        _statuses(table, pairs, codes, left.n_features, contained, "only-left"),
+        _statuses(swapped, turned, back, right.n_features, contained, "only-right"),
         n,
     )
 
@@ -113,7 +113,7 @@ def _near_pairs(
     left: SAE, right: SAE, k: int, floor: float, signed: bool, progress: Callable[[float, str], object]
 ) -> pd.DataFrame:
     """The ``k`` closest pairs from either side with a cosine of at least ``floor``."""
-    a, b = (unit_rows(sae.W_dec.detach().float().cpu()) for sae in (left, right))
+    a, b = (unit_rows(sae.directions.detach().float().cpu()) for sae in (left, right))
     found = []
     for first, second, flip in ((a, b, False), (b, a, True)):
         for rows in torch.arange(len(first)).split(1024):
@@ -135,9 +135,9 @@ def _codes(sae: SAE, cache: ActivationCache, tokens: int) -> sparse.csr_matrix:
     parts = []
     with sae.evaluating():
         for batch in cache.head(tokens):
-            code = sae.encode(batch.acts.to(sae.device)).nonzero().to("cpu")
+            code = sae.features(sae.encode(batch.acts.to(sae.device))).nonzero().to("cpu")
             values, indices, ptr = code.values.double().numpy(), code.indices.numpy(), code.row_ptr.numpy()
-            parts.append(sparse.csr_matrix((values, indices, ptr), shape=(code.n, sae.d_sae)))
+            parts.append(sparse.csr_matrix((values, indices, ptr), shape=(code.n, sae.n_features)))
     return sparse.csr_matrix(sparse.vstack(parts))
 
 

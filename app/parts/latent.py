@@ -193,7 +193,7 @@ def axis(run: Run, latent: int) -> None:
         "two features": "its poles share a direction, not their contexts",
         "mixed": "its poles share some of their contexts",
         "one-sided": "one side fires too rarely to compare the poles",
-        "too few examples": "the index keeps too few examples of a side to compare the poles; build it again",
+        "too few examples": "the index keeps too few examples of a side, or of other text, to compare; build it again",
         "diffuse": "contexts of one pole are no more alike than those of different latents, so there is no verdict",
     }
     number = f" (score {score.score:.2f})" if score.score == score.score else ""

@@ -107,7 +107,7 @@ def _put(found: list[Pick], pick: Pick) -> None:
 def add_latent(run: Run, source: Any) -> None:
     """A latent by number."""
     with st.form("steering_latent", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
-        latent = st.number_input("latent", 0, source.sae.d_sae - 1, 0, key="steering_latent_number", width=150)
+        latent = st.number_input("latent", 0, source.sae.n_features - 1, 0, key="steering_latent_number", width=150)
         signed = source.sae.signed
         pole = st.segmented_control("pole", ["+", "−"], default="+", key="steering_pole") if signed else "+"
         if st.form_submit_button("Add", icon=":material/add:"):

@@ -13,7 +13,6 @@ from saelab.data.cache.reader import Split
 from saelab.errors import UserError
 from saelab.metrics import FiringCounts, ReconstructionSums
 from saelab.sae import SAE
-from saelab.sparse import SparseCode
 from saelab.training.config import check_target
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -93,14 +92,9 @@ def measure_batch(
     """Encode and decode rows ``x [n, d_in]`` and add them, or the rows of their target, to the sums."""
     x = x.to(sae.device)
     code = sae.encode(x, None if grads is None else grads.to(sae.device))
-    recon, code = sae.reconstruct(x, code), features(sae, code)
+    recon, code = sae.reconstruct(x, code), sae.features(code)
     sums.update((x if target is None else target).cpu(), recon.cpu(), code.to("cpu"), clusters)
     firing.update(code)
-
-
-def features(sae: SAE, code: SparseCode) -> SparseCode:
-    """The code without bookkeeping latents: they are in every token's reconstruction and stand for nothing."""
-    return code.first(sae.n_features) if sae.n_bookkeeping else code
 
 
 @torch.no_grad()
@@ -129,7 +123,7 @@ def count_firing(
             fresh = batch.acts[(batch.rows < low) | (batch.rows >= high)][: n_tokens - done]
             if not len(fresh):
                 continue
-            firing.update(features(sae, sae.encode(fresh.to(sae.device))))
+            firing.update(sae.features(sae.encode(fresh.to(sae.device))))
             done += len(fresh)
             if progress is not None:
                 progress("firing", done, n_tokens)

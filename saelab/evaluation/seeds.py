@@ -65,8 +65,8 @@ def stability(sae: SAE, others: Sequence[SAE], names: Sequence[str]) -> Stabilit
     """In how many other seeds each latent of ``sae`` is found again. UserError where there are none, or of another
     width."""
     check(sae, others)
-    found = sum(shared_rows(sae.W_dec, other.W_dec, THRESHOLD, sae.signed).long() for other in others)
-    chance = [shared_fraction(sae.W_dec, other.W_dec, THRESHOLD, sae.signed)[1] for other in others]
+    found = sum(shared_rows(sae.directions, other.directions, THRESHOLD, sae.signed).long() for other in others)
+    chance = [shared_fraction(sae.directions, other.directions, THRESHOLD, sae.signed)[1] for other in others]
     return Stability(list(names), found.tolist(), float(np.mean(chance)))  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -76,7 +76,7 @@ def shared_with_seeds(sae: SAE, others: Sequence[SAE]) -> dict[str, Estimate]:
     There is no interval: pairs that all contain this SAE say nothing of how much the share varies between SAEs.
     """
     check(sae, others)
-    found = np.array([shared_fraction(sae.W_dec, other.W_dec, THRESHOLD, sae.signed) for other in others])
+    found = np.array([shared_fraction(sae.directions, other.directions, THRESHOLD, sae.signed) for other in others])
     names = {"latents_shared_by_seeds": FORMULA, "latents_shared_by_chance": f"{FORMULA}, with directions at random"}
     return {name: _over_seeds(values, sae.d_sae, formula) for (name, formula), values in zip(names.items(), found.T)}
 

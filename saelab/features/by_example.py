@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelab.errors import UserError
 from saelab.features.index import FeatureIndex
+from saelab.sae.normalised import BEFORE, Normalised
 from saelab.sparse import SparseCode
 
 
@@ -40,7 +41,9 @@ def find_by_example(
     marked = span.cpu().numpy().astype(bool)
     if len(marked) != code.n or not marked.any():
         raise UserError(f"the span marks {int(marked.sum())} of {code.n} tokens; mark at least one")
-    if code.d_sae != index.d_sae:
+    # An index of 0.1.0 lists what an SAE of normalised activations carries about tokens behind its latents.
+    carries = index.meta["variant"] in (Normalised.variant, BEFORE)
+    if code.d_sae != index.d_sae and not (carries and code.d_sae < index.d_sae):
         raise UserError(f"the code has d_sae={code.d_sae}, the index d_sae={index.d_sae}; use the same SAE")
     table = index.table()
     rows = _matrix(code)

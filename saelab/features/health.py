@@ -15,13 +15,17 @@ from saelab.data.cache import ActivationCache
 from saelab.features.index import FeatureIndex
 from saelab.sae import SAE, LinearSAE
 from saelab.sae.base import unit_rows
+from saelab.sae.gated import GatedSAE
+from saelab.sae.normalised import Normalised, reader
 
 CAUSES = {
+    "rare": "it fires on tokens examined here that its count does not cover",
     "duplicate": "its decoder row repeats that of a living latent, which is selected instead",
     "encoder collapsed": "its encoder vector is too short for it to be selected",
     "threshold too high": "its pre-activation was positive, but never above its own threshold",
     "out-competed": "its pre-activation was positive, but others were larger every time",
     "bias too low": "without its encoder bias it would have fired",
+    "no magnitude": "its gate opened, but the magnitude that goes with it was not positive then",
     "never fired": "its pre-activation was never positive, with or without its bias",
     "not examined": "no cause in the weights; give activations to look further",
 }
@@ -48,7 +52,7 @@ def causes_of_death(
     Columns: latent, cause, neighbour (nearest living latent, -1 if none lives), cosine, encoder_norm, encoder_bias,
     best (largest pre-activation, or magnitude), best_without_bias, shortfall (smallest distance, over the tokens, to
     the smallest activation that did win; to its own threshold in an SAE that has one per latent), gain. The last four
-    are NaN where not examined.
+    are NaN where not examined. Of an SAE that reads normalised activations, pre-activations are in those units.
 
     ``gain`` is what reviving the latent could bring at most: the share of the squared reconstruction error that its
     decoder row removes when it fires, beside the others, with the best non-negative (signed SAEs: any) activation on
@@ -56,10 +60,11 @@ def causes_of_death(
     direction reaches ``1 / (2 d_out)`` (signed: ``1 / d_out``) of an error that has no preferred direction. Only of a
     transcoder is ``d_out`` not ``d_in``.
     """
-    dead = torch.from_numpy(np.flatnonzero(np.asarray(counts) == 0))
-    alive = torch.from_numpy(np.flatnonzero(np.asarray(counts) > 0))
+    fires = torch.from_numpy(np.asarray(counts) > 0)[: sae.n_features]
+    dead, alive = (~fires).nonzero().flatten(), fires.nonzero().flatten()
+    inner = sae.inner if isinstance(sae, Normalised) else sae
     neighbour, cosine = _nearest(sae, dead, alive)
-    W_enc, b_enc = _encoder(sae)
+    W_enc, b_enc = _encoder(inner)
     norms = W_enc.norm(dim=0)
     table = pd.DataFrame(
         {
@@ -72,18 +77,20 @@ def causes_of_death(
         }
     )
     typical = float(norms[alive].median()) if len(alive) else float(norms.median())
-    examined = None if cache is None or not len(dead) else _examine(sae, dead, cache, tokens)
-    cut = sae.inference_threshold() if isinstance(sae, LinearSAE) else None
+    examined = None if cache is None or not len(dead) else _examine(sae, inner, dead, cache, tokens)
+    cut = inner.inference_threshold() if isinstance(inner, LinearSAE) else None
     own = None if cut is None or cut.ndim == 0 else cut[dead.to(cut.device)].float().cpu().numpy()
     if own is not None and examined is not None:
-        examined[2] = own - examined[0]  # latents do not compete: each has its own threshold
-    for name, values in zip(EVIDENCE, examined or [np.full(len(dead), np.nan)] * len(EVIDENCE)):
-        table[name] = values
+        examined["shortfall"] = own - examined["best"]  # latents do not compete: each has its own threshold
+    for name in EVIDENCE:
+        table[name] = np.nan if examined is None else examined[name]
     similarity = np.abs(cosine.numpy()) if sae.signed else cosine.numpy()
+    lost = "no magnitude" if isinstance(inner, GatedSAE) else "out-competed" if own is None else "threshold too high"
     rules = [
+        ("rare", np.zeros(len(dead), bool) if examined is None else examined["fires"]),
         ("duplicate", similarity >= duplicate),
         ("encoder collapsed", norms[dead].numpy() < collapsed * typical),
-        ("out-competed" if own is None else "threshold too high", table["best"].to_numpy() > 0),
+        (lost, table["best"].to_numpy() > 0),
         ("bias too low", table["best_without_bias"].to_numpy() > 0),
         ("never fired", table["best_without_bias"].to_numpy() <= 0),
     ]
@@ -114,31 +121,34 @@ def _nearest(sae: SAE, dead: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(numbers) if numbers else dead.clone(), torch.cat(cosines) if cosines else torch.zeros(0)
 
 
-def _examine(sae: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> list[np.ndarray]:
-    """What EVIDENCE names, for each dead latent."""
-    W_enc, b_enc = _encoder(sae)
+def _examine(sae: SAE, inner: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> dict[str, np.ndarray]:
+    """What EVIDENCE names, for each dead latent, and whether it fires; ``inner`` holds the encoder of ``sae``."""
+    W_enc, b_enc = _encoder(inner)
     W, b = W_enc[:, dead], b_enc[dead]
-    offset = None if sae.transcodes else dict(sae.named_parameters()).get("b_dec")
+    offset = inner.b_in
+    offset = torch.zeros(()) if offset is None else offset.detach().float().cpu()
     best, bare, shortfall = (torch.full((len(dead),), value) for value in (-torch.inf, -torch.inf, torch.inf))
     rows = unit_rows(sae.W_dec.detach().float().cpu())[dead]
-    removed, error = torch.zeros(len(dead), dtype=torch.float64), 0.0
+    removed, error, fired = torch.zeros(len(dead), dtype=torch.float64), 0.0, torch.zeros(sae.d_sae, dtype=torch.bool)
     with sae.evaluating():
         for acts, goal in _rows(cache, tokens):
-            code = sae.encode(acts.to(sae.device)).to("cpu")
-            smallest = torch.full((code.n,), torch.inf).scatter_reduce(
-                0, code.rows()[code.values != 0], code.values[code.values != 0].abs(), "amin"
-            )
-            raw = (acts - offset.detach().cpu()) @ W if offset is not None else acts @ W
+            x = acts.to(sae.device)
+            read = reader(sae, x)[1]
+            code = inner.encode(read).to("cpu").nonzero()
+            fired[code.indices] = True
+            smallest = torch.full((code.n,), torch.inf).scatter_reduce(0, code.rows(), code.values.abs(), "amin")
+            raw = (read.float().cpu() - offset) @ W
             size, plain = ((raw + b).abs(), raw.abs()) if sae.signed else (raw + b, raw)
             best, bare = torch.maximum(best, size.amax(0)), torch.maximum(bare, plain.amax(0))
             shortfall = torch.minimum(shortfall, (smallest[:, None] - size).amin(0))
-            recon = sae.reconstruct(acts.to(sae.device), code.to(sae.device)).float().cpu()
-            residual = goal - recon
+            recon = sae(x) if inner is not sae else sae.reconstruct(x, code.to(sae.device))
+            residual = goal - recon.float().cpu()
             along = residual @ rows.T
             removed += (along if sae.signed else along.clamp_min(0.0)).double().square().sum(0)
             error += float(residual.double().square().sum())
     gain = removed / error if error else removed
-    return [best.numpy(), bare.numpy(), shortfall.numpy(), gain.numpy()]
+    found = zip(EVIDENCE, (best, bare, shortfall, gain), strict=True)
+    return {name: values.numpy() for name, values in found} | {"fires": fired[dead].numpy()}
 
 
 def _rows(

@@ -22,8 +22,8 @@ class AxisScore:
     Near 1 the poles share their contexts: opposite values of one variable. Near 0 they share only a direction: two
     features that the dictionary packed into one latent. ``verdict`` is "one axis" from 0.7 on, "two features" up to
     0.3, "mixed" in between, "one-sided" where a pole fires too rarely, "too few examples" where it fires and the index
-    keeps too few windows of it, and "diffuse" where windows of one pole are no more alike than those of different
-    latents, so that the ratio is meaningless.
+    keeps too few windows of it, or of other text, and "diffuse" where windows of one pole are no more alike than those
+    of different latents, so that the ratio is meaningless.
     """
 
     score: float
@@ -45,7 +45,7 @@ def axis_score(index: FeatureIndex, latent: int, *, reach: int = 8, fewest: int 
     windows = [_tokens(example, reach) for example in _unrelated(index)]
     poles = [[_tokens(example, reach) for example in _firing(index.examples(latent, pole))] for pole in (1, -1)]
     backdrop, *bags = _bags(windows, poles)
-    if min(map(len, poles)) < fewest:
+    if min(map(len, (windows, *poles))) < fewest:
         rare = min(index.latent(latent, pole)["count"] for pole in (1, -1)) < fewest
         verdict = "one-sided" if rare else "too few examples"
         return AxisScore(nan, nan, nan, _mean_similarity(backdrop, None), verdict)

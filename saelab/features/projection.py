@@ -31,7 +31,7 @@ def lay_out(sae: SAE, keep: np.ndarray | None = None, most: int = MOST, seed: in
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    chosen = np.arange(sae.d_sae) if keep is None else np.asarray(keep)
+    chosen = np.arange(sae.n_features) if keep is None else np.asarray(keep)
     if len(chosen) > most:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, most, replace=False))
     if len(chosen) < 4:

@@ -50,11 +50,12 @@ def write_dashboard(
     folder, meta = Path(folder), index.meta
     if folder.exists():
         raise UserError(f"{folder} exists; name a new folder")
-    if sae.d_sae != index.d_sae:
-        raise UserError(f"the SAE has {sae.d_sae} latents, the index of {index.run_folder} {index.d_sae}; use its own")
+    if index.d_sae not in (sae.n_features, sae.d_sae):
+        both = f"the SAE has {sae.n_features} latents, the index of {index.run_folder} {index.d_sae}"
+        raise UserError(f"{both}; use its own")
     if max_latents is not None and max_latents < 1:
         raise UserError(f"max_latents={max_latents} must be at least 1")
-    shown = min(max_latents or index.d_sae, index.d_sae)
+    shown = min(max_latents or sae.n_features, sae.n_features)
     alive = index.table().set_index(["latent", "pole"])["count"]
     wanted = [(j, pole) for pole in index.poles for j in range(shown) if alive.loc[(j, pole)] > 0]
     numbers = [_number(j, pole, index.d_sae) for j, pole in wanted]

@@ -177,7 +177,7 @@ def counterparts(
     unit = unit_rows(direction.detach().float()[None])[0]
     found = {}
     for name, sae in others.items():
-        rows = sae.W_dec.detach().float()
+        rows = sae.directions.detach().float()
         # No copy of the dictionary is made: this runs whenever a latent's page is drawn.
         cosines = rows @ unit / rows.norm(dim=1).clamp_min(1e-30)
         best = int((cosines.abs() if signed or sae.signed else cosines).argmax())

@@ -89,7 +89,7 @@ def effects(sae: SAE, x: Float[Tensor, " d_in"], grad: Float[Tensor, " d_in"]) -
 
     ``grad`` is the loss's gradient at ``x``. Removing a latent changes the loss by ``-effect`` to first order.
     """
-    code = sae.encode(x[None].to(sae.device), grad[None].to(sae.device)).nonzero()
+    code = sae.features(sae.encode(x[None].to(sae.device), grad[None].to(sae.device))).nonzero()
     slope = sae.W_dec[code.indices] @ grad.to(sae.W_dec)
     rows = zip(code.indices.tolist(), code.values.tolist(), slope.tolist(), (code.values * slope).tolist())
     return sorted((Effect(*row) for row in rows), key=lambda e: -abs(e.effect))

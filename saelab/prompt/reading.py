@@ -157,4 +157,4 @@ def _encode(sae: SAE, x: Tensor, grads: Tensor | None) -> tuple[SparseCode, Tens
         )
     own = x.to(sae.device)
     code = sae.encode(own, None if grads is None else grads.to(sae.device))
-    return code, sae.reconstruct(own, code).to(x.device)
+    return sae.features(code), sae.reconstruct(own, code).to(x.device)

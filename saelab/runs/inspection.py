@@ -41,14 +41,13 @@ def inspect(
     """
     run = Run.open(path, **options)
     sae, metadata, notes = run.sae, run.recorded, run.notes
-    W_dec: Tensor = sae.W_dec.float()
-    norms = W_dec.norm(dim=1)
+    norms = sae.directions.float().norm(dim=1)
     facts = {
         "path": str(path),
         "format": run.format,
         "variant": sae.variant,
         "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
+        "d_sae": sae.n_features,
         "parameters": sum(p.numel() for p in sae.parameters()),
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "config": {k: v for k, v in sae.config.items() if k not in {"d_in", "d_sae"}},
@@ -86,7 +85,7 @@ def _encoder(sae: SAE, facts: dict[str, Any], notes: list[str]) -> None:
     facts["dead_estimate_from"] = "collapsed encoders"
     if sae.transcodes:
         return  # the two directions of a latent lie in different spaces
-    alignment = torch.nn.functional.cosine_similarity(W_enc.float().T, sae.W_dec[: W_enc.shape[1]].float(), dim=1)
+    alignment = torch.nn.functional.cosine_similarity(W_enc.float().T, sae.directions.float(), dim=1)
     facts["encoder_decoder_cosine"] = alignment.median().item()
     if alignment.median() < 0:
         notes.append("encoder and decoder point in opposite directions: a transposed or wrong matrix?")
@@ -96,7 +95,7 @@ def _recorded(path: Path, sae: SAE, facts: dict[str, Any]) -> None:
     """What the folder itself says about dead latents: SAELens' firing rates, or our own evaluation."""
     if (path / SPARSITY).is_file():
         rates = read_tensors(path / SPARSITY).get("sparsity")
-        if isinstance(rates, Tensor) and rates.shape == (sae.d_sae,):
+        if isinstance(rates, Tensor) and rates.shape == (sae.n_features,):
             facts["dead_estimate"], facts["dead_estimate_from"] = int((rates < SILENT).sum()), SPARSITY
         return
     file = path / EVALUATION
@@ -111,7 +110,7 @@ def _recorded(path: Path, sae: SAE, facts: dict[str, Any]) -> None:
 def _measured(sae: SAE, cache: ActivationCache, max_rows: int, facts: dict[str, Any]) -> None:
     if cache.d_in != sae.d_in:
         raise UserError(f"the SAE reads d_in={sae.d_in}, {cache.path} holds d_in={cache.d_in}; use the cache it saw")
-    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    fired = torch.zeros(sae.n_features, dtype=torch.bool)
     check_target(sae, cache)
     error = square = 0.0
     rows, mean = 0, torch.tensor(cache.goal.manifest.mean, dtype=torch.float64)
@@ -119,7 +118,7 @@ def _measured(sae: SAE, cache: ActivationCache, max_rows: int, facts: dict[str, 
     for batch in cache.head(max_rows):
         x = batch.acts
         code = sae.encode(x.to(sae.device))
-        fired[code.indices[code.values != 0].cpu().long()] = True
+        fired[sae.features(code).nonzero().indices.cpu().long()] = True
         goal = x if batch.target is None else batch.target
         error += (goal - sae.reconstruct(x.to(sae.device), code).cpu()).double().square().sum().item()
         y = goal.double() - mean  # of the whole cache: close enough to lose no digits, and replaced below

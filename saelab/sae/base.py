@@ -194,9 +194,23 @@ class SAE(nn.Module, ABC):
         return self.d_sae - self.n_bookkeeping
 
     @property
+    def directions(self) -> Float[Tensor, "n_features d_out"]:
+        """The rows of ``W_dec`` that stand for features."""
+        return self.W_dec[: self.n_features]
+
+    def features(self, code: SparseCode) -> SparseCode:
+        """A code of this SAE without bookkeeping latents: they are in every token's reconstruction."""
+        return code.first(self.n_features) if self.n_bookkeeping else code
+
+    @property
     def selects_by_gradient(self) -> bool:
         """Whether codes in eval mode depend on ``grads``, which contain the next token."""
         return False
+
+    @property
+    def b_in(self) -> Tensor | None:
+        """The vector that is subtracted from the input before it is encoded: ``b_dec``, unless overridden, or None."""
+        return self.b_dec
 
     def inference_threshold(self) -> Tensor | None:
         """The threshold on pre-activations in eval mode, a number or ``[d_sae]``; None where k or the sign decides."""

@@ -67,6 +67,10 @@ class MatchingPursuit(SAE, variant="matching_pursuit"):
         self.register_buffer("residual_stop", torch.tensor(residual_stop, dtype=torch.float64))
         self.b_dec.requires_grad_(use_b_dec)
 
+    @property
+    def b_in(self) -> Tensor | None:
+        return self.b_dec if self.use_b_dec else None
+
     def encode(
         self,
         x: Tensor,
@@ -80,8 +84,7 @@ class MatchingPursuit(SAE, variant="matching_pursuit"):
         stop = self.residual_stop.item() if residual_stop is None else residual_stop
         if not stop >= 0:
             raise UserError(f"residual_stop={stop} must be 0 or more")
-        b_dec = self.b_dec if self.use_b_dec else None
-        return SparseCode(*kernels.pursuit(x, self.W_dec, b_dec, steps, stop, self.stop_on_repeat), self.d_sae)
+        return SparseCode(*kernels.pursuit(x, self.W_dec, self.b_in, steps, stop, self.stop_on_repeat), self.d_sae)
 
     def extra_losses(self, x: Tensor, code: SparseCode, error: Tensor) -> dict[str, Tensor]:
         """Draw silent atoms towards the mean residual, once more than ten are (Overcomplete's recommendation)."""
@@ -127,8 +130,8 @@ class MatchingPursuit(SAE, variant="matching_pursuit"):
     def replay(self, x: Tensor) -> tuple[list[PursuitStep], float]:
         """The steps of the pursuit on a token ``x [d_in]``, and the norm of the residual it starts from."""
         residual, stop = x.to(self.W_dec), self.residual_stop.item()
-        if self.use_b_dec:
-            residual = residual - self.b_dec
+        if self.b_in is not None:
+            residual = residual - self.b_in
         start, taken, made = float(residual.norm()), set(), []
         for _ in range(self.n_steps):
             if float(residual.norm()) <= stop:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab.errors import UserError
@@ -87,21 +88,23 @@ class Normalised(SAE):
             raise UserError(
                 f"an SAE that reads normalised activations ({self.normalize}) cannot be trained here; train a new one"
             )
-        numbers: list[Tensor] = []  # of each token, [n]; the bookkeeping latents' values
+        normed, scale, mean = self.normed(x)
+        # Of each token, [n]; the bookkeeping latents' values.
+        numbers = [number[:, 0] for number, kept in ((scale, self.scales), (mean, self.shifts)) if kept]
+        return self._with_bookkeeping(self.inner.encode(normed), scale[:, 0], numbers)
+
+    def normed(self, x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the inner SAE reads, and the scale and the mean ``[n, 1]`` of each token, which it does not see."""
         mean = x.mean(dim=1, keepdim=True) if self.shifts else torch.zeros_like(x[:, :1])
         centred, scale = x - mean, torch.ones_like(x[:, :1])
         if self.normalize == "layer_norm":
             scale = centred.std(dim=1, keepdim=True)
             # The input is divided by the deviation plus epsilon, the output multiplied by the deviation alone.
-            code = self.inner.encode(centred / (scale + EPSILON))
-        elif self.normalize == "constant_norm_rescale":
+            return centred / (scale + EPSILON), scale, mean
+        if self.normalize == "constant_norm_rescale":
             scale = x.norm(dim=1, keepdim=True) / self.d_in**0.5
-            code = self.inner.encode(x / scale.clamp_min(torch.finfo(x.dtype).tiny))
-        else:
-            code = self.inner.encode(centred)
-        numbers += [scale[:, 0]] if self.scales else []
-        numbers += [mean[:, 0]] if self.shifts else []
-        return self._with_bookkeeping(code, scale[:, 0], numbers)
+            return x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale, mean
+        return centred, scale, mean
 
     def _with_bookkeeping(self, code: SparseCode, scale: Tensor, numbers: list[Tensor]) -> SparseCode:
         n, device, count = code.n, code.device, len(numbers)
@@ -111,6 +114,11 @@ class Normalised(SAE):
         order = rows.argsort(stable=True)
         row_ptr = code.row_ptr + count * torch.arange(n + 1, device=device)
         return SparseCode(values[order], torch.cat([code.indices, own])[order], row_ptr, self.d_sae)
+
+
+def reader(sae: SAE, x: Float[Tensor, "n d_in"]) -> tuple[SAE, Float[Tensor, "n d_in"]]:
+    """The SAE whose encoder reads activations, and what it reads of ``x``: the inner one, of normalised activations."""
+    return (sae.inner, sae.normed(x)[0]) if isinstance(sae, Normalised) else (sae, x)
 
 
 def restore(variant: str, config: Mapping[str, Any]) -> SAE:

@@ -126,7 +126,7 @@ def _summary(
     fvu, low, high = two_way(np.stack([part["squared_error"] for part in own]), deviations)
     means = {column: [row[column] for row in members if row.get(column) is not None] for column in MEANS}
     saes = [load_sae(folder / row["folder"]) for row in members] if len(members) > 1 else []
-    stable = [shared_fraction(a.W_dec, b.W_dec, signed=a.signed) for a, b in itertools.combinations(saes, 2)]
+    stable = [shared_fraction(a.directions, b.directions, signed=a.signed) for a, b in itertools.combinations(saes, 2)]
     first = members[0]
     return {
         "name": name,

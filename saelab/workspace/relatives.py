@@ -83,7 +83,7 @@ def chance_cosine(sae: SAE, other: SAE) -> float:
     lie where no dictionary has rows. Where either SAE is signed, a row counts as close with its negative, too.
     """
     generator = torch.Generator().manual_seed(0)
-    own, theirs = (unit_rows(one.W_dec.detach().float().cpu()) for one in (sae, other))
+    own, theirs = (unit_rows(one.directions.detach().float().cpu()) for one in (sae, other))
     directions = unit_rows(torch.randn(DIRECTIONS, len(own), generator=generator) @ own)
     cosines = directions @ theirs.T
     return float((cosines.abs() if sae.signed or other.signed else cosines).amax(1).mean())

@@ -240,7 +240,7 @@ def test_two_sided_latents_and_antipodal_pairs():
     one_sided = Firings(
         torch.cat([latents, latents + 1]), torch.cat([values, values.abs()]), torch.cat([tokens, tokens]), 400, 3
     )
-    sae = SimpleNamespace(W_dec=torch.eye(3))
+    sae = SimpleNamespace(directions=torch.eye(3))
     got = two_sidedness(sae, one_sided)
     assert got["two_sided_fraction"].value == 0.5  # of the two living latents
     assert got["two_sided_axes"].value == 1
@@ -256,7 +256,7 @@ def test_two_sided_latents_and_antipodal_pairs():
     W = torch.tensor([[1.0, 0], [0, 1], [-1, 0.1], [-0.2, -1]])
     assert {frozenset(p) for p in opposite_pairs(W)} == {frozenset({0, 2}), frozenset({1, 3})}
     unsigned = Firings(both.latents, both.values.abs(), both.tokens, 400, 4)
-    got = two_sidedness(SimpleNamespace(W_dec=W), unsigned)
+    got = two_sidedness(SimpleNamespace(directions=W), unsigned)
     assert got["two_sided_axes"].value == 0  # the partners never fire
 
 

@@ -13,6 +13,7 @@ from saelab.features import FeatureIndex, IndexConfig, build_index
 from saelab.features.by_example import find_by_example
 from saelab.features.health import CAUSES, audit_dense, causes_of_death
 from saelab.features.poles import axis_score
+from saelab.sae.normalised import Normalised
 
 CONTEXT = 16
 
@@ -113,6 +114,65 @@ def test_the_gain_of_reviving_is_that_of_the_best_activation(tmp_path: Path, var
     assert causes_of_death(sae, counts)["gain"].isna().all()
 
 
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale", "center", None])
+def test_pre_activations_are_those_that_the_encoder_computes(tmp_path: Path, normalize: str | None) -> None:
+    """Of SAEs that read normalised activations, and of those that do not subtract the decoder's bias."""
+    torch.manual_seed(0)
+    inner, acts = build("batch_topk", 6, 12, k=2, apply_b_dec_to_input=False).eval(), 3 * torch.randn(200, 6) + 5
+    parameters = dict(inner.named_parameters())
+    with torch.no_grad():
+        parameters["b_dec"].copy_(4 * torch.randn(6))
+        parameters["b_enc"].copy_(torch.randn(12))
+        parameters["b_enc"][8:] -= 100
+    buffers = dict(inner.named_buffers())  # a threshold of 1
+    buffers["threshold.total"].fill_(1.0), buffers["threshold.weight"].fill_(1.0)
+    sae = inner if normalize is None else Normalised(inner, normalize).eval()
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts)
+    wide = acts.double()
+    mean, norm = wide.mean(1, keepdim=True), wide.norm(dim=1, keepdim=True)
+    read = {
+        "layer_norm": (wide - mean) / (wide.std(1, keepdim=True) + 1e-5),
+        "constant_norm_rescale": wide / norm * 6**0.5,
+        "center": wide - mean,
+        None: wide,
+    }[normalize]
+    bare = read @ parameters["W_enc"].detach().double()
+    pre_acts = bare + parameters["b_enc"].detach().double()
+    counts = (sae.encode(acts).dense() != 0).sum(0).numpy()
+    assert (counts[8:12] == 0).all() and (counts[12:] == 200).all()
+    table = causes_of_death(sae, counts, cache).set_index("latent")
+    assert set(range(8, 12)) <= set(table.index) < set(range(12))  # bookkeeping latents are none
+    assert set(table["neighbour"]) < set(range(12))
+    dead = torch.tensor(table.index.tolist())
+    assert table["best"].to_numpy() == pytest.approx(pre_acts[:, dead].amax(0).numpy(), rel=1e-4, abs=1e-4)
+    assert table["best_without_bias"].to_numpy() == pytest.approx(bare[:, dead].amax(0).numpy(), rel=1e-4, abs=1e-4)
+    won = pre_acts.masked_fill(pre_acts <= 1.0, torch.inf).amin(1, keepdim=True)
+    assert table["shortfall"].to_numpy() == pytest.approx((won - pre_acts[:, dead]).amin(0).numpy(), rel=1e-4, abs=1e-4)
+    assert table["encoder_norm"].to_numpy() == pytest.approx(
+        parameters["W_enc"].detach().norm(dim=0)[dead].numpy(), rel=1e-5
+    )
+
+
+def test_a_gate_without_magnitude_is_no_competition(tmp_path: Path) -> None:
+    sae, acts = build("gated", 6, 8).eval(), torch.randn(200, 6)
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts)
+    parameters = dict(sae.named_parameters())
+    with torch.no_grad():
+        parameters["b_mag"][6] = -100.0
+        parameters["b_enc"][7] = -100.0
+    counts = (sae.encode(acts).dense() != 0).sum(0).numpy()
+    table = causes_of_death(sae, counts, cache).set_index("latent")
+    assert table["cause"].to_dict() == {6: "no magnitude", 7: "bias too low"}
+
+
+def test_a_latent_that_fires_on_other_tokens_is_rare(tmp_path: Path) -> None:
+    sae, acts = build("topk", 6, 8, k=2).eval(), torch.randn(200, 6)
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts)
+    first = (sae.encode(acts[:1]).dense() != 0).sum(0).numpy()  # an index of the first token
+    table = causes_of_death(sae, first, cache)
+    assert len(table) == 6 and set(table["cause"]) == {"rare"}
+
+
 def test_without_activations_only_the_weights_speak(tmp_path: Path) -> None:
     sae, _, _ = clinic(tmp_path)
     table = causes_of_death(sae, np.array([9, 9, 9, 0, 0, 0, 0, 0]))
@@ -205,3 +265,5 @@ def test_poles_in_the_same_contexts_are_one_axis(tmp_path: Path) -> None:
     # Both poles fire often: it is the index that keeps too little of them.
     few = make(tmp_path / "few", code.view(-1, 3), tokens.view(-1), config=IndexConfig(top=3, band=0, random=0))
     assert [axis_score(few, latent).verdict for latent in range(3)] == [*["too few examples"] * 2, "one-sided"]
+    alone = make(tmp_path / "alone", code.view(-1, 3), tokens.view(-1), config=IndexConfig(silent=0))
+    assert axis_score(alone, 0).verdict == "too few examples"

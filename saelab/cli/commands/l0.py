@@ -20,6 +20,7 @@ from saelab.evaluation.reconstruction import check_pair
 from saelab.layout import SWEEP_TABLE
 from saelab.metrics import decoder_projections, mean_cosine
 from saelab.runs import Run
+from saelab.sae.normalised import reader
 from saelab.sweep import load_results
 from saelab.sweep.caches import apart
 from saelab.sweep.guidance import Point, guidance
@@ -103,18 +104,19 @@ def measure(runs: Sequence[Run], cache: ActivationCache, tokens: int, places: Se
     x = cache.read(cache.spread_rows(tokens, "held_out")).acts
     measured = []
     for run in runs:
-        code = run.sae.encode(x.to(run.sae.device))
+        code = run.sae.features(run.sae.encode(x.to(run.sae.device)))
         measured.append((run, float((code.values != 0).sum()) / code.n))
-    most, narrowest = max(l0 for _, l0 in measured), min(run.sae.d_sae for run in runs)
+    most, narrowest = max(l0 for _, l0 in measured), min(run.sae.n_features for run in runs)
     chosen = places or tuple(dict.fromkeys(round(f * most) for f in (1.5, 2) if 1 <= f * most < narrowest))
     rows = []
     kinds = groups(runs)
     for run, l0 in sorted(measured, key=lambda pair: pair[1]):
         sae = run.sae
-        values = decoder_projections(x, sae.W_dec.cpu(), sae.b_dec.cpu(), chosen, sae.signed)
+        inner, read = reader(sae, x.to(sae.device))
+        values = decoder_projections(read.cpu(), sae.directions.cpu(), inner.b_dec.cpu(), chosen, sae.signed)
         seed = _trained(run).get("seed", 0)
         group = kinds[runs.index(run)]
-        rows.append(Row(run.name, group, seed, l0, mean_cosine(sae.W_dec), dict(zip(chosen, values))))
+        rows.append(Row(run.name, group, seed, l0, mean_cosine(sae.directions), dict(zip(chosen, values))))
     return rows
 
 

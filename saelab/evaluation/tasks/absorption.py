@@ -22,7 +22,6 @@ from torch import Tensor
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
 from saelab.errors import UserError
-from saelab.evaluation.reconstruction import features
 from saelab.evaluation.tasks.probing import Standardised, logistic
 from saelab.sae import SAE
 
@@ -85,8 +84,8 @@ def absorption(
     test = (np.random.default_rng(seed).permutation(known.size) < known.size // 4)[which]
     x = acts.numpy()
     with torch.no_grad():
-        z = features(sae, sae.encode(acts.to(sae.device))).to("cpu").dense().numpy()
-        D = sae.W_dec.detach()[: z.shape[1]].cpu().numpy()
+        z = sae.features(sae.encode(acts.to(sae.device))).to("cpu").dense().numpy()
+        D = sae.directions.detach().cpu().numpy()
     if (z < 0).any():
         z, D = np.concatenate([z.clip(0), (-z).clip(0)], axis=1), np.concatenate([D, -D])
     chosen = [c for c in sorted(set(letters)) if (letters == c).sum() >= min_letter]

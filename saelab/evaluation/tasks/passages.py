@@ -17,7 +17,6 @@ from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
 from saelab.data.text.files import json_lines
 from saelab.errors import UserError
-from saelab.evaluation.reconstruction import features
 from saelab.lm.offload import device_of
 from saelab.lm.sites import Site
 from saelab.lm.structure import Reached
@@ -80,13 +79,13 @@ def pool(sae: SAE, passages: Passages, batch_size: int = 4096) -> Pooled:
     positive, negative = torch.zeros(n * d_sae), torch.zeros(n * d_sae)
     for start in range(0, passages.acts.shape[0], batch_size):
         part = slice(start, start + batch_size)
-        code = features(sae, sae.encode(passages.acts[part].to(sae.device))).to("cpu")
+        code = sae.features(sae.encode(passages.acts[part].to(sae.device))).to("cpu")
         at = passages.owner[part][code.rows()] * d_sae + code.indices
         positive.index_add_(0, at, code.values.clamp_min(0))
         negative.index_add_(0, at, code.values.clamp_max(0))
     size = torch.bincount(passages.owner, minlength=n).clamp_min(1)[:, None]
     up, down = positive.view(n, d_sae) / size, negative.view(n, d_sae) / size
-    D = sae.W_dec.detach()[:d_sae].cpu()
+    D = sae.directions.detach().cpu()
     z, directions = (torch.cat([up, -down], 1), torch.cat([D, -D])) if bool((down != 0).any()) else (up, D)
     return Pooled((x / size).numpy(), z.numpy(), directions.numpy(), (up + down).numpy())
 

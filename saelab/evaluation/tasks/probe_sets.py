@@ -26,7 +26,6 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from saelab.errors import UserError, damaged, near_matches
-from saelab.evaluation.reconstruction import features
 from saelab.evaluation.tasks.probing import fitted
 from saelab.lm.limits import position_limit
 from saelab.lm.offload import device_of
@@ -260,5 +259,5 @@ def _estimate(key: str, values: np.ndarray) -> Estimate:
 @torch.no_grad()
 def encode(sae: SAE, x: Activations, batch_size: int = 4096) -> Float[np.ndarray, "prompts d_sae"]:
     """The codes, dense; latents that fire on no prompt are columns of zeros."""
-    codes = [features(sae, sae.encode(part.to(sae.device))) for part in torch.from_numpy(x).split(batch_size)]
+    codes = [sae.features(sae.encode(part.to(sae.device))) for part in torch.from_numpy(x).split(batch_size)]
     return torch.cat([code.to("cpu").dense() for code in codes]).numpy()

@@ -18,7 +18,6 @@ from torch import Tensor
 from saelab.data.cache import ActivationCache
 from saelab.data.cache.reader import Split
 from saelab.errors import UserError
-from saelab.evaluation.reconstruction import features
 from saelab.metrics.dictionary import living_rows
 from saelab.metrics.intervals import Estimate, bootstrap, proportion
 from saelab.sae import SAE
@@ -46,7 +45,7 @@ def collect(
     """Encode up to ``max_tokens`` rows in corpus order and keep every non-zero entry."""
     parts, done = [], 0
     for batch in cache.head(max_tokens, batch_size, split=split):
-        code = features(sae, sae.encode(batch.acts.to(sae.device))).nonzero().to("cpu")
+        code = sae.features(sae.encode(batch.acts.to(sae.device))).nonzero().to("cpu")
         parts.append((code.indices, code.values, batch.tokens[code.rows()]))
         done += code.n
     return Firings(*(torch.cat(column) for column in zip(*parts)), n=done, d_sae=sae.n_features)
@@ -117,7 +116,7 @@ def two_sidedness(
         count = len(axes)
         what = f"share of living latents whose rarer pole makes at least {MINORITY:.0%} of their firings"
     else:
-        pairs = [(i, j) for i, j in opposite_pairs(sae.W_dec[: firings.d_sae]) if up[i] and up[j]]
+        pairs = [(i, j) for i, j in opposite_pairs(sae.directions) if up[i] and up[j]]
         axes = [((i, 1), (j, 1)) for i, j in pairs]
         count = 2 * len(axes)
         what = f"share of living latents in a pair of directions with cosine below {OPPOSITE}"

@@ -98,13 +98,13 @@ def encode_corpus(
     sae: SAE, cache: ActivationCache, corpus: Corpus, folder: Path, config: IndexConfig, report: Progress
 ) -> tuple[Postings, float]:
     """The pass over the cache; returns the codes and the seconds spent in ``sae.encode``."""
-    writer, done, seconds = PostingsWriter(folder, sae.d_sae, config.run_entries), 0, 0.0
+    writer, done, seconds = PostingsWriter(folder, sae.n_features, config.run_entries), 0, 0.0
     size = batch_rows(sae, config)
     with sae.evaluating(), default_precision("auto"), closing(Background()) as background, ExitStack() as stack:
         stack.callback(cache.release)
 
         def keep(code: SparseCode, acts: Tensor, at: int) -> None:
-            writer.add(code)
+            writer.add(sae.features(code))
             # In units in which squares neither overflow nor vanish; a power of two changes no bit, and no correlation.
             corpus.norms[at : at + len(acts)] = (acts * cache.manifest.scale).norm(dim=1).cpu().numpy()
 
@@ -180,7 +180,7 @@ def _meta(sae: SAE, cache: ActivationCache, config: IndexConfig, describer: Desc
         "version": schema.VERSION,
         "variant": sae.variant,
         "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
+        "d_sae": sae.n_features,
         "poles": list(describer.poles),
         "tokens": n_rows,
         "cache": str(cache.path),

@@ -31,6 +31,7 @@ from saelab.features.indexing.statistics import (
 from saelab.features.indexing.words import Words
 from saelab.sae import SAE
 from saelab.sae.base import unit_rows
+from saelab.sae.normalised import Normalised
 
 Columns = dict[str, Any]
 
@@ -60,7 +61,7 @@ class Describer:
         self.occurrences = Occurrences(corpus)
         self.partners = Partners(postings, config.partner_sample, config.partners)
         # Products of all latents with all tokens of the vocabulary, and with all latents, are made where the SAE is.
-        self.W_dec = sae.W_dec.detach().float()
+        self.W_dec = sae.directions.detach().float()
         self.unit = unit_rows(self.W_dec)
         self.lens = None if lens is None else lens.to(sae.device)
         self.weights = _weights(sae)
@@ -123,11 +124,11 @@ class Describer:
 
 def _weights(sae: SAE) -> dict[str, NDArray[np.float32]]:
     """Norms and biases per latent; NaN where the variant has no such parameter."""
-    missing = np.full(sae.d_sae, np.nan, np.float32)
-    parameters = dict(sae.named_parameters())
+    missing = np.full(sae.n_features, np.nan, np.float32)
+    parameters = dict((sae.inner if isinstance(sae, Normalised) else sae).named_parameters())
     encoder, bias = parameters.get("W_enc"), parameters.get("b_enc")
     return {
         "encoder_norm": missing if encoder is None else encoder.detach().float().norm(dim=0).cpu().numpy(),
         "encoder_bias": missing if bias is None else bias.detach().float().cpu().numpy(),
-        "decoder_norm": sae.W_dec.detach().float().norm(dim=1).cpu().numpy(),
+        "decoder_norm": sae.directions.detach().float().norm(dim=1).cpu().numpy(),
     }

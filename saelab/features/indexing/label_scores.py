@@ -46,6 +46,6 @@ def label_scores(
             f1.append(np.nan_to_num(columns["label_score"])[fires])
             pairs = count_tokens(entries.slots(), corpus.counted(entries.rows), len(vocabulary))
             entropy.append(np.asarray(token_statistics(pairs, stop - start, 1)["token_entropy"], np.float64)[fires])
-            report("labels", stop // 2, sae.d_sae)
+            report("labels", stop // 2, sae.n_features)
         del corpus, postings, labeller
     return LabelScores(np.concatenate(f1), np.concatenate(entropy))
