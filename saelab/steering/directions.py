@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from saelab.errors import UserError
 from saelab.lm import model_name
 from saelab.lm.offload import device_of
+from saelab.lm.padding import equally_long, masks_padding
 from saelab.lm.sites import check_replaceable, locate, underlying
-from saelab.lm.tokens import tokenize, tokenizer_of
+from saelab.lm.tokens import token_ids, tokenize, tokenizer_of
 from saelab.steering.attachment import attach
 from saelab.steering.generation import forward
 from saelab.steering.vectors import SteeringVector
@@ -59,20 +60,26 @@ def read_texts(
         raise UserError("give a list of at least one text")
     tokenizer = tokenizer_of(model, tokenizer)
     root, device, site = underlying(model), device_of(model), check_replaceable(locate(model, hook_name))
-    rows, norms = [], []
-    for start in range(0, len(texts), batch_size):
-        ids, mask = (t.to(device) for t in tokenize(tokenizer, texts[start : start + batch_size]))
+    found: list[tuple[int, Tensor, Tensor]] = []  # the place of a text, its row and its norms
+    for batch in _batches(model, tokenizer, texts, batch_size):
+        ids, mask = (t.to(device) for t in tokenize(tokenizer, [texts[place] for place in batch]))
         seen: list[Tensor] = []
         with attach(model, []), site.register(model, lambda x, seen=seen: seen.append(x.to(torch.float32, copy=True))):
             forward(root, ids, mask, last_only=True)
         kept = mask.bool() & ((mask.cumsum(dim=1) > 1) | (mask.sum(dim=1, keepdim=True) == 1))
         kept = kept.to(seen[0].device)  # the blocks of a model may be on several devices
-        norms.append(seen[0][kept].norm(dim=1))
-        if tokens == "last":
-            rows.append(seen[0][:, -1])
-            continue
-        rows.append((seen[0] * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True))
-    return torch.cat(rows).cpu(), torch.cat(norms).cpu()
+        last, mean = seen[0][:, -1], (seen[0] * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
+        norms = seen[0][kept].norm(dim=1).cpu().split(kept.sum(dim=1).tolist())
+        found += zip(batch, (last if tokens == "last" else mean).cpu(), norms)
+    found.sort(key=lambda one: one[0])
+    return torch.stack([row for _, row, _ in found]), torch.cat([norms for *_, norms in found])
+
+
+def _batches(model: nn.Module, tokenizer: Any, texts: Sequence[str], size: int) -> Iterator[Sequence[int]]:
+    """The places of the texts of each batch: in order, or of equally many tokens where the model reads padding."""
+    if masks_padding(model):
+        return (range(start, min(start + size, len(texts))) for start in range(0, len(texts), size))
+    return equally_long([len(token_ids(tokenizer, text)) for text in texts], size)
 
 
 def rms(norms: Float[Tensor, " tokens"]) -> float:

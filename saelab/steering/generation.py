@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from saelab.errors import UserError
 from saelab.lm.limits import check_length, check_tokens
 from saelab.lm.offload import device_of
+from saelab.lm.padding import equally_long, lengths_of, masks_padding, padding_masked, unpadded
 from saelab.lm.sites import underlying
 from saelab.lm.tokens import Prompts, end_ids, tokenize, tokenizer_of, written_text
 from saelab.steering.attachment import attach
 from saelab.steering.interventions import Intervention
+from saelab.steering.rows import part_of
 
 COLDEST = 1e-30  # below it logits over the temperature are not finite in float32
 
@@ -119,6 +122,8 @@ def generate_tokens(
     """
     ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     mask = torch.ones_like(ids) if mask is None else mask
+    if not bool(mask.all()) and not masks_padding(model):
+        return _in_groups(model, ids, mask, interventions, roles, eos=eos, **sampling)
     settings = Sampling(**sampling)
     with attach(model, interventions) as positions, positions.generating(ids.shape[1], roles):
         steps = list(token_steps(model, ids, mask, settings, ends))
@@ -126,6 +131,22 @@ def generate_tokens(
     if not settings.stop_at_eos:
         return rows
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+
+
+def _in_groups(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    interventions: Intervention | Sequence[Intervention],
+    roles: Tensor | None,
+    **options: Any,
+) -> list[list[int]]:
+    """The continuations of a model that reads padding: of rows of equal length at a time."""
+    found: dict[int, list[int]] = {}
+    for rows in equally_long(lengths_of(mask)):
+        own, known = unpadded(ids[rows], mask[rows]), None if roles is None else unpadded(roles[rows], mask[rows])
+        found |= zip(rows, generate_tokens(model, own, None, part_of(interventions, rows), roles=known, **options))
+    return [found[row] for row in range(len(ids))]
 
 
 @dataclass(frozen=True)
@@ -226,7 +247,9 @@ def forward(
         options["past_key_values"] = cache
     if last_only and "logits_to_keep" in inspect.signature(root.forward).parameters:
         options["logits_to_keep"] = 1
-    output = root(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
+    fresh = mask[:, -ids.shape[1] :]
+    with nullcontext() if bool(fresh.all()) else padding_masked(root, fresh):
+        output = root(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
     if isinstance(output, Tensor):
         return output, None
     return output.logits, getattr(output, "past_key_values", None) if use_cache else None

@@ -30,6 +30,20 @@ class OnRows:
         return mask if inner is True else mask & inner
 
 
+def part_of(interventions: Intervention | Sequence[Intervention], rows: Sequence[int]) -> list[Intervention]:
+    """What the interventions on a batch are on a batch of some of its rows, in the given order."""
+    found = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    parts: list[Intervention] = []
+    for intervention in found:
+        where = intervention.where
+        if isinstance(where, OnRows):
+            own = frozenset(place for place, row in enumerate(rows) if row in where.rows)
+            parts += [replace(intervention, where=replace(where, rows=own))] if own else []
+        else:
+            parts.append(intervention)
+    return parts
+
+
 def on_rows(interventions: Intervention | Sequence[Intervention], rows: Iterable[int]) -> list[Intervention]:
     """The interventions, limited to these rows of the batch."""
     interventions = [interventions] if isinstance(interventions, Intervention) else list(interventions)

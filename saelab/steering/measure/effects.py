@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from saelab.devices import in_float64
 from saelab.errors import UserError
 from saelab.lm.offload import device_of
+from saelab.lm.padding import masks_padding
 from saelab.lm.sites import underlying
 from saelab.lm.tokens import Prompts, token_ids, tokenize, tokenizer_of
 from saelab.steering.attachment import attach
@@ -73,7 +74,7 @@ class UnsteeredBaseline:
         self.tokenizer = tokenizer_of(model, tokenizer)
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.concept = concept_tokens(self.tokenizer, concept)
-        device = device_of(model)
+        device, batch_size = device_of(model), batch_size if masks_padding(model) else 1
         self._batches = [
             tuple(t.to(device) for t in tokenize(self.tokenizer, self.prompts[i : i + batch_size]))
             for i in range(0, len(self.prompts), batch_size)
