@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
+from streamlit.proto.BackMsg_pb2 import BackMsg
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from streamlit.proto.NewSession_pb2 import NewSession
+from users import wait_for
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
 from saelab import shipped
 from saelab.cli.commands.app import Options, default_folder, prepare
@@ -37,6 +45,52 @@ def test_an_endpoint_is_named_with_its_model(tmp_path: Path) -> None:
             prepare(Options(tmp_path, **wrong))
 
 
+def started(how: str, folder: Path, port: int) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment of the server; streamlit's own command takes its settings from a file."""
+    if how == "saelab app":
+        return prepare(Options(folder, port=port, model="none"))
+    command = [sys.executable, "-m", "streamlit", "run", "app/streamlit_app.py", f"--server.port={port}"]
+    return command, {**os.environ, "SAELAB_APP_FOLDER": str(folder), "SAELAB_APP_MODEL": "none"}
+
+
+@pytest.mark.parametrize("how", ["saelab app", "streamlit run"])
+def test_a_visit_shows_nothing_of_streamlits_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    # Streamlit offers to install something where it finds the settings of an editor's assistant in the home directory,
+    # unless it is told that it opens no browser.
+    for name in ("SSH_CONNECTION", *(name for name in os.environ if name.startswith("STREAMLIT_"))):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".cursor").mkdir()
+    (tmp_path / "runs").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command, environment = started(how, tmp_path / "runs", port)
+    root = Path(__file__).parents[2]
+    environment |= {"HOME": str(tmp_path), "BROWSER": "true", "PYTHONPATH": str(root)}
+    server = subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/_stcore/health")
+        first = greeting(port)
+    finally:
+        server.terminate()
+        said = server.communicate(timeout=30)[0].decode()
+    assert not first.initialize.recommend_skills_install and not first.config.gather_usage_stats
+    assert "skills" not in said and "usage statistics" not in said, said
+
+
+def greeting(port: int) -> NewSession:
+    """What the server tells a browser first."""
+    address = f"ws://127.0.0.1:{port}/_stcore/stream"
+    with connect(address, subprotocols=[Subprotocol("streamlit")], max_size=None, open_timeout=60) as browser:
+        asked = BackMsg()
+        asked.rerun_script.query_string = ""
+        browser.send(asked.SerializeToString())
+        while True:
+            said = ForwardMsg()
+            said.ParseFromString(browser.recv(timeout=60))
+            if said.WhichOneof("type") == "new_session":
+                return said.new_session
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs a terminal")
 def test_a_first_run_asks_for_nothing(tmp_path: Path) -> None:
     import pty
@@ -49,10 +103,11 @@ def test_a_first_run_asks_for_nothing(tmp_path: Path) -> None:
     environment |= {"HOME": str(tmp_path), "BROWSER": "true", "PYTHONPATH": str(Path(__file__).parents[2])}
     server = subprocess.Popen(command, env=environment, stdin=ours, stdout=ours, stderr=ours, cwd=tmp_path)
     os.close(ours)
-    said = b""
     try:
-        while b"http://127.0.0.1" not in said and (part := os.read(terminal, 4096)):
-            said += part
+        wait_for(f"http://127.0.0.1:{port}/_stcore/health")  # it would wait for an answer before it serves
+        os.set_blocking(terminal, False)
+        with contextlib.suppress(BlockingIOError):
+            said = os.read(terminal, 4096)
             assert b"email" not in said.lower(), said
     finally:
         server.kill()

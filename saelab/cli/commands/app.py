@@ -127,6 +127,7 @@ def prepare(options: Options) -> tuple[list[str], dict[str, str]]:
         "--server.fileWatcherType=none",
         "--server.showEmailPrompt=false",
         "--browser.gatherUsageStats=false",
+        "--logger.hideWelcomeMessage=true",  # and the offer to install something for assistants, on the page as well
     ]
     environment = {**os.environ, "SAELAB_APP_FOLDER": str(options.folder.resolve())}
     for name in ("SAELAB_APP_MODEL", "SAELAB_APP_READ_ONLY", TOKEN):
