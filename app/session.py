@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, TypedDict
 from urllib.parse import quote
 
@@ -169,17 +169,31 @@ def say_missing() -> None:
     )
 
 
-def say_gone(key: str) -> None:
-    """Say which further SAEs an address names that are not in the folder; call it before the field of that key.
+def say_left_out(key: str, taken: Collection[str], why: Callable[[Run], str]) -> None:
+    """Say which further SAEs an address names that a page cannot take; call it before the field of that key.
 
-    A field drops what it does not know, and would show its default as if that had been asked for.
+    A field drops what it does not know, and would show its default as if that had been asked for. ``taken`` are the
+    names that it knows; ``why`` says of any other SAE of the folder what keeps it out.
     """
-    names = {name for run in workspace().runs for name in (run, viz.visible(run))}
-    asked = st.query_params.get_all(key)
-    gone = [text for text in asked if not any(text == name or text.startswith(f"{name} ") for name in names)]
-    if gone:
-        said = ", ".join(f"**{viz.markdown(text[:80])}**" for text in gone)
-        st.warning(f"This address also names {said}: not below {workspace().root.name}.", icon=":material/link_off:")
+    runs, root = workspace().runs, workspace().root.name
+    for text in st.query_params.get_all(key):
+        # The field may show more than the name; of several that begin alike the longest is meant.
+        names = [name for name in runs if any(f"{text} ".startswith(f"{said} ") for said in (name, viz.visible(name)))]
+        name = max(names, key=len, default=None)
+        if name in taken:
+            continue
+        said = f"**{viz.markdown(text[:80] if name is None else name)}**"
+        reason = f"not below {root}." if name is None else f"left out, because {viz.markdown(why(runs[name]))}."
+        st.warning(f"This address also names {said}: {reason}", icon=":material/link_off:")
+
+
+def say_unknown(key: str, known: Collection[str]) -> None:
+    """Say what else an address names that is not in the folder, in whose place the field of that key shows another."""
+    there = {viz.visible(name) for name in known}
+    for text in st.query_params.get_all(key):
+        if text not in there:
+            said, root = viz.markdown(text[:80]), workspace().root.name
+            st.warning(f"This address also names **{said}**: not below {root}.", icon=":material/link_off:")
 
 
 def say_empty() -> None:

@@ -19,6 +19,7 @@ from saelab.runs import Run
 from saelab.steering import Recipe, Scale
 from saelab.workspace import recipes as saved
 from saelab.workspace import steering
+from saelab.workspace.relatives import other_model
 
 OPEN = ":material/open_in_full:"
 OPERATIONS = {
@@ -43,14 +44,19 @@ class Explained(NamedTuple):
 
 def companions(run: Run) -> dict[str, Run]:
     """Other SAEs of the folder that may stand beside this one: of the same model, at another place."""
-    here, model = run.metadata.get("hook_name"), run.model_name
-    return {
-        name: other
-        for name, other in loaders.workspace().runs.items()
-        if other.has_weights
-        and other.metadata.get("hook_name") not in (None, here)
-        and (other.model_name == model or None in (other.model_name, model))
-    }
+    return {name: other for name, other in loaders.workspace().runs.items() if not not_beside(run, other)}
+
+
+def not_beside(run: Run, other: Run) -> str:
+    """Why an SAE cannot stand beside this one; empty where it can."""
+    place = other.metadata.get("hook_name")
+    if not other.has_weights:
+        return "it has no weights yet"
+    if place is None:
+        return "its files do not record its hook point"
+    if place == run.metadata.get("hook_name"):
+        return f"it reads {place}, as {run.name} does, and one SAE stands at each place"
+    return f"it is of another model, {other.model_name}" if other_model(run, other) else ""
 
 
 def explain(runs: list[Run], prompt: str, target: str, against: str, settings: dict[str, Any]) -> AttributionGraph:

@@ -20,6 +20,8 @@ from saelab.prompt.reading import Reading
 from saelab.runs import Run
 from saelab.runs.language_model import untrained_start
 from saelab.sae.base import PursuitStep
+from saelab.viz.axes import shortened
+from saelab.workspace.relatives import apart, other_model
 
 SHOWN = 14  # latents of the ranking
 WINDOW = 60  # tokens that a chart can name
@@ -156,7 +158,7 @@ def strongest(run: Run, reading: Reading, position: int, how: How) -> None:
         rows = np.array([reading.trace(latent)[start:stop] for latent, _ in best])
         # On the first token an attention sink is many times as strong as anything behind it.
         untrained = max(0, reading.first - start)
-        figure = viz.heatmap(rows, names(run, best), reading.strings[start:stop], page.colours(), first=untrained)
+        figure = viz.heatmap(rows, full_names(run, best), reading.strings[start:stop], page.colours(), first=untrained)
         page.chart(figure, alt="Activation of the first latents of the ranking on each token", key="prompt_heatmap")
         where = "" if stop - start == reading.n else f" Tokens {start} to {stop - 1}, around the chosen one."
         st.caption(f"The first {len(best)} of {len(found):,} active latents.{where}{left_out(hidden)}")
@@ -166,6 +168,11 @@ def strongest(run: Run, reading: Reading, position: int, how: How) -> None:
 
 def left_out(hidden: int) -> str:
     return f" {hidden} dense ones are hidden." if hidden else ""
+
+
+def not_beside(run: Run, other: Run) -> str:
+    """Why an SAE cannot read the activations that another one reads."""
+    return apart(run, other) or "one of the two was trained with a token at the start of each text, the other without"
 
 
 def side_by_side(runs: list[Run], reading: Reading, how: How) -> None:
@@ -183,6 +190,8 @@ def side_by_side(runs: list[Run], reading: Reading, how: How) -> None:
                 f"{np.mean(own.l0()[own.first :]):.1f} active latents and {lost:.1%} of the squared norm lost, means "
                 "over the tokens"
             )
+            if other_model(runs[0], run):
+                st.caption(f"Trained on another model, {viz.markdown(str(run.model_name))}.")
             found, hidden = ranked(run, own, how)
             chosen = ranked_table(run, own, found[:SHOWN], key=f"prompt_beside_{run.name}")
             by = "" if ranking(run, how) == how.by else " Ranked by activation, because it has no feature index."
@@ -227,17 +236,23 @@ def names(run: Run, found: list[tuple[int, float]]) -> list[str]:
     return [f"#{latent} {label}".strip() for (latent, _), label in zip(found, labels(run, found))]
 
 
+def full_names(run: Run, found: list[tuple[int, float]]) -> list[str]:
+    """``#12`` and the whole label."""
+    return [f"#{latent} {label}".strip() for (latent, _), label in zip(found, full_labels(run, found))]
+
+
 def labels(run: Run, found: list[tuple[int, float]]) -> list[str]:
     """The start of each (latent, activation)'s label; empty without an index."""
+    return [shortened(label, 28) for label in full_labels(run, found)]
+
+
+def full_labels(run: Run, found: list[tuple[int, float]]) -> list[str]:
+    """The label of each (latent, activation); empty without an index."""
     if not run.has_index:
         return [""] * len(found)
     index = loaders.need_index(run)
     rows = [index.latent(latent, 1 if value > 0 or len(index.poles) == 1 else -1) for latent, value in found]
-    return [_short(row["label"] or "") for row in rows]
-
-
-def _short(label: str, most: int = 28) -> str:
-    return label if len(label) <= most else label[: most - 1] + "…"
+    return [row["label"] or "" for row in rows]
 
 
 def why(run: Run, reading: Any, position: int) -> None:

@@ -48,6 +48,7 @@ def _summary(folder: str, stamp: float) -> tuple[list[dict[str, Any]], list[dict
 
 def show(found: Workspace, logged: list[str]) -> None:
     """One sweep: its members on held-out tokens, and the way to their curves."""
+    session.say_unknown("training_sweep", found.sweeps)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.selectbox(
             "sweep",

@@ -59,7 +59,7 @@ with st.form("attribution_form", border=False):
             "share of influence to keep", 0.2, 1.0, 0.8, 0.05, width=220, **session.held("attribution_keep", 0.8)
         )
         asked = st.form_submit_button("Explain", icon=":material/play_arrow:", type="primary")
-    session.say_gone("attribution_also")
+    session.say_left_out("attribution_also", others, lambda other: parts.not_beside(run, other))
     also = st.multiselect(
         "SAEs at other places of the same model",
         list(others),

@@ -21,6 +21,7 @@ if not known:
         icon=":material/info:",
     )
     st.stop()
+session.say_unknown("collection", known)
 name = st.selectbox(
     "collection", list(known), format_func=viz.visible, **session.held("collection", next(iter(known)), viz.visible)
 )

@@ -8,7 +8,7 @@ from parts import latent as latent_parts
 from parts import tables
 
 from saelab import viz
-from saelab.workspace.relatives import same_start, seed_of
+from saelab.workspace.relatives import apart, other_model, same_start, seed_of
 
 MEANINGS = {
     "shared": "matched one to one with a similarity of at least 0.7",
@@ -35,13 +35,13 @@ def described(name: str) -> str:
     return f"{viz.visible(name)} ({'seed unknown' if seed is None else f'seed {seed}'}{start})"
 
 
+session.say_left_out("compare_right", others, lambda other: apart(run, other))
 if not others:
     st.info(
         "Comparing needs a second SAE on the same hook point in this folder; train one with another seed or variant.",
         icon=":material/info:",
     )
     st.stop()
-session.say_gone("compare_right")
 if st.session_state.get("compare_right") not in others:
     st.session_state.pop("compare_right", None)  # of another SAE on the left
 with st.container(horizontal=True, vertical_alignment="center"):
@@ -60,6 +60,12 @@ if same_start(run, other):
         f"Both SAEs began with the same directions (seed {seed_of(run)}). What they share may come from that start and "
         "not from the data; compare SAEs of different seeds to see what would be found again.",
         icon=":material/content_copy:",
+    )
+if other_model(run, other):
+    st.warning(
+        f"These are SAEs of two models, {viz.markdown(str(run.model_name))} and {viz.markdown(str(other.model_name))}. "
+        "Unless one was trained from the other, their directions have nothing in common but chance.",
+        icon=":material/call_split:",
     )
 found = loaders.matching(run, other, asked)
 if found is None:

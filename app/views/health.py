@@ -9,10 +9,15 @@ from parts import source as source_parts
 from saelab import viz
 from saelab.features.health import AUDIT
 from saelab.features.search import STATES, count_states
+from saelab.runs import Run
 
 
 def percent(share: float) -> str:
     return f"{share:.0%}"
+
+
+def not_beside(other: Run) -> str:
+    return "it is the SAE that is open" if other.name == run.name else "it has no feature index"
 
 
 st.title("Health", anchor=False)
@@ -37,6 +42,7 @@ density_tab, dead_tab, dense_tab = st.tabs(
 if density_tab.open:
     with density_tab:
         others = [name for name, other in loaders.workspace().runs.items() if other.has_index and name != run.name]
+        session.say_left_out("health_beside", others, not_beside)
         beside = st.multiselect(
             "beside",
             others,

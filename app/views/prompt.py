@@ -44,7 +44,7 @@ prompt_parts.coloured_text(run, reading, position, how)
 st.subheader("Latents on this text", anchor=False)
 others = [other for other in loaders.siblings(run, most=1000) if loaders.reads_alike(run, other)]
 beside = []
-session.say_gone("prompt_beside")
+session.say_left_out("prompt_beside", others, lambda other: prompt_parts.not_beside(run, other))
 if others:
     beside = st.multiselect(
         "other SAEs beside it",

@@ -29,6 +29,7 @@ if not found.steer_evals:
         icon=":material/info:",
     )
     st.stop()
+session.say_unknown("steer_eval", found.steer_evals)
 chosen = st.selectbox(
     "evaluation",
     list(found.steer_evals),

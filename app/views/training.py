@@ -36,6 +36,7 @@ if not logged:
 
 current = st.session_state.get("run")
 default = [current] if current in logged else list(logged)[:1]
+session.say_left_out("training_runs", logged, lambda other: "it has no log (metrics.jsonl) that can be read")
 if "training_runs" in st.session_state:  # of runs that are no longer there
     st.session_state["training_runs"] = [name for name in st.session_state["training_runs"] if name in logged]
 with st.container(horizontal=True, vertical_alignment="bottom"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from saelab.viz.axes import base
+from saelab.viz.axes import base, shortened, token_names
 from saelab.viz.escape import label as safe
 from saelab.viz.escape import visible
 from saelab.viz.theme import Palette
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SYMBOLS = {"latent": "circle", "error": "diamond-open", "embedding": "square", "mlp": "diamond", "target": "star"}
 NAMES = {"latent": "latents", "error": "error terms", "embedding": "tokens", "mlp": "MLPs", "target": "prediction"}
 WIDTHS = ((0.5, 4.0), (0.2, 2.2), (0.0, 1.0))  # least share of the strongest edge, width of the line
+MOST_TOKENS = 24  # names below the figure, so that they have room on a narrow page
+PLACE = 18  # characters of a place's name beside it
 ACROSS, APART = 4, 0.19  # marks side by side in one cell, and their distance
 
 
@@ -33,7 +35,7 @@ def attribution_graph(
     """
     rows = _rows(graph)
     at = _placed(graph, rows)
-    fig = base(colours, 150 + 120 * len(rows), "position", hovermode="closest")
+    fig = base(colours, 190 + 120 * len(rows), hovermode="closest")
     _draw_edges(fig, graph.edges[:edges], at, colours)
     largest = max((abs(n.effect) for n in graph.nodes if n.kind != "target"), default=1.0) or 1.0
     for kind, symbol in SYMBOLS.items():
@@ -58,11 +60,20 @@ def attribution_graph(
         # A legend of its own: colours are signs, and that of the first mark would pass for the kind's.
         marker = {"symbol": symbol, "size": 9, "color": colours.muted}
         fig.add_scatter(x=[None], y=[None], mode="markers", name=NAMES[kind], marker=marker)
-    tokens = [safe(token) or "·" for token in graph.tokens]
-    fig.update_xaxes(tickvals=list(range(len(tokens))), ticktext=tokens, range=[-0.6, len(tokens) - 0.4])
-    names = ["tokens", *(safe(place.name) for place in graph.places), safe(graph.target_text) or "prediction"]
+    count = len(graph.tokens)
+    shown = range(0, count, -(-count // MOST_TOKENS))  # marks are at fractions of a position: no axis of categories
+    tokens = [token_names(graph.tokens)[i] for i in shown]
+    fig.update_xaxes(tickvals=list(shown), ticktext=tokens, range=[-0.6, count - 0.4])
+    places = [safe(short_place(place.name)) for place in graph.places]
+    names = ["tokens", *places, safe(shortened(graph.target_text.strip(" "), PLACE)) or "prediction"]
     fig.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[-0.5, len(names) - 0.4])
     return fig.update_xaxes(showgrid=False, zeroline=False).update_yaxes(showgrid=True, zeroline=False)
+
+
+def short_place(name: str) -> str:
+    """A place beside an axis: ``9 resid_post`` for ``blocks.9.hook_resid_post``, of a long path the end."""
+    found = name.removeprefix("blocks.").replace(".hook_", " ")
+    return found if len(found) <= PLACE else "…" + found[1 - PLACE :]
 
 
 def node_name(graph: AttributionGraph, node: Node) -> str:

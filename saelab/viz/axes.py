@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from saelab.viz.escape import label as safe
 from saelab.viz.theme import Palette
+
+LONGEST = 10  # characters of a token below an axis: turned upright, a longer one would take the figure's height
 
 
 def base(colours: Palette, height: int = 300, x: str = "", y: str = "", **layout: Any) -> go.Figure:
@@ -32,6 +35,24 @@ def base(colours: Palette, height: int = 300, x: str = "", y: str = "", **layout
         bargap=0.06,
     )
     return fig.update_layout(**layout)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most ``most`` characters, with an ellipsis where something is left out."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def token_names(tokens: Sequence[str]) -> list[str]:
+    """Tokens as labels of an axis: escaped, short, and never empty."""
+    return [safe(shortened(token.strip(" "), LONGEST)) or "␣" for token in tokens]
+
+
+def token_axis(tokens: Sequence[str]) -> dict[str, Any]:
+    """An axis of tokens for values at ``"0"``, ``"1"`` ...: at any width as many labels as do not overlap.
+
+    Plotly thins out the labels of categories by the width that it finds, but not those that it is given as a list.
+    """
+    return {"type": "category", "labelalias": {str(i): name for i, name in enumerate(token_names(tokens))}}
 
 
 def log_axis(values: Sequence[float], most: int = 8) -> dict[str, Any]:

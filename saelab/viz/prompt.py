@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from saelab.viz.axes import base
+from saelab.viz.axes import base, shortened, token_axis
 from saelab.viz.escape import label as safe
 from saelab.viz.theme import Palette
+
+ROW = 24  # characters of a row's name beside a map
 
 
 def steps(values: Sequence[float], selected: int, colours: Palette, x: str = "", y: str = "") -> go.Figure:
@@ -31,7 +33,8 @@ def heatmap(
 ) -> go.Figure:
     """Signed values on the diverging scale, zero at the page's background; on half of it where none is negative.
 
-    The scale is that of the columns from ``first`` on; what exceeds it before them has the full colour.
+    The scale is that of the columns from ``first`` on; what exceeds it before them has the full colour. Names of rows
+    and columns are shortened beside the map and whole where a cell is pointed at.
     """
     counted = values[:, first:] if np.size(values) and first < values.shape[1] else values
     end = float(np.abs(counted).max()) or 1.0 if np.size(counted) else 1.0
@@ -39,22 +42,24 @@ def heatmap(
     scale = [[0.0, colours.background], [1.0, colours.positive]]
     if signed:
         scale = [[0.0, colours.negative], [0.5, colours.background], [1.0, colours.positive]]
-    ticks = [safe(r) for r in rows]
-    at = [[f"{row}<br>{safe(column)}" for column in columns] for row in ticks]
-    fig = base(colours, 80 + 22 * len(rows))
+    ticks = [safe(shortened(row, ROW)) for row in rows]
+    at = [[f"{safe(row)}<br>{safe(column)}" for column in columns] for row in rows]
+    fig = base(colours, 140 + 22 * len(rows))
+    bar = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right", "len": 0.5, "thickness": 10}
     fig.add_heatmap(
         z=values,
+        x=[str(i) for i in range(len(columns))],
         zmin=-end if signed else 0.0,
         zmax=end,
         colorscale=scale,
         customdata=at,
         hovertemplate="%{customdata}<br>%{z:+.3f}<extra></extra>",
-        colorbar={"title": {"text": unit, "side": "right"}, "outlinewidth": 0, "thickness": 14},
+        # Above the map: beside it, it would take a quarter of a narrow page.
+        colorbar={"title": {"text": unit, "side": "top"}, "outlinewidth": 0, "nticks": 5, **bar},
         xgap=1,
         ygap=1,
     )
-    fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=[safe(c) for c in columns])
-    fig.update_xaxes(showgrid=False, zeroline=False).update_yaxes(zeroline=False)
+    fig.update_xaxes(**token_axis(columns), showgrid=False, zeroline=False).update_yaxes(zeroline=False)
     return fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=ticks, autorange="reversed", showgrid=False)
 
 

@@ -13,6 +13,10 @@ from saelab.sae import SAE
 from saelab.sae.base import unit_rows
 
 SEEDS = ("seed", "data_seed")
+PLACES = (
+    ("hook_name", "reads", "a place that is not recorded"),
+    ("hook_name_out", "writes to", "the place that it reads"),
+)
 DIRECTIONS = 64  # random ones, of which the chance level is the mean
 
 
@@ -42,25 +46,37 @@ def relatives(run: Run, runs: Mapping[str, Run]) -> dict[str, Run]:
 
     A run whose files cannot be read is left out.
     """
-    found = {}
-    for name, other in runs.items():
-        try:
-            if name != run.name and other.has_weights and _reads_the_same(run, other):
-                found[name] = other
-        except (UserError, OSError):
-            continue
+    found = {name: other for name, other in runs.items() if not apart(run, other)}
     return dict(sorted(found.items(), key=lambda item: _distance(run, item[1])))
 
 
-def _reads_the_same(run: Run, other: Run) -> bool:
-    """Whether two SAEs have the same hook point, and the same target where they are transcoders.
+def other_model(run: Run, other: Run) -> bool:
+    """Whether two SAEs are known to be of two models, whose activations need have nothing in common."""
+    models = run.model_name, other.model_name
+    return None not in models and models[0] != models[1]
 
-    A transcoder whose file does not name its target is beside no SAE, and beside no transcoder but its like.
+
+def apart(run: Run, other: Run) -> str:
+    """What keeps two SAEs from being compared, in words; empty where nothing does.
+
+    They must have the same hook point, and the same target where they are transcoders. A transcoder whose file does
+    not name its target is beside no SAE, and beside no transcoder but its like.
     """
-    places = ("hook_name", "hook_name_out")
-    return all(other.config.get(name) == run.config.get(name) for name in ("d_in", "d_out")) and all(
-        other.metadata.get(name) == run.metadata.get(name) for name in places
-    )
+    if other.name == run.name:
+        return "it is the SAE that is open"
+    try:
+        if not other.has_weights:
+            return "it has no weights yet"
+        for key, verb, none in PLACES:
+            theirs, ours = other.metadata.get(key), run.metadata.get(key)
+            if theirs != ours:
+                return f"it {verb} {theirs or none}, and {run.name} {verb} {ours or none}"
+        for key in ("d_in", "d_out"):
+            if other.config.get(key) != run.config.get(key):
+                return f"its {key} is {other.config.get(key)}, and that of {run.name} {run.config.get(key)}"
+    except (UserError, OSError):
+        return "its files cannot be read"
+    return ""
 
 
 def _distance(run: Run, other: Run) -> tuple[int, bool, bool, bool, bool]:

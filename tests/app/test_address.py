@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -10,10 +12,13 @@ from urllib.parse import parse_qs
 import pytest
 from streamlit.testing.v1 import AppTest
 from test_pages import ENTRY
+from test_steer_eval_page import result
 
 from saelab.errors import UserError
+from saelab.layout import STEER_EVAL
+from saelab.sae.weights import load_metadata, load_sae, save
 from saelab.steering import LatentFires, Schedule
-from saelab.workspace import Workspace, steering
+from saelab.workspace import Workspace, collections, steering
 from saelab.workspace.picks import pick_text, read_picks
 
 TEXT = "the river runs past the old mill"
@@ -111,6 +116,86 @@ def test_what_is_compared_and_drawn(monkeypatch: pytest.MonkeyPatch, folder: Pat
     assert sorted(metric.label for metric in app.metric) == ["runs/gated", "runs/topk"]
     app = visit(monkeypatch, folder, "training", training_runs=["runs/nonexist"])
     assert app.multiselect(key="training_runs").value == ["runs/abs_topk"]
+    assert left_out(app) == [f"This address also names **runs/nonexist**: not below {folder.name}."]
+
+
+def left_out(app: AppTest) -> list[str]:
+    """What a page says of the SAEs that its address names and it does not show."""
+    return [warning.value for warning in app.warning if "also names" in warning.value]
+
+
+@pytest.fixture
+def other_places(folder: Path, tmp_path: Path) -> Path:
+    """The workspace with SAEs that read another place, have no index, and are of another model."""
+    for name in ("model", "runs/abs_topk", "runs/topk"):
+        shutil.copytree(folder / name, tmp_path / name)
+    changes: dict[str, dict[str, Any]] = {
+        "runs/later": {"hook_name": "blocks.1.hook_resid_post"},
+        "runs/topk 2": {"model_name": "some/other-model"},
+        "runs/plain": {},
+        "runs/twin_later": {"hook_name": "blocks.1.hook_resid_post", "model_name": "some/other-model"},
+    }
+    for name, changed in changes.items():
+        save(load_sae(folder / "runs/topk"), tmp_path / name, {**load_metadata(folder / "runs/topk"), **changed})
+    return tmp_path
+
+
+PLACE = "blocks.0.hook_resid_post"
+
+
+@pytest.mark.parametrize(
+    ("view", "key", "text", "why"),
+    [
+        (
+            "compare",
+            "compare_right",
+            "runs/later",
+            f"it reads blocks.1.hook_resid_post, and runs/abs_topk reads {PLACE}",
+        ),
+        ("compare", "compare_right", "runs/abs_topk (seed 0)", "it is the SAE that is open"),
+        (
+            "prompt",
+            "prompt_beside",
+            "runs/later",
+            f"it reads blocks.1.hook_resid_post, and runs/abs_topk reads {PLACE}",
+        ),
+        ("attribution", "attribution_also", "runs/topk", f"it reads {PLACE}, as runs/abs_topk does, and one SAE"),
+        ("attribution", "attribution_also", f"runs/topk 2 · {PLACE}", f"it reads {PLACE}, as runs/abs_topk does"),
+        ("attribution", "attribution_also", "runs/twin_later", "it is of another model, some/other-model"),
+        ("health", "health_beside", "runs/plain", "it has no feature index"),
+        ("training", "training_runs", "runs/plain", "it has no log"),
+    ],
+)
+def test_a_further_sae_that_does_not_fit_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, other_places: Path, view: str, key: str, text: str, why: str
+) -> None:
+    app = visit(monkeypatch, other_places, view, **{key: text})
+    (said,) = left_out(app)
+    plain = said.replace("\\", "")
+    named = "runs/topk 2" if text.startswith("runs/topk 2") else text.split(" ")[0]
+    assert plain.startswith(f"This address also names **{named}**: left out, because {why}"), plain
+
+
+def test_saes_of_two_models_are_said_to_be(monkeypatch: pytest.MonkeyPatch, other_places: Path) -> None:
+    app = visit(monkeypatch, other_places, "compare", compare_right="runs/topk 2 (seed 0, same start)")
+    assert app.selectbox(key="compare_right").value == "runs/topk 2" and not left_out(app)
+    assert any("SAEs of two models" in warning.value for warning in app.warning)
+    app = visit(monkeypatch, other_places, "prompt", prompt_beside="runs/topk 2")
+    assert any(caption.value == "Trained on another model, some/other\\-model." for caption in app.caption)
+    app = visit(monkeypatch, other_places, "prompt", prompt_beside="runs/topk")
+    assert not any("another model" in caption.value for caption in app.caption)
+
+
+@pytest.mark.parametrize(("view", "key"), [("collections", "collection"), ("steer_eval", "steer_eval")])
+def test_what_else_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, other_places: Path, view: str, key: str) -> None:
+    collections.add(other_places, "mine", [collections.Member("runs/topk", 1)])
+    (other_places / "mine").mkdir()
+    config = {"methods": ["none", "latent"], "budget": 0.5, "levels": [0.5, 1.0, 2.0], "batch": 48}
+    made = result(sae="runs/topk", config=config, classifiers={"the sea": {}, "war": {}})
+    (other_places / "mine" / STEER_EVAL).write_text(json.dumps(made))
+    app = visit(monkeypatch, other_places, view, **{key: "yours"})
+    assert left_out(app) == [f"This address also names **yours**: not below {other_places.name}."]
+    assert not left_out(visit(monkeypatch, other_places, view, **{key: "mine"}))
 
 
 @pytest.mark.parametrize(

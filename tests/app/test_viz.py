@@ -11,6 +11,7 @@ from small_workspace import HOSTILE
 from saelab import viz
 from saelab.features import Example
 from saelab.features.contexts import different_documents
+from saelab.viz.attribution import short_place
 from saelab.viz.axes import log_axis, round_ticks, written
 from saelab.viz.theme import DARK, LIGHT, contrast
 
@@ -76,6 +77,21 @@ def test_a_heatmap_without_negative_values_uses_one_colour() -> None:
     # An attention sink in front is beyond the scale, not the end of it.
     (drawn,) = viz.heatmap(np.array([[900.0, 2.0, 3.0]]), ["a"], ["<bos>", "b", "c"], LIGHT, first=1).data
     assert (drawn.zmin, drawn.zmax) == (0.0, 3.0)
+
+
+def test_names_beside_a_heatmap_are_short_and_whole_where_it_is_pointed_at() -> None:
+    row, column = "#12 token: a label that goes on and on", "internationalisation"
+    figure = viz.heatmap(np.ones((1, 3)), [row], [" ", column, "<b>"], LIGHT)
+    assert list(figure.layout.yaxis.ticktext) == ["#12 token: a label that…"]
+    assert figure.layout.xaxis.labelalias == {"0": "␣", "1": "internati…", "2": "&lt;b&gt;"}
+    assert list(figure.data[0].x) == ["0", "1", "2"] and figure.layout.xaxis.type == "category"
+    assert figure.data[0].customdata[0][1] == f"{row}<br>{column}"
+
+
+def test_a_place_beside_a_graph_is_short() -> None:
+    assert short_place("blocks.9.hook_resid_post") == "9 resid_post"
+    assert short_place("blocks.11.mlp.hook_post") == "11.mlp post"
+    assert short_place("model.decoder.layers.11.self_attn.out_proj") == "…elf_attn.out_proj"
 
 
 def test_series_of_one_colour_have_symbols_that_differ() -> None:
