@@ -6,6 +6,7 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +20,15 @@ from saelab.interop.format import Writer
 from saelab.interop.formats import FORMATS
 from saelab.layout import METRICS, RUN
 from saelab.sae import SAE, LinearSAE
-from saelab.sae.inference import TWO_SIDED, doubled
+from saelab.sae.inference import TWO_SIDED, InferenceForm, doubled
+from saelab.sae.normalised import Normalised
 from saelab.sae.weights import load_sae, save
 from saelab.sparse import SparseCode
 
 SIGNED = {"abstopk", TWO_SIDED}
 # Two float32 evaluations of one formula: dot products of length d_in and sums of k terms, with near-ties gap-checked.
 TOLERANCE = 1e-4
+PER_TOKEN = ("layer_norm", "constant_norm_rescale")  # normalisations that SAELens knows
 SET = "config.yaml"  # of a set of circuit-tracer's
 CURVE_LINES = 256  # lines of the training curve that are copied; a chart cannot show more
 
@@ -54,7 +57,7 @@ def export(
     known = writers()
     if to not in known:
         raise UserError(f"unknown format {to!r}: {near_matches(to, known)}")
-    form = sae.inference_form()
+    form = _form(sae, to)
     if form is None:
         raise UserError(f"a {sae.variant} SAE {sae.why_no_form()}, which has no counterpart in {to}")
     if form.d_out is not None and not FORMATS[to.replace("-", "_")].holds_targets:
@@ -67,6 +70,16 @@ def export(
         proof = prove(sae, read(temporary, is_sae=True).to_sae(), random_probe(sae) if probe is None else probe)
         _check(proof, f"the {to} export")
     return proof
+
+
+def _form(sae: SAE, to: str) -> InferenceForm | None:
+    """The form of an SAE; of one that reads normalised activations, in SAELens' format, that of the SAE inside."""
+    if to != "saelens" or not isinstance(sae, Normalised) or sae.normalize not in PER_TOKEN:
+        return sae.inference_form()
+    inner = sae.inner.inference_form()
+    if inner is None or not inner.in_saelens:
+        return None
+    return replace(inner, config={**inner.config, "normalize_activations": sae.normalize})
 
 
 def add_layer(sae: SAE, folder: Path | str, metadata: Mapping[str, Any]) -> Proof:

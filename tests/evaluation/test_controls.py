@@ -26,7 +26,7 @@ from saelab.evaluation.report import control_rows
 from saelab.evaluation.tasks.labels import share_reaching
 from saelab.runs import Run
 from saelab.runs.card import model_card
-from saelab.sae import build
+from saelab.sae import Normalised, build
 from saelab.training import TrainConfig, fit_steps, train
 from tests.planted import activations
 from tests.tiny_lm import save_gpt2, save_llama, sentences
@@ -111,6 +111,10 @@ def test_what_cannot_be_made_says_why(cache: ActivationCache, tmp_path: Path) ->
     assert found["untrained"]["metrics"]["fvu"]["value"] > 0
     with pytest.raises(UserError, match="untrained"):
         ControlConfig(True, ("untraind",))
+    wrapped = Normalised(sae).eval()
+    found = measure_controls(wrapped, cache, 4.0, EvaluateConfig(), TaskConfig(()), ControlConfig(True))
+    cannot = {name for name, control in found.items() if "normalised activations" in control.get("cannot", "")}
+    assert cannot == {"untrained", "frozen_dictionary", "random_transformer"}
 
 
 @pytest.mark.parametrize("save_model", [save_llama, save_gpt2], ids=["llama", "gpt2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import UserError
-from saelab.interop import load, read
+from saelab.interop import export, load, read
 from saelab.sae import Normalised
 from tests.interop import collected
 from tests.interop.collected import D_IN, D_SAE, K, put, threshold, weights
@@ -284,6 +285,19 @@ def test_openai_with_another_activation_is_refused(more: dict[str, Any], match: 
         load(collected.openai(tmp_path / "0.pt", **more))
 
 
+@pytest.mark.parametrize("how", ["layer_norm", "constant_norm_rescale"])
+def test_it_goes_back_to_saelens_and_nowhere_else(how: str, tmp_path: Path) -> None:
+    sae, x = load(collected.saelens(tmp_path / "theirs", "topk", k=K, normalize_activations=how)), probe().float()
+    export(sae, tmp_path / "back", "saelens")
+    assert json.loads((tmp_path / "back" / "cfg.json").read_text())["normalize_activations"] == how
+    again = load(tmp_path / "back")
+    assert again.encode(x).indices.equal(sae.encode(x).indices)
+    torch.testing.assert_close(again(x), sae(x), **EXACT)
+    for to in ("sparsify", "dictionary-learning"):
+        with pytest.raises(UserError, match="no linear encoder on raw activations"):
+            export(sae, tmp_path / to, to)
+
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "standard": {},
     "topk": {"k": K},
@@ -324,3 +338,7 @@ def test_the_same_as_saelens(name: str, how: str, subtract: bool, tmp_path: Path
     with torch.no_grad():
         torch.testing.assert_close(code.dense()[:, :D_SAE] / scale, theirs.encode(x), **EXACT)
         torch.testing.assert_close(ours.decode(code), theirs(x), **EXACT)
+        export(ours, tmp_path / "back", "saelens")
+        again = sae_lens.SAE.load_from_disk(tmp_path / "back")
+        torch.testing.assert_close(again.encode(x), theirs.encode(x), **EXACT)
+        torch.testing.assert_close(again(x), theirs(x), **EXACT)

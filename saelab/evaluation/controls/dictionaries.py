@@ -41,7 +41,7 @@ def random_directions(sae: SAE, cache: ActivationCache, l0: float, seed: int = 0
     first, stop = cache.split_rows("train")
     if stop - first < 2:
         raise UserError(f"{cache.path} has {stop - first} training rows, too few to draw directions from")
-    pairs = first + torch.randint(stop - first, (2, sae.d_sae), generator=generator)
+    pairs = first + torch.randint(stop - first, (2, sae.n_features), generator=generator)
     a, b = (cache.read(rows).acts for rows in pairs)
     return _tied(a - b, sae, cache, l0)
 

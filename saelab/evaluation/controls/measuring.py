@@ -17,6 +17,7 @@ from saelab.evaluation.controls.trained import Report, frozen_dictionary, random
 from saelab.evaluation.tasks.battery import TaskConfig, run_tasks
 from saelab.layout import CONTROLS as FOLDER
 from saelab.sae import SAE
+from saelab.sae.normalised import Normalised
 
 CONTROLS = {
     "untrained": "the same SAE before its first training step, its centre and thresholds set on the data",
@@ -121,6 +122,8 @@ def _make(
 ) -> Control:
     if sae.transcodes and name in ("random_directions", "raw_channels", "random_transformer"):
         raise UserError("a transcoder writes elsewhere than it reads, so this control is not one of it")
+    if isinstance(sae, Normalised) and name in ("untrained", "frozen_dictionary", "random_transformer"):
+        raise UserError(f"an SAE that reads normalised activations ({sae.normalize}) cannot be trained here")
     if name == "untrained":
         return Control(untrained(sae, cache, seed), cache, model)
     if name == "random_directions":
