@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saelab.attribution.passes import Pass, Passes, Reading, batches
 from saelab.attribution.target import Target
+from saelab.lm.gradients import gradients_of
 
 COPIES = 8
 
@@ -74,9 +75,7 @@ def _batch(passed: Pass, place: int, goals: Sequence[Goal], slope: Tensor | None
     outputs = [(x, s) for x, s in ((reading.code.values, seeds), (reading.error, error_seeds)) if _wanted(x, s)]
     if not outputs:
         return [], lost
-    found = torch.autograd.grad(
-        [x for x, _ in outputs], before, [s for _, s in outputs], retain_graph=True, allow_unused=True
-    )
+    found = gradients_of([x for x, _ in outputs], before, [s for _, s in outputs], retain_graph=True)
     # Places behind the goal have no part in it.
     behind = [None] * (len(passed.readings) - place)
     kept = [(row, goal) for row, goal in enumerate(goals) if goal.id not in lost]

@@ -12,6 +12,7 @@ from torch import Tensor
 from saelab.attribution.passes import Pass, Passes, Reading, gradients
 from saelab.attribution.places import Place
 from saelab.attribution.target import Target
+from saelab.lm.gradients import gradient_of, gradients_of
 from saelab.lm.unwrapped import frozen as without_gradients
 from saelab.sparse import SparseCode
 
@@ -105,10 +106,10 @@ def measure(passes: Passes, target: Target, value: float, steps: int = 0) -> Eff
 def _with_biases(cut: Pass) -> tuple[list[Tensor | None], float]:
     """The gradients at the points, and the direct effect of all constants of the frozen model."""
     biases = list({id(b): b for b in cut.biases}.values())
-    found = torch.autograd.grad(cut.value.sum(), [*cut.points, *biases], allow_unused=True, retain_graph=True)
+    found = gradients_of([cut.value], [*cut.points, *biases], retain_graph=True)
     n = len(cut.points)
     added = [float((b.detach() * g).double().sum()) for b, g in zip(biases, found[n:]) if g is not None]
-    return list(found[:n]), sum(added)
+    return found[:n], sum(added)
 
 
 class _Parts(NamedTuple):
@@ -176,7 +177,7 @@ def _integrate(passes: Passes, target: Target, reading: Reading, place: PlaceEff
 
     with without_gradients(passes.root), torch.enable_grad(), reading.place.write.register(passes.model, along):
         value = target.value(passes.logits(len(weights)))
-        (gradient,) = torch.autograd.grad(value[:steps].sum(), points[-1])
+        gradient = gradient_of(value[:steps], points[-1])
     mean = gradient[:steps].mean(dim=0, keepdim=True)
     found, place.slope = _parts(reading, mean), mean[0]
     place.total, place.error, place.rest = found.entries, found.error, found.other

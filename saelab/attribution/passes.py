@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from saelab.attribution.frozen import Frozen, before_cap
 from saelab.attribution.places import Place
 from saelab.attribution.target import Target
+from saelab.lm.gradients import gradients_of
 from saelab.lm.offload import device_of
 from saelab.lm.route import Edit
 from saelab.lm.sites import locate, underlying
@@ -170,7 +171,7 @@ class Passes:
 
 def gradients(of: Tensor, passed: Pass) -> list[Tensor | None]:
     """The gradient of ``of.sum()`` at each of the points, None where it has none."""
-    return list(torch.autograd.grad(of.sum(), passed.points, allow_unused=True, retain_graph=True))
+    return gradients_of([of], passed.points, retain_graph=True)
 
 
 def batches(count: int, size: int) -> Iterator[range]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from saelab.errors import UserError, first_line
 from saelab.lm.fingerprint import relative_gap, same_activations
+from saelab.lm.gradients import gradients_of
 from saelab.lm.hook_names import layer_of
 from saelab.lm.limits import check_length, check_tokens
 from saelab.lm.offload import device_of
@@ -152,7 +153,7 @@ class Reader:
             targets = tokens[:, 1:].reshape(-1).to(logits.device)
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
             points = self._in_order(found)
-            grads = torch.autograd.grad(loss, points, allow_unused=True)
+            grads = gradients_of([loss], points)
         for site, grad in zip(self.sites, grads):
             if grad is None:
                 raise UserError(f"no gradient reaches {site.hook_name} in this model; choose a residual stream")

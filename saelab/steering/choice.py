@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.gradients import gradient_of
 from saelab.lm.offload import device_of, weight_of
 from saelab.lm.sites import check_replaceable, locate, underlying
 from saelab.lm.tokens import Prompts, token_ids, token_text, tokenize, tokenizer_of
@@ -191,8 +192,7 @@ def slope(model: nn.Module, hook_name: str, baseline: UnsteeredBaseline) -> Floa
         logits = forward(root, ids, mask)[0]
         mass = logits.float().softmax(-1)[..., baseline.concept.to(logits.device)].sum(-1)
         mean = ((mass * mask.to(mass)).sum(1) / mask.sum(1).to(mass)).mean()
-        (gradient,) = torch.autograd.grad(mean.log(), added[0])
-    return gradient.float().cpu()
+        return gradient_of(mean.log(), added[0]).float().cpu()
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import UserError
+from saelab.lm.gradients import gradient_of
 from saelab.lm.offload import device_of
 from saelab.lm.sites import check_replaceable, locate, underlying
 from saelab.lm.tokens import end_ids, token_text, tokenize, tokenizer_of
@@ -157,8 +158,7 @@ class _Path:
                 logits = forward(self.root, texts, torch.ones_like(texts))[0]
             for position in positions:
                 wanted = _centred(logits[:, position])[:, self.text[0, position + 1]].sum()
-                (gradient,) = torch.autograd.grad(wanted, line, retain_graph=True)
-                yield gradient.mean(dim=0).float()
+                yield gradient_of(wanted, line, retain_graph=True).mean(dim=0).float()
 
 
 class _Split:
