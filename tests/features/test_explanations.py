@@ -17,6 +17,7 @@ from saelab import ActivationCache, UserError
 from saelab.cli import main
 from saelab.features import Example, FeatureIndex, IndexConfig, build_index
 from saelab.features.explanations import ChatClient, InterpretConfig, detection, fuzzing, interpret, interpret_all, load
+from saelab.features.explanations.interpretation import _divide, _silent
 from saelab.features.explanations.prompts import active_places, marked
 from saelab.features.explanations.scores import JudgeScore, parse
 from tests.features.lookup import Lookup
@@ -127,6 +128,29 @@ def test_the_judge_never_sees_what_the_explainer_saw(index: FeatureIndex, server
         assert 1 <= len(excerpts) <= 3
         for excerpt in excerpts:
             assert re.sub("<<|>>|\n", "", excerpt) not in shown
+
+
+def test_no_token_is_shown_to_both(tmp_path: Path) -> None:
+    """A latent that fires on runs of tokens, in a text whose documents partly repeat each other."""
+    torch.manual_seed(0)
+    n = 120 * CONTEXT
+    tokens = torch.randint(4, 100, (n,))
+    tokens[CONTEXT : 10 * CONTEXT] = tokens[:CONTEXT].repeat(9)
+    code = torch.zeros(n, 1)
+    code[:, 0] = (torch.arange(n) % (3 * CONTEXT) < 9).float() * (1 + torch.rand(n))
+    acts = torch.zeros(n, 4)
+    acts[:, 0] = torch.arange(n)
+    cache = ActivationCache.from_tensors(tmp_path / "cache", acts, tokens, context_length=CONTEXT)
+    names = [f" w{i}" for i in range(100)]
+    index = build_index(Lookup(code), cache, tmp_path / "run", token_strings=names, config=IndexConfig(silent=20))
+    for chosen in (_divide, _silent):
+        shown, judged = chosen(index, 0, 1, InterpretConfig())
+        assert shown and judged
+        spans = [set(range(e.row - e.focus, e.row - e.focus + len(e.tokens))) for e in shown]
+        for example in judged:
+            own = range(example.row - example.focus, example.row - example.focus + len(example.tokens))
+            assert not any(span & set(own) for span in spans)
+            assert example.tokens not in [e.tokens for e in shown]
 
 
 def test_results_are_kept_beside_the_index(index: FeatureIndex, server: FakeServer) -> None:

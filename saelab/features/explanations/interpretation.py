@@ -180,7 +180,7 @@ def _write(run_folder: Path, known: dict[tuple[int, int], dict[str, Any]]) -> No
 def _divide(
     index: FeatureIndex, latent: int, pole: int, config: InterpretConfig
 ) -> tuple[list[Example], list[Example]]:
-    """Windows to explain from (top, and the first of each band) and others to score on, none in both."""
+    """Windows to explain from (top, and the first of each band) and others to score on, of other tokens."""
     by_kind = {kind: index.examples(latent, pole, kind) for kind in ("top", *BANDS, "random")}
     bands = [by_kind[band][0] for band in BANDS if by_kind[band]]
     top = by_kind["top"]
@@ -188,25 +188,36 @@ def _divide(
     # A latent that fires on a few contexts leaves half of them for the score.
     keep = min(keep, max(len(top) // 2, 1))
     shown = _distinct([*top[:keep], *bands])[: config.explain_examples]
-    seen = {e.row for e in shown}
-    rest = [e for kind in (*BANDS, "random", "top") for e in by_kind[kind] if e.row not in seen]
+    rest = [e for kind in (*BANDS, "random", "top") for e in by_kind[kind] if _unseen(e, shown)]
     return shown, _distinct(rest)[: config.score_examples]
 
 
 def _silent(
     index: FeatureIndex, latent: int, pole: int, config: InterpretConfig
 ) -> tuple[list[Example], list[Example]]:
-    """Silent windows to explain with and others to score on, none in both; of each half hard ones, if there are any.
+    """Silent windows to explain with and others to score on, of other tokens; of each half hard ones, if there are any.
 
     A judge must have one of either sort at least, so that few windows all go to the judge.
     """
     kinds = [index.examples(latent, pole, kind) for kind in (HARD, "silent")]
     shown = [found[: min(config.contrast // 2, len(found) // 3)] for found in kinds]
-    seen = {e.row for part in shown for e in part}
-    rest = [[e for e in found if e.row not in seen] for found in kinds]
+    seen = [e for part in shown for e in part]
+    rest = [[e for e in found if _unseen(e, seen)] for found in kinds]
     # In turn, so that a short list holds both sorts.
     mixed = [e for pair in itertools.zip_longest(*rest) for e in pair if e is not None]
-    return _distinct([e for part in shown for e in part]), _distinct(mixed)[: config.score_examples]
+    return _distinct(seen), _distinct(mixed)[: config.score_examples]
+
+
+def _unseen(example: Example, shown: list[Example]) -> bool:
+    """Whether a window shares no token with those that the explainer sees, and says something else.
+
+    A latent often fires on neighbouring tokens, whose windows are nearly the same text.
+    """
+    return not any(
+        (e.document == example.document and abs(e.row - example.row) < max(len(e.tokens), len(example.tokens)))
+        or e.tokens == example.tokens
+        for e in shown
+    )
 
 
 def _distinct(examples: list[Example]) -> list[Example]:
