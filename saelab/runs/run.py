@@ -36,6 +36,7 @@ from saelab.layout import (
 )
 from saelab.runs.metrics_log import read_metrics
 from saelab.sae import SAE
+from saelab.sae.normalised import KINDS
 from saelab.sae.weights import load_sae, tensors_hash
 
 if TYPE_CHECKING:
@@ -208,8 +209,11 @@ class Run:
 
     @property
     def d_sae(self) -> int | None:
-        """Latents; None before the configuration is written."""
-        return self.config.get("d_sae")
+        """Latents that stand for features; None before the configuration is written."""
+        # The file of an SAE of normalised activations counts what it carries of each token.
+        carried = sum(KINDS.get(self.settings.get("normalize", ""), ()))
+        found = self.config.get("d_sae")
+        return found - carried if isinstance(found, int) else found
 
     @property
     def has_weights(self) -> bool:

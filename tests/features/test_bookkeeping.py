@@ -19,6 +19,7 @@ from saelab.features.search import count_states, counterparts
 from saelab.prompt.contest import effects
 from saelab.prompt.ranking import Known, rank
 from saelab.prompt.reading import Reading, _encode
+from saelab.runs import Run
 from saelab.runs.inspection import inspect
 from saelab.sae.normalised import KINDS, Normalised
 from saelab.sae.weights import save
@@ -103,5 +104,6 @@ def test_a_file_is_inspected_by_features_alone(tmp_path: Path, normalize: str) -
     cache = cache_in(tmp_path)
     facts = inspect(tmp_path / "run", cache)
     dead = (sae.encode(cache.read(range(ROWS)).acts).dense()[:, :LATENTS] == 0).all(0).sum()
+    assert Run.open(tmp_path / "run").d_sae == LATENTS
     assert facts["d_sae"] == LATENTS and facts["dead_estimate"] == int(dead) >= 1
     assert facts["decoder_norm"]["max"] == pytest.approx(1.0, abs=1e-5)
