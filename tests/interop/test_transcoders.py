@@ -81,7 +81,7 @@ def llama(root: Path) -> tuple[Path, Plain]:
     norms = {"in": 10.0, "out": 4.0}
     path = collected.llama_scope(root / "L8TC-8x", NORMED, WRITES, dataset_average_activation_norm=norms)
     scale, out = D_IN**0.5 / 10, D_IN**0.5 / 4
-    return path, lambda x: plain(x, lambda u: u * (u > 0.2 * scale), scale, out)
+    return path, lambda x: plain(x, lambda u: u * (u > 0.2 * out), scale, out)
 
 
 def llamascopium(root: Path) -> tuple[Path, Plain]:

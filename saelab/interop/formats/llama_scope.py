@@ -40,11 +40,13 @@ def read(path: Path) -> Foreign:
             f"{path / 'hyperparams.json'} lacks the threshold or the average norm ({error}); get it again"
         ) from error
     scale = d_in**0.5 / norm
-    # Published weights act on scaled inputs; SAELens scales the threshold, so it is stored for raw units times scale.
-    levels = torch.full((d_sae,), threshold * scale)
     scale_out = tensors["W_dec"].shape[1] ** 0.5 / norm_out
-    if flag(config, "sparsity_include_decoder_norm", False, path):  # a latent fires where u * |d| exceeds the threshold
-        levels = levels / tensors["W_dec"].norm(dim=1).clamp_min(torch.finfo(levels.dtype).tiny)
+    # Published weights act on scaled inputs, the threshold on those of its tool at inference, where both scales are
+    # folded in: u / scale, times the norm of d * scale / scale_out where the norm counts, as it does by default.
+    if flag(config, "sparsity_include_decoder_norm", True, path):
+        levels = threshold * scale_out / tensors["W_dec"].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    else:
+        levels = torch.full((d_sae,), threshold * scale)
     return Foreign(
         format="llama_scope",
         architecture="jump_relu",
