@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import loaders
 import page
 import session
 import streamlit as st
@@ -12,9 +14,13 @@ import streamlit as st
 from parts import steering as steering_parts
 from parts import trial
 from saelab import viz
+from saelab.data.chat import TEMPLATE
 from saelab.errors import UserError
-from saelab.lm.tokens import written_text
+from saelab.lm.tokens import decode_each, written_text
 from saelab.runs import Run
+from saelab.steering import Intervention
+from saelab.steering.measure.passages import Passage
+from saelab.steering.measure.silent import explained
 from saelab.workspace import steering
 from saelab.workspace.steering import Pick
 from saelab.workspace.trial import Beginning, Text
@@ -22,17 +28,13 @@ from saelab.workspace.trial import Beginning, Text
 FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
 USUAL = [0.5, 1.0, 2.0]
 EXAMPLE = "The weather today"
+CONTROL = "random control"
 Variant = list[tuple[str, Text]]  # a message of the user, and the answer to it
 
 
 def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     """The prompt's form, and what is written; returns the prompt."""
-    kind = "text"
-    if steering_parts.talks(model):
-        kind = st.segmented_control(
-            "Prompt as", ["text", "chat"], default="text", **session.held("steering_kind", "text")
-        )
-    chat = kind == "chat"
+    chat = as_chat(model)
     system = st.text_input("System prompt", **session.held_text("steering_system")) if chat else ""
     with st.form("steering_form", border=False):
         title = "Message" if chat else "Prompt"
@@ -56,14 +58,22 @@ def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     if not picks:
         st.caption("Pick a latent, or make a vector from two sets of texts.")
     options = {"max_new_tokens": int(length), "temperature": float(temperature), "seed": int(seed)}
-    now = steering.described(picks, prompt, options) + (f" · chat, system “{system.strip()}”" if chat else "")
+    now = (
+        steering.described(picks, prompt, options)
+        + " · chat" * chat
+        + (f", system “{system.strip()}”" if system.strip() else "")
+    )
     if chat and st.button("New chat", key="steering_new_chat", icon=":material/restart_alt:", type="tertiary"):
         st.session_state.pop("steering_talk", None)
+    if chat:
+        with contextlib.suppress(UserError) if asked else page.part():  # where asked, the texts below say what is wrong
+            show_read(model, run, prompt, system)
     held = st.session_state.get("steering_talk")
     before: dict[str, Variant] = held["variants"] if held and held["run"] == run.name and held["chat"] and chat else {}
     if not (asked and picks):
         if held and held["run"] == run.name and held["chat"] == chat:
             show(held["variants"], held["made_with"], outdated(held, now, run), model)
+            say_silent(held.get("idle", []))
         return prompt
     variants = extended(before, made(picks, source, model, sorted(factors or [1.0])), prompt)
     made_with = {"run": run.name, "stamp": run.stamp, "made_with": now, "chat": chat}
@@ -71,12 +81,50 @@ def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     try:
         beginnings = [beginning(model, turns, system if chat else None) for turns in variants.values()]
         st.caption(f"Made with {viz.markdown(now)}")
-        write(model, variants, beginnings, options)
+        write(model, variants, beginnings, options, steps := changes(picks, source, model))
+        st.session_state["steering_talk"]["idle"] = idle = silent(model, steps, variants, beginnings)
+        say_silent(idle)
     except UserError as error:
         for turns in variants.values():  # the chat is as it was before the message
             turns.pop()
         st.error(viz.markdown(str(error)), icon=":material/error:")
     return prompt
+
+
+def as_chat(model: Any) -> bool:
+    """Whether the prompt is a message of a chat; a line says so where the model has no template for one."""
+    if steering_parts.talks(model):
+        kinds = ["text", "chat"]
+        return (
+            st.segmented_control("Prompt as", kinds, default="text", **session.held("steering_kind", "text")) == "chat"
+        )
+    asked = "chat" in st.query_params.get_all("steering_kind")
+    said = (
+        "The tokenizer of this model has no chat template, so a prompt is a text to continue and no message of a chat."
+    )
+    if asked:
+        st.warning(f"This address asks for a chat. {said}", icon=":material/link_off:")
+    else:
+        st.caption(said)
+    return False
+
+
+def show_read(model: Any, run: Run, prompt: str, system: str) -> None:
+    """The tokens of the chat as the model reads it before it answers, in the unsteered variant."""
+    held = st.session_state.get("steering_talk")
+    turns: Variant = held["variants"]["unsteered"] if held and held["run"] == run.name and held["chat"] else []
+    if turns and turns[-1][0] == prompt:  # it has been answered
+        turns = turns[:-1]
+    found = beginning(model, [*turns, (prompt, Text("", ""))], system)
+    with st.expander(f"What the model reads: {len(found.ids):,} tokens"):
+        inside = [float(role > TEMPLATE) for role in found.roles or []]
+        strings = decode_each(model.tokenizer, found.ids)
+        page.html(
+            viz.token_strip(strings, [0.4 * mark for mark in inside], page.colours(), 1.0, unit="message", breaks=True)
+        )
+        st.caption(
+            "Tinted: what stands in messages. The rest is the model's chat template, with the beginning of its answer."
+        )
 
 
 def outdated(held: dict[str, Any], now: str, run: Run) -> str:
@@ -90,9 +138,14 @@ def times(factor: float) -> str:
     return f"×{factor:g}"
 
 
+def changes(picks: Sequence[Pick], source: Any, model: Any) -> list[Intervention]:
+    """What the picks do at their own strengths."""
+    return [step for pick in picks for step in steering.interventions(pick, source, model)]
+
+
 def made(picks: Sequence[Pick], source: Any, model: Any, factors: Sequence[float]) -> list[Text]:
     """The variants to write: unsteered, at each strength, and the same changes along random directions."""
-    steps = [step for pick in picks for step in steering.interventions(pick, source, model)]
+    steps = changes(picks, source, model)
     texts = [Text("unsteered", "the model as it is, with the same seed")]
     for factor in factors:
         why = f"every change on the left, times {factor:g}"
@@ -100,8 +153,8 @@ def made(picks: Sequence[Pick], source: Any, model: Any, factors: Sequence[float
     controls = []
     for i, pick in enumerate(picks):
         controls += steering.spread(steering.control(pick, seed=i), pick, model)
-    why = "the same changes along random directions: vectors of equal length added, or projected out"
-    return [*texts, Text("random control", why, controls)]
+    why = "the same changes along random directions, all multiplied by one number so that they do the damage of ×1"
+    return [*texts, Text(CONTROL, why, controls)]
 
 
 def extended(before: dict[str, Variant], texts: Sequence[Text], message: str) -> dict[str, Variant]:
@@ -124,22 +177,55 @@ def said(model: Any, text: Text) -> str:
     return written_text(model.tokenizer, text.tokens)
 
 
-def write(model: Any, variants: dict[str, Variant], beginnings: Sequence[Beginning], options: dict[str, Any]) -> None:
-    """Write the last text of each variant below its earlier turns."""
+def write(
+    model: Any,
+    variants: dict[str, Variant],
+    beginnings: Sequence[Beginning],
+    options: dict[str, Any],
+    steered: Sequence[Intervention],
+) -> None:
+    """Write the last text of each variant below its earlier turns; the control does the damage of ``steered``."""
     stop = st.container()
     places = []
     for turns in variants.values():
         with st.container(border=True):
             earlier(turns, model)
             places.append(st.container())
+    texts = [turns[-1][1] for turns in variants.values()]
+
+    def ready(place: int) -> None:
+        first = texts[0]
+        if texts[place].name != CONTROL:
+            return
+        if first.tokens:
+            texts[place].match(model, steered, Passage(beginnings[0].ids, first.tokens, beginnings[0].roles))
+        else:
+            texts[place].note = "the unsteered model wrote nothing on which damages could be compared"
+
     with stop:
-        trial.write(model, [turns[-1][1] for turns in variants.values()], beginnings, options, "steering", places)
+        trial.write(model, texts, beginnings, options, "steering", places, ready)
     st.caption(MARKED)
 
 
+def silent(
+    model: Any, steps: Sequence[Intervention], variants: dict[str, Variant], beginnings: Sequence[Beginning]
+) -> list[str]:
+    """What of the changes did nothing on any of the texts, and why: a latent that is silent cannot be ablated."""
+    texts = [turns[-1][1] for turns in variants.values()]
+    read = [Passage(b.ids, text.tokens, b.roles) for b, text in zip(beginnings, texts) if text.name != CONTROL]
+    with loaders.model_lock():
+        return explained(model, steps, read)
+
+
+def say_silent(lines: Sequence[str]) -> None:
+    for line in lines:
+        st.info(viz.markdown(f"{line}."), icon=":material/bedtime:")
+
+
 MARKED = (
-    "Marked: tokens that are not in the longest runs shared with the unsteered text. The random control has the "
-    "lengths of ×1, not its damage, which can be more or less: compare their KL."
+    "Marked: tokens that are not in the longest runs shared with the unsteered text. The changes of the random control "
+    "are multiplied so that its KL on the unsteered text is that of ×1, within 5 %. The KL beside each text is on the "
+    "text itself."
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import loaders
@@ -16,6 +16,8 @@ from saelab.lm.tokens import written_text
 from saelab.runs import Run
 from saelab.steering import Add, Calibration, SteeringVector, calibrate_each
 from saelab.steering.directions import random_direction
+from saelab.steering.measure.budget import strength_at
+from saelab.steering.measure.effects import UnsteeredBaseline
 from saelab.steering.neutral import NEUTRAL
 from saelab.workspace import steering
 from saelab.workspace.steering import Pick
@@ -38,6 +40,23 @@ def calibrated(model: Any, vector: SteeringVector, budgets: tuple[float, ...] = 
     key = vector.direction.numpy().tobytes() + vector.hook_name.encode()
     with loaders.model_lock(), st.spinner("Calibrating the strength …"):
         return _calibrated(loaders.model_key(model), key, budgets, vector, model)
+
+
+@st.cache_data(max_entries=512, show_spinner=False)
+def _equal(model: tuple[str, ...], key: bytes, goal: float, start: float, _vector: Any, _model: Any) -> Any:
+    baseline = UnsteeredBaseline(_model, NEUTRAL)
+
+    def damage(strength: float) -> float:
+        return baseline.measure(Add(_vector, strength)).mean_kl
+
+    return strength_at(damage, goal, start, limit=64 * start)
+
+
+def equally_damaging(model: Any, control: SteeringVector, other: Calibration) -> tuple[float, float, bool]:
+    """The strength at which a vector does the damage of another at its own, the damage, and whether they are alike."""
+    key = control.direction.numpy().tobytes() + control.hook_name.encode()
+    with loaders.model_lock(), st.spinner("Calibrating the control …"):
+        return _equal(loaders.model_key(model), key, other.damage, other.strength, control, model)
 
 
 def panel(run: Run, source: Any, model: Any, pick: Pick, key: str) -> None:
@@ -74,9 +93,13 @@ def three_strengths(run: Run, model: Any, pick: Pick) -> list[Text]:
     for one in found:
         texts.append(added(pick.vector, one.strength, budget_name(one), f"adds {pick.label}"))
     middle = found[len(found) // 2]
-    why = f"a random direction of the length of {budget_name(middle)}"
-    texts.append(added(random_direction(pick.vector, 0), middle.strength, "random control", why))
-    return texts
+    control = random_direction(pick.vector, 0)
+    strength, damage, reached = equally_damaging(model, control, middle)
+    why = f"a random direction with the damage of {budget_name(middle)} on neutral texts"
+    text = added(control, strength, "random control", why)
+    alike = f"KL {damage:.3g} nats per token on neutral texts, where {budget_name(middle)} has {middle.damage:.3g}"
+    text.note = alike if reached else f"not of equal damage: {alike}"
+    return [*texts, text]
 
 
 def added(vector: SteeringVector, strength: float, name: str, why: str) -> Text:
@@ -90,17 +113,20 @@ def write(
     options: dict[str, Any],
     key: str,
     places: Sequence[Any] | None = None,
+    ready: Callable[[int], None] = lambda place: None,
 ) -> None:
     """Write the texts one after another, each token shown as it comes, with a button that stops.
 
-    Any action of the user ends the run of the page at the next token; what is written by then stays.
+    ``ready`` is called before each of them, when those before it are written. Any action of the user ends the run of
+    the page at the next token; what is written by then stays.
     """
     stop = st.empty()
     stop.button("Stop", key=f"stop_{key}", icon=":material/stop:")
     places = places or [st.container() for _ in texts]
     with loaders.model_lock():
-        for place, text, beginning in zip(places, texts, beginnings):
+        for number, (place, text, beginning) in enumerate(zip(places, texts, beginnings)):
             with place:
+                ready(number)
                 slot = st.empty()
             steps = text.written(model, beginning, **options)
             try:
@@ -123,6 +149,8 @@ def heading(text: Text) -> None:
         said.append(f"{kl}perplexity {text.damage.perplexity:.3g} under the unsteered model")
     elif text.stopped and text.tokens:
         said.append("not finished")
+    if text.note:
+        said.append(text.note)
     st.markdown(f"**{viz.markdown(text.name)}**", help=viz.markdown("; ".join(said)))
     page.html(viz.caption("; ".join(said[1:]) or "…"))
 

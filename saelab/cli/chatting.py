@@ -10,13 +10,17 @@ from rich.text import Text
 
 from saelab.cli.console import console, out
 from saelab.errors import UserError
+from saelab.lm.tokens import token_ids
 from saelab.steering import Chat, Recipe, answer_chats, encode_chat
 from saelab.steering.chat import Message
+from saelab.steering.measure.passages import Passage
 
 
 class ChatOptions(Protocol):
     """What the options of a command say about a chat."""
 
+    @property
+    def chat(self) -> bool: ...
     @property
     def system(self) -> str | None: ...
     @property
@@ -100,3 +104,20 @@ def show_messages(messages: list[Message], title: str = "") -> None:
         out.print(Text(f"\n{title}", style="dim"))
     for message in messages:
         out.print(Text(f"{message['role']:<10}", style="dim"), Text(message["content"]))
+
+
+def passages(options: ChatOptions, model: Any, result: dict[str, Any]) -> list[Passage]:
+    """The texts of a result, as the steered model read them: what was asked, and what it wrote."""
+    tokenizer = model.tokenizer
+    if "messages" in result:
+        asked = [(result["messages"][:-1], result["messages"][-1]["content"])]
+    elif options.chat:
+        asked = [(opening(options, row["prompt"]), row["steered"]) for row in result["texts"]]
+    else:
+        rows = result["texts"]
+        return [
+            Passage(token_ids(tokenizer, row["prompt"]), token_ids(tokenizer, row["steered"], bos=False))
+            for row in rows
+        ]
+    chats = [(encode_chat(tokenizer, messages), text) for messages, text in asked]
+    return [Passage(chat.ids, token_ids(tokenizer, text, bos=False), chat.roles) for chat, text in chats]

@@ -17,6 +17,7 @@ from saelab.features import FeatureIndex
 from saelab.lm import load_model
 from saelab.steering import Add, calibrate_each, generate_tokens
 from saelab.steering.directions import random_direction
+from saelab.steering.measure.effects import UnsteeredBaseline
 from saelab.steering.neutral import NEUTRAL
 from saelab.workspace import Workspace, steering
 
@@ -78,8 +79,13 @@ def test_three_strengths_stand_beside_the_control(monkeypatch: pytest.MonkeyPatc
     vector = steering.pick_latent(source, 3, 1).vector
     found = calibrate_each(model, vector, NEUTRAL, budgets)
     lengths = [one.strength for one in found]
-    assert [[add.length for add in text.interventions] for text in texts] == [[], *([s] for s in lengths), [lengths[1]]]
-    adds = [[], *([Add(vector, s)] for s in lengths), [Add(random_direction(vector, 0), lengths[1])]]
+    control = texts[-1].interventions[0].length
+    assert [[add.length for add in text.interventions] for text in texts] == [[], *([s] for s in lengths), [control]]
+    random = Add(random_direction(vector, 0), control)
+    damage = UnsteeredBaseline(model, NEUTRAL).measure(random).mean_kl
+    assert damage == pytest.approx(found[1].damage, rel=0.05), "the control does the damage of the middle strength"
+    assert texts[-1].note.startswith(f"KL {damage:.3g} nats per token on neutral texts, where KL 0.002 has")
+    adds = [[], *([Add(vector, s)] for s in lengths), [random]]
     ids = torch.tensor([[1, *model.tokenizer("the river runs", add_special_tokens=False)["input_ids"]]])
     assert [t.tokens for t in texts] == [generate_tokens(model, ids, None, a, max_new_tokens=5)[0] for a in adds]
     shown = " ".join(element.body for element in app.get("html"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from saelab.cli import main
+from saelab.lm.tokens import token_ids
 from saelab.sae.weights import save
 from saelab.steering import (
     OPERATIONS,
@@ -23,6 +24,8 @@ from saelab.steering import (
     calibrate,
     generate,
 )
+from saelab.steering.measure.passages import Passage
+from saelab.steering.measure.silent import without_effect
 from tests import tiny_lm
 from tests.steering.models import HOOK, folder, llama, tokenizer
 from tests.steering.test_steering import RUN
@@ -149,6 +152,31 @@ def test_every_operation_runs_and_is_shown(operation: str, run: str, capsys) -> 
     steer(run, "--latent", "3", "--operation", operation, *number, "--prompt", PROMPT, "--max-new-tokens", "3")
     shown = capsys.readouterr().out
     assert "steered" in shown and PROMPT in shown
+
+
+def silent_on(text: str) -> int:
+    """A latent that fires on no token of a text and of what is written after it."""
+    ids = [
+        *token_ids(tokenizer(), text),
+        *token_ids(tokenizer(), generate(llama(), text, tokenizer=tokenizer(), max_new_tokens=6), bos=False),
+    ]
+    passage = [Passage(ids, [])]
+    return next(n for n in range(RUN.sae.d_sae) if without_effect(llama(), [Ablate(RUN, n, pole=1)], passage))
+
+
+def test_an_ablation_of_a_silent_latent_says_why_nothing_changed(run: str, tmp_path: Path, capsys) -> None:
+    latent = silent_on(PROMPT)
+    args = [run, "--latent", str(latent), "--operation", "ablate", "--prompt", PROMPT, "--max-new-tokens", "6"]
+    result = as_json(capsys, *args, "--compare")
+    assert result["texts"][0]["steered"] == result["texts"][0]["unsteered"]
+    (said,) = result["without_effect"]
+    assert said.startswith(f"ablate changes nothing here, because latent {latent} fires on no token that it acts on")
+    assert "saelab index RUN --cache CACHE" in said
+    steer(*args, "--save", str(tmp_path / "recipe"))
+    assert "changes nothing here" in " ".join(capsys.readouterr().out.split())
+    assert as_json(capsys, str(tmp_path / "recipe"), "--prompt", PROMPT, "--max-new-tokens", "6")["without_effect"]
+    for fires in (["--operation", "clamp", "--strength", "2"], ["--strength", "3"]):
+        assert "without_effect" not in as_json(capsys, run, "--latent", str(latent), *fires, "--prompt", PROMPT)
 
 
 def test_a_recipe_is_saved_and_applied_again(run: str, tmp_path: Path, capsys) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saelab.cli.calibrating import calibrated
-from saelab.cli.chatting import answers, as_text, converse, sampling, show_messages, turns
+from saelab.cli.chatting import answers, as_text, converse, passages, sampling, show_messages, turns
 from saelab.cli.concepts import choose_latent, read_concept, show_ranking
 from saelab.cli.console import out, parse, print_json
 from saelab.cli.models import ModelOptions, open_model
@@ -37,6 +37,7 @@ from saelab.steering import (
     generate,
 )
 from saelab.steering.layers import parse_layers
+from saelab.steering.measure.silent import explained
 from saelab.steering.recipe import check_free, check_parent, export_gguf
 from saelab.steering.vectors import Strength, parse_strength, pole_sign
 
@@ -167,6 +168,7 @@ def main(args: Sequence[str]) -> None:
         result["messages"] = converse(options, recipe, model, silent=options.json)
     else:
         result |= texts(options, recipe, model)
+        result |= without_effect(options, recipe, model, result)
     if ranking is not None:
         result["choice"] = ranking.content()
     if options.attribute and run is not None:
@@ -299,10 +301,19 @@ def texts(options: Options, recipe: Recipe, model: Any) -> dict[str, Any]:
         return list(generate(model, list(options.prompt), steps, **sampling(options))) if options.prompt else []
 
     rows = [{"prompt": prompt, "steered": text} for prompt, text in zip(options.prompt, written(recipe))]
+    if options.chat:
+        for row in rows:
+            row["read"] = as_text(options, model, row["prompt"])
     if options.compare:
         for row, text in zip(rows, written(None)):
             row["unsteered"] = text
     return {"texts": rows}
+
+
+def without_effect(options: Options, recipe: Recipe, model: Any, result: dict[str, Any]) -> dict[str, Any]:
+    """What of the steering did nothing on the texts, and why; empty where all of it did something."""
+    lines = explained(model, recipe.interventions, passages(options, model, result)) if options.prompt else []
+    return {"without_effect": lines} if lines else {}
 
 
 def attributed(options: Options, recipe: Recipe, run: Run, model: Any, prompt: str) -> list[dict[str, Any]]:
@@ -328,6 +339,8 @@ def show(options: Options, result: dict[str, Any]) -> None:
         for kind in ("unsteered", "steered"):
             if kind in row:
                 out.print(Text(f"  {kind:<10}", style="dim"), Text(row[kind]))
+    for line in result.get("without_effect", []):
+        out.print(Text(f"\n{line}", style="yellow"))
     if "attribution" in result:
         table = Table("token", "logit change", "steered", "others", "error", "latents that moved most")
         for row in result["attribution"]:

@@ -83,6 +83,29 @@ def strengths_at(
     return [result for result in results if result is not None]
 
 
+def strength_at(
+    damage: Callable[[float], float],
+    goal: float,
+    start: float,
+    *,
+    tolerance: float = 0.05,
+    limit: float = math.inf,
+    rounds: int = 12,
+) -> tuple[float, float, bool]:
+    """The strength at which one ``damage`` is ``goal``, what it is there, and whether that is within the tolerance."""
+    search, best = _Search(start, goal, limit), (start, 0.0, False)
+    for _ in range(rounds):
+        strength = search.strength
+        found = damage(strength)
+        found = found if math.isfinite(found) else math.inf
+        if search.better(found):
+            best = strength, found, abs(found - goal) <= tolerance * goal
+        search.step(found, tolerance)
+        if search.done:
+            break
+    return best
+
+
 class _Search:
     """The search for one strength: secants on a log-log scale inside a bracket."""
 
