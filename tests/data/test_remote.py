@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -26,9 +27,21 @@ from tests.data.test_cache_tools import make
 D_IN = 5
 
 
+class Hasty:
+    """asyncio, of which nobody sleeps."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    @staticmethod
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(0)
+
+
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting between attempts."""
+    """No waiting between attempts, ours and those of s3fs."""
+    monkeypatch.setattr("s3fs.core.asyncio", Hasty())
     monkeypatch.setattr(stores, "SHORTEST", 0.01)
     monkeypatch.setattr(stores, "LONGEST", 0.01)
     monkeypatch.setattr(stores, "FIRST", 0.6)

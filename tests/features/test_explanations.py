@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ class FakeServer:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)  # stops at once
         self.thread.start()
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
@@ -316,6 +317,8 @@ def test_explain_command_prints_saves_and_goes_on(
     index: FeatureIndex, server: FakeServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
+    waited: list[float] = []
+    monkeypatch.setattr("saelab.features.explanations.client.time", SimpleNamespace(sleep=waited.append))
     command = ["explain", str(index.run_folder), "--endpoint", server.url, "--model", "fake-1"]
     try:
         main([*command, "--count", "1", "--key-variable", "MY_KEY", "--judge", "fake-2", "--json"])
@@ -338,5 +341,6 @@ def test_explain_command_prints_saves_and_goes_on(
                 main([*command, *wrong])
             error = capsys.readouterr().err
             assert left.value.code == 2 and "Traceback" not in error and ("99" in error or "127.0.0.1:1" in error)
+        assert waited == [1.0, 2.0, 4.0], "for the address at which nothing listens"
     finally:
         (index.run_folder / "explanations.json").unlink(missing_ok=True)
