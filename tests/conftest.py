@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Generator
 from typing import Any
@@ -19,6 +20,8 @@ import pytest
 # Also for the processes that tests start. Threads that wait for one another in a loop stall where other tests have the
 # cores: a notebook took eight times the time with two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without compiled files each of them would compile the whole package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import torch
 
@@ -26,6 +29,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 torch.set_num_threads(1)
+sys.dont_write_bytecode = False  # nor are the tests compiled again for each collection of them
 
 # Annotated shapes are checked while testing; users pay nothing for them.
 CHECKED = ["saelab.sparse", "saelab.sae", "saelab.losses", "saelab.metrics"]
