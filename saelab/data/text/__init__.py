@@ -54,8 +54,10 @@ def from_documents(documents: Sequence[Document], name: str = "memory") -> TextS
     tools = [document.tools if isinstance(document, Chat) else [] for document in documents]
     content = json.dumps(documents) + (json.dumps(tools) if any(tools) else "")
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-    found = [document if isinstance(document, str) else chat(document) for document in documents]
-    found = [Chat(document, own) if own and document else document for document, own in zip(found, tools)]
+    found: list[Document | None] = []
+    for document, own in zip(documents, tools):
+        messages = document if isinstance(document, str) else chat(document)
+        found.append(Chat(messages, own) if own and isinstance(messages, list) else messages)
     if None in found:
         raise UserError(
             f"document {found.index(None) + 1} of {name} is neither a text nor a chat; give a string, or a list of "

@@ -152,9 +152,9 @@ def _parquet(path: Path, column: str | None, left_out: Counter[str]) -> Pieces:
         name = choose(kinds, column, str(path))
         names = [name, TOOLS] if "chat" in kinds[name] and TOOLS in kinds else [name]
         for batch in table.iter_batches(batch_size=256, columns=names):
-            for values in zip(*(batch.column(own).to_pylist() for own in names)):
-                tools = without_nulls(values[1]) if len(values) > 1 else None
-                for document in found(values[0], name, tools, left_out):
+            lists = batch.column(TOOLS).to_pylist() if len(names) > 1 else [None] * len(batch)
+            for value, tools in zip(batch.column(name).to_pylist(), lists):
+                for document in found(value, name, without_nulls(tools), left_out):
                     yield True, document
 
 
