@@ -35,11 +35,13 @@ def edit(run: Run, source: Any, model: Any, pick: Pick) -> Pick:
     with st.popover(f"Limits ({used})" if used else "Limits", icon=":material/filter_center_focus:"):
         now = shown(pick)
         when, schedule, layers = now
-        asked = st.text_input("only where", now[when], key=when, help=WHEN, **session.KEEP)
-        weights = st.text_input("over generated tokens", now[schedule], key=schedule, help=SCHEDULE, **session.KEEP)
+        for key, text in now.items():  # not as the fields' defaults: a link or a recipe may have set them
+            st.session_state.setdefault(key, text)
+        asked = st.text_input("only where", key=when, help=WHEN, **session.KEEP)
+        weights = st.text_input("over generated tokens", key=schedule, help=SCHEDULE, **session.KEEP)
         blocks = ""
         if issubclass(OPERATIONS[pick.operation], VectorIntervention):
-            blocks = st.text_input("at blocks", now[layers], key=layers, help=LAYERS, **session.KEEP)
+            blocks = st.text_input("at blocks", key=layers, help=LAYERS, **session.KEEP)
     for name, read, text in (
         ("when", _condition, asked),
         ("schedule", _schedule, weights),

@@ -210,16 +210,17 @@ def _place(pick: Pick, model: Any) -> Pick:
         return pick
     held, chats = (pick.where, st.session_state.get(key := f"steering_where_{pick.label}")), talks(model)
     names = [name for name in PLACES if chats or name not in OF_CHATS or name in held]
-    where = st.selectbox("on", names, names.index(pick.where), format_func=PLACES.__getitem__, key=key, width=170)
+    st.session_state.setdefault(key, pick.where)
+    where = st.selectbox("on", names, format_func=PLACES.__getitem__, key=key, width=170)
     return pick.changed(where=where)
 
 
 def _operation_and_amount(pick: Pick) -> Pick:
     known = steering.operations(pick)
     summaries = "\n".join(f"- {name}: {OPERATIONS[name].summary()}" for name in known)
-    operation = st.selectbox(
-        "do", known, known.index(pick.operation), key=f"steering_do_{pick.label}", width=140, help=summaries
-    )
+    # Not as the widgets' defaults: what a link or a recipe brings has been set by now, and both would be a conflict.
+    st.session_state.setdefault(key := f"steering_do_{pick.label}", pick.operation)
+    operation = st.selectbox("do", known, key=key, width=140, help=summaries)
     amount = OPERATIONS[operation].amount
     if amount is None:
         return pick.changed(operation=operation)
@@ -231,14 +232,12 @@ def _operation_and_amount(pick: Pick) -> Pick:
         number = min(max(pick.amount, least), largest)
     # A calibrated amount has three digits.
     step = amount.step if not pick.start else min(amount.step, 10.0 ** (math.floor(math.log10(abs(pick.start))) - 2))
-    number = st.slider(
-        amount.title, least, largest, number, step, key=f"steering_{operation}_{pick.label}", format="%.3g"
-    )
+    st.session_state.setdefault(key := f"steering_{operation}_{pick.label}", number)
+    number = st.slider(amount.title, least, largest, step=step, key=key, format="%.3g")
     unit = pick.unit
     if amount.units:
         units = steering.units(pick)
         key = f"steering_unit_{pick.label}"
-        unit = st.selectbox(
-            "unit", units, units.index(unit), format_func=steering.UNITS.__getitem__, key=key, width=200
-        )
+        st.session_state.setdefault(key, unit)
+        unit = st.selectbox("unit", units, format_func=steering.UNITS.__getitem__, key=key, width=200)
     return pick.changed(operation=operation, amount=number, unit=unit)

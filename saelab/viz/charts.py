@@ -273,7 +273,7 @@ def dose_response(
     ``band`` is the lower and the upper end of an interval at each strength, and its name.
     """
     fig = lines(
-        {name: (strengths, ys) for name, ys in curves.items()}, colours, "length added, raw units", y, height=260
+        {name: (strengths, ys) for name, ys in curves.items()}, colours, "length added, raw units", y, height=320
     )
     fig.update_traces(mode="lines+markers")
     if band is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
+from streamlit.elements.lib import policies
 from streamlit.testing.v1 import AppTest
 from test_pages import ENTRY
 from test_steer_eval_page import result
@@ -235,6 +236,21 @@ def test_interventions_are_part_of_the_address(monkeypatch: pytest.MonkeyPatch, 
     # A limit that means nothing is said, and the page goes on.
     app.text_input(key="limit_schedule_#3").input("soon").run()
     assert not app.exception and "TOKEN" in app.error[0].value
+
+
+def test_a_link_to_interventions_prints_no_trace(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(policies, "_shown_default_value_warning", False)  # it is shown once in a process
+    monkeypatch.setattr("streamlit.runtime.exists", lambda: True)
+    words = "3;scale;2.5;generated;when=5>0.25;schedule=0:1,20:0"
+    app = visit(monkeypatch, folder, "steering", pick=[words, "4;add;0.75raw;prompt;layers=0-1"])
+    assert app.slider(key="steering_scale_#3").value == 2.5 and app.slider(key="steering_add_#4").value == 0.75
+    assert (
+        app.selectbox(key="steering_unit_#4").value == "raw"
+        and app.selectbox(key="steering_where_#4").value == "prompt"
+    )
+    assert "default value" not in caplog.text and not policies._shown_default_value_warning
 
 
 def test_a_calibrated_strength_is_that_of_the_limited_change(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
