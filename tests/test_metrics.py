@@ -182,8 +182,9 @@ def test_firing_counts_see_negative_values():
 def test_wilson_and_t_intervals():
     from scipy.stats import binomtest
 
-    got, want = proportion(3, 20, "latent", "f"), binomtest(3, 20).proportion_ci(method="wilson")
-    assert (got.low, got.high) == (pytest.approx(want.low), pytest.approx(want.high))
+    for count in (0, 3, 20):
+        got, want = proportion(count, 20, "latent", "f"), binomtest(count, 20).proportion_ci(method="wilson")
+        assert (got.low, got.high) == (pytest.approx(want.low), pytest.approx(want.high))
     low, high = t_interval(np.array([1.0, 2.0, 3.0]))
     assert (low, high) == (pytest.approx(2 - 4.302652729911275 / math.sqrt(3)), pytest.approx(2 + 2.4841377118))
 

@@ -109,12 +109,12 @@ def lognormal_r2(density: Array, share: float = 0.8) -> float:
 
     Log density is linear in the normal quantile of the share of living latents above: two parameters, as Zipf's law.
     """
-    from scipy import stats
+    from scipy.special import ndtri
 
     ranks, y, weight, n = (np.asarray(part) for part in zipf.points(torch.from_numpy(density), share))
     if n < 3:
         raise UserError(f"{int((density > 0).sum())} living latents are too few for a fit; it needs at least four")
-    t = stats.norm.isf((ranks - 0.5) / (density > 0).sum())
+    t = -ndtri((ranks - 0.5) / (density > 0).sum())
     t, y = t - weight @ t, y - weight @ y
     slope = weight @ (t * y) / (weight @ t**2)
     return float(1 - weight @ (y - slope * t) ** 2 / (weight @ y**2))

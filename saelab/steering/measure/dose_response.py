@@ -159,12 +159,12 @@ def interval_of_another(curves: Sequence[Sequence[float]]) -> tuple[list[float],
 
     ``curves`` are those of at least two random directions, ``[directions, strengths]``; Student's t for their spread.
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     values = np.asarray(curves, dtype=float)
     n = len(values)
     middle = values.mean(axis=0)
-    half = t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) * np.sqrt(1 + 1 / n)
+    half = stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) * np.sqrt(1 + 1 / n)
     return (middle - half).tolist(), middle.tolist(), (middle + half).tolist()
 
 
