@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from typing import Any
 
@@ -14,11 +15,22 @@ SWITCHES = (  # noqa: SIM905
 ).split()
 
 
+# Has the script rested at enough looks in a row? More of them until it was seen to run: what was done takes a moment to
+# reach the server. A page that is busy drawing is not looked at.
+RESTS = """settling => {
+  const rest = window.resting?.settling === settling ? window.resting : { settling, looks: 0, ran: false };
+  window.resting = rest;
+  const running = document.querySelector('.stApp')?.dataset.testScriptState !== 'notRunning';
+  rest.looks = running ? 0 : rest.looks + 1;
+  rest.ran ||= running;
+  return rest.looks > (rest.ran ? 4 : 7);
+}"""
+settlings = itertools.count()
+
+
 def settle(page: Any) -> None:
     """Wait until the app has drawn what was asked for."""
-    page.wait_for_timeout(300)
-    page.wait_for_selector(".stApp[data-test-script-state=notRunning]")
-    page.wait_for_timeout(300)
+    page.wait_for_function(RESTS, arg=next(settlings), polling=50)
 
 
 def visible(page: Any) -> list[str]:

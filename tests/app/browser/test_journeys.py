@@ -113,7 +113,7 @@ def test_pages_can_be_walked_with_the_keyboard(page: Any, address: str) -> None:
 @pytest.fixture
 def tabs(browser: Any, address: str) -> Iterator[list[Any]]:
     """Two tabs of one window, on latents of two SAEs."""
-    window = browser.new_context(viewport={"width": 1440, "height": 1000})
+    window = browser.new_context(viewport={"width": 1440, "height": 1000}, reduced_motion="reduce")
     found = [window.new_page() for _ in range(2)]
     for tab, where in zip(found, ("run=signed&latent=5&pole=-1", "run=sick&latent=9&pole=1")):
         tab.set_default_timeout(60_000)
