@@ -19,6 +19,7 @@ from saelab.errors import UserError
 from saelab.kernels import SelectedPreActs
 from saelab.sae import SAE, LinearSAE, build, objective
 from saelab.sae.base import unit_rows
+from saelab.sae.budget import BudgetSAE
 from saelab.sae.share import Share
 from saelab.sparse import SparseCode
 
@@ -71,6 +72,7 @@ def build_shard(variant: str, d_in: int, d_sae: int, seed: int, parallel: Parall
             f"{variant}{f' with {chosen}' if chosen else ''} cannot be split over dictionary ranks ({reason}); "
             "use dict_ranks=1, which is data parallel"
         )
+    _check_warmup(sae, d_sae, config.get("k_start"))
     sae.join(parallel.dict_rank, lambda tensor: parallel.gather_dict(tensor, "statistics"))
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -80,6 +82,15 @@ def build_shard(variant: str, d_in: int, d_sae: int, seed: int, parallel: Parall
             rows = unit_rows(_rows_of_randn(d_sae, sae.d_out, parallel.latents(d_sae)))
         sae.W_dec.copy_(rows)
     return sae
+
+
+def _check_warmup(sae: SAE, d_sae: int, given: int | None) -> None:
+    """Refuse a warm-up that a single process would begin with more latents than a rank has."""
+    if isinstance(sae, BudgetSAE) and sae.k_warmup and given is None and (start := min(4 * sae.k, d_sae)) > sae.d_sae:
+        raise UserError(
+            f"k_warmup begins at 4 k = {start:g}, which exceeds the {sae.d_sae} latents of a rank; give a smaller "
+            "k_start, or use fewer dictionary ranks"
+        )
 
 
 def _unsplittable(sae: SAE) -> str | None:

@@ -354,6 +354,7 @@ def test_a_shard_starts_as_its_part_of_the_whole() -> None:
         ("topk", 64, {"k": 3, "match_norm": True}, "topk with match_norm=True cannot be split"),
         ("topk", 62, {"k": 3}, "d_sae=62 does not divide over 4 dictionary ranks"),
         ("topk", 64, {"k": 17}, "k=17 exceeds the 16 latents of a rank"),
+        ("topk", 64, {"k": 8, "k_warmup": 0.5}, "k_warmup begins at 4 k = 32, which exceeds the 16 latents"),
     ],
 )
 def test_impossible_splits_are_refused(variant: str, d_sae: int, config: dict, message: str) -> None:
