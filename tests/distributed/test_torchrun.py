@@ -86,14 +86,20 @@ def test_a_rank_that_dies_starts_again_and_one_that_hangs_is_named(cache: Activa
 
 
 @pytest.mark.slow
-def test_bad_input_is_refused_in_one_line(cache: ActivationCache, tmp_path: Path) -> None:
-    args = ["train", cache.path, "--out", str(tmp_path / "run"), "--dict-ranks", "2", "--k", "3"]
-    started = [torchrun(*args, "--d-sae", "63"), torchrun(*args, "--d-sae", "wide")]
-    output = [process.communicate(timeout=240)[0] for process in started]
-    assert errors(output[0]) == ["error: d_sae=63 does not divide over 2 dictionary ranks; take a multiple"], output[0]
-    assert output[1].count("wide") == 1, output[1]
-    for text in output:
-        assert text.count("Traceback") <= 1, text  # torchrun's own
+@pytest.mark.parametrize(
+    ("width", "told", "said"),
+    [
+        ("63", ["error: d_sae=63 does not divide over 2 dictionary ranks; take a multiple"], "d_sae=63 "),
+        pytest.param("wide", [], "wide", marks=pytest.mark.minutes),  # test_failures.py asks for it in one process
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    cache: ActivationCache, tmp_path: Path, width: str, told: list[str], said: str
+) -> None:
+    args = ["train", cache.path, "--out", str(tmp_path / "run"), "--dict-ranks", "2", "--k", "3", "--d-sae", width]
+    output, _ = torchrun(*args).communicate(timeout=240)
+    assert errors(output) == told and output.count(said) == 1, output
+    assert output.count("Traceback") <= 1, output  # torchrun's own
     assert not (tmp_path / "run").exists()
 
 
