@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import loaders
 import page
@@ -32,10 +32,57 @@ CONTROL = "random control"
 Variant = list[tuple[str, Text]]  # a message of the user, and the answer to it
 
 
+class Asked(NamedTuple):
+    """What stands in the form, and whether it was sent."""
+
+    prompt: str
+    factors: list[float]
+    options: dict[str, Any]  # of the sampling
+    sent: bool
+
+
 def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     """The prompt's form, and what is written; returns the prompt."""
     chat = as_chat(model)
     system = st.text_input("System prompt", **session.held_text("steering_system")) if chat else ""
+    form = ask(picks, chat)
+    prompt, options = form.prompt, form.options
+    now = (
+        steering.described(picks, prompt, options)
+        + " · chat" * chat
+        + (f", system “{system.strip()}”" if system.strip() else "")
+    )
+    if chat and st.button("New chat", key="steering_new_chat", icon=":material/restart_alt:", type="tertiary"):
+        st.session_state.pop("steering_talk", None)
+    if chat:
+        # What is wrong with a message that was sent is said where the texts would stand.
+        with contextlib.suppress(UserError) if form.sent else page.part():
+            show_read(model, run, prompt, system)
+    held = st.session_state.get("steering_talk")
+    before: dict[str, Variant] = held["variants"] if held and held["run"] == run.name and held["chat"] and chat else {}
+    if not form.sent:
+        if held and held["run"] == run.name and held["chat"] == chat:
+            show(held["variants"], held["made_with"], outdated(held, now, run), model)
+            say_silent(held.get("idle", []))
+        return prompt
+    variants = extended(before, made(picks, source, model, form.factors), prompt)
+    made_with = {"run": run.name, "stamp": run.stamp, "made_with": now, "chat": chat}
+    st.session_state["steering_talk"] = {**made_with, "variants": variants}
+    try:
+        beginnings = [beginning(model, turns, system if chat else None) for turns in variants.values()]
+        st.caption(f"Made with {viz.markdown(now)}")
+        write(model, variants, beginnings, options, steps := changes(picks, source, model))
+        st.session_state["steering_talk"]["idle"] = idle = silent(model, steps, variants, beginnings)
+        say_silent(idle)
+    except UserError as error:
+        for turns in variants.values():  # the chat is as it was before the message
+            turns.pop()
+        st.error(viz.markdown(str(error)), icon=":material/error:")
+    return prompt
+
+
+def ask(picks: list[Pick], chat: bool) -> Asked:
+    """The form of the prompt."""
     with st.form("steering_form", border=False):
         title = "Message" if chat else "Prompt"
         prompt = st.text_area(title, EXAMPLE, height=70, **session.held_text("steering_prompt", EXAMPLE))
@@ -58,37 +105,7 @@ def section(run: Run, source: Any, model: Any, picks: list[Pick]) -> str:
     if not picks:
         st.caption("Pick a latent, or make a vector from two sets of texts.")
     options = {"max_new_tokens": int(length), "temperature": float(temperature), "seed": int(seed)}
-    now = (
-        steering.described(picks, prompt, options)
-        + " · chat" * chat
-        + (f", system “{system.strip()}”" if system.strip() else "")
-    )
-    if chat and st.button("New chat", key="steering_new_chat", icon=":material/restart_alt:", type="tertiary"):
-        st.session_state.pop("steering_talk", None)
-    if chat:
-        with contextlib.suppress(UserError) if asked else page.part():  # where asked, the texts below say what is wrong
-            show_read(model, run, prompt, system)
-    held = st.session_state.get("steering_talk")
-    before: dict[str, Variant] = held["variants"] if held and held["run"] == run.name and held["chat"] and chat else {}
-    if not (asked and picks):
-        if held and held["run"] == run.name and held["chat"] == chat:
-            show(held["variants"], held["made_with"], outdated(held, now, run), model)
-            say_silent(held.get("idle", []))
-        return prompt
-    variants = extended(before, made(picks, source, model, sorted(factors or [1.0])), prompt)
-    made_with = {"run": run.name, "stamp": run.stamp, "made_with": now, "chat": chat}
-    st.session_state["steering_talk"] = {**made_with, "variants": variants}
-    try:
-        beginnings = [beginning(model, turns, system if chat else None) for turns in variants.values()]
-        st.caption(f"Made with {viz.markdown(now)}")
-        write(model, variants, beginnings, options, steps := changes(picks, source, model))
-        st.session_state["steering_talk"]["idle"] = idle = silent(model, steps, variants, beginnings)
-        say_silent(idle)
-    except UserError as error:
-        for turns in variants.values():  # the chat is as it was before the message
-            turns.pop()
-        st.error(viz.markdown(str(error)), icon=":material/error:")
-    return prompt
+    return Asked(prompt, sorted(factors or [1.0]), options, asked and bool(picks))
 
 
 def as_chat(model: Any) -> bool:
