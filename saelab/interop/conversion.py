@@ -135,7 +135,8 @@ def prove(ours: SAE, theirs: SAE, x: Tensor) -> Proof:
     Where two latents tie for the last place of a budget, or a latent lies on its threshold, rounding decides which of
     two right codes comes out: see :func:`near_ties`. Decoders are compared on one code there.
     """
-    a, b = ours.encode(x), theirs.encode(x)
+    with ours.evaluating(), theirs.evaluating():
+        a, b = ours.encode(x), theirs.encode(x)
     left, right = a.dense(), b.dense()
     if theirs.d_sae == 2 * ours.d_sae:
         right = right[:, : ours.d_sae] - right[:, ours.d_sae :]

@@ -10,8 +10,8 @@ CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
 SWITCHES = (  # noqa: SIM905
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
+    "--headless --no-sandbox --disable-gpu --disable-gpu-rasterization --disable-gpu-compositing --disable-quic "
+    "--no-first-run --disable-background-networking --disable-component-update --disable-sync"
 ).split()
 
 

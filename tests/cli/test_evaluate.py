@@ -270,11 +270,11 @@ def test_opposite_pairs_have_opposite_effects_on_logits():
     W_dec = torch.tensor([[1.0, 0, 0], [-1.0, 0.1, 0]])
     latents, tokens = torch.tensor([0, 1]).repeat(40), torch.arange(80)
     firings = Firings(latents, torch.ones(80), tokens, 80, 2)
-    got = two_sidedness(SimpleNamespace(W_dec=W_dec), firings, readout=readout)
+    got = two_sidedness(SimpleNamespace(directions=W_dec, W_dec=W_dec), firings, readout=readout)
     a, b = W_dec @ (readout - readout.mean(1, keepdim=True))
     assert got["pole_logit_cosine"].value == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), abs=1e-5)
     signed = Firings(torch.zeros(80, dtype=torch.int64), torch.tensor([1.0, -1.0]).repeat(40), tokens, 80, 2)
-    got = two_sidedness(SimpleNamespace(W_dec=W_dec), signed, readout=readout)
+    got = two_sidedness(SimpleNamespace(directions=W_dec, W_dec=W_dec), signed, readout=readout)
     assert got["pole_logit_cosine"].value == pytest.approx(-1, abs=1e-6)
 
 

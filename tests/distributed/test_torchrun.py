@@ -104,6 +104,7 @@ def test_bad_input_is_refused_in_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.minutes  # tests/harvesting/test_harvest.py compares the same files without torchrun
 def test_torchrun_harvests_the_files_of_one_process(tmp_path: Path) -> None:
     tiny_lm.save_llama(tmp_path / "llama")
     texts = [json.dumps({"text": tiny_lm.sentences(200, seed)}) + "\n" for seed in range(3)]

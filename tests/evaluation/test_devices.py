@@ -31,6 +31,9 @@ from tests import tiny_lm
 from tests.pretend_gpu import CUDA, MPS, PretendGpu, Remote, move, remote
 
 HOOK = "blocks.1.hook_resid_post"
+# One of each kind of selection: by token, by batch, by a threshold, by gradients, one latent after another.
+KINDS = ("topk", "batch_topk", "jump_relu", "gradient_topk", "matching_pursuit")
+SOME = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.minutes) for name in VARIANTS]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def test_the_pretended_mps_has_no_float64() -> None:
     ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME)
 def test_a_device_without_float64_trains_and_evaluates(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,11 +167,11 @@ class OwnRule(LinearSAE):
 
 
 def test_a_refused_export_says_why(tmp_path: Path) -> None:
-    layer_normed = Normalised(example("topk"))
+    centred = Normalised(example("topk"), "center").eval()
     for sae, reason in (
         (OwnRule(D_IN, D_SAE).eval(), "selects latents by a rule of its own"),
         (build("gradient_topk", D_IN, D_SAE, k=2, grad_select="train_and_eval").eval(), "uses gradients of the lang"),
-        (layer_normed, "has no linear encoder on raw activations"),
+        (centred, "has no linear encoder on raw activations"),
     ):
         with pytest.raises(UserError, match=f"a {sae.variant} SAE {reason}.*no counterpart in saelens"):
             export(sae, tmp_path / "out", "saelens")

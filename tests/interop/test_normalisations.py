@@ -288,7 +288,9 @@ def test_openai_with_another_activation_is_refused(more: dict[str, Any], match: 
 @pytest.mark.parametrize("how", ["layer_norm", "constant_norm_rescale"])
 def test_it_goes_back_to_saelens_and_nowhere_else(how: str, tmp_path: Path) -> None:
     sae, x = load(collected.saelens(tmp_path / "theirs", "topk", k=K, normalize_activations=how)), probe().float()
-    export(sae, tmp_path / "back", "saelens")
+    export(sae.train(), tmp_path / "back", "saelens")  # whose mode stays as it was
+    assert sae.training
+    sae.eval()
     assert json.loads((tmp_path / "back" / "cfg.json").read_text())["normalize_activations"] == how
     again = load(tmp_path / "back")
     assert again.encode(x).indices.equal(sae.encode(x).indices)

@@ -331,7 +331,7 @@ def test_answers_end_when_the_server_is_stopped(client: Any, served: Served, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.minutes)])
 def test_a_long_answer_does_not_keep_the_server(folder: Path, signals: int) -> None:
     command = [sys.executable, "-m", "saelab", "serve", str(folder / "sea"), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -23,7 +23,7 @@ LABELS = """() => [...document.querySelectorAll('.js-plotly-plot')].slice(0, 1).
 })[0]"""
 
 
-@pytest.mark.parametrize("width", [800, 1280])
+@pytest.mark.parametrize("width", [800, pytest.param(1280, marks=pytest.mark.minutes)])
 @pytest.mark.parametrize(("path", "asked"), [("prompt", "Read"), ("attribution", "Explain")])
 def test_labels_of_tokens_have_room(page: Any, address: str, width: int, path: str, asked: str) -> None:
     page.set_viewport_size({"width": width, "height": 1000})
