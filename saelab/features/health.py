@@ -16,7 +16,6 @@ from saelab.features.index import FeatureIndex
 from saelab.sae import SAE, LinearSAE
 from saelab.sae.base import unit_rows
 from saelab.sae.gated import GatedSAE
-from saelab.sae.normalised import Normalised, reader
 
 CAUSES = {
     "rare": "it fires on tokens examined here that its count does not cover",
@@ -62,7 +61,7 @@ def causes_of_death(
     """
     fires = torch.from_numpy(np.asarray(counts) > 0)[: sae.n_features]
     dead, alive = (~fires).nonzero().flatten(), fires.nonzero().flatten()
-    inner = sae.inner if isinstance(sae, Normalised) else sae
+    inner = sae.reader
     neighbour, cosine = _nearest(sae, dead, alive)
     W_enc, b_enc = _encoder(inner)
     norms = W_enc.norm(dim=0)
@@ -77,7 +76,7 @@ def causes_of_death(
         }
     )
     typical = float(norms[alive].median()) if len(alive) else float(norms.median())
-    examined = None if cache is None or not len(dead) else _examine(sae, inner, dead, cache, tokens)
+    examined = None if cache is None or not len(dead) else _examine(sae, dead, cache, tokens)
     cut = inner.inference_threshold() if isinstance(inner, LinearSAE) else None
     own = None if cut is None or cut.ndim == 0 else cut[dead.to(cut.device)].float().cpu().numpy()
     if own is not None and examined is not None:
@@ -121,8 +120,9 @@ def _nearest(sae: SAE, dead: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(numbers) if numbers else dead.clone(), torch.cat(cosines) if cosines else torch.zeros(0)
 
 
-def _examine(sae: SAE, inner: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> dict[str, np.ndarray]:
-    """What EVIDENCE names, for each dead latent, and whether it fires; ``inner`` holds the encoder of ``sae``."""
+def _examine(sae: SAE, dead: Tensor, cache: ActivationCache, tokens: int) -> dict[str, np.ndarray]:
+    """What EVIDENCE names, for each dead latent, and whether it fires."""
+    inner = sae.reader
     W_enc, b_enc = _encoder(inner)
     W, b = W_enc[:, dead], b_enc[dead]
     offset = inner.b_in
@@ -133,7 +133,7 @@ def _examine(sae: SAE, inner: SAE, dead: Tensor, cache: ActivationCache, tokens:
     with sae.evaluating():
         for acts, goal in _rows(cache, tokens):
             x = acts.to(sae.device)
-            read = reader(sae, x)[1]
+            read = sae.as_read(x)
             code = inner.encode(read).to("cpu").nonzero()
             fired[code.indices] = True
             smallest = torch.full((code.n,), torch.inf).scatter_reduce(0, code.rows(), code.values.abs(), "amin")

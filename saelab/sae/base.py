@@ -198,6 +198,15 @@ class SAE(nn.Module, ABC):
         """The rows of ``W_dec`` that stand for features."""
         return self.W_dec[: self.n_features]
 
+    @property
+    def reader(self) -> SAE:
+        """The SAE that holds the encoder: this one, unless it wraps another."""
+        return self
+
+    def as_read(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """Activations as the encoder of ``reader`` reads them."""
+        return x
+
     def features(self, code: SparseCode) -> SparseCode:
         """A code of this SAE without bookkeeping latents: they are in every token's reconstruction."""
         return code.first(self.n_features) if self.n_bookkeeping else code

@@ -64,6 +64,13 @@ class Normalised(SAE):
         """The inner encoder ``[d_in, d_sae]`` without bookkeeping latents; it reads normalised activations."""
         return self.inner.W_enc  # pyright: ignore[reportReturnType]
 
+    @property
+    def reader(self) -> SAE:
+        return self.inner
+
+    def as_read(self, x: Tensor) -> Tensor:
+        return self.normed(x)[0]
+
     @torch.no_grad()
     def folded(self) -> SAE | None:
         """For ``center``, an SAE of raw activations with the same codes; None for what no linear encoder can do.
@@ -114,11 +121,6 @@ class Normalised(SAE):
         order = rows.argsort(stable=True)
         row_ptr = code.row_ptr + count * torch.arange(n + 1, device=device)
         return SparseCode(values[order], torch.cat([code.indices, own])[order], row_ptr, self.d_sae)
-
-
-def reader(sae: SAE, x: Float[Tensor, "n d_in"]) -> tuple[SAE, Float[Tensor, "n d_in"]]:
-    """The SAE whose encoder reads activations, and what it reads of ``x``: the inner one, of normalised activations."""
-    return (sae.inner, sae.normed(x)[0]) if isinstance(sae, Normalised) else (sae, x)
 
 
 def restore(variant: str, config: Mapping[str, Any]) -> SAE:

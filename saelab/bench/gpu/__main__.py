@@ -143,7 +143,7 @@ def table(found: dict[str, Any]) -> list[str]:
     if "index/encode" in described:
         seconds, encoding = described["index_seconds"], described["encode_seconds"]
         lines.append(f"index of {described['latents']} latents, {described['tokens']} tokens: {seconds:.1f} s; "
-                     f"encoding alone {encoding:.1f} s, {seconds / encoding:.2f}x")  # fmt: skip
+                     f"encoding alone {encoding:.1f} s, {described['index/encode']:.2f}x")  # fmt: skip
     for name, run in found.get("training from a cache", {}).items():
         if isinstance(run, dict) and run.get("tokens/s"):
             figures = f"{run['tokens/s'] / 1e6:.2f} M tokens/s, FVU {run['first fvu']:.3f} -> {run['last fvu']:.3f}"

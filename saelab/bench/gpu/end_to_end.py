@@ -20,8 +20,8 @@ from saelab.sae import SAE, build
 from saelab.training import TrainConfig, train_steps
 
 
-def planted_cache(folder: Path, n: int, d_in: int, atoms: int, device: torch.device) -> ActivationCache:
-    """Sparse combinations of planted directions with noise, in float16."""
+def planted_cache(folder: Path, n: int, d_in: int, atoms: int, device: torch.device, **text: Any) -> ActivationCache:
+    """Sparse combinations of planted directions with noise, in float16; ``text`` are its tokens and their context."""
     generator = torch.Generator(device=device).manual_seed(0)
     directions = F.normalize(torch.randn(atoms, d_in, generator=generator, device=device), dim=1)
     acts = torch.empty(n, d_in, dtype=torch.float16)
@@ -30,7 +30,7 @@ def planted_cache(folder: Path, n: int, d_in: int, atoms: int, device: torch.dev
         which = (torch.rand(len(part), 16, generator=generator, device=device) ** 2 * atoms).long()
         noise = 0.05 * torch.randn(len(part), d_in, generator=generator, device=device)
         acts[part] = ((size[..., None] * directions[which]).sum(1) + noise).half().cpu()
-    return ActivationCache.from_tensors(folder, acts, dtype="float16", held_out=0.02)
+    return ActivationCache.from_tensors(folder, acts, dtype="float16", held_out=0.02, **text)
 
 
 def reading(cache: ActivationCache, batch_size: int, device: torch.device, seconds: float) -> float:
@@ -117,10 +117,8 @@ def index(device: torch.device, tiny: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     sae = build("topk", d_in, d_sae, k=k).to(device).eval()
     with tempfile.TemporaryDirectory() as name, torch.no_grad(), sae.evaluating(), default_precision("auto"):
-        acts = planted_cache(Path(name) / "planted", n, d_in, d_sae // 2, device).head(n, n)
-        tokens = (torch.rand(n) ** 6 * 1000).long()
-        texts = [f" t{i}" for i in range(1000)]
-        cache = ActivationCache.from_tensors(Path(name) / "cache", next(acts).acts, tokens, context_length=128)
+        tokens, texts = (torch.rand(n) ** 6 * 1000).long(), [f" t{i}" for i in range(1000)]
+        cache = planted_cache(Path(name) / "cache", n, d_in, d_sae // 2, device, tokens=tokens, context_length=128)
         rows = batch_rows(sae, IndexConfig())
 
         def encode() -> float:

@@ -20,7 +20,6 @@ from saelab.evaluation.reconstruction import check_pair
 from saelab.layout import SWEEP_TABLE
 from saelab.metrics import decoder_projections, mean_cosine
 from saelab.runs import Run
-from saelab.sae.normalised import reader
 from saelab.sweep import load_results
 from saelab.sweep.caches import apart
 from saelab.sweep.guidance import Point, guidance
@@ -112,8 +111,8 @@ def measure(runs: Sequence[Run], cache: ActivationCache, tokens: int, places: Se
     kinds = groups(runs)
     for run, l0 in sorted(measured, key=lambda pair: pair[1]):
         sae = run.sae
-        inner, read = reader(sae, x.to(sae.device))
-        values = decoder_projections(read.cpu(), sae.directions.cpu(), inner.b_dec.cpu(), chosen, sae.signed)
+        read, offset = sae.as_read(x.to(sae.device)).cpu(), sae.reader.b_dec.cpu()
+        values = decoder_projections(read, sae.directions.cpu(), offset, chosen, sae.signed)
         seed = _trained(run).get("seed", 0)
         group = kinds[runs.index(run)]
         rows.append(Row(run.name, group, seed, l0, mean_cosine(sae.directions), dict(zip(chosen, values))))

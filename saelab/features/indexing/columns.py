@@ -31,7 +31,6 @@ from saelab.features.indexing.statistics import (
 from saelab.features.indexing.words import Words
 from saelab.sae import SAE
 from saelab.sae.base import unit_rows
-from saelab.sae.normalised import Normalised
 
 Columns = dict[str, Any]
 
@@ -125,7 +124,7 @@ class Describer:
 def _weights(sae: SAE) -> dict[str, NDArray[np.float32]]:
     """Norms and biases per latent; NaN where the variant has no such parameter."""
     missing = np.full(sae.n_features, np.nan, np.float32)
-    parameters = dict((sae.inner if isinstance(sae, Normalised) else sae).named_parameters())
+    parameters = dict(sae.reader.named_parameters())
     encoder, bias = parameters.get("W_enc"), parameters.get("b_enc")
     return {
         "encoder_norm": missing if encoder is None else encoder.detach().float().norm(dim=0).cpu().numpy(),
