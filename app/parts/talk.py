@@ -19,6 +19,7 @@ from saelab.errors import UserError
 from saelab.lm.tokens import decode_each, written_text
 from saelab.runs import Run
 from saelab.steering import Intervention
+from saelab.steering.measure.control import random_controls
 from saelab.steering.measure.passages import Passage
 from saelab.steering.measure.silent import explained
 from saelab.workspace import steering
@@ -167,11 +168,8 @@ def made(picks: Sequence[Pick], source: Any, model: Any, factors: Sequence[float
     for factor in factors:
         why = f"every change on the left, times {factor:g}"
         texts.append(Text(f"steered ×{factor:g}", why, [step.times(factor) for step in steps]))
-    controls = []
-    for i, pick in enumerate(picks):
-        controls += steering.spread(steering.control(pick, seed=i), pick, model)
     why = "the same changes along random directions, all multiplied by one number so that they do the damage of ×1"
-    return [*texts, Text(CONTROL, why, controls)]
+    return [*texts, Text(CONTROL, why, random_controls(steps))]
 
 
 def extended(before: dict[str, Variant], texts: Sequence[Text], message: str) -> dict[str, Variant]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from rich.text import Text
@@ -11,9 +11,11 @@ from rich.text import Text
 from saelab.cli.console import console, out
 from saelab.errors import UserError
 from saelab.lm.tokens import token_ids
-from saelab.steering import Chat, Recipe, answer_chats, encode_chat
+from saelab.steering import Chat, Intervention, answer_chats, encode_chat, generate
 from saelab.steering.chat import Message
 from saelab.steering.measure.passages import Passage
+
+Steps = Sequence[Intervention]
 
 
 class ChatOptions(Protocol):
@@ -49,29 +51,31 @@ def as_text(options: ChatOptions, model: Any, prompt: str) -> str:
     return encode_chat(model.tokenizer, opening(options, prompt)).text
 
 
-def answers(options: ChatOptions, recipe: Recipe | None, model: Any, prompts: list[str]) -> list[str]:
-    """The answer to each prompt as a chat of its own, in one batch; unsteered without a recipe."""
-    chats = [opening(options, prompt) for prompt in prompts]
-    return answer_chats(model, chats, [] if recipe is None else recipe.interventions, **sampling(options))
+def continuations(options: ChatOptions, steps: Steps, model: Any, prompts: Sequence[str]) -> list[str]:
+    """What the model writes after each prompt, in one batch: a continuation, or the answer to a chat of its own."""
+    if not prompts:
+        return []
+    if options.chat:
+        return answer_chats(model, [opening(options, prompt) for prompt in prompts], steps, **sampling(options))
+    return list(generate(model, list(prompts), steps, **sampling(options)))
 
 
-def turns(options: ChatOptions, recipe: Recipe | None, model: Any, prompts: list[str]) -> list[Message]:
+def turns(options: ChatOptions, steps: Steps, model: Any, prompts: Sequence[str]) -> list[Message]:
     """One chat in which the prompts are asked in turn."""
-    chat = started(options, recipe, model)
+    chat = started(options, steps, model)
     for prompt in prompts:
         chat.say(prompt)
     return chat.messages
 
 
-def started(options: ChatOptions, recipe: Recipe | None, model: Any) -> Chat:
+def started(options: ChatOptions, steps: Steps, model: Any) -> Chat:
     """A chat before the first message."""
-    interventions = [] if recipe is None else recipe.interventions
-    return Chat(model, interventions, system=options.system or "", **sampling(options))
+    return Chat(model, steps, system=options.system or "", **sampling(options))
 
 
-def converse(options: ChatOptions, recipe: Recipe, model: Any, silent: bool = False) -> list[Message]:
+def converse(options: ChatOptions, steps: Steps, model: Any, silent: bool = False) -> list[Message]:
     """Answer the lines of the standard input as they come, until it ends; the answers are printed unless ``silent``."""
-    chat = started(options, recipe, model)
+    chat = started(options, steps, model)
     for line in _lines():
         try:
             for piece in chat.stream(line):

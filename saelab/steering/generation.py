@@ -204,9 +204,11 @@ def token_steps(
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     kept = kept if kept is not None and settings.use_cache else KeptCache()
     cache, fresh, use_cache = kept.cache, ids[:, kept.length :], settings.use_cache
+    padded = not bool(mask.all())  # asked once: each answer from the device is waited for
     for _ in range(settings.max_new_tokens):
-        logits, cache = forward(root, fresh, mask, cache, use_cache, last_only=True)
-        if cache is not None and not _masks_padding(cache, mask):
+        # A token that was just written is no padding.
+        logits, cache = forward(root, fresh, mask, cache, use_cache, last_only=True, padded=padded and cache is None)
+        if padded and cache is not None and not _masks_padding(cache, mask):
             cache, use_cache = None, False
         kept.cache, kept.length = cache, 0 if cache is None else ids.shape[1]
         tokens = settings.draw(logits[:, -1], generator)
@@ -224,8 +226,6 @@ def token_steps(
 def _masks_padding(cache: Any, mask: Tensor) -> bool:
     """Whether padding stays masked with this cache. transformers aligns the mask by the number of tokens that a cache
     says it holds, and that of MiniMax, whose first layer keeps a state and no tokens, says none."""
-    if bool(mask.all()):
-        return True
     try:
         return int(cache.get_seq_length()) == mask.shape[1]
     except (AttributeError, ValueError):  # a cache of states alone: there is no mask over its tokens
@@ -233,11 +233,18 @@ def _masks_padding(cache: Any, mask: Tensor) -> bool:
 
 
 def forward(
-    root: nn.Module, ids: Tensor, mask: Tensor, cache: Any = None, use_cache: bool = False, last_only: bool = False
+    root: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    cache: Any = None,
+    use_cache: bool = False,
+    last_only: bool = False,
+    padded: bool | None = None,
 ) -> tuple[Tensor, Any]:
     """Logits ``[batch, length, vocabulary]`` and the cache; ``mask`` covers cached tokens too, padding on the left.
 
-    ``last_only`` spares the logits before the last position where the model can.
+    ``last_only`` spares the logits before the last position where the model can; ``padded`` says whether some of
+    ``ids`` are padding, which is otherwise looked up.
     """
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     # The embedding looks padding up too, and may have no row for the token that the tokenizer pads with.
@@ -248,7 +255,8 @@ def forward(
     if last_only and "logits_to_keep" in inspect.signature(root.forward).parameters:
         options["logits_to_keep"] = 1
     fresh = mask[:, -ids.shape[1] :]
-    with nullcontext() if bool(fresh.all()) else padding_masked(root, fresh):
+    padded = not bool(fresh.all()) if padded is None else padded
+    with padding_masked(root, fresh) if padded else nullcontext():
         output = root(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
     if isinstance(output, Tensor):
         return output, None

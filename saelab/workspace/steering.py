@@ -19,14 +19,12 @@ from saelab.steering import (
     Condition,
     Intervention,
     LatentFires,
-    ProjectOut,
     Schedule,
     SteeringVector,
     VectorIntervention,
     at_layers,
     generate_tokens,
 )
-from saelab.steering.directions import random_direction
 from saelab.steering.layers import parse_layers
 from saelab.steering.positions import Where
 from saelab.steering.vectors import Strength
@@ -152,11 +150,7 @@ def intervention(pick: Pick, source: Run) -> Intervention:
 
 def interventions(pick: Pick, source: Run, model: nn.Module) -> list[Intervention]:
     """What a pick does to the model, at each layer that it names."""
-    return spread(intervention(pick, source), pick, model)
-
-
-def spread(step: Intervention, pick: Pick, model: nn.Module) -> list[Intervention]:
-    """A step at each of the layers that the pick names."""
+    step = intervention(pick, source)
     if not pick.layers:
         return [step]
     if not isinstance(step, VectorIntervention):
@@ -185,23 +179,6 @@ def size(pick: Pick) -> str:
     rms = pick.vector.rms_norm
     beside = f", {abs(length) / rms:.0%} of the activations' root mean square norm" if rms else ""
     return f"adds a vector of length {abs(length):.4g} in raw units{beside}"
-
-
-def control(pick: Pick, seed: int) -> Intervention:
-    """The same kind of change along a random direction, as a control.
-
-    A vector operation is applied to the random direction. For an operation on a latent, the random direction is added
-    at the length that the latent's activation is set to, or projected out where it has no such length. It acts on the
-    same tokens: operations on a latent leave each text's first one alone.
-    """
-    direction, operation = random_direction(pick.vector, seed), OPERATIONS[pick.operation]
-    limits: dict[str, Any] = {"when": pick.when, "schedule": pick.schedule}
-    limits["skip_first"] = operation.skip_first if pick.skip_first is None else pick.skip_first
-    if issubclass(operation, VectorIntervention):
-        return replace(operation.on_vector(direction, pick.strength, where=pick.where), **limits)
-    if operation.amount is not None and operation.amount.units:
-        return Add(direction, pick.vector.length(f"{pick.amount}{pick.unit}"), where=pick.where, **limits)
-    return ProjectOut(direction, where=pick.where, **limits)
 
 
 def calibrated(pick: Pick, found: Calibration) -> Pick:

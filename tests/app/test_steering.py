@@ -30,6 +30,7 @@ from saelab.steering import (
     generate_tokens,
     measure_text,
 )
+from saelab.steering.measure.control import random_controls
 from saelab.steering.neutral import NEUTRAL
 from saelab.workspace import Workspace, recipes, steering
 
@@ -249,16 +250,18 @@ def test_conditions_and_schedules_of_a_recipe_are_kept(workplace: Path, folder: 
         f"only where latent 5 is above 0.5 at {source.hook_name}",
         "weight of generated tokens: 1 at 0, 0 at 9",
     ]
-    assert steering.control(pick, 0).schedule == limited.schedule
+    (random,) = random_controls([steering.intervention(pick, source)])
+    assert random.schedule == limited.schedule and random.when is pick.when
     # A text made under other limits is another one, and the page says so by this line.
     assert "add #3 " in (said := steering.described([pick], "w", {})) and "where 5>0.5 schedule 0:1,9:0" in said
     other = pick.changed(when=LatentFires(source, 5, 0.25, -1))
     assert "where -5>0.25 schedule" in steering.described([other], "w", {})
     # What leaves the first token alone has a control that does.
     clamped = steering.pick_latent(source, 3, 1).changed(operation="clamp")
-    assert steering.control(clamped, 0).skip_first and steering.intervention(clamped, source).skip_first
-    assert not steering.control(clamped.changed(skip_first=False), 0).skip_first
-    assert not steering.control(clamped.changed(operation="add"), 0).skip_first
+    others = (clamped, clamped.changed(skip_first=False), clamped.changed(operation="add"))
+    steps = [steering.intervention(each, source) for each in others]
+    for made in (steps, random_controls(steps)):
+        assert [step.skip_first for step in made] == [True, False, False]
     # A change at several layers is one intervention of the page.
     wide = pick.changed(layers="0-1", label="wide")
     steps = [*steering.interventions(wide, source, model), steering.intervention(pick, source)]

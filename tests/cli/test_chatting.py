@@ -57,6 +57,12 @@ def test_questions_turns_and_a_conversation(run: Path, capsys, monkeypatch: pyte
     assert [row["steered"] for row in chat(run, capsys, *prompts)["texts"]] == alone
     both = chat(run, capsys, *prompts, "--turns", "--compare")
     assert both["messages"] == talk.messages and both["unsteered"] != talk.messages
+    control = both["random_control"]  # so strong a change cannot be matched
+    assert control["equal_damage"] == (abs(control["kl"] / control["kl_steered"] - 1) < 0.05) and control["kl"] > 0.1
+    asked = [message for message in both["random"] if message["role"] != "assistant"]
+    assert asked == [message for message in talk.messages if message["role"] != "assistant"]
+    for row in chat(run, capsys, *prompts, "--compare")["texts"]:
+        assert row["steered"] in alone and row["random_control"]["kl"] > 0 and "random" in row
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*ASKED, "", ""])))
     assert chat(run, capsys)["messages"] == talk.messages
 

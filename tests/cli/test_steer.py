@@ -23,6 +23,8 @@ from saelab.steering import (
     at_layers,
     calibrate,
     generate,
+    measure_text,
+    random_direction,
 )
 from saelab.steering.measure.passages import Passage
 from saelab.steering.measure.silent import without_effect
@@ -51,16 +53,30 @@ def as_json(capsys, *args: str) -> dict:
 def test_the_command_writes_what_the_library_writes(run: str, capsys) -> None:
     args = [run, "--latent", "3", "--pole", "-", "--strength", "0.5norm", "--prompt", PROMPT, "--compare"]
     result = as_json(capsys, *args, "--max-new-tokens", "6")
-    add = Add(SteeringVector.from_latent(RUN, 3, pole=-1), 6.0)
-    options = {"tokenizer": tokenizer(), "max_new_tokens": 6}
+    vector = SteeringVector.from_latent(RUN, 3, pole=-1)
+    add, options = Add(vector, 6.0), {"tokenizer": tokenizer(), "max_new_tokens": 6}
+    (row,) = result["texts"]
+    control = row.pop("random_control")
+    random = Add(random_direction(vector, 0), 6.0 * control["factor"])
     expected = {
         "prompt": PROMPT,
         "steered": generate(llama(), PROMPT, add, **options),
         "unsteered": generate(llama(), PROMPT, **options),
+        "random": generate(llama(), PROMPT, random, **options),
     }
-    assert result["texts"] == [expected]
+    assert row == expected
     assert expected["steered"] != expected["unsteered"]
     assert result["interventions"][0]["length"] == pytest.approx(6.0)
+    ids, written = (token_ids(tokenizer(), text, bos=text == PROMPT) for text in (PROMPT, expected["unsteered"]))
+    steered, other = (measure_text(llama(), ids, written, [step]).kl for step in (add, random))
+    assert (steered, other) == (pytest.approx(control["kl_steered"]), pytest.approx(control["kl"], rel=1e-4))
+    assert control["equal_damage"] and steered == pytest.approx(other, rel=0.05)
+    steer(*args, "--max-new-tokens", "6")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"random {' '.join(expected['random'].split())}" in shown
+    assert (
+        f"random directions, changes times {control['factor']:.3g}: KL {other:.3g}, the steering {steered:.3g}" in shown
+    )
 
 
 def test_strength_is_found_at_a_budget(run: str, capsys) -> None:
@@ -169,6 +185,9 @@ def test_an_ablation_of_a_silent_latent_says_why_nothing_changed(run: str, tmp_p
     args = [run, "--latent", str(latent), "--operation", "ablate", "--prompt", PROMPT, "--max-new-tokens", "6"]
     result = as_json(capsys, *args, "--compare")
     assert result["texts"][0]["steered"] == result["texts"][0]["unsteered"]
+    assert result["texts"][0]["random_control"]["kl_steered"] == 0
+    steer(*args, "--compare")
+    assert "since the steering does no damage to the unsteered text" in " ".join(capsys.readouterr().out.split())
     (said,) = result["without_effect"]
     assert said.startswith(f"ablate changes nothing here, because latent {latent} fires on no token that it acts on")
     assert "saelab index RUN --cache CACHE" in said

@@ -28,6 +28,7 @@ from saelab.steering import (
     VectorIntervention,
     attach,
 )
+from saelab.steering.measure.control import random_controls
 from saelab.workspace import recipes, steering
 from tests.steering.models import HOOK, folder, llama
 from tests.steering.test_steering import MASK, RUN, captured, edited, plain, vector
@@ -130,7 +131,7 @@ def test_the_steering_page_offers_it(tmp_path: Path) -> None:
     picks = [latent.changed(operation="flip"), texts.changed(operation="reflect", amount=0.5)]
     made = [steering.intervention(pick, RUN) for pick in picks]
     assert [type(one) for one in made] == [Flip, Reflect] and made[1].share == 0.5
-    assert [type(steering.control(pick, 0)) for pick in picks] == [ProjectOut, Reflect]
+    assert [type(control) for control in random_controls(made)] == [ProjectOut, Reflect]
     about = recipes.provenance(picks, "prompt", [])
     Recipe.of(llama(), made, provenance=about).save(tmp_path / recipes.RECIPES / "new")
     back = recipes.reopen(tmp_path, "new", RUN)

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from saelab.cli.calibrating import calibrated
-from saelab.cli.chatting import answers, as_text, converse, passages, sampling, show_messages, turns
+from saelab.cli.chatting import as_text, continuations, converse, passages, show_messages, turns
+from saelab.cli.comparing import about_control, compared, show_texts
 from saelab.cli.concepts import choose_latent, read_concept, show_ranking
 from saelab.cli.console import out, parse, print_json
 from saelab.cli.models import ModelOptions, open_model
@@ -34,7 +35,6 @@ from saelab.steering import (
     VectorIntervention,
     at_layers,
     attribute_logits,
-    generate,
 )
 from saelab.steering.layers import parse_layers
 from saelab.steering.measure.silent import explained
@@ -97,7 +97,7 @@ class OwnOptions:
     seed: int = 0
     """Seed of the sampling."""
     compare: bool = False
-    """Also continue each prompt without steering."""
+    """Also continue each prompt without steering, and with random directions that do as much damage."""
     attribute: bool = False
     """Split the change of each steered token's logit (first prompt) into latents and error term."""
     save: Path | None = None
@@ -165,7 +165,7 @@ def main(args: Sequence[str]) -> None:
     result: dict[str, Any] = {"model": recipe.model.name, "interventions": recipe.settings()}
     if options.chat and not options.prompt:
         recipe.model.check(model, options.any_weights)
-        result["messages"] = converse(options, recipe, model, silent=options.json)
+        result["messages"] = converse(options, recipe.interventions, model, silent=options.json)
     else:
         result |= texts(options, recipe, model)
         result |= without_effect(options, recipe, model, result)
@@ -290,24 +290,16 @@ def interventions(options: Options, run: Run, model: Any, prompts: Sequence[str]
 def texts(options: Options, recipe: Recipe, model: Any) -> dict[str, Any]:
     """Each prompt's continuations, or the chat that they make."""
     recipe.model.check(model, options.any_weights)
+    steps = recipe.interventions
     if options.turns:
-        found = {"messages": turns(options, recipe, model, options.prompt)}
-        return found | ({"unsteered": turns(options, None, model, options.prompt)} if options.compare else {})
-
-    def written(steering: Recipe | None) -> list[str]:
+        found: dict[str, Any] = {"messages": turns(options, steps, model, options.prompt)}
+    else:
+        written = continuations(options, steps, model, options.prompt)
+        found = {"texts": [{"prompt": prompt, "steered": text} for prompt, text in zip(options.prompt, written)]}
         if options.chat:
-            return answers(options, steering, model, options.prompt)
-        steps = [] if steering is None else steering.interventions
-        return list(generate(model, list(options.prompt), steps, **sampling(options))) if options.prompt else []
-
-    rows = [{"prompt": prompt, "steered": text} for prompt, text in zip(options.prompt, written(recipe))]
-    if options.chat:
-        for row in rows:
-            row["read"] = as_text(options, model, row["prompt"])
-    if options.compare:
-        for row, text in zip(rows, written(None)):
-            row["unsteered"] = text
-    return {"texts": rows}
+            for row in found["texts"]:
+                row["read"] = as_text(options, model, row["prompt"])
+    return compared(options, steps, model, found) if options.compare else found
 
 
 def without_effect(options: Options, recipe: Recipe, model: Any, result: dict[str, Any]) -> dict[str, Any]:
@@ -332,13 +324,12 @@ def show(options: Options, result: dict[str, Any]) -> None:
         )
     if options.turns:
         show_messages(result["messages"])
-    if "unsteered" in result:
-        show_messages(result["unsteered"], "unsteered")
-    for row in result.get("texts", []):
-        out.print(Text(f"\n{row['prompt']}", style="bold"))
-        for kind in ("unsteered", "steered"):
-            if kind in row:
-                out.print(Text(f"  {kind:<10}", style="dim"), Text(row[kind]))
+    for kind in ("unsteered", "random"):
+        if kind in result:
+            show_messages(result[kind], kind)
+    if "random_control" in result:
+        out.print(Text(about_control(result["random_control"]), style="dim"))
+    show_texts(result.get("texts", []))
     for line in result.get("without_effect", []):
         out.print(Text(f"\n{line}", style="yellow"))
     if "attribution" in result:

@@ -1,21 +1,59 @@
-"""A control that does the damage of what it controls for, not only changes of its length."""
+"""Random directions as a control: the same kind of change, with the damage of what it controls for."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from saelab.errors import UserError
-from saelab.steering.interventions import Intervention
+from saelab.steering.directions import random_direction
+from saelab.steering.interventions import Intervention, LatentIntervention, VectorIntervention
 from saelab.steering.measure.budget import strength_at
 from saelab.steering.measure.passages import Passage
 from saelab.steering.measure.texts import measure_text
+from saelab.steering.operations import Add, ProjectOut
+from saelab.steering.vectors import SteeringVector
 
 LARGEST = 256.0  # a control that needs more than this has next to no effect
 NONE = 1e-6  # nats per token: as much is rounding
+
+
+def random_controls(steps: Sequence[Intervention], seed: int = 0) -> list[Intervention]:
+    """The same changes along random directions, on the same tokens and at the same layers.
+
+    A vector operation is applied to a random direction of its vector's norm. For an operation on a latent, a random
+    direction is added at the length that the latent's activation is set to, or projected out where it has no such
+    length. Steps along one direction, as at several layers, share one random direction. UserError for an operation that
+    has neither a vector nor a latent.
+    """
+    drawn: dict[Hashable, int] = {}
+
+    def instead_of(vector: SteeringVector) -> SteeringVector:
+        key = vector.direction.float().cpu().numpy().tobytes()
+        return random_direction(vector, drawn.setdefault(key, seed + len(drawn)))
+
+    return [_random_control(step, instead_of) for step in steps]
+
+
+def _random_control(step: Intervention, instead_of: Any) -> Intervention:
+    if isinstance(step, VectorIntervention):
+        held = getattr(step, name := step.parts[0])
+        one = isinstance(held, SteeringVector)
+        return dataclasses.replace(step, **{name: instead_of(held) if one else [instead_of(v) for v in held]})
+    if not isinstance(step, LatentIntervention):
+        raise UserError(f"{type(step).__name__} acts along no vector and on no latent, so it has no random control")
+    latent = SteeringVector.from_latent(step.run, step.latent, step.pole or 1)
+    limits = {name: getattr(step, name) for name in ("where", "skip_first", "hook_name", "when", "schedule")}
+    direction = instead_of(latent)
+    if step.amount is None or not step.amount.units:
+        return ProjectOut(direction, **limits)
+    activation = step.activation(getattr(step, step.amount.field), step.pole or 1)
+    return Add(direction, activation * latent.norm, **limits)
 
 
 @dataclass(frozen=True)
