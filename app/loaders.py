@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import memory
 import streamlit as st
 from shared import ModelLock, Recent
 
@@ -200,8 +201,11 @@ def model_lock() -> ModelLock:
 
 @st.cache_resource(max_entries=1, show_spinner="Loading the language model …")
 def _model(name: str, dtype: str, revision: str | None) -> Any:
+    import transformer_lens.model_bridge  # noqa: F401  # loaded with the model, but stays
+
     from saelab.lm import load_model
 
+    memory.keep("packages of models")
     given = _loading()
     return load_model(
         name, dtype=dtype, revision=revision, device=given.get("device", "auto"), device_map=given.get("device_map")

@@ -177,14 +177,26 @@ def say_left_out(key: str, taken: Collection[str], why: Callable[[Run], str]) ->
     """
     runs, root = workspace().runs, workspace().root.name
     for text in st.query_params.get_all(key):
-        # The field may show more than the name; of several that begin alike the longest is meant.
-        names = [name for name in runs if any(f"{text} ".startswith(f"{said} ") for said in (name, viz.visible(name)))]
-        name = max(names, key=len, default=None)
+        name = _named(text, runs)
         if name in taken:
             continue
         said = f"**{viz.markdown(text[:80] if name is None else name)}**"
         reason = f"not below {root}." if name is None else f"left out, because {viz.markdown(why(runs[name]))}."
         st.warning(f"This address also names {said}: {reason}", icon=":material/link_off:")
+
+
+def renew(key: str, described: Callable[[str], str], known: Collection[str]) -> None:
+    """Have a field find an SAE whose description in the address was true once, as that of a seed; call it before it."""
+    text = st.query_params.get(key)
+    name = None if text is None else _named(text, known)
+    if name is not None and described(name) != text and st.session_state.get(key) is None:
+        st.session_state[key] = name
+
+
+def _named(text: str, names: Collection[str]) -> str | None:
+    """The SAE that a field's text means: it may show more than the name; of several that begin alike the longest."""
+    found = [name for name in names if any(f"{text} ".startswith(f"{said} ") for said in (name, viz.visible(name)))]
+    return max(found, key=len, default=None)
 
 
 def say_unknown(key: str, known: Collection[str]) -> None:

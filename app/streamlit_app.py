@@ -1,6 +1,7 @@
 """The router: page list, shared sidebar, links. Everything shown lives in views/, everything computed in saelab."""
 
 import loaders
+import memory
 import page
 import session
 import streamlit as st
@@ -34,4 +35,7 @@ session.follow_link()
 chosen = st.navigation(pages, position="hidden")
 page.sidebar(pages)
 page.html(page.style())
-page.run_page(chosen)
+try:
+    page.run_page(chosen)
+finally:  # with the packages that the page has imported
+    memory.keep("first page")

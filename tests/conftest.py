@@ -7,6 +7,7 @@ training, and nothing else: a module that needs another package is skipped there
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -30,6 +31,7 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 sys.dont_write_bytecode = False  # nor are the tests compiled again for each collection of them
+os.fsync = lambda handle: None  # no test takes the power away, and waiting for the disk takes half a minute
 
 # Annotated shapes are checked while testing; users pay nothing for them.
 CHECKED = ["saelab.sparse", "saelab.sae", "saelab.losses", "saelab.metrics"]
@@ -90,12 +92,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _seed_module() -> None:
     """For the module's own fixtures: they run before any test of it, and must not depend on what ran before."""
-    torch.manual_seed(0)
+    _seed_all()
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    _seed_all()
+
+
+def _seed_all() -> None:
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # the other function formats the stack for devices that may be used later: seconds for so many tests
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +112,13 @@ def s3_server() -> Generator[Any]:
     """The way to an S3 server, one for all tests."""
     server_module = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
+    from botocore.loaders import JSONFileLoader
+
     from tests.s3 import Way
 
+    # Each test's own connection would read the description of the service again: megabytes of JSON.
+    once = functools.cache(functools.partial(JSONFileLoader._load_file, None))  # pyright: ignore
+    JSONFileLoader._load_file = lambda _, *which: once(*which)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = server_module.ThreadedMotoServer(port=0, verbose=False)
     server.start()

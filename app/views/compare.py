@@ -36,6 +36,7 @@ def described(name: str) -> str:
 
 
 session.say_left_out("compare_right", others, lambda other: apart(run, other))
+session.renew("compare_right", described, others)
 if not others:
     st.info(
         "Comparing needs a second SAE on the same hook point in this folder; train one with another seed or variant.",

@@ -304,5 +304,10 @@ def _randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         # The CPU's generator looks at 32 bits only; a large odd factor keeps the seeds' step ranges apart.
-        torch.manual_seed((seed * 0x9E3779B1 + step) % 2**32)
+        number = (seed * 0x9E3779B1 + step) % 2**32
+        if devices:
+            torch.manual_seed(number)
+        else:
+            # The other function formats the stack, half a millisecond, for devices that may be used later.
+            torch.default_generator.manual_seed(number)
         yield

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from small_workspace import make_cache, make_index, make_model, make_run, make_workspace
+from streamlit.components.v2 import manifest_scanner
 
 from saelab.sae import VARIANTS
 from saelab.sae.weights import load_metadata, load_sae, save
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _installed_components() -> Iterator[None]:
+    """Looked for once: AppTest reads the metadata of every installed package each time a page runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        once = functools.cache(manifest_scanner.scan_component_manifests)
+        patch.setattr(manifest_scanner, "scan_component_manifests", once)
+        yield
 
 
 @pytest.fixture(scope="session")

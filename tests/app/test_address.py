@@ -112,6 +112,9 @@ def test_what_is_compared_and_drawn(monkeypatch: pytest.MonkeyPatch, folder: Pat
     other = next(name for name in app.selectbox(key="compare_right").options if name.startswith("runs/gated"))
     app = visit(monkeypatch, folder, "compare", compare_right=other)
     assert app.selectbox(key="compare_right").value == "runs/gated"
+    # The SAE was trained again since, with another seed.
+    app = visit(monkeypatch, folder, "compare", compare_right="runs/gated (seed 7)")
+    assert app.selectbox(key="compare_right").value == "runs/gated" and not left_out(app)
     app = visit(monkeypatch, folder, "training", training_runs=["runs/gated", "runs/topk"], training_axis="step")
     assert app.multiselect(key="training_runs").value == ["runs/gated", "runs/topk"]
     assert sorted(metric.label for metric in app.metric) == ["runs/gated", "runs/topk"]

@@ -30,10 +30,18 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-@pytest.fixture
-def page(browser: Any, address: str) -> Iterator[Any]:
+@pytest.fixture(scope="package")
+def window(browser: Any) -> Iterator[Any]:
+    """One for all pages: in a new one the browser fetches and compiles the app's scripts again."""
     # Without animations, which take a third of the browser's time here: it draws without a GPU.
-    page = browser.new_page(viewport={"width": 1440, "height": 1000}, reduced_motion="reduce")
+    window = browser.new_context(viewport={"width": 1440, "height": 1000}, reduced_motion="reduce")
+    yield window
+    window.close()
+
+
+@pytest.fixture
+def page(window: Any, address: str) -> Iterator[Any]:
+    page = window.new_page()
     page.set_default_timeout(60_000)
     page.dialogs = []
     page.on("dialog", lambda dialog: (page.dialogs.append(dialog.message), dialog.dismiss()))
