@@ -65,7 +65,7 @@ def headline(measured: dict[str, Any], shows: str = "") -> str:
     if low is None or high is None:  # of one document, or what is compared differs too much in L0
         if found[name].get("documents") == 1:
             return f"{text} on one document"
-        own, other = found[name]["l0"]
+        own, other = found[name].get("l0_apart", found[name]["l0"])
         return f"{text} at L0 {own:.3g} and {other:.3g}"
     return f"{text} ({low:+.3g} to {high:+.3g})"
 

@@ -171,8 +171,8 @@ def count(rank: int, port: int, folder: str) -> None:
     cache = ActivationCache(Path(folder) / "cache")
     for dict_ranks in (1, 2, 4):
         cases = [("topk", 10**9), ("topk", BATCH), ("batch_topk", 10**9), ("feature_choice", 10**9)]
+        parallel = start_world(dict_ranks, timeout_s=300)
         for variant, dead_after in cases if dict_ranks < 4 else cases[:3]:
-            parallel = start_world(dict_ranks, timeout_s=300)
             options = {"mutual_share": 0, "zipf_weight": 0.0} if variant == "feature_choice" else {}
             sae = build_shard(variant, D_IN, D_SAE, 0, parallel, k=K, **options)
             config = TrainConfig(epochs=1, batch_size=BATCH, dead_after=dead_after, k_aux=K_AUX, lr=1e-3)

@@ -87,6 +87,11 @@ def test_curves_are_compared_budget_by_budget():
     assert verdict(found, "below", at=58) == "contradicted"
     apart = [_record(x, s, 8, f, l0) for s in range(3) for x, f, l0 in (("a", 0.4 + 0.01 * s, 8), ("b", 0.5, 9))]
     assert verdicts(by_budget(apart, "a", "b", "fvu"), "below") == {"8": "inconclusive"}  # not at equal L0
+    # Nor where the means are equal and single seeds are not.
+    both = [_record(x, s, 8, f, 8 - (x == "a") * (s - 1)) for s in range(3) for x, f in (("a", 0.4), ("b", 0.5))]
+    found = by_budget(both, "a", "b", "fvu")
+    assert verdicts(found, "below") == {"8": "inconclusive"}
+    assert found["8"]["l0"] == [8.0, 8.0] and found["8"]["l0_apart"] in ([9.0, 8.0], [7.0, 8.0])
 
 
 def test_intervals_cover_seeds_and_documents():

@@ -46,7 +46,10 @@ def steering(name: str, vector: SteeringVector, run: Run) -> list[Intervention]:
     }[name]
 
 
-@pytest.mark.parametrize("name", ["add", "add_generated", "sae"])
+# test_situations.py asks the same of all operations on small models.
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(one, marks=pytest.mark.minutes) for one in ("add", "add_generated")), "sae"]
+)
 def test_every_way_of_generating_writes_the_same_tokens(
     name: str, model: Any, vector: SteeringVector, run: Run
 ) -> None:
@@ -77,7 +80,7 @@ def plain() -> Any:
     return load_hf_model("smollm2")
 
 
-@pytest.mark.parametrize("name", ["add_generated", "sae"])
+@pytest.mark.parametrize("name", ["add_generated", pytest.param("sae", marks=pytest.mark.minutes)])
 def test_a_recipe_made_on_the_bridge_steers_the_plain_model(
     name: str, model: Any, plain: Any, vector: SteeringVector, run: Run, tmp_path: Path
 ) -> None:
