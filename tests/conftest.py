@@ -95,6 +95,21 @@ def pytest_xdist_auto_num_workers() -> int:
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """By files, and all tests in a browser in one worker: a server and a browser in each take longer than they save."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope, browser = super()._split_scope(nodeid), "tests/app/browser"
+            return browser if scope.startswith(browser) else scope
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _seed_module() -> None:
     """For the module's own fixtures: they run before any test of it, and must not depend on what ran before."""
