@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.text import Text
 
-from saelab.cli.chatting import Steps, continuations, passages, turns
+from saelab.cli.chatting import Steps, continuations, passages, show_messages, turns
 from saelab.cli.console import out
+from saelab.errors import UserError
 from saelab.steering.measure.control import NONE, EqualDamage, random_controls, with_damage_of
 
 KINDS = ("unsteered", "steered", "random")
@@ -18,47 +19,48 @@ def compared(options: Any, steps: Steps, model: Any, found: dict[str, Any]) -> d
     """The texts of ``found`` beside those of the unsteered model and of a random control.
 
     The control makes the same changes along random directions, multiplied so that their damage to the unsteered text,
-    KL(unsteered || steered) per token, is that of the steering.
+    KL(unsteered || steered) per token, is that of the steering. Where there is none, ``no_random_control`` says why.
     """
+    try:
+        controls = random_controls(steps, options.seed)
+    except UserError as error:  # an operation of somebody's own
+        controls, found["no_random_control"] = None, str(error)
+
+    def matched(plain: dict[str, Any], told: dict[str, Any]) -> EqualDamage | None:
+        (passage,) = passages(options, model, plain)
+        if controls is None:
+            return None
+        if not passage.written:
+            told["no_random_control"] = "the unsteered model wrote nothing on which damages could be compared"
+            return None
+        made = with_damage_of(model, controls, steps, passage)
+        told["random_control"] = {
+            "factor": made.factor,
+            "kl": made.damage,
+            "kl_steered": made.goal,
+            "equal_damage": made.reached,
+        }
+        return made
+
     if options.turns:
-        plain = turns(options, [], model, options.prompt)
-        controls = controlled(options, steps, model, {"messages": plain})
-        found |= {"unsteered": plain}
-        if controls:
-            (control,) = controls
-            found |= {"random": turns(options, control.interventions, model, options.prompt)} | told(control)
+        found["unsteered"] = turns(options, [], model, options.prompt)
+        if made := matched({"messages": found["unsteered"]}, found):
+            found["random"] = turns(options, made.interventions, model, options.prompt)
         return found
-    rows = found["texts"]
-    for row, text in zip(rows, continuations(options, [], model, options.prompt)):
+    for row, text in zip(found["texts"], continuations(options, [], model, options.prompt)):
         row["unsteered"] = text
-    plain = [{"prompt": row["prompt"], "steered": row["unsteered"]} for row in rows]
-    for row, one in zip(rows, plain):
-        for control in controlled(options, steps, model, {"texts": [one]}):
-            (row["random"],) = continuations(options, control.interventions, model, [row["prompt"]])
-            row |= told(control)
+        if made := matched({"texts": [{"prompt": row["prompt"], "steered": text}]}, row):
+            (row["random"],) = continuations(options, made.interventions, model, [row["prompt"]])
     return found
 
 
-def controlled(options: Any, steps: Steps, model: Any, plain: dict[str, Any]) -> list[EqualDamage]:
-    """The control of one unsteered text; none where it is empty, so that no damage can be measured."""
-    (passage,) = passages(options, model, plain)
-    return [with_damage_of(model, random_controls(steps, options.seed), steps, passage)] if passage.written else []
-
-
-def told(control: EqualDamage) -> dict[str, Any]:
-    """How far the control goes."""
-    return {
-        "random_control": {
-            "factor": control.factor,
-            "kl": control.damage,
-            "kl_steered": control.goal,
-            "equal_damage": control.reached,
-        }
-    }
-
-
-def about_control(control: dict[str, Any]) -> str:
-    """What the control did, beside what it controls for."""
+def about_control(told: dict[str, Any]) -> str:
+    """What the control did, beside what it controls for; empty where none was asked for."""
+    if "no_random_control" in told:
+        return f"no random control: {told['no_random_control']}"
+    if "random_control" not in told:
+        return ""
+    control = told["random_control"]
     kl, goal = f"KL {control['kl']:.3g}", f"{control['kl_steered']:.3g} nats per token on the unsteered text"
     if control["kl_steered"] < NONE:
         return f"random directions of the same lengths ({kl}), since the steering does no damage to the unsteered text"
@@ -66,12 +68,18 @@ def about_control(control: dict[str, Any]) -> str:
     return said if control["equal_damage"] else f"{said}; not of equal damage"
 
 
-def show_texts(rows: Sequence[dict[str, Any]]) -> None:
-    """Each prompt with its texts side by side."""
+def show_compared(result: dict[str, Any]) -> None:
+    """Chats one after another, or each prompt with its texts; below them what the control did."""
+    for title, key in (("", "messages"), ("unsteered", "unsteered"), ("random", "random")):
+        if key in result:
+            show_messages(result[key], title)
+    rows: Sequence[dict[str, Any]] = result.get("texts", [])
     for row in rows:
         out.print(Text(f"\n{row['prompt']}", style="bold"))
         for kind in KINDS:
             if kind in row:
                 out.print(Text(f"  {kind:<10}", style="dim"), Text(row[kind]))
-        if "random_control" in row:
-            out.print(Text(f"  {about_control(row['random_control'])}", style="dim"))
+        if said := about_control(row):
+            out.print(Text(f"  {said}", style="dim"))
+    if said := about_control(result):
+        out.print(Text(said, style="dim"))

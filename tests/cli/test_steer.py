@@ -10,6 +10,7 @@ import torch
 
 from saelab.cli import main
 from saelab.lm.tokens import token_ids
+from saelab.sae import build
 from saelab.sae.weights import save
 from saelab.steering import (
     OPERATIONS,
@@ -77,6 +78,19 @@ def test_the_command_writes_what_the_library_writes(run: str, capsys) -> None:
     assert (
         f"random directions, changes times {control['factor']:.3g}: KL {other:.3g}, the steering {steered:.3g}" in shown
     )
+
+
+def test_where_there_is_no_random_control_the_texts_are_shown_and_the_reason(tmp_path: Path, capsys) -> None:
+    sae = build("topk", RUN.sae.d_in, RUN.sae.d_sae, k=4)
+    with torch.no_grad():
+        sae.W_dec[4] = 0
+    save(sae, tmp_path / "run", {"hook_name": HOOK, "model_name": folder(), "rms_norm": 12.0})
+    args = [str(tmp_path / "run"), "--latent", "4", "--operation", "ablate", "--prompt", PROMPT, "--compare"]
+    result = as_json(capsys, *args, "--max-new-tokens", "3")
+    assert "zero" in result["no_random_control"] and "random" not in result["texts"][0]
+    steer(*args, "--max-new-tokens", "3")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert result["texts"][0]["unsteered"].strip() in shown and "no random control: " in shown
 
 
 def test_strength_is_found_at_a_budget(run: str, capsys) -> None:

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from saelab.cli.calibrating import calibrated
-from saelab.cli.chatting import as_text, continuations, converse, passages, show_messages, turns
-from saelab.cli.comparing import about_control, compared, show_texts
+from saelab.cli.chatting import as_text, continuations, converse, passages, turns
+from saelab.cli.comparing import compared, show_compared
 from saelab.cli.concepts import choose_latent, read_concept, show_ranking
 from saelab.cli.console import out, parse, print_json
 from saelab.cli.models import ModelOptions, open_model
@@ -322,14 +322,8 @@ def show(options: Options, result: dict[str, Any]) -> None:
             style="dim",
             markup=False,
         )
-    if options.turns:
-        show_messages(result["messages"])
-    for kind in ("unsteered", "random"):
-        if kind in result:
-            show_messages(result[kind], kind)
-    if "random_control" in result:
-        out.print(Text(about_control(result["random_control"]), style="dim"))
-    show_texts(result.get("texts", []))
+    if options.prompt:  # what is typed is answered as it comes
+        show_compared(result)
     for line in result.get("without_effect", []):
         out.print(Text(f"\n{line}", style="yellow"))
     if "attribution" in result:
