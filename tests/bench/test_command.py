@@ -28,6 +28,13 @@ WRONG = {
         f"{CACHE} --out .": "is a folder",
     },
     "distributed": {"--k 5000": "--k 5000", "--processes 5": "--d-sae 4608"},
+    "encoder_start": {
+        "/nowhere": "/nowhere does not exist",
+        f"{CACHE} --variants foo": "'foo'",
+        f"{CACHE} --variants matching_pursuit": "has no encoder of its own",
+        f"{CACHE} --starts 0": "--starts 0",
+        f"{CACHE} --seeds 0": "--seeds 0",
+    },
     "evaluation": {
         f"/nowhere --cache {CACHE}": "/nowhere does not exist",
         f"{RUN} --cache {CACHE}": "width d_in=576",

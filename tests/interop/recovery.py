@@ -6,7 +6,8 @@
 Every seed is another world: features, magnitudes, order of the rows and weights. saelab trains on a cache of its rows
 at the default learning rate and writes a run folder, SAELens loads it and scores it on rows that it draws itself. The
 trainer of SAELens for the same variant, where it has one that can be asked for an L0, reads the same batches; its
-learning rate is chosen on a world of its own (``--tuning-seed``) from multiples of saelab's. Both are asked for the L0
+learning rate is chosen on a world of its own (``--tuning-seed``) from multiples of saelab's (``--factors 1``: the same
+rate). Both are asked for the L0
 of the world's features. Worlds: ``separable`` (orthogonal, independent features) and ``trees``
 (parents with mutually exclusive children, correlated, with a bias, more features than dimensions).
 """
@@ -18,7 +19,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,13 @@ def peer(variant: str, place: World, lr: float) -> Any:
         return SAE.load_from_disk(folder)
 
 
-def tuned(variant: str, place: World) -> float:
+def tuned(variant: str, place: World, factors: Sequence[float]) -> float:
     """SAELens' best multiple of saelab's default rate, by explained variance at about the L0 that was asked for."""
+    if len(factors) == 1:
+        return factors[0]
     automatic = chosen_rate(fresh(variant, place), place.cache, place.config).value
     tried: dict[float, float] = {}
-    for factor in RATES:
+    for factor in factors:
         found = score(peer(variant, place, factor * automatic), place)
         # A larger code explains more: one that is far above the L0 asked for is no candidate.
         tried[factor] = found["ev"] if found["l0"] < 1.25 * place.l0 else -1.0
@@ -178,7 +181,7 @@ def rows_of(name: str, options: argparse.Namespace, folder: Path) -> Iterator[di
     choices: dict[str, float] = {}
     if options.peers:
         place = world(name, options.tuning_seed, folder, options)
-        choices = {variant: tuned(variant, place) for variant in options.variants if variant in PEERS}
+        choices = {variant: tuned(variant, place, options.factors) for variant in options.variants if variant in PEERS}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         place = world(name, seed, folder, options)
         for variant in options.variants:
@@ -231,6 +234,13 @@ def main() -> None:
     parser.add_argument("--aux-gradient", default="rectified", choices=["rectified", "straight_through"])
     parser.add_argument("--dead-after", type=int, help="tokens; by default the trainer's")
     parser.add_argument("--rows", type=int, default=32_768, help="rows that SAELens scores on")
+    parser.add_argument(
+        "--factors",
+        type=float,
+        nargs="+",
+        default=RATES,
+        help="multiples of saelab's rate that SAELens may choose from",
+    )
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="train with saelab alone")
     parser.add_argument("--quick", action="store_true", help="one seed of small worlds, saelab alone")
     parser.add_argument("--out", type=Path, help="JSON lines to write")

@@ -16,8 +16,9 @@ from saelab.cli import main
 from saelab.data.cache import ActivationCache
 from saelab.data.synthetic import Planted
 from saelab.errors import UserError
-from saelab.sae import SAE, VARIANTS, build
+from saelab.sae import SAE, VARIANTS, LinearSAE, build
 from saelab.sae.controller import CLIP, GAIN, SMOOTHING, L0Controller, shift_to
+from saelab.sae.jump_relu import ENCODER_START
 from saelab.sae.penalty import PenaltySAE
 from saelab.sae.weights import load_metadata
 from saelab.sweep import measure, run_sweep
@@ -59,7 +60,7 @@ def split(cache: ActivationCache, name: Literal["train", "held_out"]) -> torch.T
 
 
 @every_penalty
-@pytest.mark.parametrize("lr", [3e-3, 1.2e-2])
+@pytest.mark.parametrize("lr", [6e-3, 1.2e-2])
 def test_a_short_run_ends_at_the_l0_asked_for(name: str, lr: float, cache: ActivationCache) -> None:
     sae = fresh(name)
     steps = list(train_steps(sae, cache, TrainConfig(epochs=2, batch_size=128, lr=lr)))
@@ -69,6 +70,15 @@ def test_a_short_run_ends_at_the_l0_asked_for(name: str, lr: float, cache: Activ
     assert sae.control is not None and sae.remarks() == []
     assert sae.control.trained.item() == pytest.approx(L0, rel=0.1)
     assert math.fsum(step.l0 for step in steps[-20:]) / 20 == pytest.approx(L0, rel=0.1)
+
+
+def test_the_encoder_of_jump_relu_begins_shorter_than_the_decoder_in_its_directions() -> None:
+    for name in VARIANTS:
+        sae = build(name, D_IN, D_SAE)
+        if isinstance(sae, LinearSAE):
+            start = ENCODER_START if name == "jump_relu" else 1.0
+            torch.testing.assert_close(sae.W_enc, start * sae.W_dec.T)
+    assert ENCODER_START == 0.1
 
 
 @every_penalty

@@ -89,8 +89,10 @@ def test_a_checkpoint_is_not_replaced_while_the_error_explodes(cache: Activation
 
 
 def test_the_reference_survives_a_resume(cache: ActivationCache, tmp_path: Path) -> None:
-    config = TrainConfig(epochs=2, batch_size=128, lr=1e-3)
-    for metrics in (steps := fit_steps(sae_of("jump_relu"), cache, config, tmp_path / "run")):
+    config, sae = TrainConfig(epochs=2, batch_size=128, lr=1e-3), sae_of("jump_relu")
+    with torch.no_grad():
+        sae.W_enc.mul_(10)  # so that the error begins above 1
+    for metrics in (steps := fit_steps(sae, cache, config, tmp_path / "run")):
         if metrics.step == 1:
             first = metrics.fvu
         if metrics.step == 3:
