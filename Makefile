@@ -11,7 +11,7 @@ PORT ?= 8501
 help:
 	@echo "make demo    train an SAE on a real language model and index its features (under 10 minutes)"
 	@echo "make app     open the feature browser on the result, or on the SAEs of checkpoints/"
-	@echo "make test    run the test suite (10 to 15 minutes on two cores)"
+	@echo "make test    run the test suite (9 to 13 minutes on two cores)"
 	@echo "make test-slow   the tests that take minutes each: kills, many users, random command lines, the installed wheel"
 	@echo "make claims  check the papers' claims on planted data (under 5 minutes)"
 	@echo "make test-interop   run SAELens, SAEBench and other tools on our files, and saelab under transformer-lens 3"

@@ -205,7 +205,7 @@ def _model(name: str, dtype: str, revision: str | None) -> Any:
 
     from saelab.lm import load_model
 
-    memory.keep("packages of models")
+    memory.keep("packages of models", last=True)
     given = _loading()
     return load_model(
         name, dtype=dtype, revision=revision, device=given.get("device", "auto"), device_map=given.get("device_map")

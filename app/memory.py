@@ -7,17 +7,21 @@ packages alone have so many that it took two thirds of the server's time. They a
 from __future__ import annotations
 
 import atexit
-import functools
 import gc
 
+LAST = "last"
+_kept: set[str] = set()
 
-@functools.cache
-def keep(stage: str) -> None:
+
+def keep(stage: str, last: bool = False) -> None:
     """Leave all objects that there are now out of later collections; once per ``stage`` of the process.
 
-    Not to be called where a language model or other large objects of a user are loaded: what is left out is not found
-    when it becomes a ring of garbage.
+    What is left out is not found when it becomes a ring of garbage. So the ``last`` stage is before a language model is
+    loaded, which another may replace; after it none does anything.
     """
+    if stage in _kept or LAST in _kept:
+        return
+    _kept.update({stage, LAST} if last else {stage})
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # some packages complain of what is left when the process ends

@@ -1,8 +1,8 @@
 """``python -m saelab.bench.encoder_start CACHE``: how long an encoder should be when training starts.
 
 Encoders begin as the decoder's transpose times a number: ``saelab.sae.jump_relu.ENCODER_START`` for ``jump_relu`` and 1
-for other variants. Each number trains the same SAEs on the same batches at
-the default learning rate; all are measured on the held-out tokens of the cache and as many training tokens.
+for other variants. Each number trains the same SAEs on the same batches at the default learning rate; all are measured
+on the held-out tokens of the cache and as many training tokens.
 """
 
 from __future__ import annotations

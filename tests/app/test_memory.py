@@ -26,6 +26,13 @@ seen = weakref.ref(ring)
 del ring
 gc.collect(2)
 assert seen() is None, "later garbage is found"
+model = [[] for _ in range(1000)]
+memory.keep("b", last=True)
+assert gc.get_freeze_count() >= held + 1000
+model, held = [[] for _ in range(1000)], gc.get_freeze_count()
+memory.keep("c")
+assert gc.get_freeze_count() <= held, "a model may be loaded by now"
+del model
 print(len(gc.get_objects()))
 """
 

@@ -7,9 +7,8 @@ Every seed is another world: features, magnitudes, order of the rows and weights
 at the default learning rate and writes a run folder, SAELens loads it and scores it on rows that it draws itself. The
 trainer of SAELens for the same variant, where it has one that can be asked for an L0, reads the same batches; its
 learning rate is chosen on a world of its own (``--tuning-seed``) from multiples of saelab's (``--factors 1``: the same
-rate). Both are asked for the L0
-of the world's features. Worlds: ``separable`` (orthogonal, independent features) and ``trees``
-(parents with mutually exclusive children, correlated, with a bias, more features than dimensions).
+rate). Both are asked for the L0 of the world's features. Worlds: ``separable`` (orthogonal, independent features) and
+``trees`` (parents with mutually exclusive children, correlated, with a bias, more features than dimensions).
 """
 
 from __future__ import annotations
