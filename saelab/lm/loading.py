@@ -221,9 +221,12 @@ def _bridge(source: Source, model: Any, tokenizer: Any) -> TransformerBridge:
     _forbid_installs()
     has_bos, expected = tokenizer.bos_token_id is not None, _logits(model.eval())
     options: dict[str, Any] = {} if getattr(model, "hf_device_map", None) else {"device": str(model.device)}
+    unbiased = [module for module in model.modules() if isinstance(module, nn.Linear) and module.bias is None]
     bridge = TransformerBridge.boot_transformers(
         source.name, hf_model=model, tokenizer=tokenizer, dtype=model.dtype, **options
     )
+    for module in unbiased:  # TransformerLens 3 gives an output layer one of zeros, which is no weight of the model
+        module.bias = None
     if not has_bos:  # TransformerLens takes the end of a text for its beginning
         bridge.tokenizer.bos_token = None
         bridge.cfg.default_prepend_bos = False

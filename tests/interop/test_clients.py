@@ -142,7 +142,7 @@ def test_overcompletes_own_classes_load_here(kind: str, tmp_path: Path, monkeypa
     with torch.no_grad():
         _, codes, recon = theirs(x)
     assert 0 < (codes != 0).sum() < codes.numel()
-    ours = load(tmp_path / "sae.pt", **told)
+    ours = load(tmp_path / "sae.pt", is_sae=True, **told)  # with random directions it could be a transcoder
     torch.testing.assert_close(ours.encode(x).dense(), codes, **EXACT)
     torch.testing.assert_close(ours(x), recon, **EXACT)
 
