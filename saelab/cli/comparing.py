@@ -27,9 +27,9 @@ def compared(options: Any, steps: Steps, model: Any, found: dict[str, Any]) -> d
         controls, found["no_random_control"] = None, str(error)
 
     def matched(plain: dict[str, Any], told: dict[str, Any]) -> EqualDamage | None:
-        (passage,) = passages(options, model, plain)
         if controls is None:
             return None
+        (passage,) = passages(options, model, plain)
         if not passage.written:
             told["no_random_control"] = "the unsteered model wrote nothing on which damages could be compared"
             return None

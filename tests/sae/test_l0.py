@@ -59,8 +59,11 @@ def split(cache: ActivationCache, name: Literal["train", "held_out"]) -> torch.T
     return torch.cat([batch.acts for batch in cache.batches(1600, split=name, seed=None)])
 
 
-@every_penalty
-@pytest.mark.parametrize("lr", [6e-3, 1.2e-2])
+# JumpReLU's encoder begins short: at 3e-3 it grows too slowly for so short a run, and the controller is 14 % low.
+@pytest.mark.parametrize(
+    ("name", "lr"),
+    [(name, lr) for name in PENALTIES for lr in (6e-3 if name == "jump_relu" else 3e-3, 1.2e-2)],
+)
 def test_a_short_run_ends_at_the_l0_asked_for(name: str, lr: float, cache: ActivationCache) -> None:
     sae = fresh(name)
     steps = list(train_steps(sae, cache, TrainConfig(epochs=2, batch_size=128, lr=lr)))
