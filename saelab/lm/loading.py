@@ -226,7 +226,7 @@ def _bridge(source: Source, model: Any, tokenizer: Any) -> TransformerBridge:
         source.name, hf_model=model, tokenizer=tokenizer, dtype=model.dtype, **options
     )
     for module in unbiased:  # TransformerLens 3 gives an output layer one of zeros, which is no weight of the model
-        module.bias = None
+        module.bias = None  # pyright: ignore[reportAttributeAccessIssue]
     if not has_bos:  # TransformerLens takes the end of a text for its beginning
         bridge.tokenizer.bos_token = None
         bridge.cfg.default_prepend_bos = False
