@@ -1,16 +1,18 @@
 """``python -m saelab.bench.encoder_start CACHE``: how long an encoder should be when training starts.
 
 Encoders begin as the decoder's transpose times a number: ``saelab.sae.jump_relu.ENCODER_START`` for ``jump_relu`` and 1
-for other variants. Each number trains the same SAEs on the same batches at the default learning rate; all are measured
-on the held-out tokens of the cache and as many training tokens.
+for other variants. Each number trains the same SAEs on the same batches at the default learning rate, or a multiple of
+it (``--factor``); all are measured on the held-out tokens of the cache and as many training tokens. ``--options`` sets
+what else matters at the start: ``--variants jump_relu --options bandwidth=0.001 penalty_warmup=0.1``.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +28,7 @@ from saelab.data.cache import ActivationCache
 from saelab.errors import UserError
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.sae import VARIANTS, LinearSAE, build
-from saelab.training import TrainConfig, train
+from saelab.training import TrainConfig, chosen_rate, train
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Settings:
     """Latents."""
     l0: float = 32
     """Active latents per token."""
+    options: tuple[str, ...] = ()
+    """Options of all variants, name=value, the value in JSON (0.1, true)."""
+    factor: float = 1
+    """Multiple of the default learning rate."""
     seeds: int = 1
     """SAEs of each kind."""
     epochs: int = 1
@@ -57,20 +63,22 @@ class Settings:
 
 def results(settings: Settings, console: Console) -> Iterator[dict[str, Any]]:
     """One row per SAE."""
-    cache = ActivationCache(settings.cache)
+    cache, options = ActivationCache(settings.cache), dict(map(_option, settings.options))
     jobs = [*itertools.product(settings.variants, settings.starts, range(settings.seeds))]
     for variant, start, seed in track(jobs, "SAEs", console=console):
         torch.manual_seed(seed)
         option = VARIANTS[variant].l0_option
         sae = build(
-            variant, cache.d_in, settings.d_sae, **{option: settings.l0 if option == "l0" else int(settings.l0)}
+            variant,
+            cache.d_in,
+            settings.d_sae,
+            **{option: settings.l0 if option == "l0" else int(settings.l0)} | options,
         )
         assert isinstance(sae, LinearSAE)
         with torch.no_grad():
             sae.W_enc.copy_(start * sae.W_dec.T)
-        train(
-            sae, cache, TrainConfig(epochs=settings.epochs, batch_size=settings.batch_size, seed=seed, data_seed=seed)
-        )
+        config = TrainConfig(epochs=settings.epochs, batch_size=settings.batch_size, seed=seed, data_seed=seed)
+        train(sae, cache, replace(config, lr=settings.factor * chosen_rate(sae, cache, config).value))
         metrics = evaluate(sae.eval(), cache, config=EvaluateConfig(lm_tokens=0)).metrics
         yield {
             "variant": variant,
@@ -78,6 +86,14 @@ def results(settings: Settings, console: Console) -> Iterator[dict[str, Any]]:
             "seed": seed,
             **{name: metrics[name].value for name in ("fvu", "l0", "dead_fraction")},
         }
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise UserError(f"--options {text} is not name=value with a number, true or false") from error
 
 
 def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -5,9 +5,10 @@ stand in for it. Only pre-activations above ``threshold - bandwidth / 2`` contri
 training holds just those, the ones below the threshold as stored zeros. Bandwidth and initial threshold assume
 activations of unit mean square norm, which the trainer's scaling provides up to a factor of two.
 
-The encoder begins as the decoder's transpose times ``ENCODER_START``, where other variants have 1. A step turns short
-vectors further, so that latents find a direction before the penalty silences them: at 1 half of them died on one
-language model and most on another (``python -m saelab.bench.encoder_start``; the paper says nothing of it).
+Latents need a direction before the penalty silences them, or they die. So the encoder begins as the decoder's transpose
+times ``ENCODER_START``, where other variants have 1 (a step turns short vectors further), the penalty rises over three
+tenths of the run and begins at ``PRESSURE_START`` of its weight where an ``l0`` is asked for, and the kernel is wider
+than the paper's 0.001 (``python -m saelab.bench.encoder_start`` compares; docs/learning-rate.md has a table).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from saelab.kernels import SelectedPreActs
 from saelab.sae.penalty import PenaltySAE
 from saelab.sparse import SparseCode
 
-ENCODER_START = 0.1
+ENCODER_START = 0.3
+PRESSURE_START = 0.05
 
 
 class JumpReLU(PenaltySAE, variant="jump_relu"):
@@ -32,7 +34,7 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
     scaled = (*PenaltySAE.scaled, "threshold", "bandwidth")
     only_if_set = ("tanh_scale", "l0")
     tunable = ("penalty", "target_l0", "penalty_weight", "penalty_warmup", "bandwidth", "tanh_scale", "l0")
-    rate_factor = 0.5  # measured on two models and a planted world (docs/learning-rate.md)
+    rate_factor = 0.75  # measured on two models and a planted world (docs/learning-rate.md)
     shift_above = 0.0  # moving thresholds leaves the values as they are
     bandwidth: Tensor
 
@@ -43,10 +45,10 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
         penalty: Literal["target", "l0", "tanh"] = "target",
         target_l0: int | float = 32,
         penalty_weight: float = 1.0,
-        penalty_warmup: float = 0.1,
+        penalty_warmup: float = 0.3,
         threshold: float = 0.001,
-        bandwidth: float = 0.001,
-        apply_b_dec_to_input: bool = False,
+        bandwidth: float = 0.06,
+        apply_b_dec_to_input: bool = True,
         tanh_scale: float = 4.0,
         l0: int | float | None = None,
         d_out: int | None = None,
@@ -66,14 +68,14 @@ class JumpReLU(PenaltySAE, variant="jump_relu"):
             apply_b_dec_to_input: Subtract b_dec before encoding.
             tanh_scale: Slope of the tanh penalty at 0, for activations of unit mean square norm.
             l0: Active latents per token to end at. A controller sets the weight of L0 / l0 (of the tanh penalty, where
-                that is chosen), which begins at a tenth of penalty-weight, and at the end one number is added to all
-                thresholds. Takes the place of penalty=target and target-l0.
+                that is chosen), which begins at a twentieth of penalty-weight, and at the end one number is added to
+                all thresholds. Takes the place of penalty=target and target-l0.
             d_out: Width of the target, for an SAE that reconstructs another place than the one it reads.
             skip: Add an affine skip connection from the input to the target.
         """
         if not tanh_scale > 0:
             raise UserError(f"tanh_scale={tanh_scale} must be positive")
-        super().__init__(d_in, d_sae, penalty_warmup, l0=l0, start=0.1, d_out=d_out, skip=skip)
+        super().__init__(d_in, d_sae, penalty_warmup, l0=l0, start=PRESSURE_START, d_out=d_out, skip=skip)
         self.penalty, self.target_l0, self.penalty_weight = penalty, target_l0, penalty_weight
         self.tanh_scale = tanh_scale
         with torch.no_grad():

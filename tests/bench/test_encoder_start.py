@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from saelab.bench import encoder_start
+from saelab.errors import UserError
 
 CACHE = Path(__file__).parents[1] / "data/v0.1.0/caches/post"
 
@@ -22,3 +23,28 @@ def test_each_start_trains_the_same_saes(tmp_path: Path, capsys: pytest.CaptureF
     ]
     assert len({row["fvu"] for row in rows}) == 4, "the start made no difference"
     assert "jump_relu" in capsys.readouterr().out
+
+
+def test_options_and_the_rate_change_what_is_trained() -> None:
+    def fvu(*more: str) -> float:
+        arguments = [
+            "--variants",
+            "jump_relu",
+            "--starts",
+            "0.3",
+            "--d-sae",
+            "64",
+            "--l0",
+            "4",
+            "--batch-size",
+            "32",
+            "--epochs",
+            "4",
+        ]
+        return encoder_start.main([str(CACHE), *arguments, *more])[0]["fvu"]
+
+    usual = fvu()
+    assert usual == fvu("--options", "penalty_warmup=0.3", "apply_b_dec_to_input=true", "--factor", "1")
+    assert len({usual, fvu("--options", "apply_b_dec_to_input=false"), fvu("--factor", "0.5")}) == 3
+    with pytest.raises(UserError, match=r"--options bandwidth is not name=value"):
+        fvu("--options", "bandwidth")

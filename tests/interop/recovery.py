@@ -72,6 +72,8 @@ class World:
     d_sae: int
     l0: float
     rows: int  # rows that SAELens scores on
+    encoder_start: float | None  # what saelab's encoder begins as: this times the decoder's transpose
+    b_dec_at_zero: bool  # saelab's b_dec begins at zero, not at the centre of the rows
 
     def batches(self) -> Iterator[Tensor]:
         """saelab's training batches in its order; goes on for ever, since SAELens draws a few for its scale first."""
@@ -104,7 +106,8 @@ def world(name: str, seed: int, folder: Path, options: argparse.Namespace) -> Wo
     cache = ActivationCache.from_tensors(folder / f"{name}-{seed}", torch.cat(x), held_out=0.1)
     config = TrainConfig(epochs=options.epochs, batch_size=options.batch_size, seed=seed, data_seed=seed,
                          aux_gradient=options.aux_gradient, dead_after=options.dead_after)  # fmt: skip
-    return World(model, cache, config, settings["num_features"], max(1, round(l0)), options.rows)
+    start = (options.encoder_start, options.b_dec_at_zero)
+    return World(model, cache, config, settings["num_features"], max(1, round(l0)), options.rows, *start)
 
 
 def score(sae: Any, place: World) -> dict[str, float]:
@@ -121,6 +124,12 @@ def ours(variant: str, place: World, folder: Path) -> dict[str, float]:
     """Train with saelab's defaults, export, and let SAELens load and score. ``ev_here`` is saelab's own number."""
     torch.manual_seed(place.config.seed)
     sae = fresh(variant, place)
+    if place.encoder_start is not None:
+        with torch.no_grad():
+            sae.W_enc.copy_(place.encoder_start * sae.W_dec.T)
+    if place.b_dec_at_zero:
+        begin = sae.initialise
+        sae.initialise = lambda x, centre: begin(x, torch.zeros_like(centre))
     train(sae, place.cache, place.config)
     save(sae, folder / variant, {"hook_name": "synthetic", "model_name": "synthetic"})
     theirs = SAE.load_from_disk(folder / variant)
@@ -232,6 +241,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--aux-gradient", default="rectified", choices=["rectified", "straight_through"])
     parser.add_argument("--dead-after", type=int, help="tokens; by default the trainer's")
+    parser.add_argument(
+        "--encoder-start", type=float, help="saelab's encoder begins as the decoder's transpose times this"
+    )
+    parser.add_argument("--b-dec-at-zero", action="store_true", help="saelab's b_dec begins there, not at the centre")
     parser.add_argument("--rows", type=int, default=32_768, help="rows that SAELens scores on")
     parser.add_argument(
         "--factors",

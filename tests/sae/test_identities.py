@@ -280,12 +280,15 @@ class NaiveStep(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("penalty", ["l0", "target"])
-def test_jump_relu_gradients(penalty: str) -> None:
-    sae = build("jump_relu", D_IN, D_SAE, penalty=penalty, bandwidth=0.6, target_l0=3.0, penalty_weight=0.7).double()
+@pytest.mark.parametrize("subtract", [True, False])
+def test_jump_relu_gradients(penalty: str, subtract: bool) -> None:
+    options = {"penalty": penalty, "bandwidth": 0.6, "target_l0": 3.0, "penalty_weight": 0.7}
+    sae = build("jump_relu", D_IN, D_SAE, apply_b_dec_to_input=subtract, **options).double()
     assert isinstance(sae, JumpReLU)
     with torch.no_grad():
         sae.threshold.copy_(0.5 * torch.rand(D_SAE))  # some below half the bandwidth
         sae.b_enc.normal_(0, 0.3)
+        sae.b_dec.normal_(0, 0.3)
     sae.ramp.fill_(1.0)
     x, _ = batch()
     code = sae.train().encode(x)
@@ -293,7 +296,7 @@ def test_jump_relu_gradients(penalty: str) -> None:
     (loss + sum(sae.extra_losses(x, code, x - recon).values())).backward()
     found = {key: p.grad.clone() for key, p in sae.named_parameters()}
     sae.zero_grad()
-    u = x @ sae.W_enc + sae.b_enc
+    u = (x - sae.b_dec if subtract else x) @ sae.W_enc + sae.b_enc
     acts = NaiveJump.apply(u, sae.threshold, 0.6)
     l0 = NaiveStep.apply(u, sae.threshold, 0.6).sum() / N
     cost = l0 if penalty == "l0" else (l0 / 3.0 - 1) ** 2

@@ -81,7 +81,7 @@ def test_the_encoder_of_jump_relu_begins_shorter_than_the_decoder_in_its_directi
         if isinstance(sae, LinearSAE):
             start = ENCODER_START if name == "jump_relu" else 1.0
             torch.testing.assert_close(sae.W_enc, start * sae.W_dec.T)
-    assert ENCODER_START == 0.1
+    assert ENCODER_START == 0.3
 
 
 @every_penalty

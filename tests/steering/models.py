@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from saelab.lm import load_model
+
 HOOK = "blocks.1.hook_resid_post"
 D_MODEL, VOCABULARY = 32, 97
 
@@ -60,4 +62,4 @@ def llama() -> LlamaForCausalLM:
 @cache
 def bridge() -> TransformerBridge:
     """The same weights in a TransformerLens bridge."""
-    return TransformerBridge.boot_transformers(folder(), device="cpu", dtype=torch.float32)
+    return load_model(folder(), device="cpu")

@@ -71,8 +71,8 @@ def test_variants_that_need_lower_rates_get_them(tmp_path: Path):
     assert of("abs_topk") == of("batch_topk") == of("gradient_topk", signed=True) == of("topk")
     for variant in ("batch_topk", "mutual_choice", "feature_choice"):
         assert of(variant, signed=True) == pytest.approx(of("topk") / 3)
-    assert chosen_rate(build("jump_relu", 16, 4096, l0=8), cache, given).value == pytest.approx(of("topk") / 2)
-    assert "times 0.5 for this variant" in chosen_rate(build("jump_relu", 16, 4096, l0=8), cache, given).why
+    assert chosen_rate(build("jump_relu", 16, 4096, l0=8), cache, given).value == pytest.approx(0.75 * of("topk"))
+    assert "times 0.75 for this variant" in chosen_rate(build("jump_relu", 16, 4096, l0=8), cache, given).why
 
 
 def test_activations_of_any_size_get_the_same_rate(tmp_path: Path):
