@@ -10,7 +10,7 @@ from rich.text import Text
 from saelab.cli.chatting import Steps, continuations, passages, show_messages, turns
 from saelab.cli.console import out
 from saelab.errors import UserError
-from saelab.steering.measure.control import NONE, EqualDamage, random_controls, with_damage_of
+from saelab.steering.measure.control import EqualDamage, random_controls, with_damage_of
 
 KINDS = ("unsteered", "steered", "random")
 
@@ -39,6 +39,7 @@ def compared(options: Any, steps: Steps, model: Any, found: dict[str, Any]) -> d
             "kl": made.damage,
             "kl_steered": made.goal,
             "equal_damage": made.reached,
+            "said": made.sentence,
         }
         return made
 
@@ -60,12 +61,7 @@ def about_control(told: dict[str, Any]) -> str:
         return f"no random control: {told['no_random_control']}"
     if "random_control" not in told:
         return ""
-    control = told["random_control"]
-    kl, goal = f"KL {control['kl']:.3g}", f"{control['kl_steered']:.3g} nats per token on the unsteered text"
-    if control["kl_steered"] < NONE:
-        return f"random directions of the same lengths ({kl}), since the steering does no damage to the unsteered text"
-    said = f"random directions, changes times {control['factor']:.3g}: {kl}, the steering {goal}"
-    return said if control["equal_damage"] else f"{said}; not of equal damage"
+    return f"random directions, {told['random_control']['said']}"
 
 
 def show_compared(result: dict[str, Any]) -> None:

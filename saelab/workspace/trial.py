@@ -21,7 +21,7 @@ from saelab.steering import (
 )
 from saelab.steering.chat import Message, turn_ends
 from saelab.steering.generation import token_steps
-from saelab.steering.measure.control import NONE, with_damage_of
+from saelab.steering.measure.control import with_damage_of
 from saelab.steering.measure.passages import Passage
 
 if TYPE_CHECKING:
@@ -66,16 +66,7 @@ class Text:
     def match(self, model: nn.Module, steered: Sequence[Intervention], passage: Passage) -> None:
         """Have a control, which is not written yet, do the damage that ``steered`` does to a passage."""
         found = with_damage_of(model, self.interventions, steered, passage)
-        self.interventions = found.interventions
-        alike = f"KL {found.damage:.3g} nats per token on the unsteered text, where ×1 has {found.goal:.3g}"
-        if found.reached:
-            self.note = f"changes of ×{found.factor:.3g}: {alike}"
-        elif found.goal < NONE:
-            self.note = (
-                f"×1 does no damage to the unsteered text, so the control has its lengths: KL {found.damage:.3g}"
-            )
-        else:
-            self.note = f"not of equal damage: changes of ×{found.factor:.3g} have {alike}"
+        self.interventions, self.note = found.interventions, found.sentence
 
     def written(self, model: nn.Module, beginning: Beginning, **sampling: Any) -> Generator[None, None, None]:
         """Write it, a token a step; then measure its damage. Closed early, it keeps what it has."""

@@ -52,7 +52,7 @@ def test_the_random_control_does_the_damage_of_the_change(
         for name in ("steered ×1", "random control")
     ]
     assert damages[1] == pytest.approx(damages[0], rel=0.05), damages
-    said = f"KL {damages[1]:.3g} nats per token on the unsteered text, where ×1 has {damages[0]:.3g}"
+    said = f"KL {damages[1]:.3g} nats per token on the unsteered text, where the steering has {damages[0]:.3g}"
     assert texts["random control"].note.endswith(said)
     assert any(said in element.proto.body for element in app.get("html"))
 
@@ -79,7 +79,7 @@ def test_a_change_that_does_nothing_says_why(
     assert viz.markdown(expected) in line and viz.markdown(f"{row['density']:.3%}") in line
     assert viz.markdown(row["top_tokens"][0].strip()) in line
     texts = {name: turns[-1][1] for name, turns in variants(app).items()}
-    assert texts["steered ×1"].damage.kl == 0 and "×1 does no damage" in texts["random control"].note
+    assert texts["steered ×1"].damage.kl == 0 and "the steering does no damage" in texts["random control"].note
     succeed(app.run())
     assert any("changes nothing here" in info.value for info in app.info), "it stays beside the texts"
     loud = generated(monkeypatch, workplace, folder / "model", [f"{latent};clamp;1max;all"], **settings)

@@ -75,9 +75,8 @@ def test_the_command_writes_what_the_library_writes(run: str, capsys) -> None:
     steer(*args, "--max-new-tokens", "6")
     shown = " ".join(capsys.readouterr().out.split())
     assert f"random {' '.join(expected['random'].split())}" in shown
-    assert (
-        f"random directions, changes times {control['factor']:.3g}: KL {other:.3g}, the steering {steered:.3g}" in shown
-    )
+    kl = f"KL {other:.3g} nats per token on the unsteered text, where the steering has {steered:.3g}"
+    assert f"random directions, changes of ×{control['factor']:.3g}: {kl}" in shown
 
 
 def test_where_there_is_no_random_control_the_texts_are_shown_and_the_reason(tmp_path: Path, capsys) -> None:
@@ -201,7 +200,8 @@ def test_an_ablation_of_a_silent_latent_says_why_nothing_changed(run: str, tmp_p
     assert result["texts"][0]["steered"] == result["texts"][0]["unsteered"]
     assert result["texts"][0]["random_control"]["kl_steered"] == 0
     steer(*args, "--compare")
-    assert "since the steering does no damage to the unsteered text" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the steering does no damage to the unsteered text, so the control keeps its lengths" in shown
     (said,) = result["without_effect"]
     assert said.startswith(f"ablate changes nothing here, because latent {latent} fires on no token that it acts on")
     assert "saelab index RUN --cache CACHE" in said

@@ -217,14 +217,15 @@ def test_a_value_on_its_threshold_does_not_fail_a_right_export() -> None:
     sae, theirs = example("jump_relu"), example("jump_relu")
     x = torch.randn(30, D_IN)
     with torch.no_grad():
-        on_edge = sae.pre_acts(x, slice(0, D_SAE))[0, 0]
-        sae.threshold[0], theirs.threshold[0] = on_edge - 1e-6, on_edge + 1e-6
-        assert (sae.encode(x).dense() != theirs.encode(x).dense()).any() == (on_edge > 0)
+        pre_acts = sae.pre_acts(x, slice(0, D_SAE))[0]
+        latent = int(pre_acts.argmax())
+        on_edge = pre_acts[latent]
+        sae.threshold[latent], theirs.threshold[latent] = on_edge - 1e-6, on_edge + 1e-6
+        assert on_edge > 0 and (sae.encode(x).dense() != theirs.encode(x).dense()).any()
         assert max(prove(sae, theirs, x)) < 1e-4
-        theirs.threshold[0] = on_edge + 0.1 * on_edge.abs() + 0.1
-        sae.threshold[0] = on_edge - 1e-2
-    if on_edge > 0:
-        assert max(prove(sae, theirs, x)) > 1e-4
+        theirs.threshold[latent] = 1.1 * on_edge + 0.1
+        sae.threshold[latent] = on_edge - 1e-2
+    assert max(prove(sae, theirs, x)) > 1e-4
 
 
 def test_inspect_points_at_oddities(tmp_path: Path) -> None:

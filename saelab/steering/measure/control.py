@@ -66,6 +66,16 @@ class EqualDamage:
     goal: float  # the damage of the others
     reached: bool  # whether the two are alike within the tolerance
 
+    @property
+    def sentence(self) -> str:
+        """What was reached, for people."""
+        kl = f"KL {self.damage:.3g}"
+        if not self.reached and self.goal < NONE:
+            return f"the steering does no damage to the unsteered text, so the control keeps its lengths: {kl}"
+        alike = f"{kl} nats per token on the unsteered text, where the steering has {self.goal:.3g}"
+        said = f"changes of ×{self.factor:.3g}: {alike}"
+        return said if self.reached else f"not of equal damage: {said}"
+
 
 def with_damage_of(
     model: nn.Module,
