@@ -53,9 +53,17 @@ def test_stop_stops_and_keeps_what_was_written(page: Any, address: str) -> None:
     for factor in ("×0.25", "×1.5", "×4"):
         page.get_by_role("button", name=factor, exact=True).click()
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_function("[...document.querySelectorAll('.sl-strip')].some(e => e.innerText.trim().length > 5)")
-    stop = page.locator(".st-key-stop_steering button")  # the app's head has another, of Streamlit
-    stop.evaluate("button => button.click()")  # at once: a click of the mouse waits until the page stands still
+    # In the page, as soon as something is written: a click from here may come when all is written. The app's head has
+    # another button of that name, of Streamlit.
+    page.wait_for_function(
+        """() => {
+            const stop = document.querySelector(".st-key-stop_steering button");
+            const written = [...document.querySelectorAll(".sl-strip")].some(e => e.innerText.trim().length > 5);
+            if (stop && written) stop.click();
+            return stop && written;
+        }"""
+    )
+    stop = page.locator(".st-key-stop_steering button")
     stop.wait_for(state="detached")
     settle(page)
     assert page.get_by_text("under the unsteered model").count() < 8, "nothing was left to stop"
