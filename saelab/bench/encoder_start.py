@@ -49,6 +49,8 @@ class Settings:
     """Options of all variants, name=value, the value in JSON (0.1, true)."""
     factor: float = 1
     """Multiple of the default learning rate."""
+    b_dec_at_zero: bool = False
+    """Let b_dec begin at zero, not at the centre of the activations."""
     seeds: int = 1
     """SAEs of each kind."""
     epochs: int = 1
@@ -75,8 +77,7 @@ def results(settings: Settings, console: Console) -> Iterator[dict[str, Any]]:
             **{option: settings.l0 if option == "l0" else int(settings.l0)} | options,
         )
         assert isinstance(sae, LinearSAE)
-        with torch.no_grad():
-            sae.W_enc.copy_(start * sae.W_dec.T)
+        begin_at(sae, start, settings.b_dec_at_zero)
         config = TrainConfig(epochs=settings.epochs, batch_size=settings.batch_size, seed=seed, data_seed=seed)
         train(sae, cache, replace(config, lr=settings.factor * chosen_rate(sae, cache, config).value))
         metrics = evaluate(sae.eval(), cache, config=EvaluateConfig(lm_tokens=0)).metrics
@@ -86,6 +87,16 @@ def results(settings: Settings, console: Console) -> Iterator[dict[str, Any]]:
             "seed": seed,
             **{name: metrics[name].value for name in ("fvu", "l0", "dead_fraction")},
         }
+
+
+def begin_at(sae: LinearSAE, start: float | None, b_dec_at_zero: bool) -> None:
+    """Have the encoder begin as the decoder's transpose times ``start``, if given, and b_dec at zero, if asked for."""
+    if start is not None:
+        with torch.no_grad():
+            sae.W_enc.copy_(start * sae.W_dec.T)
+    if b_dec_at_zero:
+        initialise = sae.initialise
+        sae.initialise = lambda x, b_dec: initialise(x, torch.zeros_like(b_dec))
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -27,24 +27,12 @@ def test_each_start_trains_the_same_saes(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_options_and_the_rate_change_what_is_trained() -> None:
     def fvu(*more: str) -> float:
-        arguments = [
-            "--variants",
-            "jump_relu",
-            "--starts",
-            "0.3",
-            "--d-sae",
-            "64",
-            "--l0",
-            "4",
-            "--batch-size",
-            "32",
-            "--epochs",
-            "4",
-        ]
-        return encoder_start.main([str(CACHE), *arguments, *more])[0]["fvu"]
+        arguments = ["--variants", "jump_relu", "--starts", "0.3", "--d-sae", "64", "--l0", "4", "--batch-size", "32"]
+        return encoder_start.main([str(CACHE), *arguments, "--epochs", "4", *more])[0]["fvu"]
 
     usual = fvu()
     assert usual == fvu("--options", "penalty_warmup=0.3", "apply_b_dec_to_input=true", "--factor", "1")
-    assert len({usual, fvu("--options", "apply_b_dec_to_input=false"), fvu("--factor", "0.5")}) == 3
+    changed = (["--options", "apply_b_dec_to_input=false"], ["--factor", "0.5"], ["--b-dec-at-zero"])
+    assert len({usual, *(fvu(*more) for more in changed)}) == 4
     with pytest.raises(UserError, match=r"--options bandwidth is not name=value"):
         fvu("--options", "bandwidth")

@@ -40,6 +40,7 @@ from sae_lens.synthetic import (
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from saelab.bench.encoder_start import begin_at
 from saelab.data.cache import ActivationCache
 from saelab.evaluation import EvaluateConfig, evaluate
 from saelab.sae import VARIANTS, build
@@ -124,12 +125,7 @@ def ours(variant: str, place: World, folder: Path) -> dict[str, float]:
     """Train with saelab's defaults, export, and let SAELens load and score. ``ev_here`` is saelab's own number."""
     torch.manual_seed(place.config.seed)
     sae = fresh(variant, place)
-    if place.encoder_start is not None:
-        with torch.no_grad():
-            sae.W_enc.copy_(place.encoder_start * sae.W_dec.T)
-    if place.b_dec_at_zero:
-        begin = sae.initialise
-        sae.initialise = lambda x, centre: begin(x, torch.zeros_like(centre))
+    begin_at(sae, place.encoder_start, place.b_dec_at_zero)
     train(sae, place.cache, place.config)
     save(sae, folder / variant, {"hook_name": "synthetic", "model_name": "synthetic"})
     theirs = SAE.load_from_disk(folder / variant)

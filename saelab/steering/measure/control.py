@@ -70,7 +70,7 @@ class EqualDamage:
     def sentence(self) -> str:
         """What was reached, for people."""
         kl = f"KL {self.damage:.3g}"
-        if not self.reached and self.goal < NONE:
+        if self.goal < NONE:
             return f"the steering does no damage to the unsteered text, so the control keeps its lengths: {kl}"
         alike = f"{kl} nats per token on the unsteered text, where the steering has {self.goal:.3g}"
         said = f"changes of ×{self.factor:.3g}: {alike}"
